@@ -1,0 +1,222 @@
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+)
+
+// Defaults that Consul's own redirection engine uses where a request is silent.
+const (
+	DefaultOutboundPort = 15001 // the proxy's outbound listener
+	DefaultDNSPort      = 53    // the port that applications dial for DNS
+	DefaultBudget       = 65536 // origin addresses that one workload may hold at a time
+)
+
+// Key names one attachment of an allocation to a network, as CNI does. It is
+// the only thing that a DEL can be sure to carry.
+type Key struct {
+	ContainerID string `json:"container_id"` // Nomad: the full allocation ID
+	IfName      string `json:"if_name"`
+}
+
+// String is the form used in file names: "<container-id>-<ifname>".
+func (k Key) String() string { return k.ContainerID + "-" + k.IfName }
+
+// Mode says what is done with a workload's traffic.
+type Mode string
+
+// The modes of a workload.
+const (
+	ModeTransparent Mode = "transparent" // every TCP connection goes through the proxy
+	ModeDirect      Mode = "direct"      // explicit upstreams only; nothing is redirected
+	ModeGateway     Mode = "gateway"     // the proxy is a gateway; nothing is redirected
+)
+
+// Job names the Nomad job that a workload belongs to, for people.
+type Job struct {
+	Region    string `json:"region,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
+	ID        string `json:"id,omitempty"`
+	Group     string `json:"group,omitempty"`
+	AllocID   string `json:"alloc_id,omitempty"`
+}
+
+// DNS is Consul's resolver as the workload should reach it. The zero value
+// turns DNS steering off. With Address and Port, datagrams and connections to
+// Address:53 go to Address:Port. With Port alone, Address is 127.0.0.1. With
+// Address alone, port 53 of every server goes to Address:53. This is what
+// Consul's own iptables engine does with the same two fields.
+type DNS struct {
+	Address netip.Addr `json:"address,omitzero"`
+	Port    uint16     `json:"port,omitempty"`
+}
+
+// Request is what the plugin was asked for at ADD. The plugin writes it and
+// nobody else; what Consul adds later is the Overlay.
+type Request struct {
+	Network      string `json:"network"` // name of the CNI network
+	Job          Job    `json:"job,omitzero"`
+	Mode         Mode   `json:"mode"`
+	ProxyUID     uint32 `json:"proxy_uid"`
+	InboundPort  uint16 `json:"inbound_port"` // 0: not known yet; inbound is refused by name until it is
+	OutboundPort uint16 `json:"outbound_port"`
+	DNS          DNS    `json:"dns,omitzero"`
+
+	ExcludeInboundPorts  []uint16       `json:"exclude_inbound_ports,omitempty"`
+	ExcludeOutboundPorts []uint16       `json:"exclude_outbound_ports,omitempty"`
+	ExcludeOutboundCIDRs []netip.Prefix `json:"exclude_outbound_cidrs,omitempty"`
+	ExcludeUIDs          []uint32       `json:"exclude_uids,omitempty"`
+
+	// Addresses are the workload's own, as CNI's previous result names them.
+	// Traffic to them stays local; the first of each family is the source
+	// that the proxy and the application see.
+	Addresses []netip.Addr `json:"addresses,omitempty"`
+
+	// Budget is how many origin addresses the workload may hold; 0 means
+	// DefaultBudget.
+	Budget uint32 `json:"budget,omitempty"`
+
+	// Notes are remarks on the request that an operator should see, for
+	// example a port that the request named as "0".
+	Notes []string `json:"notes,omitempty"`
+}
+
+// Upstream is an explicit Consul upstream: a local listener of the proxy that
+// is also reachable by the upstream's virtual IPs.
+type Upstream struct {
+	Name      string         `json:"name"`
+	Addresses []netip.Addr   `json:"addresses"` // virtual IPs
+	Listener  netip.AddrPort `json:"listener"`
+}
+
+// Overlay is what Consul knows of a workload beyond its Request. The agent
+// writes it and nobody else. Zero fields leave the request as it is.
+type Overlay struct {
+	InboundPort         uint16     `json:"inbound_port,omitempty"`
+	OutboundPort        uint16     `json:"outbound_port,omitempty"`
+	ExcludeInboundPorts []uint16   `json:"exclude_inbound_ports,omitempty"` // added to the request's
+	Upstreams           []Upstream `json:"upstreams,omitempty"`
+}
+
+// Workload is the desired state of one network namespace: Request and Overlay
+// merged. It is what the rest of the package turns into map rows.
+type Workload struct {
+	Mode                 Mode
+	ProxyUID             uint32
+	InboundPort          uint16
+	OutboundPort         uint16
+	DNS                  DNS
+	ExcludeInboundPorts  []uint16
+	ExcludeOutboundPorts []uint16
+	ExcludeOutboundCIDRs []netip.Prefix
+	ExcludeUIDs          []uint32
+	Addresses            []netip.Addr
+	Upstreams            []Upstream
+	Budget               uint32
+}
+
+// Merge is the pure function from a request and what Consul adds to the
+// desired workload. Lists come out sorted and without duplicates, so that two
+// equal wishes give two equal workloads.
+func Merge(request Request, overlay Overlay) Workload {
+	w := Workload{
+		Mode:                 request.Mode,
+		ProxyUID:             request.ProxyUID,
+		InboundPort:          request.InboundPort,
+		OutboundPort:         request.OutboundPort,
+		DNS:                  request.DNS,
+		ExcludeInboundPorts:  sorted(slices.Concat(request.ExcludeInboundPorts, overlay.ExcludeInboundPorts)),
+		ExcludeOutboundPorts: sorted(slices.Clone(request.ExcludeOutboundPorts)),
+		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
+		Addresses:            slices.Clone(request.Addresses),
+		Upstreams:            slices.Clone(overlay.Upstreams),
+		Budget:               request.Budget,
+	}
+	for _, cidr := range request.ExcludeOutboundCIDRs {
+		w.ExcludeOutboundCIDRs = append(w.ExcludeOutboundCIDRs, cidr.Masked())
+	}
+	slices.SortFunc(w.ExcludeOutboundCIDRs, comparePrefix)
+	w.ExcludeOutboundCIDRs = slices.Compact(w.ExcludeOutboundCIDRs)
+	if overlay.InboundPort != 0 {
+		w.InboundPort = overlay.InboundPort
+	}
+	if overlay.OutboundPort != 0 {
+		w.OutboundPort = overlay.OutboundPort
+	}
+	if w.Mode == "" {
+		w.Mode = ModeTransparent
+	}
+	if w.OutboundPort == 0 {
+		w.OutboundPort = DefaultOutboundPort
+	}
+	if w.Budget == 0 {
+		w.Budget = DefaultBudget
+	}
+	for i, addr := range w.Addresses {
+		w.Addresses[i] = addr.Unmap()
+	}
+	return w
+}
+
+// Validate reports the first field that cannot be represented in the kernel.
+func (w Workload) Validate() error {
+	switch w.Mode {
+	case ModeTransparent, ModeDirect, ModeGateway:
+	default:
+		return fmt.Errorf("mode %q: want %s, %s or %s", w.Mode, ModeTransparent, ModeDirect, ModeGateway)
+	}
+	if w.OutboundPort == 0 {
+		return errors.New("outbound port: must not be 0")
+	}
+	if w.InboundPort == w.OutboundPort {
+		return fmt.Errorf("inbound port %d: the proxy's outbound listener has it too", w.InboundPort)
+	}
+	if w.Budget > MaxBudget {
+		return fmt.Errorf("budget %d: a workload has at most %d origin addresses", w.Budget, MaxBudget)
+	}
+	for _, cidr := range w.ExcludeOutboundCIDRs {
+		if !cidr.IsValid() {
+			return errors.New("excluded CIDR: not a prefix")
+		}
+	}
+	for _, addr := range w.Addresses {
+		if !addr.IsValid() || addr.IsUnspecified() {
+			return fmt.Errorf("address %q: not an address of a workload", addr)
+		}
+	}
+	for _, upstream := range w.Upstreams {
+		if upstream.Listener.Port() == 0 || !upstream.Listener.Addr().IsLoopback() {
+			return fmt.Errorf("upstream %q: listener %s: want a loopback address and a port", upstream.Name, upstream.Listener)
+		}
+	}
+	return nil
+}
+
+// Equal reports whether two workloads give the same map rows.
+func (w Workload) Equal(other Workload) bool {
+	return w.Mode == other.Mode && w.ProxyUID == other.ProxyUID &&
+		w.InboundPort == other.InboundPort && w.OutboundPort == other.OutboundPort &&
+		w.DNS == other.DNS && w.Budget == other.Budget &&
+		slices.Equal(w.ExcludeInboundPorts, other.ExcludeInboundPorts) &&
+		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&
+		slices.Equal(w.ExcludeOutboundCIDRs, other.ExcludeOutboundCIDRs) &&
+		slices.Equal(w.ExcludeUIDs, other.ExcludeUIDs) &&
+		slices.Equal(w.Addresses, other.Addresses) &&
+		slices.EqualFunc(w.Upstreams, other.Upstreams, func(a, b Upstream) bool {
+			return a.Name == b.Name && a.Listener == b.Listener && slices.Equal(a.Addresses, b.Addresses)
+		})
+}
+
+func sorted[T uint16 | uint32](list []T) []T {
+	slices.Sort(list)
+	return slices.Compact(list)
+}
+
+func comparePrefix(a, b netip.Prefix) int {
+	if c := a.Addr().Compare(b.Addr()); c != 0 {
+		return c
+	}
+	return a.Bits() - b.Bits()
+}
