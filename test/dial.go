@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Answer is what a dialler saw of an exchange with a [Server].
+type Answer struct {
+	Reply
+	// From is the dialler's own address, To what getpeername told it.
+	From netip.AddrPort `json:"from"`
+	To   netip.AddrPort `json:"to"`
+}
+
+// dialPatience bounds one exchange. It is only spent where packets are lost: a
+// refusal comes at once.
+const dialPatience = 3 * time.Second
+
+// Ask dials addr from the namespace, as the test's own process, and returns what
+// the server answered. Network is tcp or udp, with 4 or 6 for one family.
+func Ask(ns *NetNS, network, addr string) (Answer, error) {
+	var answer Answer
+	var err error
+	ns.Do(func() { answer, err = ask(network, addr) })
+	return answer, err
+}
+
+// DialErr returns why no TCP connection to a [Server] at addr can be had from the
+// namespace, or nil.
+func DialErr(tb testing.TB, ns *NetNS, addr string) error {
+	tb.Helper()
+	_, err := Ask(ns, "tcp", addr)
+	return err
+}
+
+// CanDial tells if a [Server] at addr answers a TCP connection from the namespace.
+func CanDial(tb testing.TB, ns *NetNS, addr string) bool {
+	tb.Helper()
+	return DialErr(tb, ns, addr) == nil
+}
+
+func ask(network, addr string) (Answer, error) {
+	var answer Answer
+	dialer := net.Dialer{Timeout: dialPatience}
+	conn, err := dialer.Dial(network, addr)
+	if err != nil {
+		return answer, err
+	}
+	defer conn.Close()
+	if err := conn.SetDeadline(time.Now().Add(dialPatience)); err != nil {
+		return answer, err
+	}
+	if strings.HasPrefix(network, "udp") {
+		if _, err := conn.Write([]byte("?")); err != nil {
+			return answer, err
+		}
+	}
+	if err := json.NewDecoder(conn).Decode(&answer.Reply); err != nil {
+		return answer, fmt.Errorf("read reply of %s: %w", addr, err)
+	}
+	if answer.From, err = addrPort(conn.LocalAddr()); err != nil {
+		return answer, err
+	}
+	answer.To, err = addrPort(conn.RemoteAddr())
+	return answer, err
+}
+
+func addrPort(addr net.Addr) (netip.AddrPort, error) {
+	parsed, err := netip.ParseAddrPort(addr.String())
+	return unmap(parsed), err
+}
