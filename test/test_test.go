@@ -232,17 +232,15 @@ func TestEchoListenersAreNotMPTCP(t *testing.T) {
 	test.Need(t, test.Root)
 	ns := test.NewNetNS(t)
 	test.Echo(t, ns, "tcp", "127.0.0.1:80")
-	// Only a socket that is TCP at the bottom is in this table as a listener, and
-	// an MPTCP one would be there too: its own table tells them apart.
-	var listeners string
+	// This table counts the sockets of the namespace by protocol.
+	var protocols []byte
 	ns.Do(func() {
-		mptcp, err := os.ReadFile("/proc/thread-self/net/protocols")
-		if err != nil {
+		var err error
+		if protocols, err = os.ReadFile("/proc/thread-self/net/protocols"); err != nil {
 			t.Fatal(err)
 		}
-		listeners = string(mptcp)
 	})
-	for line := range strings.Lines(listeners) {
+	for line := range strings.Lines(string(protocols)) {
 		fields := strings.Fields(line)
 		if fields[0] == "MPTCP" && fields[2] != "0" {
 			t.Errorf("MPTCP sockets in the namespace: %s", fields[2])

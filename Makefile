@@ -1,0 +1,39 @@
+# Each target calls one tool or one script; what a step does is told there.
+VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo v0.1.0-dev)
+GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+
+.DEFAULT_GOAL := help
+.PHONY: help build generate lint test test-vm demo bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: ## Build bin/weir and bin/weir-cni, both static
+	$(GOBUILD) -o bin/weir ./cmd/weir
+	$(GOBUILD) -o bin/weir-cni ./cmd/weir-cni
+
+generate: ## Compile the eBPF programs and generate their Go bindings (Debian bookworm's clang)
+	test/tools/setup.sh build
+	go generate ./redirect
+
+lint: ## Check formatting, imports between packages, file sizes and common mistakes
+	test/tools/setup.sh build lint
+	test/lint.sh
+
+test: ## Run all tests; as root those that need the kernel too
+	test/run.sh
+
+test-vm: build ## Run the kernel tests in VMs with Debian's kernels
+	test/tools/setup.sh vm
+	go run ./test/vm
+
+demo: build ## Show a redirected allocation on this machine, in namespaces of its own (root)
+	test/tools/setup.sh test envoy
+	go run ./test/demo
+
+bench: build ## Measure side by side with Consul's iptables rules (root)
+	test/tools/setup.sh test
+	test/bench/run.sh
+
+clean: ## Remove what was built; the tools in .tools stay
+	rm -rf bin dist

