@@ -131,7 +131,7 @@ func (s *Server) serve(conn *net.TCPConn) {
 	if err := json.NewEncoder(conn).Encode(reply); err != nil {
 		return
 	}
-	io.Copy(conn, conn)
+	_, _ = io.Copy(conn, conn) // ends when the dialler or Close ends the connection
 }
 
 // originalDestination asks as Envoy does: by the family of the local address.
@@ -180,7 +180,8 @@ func (s *Server) answer(conn *net.UDPConn) {
 		if err != nil {
 			return
 		}
-		conn.WriteMsgUDPAddrPort(append(line, '\n'), from, peer)
+		// An answer may be lost as any datagram may: the one who asks reports it.
+		_, _, _ = conn.WriteMsgUDPAddrPort(append(line, '\n'), from, peer)
 	}
 }
 

@@ -15,7 +15,7 @@ fi
 if [[ -n ${CI:-} ]]; then
 	flags+=(-v)
 fi
-export PATH=$PWD/.tools:$PATH
+export PATH=$PWD/.tools/envoy:$PATH
 
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

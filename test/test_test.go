@@ -129,8 +129,9 @@ func TestNetNSIsApartFromTheHost(t *testing.T) {
 	t.Run("use", func(t *testing.T) {
 		a, b := test.NewNetNS(t), test.NewNetNS(t)
 		path = a.Path
-		if a.Cookie() == 0 || a.Cookie() != a.Cookie() || a.Cookie() == b.Cookie() {
-			t.Errorf("cookies = %d, %d; want them stable and distinct", a.Cookie(), b.Cookie())
+		first, again, other := a.Cookie(), a.Cookie(), b.Cookie()
+		if first == 0 || first != again || first == other {
+			t.Errorf("cookies = %d, again %d, of another %d; want it stable and its own", first, again, other)
 		}
 		var inside string
 		a.Do(func() { inside = threadNetNS(t) })

