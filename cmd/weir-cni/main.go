@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Command weir-cni is the CNI plugin. It is installed as consul-cni, the name
+// that Nomad calls for a transparent_proxy block, and as weir.
+package main
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+
+	"github.com/containernetworking/cni/pkg/skel"
+
+	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/redirect"
+)
+
+const usage = `This is a CNI plugin: a container runtime runs it, with its request in the
+environment (CNI_COMMAND and others) and its configuration on standard input.
+Install it in cni_path as consul-cni, and as weir for networks of your own.
+`
+
+func main() {
+	name := filepath.Base(os.Args[0])
+	if os.Getenv("CNI_COMMAND") == "" {
+		// On stdout and before anything else: Nomad looks here for a version.
+		fmt.Println(cni.VersionLine(name, moduleVersion()))
+		if len(os.Args) > 1 && (os.Args[1] == "-h" || os.Args[1] == "-help" || os.Args[1] == "--help") {
+			fmt.Print(usage)
+		}
+		return
+	}
+	plugin := cni.Plugin{
+		Open:               func(paths redirect.Paths) cni.Datapath { return redirect.New(paths) },
+		Paths:              redirect.PathsFromEnv(os.Getenv),
+		RedirectedByConsul: redirect.RedirectedByConsul,
+		AddressesIn:        cni.AddressesIn,
+		Stdout:             os.Stdout,
+		Stderr:             os.Stderr,
+	}
+	skel.PluginMainFuncs(plugin.Funcs(), cni.Versions(), name)
+}
+
+func moduleVersion() string {
+	if build, ok := debug.ReadBuildInfo(); ok {
+		return build.Main.Version
+	}
+	return ""
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package cni
+
+import (
+	"slices"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Names under which Nomad hands on the request of a transparent_proxy block.
+// Both hold the same JSON.
+const (
+	iptablesArg = "CONSUL_IPTABLES_CONFIG"
+	nftablesArg = "CONSUL_NFTABLES_CONFIG"
+)
+
+// ownPrefix begins the keys of network.cni.args that are meant for Weir.
+const ownPrefix = "weir."
+
+// argument is one pair of CNI_ARGS.
+type argument struct{ key, value string }
+
+// arguments is what CNI_ARGS says to the plugin.
+type arguments struct {
+	job  redirect.Job
+	mesh []argument // under one of Consul's two names, in order of appearance
+	own  []string   // keys that begin with weir.
+}
+
+// parseArgs reads CNI_ARGS as Nomad writes it. It is lenient where CNI's own
+// parser is not: the first '=' ends the key and a value may hold more of them,
+// a part without any is skipped, and so is every unknown key. What it keeps is
+// untrusted.
+func parseArgs(text string) arguments {
+	var args arguments
+	for part := range strings.SplitSeq(text, ";") {
+		key, value, ok := strings.Cut(part, "=")
+		if !ok {
+			continue
+		}
+		switch key {
+		case "NOMAD_REGION":
+			args.job.Region = value
+		case "NOMAD_NAMESPACE":
+			args.job.Namespace = value
+		case "NOMAD_JOB_ID":
+			args.job.ID = value
+		case "NOMAD_GROUP_NAME":
+			args.job.Group = value
+		case "NOMAD_ALLOC_ID":
+			args.job.AllocID = value
+		case iptablesArg, nftablesArg:
+			args.mesh = append(args.mesh, argument{key, value})
+		default:
+			if strings.HasPrefix(key, ownPrefix) {
+				args.own = append(args.own, key)
+			}
+		}
+	}
+	slices.Sort(args.own)
+	return args
+}

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package cni is the plugin: it takes the requests that Nomad makes of
+// Consul's own plugin, consul-cni, and turns each into a workload of package
+// redirect.
+//
+// It runs chained: behind a plugin that made the interface, whose result it
+// returns unchanged. What to do comes in CNI_ARGS, under the name
+// CONSUL_IPTABLES_CONFIG or its twin CONSUL_NFTABLES_CONFIG, as Nomad writes
+// it for a transparent_proxy block. A job's author can write the same argument
+// himself, so it is untrusted: every field is checked, and nothing in it names
+// a path. The namespace comes from CNI_NETNS alone. An allocation without the
+// argument passes through untouched.
+//
+// The plugin never talks to Consul or to the agent. stdout carries the answer
+// of CNI and nothing else; remarks for people go to stderr.
+//
+// Limitations of this version:
+//   - it must be chained; it builds no interface of its own, and refuses the
+//     configuration keys that ask for one;
+//   - the keys weir.* in network.cni.args are not read: beside a request of
+//     Consul's they are noted, alone they are refused, never dropped silently;
+//   - users are numbers: a name would have to be looked up in the task's image;
+//   - ports are numbers and ranges "low:high", never the names of services;
+//   - CIDRs are addresses and prefixes, never host names or netmasks;
+//   - a CHECK or GC needs the CNI versions that have them, 0.4.0 and 1.1.0.
+package cni
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/ns"
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Datapath is what the plugin needs of *redirect.Datapath.
+type Datapath interface {
+	Add(redirect.Attachment) error
+	Remove(redirect.Key) error
+	Check(key redirect.Key, netns string) (mended []string, err error)
+	Collect(network string, valid []redirect.Key) (removed []redirect.Key, err error)
+	Probe() error
+}
+
+// Plugin answers the commands of CNI. All its fields are needed.
+type Plugin struct {
+	// Open gives the data path whose state lies at the given paths.
+	Open func(redirect.Paths) Datapath
+	// Paths are the paths that the environment sets; they win over the
+	// configuration's.
+	Paths redirect.Paths
+	// RedirectedByConsul reports whether Consul's own rules are in a namespace.
+	RedirectedByConsul func(netns string) (bool, error)
+	// AddressesIn lists the addresses that a namespace really has.
+	AddressesIn func(netns string) ([]netip.Addr, error)
+
+	Stdout io.Writer // the answer of CNI
+	Stderr io.Writer // remarks
+}
+
+// Add redirects the allocation's namespace and prints the previous result. It
+// may be called again, also with a new namespace for an ID that is known.
+// When it fails, nothing of the allocation is left behind.
+func (p *Plugin) Add(cmd *skel.CmdArgs) error {
+	conf, err := parseConfig(cmd.StdinData)
+	if err != nil {
+		return err
+	}
+	args := parseArgs(cmd.Args)
+	r := requester{job: args.job, containerID: cmd.ContainerID}
+	if conf.previous == nil {
+		return r.fail(types.ErrInvalidNetworkConfig, "prevResult: missing: this version of the plugin must be chained after an interface plugin")
+	}
+	mesh, err := r.mesh(args)
+	if err != nil {
+		return err
+	}
+	if mesh == nil {
+		if err := refuseOwnNetNS(cmd); err != nil {
+			return err
+		}
+		return conf.previous.print(p.Stdout)
+	}
+	request, err := r.request(mesh, conf)
+	if err != nil {
+		return err
+	}
+	key := keyOf(cmd)
+	datapath := p.open(conf)
+	if err := datapath.Add(redirect.Attachment{Key: key, NetNS: cmd.Netns, Request: request}); err != nil {
+		return r.failed("redirect namespace "+cmd.Netns, err)
+	}
+	p.note(r, request.Notes...)
+	if err := conf.previous.print(p.Stdout); err != nil {
+		return r.failed("print result", errors.Join(err, datapath.Remove(key)))
+	}
+	return nil
+}
+
+// Del ends the redirection of the allocation. It needs neither CNI_ARGS nor a
+// previous result nor a namespace, and it succeeds when there is nothing left
+// to end.
+func (p *Plugin) Del(cmd *skel.CmdArgs) error {
+	conf, err := decodeConfig(cmd.StdinData)
+	if err != nil {
+		return err
+	}
+	r := requester{containerID: cmd.ContainerID}
+	if err := p.open(conf).Remove(keyOf(cmd)); err != nil {
+		return r.failed("end redirection", err)
+	}
+	return nil
+}
+
+// Check verifies that the allocation is redirected as it was asked for, and
+// mends in place what it can: an error makes Nomad throw the namespace of a
+// running allocation away. An allocation without any mesh argument passes, and
+// so does a namespace that Consul's own rules redirect. The arguments are only
+// read closely where the record is lost.
+func (p *Plugin) Check(cmd *skel.CmdArgs) error {
+	conf, err := decodeConfig(cmd.StdinData)
+	if err != nil {
+		return err
+	}
+	args := parseArgs(cmd.Args)
+	if len(args.mesh) == 0 {
+		return nil
+	}
+	r := requester{job: args.job, containerID: cmd.ContainerID}
+	datapath := p.open(conf)
+	mended, err := datapath.Check(keyOf(cmd), cmd.Netns)
+	for _, what := range mended {
+		p.note(r, "mended: "+what)
+	}
+	if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNotLoaded) {
+		return p.restore(r, cmd, args, datapath)
+	}
+	if err != nil {
+		return r.failed("check redirection", err)
+	}
+	return nil
+}
+
+// restore redirects anew an allocation whose record is lost, from what the
+// runtime still knows of it. The namespace must be the one that the previous
+// result describes: in an empty one there is nothing to restore.
+func (p *Plugin) restore(r requester, cmd *skel.CmdArgs, args arguments, datapath Datapath) error {
+	consuls, err := p.RedirectedByConsul(cmd.Netns)
+	if err != nil {
+		return r.failed("look for Consul's own rules in "+cmd.Netns, err)
+	}
+	if consuls {
+		p.note(r, "redirected by Consul's own rules; left as it is")
+		return nil
+	}
+	conf, err := parseConfig(cmd.StdinData)
+	if err != nil {
+		return err
+	}
+	mesh, err := r.mesh(args)
+	if err != nil {
+		return err
+	}
+	if conf.previous == nil {
+		return r.fail(types.ErrUnknownContainer, "prevResult: missing: the record of this allocation is lost and cannot be restored without it")
+	}
+	request, err := r.request(mesh, conf)
+	if err != nil {
+		return err
+	}
+	present, err := p.AddressesIn(cmd.Netns)
+	if err != nil {
+		return r.failed("list addresses in "+cmd.Netns, err)
+	}
+	for _, addr := range request.Addresses {
+		if !slices.Contains(present, addr) {
+			return r.fail(types.ErrInvalidNetNS, fmt.Sprintf("address %s is not in %s: the namespace is not the one that ADD was given", addr, cmd.Netns))
+		}
+	}
+	if err := datapath.Add(redirect.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Request: request}); err != nil {
+		return r.failed("restore redirection", err)
+	}
+	p.note(r, "mended: the record was lost; redirected anew from CNI_ARGS and prevResult")
+	return nil
+}
+
+// Status reports whether an ADD would work now.
+func (p *Plugin) Status(cmd *skel.CmdArgs) error {
+	conf, err := parseConfig(cmd.StdinData)
+	if err != nil {
+		return err
+	}
+	if err := p.open(conf).Probe(); err != nil {
+		return types.NewError(types.ErrPluginNotAvailable, fmt.Sprintf("probe data path: %v", err), "")
+	}
+	return nil
+}
+
+// GC ends the redirection of every attachment of the named network that is
+// not in the list of valid ones. A request without a list is refused, an
+// empty list is not.
+func (p *Plugin) GC(cmd *skel.CmdArgs) error {
+	conf, err := decodeConfig(cmd.StdinData)
+	if err != nil {
+		return err
+	}
+	valid, err := conf.validAttachments()
+	if err != nil {
+		return err
+	}
+	removed, err := p.open(conf).Collect(conf.Name, valid)
+	for _, key := range removed {
+		p.note(requester{containerID: key.ContainerID}, "collected: no longer a valid attachment of network "+conf.Name)
+	}
+	if err != nil {
+		return types.NewError(codeOf(err), fmt.Sprintf("network %s: collect attachments: %v", conf.Name, err), "")
+	}
+	return nil
+}
+
+// Funcs are the plugin's commands as package skel wants them.
+func (p *Plugin) Funcs() skel.CNIFuncs {
+	return skel.CNIFuncs{Add: p.Add, Del: p.Del, Check: p.Check, GC: p.GC, Status: p.Status}
+}
+
+func (p *Plugin) open(conf *netConf) Datapath {
+	return p.Open(p.Paths.Or(conf.paths()))
+}
+
+// note tells remarks on stderr. A line that cannot be written there has
+// nowhere else to go.
+func (p *Plugin) note(r requester, remarks ...string) {
+	for _, remark := range remarks {
+		_, _ = fmt.Fprintf(p.Stderr, "weir: %s: %s\n", r, remark)
+	}
+}
+
+func keyOf(cmd *skel.CmdArgs) redirect.Key {
+	return redirect.Key{ContainerID: cmd.ContainerID, IfName: cmd.IfName}
+}
+
+// refuseOwnNetNS makes skel's own refusal before a result is printed, so that
+// stdout never holds both a result and an error.
+func refuseOwnNetNS(cmd *skel.CmdArgs) error {
+	if cmd.NetnsOverride == "1" || strings.EqualFold(cmd.NetnsOverride, "true") {
+		return nil
+	}
+	own, err := ns.CheckNetNS(cmd.Netns)
+	if err != nil {
+		return err
+	}
+	if own {
+		return types.NewError(types.ErrInvalidNetNS, fmt.Sprintf("namespace %s: it is the plugin's own", cmd.Netns), "")
+	}
+	return nil
+}

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package cni
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// netConf is the plugin's configuration on stdin: what of it the plugin reads.
+// Keys that it does not read, such as log_level, are accepted.
+type netConf struct {
+	CNIVersion string `json:"cniVersion"`
+	Name       string `json:"name"`
+
+	PinDir     string `json:"pinDir"`
+	StateDir   string `json:"stateDir"`
+	CgroupRoot string `json:"cgroupRoot"`
+
+	PrevResult json.RawMessage `json:"prevResult"`
+	Valid      json.RawMessage `json:"cni.dev/valid-attachments"`
+	// Attachments is the name that runtimes used before the specification
+	// settled on the other.
+	Attachments json.RawMessage `json:"cni.dev/attachments"`
+
+	previous *result // nil without a prevResult
+}
+
+// interfaceKeys are the keys of the reference bridge plugin. Whoever sets one
+// wants an interface made, which this version does not do.
+func interfaceKeys() []string {
+	return []string{
+		"bridge", "isGateway", "isDefaultGateway", "forceAddress", "ipMasq", "ipMasqBackend", "mtu", "hairpinMode",
+		"ipam", "promiscMode", "vlan", "vlanTrunk", "preserveDefaultVlan", "macspoofchk", "disableContainerInterface",
+		"enabledad", "portIsolation",
+	}
+}
+
+// decodeConfig reads the configuration as DEL and GC need it: without a look
+// at the previous result or at keys that matter to ADD alone.
+func decodeConfig(stdin []byte) (*netConf, error) {
+	conf := &netConf{}
+	if err := json.Unmarshal(stdin, conf); err != nil {
+		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("read network configuration: %v", err), "")
+	}
+	paths := []struct{ key, value string }{
+		{"pinDir", conf.PinDir}, {"stateDir", conf.StateDir}, {"cgroupRoot", conf.CgroupRoot},
+	}
+	for _, path := range paths {
+		if path.value != "" && !filepath.IsAbs(path.value) {
+			return nil, conf.refuse(types.ErrInvalidNetworkConfig, "%s %s: want an absolute path", path.key, quote(path.value))
+		}
+	}
+	return conf, nil
+}
+
+// parseConfig reads and validates the whole configuration.
+func parseConfig(stdin []byte) (*netConf, error) {
+	conf, err := decodeConfig(stdin)
+	if err != nil {
+		return nil, err
+	}
+	var keys map[string]json.RawMessage
+	if err := json.Unmarshal(stdin, &keys); err != nil {
+		return nil, conf.refuse(types.ErrDecodingFailure, "read network configuration: %v", err)
+	}
+	for _, key := range interfaceKeys() {
+		if value, ok := keys[key]; ok && !empty(value) {
+			return nil, conf.refuse(types.ErrUnsupportedField, "%s: this version makes no interface: remove the key and chain the plugin after one that does", key)
+		}
+	}
+	if empty(conf.PrevResult) {
+		return conf, nil
+	}
+	conf.previous, err = parseResult(conf.PrevResult, conf.CNIVersion)
+	if err != nil {
+		return nil, conf.refuse(types.ErrDecodingFailure, "prevResult: %v", err)
+	}
+	return conf, nil
+}
+
+func (c *netConf) refuse(code uint, format string, values ...any) error {
+	return types.NewError(code, fmt.Sprintf("network %s: ", c.Name)+fmt.Sprintf(format, values...), "")
+}
+
+func (c *netConf) paths() redirect.Paths {
+	return redirect.Paths{PinDir: c.PinDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
+}
+
+// validAttachments is the list that GC was given. A missing list is an error,
+// because taking it for an empty one would end every workload of the network;
+// null is how a runtime written in Go writes an empty one.
+func (c *netConf) validAttachments() ([]redirect.Key, error) {
+	list := c.Valid
+	if list == nil {
+		list = c.Attachments
+	}
+	if list == nil {
+		return nil, c.refuse(types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments: missing: nothing is collected without a list of what is valid")
+	}
+	var attachments []types.GCAttachment
+	if err := json.Unmarshal(list, &attachments); err != nil {
+		return nil, c.refuse(types.ErrDecodingFailure, "cni.dev/valid-attachments: %v", err)
+	}
+	valid := make([]redirect.Key, 0, len(attachments))
+	for i, attachment := range attachments {
+		if attachment.ContainerID == "" || attachment.IfName == "" {
+			return nil, c.refuse(types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments[%d]: want containerID and ifname", i)
+		}
+		valid = append(valid, redirect.Key{ContainerID: attachment.ContainerID, IfName: attachment.IfName})
+	}
+	return valid, nil
+}
+
+// empty reports a JSON value that says nothing: absent, null or {}. Libraries
+// write ipam as {} where there is none.
+func empty(value json.RawMessage) bool {
+	text := strings.TrimSpace(string(value))
+	return text == "" || text == "null" || text == "{}"
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package cni
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/containernetworking/cni/pkg/types"
+	"github.com/containernetworking/cni/pkg/utils"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Codes of the plugin's own errors, in the range that CNI leaves to plugins.
+// All other codes are CNI's.
+const (
+	// CodeConsulRules: Consul's own iptables or nftables rules are in the
+	// namespace. Remedy: stop the allocation, so that it gets a new one.
+	CodeConsulRules uint = 100
+	// CodeUnsupported: the host lacks what the data path needs. Remedy: Linux
+	// 6.1 or newer, with the root of cgroup v2 mounted.
+	CodeUnsupported uint = 101
+	// CodeIncompatible: the programs loaded on the node are of a version
+	// whose maps differ. Remedy: drain the node, unload, load.
+	CodeIncompatible uint = 102
+	// CodeDatapath: a step in the kernel or in the state directory went wrong.
+	CodeDatapath uint = 103
+)
+
+// requester is who asked, for texts.
+type requester struct {
+	job         redirect.Job
+	containerID string
+}
+
+// String names the allocation. Where the arguments hold no allocation ID, or
+// one that could not be an ID, the container ID does.
+func (r requester) String() string {
+	if utils.ValidateContainerID(r.job.AllocID) == nil {
+		return "allocation " + r.job.AllocID
+	}
+	return "allocation " + r.containerID
+}
+
+// fail is an error of CNI that names the allocation.
+func (r requester) fail(code uint, text string) error {
+	return types.NewError(code, fmt.Sprintf("%s: %s", r, text), "")
+}
+
+// failed is fail for a step and its cause, with the remedy as details.
+func (r requester) failed(step string, cause error) error {
+	return types.NewError(codeOf(cause), fmt.Sprintf("%s: %s: %v", r, step, cause), remedyFor(cause))
+}
+
+func codeOf(err error) uint {
+	switch {
+	case errors.Is(err, redirect.ErrConsulRules):
+		return CodeConsulRules
+	case errors.Is(err, redirect.ErrUnsupported):
+		return CodeUnsupported
+	case errors.Is(err, redirect.ErrIncompatible):
+		return CodeIncompatible
+	case errors.Is(err, redirect.ErrHostNetNS), errors.Is(err, redirect.ErrNetNSGone):
+		return types.ErrInvalidNetNS
+	case errors.Is(err, redirect.ErrUnknown):
+		return types.ErrUnknownContainer
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY):
+		return types.ErrTryAgainLater
+	default:
+		return CodeDatapath
+	}
+}
+
+func remedyFor(err error) string {
+	switch {
+	case errors.Is(err, redirect.ErrConsulRules):
+		return "stop the allocation: a new one gets a clean namespace"
+	case errors.Is(err, redirect.ErrUnsupported):
+		return "Linux 6.1 or newer is needed, with the root of cgroup v2 mounted; `weir status` names what is missing"
+	case errors.Is(err, redirect.ErrIncompatible):
+		return "drain the node, then run `weir unload` and `weir load`"
+	case errors.Is(err, redirect.ErrHostNetNS):
+		return "use network mode bridge or cni/*: the host's own namespace is never redirected"
+	case errors.Is(err, redirect.ErrNetNSGone):
+		return "the namespace ended while the plugin ran; Nomad makes a new one"
+	default:
+		return "`weir status` shows the state of the node"
+	}
+}
