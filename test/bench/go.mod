@@ -1,0 +1,15 @@
+module github.com/weirmesh/weir/test/bench
+
+go 1.26.0
+
+require (
+	github.com/cilium/ebpf v0.22.0
+	github.com/hashicorp/consul/sdk v0.17.1
+	github.com/vishvananda/netlink v1.3.1
+	github.com/weirmesh/weir v0.0.0
+	golang.org/x/sys v0.49.0
+)
+
+require github.com/vishvananda/netns v0.0.5 // indirect
+
+replace github.com/weirmesh/weir => ../..

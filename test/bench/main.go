@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Bench measures Weir side by side with no redirection and with Consul's own
+// iptables engine, on this machine, and prints a table. It must run as root:
+// it makes network namespaces and cgroups, loads Weir into a bpffs of its own,
+// and takes all of it away again. run.sh builds and starts it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+	"golang.org/x/sys/unix"
+)
+
+type options struct {
+	rounds   int
+	quick    bool
+	only     string
+	json     string
+	engine   string
+	plugin   string
+	revision string
+}
+
+func main() {
+	if len(os.Args) == 3 && (os.Args[1] == "serve" || os.Args[1] == "dial") {
+		if err := runWorker(os.Args[1], os.Args[2]); err != nil {
+			fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[1], err)
+			os.Exit(1)
+		}
+		return
+	}
+	var o options
+	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 15, with -quick 2)")
+	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
+	flag.StringVar(&o.only, "only", "", "measure only these, separated by commas")
+	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
+	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
+	flag.StringVar(&o.plugin, "plugin", "", "weir-cni")
+	flag.StringVar(&o.revision, "revision", "unknown", "what is measured, for the table")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := run(ctx, o, os.Stdout, os.Stderr); err != nil {
+		fmt.Fprintf(os.Stderr, "\nbench: %v\n", err)
+		os.Exit(1)
+	}
+}
+
+// run measures and prints the table to stdout, progress to stderr.
+func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
+	if os.Geteuid() != 0 {
+		return errors.New("make network namespaces: must be root")
+	}
+	if o.rounds == 0 {
+		o.rounds = 15
+		if o.quick {
+			o.rounds = 2
+		}
+	}
+	b := &bench{size: fullSizes(o.rounds), engine: o.engine, plugin: o.plugin, progress: stderr}
+	if o.quick {
+		b.size = quickSizes(o.rounds)
+	}
+	undo, err := b.prepare()
+	defer func() { err = errors.Join(err, undo()) }()
+	if err != nil {
+		return err
+	}
+	about, err := describeMachine(b.cpus, o.revision)
+	if err != nil {
+		return err
+	}
+	all := append(b.traffic(), b.setups()...)
+	chosen, err := choose(append(all, b.memory(), b.unrelated()), o.only)
+	if err != nil {
+		return err
+	}
+	var rows []row
+	for _, m := range chosen {
+		measured, err := b.measure(ctx, m)
+		if err != nil {
+			return err
+		}
+		rows = append(rows, measured...)
+	}
+	r := newReport(about, o.quick, rows)
+	if o.json != "" {
+		if err := r.save(o.json); err != nil {
+			return fmt.Errorf("save samples: %w", err)
+		}
+	}
+	return r.markdown(stdout)
+}
+
+// prepare makes what all measurements share. undo takes it away, also when
+// prepare did not come to its end.
+func (b *bench) prepare() (undo func() error, err error) {
+	var steps []func() error
+	undo = func() error {
+		var errs []error
+		for i := range steps {
+			errs = append(errs, steps[len(steps)-1-i]())
+		}
+		return errors.Join(errs...)
+	}
+	if b.cpus, err = cpuList(); err != nil {
+		return undo, err
+	}
+	dir, err := os.MkdirTemp("", "weir-bench-")
+	if err != nil {
+		return undo, err
+	}
+	steps = append(steps, func() error { return os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		return undo, err
+	}
+	b.netns = filepath.Join(dir, "netns")
+	bpffs, path := filepath.Join(dir, "bpf"), filepath.Join(dir, "path")
+	for _, made := range []string{b.netns, bpffs, path} {
+		if err := os.Mkdir(made, 0o755); err != nil {
+			return undo, err
+		}
+	}
+	if err := unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700"); err != nil {
+		return undo, fmt.Errorf("mount bpffs: %w", err)
+	}
+	steps = append(steps, func() error { return unix.Unmount(bpffs, unix.MNT_DETACH) })
+	b.paths = redirect.Paths{PinDir: filepath.Join(bpffs, "weir"), StateDir: filepath.Join(dir, "state")}
+	// Workers run under ordinary users, who may not reach the build's directory.
+	b.program = filepath.Join(dir, "worker")
+	if err := copyProgram(b.program); err != nil {
+		return undo, err
+	}
+	if err := preferNFT(path); err != nil {
+		return undo, err
+	}
+	root, err := cgroupRoot()
+	if err != nil {
+		return undo, err
+	}
+	for name, cgroup := range map[string]*string{"task": &b.task, "proxy": &b.proxy, "foreign": &b.foreign} {
+		*cgroup = filepath.Join(root, filepath.Base(dir)+"-"+name)
+		if err := os.Mkdir(*cgroup, 0o755); err != nil {
+			return undo, fmt.Errorf("make cgroup: %w", err)
+		}
+		steps = append(steps, func() error { return os.Remove(*cgroup) })
+	}
+	return undo, nil
+}
+
+func copyProgram(path string) error {
+	text, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, text, 0o755)
+}
+
+// cgroupRoot is where the root of the cgroup-v2 hierarchy is mounted.
+func cgroupRoot() (string, error) {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		_, filesystem, found := strings.Cut(line, " - ")
+		if found && len(fields) > 4 && fields[3] == "/" && strings.HasPrefix(filesystem, "cgroup2 ") {
+			return fields[4], nil
+		}
+	}
+	return "", errors.New("find root of cgroup v2: not mounted")
+}

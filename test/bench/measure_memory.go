@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/cilium/ebpf/pin"
+	"github.com/weirmesh/weir/redirect"
+	"golang.org/x/sys/unix"
+)
+
+// memory measures what many redirected namespaces cost the kernel beyond what
+// the namespaces cost without, and what the node pays once.
+func (b *bench) memory() measurement {
+	return measurement{
+		name: "memory", about: fmt.Sprintf("kernel memory of %d workloads", b.size.workloads), rounds: b.size.heavy,
+		variants: []string{weir, consul},
+		rows: []row{
+			{ID: "memory.workload", Name: "kernel memory per workload, all of it", Unit: "KiB", target: atMost(16, "KiB")},
+			{ID: "memory.objects", Name: "of it in BPF maps and programs", Unit: "KiB", target: atMost(16, "KiB")},
+			{ID: "memory.node", Name: "the node's shared part, all of it", Unit: "KiB"},
+			{ID: "memory.tables", Name: "of it in BPF maps and programs", Unit: "KiB"},
+		},
+		run: b.memoryOnce,
+	}
+}
+
+func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err error) {
+	var sites []*site
+	defer func() {
+		for _, s := range sites {
+			err = errors.Join(err, s.close())
+		}
+		err = errors.Join(err, settle(ctx))
+	}()
+	for range b.size.workloads {
+		s, err := newBareSite(b.netns, b.nextName())
+		if err != nil {
+			return nil, err
+		}
+		sites = append(sites, s)
+	}
+	each := float64(b.size.workloads)
+	if name == consul {
+		used, err := b.memoryOf(ctx, func() error {
+			for _, s := range sites {
+				if err := installConsul(s); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		return figures{"memory.workload": kibibytes(used) / each}, err
+	}
+
+	node, err := b.memoryOf(ctx, b.load)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, b.unload()) }()
+	tables, err := objectMemory(b.paths.PinDir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		for _, s := range sites {
+			err = errors.Join(err, redirect.New(b.paths).Remove(key(s)))
+		}
+	}()
+	used, err := b.memoryOf(ctx, func() error {
+		for _, s := range sites {
+			if err := redirect.New(b.paths).Add(attachment(s)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	all, err := objectMemory(b.paths.PinDir)
+	return figures{
+		"memory.workload": kibibytes(used) / each,
+		"memory.objects":  kibibytes(all-tables) / each,
+		"memory.node":     kibibytes(node),
+		"memory.tables":   kibibytes(tables),
+	}, err
+}
+
+// memoryOf is how many bytes of the machine are gone after f, caches and this
+// process's own heap not counted.
+func (b *bench) memoryOf(ctx context.Context, f func() error) (int64, error) {
+	measure := func() (free, own int64, err error) {
+		debug.FreeOSMemory()
+		unix.Sync()
+		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
+			return 0, 0, fmt.Errorf("drop caches: %w", err)
+		}
+		if err := settle(ctx); err != nil {
+			return 0, 0, err
+		}
+		if free, err = freeMemory(); err != nil {
+			return 0, 0, err
+		}
+		own, err = ownMemory()
+		return free, own, err
+	}
+	free, own, err := measure()
+	if err != nil {
+		return 0, err
+	}
+	if err := f(); err != nil {
+		return 0, err
+	}
+	freeAfter, ownAfter, err := measure()
+	return (free - freeAfter) - (ownAfter - own), err
+}
+
+func ownMemory() (int64, error) {
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(text)) {
+		if size, found := strings.CutPrefix(line, "RssAnon:"); found {
+			n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(size), " kB"), 10, 64)
+			return n << 10, err
+		}
+	}
+	return 0, errors.New("find RssAnon in /proc/self/status: not there")
+}
+
+// objectMemory is what the kernel charges for all maps and programs that are
+// pinned below dir, or that a pinned link or program there keeps alive.
+func objectMemory(dir string) (total int64, err error) {
+	maps, programs := map[ebpf.MapID]bool{}, map[ebpf.ProgramID]bool{}
+	for pinned, err := range pin.WalkDir(dir, nil) {
+		if err != nil {
+			return 0, fmt.Errorf("walk pins: %w", err)
+		}
+		switch object := pinned.Object.(type) {
+		case *ebpf.Map:
+			info, err := object.Info()
+			if err != nil {
+				return 0, fmt.Errorf("get info of %s: %w", pinned.Path, err)
+			}
+			if id, ok := info.ID(); ok {
+				maps[id] = true
+			}
+		case *ebpf.Program:
+			info, err := object.Info()
+			if err != nil {
+				return 0, fmt.Errorf("get info of %s: %w", pinned.Path, err)
+			}
+			if id, ok := info.ID(); ok {
+				programs[id] = true
+			}
+		case link.Link:
+			info, err := object.Info()
+			if err != nil {
+				return 0, fmt.Errorf("get info of %s: %w", pinned.Path, err)
+			}
+			programs[info.Program] = true
+		}
+	}
+	for id := range programs {
+		size, uses, err := programMemory(id)
+		if err != nil {
+			return 0, err
+		}
+		total += size
+		for _, id := range uses {
+			maps[id] = true
+		}
+	}
+	for id := range maps {
+		size, err := mapMemory(id)
+		if err != nil {
+			return 0, err
+		}
+		total += size
+	}
+	return total, nil
+}
+
+func programMemory(id ebpf.ProgramID) (size int64, uses []ebpf.MapID, err error) {
+	program, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return 0, nil, fmt.Errorf("open program %d: %w", id, err)
+	}
+	defer program.Close()
+	info, err := program.Info()
+	if err != nil {
+		return 0, nil, fmt.Errorf("get info of program %d: %w", id, err)
+	}
+	charged, ok := info.Memlock()
+	if !ok {
+		return 0, nil, fmt.Errorf("get memory of program %d: the kernel does not say", id)
+	}
+	uses, _ = info.MapIDs()
+	return int64(charged), uses, nil
+}
+
+func mapMemory(id ebpf.MapID) (int64, error) {
+	m, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return 0, fmt.Errorf("open map %d: %w", id, err)
+	}
+	defer m.Close()
+	info, err := m.Info()
+	if err != nil {
+		return 0, fmt.Errorf("get info of map %d: %w", id, err)
+	}
+	charged, ok := info.Memlock()
+	if !ok {
+		return 0, fmt.Errorf("get memory of map %d: the kernel does not say", id)
+	}
+	return int64(charged), nil
+}
+
+func kibibytes(bytes int64) float64 { return float64(bytes) / 1024 }

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestTargets(t *testing.T) {
+	for _, test := range []struct {
+		name    string
+		target  func(row) verdict
+		samples map[string][]float64
+		reached bool
+		figure  string
+	}{
+		{
+			"a fifth of the added cost is reached", addedCost,
+			map[string][]float64{direct: {10, 30}, weir: {12, 32}, consul: {20, 40}},
+			true, "+2.0 to +10.0 us, 0.20",
+		},
+		{
+			"more than a fifth is not", addedCost,
+			map[string][]float64{direct: {10, 30}, weir: {13, 33}, consul: {20, 40}},
+			false, "+3.0 to +10.0 us, 0.30",
+		},
+		{
+			"nothing is proved when iptables adds nothing", addedCost,
+			map[string][]float64{direct: {10}, weir: {9}, consul: {10}},
+			false, "",
+		},
+		{
+			"inside the floor's own noise", asTheFloor,
+			map[string][]float64{direct: {100, 100, 100}, directAgain: {90, 90, 110}, weir: {91, 91, 91}},
+			true, "x0.91, noise from x0.90",
+		},
+		{
+			"a quiet machine still leaves two percent", asTheFloor,
+			map[string][]float64{direct: {100}, directAgain: {100}, weir: {97}},
+			false, "x0.97, noise from x0.98",
+		},
+		{
+			"at the limit", atMost(1.5, "ms"),
+			map[string][]float64{weir: {1.5}}, true, "1.50 ms",
+		},
+		{
+			"over the limit", atMost(1.5, "ms"),
+			map[string][]float64{weir: {1.6}}, false, "1.60 ms",
+		},
+		{
+			"fast enough", timesFaster(5),
+			map[string][]float64{weir: {4}, consul: {60}}, true, "15.0 times",
+		},
+		{
+			"not fast enough", timesFaster(5),
+			map[string][]float64{weir: {20}, consul: {60}}, false, "3.0 times",
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			got := test.target(row{Unit: "us", Samples: test.samples})
+			if got.Reached != test.reached {
+				t.Errorf("reached = %t, want %t (%s)", got.Reached, test.reached, got.Figure)
+			}
+			if !strings.Contains(got.Figure, test.figure) {
+				t.Errorf("figure = %q, want %q", got.Figure, test.figure)
+			}
+		})
+	}
+}
+
+func TestMarkdownShowsEveryRow(t *testing.T) {
+	rows := []row{
+		{
+			ID: "a", Name: "connect p50", Unit: "us", Floor: direct, target: addedCost,
+			Samples: map[string][]float64{direct: {10, 20}, directAgain: {11, 21}, weir: {11, 21}, consul: {20, 30}},
+		},
+		{ID: "b", Name: "set-up", Unit: "ms", Samples: map[string][]float64{weir: {1}, consul: {50}}},
+	}
+	var out strings.Builder
+	if err := newReport(machine{CPU: "test CPU"}, false, rows).markdown(&out); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"| connect p50 | 15.0 us [12.5-17.5] | 16.0 us, x1.08 [1.06-1.09] |",
+		"| added at most 0.2 of iptables-nft's | **yes**: +1.0 to +10.0 us, 0.10 |",
+		"| set-up |  |  | 1.00 ms [1.00-1.00] | 50.0 ms [50.0-50.0] | | |",
+		"test CPU",
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("markdown lacks %q:\n%s", want, out.String())
+		}
+	}
+}
+
+func TestChoose(t *testing.T) {
+	all := []measurement{{name: "connect"}, {name: "churn"}, {name: "memory"}}
+	chosen, err := choose(all, "memory,connect")
+	if err != nil || len(chosen) != 2 || chosen[0].name != "memory" {
+		t.Errorf("choose = %v, %v, want memory and connect", chosen, err)
+	}
+	if _, err := choose(all, "memroy"); err == nil {
+		t.Error("choose accepted a name that nothing has")
+	}
+}

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/hashicorp/consul/sdk/iptables"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// The variants that are measured side by side.
+const (
+	direct      = "direct"       // the client dials the proxy itself: the floor
+	directAgain = "direct again" // the floor once more: what differs is noise
+	weir        = "Weir"
+	consul      = "iptables-nft" // Consul's own engine
+)
+
+// Who runs what in a site. The proxy's user is the one of Envoy's image.
+const (
+	taskUID  = 1000
+	proxyUID = 101
+	dnsAddr  = "10.99.0.1"
+	dnsPort  = 8600
+)
+
+// A variant redirects a site's traffic, or leaves it.
+type variant struct {
+	name     string
+	outbound netip.AddrPort // what a client in the site dials
+	inbound  netip.AddrPort // what a client outside dials
+	redirect bool           // the proxy must see an origin
+	install  func(*site) error
+	remove   func(*site) error
+}
+
+// variants are the four of a comparison of traffic. Weir's programs are loaded
+// only while Weir is measured: the floor is a machine without them.
+func (b *bench) variants() []variant {
+	nothing := func(*site) error { return nil }
+	out, in := addrPort(proxyOut), addrPort(proxyIn)
+	far, served := addrPort(remote), addrPort(service)
+	return []variant{
+		{direct, out, in, false, nothing, nothing},
+		{directAgain, out, in, false, nothing, nothing},
+		{weir, far, served, true, b.installWeir, b.removeWeir},
+		{consul, far, served, true, installConsul, nothing},
+	}
+}
+
+func (b *bench) installWeir(s *site) error {
+	if err := b.load(); err != nil {
+		return err
+	}
+	return redirect.New(b.paths).Add(attachment(s))
+}
+
+func (b *bench) removeWeir(s *site) error {
+	return errors.Join(redirect.New(b.paths).Remove(key(s)), b.unload())
+}
+
+func (b *bench) load() error {
+	_, err := redirect.New(b.paths).Load()
+	return err
+}
+
+func (b *bench) unload() error {
+	_, err := redirect.New(b.paths).Unload()
+	return err
+}
+
+func key(s *site) redirect.Key {
+	return redirect.Key{ContainerID: s.name, IfName: "eth0"}
+}
+
+func attachment(s *site) redirect.Attachment {
+	return redirect.Attachment{
+		Key:   key(s),
+		NetNS: s.inside,
+		Request: redirect.Request{
+			Network:      "bench",
+			Mode:         redirect.ModeTransparent,
+			ProxyUID:     proxyUID,
+			InboundPort:  inboundPort,
+			OutboundPort: outboundPort,
+			DNS:          redirect.DNS{Address: netip.MustParseAddr(dnsAddr), Port: dnsPort},
+			Addresses:    []netip.Addr{netip.MustParseAddr(insideAddr)},
+		},
+	}
+}
+
+// engineConfig asks Consul's engine for the same as attachment asks Weir.
+func engineConfig(s *site) iptables.Config {
+	return iptables.Config{
+		ConsulDNSIP:       dnsAddr,
+		ConsulDNSPort:     dnsPort,
+		ProxyUserID:       strconv.Itoa(proxyUID),
+		ProxyInboundPort:  inboundPort,
+		ProxyOutboundPort: outboundPort,
+		NetNS:             s.inside,
+	}
+}
+
+func installConsul(s *site) error {
+	return iptables.Setup(engineConfig(s), false)
+}
+
+// preferNFT puts a directory first on PATH in which iptables is the nf_tables
+// one, whatever the machine's alternatives say.
+func preferNFT(dir string) error {
+	for _, name := range []string{"iptables", "ip6tables"} {
+		target, err := filepath.EvalSymlinks("/usr/sbin/" + name + "-nft")
+		if err != nil {
+			return fmt.Errorf("find %s-nft: %w", name, err)
+		}
+		if err := os.Symlink(target, filepath.Join(dir, name)); err != nil {
+			return err
+		}
+	}
+	return os.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
