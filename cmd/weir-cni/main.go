@@ -21,6 +21,9 @@ environment (CNI_COMMAND and others) and its configuration on standard input.
 Install it in cni_path as consul-cni, and as weir for networks of your own.
 `
 
+// version is set by the linker; a plain go build leaves it to the module's.
+var version string
+
 func main() {
 	name := filepath.Base(os.Args[0])
 	if os.Getenv("CNI_COMMAND") == "" {
@@ -43,6 +46,9 @@ func main() {
 }
 
 func moduleVersion() string {
+	if version != "" {
+		return version
+	}
 	if build, ok := debug.ReadBuildInfo(); ok {
 		return build.Main.Version
 	}
