@@ -40,12 +40,18 @@ type guestRun struct {
 
 // message is one line from the guest.
 type message struct {
-	Ready   string `json:",omitempty"` // uname -r, when the tests can start
-	Package string `json:",omitempty"`
-	Output  []byte `json:",omitempty"`
-	Exit    *int   `json:",omitempty"` // of Package
-	Error   string `json:",omitempty"` // of the guest itself
-	Done    bool   `json:",omitempty"`
+	Ready   string     `json:",omitempty"` // uname -r, when the tests can start
+	Package string     `json:",omitempty"`
+	Output  []byte     `json:",omitempty"`
+	Exit    *guestExit `json:",omitempty"` // of Package
+	Error   string     `json:",omitempty"` // of the guest itself
+	Done    bool       `json:",omitempty"`
+}
+
+// guestExit is the end of a test binary.
+type guestExit struct {
+	Status int
+	Took   time.Duration
 }
 
 // guest is /init. The process with ID 1 reaps what the tests leave; the work is done by its child.
@@ -231,14 +237,15 @@ func runInGuest(say *json.Encoder, r guestRun, env []string) error {
 	out := portWriter{say, r.Package}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.WaitDelay = 5 * time.Second // a process that a test left may hold the pipe
+	start := time.Now()
 	err := cmd.Run()
 	if cmd.ProcessState == nil {
 		return fmt.Errorf("run %s: %w", r.Command[0], err)
 	}
-	code := cmd.ProcessState.ExitCode()
+	exit := guestExit{Status: cmd.ProcessState.ExitCode(), Took: time.Since(start)}
 	if errors.Is(err, exec.ErrWaitDelay) {
-		code = 1
+		exit.Status = 1
 		fmt.Fprintf(out, "%s left a process that holds its output\n", r.Package)
 	}
-	return say.Encode(message{Package: r.Package, Exit: &code})
+	return say.Encode(message{Package: r.Package, Exit: &exit})
 }

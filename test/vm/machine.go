@@ -21,13 +21,14 @@ import (
 // machine is how a guest of one architecture is run.
 type machine struct {
 	qemu    string
+	pkg     string
 	args    []string
 	console string
 }
 
 var machines = map[string]machine{
-	"amd64": {"qemu-system-x86_64", []string{"-machine", "q35"}, "ttyS0"},
-	"arm64": {"qemu-system-aarch64", []string{"-machine", "virt,gic-version=3"}, "ttyAMA0"},
+	"amd64": {"qemu-system-x86_64", "qemu-system-x86", []string{"-machine", "q35"}, "ttyS0"},
+	"arm64": {"qemu-system-aarch64", "qemu-system-arm", []string{"-machine", "virt,gic-version=3"}, "ttyAMA0"},
 }
 
 // guestBoot is one start of a guest.
@@ -43,7 +44,7 @@ type guestBoot struct {
 type transcript struct {
 	release string
 	output  map[string]*bytes.Buffer
-	exit    map[string]int
+	exit    map[string]*guestExit
 	done    bool
 	took    time.Duration
 }
@@ -80,7 +81,7 @@ func (b guestBoot) command(ctx context.Context) *exec.Cmd {
 // run boots the guest and listens until it powers itself off or the time is over.
 func (b guestBoot) run(ctx context.Context, hear func(message)) (transcript, error) {
 	start := time.Now()
-	t := transcript{output: map[string]*bytes.Buffer{}, exit: map[string]int{}}
+	t := transcript{output: map[string]*bytes.Buffer{}, exit: map[string]*guestExit{}}
 	ctx, cancel := context.WithTimeoutCause(ctx, b.timeout, errTimeout)
 	defer cancel()
 	ctx, late := context.WithCancelCause(ctx)
@@ -148,7 +149,7 @@ func (t *transcript) hear(m message) {
 		t.output[m.Package].Write(m.Output)
 	}
 	if m.Exit != nil {
-		t.exit[m.Package] = *m.Exit
+		t.exit[m.Package] = m.Exit
 	}
 	t.done = t.done || m.Done
 }

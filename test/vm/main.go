@@ -117,7 +117,7 @@ func start(ctx context.Context, o options) error {
 		return err
 	}
 	if _, err := exec.LookPath(machines[o.arch].qemu); err != nil {
-		return fmt.Errorf("find emulator: %w; test/tools/setup.sh vm installs it", err)
+		return fmt.Errorf("find emulator: %w; Debian's package %s has it", err, machines[o.arch].pkg)
 	}
 
 	var tests []suiteOfTests
@@ -141,7 +141,7 @@ func start(ctx context.Context, o options) error {
 		return err
 	}
 	if o.report {
-		return writeTable(filepath.Join(top, "README.md"), chosen, results)
+		return writeTable(filepath.Join(top, "README.md"), results)
 	}
 	return summarize(os.Stdout, chosen, results)
 }
@@ -277,8 +277,7 @@ func (r *run) one(ctx context.Context, k kernel, img image, tests []suiteOfTests
 		if output == nil {
 			output = &bytes.Buffer{}
 		}
-		exit, finished := said.exit[name]
-		p, err := readResult(ctx, name, output.Bytes(), exit, finished)
+		p, err := readResult(ctx, name, output.Bytes(), said.exit[name], r.run != "")
 		if err != nil {
 			return kernelResult{}, err
 		}

@@ -25,7 +25,7 @@ var guestModules = strings.Fields(`
 	ip_tables ip6_tables iptable_nat iptable_filter iptable_mangle ip6table_nat ip6table_filter
 	xt_REDIRECT xt_MASQUERADE xt_nat xt_owner xt_comment xt_conntrack xt_addrtype xt_tcpudp xt_multiport xt_mark
 	ipt_REJECT ip6t_REJECT nf_conntrack
-	tls? mptcp_diag?`)
+	tls? mptcp_diag? xfrm_user`)
 
 // module is one kernel module, unpacked.
 type module struct {

@@ -28,8 +28,9 @@ type suiteOfTests struct {
 // suites are the packages that run in the guests. The files are those that run on the host.
 var suites = []suiteOfTests{
 	{dir: "test"},
+	{dir: "redirect"},
 	{dir: "test/vm/refuse", tags: "refuse", refused: true},
 }
 
 // commands are built for the guest and lie in /src/bin, as in bin/ of a checkout.
-var commands = []string{}
+var commands = []string{"cmd/weir", "cmd/weir-cni"}

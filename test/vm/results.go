@@ -18,7 +18,6 @@ import (
 // event is a line of go tool test2json.
 type event struct {
 	Action, Test, Output string
-	Elapsed              float64
 }
 
 // packageResult is what one test binary did in one guest.
@@ -26,22 +25,21 @@ type packageResult struct {
 	name            string
 	passed, failed  []string // tests and subtests
 	skipped         []string
-	tests, subtests int // that ran
-	elapsed         float64
-	exit            int
-	finished        bool
+	tests, subtests int               // that ran
+	filtered        bool              // by -run: nothing to run is no failure
+	exit            *guestExit        // nil where the guest did not tell the end
 	output          map[string]string // by test; "" is the binary's own
 }
 
 // readResult turns the output of a test binary into a result. The binary ran with -test.v=test2json.
-func readResult(ctx context.Context, name string, output []byte, exit int, finished bool) (packageResult, error) {
+func readResult(ctx context.Context, name string, output []byte, exit *guestExit, filtered bool) (packageResult, error) {
 	cmd := exec.CommandContext(ctx, "go", "tool", "test2json", "-p", name)
 	cmd.Stdin = bytes.NewReader(output)
 	lines, err := cmd.Output()
 	if err != nil {
 		return packageResult{}, fmt.Errorf("read results of %s: %w", name, err)
 	}
-	r := packageResult{name: name, exit: exit, finished: finished, output: map[string]string{}}
+	r := packageResult{name: name, exit: exit, filtered: filtered, output: map[string]string{}}
 	for events := json.NewDecoder(bytes.NewReader(lines)); ; {
 		var e event
 		if err := events.Decode(&e); errors.Is(err, io.EOF) {
@@ -70,9 +68,6 @@ func (r *packageResult) add(e event) {
 	if e.Test == "" {
 		return
 	}
-	if !strings.Contains(e.Test, "/") {
-		r.elapsed += e.Elapsed
-	}
 	switch e.Action {
 	case "pass":
 		r.passed = append(r.passed, e.Test)
@@ -96,11 +91,11 @@ func (r *packageResult) complaints() []string {
 		why = append(why, fmt.Sprintf("%d without a result", r.tests+r.subtests-ended))
 	}
 	switch {
-	case !r.finished:
+	case r.exit == nil:
 		why = append(why, "did not finish")
-	case r.exit != 0 && len(r.failed) == 0:
-		why = append(why, fmt.Sprintf("exit status %d", r.exit))
-	case r.tests == 0:
+	case r.exit.Status != 0 && len(r.failed) == 0:
+		why = append(why, fmt.Sprintf("exit status %d", r.exit.Status))
+	case r.tests == 0 && !r.filtered:
 		why = append(why, "no test ran")
 	}
 	return why
@@ -108,10 +103,13 @@ func (r *packageResult) complaints() []string {
 
 // print writes the result as go test does, with the number of tests; output of what passed is left out.
 func (r *packageResult) print(w io.Writer) {
-	count := fmt.Sprintf("%d tests, %d subtests", r.tests, r.subtests)
+	count, took := fmt.Sprintf("%d tests, %d subtests", r.tests, r.subtests), "?"
+	if r.exit != nil {
+		took = fmt.Sprintf("%.1fs", r.exit.Took.Seconds())
+	}
 	why := r.complaints()
 	if len(why) == 0 {
-		fmt.Fprintf(w, "ok  \t%s\t%.1fs\t%s\n", r.name, r.elapsed, count)
+		fmt.Fprintf(w, "ok  \t%s\t%s\t%s\n", r.name, took, count)
 		return
 	}
 	good := map[string]bool{}
@@ -123,8 +121,6 @@ func (r *packageResult) print(w io.Writer) {
 			io.WriteString(w, r.output[name])
 		}
 	}
-	if text := r.output[""]; strings.Contains(text, "panic") || r.exit != 0 {
-		io.WriteString(w, text)
-	}
-	fmt.Fprintf(w, "FAIL\t%s\t%.1fs\t%s (%s)\n", r.name, r.elapsed, strings.Join(why, ", "), count)
+	io.WriteString(w, r.output[""])
+	fmt.Fprintf(w, "FAIL\t%s\t%s\t%s (%s)\n", r.name, took, strings.Join(why, ", "), count)
 }
