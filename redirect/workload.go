@@ -9,9 +9,10 @@ import (
 
 // Defaults that Consul's own redirection engine uses where a request is silent.
 const (
-	DefaultOutboundPort = 15001 // the proxy's outbound listener
-	DefaultDNSPort      = 53    // the port that applications dial for DNS
-	DefaultBudget       = 65536 // origin addresses that one workload may hold at a time
+	DefaultOutboundPort = 15001     // the proxy's outbound listener
+	DefaultDNSPort      = 53        // the port that applications dial for DNS
+	DefaultBudget       = 65536     // origin addresses that one workload may hold at a time
+	MaxBudget           = 1<<23 - 2 // indexes in the encoded range
 )
 
 // Key names one attachment of an allocation to a network, as CNI does. It is

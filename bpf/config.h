@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: MPL-2.0 */
+/* What user space sets: limits of the node, and the rows of one workload. */
+#ifndef WEIR_CONFIG_H
+#define WEIR_CONFIG_H
+
+#include "addr.h"
+
+/* Bits of config.flags. A bit that is clear spares the hook a lookup. */
+enum config_flag {
+	CONFIG_TRANSPARENT = 1 << 0, /* redirect what no rule exempts, out and in */
+	CONFIG_DNS = 1 << 1,         /* steer DNS to dns_addr:dns_port */
+	CONFIG_DNS_ANY = 1 << 2,     /* ... whatever server was dialled, not only dns_addr */
+	CONFIG_UIDS = 1 << 3,        /* the workload has excluded UIDs */
+	CONFIG_PORTS_OUT = 1 << 4,   /* ... excluded outbound ports */
+	CONFIG_PORTS_IN = 1 << 5,    /* ... excluded inbound ports */
+	CONFIG_CIDRS = 1 << 6,       /* ... excluded CIDRs */
+	CONFIG_IPV6 = 1 << 7,        /* the encoded IPv6 range is routed to lo in this namespace */
+};
+
+/* One generation of a workload's configuration. Never changed in place. */
+struct config {
+	enum config_flag flags;
+	__u32 proxy_uid; /* UID of the proxy as the plugin was told */
+	__u32 budget;    /* origin addresses that the workload may hold */
+	__u16 outbound_port;
+	__u16 inbound_port; /* 0: not known yet */
+	struct addr dns_addr;
+	__u16 dns_port;
+	__u16 pad[3];
+};
+
+enum exclusion_kind {
+	EXCLUSION_PORT_OUT = 1,
+	EXCLUSION_PORT_IN = 2,
+	EXCLUSION_UID = 3,
+};
+
+enum address_kind {
+	ADDRESS_OWN = 1,      /* the workload's own: traffic to it stays local */
+	ADDRESS_UPSTREAM = 2, /* an upstream's virtual IP: goes to its listener */
+};
+
+/* What one address means to a workload. */
+struct address {
+	enum address_kind kind;
+	__u16 port; /* of the upstream's listener */
+	__u16 pad;
+	struct addr listener;
+};
+
+#define DNS_PORT 53
+
+#endif

@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: MPL-2.0 */
+/* Numbers and fields of the kernel that no header for BPF programs has. */
+#ifndef WEIR_KERNEL_H
+#define WEIR_KERNEL_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_core_read.h>
+#include <stdbool.h>
+#include "addr.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
+#define IPPROTO_UDPLITE 136
+#define IPPROTO_MPTCP 262
+#define SOL_IP 0
+#define SOL_IPV6 41
+#define SO_ORIGINAL_DST 80 /* IP6T_SO_ORIGINAL_DST has the same number */
+#define LO_IFINDEX 1       /* lo is the first device of every namespace */
+
+#define EEXIST 17
+#define EADDRNOTAVAIL 99
+#define ENETUNREACH 101
+#define ECONNREFUSED 111
+
+struct sockaddr_in {
+	__u16 sin_family;
+	__u16 sin_port;
+	__u32 sin_addr;
+	__u8 sin_zero[8];
+};
+
+struct sockaddr_in6 {
+	__u16 sin6_family;
+	__u16 sin6_port;
+	__u32 sin6_flowinfo;
+	struct addr sin6_addr;
+	__u32 sin6_scope_id;
+};
+
+struct sock_common {
+	unsigned char skc_ipv6only : 1;
+} __attribute__((preserve_access_index));
+
+/* IPV6_V6ONLY of a TCP socket. bpf_getsockopt does not answer it, so it is
+ * read through BTF (bpf_skc_to_tcp6_sock: Linux 5.9). sock_common is the first
+ * member of tcp6_sock, whatever the kernel. */
+static __always_inline bool kernel_v6only(struct bpf_sock *sk)
+{
+	struct sock_common *common = (void *)bpf_skc_to_tcp6_sock(sk);
+
+	return common && BPF_CORE_READ_BITFIELD(common, skc_ipv6only);
+}
+
+#endif

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MPL-2.0
+/*
+ * The sk_lookup program of one namespace. It runs for every SYN that reaches a
+ * workload, once, and for nothing afterwards. The program type cannot ask for
+ * the namespace's cookie, so each workload has a copy with its own: user space
+ * puts it in place of the marker before it loads the program. One program for
+ * all namespaces would let one of them name another's connections.
+ */
+#include "kernel.h"
+#include "maps.h"
+#include "origin.h"
+#include "verdict.h"
+
+
+/* The immediate is "WEIRNSCK", the marker. */
+static __always_inline __u64 own_cookie(void)
+{
+	__u64 cookie;
+
+	asm volatile("%0 = 0x574549524e53434b ll" : "=r"(cookie));
+	return cookie;
+}
+
+static __always_inline void emit(struct bpf_sk_lookup *ctx, __u64 cookie, const struct addr *local,
+				 const struct addr *remote, enum verdict verdict)
+{
+	struct event *event;
+	struct addr *origin;
+
+	count(cookie, verdict);
+	event = event_reserve();
+	if (!event)
+		return;
+	origin = origin_resolve(cookie, local);
+	event->cookie = cookie;
+	event->source = *remote;
+	event->source_port = bpf_ntohs(ctx->remote_port);
+	event->origin = origin ? *origin : *local;
+	event->origin_port = ctx->local_port;
+	event->destination = *local;
+	event->destination_port = ctx->local_port;
+	event->verdict = verdict;
+	bpf_ringbuf_submit(event, 0);
+}
+
+/* Hands the connection to a listener of the role. A listener that cannot take
+ * it (closing, IPV6_V6ONLY) is passed over. */
+static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 role)
+{
+	struct listener_key key = { .cookie = cookie, .role = role };
+
+	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
+		struct bpf_sock *sk;
+		long err;
+
+		barrier_var(slot); /* a counter on the stack is unbounded to the verifier */
+		key.slot = slot;
+		sk = bpf_map_lookup_elem(&listeners, &key);
+
+		if (!sk)
+			continue;
+		err = bpf_sk_assign(ctx, sk, 0);
+		bpf_sk_release(sk);
+		if (!err)
+			return true;
+	}
+	return false;
+}
+
+/* The rules of a new connection to this namespace; the first that matches
+ * decides. VERDICT_LOCAL and VERDICT_REDIRECTED are counted where they were
+ * dialled. */
+static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
+					   const struct addr *local)
+{
+	bool six = ctx->family == AF_INET6;
+	__u32 index;
+
+	if (ctx->ingress_ifindex == LO_IFINDEX) {
+		/* What stays in the namespace is not the mesh's business. */
+		if (!addr_decode(local, &index))
+			return VERDICT_LOCAL;
+		if (assign(ctx, view->cookie, six ? LISTENER_OUTBOUND6 : LISTENER_OUTBOUND4))
+			return VERDICT_REDIRECTED;
+		/* Without a selection SK_PASS would fall through to whatever task
+		 * listens on the port that was dialled. */
+		return VERDICT_REFUSED_NO_PROXY;
+	}
+	/* Rows that are lost, or on their way out behind this program, must not
+	 * open what they closed. */
+	if (!view->config)
+		return VERDICT_REFUSED_TABLE;
+	if (!(view->config->flags & CONFIG_TRANSPARENT))
+		return VERDICT_DIRECT;
+	if ((view->config->flags & CONFIG_PORTS_IN) &&
+	    view_excludes(view, EXCLUSION_PORT_IN, ctx->local_port))
+		return VERDICT_INBOUND_EXCLUDED;
+	if (!view->config->inbound_port)
+		return VERDICT_REFUSED_INBOUND_UNKNOWN;
+	if (assign(ctx, view->cookie, six ? LISTENER_INBOUND6 : LISTENER_INBOUND4))
+		return VERDICT_INBOUND;
+	/* Never the application itself: that would be plain text past the mesh. */
+	return VERDICT_REFUSED_INBOUND_NO_PROXY;
+}
+
+SEC("sk_lookup")
+int weir_lookup(struct bpf_sk_lookup *ctx)
+{
+	struct addr local, remote;
+	enum verdict verdict;
+	struct view view;
+
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	if (ctx->family == AF_INET6) {
+		local = ADDR_OF_CTX(ctx->local_ip6);
+		remote = ADDR_OF_CTX(ctx->remote_ip6);
+		barrier(); /* keeps clang from merging the branches' reads */
+	} else {
+		local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
+		remote = addr_of_ip4(*(volatile __u32 *)&ctx->remote_ip4);
+	}
+	view_open(&view, own_cookie());
+	verdict = decide(ctx, &view, &local);
+	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
+		return SK_PASS;
+	emit(ctx, view.cookie, &local, &remote, verdict);
+	if (verdict == VERDICT_INBOUND || verdict == VERDICT_INBOUND_EXCLUDED)
+		return SK_PASS;
+	return SK_DROP;
+}
+
+char LICENSE[] SEC("license") = "Dual MPL/GPL";

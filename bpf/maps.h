@@ -1,0 +1,297 @@
+/* SPDX-License-Identifier: MPL-2.0 */
+/* Every map, and every struct that crosses into Go. */
+#ifndef WEIR_MAPS_H
+#define WEIR_MAPS_H
+
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+#include "addr.h"
+#include "config.h"
+
+#define MAX_WORKLOADS 16384
+#define MAX_ROWS 262144
+#define MAX_ORIGINS 1048576
+#define LISTENER_SLOTS 64
+
+/* In the order of the rules. A name that begins with REFUSED_ ended the
+ * connection with an error; every other one let it go on. */
+enum verdict {
+	VERDICT_REDIRECTED,
+	VERDICT_PROXY,
+	VERDICT_UID_EXCLUDED,
+	VERDICT_LOCAL,
+	VERDICT_UPSTREAM,
+	VERDICT_PORT_EXCLUDED,
+	VERDICT_CIDR_EXCLUDED,
+	VERDICT_DIRECT,
+	VERDICT_DNS,
+	VERDICT_UDP,
+	VERDICT_REFUSED_ENCODED,
+	VERDICT_REFUSED_FAMILY,
+	VERDICT_REFUSED_DEVICE,
+	VERDICT_REFUSED_BUDGET,
+	VERDICT_REFUSED_TABLE,
+	VERDICT_REFUSED_NO_PROXY,
+	VERDICT_INBOUND,
+	VERDICT_INBOUND_EXCLUDED,
+	VERDICT_REFUSED_INBOUND_NO_PROXY,
+	VERDICT_REFUSED_INBOUND_UNKNOWN,
+	VERDICT_LISTENER,
+	VERDICT_REFUSED_LISTENER_IDENTITY,
+	VERDICT_REFUSED_LISTENER_ADDRESS,
+	VERDICT_REFUSED_LISTENER_TABLE,
+	VERDICT_MAX,
+};
+
+struct verdict_counts {
+	__u64 count[VERDICT_MAX];
+};
+
+/* Which generation of a workload's rows is in force. Written by user space as
+ * the last step of a change; a generation is never used twice on a node, so a
+ * reader holds the old set or the new one and can tell when it holds neither. */
+struct workload {
+	__u64 generation;
+};
+
+struct config_key {
+	__u64 cookie;
+	__u64 generation;
+};
+
+struct exclusion_key {
+	__u64 cookie;
+	__u64 generation;
+	enum exclusion_kind kind;
+	__u32 value; /* port or UID */
+};
+
+struct address_key {
+	__u64 cookie;
+	__u64 generation;
+	struct addr addr;
+};
+
+struct cidr_key {
+	__u32 prefixlen; /* 128 for cookie and generation, plus the prefix */
+	__u32 scope[4];  /* cookie, generation */
+	struct addr addr;
+};
+
+enum proxy_flag {
+	PROXY_LISTENS4 = 1 << 0, /* a listener took IPv4 at some time */
+	PROXY_LISTENS6 = 1 << 1, /* ... IPv6 */
+	PROXY_SHARED = 1 << 2,   /* a task of another UID runs in its cgroup: the UID decides */
+	PROXY_PINNED = 1 << 3,   /* user space set the cgroup; the kernel does not learn another */
+};
+
+/* Who the proxy of a workload is, as far as the kernel has seen. */
+struct proxy {
+	__u64 cgroup;    /* of the proxy; 0: not known yet, its UID alone decides */
+	__u32 listeners; /* that this cgroup has open now */
+	enum proxy_flag flags;
+};
+
+struct origin_key {
+	__u64 cookie;
+	struct addr addr;
+};
+
+struct origin {
+	__u64 used_ns; /* CLOCK_MONOTONIC (coarse) of the last connect */
+	__u32 index;
+	__u32 pad;
+};
+
+struct index_key {
+	__u64 cookie;
+	__u32 index;
+	__u32 pad;
+};
+
+/* A workload's share of the index space. Written by the programs only. */
+struct budget {
+	__u32 next; /* wraps; an index in use is passed over */
+	__u32 used;
+};
+
+enum listener_role {
+	LISTENER_OUTBOUND4 = 1, /* takes IPv4 from the encoded range */
+	LISTENER_OUTBOUND6 = 2,
+	LISTENER_INBOUND4 = 3,
+	LISTENER_INBOUND6 = 4,
+};
+
+struct listener_key {
+	__u64 cookie;
+	enum listener_role role;
+	__u32 slot; /* below LISTENER_SLOTS: workers, hot restart */
+};
+
+/* Who bound a socket. sockops runs without a process and reads it here. */
+struct binder {
+	__u64 cgroup;
+	__u32 uid;
+	__u32 flags; /* BINDER_REGISTERED */
+};
+#define BINDER_REGISTERED 1
+
+/* What a socket's owner dialled where the rewritten address does not say it. */
+struct dialled {
+	struct addr addr;
+	struct addr actual; /* where the kernel was sent instead */
+	__u16 port;
+	__u16 actual_port;
+	__u32 pad;
+};
+
+/* The node's own row: set by user space, read by every event. */
+struct control {
+	__u64 events_until_ns; /* CLOCK_MONOTONIC; 0: nobody reads */
+	__u32 layout;          /* of all structs here; user space refuses another */
+	__u32 pad;
+	__u64 digest[2]; /* of the objects that the node runs; tells when to upgrade */
+};
+
+struct event {
+	__u64 time_ns; /* CLOCK_MONOTONIC */
+	__u64 cookie;
+	__u64 cgroup; /* 0 inbound, as are uid and pid */
+	struct addr source;      /* inbound: who dialled; outbound: zero */
+	struct addr origin;      /* what was dialled */
+	struct addr destination; /* where the verdict sent it */
+	__u32 uid;
+	__u32 pid;
+	enum verdict verdict;
+	__u16 origin_port;
+	__u16 destination_port;
+	__u16 source_port;
+	__u16 pad[3];
+	char comm[16];
+};
+
+/* Writer, reader, end of life:
+ *   workloads   user space    every hook    DEL, or its namespace is gone
+ *   configs     user space    every hook    a newer generation is in force
+ *   exclusions, addresses, cidrs            as configs
+ *   proxies     the kernel    connect       as workloads
+ *   budgets, origins, indexes the kernel    as workloads; origins by the collector
+ *   listeners   sockops       sk_lookup     the socket closes
+ *   verdicts    every hook    user space    as workloads
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_WORKLOADS);
+	__type(key, __u64);
+	__type(value, struct workload);
+} workloads SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 2 * MAX_WORKLOADS);
+	__type(key, struct config_key);
+	__type(value, struct config);
+} configs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ROWS);
+	__type(key, struct exclusion_key);
+	__type(value, __u32);
+} exclusions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ROWS);
+	__type(key, struct address_key);
+	__type(value, struct address);
+} addresses SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ROWS);
+	__type(key, struct cidr_key);
+	__type(value, __u32);
+} cidrs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_WORKLOADS);
+	__type(key, __u64);
+	__type(value, struct proxy);
+} proxies SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_WORKLOADS);
+	__type(key, __u64);
+	__type(value, struct budget);
+} budgets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ORIGINS);
+	__type(key, struct origin_key);
+	__type(value, struct origin);
+} origins SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ORIGINS);
+	__type(key, struct index_key);
+	__type(value, struct addr);
+} indexes SEC(".maps");
+
+/* No program is attached to this map, so a socket in it behaves as before. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 65536);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_WORKLOADS);
+	__type(key, __u64);
+	__type(value, struct verdict_counts);
+} verdicts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct binder);
+} binders SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct dialled);
+} dials SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct control);
+} control SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20); /* bytes */
+	__type(value, struct event);  /* says what a record is; the map itself has no values */
+} events SEC(".maps");
+
+#endif

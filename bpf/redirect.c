@@ -1,0 +1,502 @@
+// SPDX-License-Identifier: MPL-2.0
+/*
+ * A connection meets these programs in this order. All are attached once per
+ * node at the root of cgroup v2 and leave a socket of a foreign network
+ * namespace as it is after one map lookup.
+ *
+ *   application                              proxy (Envoy)
+ *   -----------                              -------------
+ *                                            bind     weir_bind4/6    who binds
+ *                                            listen   weir_sockops    register
+ *   connect   weir_connect4/6   decide, rewrite
+ *   sendto    weir_sendmsg4/6   DNS only
+ *             ~~~~~~~~ lo ~~~~~~~~>          SYN      weir_lookup     (lookup.c)
+ *                                            accept
+ *                                            SO_ORIGINAL_DST  weir_getsockopt
+ *   getpeername  weir_peername4/6
+ *   recvfrom     weir_recvmsg4/6  DNS only
+ */
+#include "kernel.h"
+#include "maps.h"
+#include "origin.h"
+#include "rules.h"
+#include "verdict.h"
+
+#define PAGE 4096
+
+static __always_inline int refuse(int errno)
+{
+	bpf_set_retval(-errno);
+	return 0;
+}
+
+static __always_inline void emit(const struct view *view, const struct dial *dial,
+				 enum verdict verdict)
+{
+	struct event *event;
+
+	count(view->cookie, verdict);
+	event = event_reserve();
+	if (!event)
+		return;
+	event->cookie = view->cookie;
+	event->cgroup = dial->cgroup;
+	event->uid = dial->uid;
+	event->pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(event->comm, sizeof(event->comm));
+	event->origin = dial->origin;
+	event->origin_port = dial->port;
+	event->destination = dial->destination;
+	event->destination_port = dial->destination_port;
+	event->verdict = verdict;
+	bpf_ringbuf_submit(event, 0);
+}
+
+/* Keeps what was dialled where the new address does not say it. A socket that
+ * connects again without a rewrite must not show the former peer. */
+static __always_inline void remember(struct bpf_sock *sk, const struct dial *dial, bool rewritten)
+{
+	struct dialled *dialled;
+
+	if (!rewritten) {
+		bpf_sk_storage_delete(&dials, sk);
+		return;
+	}
+	dialled = bpf_sk_storage_get(&dials, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!dialled)
+		return;
+	dialled->addr = dial->origin;
+	dialled->port = dial->port;
+	dialled->actual = dial->destination;
+	dialled->actual_port = dial->destination_port;
+}
+
+/* An IPv4 socket cannot be sent to an IPv6 address. */
+static __always_inline bool fits(const struct dial *dial)
+{
+	return dial->family == AF_INET6 || addr_is_mapped(&dial->destination);
+}
+
+static __always_inline bool is_tcp(__u32 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
+}
+
+static __always_inline bool is_udp(__u32 protocol)
+{
+	return protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE;
+}
+
+/* One body for connect and, with `datagram`, for an unconnected send. Returns
+ * 1 to go on, 0 to refuse; *rewritten says that dial->destination counts. */
+static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial, bool datagram,
+				    bool *rewritten)
+{
+	struct bpf_sock *sk = ctx->sk;
+	enum verdict verdict;
+	struct view view;
+
+	*rewritten = false;
+	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)))
+		return 1;
+	dial->destination = dial->origin;
+	dial->destination_port = dial->port;
+	dial->uid = (__u32)bpf_get_current_uid_gid();
+	dial->cgroup = bpf_get_current_cgroup_id();
+	if (datagram || is_udp(ctx->protocol))
+		verdict = decide_udp(&view, dial);
+	else if (is_tcp(ctx->protocol))
+		verdict = decide(sk, &view, dial);
+	else
+		return 1;
+	if (!fits(dial))
+		verdict = VERDICT_REFUSED_FAMILY;
+	/* A datagram that is left alone says nothing of the ones before it. */
+	if (datagram && verdict == VERDICT_UDP)
+		return 1;
+	emit(&view, dial, verdict);
+	switch (verdict) {
+	case VERDICT_REFUSED_ENCODED:
+		return refuse(ECONNREFUSED);
+	case VERDICT_REFUSED_FAMILY:
+	case VERDICT_REFUSED_DEVICE:
+	case VERDICT_REFUSED_BUDGET:
+	case VERDICT_REFUSED_TABLE:
+		return refuse(ENETUNREACH);
+	case VERDICT_REDIRECTED:
+		remember(sk, dial, false);
+		*rewritten = true;
+		return 1;
+	case VERDICT_UPSTREAM:
+	case VERDICT_DNS:
+		remember(sk, dial, true);
+		*rewritten = true;
+		return 1;
+	default:
+		remember(sk, dial, false);
+		return 1;
+	}
+}
+
+static __always_inline int redirect4(struct bpf_sock_addr *ctx, bool datagram)
+{
+	struct dial dial = {
+		.origin = addr_of_ip4(ctx->user_ip4),
+		.port = bpf_ntohs(ctx->user_port),
+		.family = AF_INET,
+	};
+	bool rewritten;
+	int ret = redirect(ctx, &dial, datagram, &rewritten);
+
+	if (rewritten) {
+		ctx->user_ip4 = dial.destination.word[3];
+		ctx->user_port = bpf_htons(dial.destination_port);
+	}
+	return ret;
+}
+
+static __always_inline int redirect6(struct bpf_sock_addr *ctx, bool datagram)
+{
+	struct dial dial = {
+		.origin = ADDR_OF_CTX(ctx->user_ip6),
+		.port = bpf_ntohs(ctx->user_port),
+		.family = AF_INET6,
+	};
+	bool rewritten;
+	int ret = redirect(ctx, &dial, datagram, &rewritten);
+
+	if (rewritten) {
+		ctx->user_ip6[0] = dial.destination.word[0];
+		ctx->user_ip6[1] = dial.destination.word[1];
+		ctx->user_ip6[2] = dial.destination.word[2];
+		ctx->user_ip6[3] = dial.destination.word[3];
+		ctx->user_port = bpf_htons(dial.destination_port);
+	}
+	return ret;
+}
+
+SEC("cgroup/connect4")
+int weir_connect4(struct bpf_sock_addr *ctx)
+{
+	return redirect4(ctx, false);
+}
+
+SEC("cgroup/connect6")
+int weir_connect6(struct bpf_sock_addr *ctx)
+{
+	return redirect6(ctx, false);
+}
+
+SEC("cgroup/sendmsg4")
+int weir_sendmsg4(struct bpf_sock_addr *ctx)
+{
+	return redirect4(ctx, true);
+}
+
+SEC("cgroup/sendmsg6")
+int weir_sendmsg6(struct bpf_sock_addr *ctx)
+{
+	return redirect6(ctx, true);
+}
+
+/* The name that an application should see for `seen`: what it dialled. Only
+ * the dialling socket has a row or an encoded peer; an accepted one has the
+ * workload's own address there. */
+static __always_inline bool rename_peer(struct bpf_sock_addr *ctx, struct addr *seen, __u16 *port,
+					bool encoded)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct dialled *dialled;
+	struct addr *origin;
+
+	if (!ctx->sk || !bpf_map_lookup_elem(&workloads, &cookie))
+		return false;
+	origin = encoded ? origin_resolve(cookie, seen) : NULL;
+	if (origin) {
+		*seen = *origin;
+		return true;
+	}
+	dialled = bpf_sk_storage_get(&dials, ctx->sk, NULL, 0);
+	if (!dialled || dialled->actual_port != *port || !addr_equal(&dialled->actual, seen))
+		return false;
+	*seen = dialled->addr;
+	*port = dialled->port;
+	return true;
+}
+
+static __always_inline int rename_peer4(struct bpf_sock_addr *ctx, bool encoded)
+{
+	struct addr seen = addr_of_ip4(ctx->user_ip4);
+	__u16 port = bpf_ntohs(ctx->user_port);
+
+	if (rename_peer(ctx, &seen, &port, encoded) && addr_is_mapped(&seen)) {
+		ctx->user_ip4 = seen.word[3];
+		ctx->user_port = bpf_htons(port);
+	}
+	return 1;
+}
+
+static __always_inline int rename_peer6(struct bpf_sock_addr *ctx, bool encoded)
+{
+	struct addr seen = ADDR_OF_CTX(ctx->user_ip6);
+	__u16 port = bpf_ntohs(ctx->user_port);
+
+	if (rename_peer(ctx, &seen, &port, encoded)) {
+		ctx->user_ip6[0] = seen.word[0];
+		ctx->user_ip6[1] = seen.word[1];
+		ctx->user_ip6[2] = seen.word[2];
+		ctx->user_ip6[3] = seen.word[3];
+		ctx->user_port = bpf_htons(port);
+	}
+	return 1;
+}
+
+SEC("cgroup/getpeername4")
+int weir_peername4(struct bpf_sock_addr *ctx)
+{
+	return rename_peer4(ctx, true);
+}
+
+SEC("cgroup/getpeername6")
+int weir_peername6(struct bpf_sock_addr *ctx)
+{
+	return rename_peer6(ctx, true);
+}
+
+SEC("cgroup/recvmsg4")
+int weir_recvmsg4(struct bpf_sock_addr *ctx)
+{
+	return rename_peer4(ctx, false);
+}
+
+SEC("cgroup/recvmsg6")
+int weir_recvmsg6(struct bpf_sock_addr *ctx)
+{
+	return rename_peer6(ctx, false);
+}
+
+/* Who binds: sockops, which registers listeners, runs without a process. */
+static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
+{
+	struct binder *binder;
+	struct view view;
+	__u32 index;
+
+	if (!view_open(&view, bpf_get_netns_cookie(sk)))
+		return 1;
+	if (!is_tcp(sk->protocol))
+		return 1;
+	/* A source in the range would show a peer that nobody dialled. */
+	if (addr_decode(local, &index)) {
+		count(view.cookie, VERDICT_REFUSED_ENCODED);
+		return refuse(EADDRNOTAVAIL);
+	}
+	binder = bpf_sk_storage_get(&binders, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (binder) {
+		binder->uid = (__u32)bpf_get_current_uid_gid();
+		binder->cgroup = bpf_get_current_cgroup_id();
+	}
+	return 1;
+}
+
+SEC("cgroup/post_bind4")
+int weir_bind4(struct bpf_sock *sk)
+{
+	struct addr local = addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
+
+	return bind(sk, &local);
+}
+
+SEC("cgroup/post_bind6")
+int weir_bind6(struct bpf_sock *sk)
+{
+	struct addr local = ADDR_OF_CTX(sk->src_ip6);
+
+	return bind(sk, &local);
+}
+
+/* Puts a listener into the first free slot of a role. The slots hold workers
+ * and both sides of a hot restart; an occupied one is never taken over. */
+static __always_inline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
+{
+	struct listener_key key = { .cookie = cookie, .role = role };
+	int err = -EEXIST;
+
+	for (__u32 slot = 0; slot < LISTENER_SLOTS && err == -EEXIST; slot++) {
+		barrier_var(slot);
+		key.slot = slot;
+		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
+	}
+	return err;
+}
+
+/* The cgroup of the first listener under the proxy's UID is the proxy's. A
+ * second claimant has to wait until the first has no listener left, which is
+ * how a restarted proxy gets in and a task beside a living one does not. */
+static __always_inline bool claim(struct proxy *proxy, const struct binder *binder)
+{
+	__u64 known = proxy->cgroup;
+
+	if (known == binder->cgroup)
+		return true;
+	if (known && (proxy->listeners || (proxy->flags & PROXY_PINNED)))
+		return false;
+	return __sync_val_compare_and_swap(&proxy->cgroup, known, binder->cgroup) == known;
+}
+
+static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view *view)
+{
+	struct addr local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
+	bool outbound = ctx->local_port == view->config->outbound_port;
+	bool inbound = ctx->local_port == view->config->inbound_port;
+	bool take4 = true, take6 = false;
+	__u64 cookie = view->cookie;
+	struct bpf_sock *sk = ctx->sk;
+	struct binder *binder;
+	struct proxy *proxy;
+	int err = 0;
+
+	if ((!outbound && !inbound) || !sk)
+		return;
+	if (ctx->family == AF_INET6) {
+		local = ADDR_OF_CTX(ctx->local_ip6);
+		barrier(); /* keeps clang from merging the branches' reads */
+		take4 = addr_is_mapped(&local) || addr_is_unspecified(&local);
+		take6 = !addr_is_mapped(&local);
+	}
+	/* 127.0.0.2:15001 is no outbound listener of Consul's. */
+	if (outbound && !addr_is_unspecified(&local) && !addr_is_first_loopback(&local)) {
+		count(cookie, VERDICT_REFUSED_LISTENER_ADDRESS);
+		return;
+	}
+	proxy = bpf_map_lookup_elem(&proxies, &cookie);
+	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
+	if (!proxy || !binder || binder->uid != view->config->proxy_uid || !claim(proxy, binder)) {
+		count(cookie, VERDICT_REFUSED_LISTENER_IDENTITY);
+		return;
+	}
+	if (take4)
+		err = enlist(ctx, cookie, outbound ? LISTENER_OUTBOUND4 : LISTENER_INBOUND4);
+	if (take6 && !err)
+		err = enlist(ctx, cookie, outbound ? LISTENER_OUTBOUND6 : LISTENER_INBOUND6);
+	if (err) {
+		count(cookie, VERDICT_REFUSED_LISTENER_TABLE);
+		return;
+	}
+	if (outbound)
+		__sync_fetch_and_or((__u32 *)&proxy->flags, (take4 ? PROXY_LISTENS4 : 0) |
+							   (take6 ? PROXY_LISTENS6 : 0));
+	binder->flags |= BINDER_REGISTERED;
+	__sync_fetch_and_add(&proxy->listeners, 1);
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	count(cookie, VERDICT_LISTENER);
+}
+
+static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)
+{
+	struct proxy *proxy = bpf_map_lookup_elem(&proxies, &cookie);
+	struct bpf_sock *sk = ctx->sk;
+	struct binder *binder;
+
+	if (!proxy || !sk)
+		return;
+	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
+	if (!binder || !(binder->flags & BINDER_REGISTERED))
+		return;
+	binder->flags &= ~BINDER_REGISTERED;
+	if (proxy->listeners)
+		__sync_fetch_and_add(&proxy->listeners, -1);
+}
+
+/* An accepted socket of a registered listener inherits the listener's flag and
+ * has no use for it. The flag of anybody else's program stays. */
+static __always_inline void accepted(struct bpf_sock_ops *ctx)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+
+	if (bpf_map_lookup_elem(&workloads, &cookie))
+		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
+						       ~BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+SEC("sockops")
+int weir_sockops(struct bpf_sock_ops *ctx)
+{
+	struct view view;
+
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		if (view_open(&view, bpf_get_netns_cookie(ctx)) && view.config)
+			listened(ctx, &view);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[0] == BPF_TCP_LISTEN && ctx->args[1] == BPF_TCP_CLOSE)
+			closed(ctx, bpf_get_netns_cookie(ctx));
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		if (ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG)
+			accepted(ctx);
+		break;
+	}
+	return 1;
+}
+
+/* Writes what SO_ORIGINAL_DST answers: the origin's own family, whatever the
+ * family of the socket. False where the caller's buffer is too short. */
+static __always_inline bool answer(struct bpf_sockopt *ctx, const struct addr *addr, __u16 port)
+{
+	struct sockaddr_in *in = ctx->optval;
+	struct sockaddr_in6 *in6 = ctx->optval;
+
+	if (addr_is_mapped(addr)) {
+		if ((void *)(in + 1) > ctx->optval_end)
+			return false;
+		*in = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = bpf_htons(port),
+					    .sin_addr = addr->word[3] };
+		ctx->optlen = sizeof(*in);
+	} else {
+		if ((void *)(in6 + 1) > ctx->optval_end)
+			return false;
+		*in6 = (struct sockaddr_in6){ .sin6_family = AF_INET6,
+					      .sin6_port = bpf_htons(port), .sin6_addr = *addr };
+		ctx->optlen = sizeof(*in6);
+	}
+	/* Apart from the store to optlen: clang merges the two into one of 64
+	 * bits, which the verifier refuses. */
+	barrier();
+	ctx->retval = 0;
+	return true;
+}
+
+SEC("cgroup/getsockopt")
+int weir_getsockopt(struct bpf_sockopt *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct addr local, *origin;
+	struct view view;
+
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
+		goto foreign;
+	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)) || !view.config)
+		goto foreign;
+	if (sk->family == AF_INET6)
+		local = ADDR_OF_CTX(sk->src_ip6);
+	else
+		local = addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
+	origin = origin_resolve(view.cookie, &local);
+	if (origin && answer(ctx, origin, sk->src_port))
+		return 1;
+	/* Inbound, sk_lookup left the local address as it was dialled. Only the
+	 * proxy may be told so: for a task there was no redirect. */
+	if (!origin && !addr_is_local(&local) && view.config->inbound_port &&
+	    (__u32)bpf_get_current_uid_gid() == view.config->proxy_uid &&
+	    answer(ctx, &local, sk->src_port))
+		return 1;
+foreign:
+	/* The kernel hands over one page; a longer answer keeps its own buffer. */
+	if (ctx->optlen > PAGE)
+		ctx->optlen = 0;
+	return 1;
+}
+
+char LICENSE[] SEC("license") = "Dual MPL/GPL";

@@ -1,0 +1,173 @@
+/* SPDX-License-Identifier: MPL-2.0 */
+/* The rules of an outbound connection, in order. Nothing here touches the
+ * socket: decide first, record afterwards. */
+#ifndef WEIR_RULES_H
+#define WEIR_RULES_H
+
+#include "kernel.h"
+#include "maps.h"
+#include "origin.h"
+
+/* What a task asks for, and where it is sent. */
+struct dial {
+	struct addr origin;
+	struct addr destination;
+	__u16 port; /* of origin */
+	__u16 destination_port;
+	__u16 family; /* of the socket, not of the address */
+	__u32 uid;
+	__u64 cgroup;
+};
+
+/* The proxy is the UID that the plugin was told and, once its listeners have
+ * shown it, the cgroup they live in: a task that runs under the proxy's UID
+ * elsewhere stays in the mesh. */
+static __always_inline bool is_proxy(const struct view *view, struct proxy *proxy, __u32 uid,
+				     __u64 cgroup)
+{
+	if (uid != view->config->proxy_uid) {
+		if (proxy && proxy->cgroup == cgroup && !(proxy->flags & PROXY_SHARED))
+			__sync_fetch_and_or((__u32 *)&proxy->flags, PROXY_SHARED);
+		return false;
+	}
+	return !proxy || !proxy->cgroup || proxy->cgroup == cgroup;
+}
+
+static __always_inline bool wants_dns(const struct view *view, const struct dial *dial)
+{
+	if (dial->port != DNS_PORT || !(view->config->flags & CONFIG_DNS))
+		return false;
+	return (view->config->flags & CONFIG_DNS_ANY) ||
+	       addr_equal(&dial->origin, &view->config->dns_addr);
+}
+
+static __noinline bool listening(__u64 cookie, __u32 role)
+{
+	struct listener_key key = { .cookie = cookie, .role = role };
+
+	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
+		struct bpf_sock *sk;
+
+		barrier_var(slot); /* a counter on the stack is unbounded to the verifier */
+		key.slot = slot;
+		sk = bpf_map_lookup_elem(&listeners, &key);
+		if (sk) {
+			bpf_sk_release(sk);
+			return true;
+		}
+	}
+	return false;
+}
+
+/* Encodes the origin in the family that socket and proxy have in common. The
+ * port stays. A family that the proxy cannot take is refused: it must never
+ * pass the mesh. While no listener was seen, IPv4 is assumed, as in Consul. */
+static __always_inline enum verdict encode(struct bpf_sock *sk, const struct view *view,
+					   struct proxy *proxy, struct dial *dial)
+{
+	__u32 listens = proxy ? proxy->flags & (PROXY_LISTENS4 | PROXY_LISTENS6) : 0;
+	enum verdict refusal = VERDICT_REFUSED_TABLE;
+	bool use4 = true, use6 = false;
+	__u32 index;
+
+	if (dial->family == AF_INET6) {
+		struct addr source = ADDR_OF_CTX(sk->src_ip6);
+		bool mapped = addr_is_mapped(&source);
+
+		use4 = (mapped || addr_is_unspecified(&source)) && !kernel_v6only(sk);
+		use6 = !mapped && (view->config->flags & CONFIG_IPV6);
+	}
+	if (listens == (PROXY_LISTENS4 | PROXY_LISTENS6)) {
+		/* Both were seen, perhaps at different times: ask what is there now. */
+		bool six = listening(view->cookie, LISTENER_OUTBOUND6);
+
+		if (six && use6 && !addr_is_mapped(&dial->origin))
+			use4 = false;
+		else if (use6 && six)
+			use4 = use4 && listening(view->cookie, LISTENER_OUTBOUND4);
+		else
+			use6 = false;
+		if (!use6 && dial->family == AF_INET && six &&
+		    !listening(view->cookie, LISTENER_OUTBOUND4))
+			use4 = false;
+	} else if (listens == PROXY_LISTENS6) {
+		use4 = false;
+	} else {
+		use6 = false;
+	}
+	if (!use4 && !use6)
+		return VERDICT_REFUSED_FAMILY;
+	index = origin_intern(view, &dial->origin, &refusal);
+	if (!index)
+		return refusal;
+	dial->destination = use4 ? addr_encode4(index) : addr_encode6(index);
+	return VERDICT_REDIRECTED;
+}
+
+/* The rules of a TCP connection; the first that matches decides. */
+static __always_inline enum verdict decide(struct bpf_sock *sk, const struct view *view,
+					   struct dial *dial)
+{
+	__u64 cookie = view->cookie;
+	struct address_key key = {
+		.cookie = view->cookie,
+		.generation = view->generation,
+		.addr = dial->origin,
+	};
+	struct address *address;
+	struct proxy *proxy;
+	__u32 index;
+
+	if (!view->config)
+		return VERDICT_REFUSED_TABLE;
+	/* Before the loopback rule: a task that dials the range itself would
+	 * otherwise reach the proxy with another connection's origin. */
+	if (addr_decode(&dial->origin, &index))
+		return VERDICT_REFUSED_ENCODED;
+	/* Before the exemptions: the proxy and excluded UIDs resolve names too. */
+	if (wants_dns(view, dial)) {
+		dial->destination = view->config->dns_addr;
+		dial->destination_port = view->config->dns_port;
+		return VERDICT_DNS;
+	}
+	proxy = bpf_map_lookup_elem(&proxies, &cookie);
+	if (is_proxy(view, proxy, dial->uid, dial->cgroup))
+		return VERDICT_PROXY;
+	if ((view->config->flags & CONFIG_UIDS) &&
+	    view_excludes(view, EXCLUSION_UID, dial->uid))
+		return VERDICT_UID_EXCLUDED;
+	if (addr_is_local(&dial->origin))
+		return VERDICT_LOCAL;
+	address = bpf_map_lookup_elem(&addresses, &key);
+	if (address && address->kind == ADDRESS_OWN)
+		return VERDICT_LOCAL;
+	if (address) {
+		dial->destination = address->listener;
+		dial->destination_port = address->port;
+		return VERDICT_UPSTREAM;
+	}
+	if ((view->config->flags & CONFIG_PORTS_OUT) &&
+	    view_excludes(view, EXCLUSION_PORT_OUT, dial->port))
+		return VERDICT_PORT_EXCLUDED;
+	if ((view->config->flags & CONFIG_CIDRS) && view_excludes_cidr(view, &dial->origin))
+		return VERDICT_CIDR_EXCLUDED;
+	if (!(view->config->flags & CONFIG_TRANSPARENT))
+		return VERDICT_DIRECT;
+	/* The proxy is on lo; such a socket cannot send there. */
+	if (sk->bound_dev_if)
+		return VERDICT_REFUSED_DEVICE;
+	return encode(sk, view, proxy, dial);
+}
+
+static __always_inline enum verdict decide_udp(const struct view *view, struct dial *dial)
+{
+	if (!view->config)
+		return VERDICT_REFUSED_TABLE;
+	if (!wants_dns(view, dial))
+		return VERDICT_UDP;
+	dial->destination = view->config->dns_addr;
+	dial->destination_port = view->config->dns_port;
+	return VERDICT_DNS;
+}
+
+#endif

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A listener that is older than the workload's rows was not seen by sockops:
+// of an adopted allocation, after lost maps, or on a port that Consul named
+// only later. adopt takes such listeners in from user space, under the same
+// identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6).
+func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []string, err error) {
+	sockets, err := ns.listening(w)
+	if err != nil || len(sockets) == 0 {
+		return nil, err
+	}
+	proxy, err := tables.proxyState(ns.cookie)
+	if err != nil {
+		return nil, err
+	}
+	for _, socket := range sockets {
+		roles := listenerRolesOf(socket, w)
+		if len(roles) == 0 || socket.UID != w.ProxyUID {
+			continue
+		}
+		missing, err := tables.missingFrom(ns.cookie, roles, socketCookie(socket))
+		if err != nil {
+			return adopted, err
+		}
+		if len(missing) == 0 {
+			continue
+		}
+		fd, cgroup, err := ns.copySocket(socket.INode, paths)
+		if errors.Is(err, errNoOwner) {
+			continue // closed in between, or its owner is ending
+		}
+		if err != nil {
+			return adopted, err
+		}
+		if proxy.Cgroup != 0 && cgroup != 0 && proxy.Cgroup != cgroup {
+			unix.Close(fd)
+			continue // a second claimant
+		}
+		err = tables.enlist(ns.cookie, missing, fd)
+		unix.Close(fd)
+		if err != nil {
+			return adopted, err
+		}
+		if proxy.Cgroup == 0 {
+			proxy.Cgroup = cgroup
+			proxy.Flags |= bpfProxyFlagPROXY_PINNED
+		}
+		for _, role := range roles {
+			proxy.Flags |= roleFlag(role)
+		}
+		if err := tables.put("proxies", ns.cookie, proxy, ebpf.UpdateAny); err != nil {
+			return adopted, err
+		}
+		adopted = append(adopted, fmt.Sprintf("listener %s taken in",
+			netip.AddrPortFrom(socketAddr(socket), socket.ID.SourcePort)))
+	}
+	return adopted, nil
+}
+
+func roleFlag(role bpfListenerRole) bpfProxyFlag {
+	switch role {
+	case bpfListenerRoleLISTENER_OUTBOUND4:
+		return bpfProxyFlagPROXY_LISTENS4
+	case bpfListenerRoleLISTENER_OUTBOUND6:
+		return bpfProxyFlagPROXY_LISTENS6
+	}
+	return 0
+}
+
+// listening returns the namespace's TCP listeners on the proxy's ports.
+func (ns *namespace) listening(w Workload) (found []*netlink.Socket, err error) {
+	err = ns.do(func() error {
+		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+			sockets, err := netlink.SocketDiagTCP(family)
+			if err != nil {
+				return fmt.Errorf("list listeners: %w", err)
+			}
+			for _, socket := range sockets {
+				port := socket.ID.SourcePort
+				if socket.State == unix.BPF_TCP_LISTEN && (port == w.OutboundPort || port == w.InboundPort) {
+					found = append(found, socket)
+				}
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
+func socketAddr(socket *netlink.Socket) netip.Addr {
+	addr, _ := netip.AddrFromSlice(socket.ID.Source)
+	return addr
+}
+
+func socketCookie(socket *netlink.Socket) uint64 {
+	return uint64(socket.ID.Cookie[1])<<32 | uint64(socket.ID.Cookie[0])
+}
+
+// listenerRolesOf is the test that weir_sockops makes on a new listener's
+// address: which roles it can serve.
+func listenerRolesOf(socket *netlink.Socket, w Workload) (roles []bpfListenerRole) {
+	addr := socketAddr(socket)
+	take4 := addr.Is4() || addr.Is4In6() || addr.IsUnspecified()
+	take6 := socket.Family == unix.AF_INET6 && !addr.Is4In6()
+	addr = addr.Unmap()
+	outbound := socket.ID.SourcePort == w.OutboundPort
+	if outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
+		return nil
+	}
+	if take4 && outbound {
+		roles = append(roles, bpfListenerRoleLISTENER_OUTBOUND4)
+	} else if take4 {
+		roles = append(roles, bpfListenerRoleLISTENER_INBOUND4)
+	}
+	if take6 && outbound {
+		roles = append(roles, bpfListenerRoleLISTENER_OUTBOUND6)
+	} else if take6 {
+		roles = append(roles, bpfListenerRoleLISTENER_INBOUND6)
+	}
+	return roles
+}
+
+func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, socket uint64) (missing []bpfListenerRole, err error) {
+	for _, role := range roles {
+		slots, err := t.registered(cookie, role)
+		if err != nil {
+			return nil, err
+		}
+		there := false
+		for _, registered := range slots {
+			there = there || registered == socket
+		}
+		if !there {
+			missing = append(missing, role)
+		}
+	}
+	return missing, nil
+}
+
+// enlist puts a socket into the first free slot of each role.
+func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, fd int) error {
+	for _, role := range roles {
+		var err error
+		for slot := range uint32(listenerSlots) {
+			err = t.put("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}, uint64(fd), ebpf.UpdateNoExist)
+			if !errors.Is(err, ebpf.ErrKeyExist) {
+				break
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+var errNoOwner = errors.New("no process has the socket")
+
+// copySocket finds a process of the namespace that holds the socket, and
+// returns a copy of the descriptor, which the caller closes, and the process's
+// cgroup.
+func (ns *namespace) copySocket(inode uint32, paths Paths) (fd int, cgroup uint64, err error) {
+	want := fmt.Sprintf("socket:[%d]", inode)
+	processes, err := os.ReadDir("/proc")
+	if err != nil {
+		return -1, 0, fmt.Errorf("list processes: %w", err)
+	}
+	for _, process := range processes {
+		pid, err := strconv.Atoi(process.Name())
+		if err != nil || !ns.holds(pid) {
+			continue
+		}
+		dir := filepath.Join("/proc", process.Name(), "fd")
+		fds, err := os.ReadDir(dir)
+		if err != nil {
+			continue // it ended
+		}
+		for _, entry := range fds {
+			if target, err := os.Readlink(filepath.Join(dir, entry.Name())); err != nil || target != want {
+				continue
+			}
+			number, err := strconv.Atoi(entry.Name())
+			if err != nil {
+				continue
+			}
+			fd, err := copyDescriptor(pid, number)
+			if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
+				continue
+			}
+			if err != nil {
+				return -1, 0, err
+			}
+			cgroup, err := processCgroup(pid, paths)
+			if err != nil {
+				unix.Close(fd)
+				return -1, 0, err
+			}
+			return fd, cgroup, nil
+		}
+	}
+	return -1, 0, errNoOwner
+}
+
+func (ns *namespace) holds(pid int) bool {
+	var stat unix.Stat_t
+	return unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &stat) == nil && stat.Ino == ns.inode
+}
+
+func copyDescriptor(pid, number int) (int, error) {
+	process, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open process %d: %w", pid, err)
+	}
+	defer unix.Close(process)
+	fd, err := unix.PidfdGetfd(process, number, 0)
+	if err != nil {
+		return -1, fmt.Errorf("copy descriptor %d of process %d: %w", number, pid, err)
+	}
+	return fd, nil
+}
+
+// processCgroup is the ID of a process's cgroup in the v2 hierarchy.
+func processCgroup(pid int, paths Paths) (uint64, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return 0, fmt.Errorf("read cgroup: %w", err)
+	}
+	root, err := findCgroupRoot("/proc/self/mountinfo")
+	if err != nil {
+		root = paths.CgroupRoot
+	}
+	for line := range strings.Lines(string(data)) {
+		if path, found := strings.CutPrefix(strings.TrimSpace(line), "0::"); found {
+			var stat unix.Stat_t
+			if err := unix.Stat(filepath.Join(root, path), &stat); err != nil {
+				return 0, fmt.Errorf("stat cgroup of process %d: %w", pid, err)
+			}
+			return stat.Ino, nil
+		}
+	}
+	return 0, nil
+}

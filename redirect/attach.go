@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sort"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// attachAll brings the links in dir in line with the programs: a link that is
+// there gets the new program without a moment without one, a link whose cgroup
+// died or was detached is made anew, a missing one is made. Programs of others
+// on the same hooks stay: bpf_link attaches beside them (Linux 5.7).
+func attachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.ProgramSpec, root *os.File, dir string) (did []string, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("create pin directory: %w", err)
+	}
+	rootID, err := cgroupID(root)
+	if err != nil {
+		return nil, err
+	}
+	names := make([]string, 0, len(programs))
+	for name := range programs {
+		names = append(names, name)
+	}
+	sort.Strings(names)
+	for _, name := range names {
+		what, err := attachOne(programs[name], specs[name].AttachType, root, rootID, filepath.Join(dir, name))
+		if err != nil {
+			return did, fmt.Errorf("attach %s: %w", name, err)
+		}
+		did = append(did, what+" "+name)
+	}
+	return did, nil
+}
+
+func attachOne(program *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID uint64, pin string) (string, error) {
+	verb := "attached"
+	pinned, err := link.LoadPinnedLink(pin, nil)
+	switch {
+	case err == nil:
+		defer pinned.Close()
+		if onCgroup(pinned, rootID) {
+			err := pinned.Update(program)
+			if err == nil {
+				return "updated", nil
+			}
+			// ENOLINK: detached, or its cgroup is gone.
+			if !errors.Is(err, unix.ENOLINK) {
+				return "", fmt.Errorf("update link: %w", err)
+			}
+		}
+		verb = "re-attached"
+		if err := os.Remove(pin); err != nil {
+			return "", fmt.Errorf("remove stale link: %w", err)
+		}
+	case !errors.Is(err, fs.ErrNotExist):
+		return "", fmt.Errorf("open link: %w", err)
+	}
+	fresh, err := link.AttachRawLink(link.RawLinkOptions{Target: int(root.Fd()), Program: program, Attach: hook})
+	if errors.Is(err, unix.EPERM) {
+		return "", fmt.Errorf("%w: another program holds this hook exclusively, see 'bpftool cgroup show %s'", err, root.Name())
+	}
+	if err != nil {
+		return "", err
+	}
+	defer fresh.Close()
+	if err := fresh.Pin(pin); err != nil {
+		return "", fmt.Errorf("pin link: %w", err)
+	}
+	return verb, nil
+}
+
+// onCgroup reports whether a link is attached to that cgroup now.
+func onCgroup(l link.Link, id uint64) bool {
+	info, err := l.Info()
+	if err != nil {
+		return false
+	}
+	cgroup := info.Cgroup()
+	return cgroup != nil && cgroup.CgroupId == id
+}
+
+// cgroupID is what bpf_get_current_cgroup_id returns in that cgroup: the inode
+// number of its directory (64-bit kernfs inodes, Linux 5.5).
+func cgroupID(dir *os.File) (uint64, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(int(dir.Fd()), &stat); err != nil {
+		return 0, fmt.Errorf("stat cgroup: %w", err)
+	}
+	return stat.Ino, nil
+}
+
+// linkProblems says which of the named links are not in force at the root.
+func linkProblems(names []string, root *os.File, dir string) ([]string, error) {
+	rootID, err := cgroupID(root)
+	if err != nil {
+		return nil, err
+	}
+	var problems []string
+	for _, name := range names {
+		pinned, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			problems = append(problems, name+" is not attached: its pin is gone")
+			continue
+		case err != nil:
+			return nil, fmt.Errorf("open link %s: %w", name, err)
+		}
+		if !onCgroup(pinned, rootID) {
+			problems = append(problems, name+" is not attached to the root of cgroup v2")
+		}
+		pinned.Close()
+	}
+	return problems, nil
+}
+
+// programNames are the programs that are attached at the root of cgroup v2.
+func programNames() []string {
+	return []string{
+		"weir_bind4", "weir_bind6", "weir_connect4", "weir_connect6", "weir_getsockopt", "weir_peername4", "weir_peername6",
+		"weir_recvmsg4", "weir_recvmsg6", "weir_sendmsg4", "weir_sendmsg6", "weir_sockops",
+	}
+}

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// Datapath is the data path of one node. It holds no state but the paths, so
+// any number of them, in any number of processes, may work on the same node.
+type Datapath struct {
+	paths Paths
+}
+
+// New returns the data path at paths. Nothing is opened or changed.
+func New(paths Paths) *Datapath {
+	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir})}
+}
+
+// Paths returns where this data path keeps its state, defaults filled in.
+func (d *Datapath) Paths() Paths { return d.paths }
+
+// Attachment asks for a namespace to be put under Weir.
+type Attachment struct {
+	Key     Key
+	NetNS   string // path of the namespace
+	Request Request
+}
+
+// Add puts a namespace under Weir: when it returns nil, every connection of
+// that namespace follows the rules. It loads the programs if the node has none
+// and attaches again what was detached. The same call twice is once; a known
+// key with another namespace gives up the old one; a failed call leaves
+// nothing behind. It asks nobody: neither Consul nor the agent need to run.
+func (d *Datapath) Add(a Attachment) error {
+	if err := Merge(a.Request, Overlay{}).Validate(); err != nil {
+		return fmt.Errorf("add workload %s: %w", a.Key, err)
+	}
+	err := d.paths.locked(func() error { return d.add(a) })
+	if err != nil {
+		return fmt.Errorf("add workload %s: %w", a.Key, err)
+	}
+	return nil
+}
+
+func (d *Datapath) add(a Attachment) error {
+	ns, err := openNamespace(a.NetNS)
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if err := ns.refuseConsulRules(); err != nil {
+		return err
+	}
+	if _, err := d.load(false); err != nil {
+		return err
+	}
+	tables, err := openTables(d.paths.maps())
+	if err != nil {
+		return err
+	}
+	defer tables.Close()
+	boot, err := bootID()
+	if err != nil {
+		return err
+	}
+	r, err := d.paths.readRecord(a.Key)
+	switch {
+	case errors.Is(err, ErrUnknown):
+		if err := d.takeOver(tables, ns.cookie); err != nil {
+			return err
+		}
+		r = &record{Key: a.Key, fresh: true}
+	case err != nil:
+		return err
+	case r.Cookie != ns.cookie:
+		if err := d.teardown(tables, r); err != nil {
+			return err
+		}
+		r = &record{Key: a.Key, fresh: true}
+	}
+	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.cookie, boot
+	if _, err := d.ensure(tables, r, ns); err != nil {
+		return errors.Join(err, d.teardown(tables, r), d.paths.removeRecord(a.Key))
+	}
+	return nil
+}
+
+// takeOver makes room where the namespace has rows under another key, left by
+// a DEL that never came: two records of one namespace would undo each other.
+func (d *Datapath) takeOver(tables *tables, cookie uint64) error {
+	generation, err := tables.generation(cookie)
+	if err != nil || generation == 0 {
+		return err
+	}
+	records, err := d.paths.readRecords()
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		if r.Cookie == cookie {
+			if err := d.paths.removeRecord(r.Key); err != nil {
+				return err
+			}
+		}
+	}
+	return tables.erase(cookie, nil)
+}
+
+// Remove takes a namespace out of Weir. It returns nil when there is nothing
+// to remove, and needs neither the namespace nor loaded programs.
+func (d *Datapath) Remove(key Key) error {
+	err := d.paths.locked(func() error { return d.remove(key) })
+	if err != nil {
+		return fmt.Errorf("remove workload %s: %w", key, err)
+	}
+	return nil
+}
+
+func (d *Datapath) remove(key Key) error {
+	r, err := d.paths.readRecord(key)
+	if errors.Is(err, ErrUnknown) {
+		return d.paths.removeRecord(key)
+	}
+	if err != nil {
+		return err
+	}
+	tables, err := openTables(d.paths.maps())
+	// Rows of a node that is not loaded are gone; those of another version
+	// belong to a namespace that is on its way out and harm nobody.
+	if err != nil && !errors.Is(err, ErrNotLoaded) && !errors.Is(err, ErrIncompatible) {
+		return err
+	}
+	if tables != nil {
+		defer tables.Close()
+	}
+	if err := d.teardown(tables, r); err != nil {
+		return err
+	}
+	return d.paths.removeRecord(key)
+}
+
+// teardown undoes ensure; the record stays until all of it is done. tables may
+// be nil. The rows go first: from then on the kernel leaves the namespace
+// alone, outbound.
+func (d *Datapath) teardown(tables *tables, r *record) error {
+	if tables != nil {
+		var applied *Workload
+		if r.Complete {
+			applied = &r.Applied
+		}
+		if err := tables.erase(r.Cookie, applied); err != nil {
+			return err
+		}
+	}
+	if err := detachLookup(d.paths, r.Cookie); err != nil {
+		return err
+	}
+	return removeRoutes(r)
+}
+
+// removeRoutes removes the routes of a workload whose namespace still lives.
+func removeRoutes(r *record) error {
+	ns, err := openNamespace(r.NetNS)
+	if errors.Is(err, ErrNetNSGone) || errors.Is(err, ErrHostNetNS) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if ns.cookie != r.Cookie {
+		return nil
+	}
+	return ns.removeRoutes(r.desired())
+}
+
+// Check verifies that a workload is redirected as its record says, down to the
+// links on the root of cgroup v2, and mends what is not. It returns what it
+// mended, and an error only for what cannot be mended in place: ErrUnknown
+// where there is no record, ErrNetNSGone where netns is not the namespace that
+// was added. netns may be empty.
+func (d *Datapath) Check(key Key, netns string) (mended []string, err error) {
+	err = d.paths.locked(func() error {
+		mended, err = d.check(key, netns)
+		return err
+	})
+	if err != nil {
+		return mended, fmt.Errorf("check workload %s: %w", key, err)
+	}
+	return mended, nil
+}
+
+func (d *Datapath) check(key Key, netns string) (mended []string, err error) {
+	r, err := d.paths.readRecord(key)
+	if err != nil {
+		return nil, err
+	}
+	if netns == "" {
+		netns = r.NetNS
+	}
+	ns, err := openNamespace(netns)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	if ns.cookie != r.Cookie {
+		return nil, fmt.Errorf("namespace %s was replaced since ADD: %w", netns, ErrNetNSGone)
+	}
+	r.NetNS = netns
+	loaded, err := d.load(false)
+	if err != nil {
+		return nil, err
+	}
+	tables, err := openTables(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	did, err := d.ensure(tables, r, ns)
+	return append(loaded.Did, did...), err
+}
+
+// SetOverlay replaces what Consul adds to a workload. Open connections and
+// the workload's origins stay; no change means no write.
+func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
+	err := d.paths.locked(func() error {
+		r, err := d.paths.readRecord(key)
+		if err != nil {
+			return err
+		}
+		if Merge(r.Request, overlay).Equal(r.desired()) && r.Complete {
+			return nil
+		}
+		if err := Merge(r.Request, overlay).Validate(); err != nil {
+			return err
+		}
+		tables, err := openTables(d.paths.maps())
+		if err != nil {
+			return err
+		}
+		defer tables.Close()
+		ns, err := openNamespace(r.NetNS)
+		if err != nil {
+			return err
+		}
+		defer ns.Close()
+		if ns.cookie != r.Cookie {
+			return fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, ErrNetNSGone)
+		}
+		r.Overlay = overlay
+		_, err = d.ensure(tables, r, ns)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("configure workload %s: %w", key, err)
+	}
+	return nil
+}
+
+// Collect removes the workloads of a CNI network that are not in valid, and
+// whatever belongs to namespaces that died. Other networks' workloads with
+// living namespaces are not touched.
+func (d *Datapath) Collect(network string, valid []Key) (removed []Key, err error) {
+	err = d.paths.locked(func() error {
+		records, err := d.paths.readRecords()
+		problems := []error{err}
+		for _, r := range records {
+			if r.Request.Network != network || slices.Contains(valid, r.Key) {
+				continue
+			}
+			if err := d.remove(r.Key); err != nil {
+				problems = append(problems, fmt.Errorf("remove workload %s: %w", r.Key, err))
+				continue
+			}
+			removed = append(removed, r.Key)
+		}
+		return errors.Join(append(problems, d.sweep())...)
+	})
+	return removed, err
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/binary"
+	"net"
+	"net/netip"
+	"unsafe"
+)
+
+// This file is the only one that knows the layout of the rows. An address is
+// 16 bytes in network order, IPv4 mapped; a port is in host order.
+
+// encodedPrefix4 and encodedPrefix6 are the ranges that carry an index, as
+// ../bpf/addr.h has them. Both are routed to lo in every workload.
+var (
+	encodedPrefix4 = netip.MustParsePrefix("127.128.0.0/9")
+	encodedPrefix6 = netip.MustParsePrefix("fd77:6569:7200::/96")
+)
+
+const (
+	listenerSlots = 64 // LISTENER_SLOTS
+	indexFirst    = 1  // INDEX_FIRST
+)
+
+func encodeAddr(addr netip.Addr) (row bpfAddr) {
+	bytes := addr.As16()
+	for i := range row.Word {
+		row.Word[i] = binary.NativeEndian.Uint32(bytes[4*i:])
+	}
+	return row
+}
+
+func decodeAddr(row bpfAddr) netip.Addr {
+	var bytes [16]byte
+	for i, word := range row.Word {
+		binary.NativeEndian.PutUint32(bytes[4*i:], word)
+	}
+	return netip.AddrFrom16(bytes).Unmap()
+}
+
+func decodeAddrPort(row bpfAddr, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(decodeAddr(row), port)
+}
+
+// encodedAddrs are the addresses that an index has in the two ranges.
+func encodedAddrs(index uint32) (v4, v6 netip.Addr) {
+	b4 := encodedPrefix4.Addr().As4()
+	binary.BigEndian.PutUint32(b4[:], binary.BigEndian.Uint32(b4[:])+index)
+	b6 := encodedPrefix6.Addr().As16()
+	binary.BigEndian.PutUint32(b6[12:], index)
+	return netip.AddrFrom4(b4), netip.AddrFrom16(b6)
+}
+
+// rows is one generation of a workload, ready to be written.
+type rows struct {
+	config     bpfConfig
+	exclusions []bpfExclusionKey
+	addresses  map[bpfAddressKey]bpfAddress
+	cidrs      []bpfCidrKey
+}
+
+// encodeRows is the pure function from a workload to its rows. ipv6 says that
+// the encoded IPv6 range is routed in the namespace.
+func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
+	r := rows{
+		config: bpfConfig{
+			ProxyUid:     w.ProxyUID,
+			Budget:       w.Budget,
+			OutboundPort: w.OutboundPort,
+			InboundPort:  w.InboundPort,
+		},
+		addresses: make(map[bpfAddressKey]bpfAddress),
+	}
+	flag := func(set bool, bit bpfConfigFlag) {
+		if set {
+			r.config.Flags |= bit
+		}
+	}
+	exclude := func(kind bpfExclusionKind, value uint32) {
+		r.exclusions = append(r.exclusions, bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value})
+	}
+	for _, port := range w.ExcludeOutboundPorts {
+		exclude(bpfExclusionKindEXCLUSION_PORT_OUT, uint32(port))
+	}
+	for _, port := range w.ExcludeInboundPorts {
+		exclude(bpfExclusionKindEXCLUSION_PORT_IN, uint32(port))
+	}
+	for _, uid := range w.ExcludeUIDs {
+		exclude(bpfExclusionKindEXCLUSION_UID, uid)
+	}
+	for _, cidr := range w.ExcludeOutboundCIDRs {
+		r.cidrs = append(r.cidrs, encodeCIDR(cidr, cookie, generation))
+	}
+	for _, upstream := range w.Upstreams {
+		for _, addr := range upstream.Addresses {
+			r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{
+				Kind:     bpfAddressKindADDRESS_UPSTREAM,
+				Port:     upstream.Listener.Port(),
+				Listener: encodeAddr(upstream.Listener.Addr()),
+			}
+		}
+	}
+	for _, addr := range w.Addresses {
+		r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{
+			Kind: bpfAddressKindADDRESS_OWN,
+		}
+	}
+	encodeDNS(w.DNS, &r.config)
+	flag(w.Mode == ModeTransparent, bpfConfigFlagCONFIG_TRANSPARENT)
+	flag(len(w.ExcludeOutboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_OUT)
+	flag(len(w.ExcludeInboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_IN)
+	flag(len(w.ExcludeUIDs) > 0, bpfConfigFlagCONFIG_UIDS)
+	flag(len(w.ExcludeOutboundCIDRs) > 0, bpfConfigFlagCONFIG_CIDRS)
+	flag(ipv6, bpfConfigFlagCONFIG_IPV6)
+	return r
+}
+
+func encodeDNS(dns DNS, config *bpfConfig) {
+	addr, port := dns.Address, dns.Port
+	switch {
+	case !addr.IsValid() && port == 0:
+		return
+	case port == 0:
+		port = DefaultDNSPort
+		config.Flags |= bpfConfigFlagCONFIG_DNS | bpfConfigFlagCONFIG_DNS_ANY
+	case !addr.IsValid():
+		addr = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		config.Flags |= bpfConfigFlagCONFIG_DNS
+	default:
+		config.Flags |= bpfConfigFlagCONFIG_DNS
+	}
+	config.DnsAddr, config.DnsPort = encodeAddr(addr), port
+}
+
+// encodeCIDR puts the workload in front of the prefix: the trie matches it as
+// the first 128 bits.
+func encodeCIDR(cidr netip.Prefix, cookie, generation uint64) bpfCidrKey {
+	bits := cidr.Bits()
+	if cidr.Addr().Is4() {
+		bits += 96
+	}
+	key := bpfCidrKey{Prefixlen: uint32(128 + bits), Addr: encodeAddr(cidr.Addr())}
+	scope := (*[4]uint32)(unsafe.Pointer(&[2]uint64{cookie, generation}))
+	key.Scope = *scope
+	return key
+}
+
+func ipNet(prefix netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}
+}

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+
+	"github.com/cilium/ebpf/link"
+)
+
+// ensure brings the kernel to what the record asks for and says what it had to
+// change. It is the one way to a redirected namespace: ADD, CHECK, a change
+// from Consul and the return of lost maps all end here, so what one of them
+// makes another can finish. The record is marked incomplete before the first
+// change and complete after the last.
+func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []string, err error) {
+	workload := r.desired()
+	if err := workload.Validate(); err != nil {
+		return nil, err
+	}
+	before := *r
+	routed := r.Complete
+	if routed {
+		if routed, err = ns.hasRoutes(r.IPv6); err != nil {
+			return nil, err
+		}
+	}
+	if !routed {
+		if err := d.begin(r); err != nil {
+			return nil, err
+		}
+		if r.IPv6, err = ns.setRoutes(workload); err != nil {
+			return changed, err
+		}
+		changed = append(changed, "routes to the proxy set")
+	}
+	written := before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(workload)
+	if written {
+		if written, err = tables.hasRows(r.Cookie, workload, r.IPv6); err != nil {
+			return changed, err
+		}
+	}
+	if !written {
+		if err := d.begin(r); err != nil {
+			return changed, err
+		}
+		if err := d.replaceRows(tables, r, &before, workload); err != nil {
+			return changed, err
+		}
+		changed = append(changed, "rows written")
+	}
+	attached, err := attachLookup(tables, d.paths, ns, false)
+	if err != nil {
+		return changed, err
+	}
+	if attached {
+		changed = append(changed, "lookup program attached")
+	}
+	adopted, err := adopt(tables, d.paths, ns, workload)
+	if err != nil {
+		return changed, err
+	}
+	changed = append(changed, adopted...)
+	if before.Complete && len(changed) == 0 && before.NetNS == r.NetNS {
+		return nil, nil
+	}
+	r.Complete, r.Applied = true, workload
+	return changed, d.paths.writeRecord(r)
+}
+
+// begin marks the record incomplete on disk.
+func (d *Datapath) begin(r *record) error {
+	r.Complete = false
+	return d.paths.writeRecord(r)
+}
+
+// replaceRows writes the rows of the workload. What a process that died half
+// way wrote before is not known in detail and is searched for.
+func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workload) error {
+	if before.Complete {
+		return tables.writeRows(r.Cookie, workload, r.IPv6, &before.Applied)
+	}
+	if err := tables.writeRows(r.Cookie, workload, r.IPv6, nil); err != nil || before.fresh {
+		return err
+	}
+	return tables.dropStale(r.Cookie)
+}
+
+// sweep removes what belongs to namespaces that died: their records, and the
+// rows and links that have no record at all.
+func (d *Datapath) sweep() error {
+	records, err := d.paths.readRecords()
+	if err != nil {
+		return err
+	}
+	var problems []error
+	owned := make(map[uint64]bool)
+	for _, r := range records {
+		owned[r.Cookie] = true
+		ns, err := openNamespace(r.NetNS)
+		if err == nil {
+			ns.Close()
+		}
+		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+			problems = append(problems, d.remove(r.Key))
+		}
+	}
+	tables, err := openTables(d.paths.maps())
+	if errors.Is(err, ErrNotLoaded) {
+		return errors.Join(problems...)
+	}
+	if err != nil {
+		return errors.Join(append(problems, err)...)
+	}
+	defer tables.Close()
+	orphans, err := d.orphans(owned)
+	problems = append(problems, err)
+	for _, orphan := range orphans {
+		if orphan.alive {
+			continue
+		}
+		problems = append(problems, tables.erase(orphan.cookie, nil), detachLookup(d.paths, orphan.cookie))
+	}
+	return errors.Join(problems...)
+}
+
+// orphan is a lookup program without a record.
+type orphan struct {
+	cookie uint64
+	alive  bool // its namespace still exists: somebody removed the record
+}
+
+func (d *Datapath) orphans(owned map[uint64]bool) (found []orphan, err error) {
+	entries, err := os.ReadDir(d.paths.lookups())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list lookup programs: %w", err)
+	}
+	for _, entry := range entries {
+		cookie, err := strconv.ParseUint(entry.Name(), 10, 64)
+		if err != nil || owned[cookie] {
+			continue
+		}
+		pinned, err := link.LoadPinnedLink(d.paths.lookup(cookie), nil)
+		if err != nil {
+			return found, fmt.Errorf("open lookup link: %w", err)
+		}
+		found = append(found, orphan{cookie: cookie, alive: lookupInode(pinned) != 0})
+		pinned.Close()
+	}
+	return found, nil
+}

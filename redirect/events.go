@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+)
+
+// ErrBusy: somebody else reads the events; the ring has one reader.
+var ErrBusy = errors.New("events have another reader")
+
+// eventLease is how far ahead a reader asks for events. Programs stop by
+// themselves when a reader died without a word.
+const eventLease = 5 * time.Second
+
+// Event is one connection and what was decided about it.
+type Event struct {
+	Time        time.Time      `json:"time"`
+	Cookie      uint64         `json:"cookie,string"` // of the workload
+	Verdict     Verdict        `json:"-"`
+	Name        string         `json:"verdict"`
+	Source      netip.AddrPort `json:"source,omitzero"` // inbound: who dialled
+	Origin      netip.AddrPort `json:"origin"`          // what was dialled
+	Destination netip.AddrPort `json:"destination"`     // where the verdict sent it
+	UID         uint32         `json:"uid"`             // of the dialler; 0 inbound, as are the next three
+	PID         uint32         `json:"pid"`
+	Cgroup      uint64         `json:"cgroup"`
+	Command     string         `json:"command"`
+}
+
+// Events delivers every connection of every workload from now on, until ctx
+// ends, which is no error, or deliver returns one. One reader at a time:
+// ErrBusy otherwise. Events that the reader is too slow for are lost.
+func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) error {
+	lock, err := os.OpenFile(d.paths.eventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("open lock: %w", err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return ErrBusy
+	} else if err != nil {
+		return fmt.Errorf("take lock %s: %w", d.paths.eventsLock(), err)
+	}
+	tables, err := openTables(d.paths.maps())
+	if err != nil {
+		return err
+	}
+	defer tables.Close()
+	ring, err := tables.table("events")
+	if err != nil {
+		return err
+	}
+	reader, err := ringbuf.NewReader(ring)
+	if err != nil {
+		return fmt.Errorf("read events: %w", err)
+	}
+	defer reader.Close()
+	defer tables.lease(0)
+	for ctx.Err() == nil {
+		if err := tables.lease(eventLease); err != nil {
+			return err
+		}
+		if err := drain(ctx, reader, deliver); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// drain delivers events until a fifth of the lease has passed.
+func drain(ctx context.Context, reader *ringbuf.Reader, deliver func(Event) error) error {
+	deadline := time.Now().Add(eventLease / 5)
+	var record ringbuf.Record
+	for time.Now().Before(deadline) && ctx.Err() == nil {
+		// Short waits: the reader does not know of ctx.
+		reader.SetDeadline(time.Now().Add(50 * time.Millisecond))
+		err := reader.ReadInto(&record)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("read events: %w", err)
+		}
+		var row bpfEvent
+		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &row); err != nil {
+			return fmt.Errorf("decode event: %w", err)
+		}
+		if err := deliver(decodeEvent(row)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lease asks the programs for events for that long; 0 ends it.
+func (t *tables) lease(length time.Duration) error {
+	var row bpfControl
+	if _, err := t.get("control", uint32(0), &row); err != nil {
+		return err
+	}
+	row.EventsUntilNs = 0
+	if length > 0 {
+		row.EventsUntilNs = monotonicNow() + uint64(length)
+	}
+	return t.put("control", uint32(0), row, ebpf.UpdateAny)
+}
+
+func decodeEvent(row bpfEvent) Event {
+	event := Event{
+		Time:        time.Now().Add(-time.Duration(monotonicNow() - row.TimeNs)),
+		Cookie:      row.Cookie,
+		Verdict:     Verdict(row.Verdict),
+		Name:        Verdict(row.Verdict).String(),
+		Origin:      decodeAddrPort(row.Origin, row.OriginPort),
+		Destination: decodeAddrPort(row.Destination, row.DestinationPort),
+		UID:         row.Uid,
+		PID:         row.Pid,
+		Cgroup:      row.Cgroup,
+		Command:     unix.ByteSliceToString((*[len(row.Comm)]byte)(unsafe.Pointer(&row.Comm))[:]),
+	}
+	if row.SourcePort != 0 {
+		event.Source = decodeAddrPort(row.Source, row.SourcePort)
+	}
+	return event
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+)
+
+// LoadResult says what Load did.
+type LoadResult struct {
+	Changed bool     `json:"changed"`
+	Did     []string `json:"did"` // one line per step, past tense
+}
+
+// Load brings the node's programs and maps to this binary's version: it loads
+// them where there are none, swaps programs through their links where they are
+// of another version with the same layout, and re-attaches what somebody
+// detached. Connections and workloads are not disturbed. It refuses with
+// ErrUnsupported where the kernel lacks a feature and with ErrIncompatible
+// where the maps have another layout.
+func (d *Datapath) Load() (result LoadResult, err error) {
+	err = d.paths.locked(func() error {
+		result, err = d.load(true)
+		return err
+	})
+	return result, err
+}
+
+// load is Load for a caller who holds the lock. Without renew, programs of
+// another version stay: a plugin must not fight over versions with the agent.
+func (d *Datapath) load(renew bool) (result LoadResult, err error) {
+	if err := d.paths.ensureBPFFS(); err != nil {
+		return result, err
+	}
+	root, err := d.paths.cgroupRoot()
+	if err != nil {
+		return result, err
+	}
+	defer root.Close()
+	if err := removeTree(d.paths.staging()); err != nil {
+		return result, fmt.Errorf("remove unfinished load: %w", err)
+	}
+	pinned, err := openTables(d.paths.maps())
+	switch {
+	case errors.Is(err, ErrNotLoaded):
+		return d.loadFresh(root)
+	case err != nil:
+		return result, err
+	}
+	defer pinned.Close()
+	return d.upgrade(pinned, root, renew)
+}
+
+// loadFresh builds everything beside the live directory and renames it into
+// place, so that a load that dies leaves nothing that looks complete.
+func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
+	if err := Probe(); err != nil {
+		return result, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, removeTree(d.paths.staging()))
+		}
+	}()
+	spec, err := loadBpf()
+	if err != nil {
+		return result, fmt.Errorf("read programs: %w", err)
+	}
+	staging := d.paths.staging()
+	pins, err := createMaps(spec, filepath.Join(staging, "maps"))
+	defer closeMaps(pins)
+	if err != nil {
+		return result, err
+	}
+	collection, err := newCollection(spec, pins)
+	if err != nil {
+		return result, err
+	}
+	defer collection.Close()
+	did, err := attachAll(collection.Programs, spec.Programs, root, filepath.Join(staging, "links"))
+	if err != nil {
+		return result, err
+	}
+	// What a half-removed instance left would make the rename fail.
+	if err := removeTree(d.paths.PinDir); err != nil {
+		return result, fmt.Errorf("remove incomplete pins: %w", err)
+	}
+	if err := os.Rename(staging, d.paths.PinDir); err != nil {
+		return result, fmt.Errorf("publish pins: %w", err)
+	}
+	did = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, did...)
+	restored, err := d.restore()
+	return LoadResult{Changed: true, Did: append(did, restored...)}, err
+}
+
+func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pins})
+	if err != nil {
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	return collection, nil
+}
+
+// upgrade swaps the programs of a loaded node for this binary's where they
+// differ and renew is set, and mends links that are not in force.
+func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result LoadResult, err error) {
+	var row bpfControl
+	if _, err := pinned.get("control", uint32(0), &row); err != nil {
+		return result, err
+	}
+	result.Did, err = linkProblems(programNames(), root, d.paths.links())
+	if err != nil {
+		return result, err
+	}
+	renew = renew && row.Digest != digest()
+	if !renew && len(result.Did) == 0 {
+		return result, nil
+	}
+	spec, err := loadBpf()
+	if err != nil {
+		return result, fmt.Errorf("read programs: %w", err)
+	}
+	pins, err := pinnedMaps(spec, d.paths.maps())
+	defer closeMaps(pins)
+	if err != nil {
+		return result, err
+	}
+	collection, err := newCollection(spec, pins)
+	if err != nil {
+		return result, err
+	}
+	defer collection.Close()
+	did, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
+	result.Changed = true
+	result.Did = append(result.Did, did...)
+	if err != nil {
+		return result, err
+	}
+	if !renew {
+		return result, nil
+	}
+	if did, err = d.renewLookups(pinned); err != nil {
+		return result, err
+	}
+	result.Did = append(result.Did, did...)
+	row.Digest = digest()
+	return result, pinned.put("control", uint32(0), row, ebpf.UpdateAny)
+}
+
+// renewLookups swaps the sk_lookup program of every workload.
+func (d *Datapath) renewLookups(pinned *tables) (did []string, err error) {
+	records, err := d.paths.readRecords()
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		ns, err := openNamespace(r.NetNS)
+		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+			continue
+		}
+		if err != nil {
+			return did, err
+		}
+		_, err = attachLookup(pinned, d.paths, ns, true)
+		ns.Close()
+		if err != nil {
+			return did, fmt.Errorf("upgrade workload %s: %w", r.Key, err)
+		}
+		did = append(did, "updated weir_lookup of "+r.Key.String())
+	}
+	return did, nil
+}
+
+// restore puts the workloads on record back after their maps were lost.
+func (d *Datapath) restore() (did []string, err error) {
+	records, err := d.paths.readRecords()
+	if err != nil || len(records) == 0 {
+		return nil, err
+	}
+	pinned, err := openTables(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer pinned.Close()
+	var problems []error
+	for _, r := range records {
+		ns, err := openNamespace(r.NetNS)
+		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+			continue
+		}
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		r.Complete = false
+		mended, err := d.ensure(pinned, r, ns)
+		ns.Close()
+		if err != nil {
+			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))
+			continue
+		}
+		for _, what := range mended {
+			did = append(did, "restored "+r.Key.String()+": "+what)
+		}
+	}
+	return did, errors.Join(problems...)
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Where an instance keeps its state unless it is told otherwise.
+const (
+	DefaultPinDir   = "/sys/fs/bpf/weir"
+	DefaultStateDir = "/run/weir"
+)
+
+// Paths says where one instance keeps its state. Zero fields mean the default.
+// Two instances with different paths do not see each other, so that several
+// can live on one machine in tests.
+type Paths struct {
+	PinDir     string `json:"pin_dir"`     // in a bpffs; default DefaultPinDir
+	StateDir   string `json:"state_dir"`   // default DefaultStateDir
+	CgroupRoot string `json:"cgroup_root"` // default: the root of cgroup v2 as mountinfo names it
+}
+
+// PathsFromEnv reads WEIR_PIN_DIR, WEIR_STATE_DIR and WEIR_CGROUP_ROOT.
+// Variables that are not set leave their field zero.
+func PathsFromEnv(getenv func(string) string) Paths {
+	return Paths{
+		PinDir:     getenv("WEIR_PIN_DIR"),
+		StateDir:   getenv("WEIR_STATE_DIR"),
+		CgroupRoot: getenv("WEIR_CGROUP_ROOT"),
+	}
+}
+
+// Or fills the zero fields of p from fallback.
+func (p Paths) Or(fallback Paths) Paths {
+	if p.PinDir == "" {
+		p.PinDir = fallback.PinDir
+	}
+	if p.StateDir == "" {
+		p.StateDir = fallback.StateDir
+	}
+	if p.CgroupRoot == "" {
+		p.CgroupRoot = fallback.CgroupRoot
+	}
+	return p
+}
+
+func (p Paths) maps() string            { return filepath.Join(p.PinDir, "maps") }
+func (p Paths) links() string           { return filepath.Join(p.PinDir, "links") }
+func (p Paths) lookups() string         { return filepath.Join(p.PinDir, "lookups") }
+func (p Paths) staging() string         { return p.PinDir + "_new" } // bpffs reserves names with dots
+func (p Paths) workloads() string       { return filepath.Join(p.StateDir, "workloads") }
+func (p Paths) lock() string            { return filepath.Join(p.StateDir, "lock") }
+func (p Paths) eventsLock() string      { return filepath.Join(p.StateDir, "events.lock") }
+func (p Paths) record(key Key) string   { return filepath.Join(p.workloads(), key.String()+".json") }
+func (p Paths) link(name string) string { return filepath.Join(p.links(), name) }
+func (p Paths) lookup(cookie uint64) string {
+	return filepath.Join(p.lookups(), fmt.Sprint(cookie))
+}
+
+// cgroupRoot opens the directory that the programs are attached to. Without an
+// override it must be the real root of cgroup v2: a link on any other cgroup
+// misses processes, and silently so once that cgroup dies.
+func (p Paths) cgroupRoot() (*os.File, error) {
+	path := p.CgroupRoot
+	if path == "" {
+		var err error
+		if path, err = findCgroupRoot("/proc/self/mountinfo"); err != nil {
+			return nil, err
+		}
+	}
+	dir, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("open cgroup root: %w", err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &fs); err != nil || fs.Type != unix.CGROUP2_SUPER_MAGIC {
+		return nil, errors.Join(fmt.Errorf("cgroup root %s: not a cgroup v2 directory", path), dir.Close())
+	}
+	if _, err := os.Stat(filepath.Join(path, "cgroup.type")); err == nil && p.CgroupRoot == "" {
+		return nil, errors.Join(fmt.Errorf("cgroup root %s: not the real root of cgroup v2, run in the host's cgroup namespace: %w",
+			path, ErrUnsupported), dir.Close())
+	}
+	return dir, nil
+}
+
+func findCgroupRoot(mountinfo string) (string, error) {
+	file, err := os.Open(mountinfo)
+	if err != nil {
+		return "", fmt.Errorf("find cgroup v2: %w", err)
+	}
+	defer file.Close()
+	lines := bufio.NewScanner(file)
+	for lines.Scan() {
+		mount, fs, found := strings.Cut(lines.Text(), " - ")
+		fields := strings.Fields(mount)
+		if found && strings.HasPrefix(fs, "cgroup2 ") && len(fields) > 4 && fields[3] == "/" {
+			return fields[4], nil
+		}
+	}
+	return "", fmt.Errorf("find cgroup v2: no mount of it, mount it at /sys/fs/cgroup: %w", ErrUnsupported)
+}
+
+// ensureBPFFS mounts a bpffs at /sys/fs/bpf when the pins are to go there and
+// the host has none yet, as systemd does. Any other place is the operator's.
+func (p Paths) ensureBPFFS() error {
+	const standard = "/sys/fs/bpf"
+	parent := filepath.Dir(p.PinDir)
+	var fs unix.Statfs_t
+	if err := unix.Statfs(parent, &fs); err == nil && fs.Type == unix.BPF_FS_MAGIC {
+		return nil
+	}
+	if p.PinDir != standard && !strings.HasPrefix(p.PinDir, standard+"/") {
+		return fmt.Errorf("use pin directory %s: %s is not in a bpffs, mount one there", p.PinDir, parent)
+	}
+	if err := unix.Statfs(standard, &fs); err != nil || fs.Type != unix.BPF_FS_MAGIC {
+		if err := unix.Mount("bpf", standard, "bpf", 0, "mode=0700"); err != nil {
+			return fmt.Errorf("mount bpffs at %s: %w", standard, err)
+		}
+	}
+	if err := os.MkdirAll(parent, 0o700); err != nil {
+		return fmt.Errorf("create pin directory: %w", err)
+	}
+	return nil
+}
+
+// locked runs action while no other process changes the state.
+func (p Paths) locked(action func() error) (err error) {
+	if err := os.MkdirAll(p.StateDir, 0o700); err != nil {
+		return fmt.Errorf("create state directory: %w", err)
+	}
+	file, err := os.OpenFile(p.lock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("open lock: %w", err)
+	}
+	defer file.Close()
+	for {
+		err = unix.Flock(int(file.Fd()), unix.LOCK_EX)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("take lock %s: %w", p.lock(), err)
+	}
+	return action()
+}

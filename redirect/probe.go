@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
+	"github.com/cilium/ebpf/rlimit"
+)
+
+// requirement is one kernel feature, asked of the kernel itself: distributions
+// carry features back, so a version number says nothing.
+type requirement struct {
+	what  string // as the error names it
+	why   string
+	since string // first mainline kernel that has it
+	probe func() error
+}
+
+func helper(program ebpf.ProgramType, fn asm.BuiltinFunc, why, since string) requirement {
+	return requirement{
+		what:  fmt.Sprintf("%s in programs of type %s", fn, program),
+		why:   why,
+		since: since,
+		probe: func() error { return features.HaveProgramHelper(program, fn) },
+	}
+}
+
+func requirements() []requirement {
+	const own = "to leave the sockets of foreign namespaces alone"
+	return []requirement{
+		{"programs of type SkLookup", "to hand connections to the proxy's listener", "5.9",
+			func() error { return features.HaveProgramType(ebpf.SkLookup) }},
+		helper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie, own, "5.7"),
+		helper(ebpf.CGroupSock, asm.FnGetNetnsCookie, own, "5.7"),
+		helper(ebpf.CGroupSockopt, asm.FnGetNetnsCookie, own, "5.15"),
+		helper(ebpf.SockOps, asm.FnGetNetnsCookie, own, "5.15"),
+		helper(ebpf.CGroupSockAddr, asm.FnSetRetval, "to refuse a connection with a true errno", "5.18"),
+		helper(ebpf.CGroupSock, asm.FnSetRetval, "to refuse a bind with a true errno", "6.1"),
+		helper(ebpf.CGroupSockAddr, asm.FnSkStorageGet, "to remember what a socket dialled", "5.3"),
+		helper(ebpf.CGroupSock, asm.FnSkStorageGet, "to note who binds a socket", "5.7"),
+		helper(ebpf.SockOps, asm.FnSkStorageGet, "to read who bound a listener", "5.3"),
+		helper(ebpf.SockOps, asm.FnSockHashUpdate, "to register the proxy's listeners", "4.18"),
+		helper(ebpf.CGroupSockAddr, asm.FnSkcToTcp6Sock, "to tell IPv6-only sockets", "5.9"),
+		helper(ebpf.CGroupSockAddr, asm.FnKtimeGetCoarseNs, "to date the use of an origin", "5.11"),
+		helper(ebpf.CGroupSockAddr, asm.FnRingbufReserve, "to report connections", "5.8"),
+		{"ingress_ifindex in programs of type SkLookup", "to tell loopback from outside", "5.17", probeIngress},
+		{"atomic operations with a result", "to hand out indexes", "5.12", probeAtomics},
+	}
+}
+
+// Probe asks the running kernel for every feature that the programs need. It
+// loads nothing that stays. The error wraps ErrUnsupported and names each
+// missing feature, what it is for, and the first kernel that has it.
+func Probe() error {
+	if err := rlimit.RemoveMemlock(); err != nil {
+		return fmt.Errorf("raise memlock limit: %w", err)
+	}
+	var missing []error
+	for _, need := range requirements() {
+		err := need.probe()
+		switch {
+		case errors.Is(err, ebpf.ErrNotSupported):
+			missing = append(missing, fmt.Errorf("%s, needed %s (Linux %s)", need.what, need.why, need.since))
+		case err != nil:
+			return fmt.Errorf("probe %s: %w", need.what, err)
+		}
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("kernel lacks features, Weir needs Linux 6.1 or one that carries them: %w:\n%w", ErrUnsupported, errors.Join(missing...))
+	}
+	return nil
+}
+
+func probeProgram(spec *ebpf.ProgramSpec) error {
+	spec.License = "GPL"
+	program, err := ebpf.NewProgram(spec)
+	var verifier *ebpf.VerifierError
+	if errors.As(err, &verifier) {
+		return fmt.Errorf("%w: %v", ebpf.ErrNotSupported, err)
+	}
+	if err != nil {
+		return err
+	}
+	return program.Close()
+}
+
+func probeIngress() error {
+	const ingressIfindex = 64 // offset in struct bpf_sk_lookup
+	return probeProgram(&ebpf.ProgramSpec{Type: ebpf.SkLookup, AttachType: ebpf.AttachSkLookup, Instructions: asm.Instructions{
+		asm.LoadMem(asm.R0, asm.R1, ingressIfindex, asm.Word),
+		asm.Mov.Imm(asm.R0, 1),
+		asm.Return(),
+	}})
+}
+
+func probeAtomics() error {
+	return probeProgram(&ebpf.ProgramSpec{Type: ebpf.SocketFilter, Instructions: asm.Instructions{
+		asm.StoreImm(asm.RFP, -8, 0, asm.DWord),
+		asm.Mov.Imm(asm.R1, 1),
+		asm.FetchAdd.Mem(asm.RFP, asm.R1, asm.DWord, -8),
+		asm.Mov.Imm(asm.R0, 0),
+		asm.Return(),
+	}})
+}

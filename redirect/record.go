@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// record is what a node remembers of one workload, in a file of its own. It is
+// written before the first change to the kernel and removed after the last, so
+// that a process that dies in between leaves something to finish or to undo.
+type record struct {
+	Key     Key     `json:"key"`
+	Request Request `json:"request"`
+	Overlay Overlay `json:"overlay,omitzero"`
+	NetNS   string  `json:"netns"`
+	Cookie  uint64  `json:"cookie,string"`
+	BootID  string  `json:"boot_id"`
+	// IPv6 says that the encoded IPv6 range is routed in the namespace.
+	IPv6 bool `json:"ipv6"`
+	// Complete says that the kernel's rows are those of Applied and no others.
+	Complete bool `json:"complete"`
+	// Applied is the workload that the rows in force were made from.
+	Applied Workload `json:"applied,omitzero"`
+
+	fresh bool // made by this call: nobody can have left rows of it
+}
+
+func (r *record) desired() Workload { return Merge(r.Request, r.Overlay) }
+
+// bootID tells records of this boot from older ones, whose cookies mean
+// nothing any more.
+func bootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read boot ID: %w", err)
+	}
+	return strings.TrimSpace(string(id)), nil
+}
+
+// readRecord returns ErrUnknown where there is no record, or only one of an
+// earlier boot.
+func (p Paths) readRecord(key Key) (*record, error) {
+	return p.readRecordFile(p.record(key))
+}
+
+func (p Paths) readRecordFile(path string) (*record, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrUnknown
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read record: %w", err)
+	}
+	r := new(record)
+	if err := json.Unmarshal(data, r); err != nil {
+		return nil, fmt.Errorf("read record %s: %w", path, err)
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	if r.BootID != boot {
+		return nil, ErrUnknown
+	}
+	return r, nil
+}
+
+// writeRecord replaces a record in one step. /run is in memory, so there is
+// nothing to sync.
+func (p Paths) writeRecord(r *record) error {
+	data, err := json.MarshalIndent(r, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	if err := os.MkdirAll(p.workloads(), 0o700); err != nil {
+		return fmt.Errorf("create record directory: %w", err)
+	}
+	path := p.record(r.Key)
+	if err := os.WriteFile(path+".tmp", append(data, '\n'), 0o600); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	if err := os.Rename(path+".tmp", path); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	return nil
+}
+
+func (p Paths) removeRecord(key Key) error {
+	for _, path := range []string{p.record(key) + ".tmp", p.record(key)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove record: %w", err)
+		}
+	}
+	return nil
+}
+
+// readRecords returns every record of this boot. A record that cannot be read
+// does not hide the others; it comes back in the error.
+func (p Paths) readRecords() ([]*record, error) {
+	entries, err := os.ReadDir(p.workloads())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list records: %w", err)
+	}
+	var records []*record
+	var problems []error
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), ".json") {
+			continue
+		}
+		r, err := p.readRecordFile(filepath.Join(p.workloads(), entry.Name()))
+		switch {
+		case errors.Is(err, ErrUnknown):
+		case err != nil:
+			problems = append(problems, err)
+		default:
+			records = append(records, r)
+		}
+	}
+	return records, errors.Join(problems...)
+}

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// Problem is something that is wrong, and what to do about it.
+type Problem struct {
+	What   string `json:"what"`
+	Remedy string `json:"remedy"`
+}
+
+// Status is the state of the node's data path.
+type Status struct {
+	Loaded     bool      `json:"loaded"`
+	Current    bool      `json:"current"` // the node runs this binary's programs
+	Paths      Paths     `json:"paths"`
+	CgroupRoot string    `json:"cgroup_root"` // what the programs are attached to
+	Links      []string  `json:"links"`       // programs in force there
+	Maps       []MapInfo `json:"maps"`
+	Workloads  int       `json:"workloads"`
+	Problems   []Problem `json:"problems"`
+}
+
+// MapInfo is one of the node's tables.
+type MapInfo struct {
+	Name       string `json:"name"`
+	MaxEntries uint32 `json:"max_entries"`
+	Bytes      uint64 `json:"bytes"` // of kernel memory, as the kernel accounts it
+}
+
+// Healthy reports whether nothing is wrong.
+func (s Status) Healthy() bool { return s.Loaded && len(s.Problems) == 0 }
+
+// Probe reports whether an Add would find what it needs: the data path is
+// loaded and of a layout that this binary knows, or the kernel can load it.
+func (d *Datapath) Probe() error {
+	tables, err := openTables(d.paths.maps())
+	if errors.Is(err, ErrNotLoaded) {
+		root, err := d.paths.cgroupRoot()
+		if err != nil {
+			return err
+		}
+		return errors.Join(Probe(), root.Close())
+	}
+	if err != nil {
+		return err
+	}
+	return tables.Close()
+}
+
+// Status looks at the node. It changes nothing, and an error means that the
+// look itself was not possible.
+func (d *Datapath) Status() (status Status, err error) {
+	err = d.paths.locked(func() error {
+		status, err = d.status()
+		return err
+	})
+	return status, err
+}
+
+func (d *Datapath) status() (Status, error) {
+	status := Status{Paths: d.paths, Links: []string{}, Maps: []MapInfo{}, Problems: []Problem{}}
+	problem := func(remedy, what string, args ...any) {
+		status.Problems = append(status.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
+	}
+	root, err := d.paths.cgroupRoot()
+	if err != nil {
+		problem("mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
+		return status, nil
+	}
+	defer root.Close()
+	status.CgroupRoot = root.Name()
+	tables, err := openTables(d.paths.maps())
+	switch {
+	case errors.Is(err, ErrNotLoaded):
+		problem("run 'weir load'", "the data path is not loaded: no workload is redirected")
+		return status, nil
+	case errors.Is(err, ErrIncompatible):
+		problem("drain the node, run 'weir unload' and load this version", "%v", err)
+		return status, nil
+	case err != nil:
+		return status, err
+	}
+	defer tables.Close()
+	status.Loaded = true
+	var row bpfControl
+	if _, err := tables.get("control", uint32(0), &row); err != nil {
+		return status, err
+	}
+	if status.Current = row.Digest == digest(); !status.Current {
+		problem("run 'weir load' with the version that the node should run", "the node runs programs of another version")
+	}
+	broken, err := linkProblems(programNames(), root, d.paths.links())
+	if err != nil {
+		return status, err
+	}
+	for _, what := range broken {
+		problem("run 'weir load'", "%s", what)
+	}
+	if len(broken) == 0 {
+		status.Links = programNames()
+	}
+	if status.Maps, err = mapInfos(d.paths.maps()); err != nil {
+		return status, err
+	}
+	workloads, err := d.workloads(tables)
+	if err != nil {
+		return status, err
+	}
+	status.Workloads = len(workloads)
+	owned := make(map[uint64]bool)
+	for _, w := range workloads {
+		owned[w.Cookie] = true
+		for _, what := range w.Problems {
+			problem(what.Remedy, "workload %s: %s", w.Key, what.What)
+		}
+	}
+	orphans, err := d.orphans(owned)
+	if err != nil {
+		return status, err
+	}
+	for _, o := range orphans {
+		problem("restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
+	}
+	return status, nil
+}
+
+func mapInfos(dir string) (infos []MapInfo, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list maps: %w", err)
+	}
+	for _, entry := range entries {
+		table, err := ebpf.LoadPinnedMap(filepath.Join(dir, entry.Name()), nil)
+		if err != nil {
+			return nil, fmt.Errorf("open map %s: %w", entry.Name(), err)
+		}
+		info, err := table.Info()
+		table.Close()
+		if err != nil {
+			return nil, fmt.Errorf("read map %s: %w", entry.Name(), err)
+		}
+		bytes, _ := info.Memlock()
+		infos = append(infos, MapInfo{Name: entry.Name(), MaxEntries: info.MaxEntries, Bytes: bytes})
+	}
+	return infos, nil
+}
+
+// Identity says how the kernel tells a workload's proxy from its tasks.
+type Identity string
+
+// The ways to tell a proxy.
+const (
+	IdentityUID    Identity = "uid"     // its cgroup is not known yet, or shared with tasks
+	IdentityCgroup Identity = "cgroup"  // by UID and cgroup: a task under the proxy's UID is redirected
+	IdentityNone   Identity = "unknown" // rows are lost
+)
+
+// ProxyStatus is what the node knows of a workload's proxy.
+type ProxyStatus struct {
+	UID       uint32   `json:"uid"`
+	Cgroup    uint64   `json:"cgroup"` // ID; 0: not known yet
+	Identity  Identity `json:"identity"`
+	Inbound   uint16   `json:"inbound"`
+	Outbound  uint16   `json:"outbound"`
+	Listeners int      `json:"listeners"` // registered sockets, outbound and inbound
+}
+
+// WorkloadStatus is the state of one workload.
+type WorkloadStatus struct {
+	Key       Key          `json:"key"`
+	ID        string       `json:"id"` // allocation ID
+	Job       string       `json:"job"`
+	Group     string       `json:"group"`
+	NetNS     string       `json:"netns"`
+	Cookie    uint64       `json:"cookie,string"`
+	Mode      Mode         `json:"mode"`
+	Guard     string       `json:"guard"`
+	Addresses []netip.Addr `json:"addresses"`
+	Proxy     ProxyStatus  `json:"proxy"`
+	Origins   uint32       `json:"origins"` // destination addresses held
+	Budget    uint32       `json:"budget"`  // ... of so many
+	Notes     []string     `json:"notes"`
+	Problems  []Problem    `json:"problems"`
+}
+
+// Workloads returns every workload on record, sorted by key.
+func (d *Datapath) Workloads() (list []WorkloadStatus, err error) {
+	err = d.paths.locked(func() error {
+		tables, err := openTables(d.paths.maps())
+		if err != nil {
+			return err
+		}
+		defer tables.Close()
+		list, err = d.workloads(tables)
+		return err
+	})
+	return list, err
+}
+
+func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
+	records, err := d.paths.readRecords()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]WorkloadStatus, 0, len(records))
+	for _, r := range records {
+		status, err := d.workload(tables, r)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, status)
+	}
+	slices.SortFunc(list, func(a, b WorkloadStatus) int {
+		return strings.Compare(a.Key.String(), b.Key.String())
+	})
+	return list, nil
+}
+
+func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
+	w := r.desired()
+	status := WorkloadStatus{
+		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
+		NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: "off", Addresses: w.Addresses,
+		Proxy:  ProxyStatus{UID: w.ProxyUID, Inbound: w.InboundPort, Outbound: w.OutboundPort, Identity: IdentityUID},
+		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []Problem{},
+	}
+	if status.ID == "" {
+		status.ID = r.Key.ContainerID
+	}
+	problem := func(remedy, what string, args ...any) {
+		status.Problems = append(status.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
+	}
+	proxy, err := tables.proxyState(r.Cookie)
+	if err != nil {
+		return status, err
+	}
+	var budget bpfBudget
+	if _, err := tables.get("budgets", r.Cookie, &budget); err != nil {
+		return status, err
+	}
+	status.Origins, status.Proxy.Cgroup = budget.Used, proxy.Cgroup
+	switch {
+	case proxy.Flags&bpfProxyFlagPROXY_SHARED != 0:
+		status.Notes = append(status.Notes, "proxy and tasks share a cgroup: the UID alone tells them apart, a task under the proxy's UID is not redirected")
+	case proxy.Cgroup != 0:
+		status.Proxy.Identity = IdentityCgroup
+	}
+	if err := d.inspect(tables, r, w, &status, problem); err != nil {
+		return status, err
+	}
+	return status, nil
+}
+
+// inspect compares the kernel with the record.
+func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *WorkloadStatus, problem func(remedy, what string, args ...any)) error {
+	const anew = "restart the allocation, or run its CNI CHECK"
+	for _, role := range listenerRoles() {
+		slots, err := tables.registered(r.Cookie, role)
+		if err != nil {
+			return err
+		}
+		status.Proxy.Listeners += len(slots)
+	}
+	ns, err := openNamespace(r.NetNS)
+	if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+		problem("run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	if !r.Complete {
+		problem(anew, "its ADD or CHECK did not finish")
+		return nil
+	}
+	written, err := tables.hasRows(r.Cookie, w, r.IPv6)
+	if err != nil {
+		return err
+	}
+	if !written {
+		status.Proxy.Identity = IdentityNone
+		problem(anew, "rows are missing: its connections are refused or pass untouched")
+	}
+	routed, err := ns.hasRoutes(r.IPv6)
+	if err != nil {
+		return err
+	}
+	if !routed {
+		problem(anew, "routes to the proxy are missing: redirected connections do not arrive")
+	}
+	attached, err := lookupInForce(d.paths, ns)
+	if err != nil {
+		return err
+	}
+	if !attached {
+		problem(anew, "its lookup program is not attached: inbound connections pass the mesh")
+	}
+	return nil
+}
+
+// WorkloadVerdicts are the counters of one workload since it was added.
+type WorkloadVerdicts struct {
+	Key    Key               `json:"key"`
+	ID     string            `json:"id"`
+	Job    string            `json:"job"`
+	Group  string            `json:"group"`
+	Cookie uint64            `json:"cookie,string"`
+	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out
+}
+
+// Verdicts returns the counters of every workload on record.
+func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
+	tables, err := openTables(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	records, err := d.paths.readRecords()
+	if err != nil {
+		return nil, err
+	}
+	for _, r := range records {
+		counts, err := tables.verdicts(r.Cookie)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, WorkloadVerdicts{Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID,
+			Group: r.Request.Job.Group, Cookie: r.Cookie, Counts: counts})
+	}
+	return list, nil
+}
+
+func (t *tables) verdicts(cookie uint64) (map[string]uint64, error) {
+	var row bpfVerdictCounts
+	if _, err := t.get("verdicts", cookie, &row); err != nil {
+		return nil, err
+	}
+	counts := make(map[string]uint64)
+	for i, count := range row.Count {
+		if count > 0 {
+			counts[Verdict(i).String()] = count
+		}
+	}
+	return counts, nil
+}
+
+// monotonicNow is the clock of the programs' time stamps.
+func monotonicNow() uint64 {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return 0
+	}
+	return uint64(now.Nano())
+}

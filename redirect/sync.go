@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// newGeneration returns a number that no set of rows on this node had before:
+// the monotonic clock under the node's lock.
+func newGeneration() uint64 {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return uint64(time.Now().UnixNano())
+	}
+	return uint64(now.Nano())
+}
+
+// generation returns which generation of the workload is in force; 0 for none.
+func (m *tables) generation(cookie uint64) (uint64, error) {
+	var row bpfWorkload
+	if _, err := m.get("workloads", cookie, &row); err != nil {
+		return 0, err
+	}
+	return row.Generation, nil
+}
+
+// writeRows brings a workload's rows to w. Each step leaves a state that is
+// right for connections: the flip in `workloads` is the only one they notice.
+// The previous rows go after every program that may still read them has ended.
+func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool, previous *Workload) error {
+	old, err := m.generation(cookie)
+	if err != nil {
+		return err
+	}
+	generation := newGeneration()
+	fresh := encodeRows(w, cookie, generation, ipv6)
+	for _, key := range fresh.exclusions {
+		if err := m.put("exclusions", key, uint32(1), ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
+	for key, row := range fresh.addresses {
+		if err := m.put("addresses", key, row, ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
+	for _, key := range fresh.cidrs {
+		if err := m.put("cidrs", key, uint32(1), ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
+	if err := m.put("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, fresh.config, ebpf.UpdateAny); err != nil {
+		return err
+	}
+	if err := m.ensureShared(cookie); err != nil {
+		return err
+	}
+	if err := m.put("workloads", cookie, bpfWorkload{Generation: generation}, ebpf.UpdateAny); err != nil {
+		return err
+	}
+	if old == 0 {
+		return nil
+	}
+	waitForReaders()
+	if previous != nil {
+		return m.dropRows(encodeRows(*previous, cookie, old, ipv6), cookie, old)
+	}
+	return m.dropStale(cookie)
+}
+
+// ensureShared makes the rows that the programs write to. They outlive every
+// generation, so what is there stays.
+func (m *tables) ensureShared(cookie uint64) error {
+	for name, row := range map[string]any{"budgets": bpfBudget{}, "proxies": bpfProxy{}, "verdicts": bpfVerdictCounts{}} {
+		if err := m.put(name, cookie, row, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// hasRows reports whether the rows in force are exactly those of w.
+func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
+	generation, err := m.generation(cookie)
+	if err != nil || generation == 0 {
+		return false, err
+	}
+	want := encodeRows(w, cookie, generation, ipv6)
+	var config bpfConfig
+	if found, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil || !found || config != want.config {
+		return false, err
+	}
+	for _, key := range want.exclusions {
+		var row uint32
+		if found, err := m.get("exclusions", key, &row); err != nil || !found {
+			return false, err
+		}
+	}
+	for key, wanted := range want.addresses {
+		var row bpfAddress
+		if found, err := m.get("addresses", key, &row); err != nil || !found || row != wanted {
+			return false, err
+		}
+	}
+	for _, key := range want.cidrs {
+		var row uint32
+		if found, err := m.get("cidrs", key, &row); err != nil || !found {
+			return false, err
+		}
+	}
+	for name, row := range map[string]any{"budgets": new(bpfBudget), "proxies": new(bpfProxy), "verdicts": new(bpfVerdictCounts)} {
+		if found, err := m.get(name, cookie, row); err != nil || !found {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
+	for _, key := range stale.exclusions {
+		if err := m.drop("exclusions", key); err != nil {
+			return err
+		}
+	}
+	for key := range stale.addresses {
+		if err := m.drop("addresses", key); err != nil {
+			return err
+		}
+	}
+	for _, key := range stale.cidrs {
+		if err := m.drop("cidrs", key); err != nil {
+			return err
+		}
+	}
+	return m.drop("configs", bpfConfigKey{Cookie: cookie, Generation: generation})
+}
+
+// dropStale removes every generation of the workload but the one in force. It
+// walks the tables, and is for what a killed process left behind.
+func (m *tables) dropStale(cookie uint64) error {
+	current, err := m.generation(cookie)
+	if err != nil {
+		return err
+	}
+	scope := encodeCIDR(encodedPrefix4, cookie, current).Scope
+	return errors.Join(
+		dropIf[bpfExclusionKey, uint32](m, "exclusions", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		dropIf[bpfAddressKey, bpfAddress](m, "addresses", func(k bpfAddressKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		dropIf[bpfCidrKey, uint32](m, "cidrs", func(k bpfCidrKey) bool {
+			return [2]uint32(k.Scope[:2]) == [2]uint32(scope[:2]) && k.Scope != scope
+		}),
+		dropIf[bpfConfigKey, bpfConfig](m, "configs", func(k bpfConfigKey) bool { return k.Cookie == cookie && k.Generation != current }),
+	)
+}
+
+// erase removes all that the tables hold of a workload. With applied nil, what
+// the rows were made from is not known and the tables are walked.
+func (m *tables) erase(cookie uint64, applied *Workload) error {
+	generation, err := m.generation(cookie)
+	if err != nil {
+		return err
+	}
+	if err := m.drop("workloads", cookie); err != nil {
+		return err
+	}
+	if applied != nil && generation != 0 {
+		err = m.dropRows(encodeRows(*applied, cookie, generation, true), cookie, generation)
+	} else {
+		err = m.dropStale(cookie)
+	}
+	if err != nil {
+		return err
+	}
+	if err := m.eraseListeners(cookie); err != nil {
+		return err
+	}
+	if err := m.eraseOrigins(cookie); err != nil {
+		return err
+	}
+	for _, name := range []string{"verdicts", "proxies", "budgets"} {
+		if err := m.drop(name, cookie); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eraseOrigins removes a dead workload's origins. Its indexes were given out
+// from the first one on, so they can be counted through, unless there were
+// more than a walk of the table costs.
+func (m *tables) eraseOrigins(cookie uint64) error {
+	var budget bpfBudget
+	if found, err := m.get("budgets", cookie, &budget); err != nil {
+		return err
+	} else if !found || budget.Next > 1<<17 {
+		return errors.Join(
+			dropIf[bpfOriginKey, bpfOrigin](m, "origins", func(k bpfOriginKey) bool { return k.Cookie == cookie }),
+			dropIf[bpfIndexKey, bpfAddr](m, "indexes", func(k bpfIndexKey) bool { return k.Cookie == cookie }),
+		)
+	}
+	for index := uint32(indexFirst); index < indexFirst+budget.Next; index++ {
+		key := bpfIndexKey{Cookie: cookie, Index: index}
+		var addr bpfAddr
+		found, err := m.get("indexes", key, &addr)
+		if err != nil {
+			return err
+		}
+		if !found {
+			continue
+		}
+		if err := m.drop("origins", bpfOriginKey{Cookie: cookie, Addr: addr}); err != nil {
+			return err
+		}
+		if err := m.drop("indexes", key); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// listenerRoles are all roles, outbound first.
+func listenerRoles() []bpfListenerRole {
+	return []bpfListenerRole{
+		bpfListenerRoleLISTENER_OUTBOUND4, bpfListenerRoleLISTENER_OUTBOUND6,
+		bpfListenerRoleLISTENER_INBOUND4, bpfListenerRoleLISTENER_INBOUND6,
+	}
+}
+
+// eraseListeners takes the sockets out that are still open. They leave by
+// themselves when they close, so the proxy's row says whether there are any.
+func (m *tables) eraseListeners(cookie uint64) error {
+	var proxy bpfProxy
+	if found, err := m.get("proxies", cookie, &proxy); err != nil || found && proxy.Cgroup == 0 {
+		return err
+	}
+	for _, role := range listenerRoles() {
+		for slot := range uint32(listenerSlots) {
+			if err := m.drop("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// waitForReaders returns when every program run that began before it has
+// ended: programs run in RCU read sections, and this command of membarrier
+// waits for those (Linux 4.3). On a kernel with nohz_full it is not available;
+// then waiting out many times the length of a program run has to do.
+func waitForReaders() {
+	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0); errno != 0 {
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+const membarrierGlobal = 1 // MEMBARRIER_CMD_GLOBAL
+
+// proxyState is what the kernel learned of a workload's proxy.
+func (m *tables) proxyState(cookie uint64) (bpfProxy, error) {
+	var proxy bpfProxy
+	if _, err := m.get("proxies", cookie, &proxy); err != nil {
+		return proxy, err
+	}
+	return proxy, nil
+}
+
+// registered returns the cookies of the sockets that hold a role's slots.
+func (m *tables) registered(cookie uint64, role bpfListenerRole) (map[uint32]uint64, error) {
+	slots := make(map[uint32]uint64)
+	for slot := range uint32(listenerSlots) {
+		var socket uint64
+		found, err := m.get("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}, &socket)
+		if err != nil {
+			return nil, fmt.Errorf("read listeners: %w", err)
+		}
+		if found {
+			slots[slot] = socket
+		}
+	}
+	return slots, nil
+}

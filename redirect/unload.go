@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// Unload removes programs, maps, pins and records, and returns what it
+// removed. Workloads are no longer redirected from then on. It works on what
+// any version pinned, and again on what it could not finish.
+func (d *Datapath) Unload() (removed []string, err error) {
+	err = d.paths.locked(func() error {
+		records, err := d.paths.readRecords()
+		problems := []error{err}
+		for _, r := range records {
+			problems = append(problems, removeRoutes(r), d.paths.removeRecord(r.Key))
+			removed = append(removed, "workload "+r.Key.String())
+		}
+		for _, dir := range []string{d.paths.PinDir, d.paths.staging()} {
+			pins, err := unpinAll(dir)
+			removed = append(removed, pins...)
+			problems = append(problems, err)
+		}
+		return errors.Join(append(problems, removeTree(d.paths.workloads()), removeTree(d.paths.eventsLock()))...)
+	})
+	return removed, err
+}
+
+// unpinAll removes a directory of pins and returns the pins it removed.
+func unpinAll(dir string) (removed []string, err error) {
+	var problems []error
+	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
+		}
+		removed = append(removed, "pin "+path)
+		problems = append(problems, detachPin(path))
+		return nil
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return removed, errors.Join(append(problems, err, removeTree(dir))...)
+}
+
+// detachPin ends a pinned link now, not when the kernel gets round to it, so
+// that no program outlives its maps. A pin of something else is left alone.
+func detachPin(path string) error {
+	pinned, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil
+	}
+	defer pinned.Close()
+	if err := pinned.Detach(); err != nil && !errors.Is(err, ebpf.ErrNotSupported) && !errors.Is(err, unix.ENOLINK) {
+		return fmt.Errorf("detach %s: %w", path, err)
+	}
+	return nil
+}
+
+func removeTree(path string) error {
+	if err := os.RemoveAll(path); err != nil {
+		return fmt.Errorf("remove %s: %w", path, err)
+	}
+	return nil
+}

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"fmt"
+)
+
+// Verdict is what a program decided about one socket. The names are those of
+// enum verdict in ../bpf/maps.h, in lower case.
+type Verdict uint32
+
+// The verdicts, in the order of the rules.
+const (
+	Redirected              = Verdict(bpfVerdictVERDICT_REDIRECTED)
+	Proxy                   = Verdict(bpfVerdictVERDICT_PROXY)
+	UIDExcluded             = Verdict(bpfVerdictVERDICT_UID_EXCLUDED)
+	Local                   = Verdict(bpfVerdictVERDICT_LOCAL)
+	ToUpstream              = Verdict(bpfVerdictVERDICT_UPSTREAM)
+	PortExcluded            = Verdict(bpfVerdictVERDICT_PORT_EXCLUDED)
+	CIDRExcluded            = Verdict(bpfVerdictVERDICT_CIDR_EXCLUDED)
+	Direct                  = Verdict(bpfVerdictVERDICT_DIRECT)
+	ToDNS                   = Verdict(bpfVerdictVERDICT_DNS)
+	UDP                     = Verdict(bpfVerdictVERDICT_UDP)
+	RefusedEncoded          = Verdict(bpfVerdictVERDICT_REFUSED_ENCODED)
+	RefusedFamily           = Verdict(bpfVerdictVERDICT_REFUSED_FAMILY)
+	RefusedDevice           = Verdict(bpfVerdictVERDICT_REFUSED_DEVICE)
+	RefusedBudget           = Verdict(bpfVerdictVERDICT_REFUSED_BUDGET)
+	RefusedTable            = Verdict(bpfVerdictVERDICT_REFUSED_TABLE)
+	RefusedNoProxy          = Verdict(bpfVerdictVERDICT_REFUSED_NO_PROXY)
+	Inbound                 = Verdict(bpfVerdictVERDICT_INBOUND)
+	InboundExcluded         = Verdict(bpfVerdictVERDICT_INBOUND_EXCLUDED)
+	RefusedInboundNoProxy   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY)
+	RefusedInboundUnknown   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN)
+	Listener                = Verdict(bpfVerdictVERDICT_LISTENER)
+	RefusedListenerIdentity = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
+	RefusedListenerAddress  = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
+	RefusedListenerTable    = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_TABLE)
+	verdictMax              = Verdict(bpfVerdictVERDICT_MAX)
+)
+
+type verdictText struct{ name, meaning string }
+
+func (v Verdict) text() verdictText {
+	texts := [verdictMax]verdictText{
+		Redirected:              {"redirected", "sent to the proxy's outbound listener"},
+		Proxy:                   {"proxy", "the proxy's own connection, left alone"},
+		UIDExcluded:             {"uid_excluded", "left alone: its UID is excluded"},
+		Local:                   {"local", "left alone: loopback or the workload's own address"},
+		ToUpstream:              {"upstream", "sent to the listener of the upstream whose virtual IP was dialled"},
+		PortExcluded:            {"port_excluded", "left alone: its port is excluded"},
+		CIDRExcluded:            {"cidr_excluded", "left alone: its address is in an excluded CIDR"},
+		Direct:                  {"direct", "left alone: the workload is not in transparent mode"},
+		ToDNS:                   {"dns", "sent to Consul's resolver"},
+		UDP:                     {"udp", "left alone: UDP that is not DNS to Consul"},
+		RefusedEncoded:          {"refused_encoded", "refused: the range that carries origins is not for tasks"},
+		RefusedFamily:           {"refused_family", "refused: socket and proxy have no address family in common"},
+		RefusedDevice:           {"refused_device", "refused: a socket bound to a device cannot reach the proxy"},
+		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
+		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
+		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},
+		Inbound:                 {"inbound", "from outside, sent to the proxy's inbound listener"},
+		InboundExcluded:         {"inbound_excluded", "from outside, left alone: its port is excluded"},
+		RefusedInboundNoProxy:   {"refused_inbound_no_proxy", "from outside, refused: the proxy has no inbound listener"},
+		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
+		Listener:                {"listener", "a listener of the proxy was registered"},
+		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
+		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
+		RefusedListenerTable:    {"refused_listener_table", "not registered: no slot is free, or the socket is MPTCP"},
+	}
+	if v >= verdictMax {
+		return verdictText{fmt.Sprintf("verdict_%d", uint32(v)), "unknown to this version"}
+	}
+	return texts[v]
+}
+
+// String is the verdict's name as commands and metrics show it.
+func (v Verdict) String() string { return v.text().name }
+
+// Describe says in a sentence what the verdict did.
+func (v Verdict) Describe() string { return v.text().meaning }
+
+// Refused reports whether the verdict ended the connection.
+func (v Verdict) Refused() bool {
+	switch v {
+	case RefusedEncoded, RefusedFamily, RefusedDevice, RefusedBudget, RefusedTable,
+		RefusedNoProxy, RefusedInboundNoProxy, RefusedInboundUnknown:
+		return true
+	}
+	return false
+}
+
+// AllVerdicts lists the verdicts in the order of the rules.
+func AllVerdicts() []Verdict {
+	all := make([]Verdict, verdictMax)
+	for i := range all {
+		all[i] = Verdict(i)
+	}
+	return all
+}
