@@ -76,11 +76,7 @@ func newCNINode(t *testing.T) *cniNode {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", filepath.Join(dir, "consul-cni"), "github.com/weirmesh/weir/cmd/weir-cni")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build plugin: %v\n%s", err, out)
-	}
+	buildPlugin(t, filepath.Join(dir, "consul-cni"))
 	cgroup := test.NewCgroup(t)
 	n := &cniNode{
 		plugin: filepath.Join(dir, "consul-cni"),
@@ -95,6 +91,23 @@ func newCNINode(t *testing.T) *cniNode {
 		}
 	})
 	return n
+}
+
+// buildPlugin puts the plugin at the path. Where there is no Go, in the guests of test/vm,
+// WEIR_TEST_BIN has the plugin built.
+func buildPlugin(t *testing.T, path string) {
+	t.Helper()
+	if built := os.Getenv("WEIR_TEST_BIN"); built != "" {
+		if err := os.Symlink(filepath.Join(built, "weir-cni"), path); err != nil {
+			t.Fatalf("take built plugin: %v", err)
+		}
+		return
+	}
+	build := exec.Command("go", "build", "-o", path, "github.com/weirmesh/weir/cmd/weir-cni")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build plugin: %v\n%s", err, out)
+	}
 }
 
 // loaded is the node with the data path loaded before the first ADD.

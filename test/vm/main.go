@@ -185,7 +185,7 @@ func (r *run) prepare(ctx context.Context, chosen []kernel, tests []suiteOfTests
 // job is what the guest of one kernel does.
 func (r *run) job(k kernel, tests []suiteOfTests) (job, []suiteOfTests) {
 	mine := slices.DeleteFunc(slices.Clone(tests), func(s suiteOfTests) bool { return s.refused != k.refuse })
-	j := job{Env: []string{"CI=1", "WEIR_TEST_SCALE=" + r.scale}, Shell: r.shell}
+	j := job{Env: []string{"CI=1", "WEIR_TEST_BIN=/src/bin", "WEIR_TEST_SCALE=" + r.scale}, Shell: r.shell}
 	for i := range mine {
 		if r.run != "" {
 			mine[i].run = r.run

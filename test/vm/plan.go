@@ -29,6 +29,8 @@ type suiteOfTests struct {
 var suites = []suiteOfTests{
 	{dir: "test"},
 	{dir: "redirect"},
+	{dir: "cni"},
+	{dir: "test/e2e", run: "CNI"}, // the walk of the plugin; the others want a real Envoy
 	{dir: "test/vm/refuse", tags: "refuse", refused: true},
 }
 
