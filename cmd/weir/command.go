@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/hashicorp/cli"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// env is all that the program has of the world; tests give another one.
+type env struct {
+	ctx      context.Context
+	ui       cli.Ui
+	getenv   func(string) string
+	terminal bool // standard output is one
+	open     func(redirect.Paths) datapath
+}
+
+// datapath is what the commands need of redirect.Datapath.
+type datapath interface {
+	Load() (redirect.LoadResult, error)
+	Unload() (removed []string, err error)
+	Status() (redirect.Status, error)
+	Workloads() ([]redirect.WorkloadStatus, error)
+	Verdicts() ([]redirect.WorkloadVerdicts, error)
+	Events(ctx context.Context, deliver func(redirect.Event) error) error
+}
+
+// command is one command of the CLI. Its own part is what it does; flags,
+// help and the telling of errors are common.
+type command struct {
+	env
+	name     string
+	synopsis string // one line
+	about    string // paragraphs of the help, indented by two
+	flags    *flag.FlagSet
+	paths    redirect.Paths
+	json     bool
+	verbose  bool
+	do       func() (code int, err error)
+}
+
+// newCommand makes a command with the flags that all commands have.
+func newCommand(env env, name, synopsis, about string) *command {
+	c := &command{env: env, name: name, synopsis: synopsis, about: about}
+	c.flags = flag.NewFlagSet(name, flag.ContinueOnError)
+	c.flags.SetOutput(io.Discard) // Run tells errors itself
+	c.flags.Usage = func() {}
+	return c
+}
+
+// withPaths adds the flags that name one instance's state on the node.
+func (c *command) withPaths() *command {
+	c.flags.StringVar(&c.paths.PinDir, "pin-dir", "", "`directory` of maps, programs and links; or WEIR_PIN_DIR (default /sys/fs/bpf/weir)")
+	c.flags.StringVar(&c.paths.StateDir, "state-dir", "", "`directory` of the workloads' records; or WEIR_STATE_DIR (default /run/weir)")
+	c.flags.StringVar(&c.paths.CgroupRoot, "cgroup-root", "", "`directory` of the cgroup-v2 root; or WEIR_CGROUP_ROOT (default: found)")
+	c.flags.BoolVar(&c.verbose, "verbose", false, "print errors in full, with the kernel's verifier log")
+	return c
+}
+
+// withJSON adds the flag of commands that print data.
+func (c *command) withJSON() *command {
+	c.flags.BoolVar(&c.json, "json", false, "print JSON")
+	return c
+}
+
+// Synopsis is the command's line in the list of commands.
+func (c *command) Synopsis() string { return c.synopsis }
+
+// Help is the command's help, flags included.
+func (c *command) Help() string {
+	var text strings.Builder
+	fmt.Fprintf(&text, "Usage: weir %s [options]\n\n%s\n\nOptions:\n", c.name, c.about)
+	c.flags.VisitAll(func(f *flag.Flag) {
+		value, usage := flag.UnquoteUsage(f)
+		fmt.Fprintf(&text, "\n  -%s\n      %s\n", strings.TrimSpace(f.Name+" "+value), usage)
+	})
+	return strings.TrimRight(text.String(), "\n")
+}
+
+// Run parses the flags, does the command's work and tells its error.
+func (c *command) Run(args []string) int {
+	err := c.flags.Parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		c.ui.Output(c.Help())
+		return 0
+	}
+	if err == nil && c.flags.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q", c.flags.Arg(0))
+	}
+	if err != nil {
+		c.ui.Error(fmt.Sprintf("weir %s: %v\nFor the options: weir %s -help", c.name, err, c.name))
+		return 1
+	}
+	code, err := c.do()
+	if err != nil {
+		c.ui.Error(c.paint(red, fmt.Sprintf("weir %s: %v", c.name, err)))
+		if detail := detail(err); detail != "" && c.verbose {
+			c.ui.Error(detail)
+		} else if detail != "" {
+			c.ui.Error("The kernel's full answer: the same command with -verbose")
+		}
+		return 1
+	}
+	return code
+}
+
+// datapath opens the instance that flags and environment name.
+func (c *command) datapath() datapath {
+	return c.open(c.paths.Or(redirect.PathsFromEnv(c.getenv)))
+}
+
+// printJSON prints one value.
+func (c *command) printJSON(value any) error {
+	text, err := json.MarshalIndent(value, "", "  ")
+	if err != nil {
+		return fmt.Errorf("render JSON: %w", err)
+	}
+	c.ui.Output(string(text))
+	return nil
+}
+
+const (
+	red   = "31"
+	green = "32"
+	bold  = "1"
+)
+
+// paint gives text a colour where somebody can see it.
+func (c *command) paint(code, text string) string {
+	if !c.terminal || c.json || c.getenv("NO_COLOR") != "" || c.getenv("TERM") == "dumb" {
+		return text
+	}
+	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+// table aligns rows in columns. The first row is the heading.
+func table(indent string, rows [][]string) string {
+	var text strings.Builder
+	writer := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
+	for _, row := range rows {
+		fmt.Fprintln(writer, indent+strings.Join(row, "\t"))
+	}
+	writer.Flush() // a strings.Builder takes everything
+	lines := strings.Split(strings.TrimRight(text.String(), "\n"), "\n")
+	for i, line := range lines {
+		lines[i] = strings.TrimRight(line, " ")
+	}
+	return strings.Join(lines, "\n")
+}
+
+// detail finds an error in err's tree that has more to say under %+v, as the
+// verifier's has.
+func detail(err error) string {
+	if formatter, ok := err.(fmt.Formatter); ok {
+		return fmt.Sprintf("%+v", formatter)
+	}
+	switch err := err.(type) {
+	case interface{ Unwrap() error }:
+		if inner := err.Unwrap(); inner != nil {
+			return detail(inner)
+		}
+	case interface{ Unwrap() []error }:
+		for _, inner := range err.Unwrap() {
+			if text := detail(inner); text != "" {
+				return text
+			}
+		}
+	}
+	return ""
+}
+
+// short is the first part of an allocation's ID, as Nomad prints it.
+func short(id string) string {
+	if len(id) > 8 {
+		return id[:8]
+	}
+	return id
+}
+
+// orDash shows an empty field.
+func orDash(text string) string {
+	if text == "" {
+		return "-"
+	}
+	return text
+}

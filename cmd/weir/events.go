@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func newEvents(env env) *command {
+	c := newCommand(env, "events", "Show connections as they happen", `  Prints a line for each connection that is redirected, refused or passed by:
+  when, which workload, the verdict, who dialled, what was dialled and where it
+  was sent. Without -f it stops after a moment; with -f only at an interrupt.
+  With -json each line is a JSON object.
+
+  Events cost the node something only while somebody reads them. One that finds
+  no room is lost; the connection never is, and "weir verdicts" counts all.`).withPaths().withJSON()
+	follow := c.flags.Bool("f", false, "go on until interrupted")
+	duration := c.flags.Duration("duration", 2*time.Second, "how `long` to listen without -f")
+	c.do = func() (int, error) {
+		ctx := c.ctx
+		if !*follow {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, *duration)
+			defer cancel()
+		}
+		if !c.json {
+			c.ui.Output(c.paint(bold, eventColumns("TIME", "WORKLOAD", "VERDICT", "UID", "PID", "ORIGIN -> DESTINATION")))
+		}
+		datapath := c.datapath()
+		names := eventNames{datapath: datapath, known: map[uint64]string{}}
+		err := datapath.Events(ctx, func(event redirect.Event) error {
+			if c.json {
+				line, err := json.Marshal(event)
+				if err != nil {
+					return fmt.Errorf("render JSON: %w", err)
+				}
+				c.ui.Output(string(line))
+				return nil
+			}
+			c.ui.Output(c.renderEvent(event, names.of(event.Cookie)))
+			return nil
+		})
+		return 0, err
+	}
+	return c
+}
+
+// eventNames finds the names of the workloads that events come from. A
+// workload may come while events are read, so an unknown one is looked up
+// anew.
+type eventNames struct {
+	datapath datapath
+	known    map[uint64]string
+}
+
+func (n *eventNames) of(cookie uint64) string {
+	if text, ok := n.known[cookie]; ok {
+		return text
+	}
+	n.known[cookie] = fmt.Sprintf("netns %d", cookie) // removed before it could be looked up
+	if list, err := n.datapath.Verdicts(); err == nil {
+		for _, workload := range list {
+			n.known[workload.Cookie] = name(workload.Job, workload.Group, workload.Key)
+		}
+	}
+	return n.known[cookie]
+}
+
+func (c *command) renderEvent(event redirect.Event, workload string) string {
+	uid, pid := "-", "-"
+	if !event.Source.IsValid() { // from inside: the dialler is known
+		uid, pid = strconv.FormatUint(uint64(event.UID), 10), strconv.FormatUint(uint64(event.PID), 10)
+	}
+	line := eventColumns(event.Time.Format("15:04:05.000000"), workload, event.Name, uid, pid,
+		arrow(event.Source, event.Origin, event.Destination))
+	if event.Verdict.Refused() {
+		return c.paint(red, line)
+	}
+	return line
+}
+
+// arrow shows a connection's way: who dialled, where that is known; what was
+// dialled; where it was sent, where that differs.
+func arrow(source, origin, destination netip.AddrPort) string {
+	text := origin.String()
+	if source.IsValid() {
+		text = source.String() + " -> " + text
+	}
+	if destination.IsValid() && destination != origin {
+		text += " -> " + destination.String()
+	}
+	return text
+}
+
+// eventColumns lays out a line whose neighbours are not known yet.
+func eventColumns(time, workload, verdict, uid, pid, way string) string {
+	return fmt.Sprintf("%-15s  %-28s  %-24s  %6s  %7s  %s", time, workload, verdict, uid, pid, way)
+}

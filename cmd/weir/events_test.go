@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"errors"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func threeEvents() *node {
+	at := time.Date(2026, 11, 23, 12, 30, 0, 123456000, time.Local)
+	n := twoWorkloads()
+	n.events = []redirect.Event{
+		{
+			Time: at, Cookie: 4711, Verdict: redirect.Redirected, Name: "redirected", UID: 1000, PID: 815, Command: "curl",
+			Origin:      netip.MustParseAddrPort("10.0.0.9:8080"),
+			Destination: netip.MustParseAddrPort("127.128.0.0:8080"),
+		},
+		{
+			Time: at, Cookie: 4712, Verdict: redirect.RefusedInboundNoProxy, Name: "refused_inbound_no_proxy",
+			Source: netip.MustParseAddrPort("10.0.0.9:40000"),
+			Origin: netip.MustParseAddrPort("10.0.0.8:8080"),
+		},
+		{
+			Time: at, Cookie: 4713, Verdict: redirect.Local, Name: "local", UID: 0, PID: 816,
+			Origin:      netip.MustParseAddrPort("[::1]:53"),
+			Destination: netip.MustParseAddrPort("[::1]:53"),
+		},
+	}
+	return n
+}
+
+// With nothing said the command listens for a moment; here a very short one.
+func TestEvents(t *testing.T) {
+	want(t, try(t, threeEvents(), nil, "events", "-duration", "1ms"), outcome{stdout: "" +
+		"TIME             WORKLOAD                      VERDICT                      UID      PID  ORIGIN -> DESTINATION\n" +
+		"12:30:00.123456  demo/web/0b5d0c1e             redirected                  1000      815  10.0.0.9:8080 -> 127.128.0.0:8080\n" +
+		"12:30:00.123456  1c6e1d2f                      refused_inbound_no_proxy       -        -  10.0.0.9:40000 -> 10.0.0.8:8080\n" +
+		"12:30:00.123456  netns 4713                    local                          0      816  [::1]:53\n"})
+}
+
+func TestEventsJSON(t *testing.T) {
+	n := threeEvents()
+	n.events = n.events[:1]
+	n.events[0].Time = time.Date(2026, 11, 23, 12, 30, 0, 0, time.UTC)
+	want(t, try(t, n, nil, "events", "-json", "-duration", "1ms"), outcome{stdout: `{"time":"2026-11-23T12:30:00Z","cookie":"4711","verdict":"redirected",` +
+		`"origin":"10.0.0.9:8080","destination":"127.128.0.0:8080","uid":1000,"pid":815,"cgroup":0,"command":"curl"}` + "\n"})
+}
+
+func TestFollowedEventsEndWithTheirSource(t *testing.T) {
+	n := &node{err: errors.New("events have another reader")}
+	want(t, try(t, n, nil, "events", "-f", "-json"), outcome{code: 1, stderr: "weir events: events have another reader\n"})
+}

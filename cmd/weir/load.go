@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import "strings"
+
+func newLoad(env env) *command {
+	c := newCommand(env, "load", "Load or upgrade the data path of this node", `  Loads the programs, attaches them at the cgroup-v2 root and pins them; or
+  replaces them by this version's, with every map and every workload kept. It
+  may be called at any time and does nothing when all is in place. The plugin
+  does the same at the first ADD of a node that has nothing loaded.`).withPaths().withJSON()
+	c.do = func() (int, error) {
+		result, err := c.datapath().Load()
+		if err != nil {
+			return 1, err
+		}
+		if c.json {
+			return 0, c.printJSON(result)
+		}
+		if !result.Changed {
+			c.ui.Output("nothing to do: the data path is loaded and of this version")
+			return 0, nil
+		}
+		c.ui.Output(strings.Join(result.Did, "\n"))
+		return 0, nil
+	}
+	return c
+}

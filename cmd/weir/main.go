@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Command weir is what an operator asks and tells the data path with. The
+// CNI plugin is another program, weir-cni; in a cni_path it is a file of this
+// name, so weir answers a CNI call with an error that says so.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+
+	"github.com/hashicorp/cli"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	_, notTerminal := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS)
+	code := run(os.Args[1:], env{
+		ctx:      ctx,
+		ui:       &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
+		getenv:   os.Getenv,
+		terminal: notTerminal == nil,
+		open:     func(paths redirect.Paths) datapath { return redirect.New(paths) },
+	})
+	stop()
+	os.Exit(code)
+}
+
+// run is the whole program. It returns the exit code: 0, or 1 when a command
+// could not do its work or when status has found something wrong.
+func run(args []string, world env) int {
+	if command := world.getenv("CNI_COMMAND"); command != "" {
+		world.ui.Output(cniError(command, world.getenv("CNI_CONTAINERID")))
+		return 1
+	}
+	// "weir version" is a command; the flag is the habit of other tools.
+	if len(args) == 1 && (args[0] == "-version" || args[0] == "--version" || args[0] == "-v") {
+		args = []string{"version"}
+	}
+	writer := &cli.UiWriter{Ui: world.ui}
+	program := &cli.CLI{
+		Name:       "weir",
+		Args:       args,
+		Commands:   commands(world),
+		HelpFunc:   cli.BasicHelpFunc("weir"),
+		HelpWriter: writer,
+	}
+	code, err := program.Run()
+	if err != nil {
+		world.ui.Error(fmt.Sprintf("weir: %v", err))
+		return 1
+	}
+	if code == 127 { // no such command; the library has printed the help
+		return 1
+	}
+	return code
+}
+
+// commands is the grammar: nouns read, verbs change.
+func commands(world env) map[string]cli.CommandFactory {
+	factories := map[string]cli.CommandFactory{}
+	for _, build := range []func(env) *command{
+		newLoad, newUnload, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
+	} {
+		command := build(world)
+		factories[command.name] = func() (cli.Command, error) { return command, nil }
+	}
+	return factories
+}

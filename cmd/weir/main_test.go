@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/cli"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// node is a data path that answers what a test gives it.
+type node struct {
+	paths    redirect.Paths
+	load     redirect.LoadResult
+	removed  []string
+	status   redirect.Status
+	list     []redirect.WorkloadStatus
+	verdicts []redirect.WorkloadVerdicts
+	events   []redirect.Event
+	err      error
+}
+
+func (n *node) Load() (redirect.LoadResult, error)             { return n.load, n.err }
+func (n *node) Unload() ([]string, error)                      { return n.removed, n.err }
+func (n *node) Status() (redirect.Status, error)               { return n.status, n.err }
+func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
+func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
+func (n *node) Events(ctx context.Context, deliver func(redirect.Event) error) error {
+	for _, event := range n.events {
+		if err := deliver(event); err != nil {
+			return err
+		}
+	}
+	if n.err == nil {
+		<-ctx.Done() // as the real one: no error
+	}
+	return n.err
+}
+
+// outcome is all that a run of the program has to show.
+type outcome struct {
+	code           int
+	stdout, stderr string
+}
+
+// try runs the program as a script would, on the given node.
+func try(t *testing.T, n *node, environment map[string]string, args ...string) outcome {
+	t.Helper()
+	return tryOn(t, n, false, environment, args...)
+}
+
+func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, args ...string) outcome {
+	t.Helper()
+	ui := cli.NewMockUi()
+	code := run(args, env{
+		ctx:      t.Context(),
+		ui:       ui,
+		getenv:   func(name string) string { return environment[name] },
+		terminal: terminal,
+		open: func(paths redirect.Paths) datapath {
+			n.paths = paths
+			return n
+		},
+	})
+	return outcome{code: code, stdout: ui.OutputWriter.String(), stderr: ui.ErrorWriter.String()}
+}
+
+func want(t *testing.T, got, want outcome) {
+	t.Helper()
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(outcome{})); diff != "" {
+		t.Errorf("outcome (-want +got):\n%s", diff)
+	}
+}
+
+func TestCalledAsThePlugin(t *testing.T) {
+	got := try(t, &node{}, map[string]string{"CNI_COMMAND": "ADD", "CNI_CONTAINERID": "0b5d0c1e"})
+	want(t, got, outcome{code: 1, stdout: `{
+  "cniVersion": "1.1.0",
+  "code": 4,
+  "msg": "this is the weir CLI, not the CNI plugin: put weir-cni in cni_path as weir and consul-cni",
+  "details": "CNI_COMMAND is \"ADD\", CNI_CONTAINERID is \"0b5d0c1e\""
+}
+`})
+}
+
+func TestHelp(t *testing.T) {
+	got := try(t, &node{}, nil, "-help")
+	for _, name := range []string{"load", "unload", "status", "workloads", "verdicts", "events", "version"} {
+		if !strings.Contains(got.stdout, "\n    "+name+" ") {
+			t.Errorf("help does not list %s:\n%s", name, got.stdout)
+		}
+	}
+	if got.code != 0 {
+		t.Errorf("code = %d, want 0", got.code)
+	}
+}
+
+func TestHelpOfCommand(t *testing.T) {
+	want(t, try(t, &node{}, nil, "version", "-help"), outcome{stdout: `Usage: weir version [options]
+
+  Prints the version of this program and what it was built with. It asks
+  nothing of the node.
+
+Options:
+
+  -json
+      print JSON
+
+`})
+}
+
+func TestUnknownCommand(t *testing.T) {
+	got := try(t, &node{}, nil, "reload")
+	if got.code != 1 || !strings.HasPrefix(got.stdout+got.stderr, "Usage: weir ") {
+		t.Errorf("outcome = %+v, want code 1 and the list of commands", got)
+	}
+}
+
+func TestUsageErrors(t *testing.T) {
+	want(t, try(t, &node{}, nil, "load", "-force"), outcome{code: 1, stderr: `weir load: flag provided but not defined: -force
+For the options: weir load -help
+`})
+	want(t, try(t, &node{}, nil, "status", "now"), outcome{code: 1, stderr: `weir status: unexpected argument "now"
+For the options: weir status -help
+`})
+}
+
+func TestPaths(t *testing.T) {
+	n := &node{}
+	try(t, n, map[string]string{"WEIR_PIN_DIR": "/env/pins", "WEIR_STATE_DIR": "/env/state"},
+		"load", "-pin-dir", "/flag/pins", "-cgroup-root", "/flag/cgroup")
+	if want := (redirect.Paths{PinDir: "/flag/pins", StateDir: "/env/state", CgroupRoot: "/flag/cgroup"}); n.paths != want {
+		t.Errorf("paths = %+v, want %+v", n.paths, want)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	got := try(t, &node{}, nil, "version")
+	if !strings.HasPrefix(got.stdout, "weir v") || got.code != 0 {
+		t.Errorf("outcome = %+v, want a version", got)
+	}
+	var info versionInfo
+	if err := json.Unmarshal([]byte(try(t, &node{}, nil, "version", "-json").stdout), &info); err != nil || info.Version != version {
+		t.Errorf("version -json = %+v, %v; want version %s", info, err, version)
+	}
+}
+
+func TestLoad(t *testing.T) {
+	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n"})
+	n := &node{load: redirect.LoadResult{Changed: true, Did: []string{"created maps", "attached connect4"}}}
+	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n"})
+}
+
+// verifierError says more under %+v, as the library's does.
+type verifierError struct{}
+
+func (verifierError) Error() string { return "invalid argument: R1 type=scalar (2 lines omitted)" }
+
+func (e verifierError) Format(f fmt.State, _ rune) {
+	text := e.Error()
+	if f.Flag('+') {
+		text = "invalid argument:\n\t0: (b7) r0 = 0\n\tR1 type=scalar"
+	}
+	fmt.Fprint(f, text)
+}
+
+func TestVerifierError(t *testing.T) {
+	n := &node{err: fmt.Errorf("load program: %w", errors.Join(verifierError{}, errors.New("close map")))}
+	want(t, try(t, n, nil, "load"), outcome{code: 1, stderr: `weir load: load program: invalid argument: R1 type=scalar (2 lines omitted)
+close map
+The kernel's full answer: the same command with -verbose
+`})
+	want(t, try(t, n, nil, "load", "-verbose"), outcome{code: 1, stderr: `weir load: load program: invalid argument: R1 type=scalar (2 lines omitted)
+close map
+invalid argument:
+	0: (b7) r0 = 0
+	R1 type=scalar
+`})
+}
+
+func TestUnload(t *testing.T) {
+	want(t, try(t, &node{}, nil, "unload"), outcome{stdout: "nothing to do: nothing is loaded\n"})
+	want(t, try(t, &node{}, nil, "unload", "-json"), outcome{stdout: "[]\n"})
+	n := &node{removed: []string{"link connect4", "map origins"}}
+	want(t, try(t, n, nil, "unload"), outcome{stdout: "removed link connect4\nremoved map origins\n"})
+}
+
+// What was removed is told also where something could not be.
+func TestUnloadInPart(t *testing.T) {
+	n := &node{removed: []string{"link connect4"}, err: errors.New("remove map origins: busy")}
+	want(t, try(t, n, nil, "unload"), outcome{
+		code: 1, stdout: "removed link connect4\n", stderr: "weir unload: remove map origins: busy\n",
+	})
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func newVerdicts(env env) *command {
+	c := newCommand(env, "verdicts", "Count what was decided about connections, per workload", `  Prints for every workload which verdicts its connections got, how often, and
+  what each verdict means. Counts start at the ADD of the workload.`).withPaths().withJSON()
+	all := c.flags.Bool("all", false, "also print verdicts that never happened")
+	c.do = func() (int, error) {
+		list, err := c.datapath().Verdicts()
+		if err != nil {
+			return 1, err
+		}
+		if c.json {
+			if list == nil {
+				list = []redirect.WorkloadVerdicts{}
+			}
+			return 0, c.printJSON(list)
+		}
+		c.ui.Output(c.renderVerdicts(list, *all))
+		return 0, nil
+	}
+	return c
+}
+
+func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) string {
+	if len(list) == 0 {
+		return "no workloads"
+	}
+	var blocks []string
+	for _, workload := range list {
+		rows := [][]string{{"VERDICT", "COUNT", "MEANING"}}
+		for _, verdict := range redirect.AllVerdicts() {
+			count := workload.Counts[verdict.String()]
+			if count == 0 && !all {
+				continue
+			}
+			rows = append(rows, []string{verdict.String(), fmt.Sprint(count), verdict.Describe()})
+		}
+		title := c.paint(bold, name(workload.Job, workload.Group, workload.Key))
+		if len(rows) == 1 {
+			blocks = append(blocks, title+"\n  no connection yet")
+			continue
+		}
+		blocks = append(blocks, title+"\n"+table("  ", rows))
+	}
+	return strings.Join(blocks, "\n\n")
+}
+
+// name is how people know a workload: job, group and the short form of its
+// allocation's ID; the last alone where the request named no job.
+func name(job, group string, key redirect.Key) string {
+	parts := []string{}
+	for _, part := range []string{job, group, short(key.ContainerID)} {
+		if part != "" {
+			parts = append(parts, part)
+		}
+	}
+	return strings.Join(parts, "/")
+}

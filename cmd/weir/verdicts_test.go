@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func twoWorkloads() *node {
+	return &node{verdicts: []redirect.WorkloadVerdicts{
+		{
+			Key: redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+			Job: "demo", Group: "web", Cookie: 4711,
+			Counts: map[string]uint64{"redirected": 12, "refused_no_proxy": 3, "proxy": 0},
+		},
+		{
+			Key: redirect.Key{ContainerID: "1c6e1d2f-8d1a-4e1f-8b62-3a7d9f2e1b02", IfName: "eth0"}, Cookie: 4712,
+		},
+	}}
+}
+
+func TestVerdicts(t *testing.T) {
+	want(t, try(t, twoWorkloads(), nil, "verdicts"), outcome{stdout: `demo/web/0b5d0c1e
+  VERDICT           COUNT  MEANING
+  redirected        12     sent to the proxy's outbound listener
+  refused_no_proxy  3      refused: the proxy has no outbound listener
+
+1c6e1d2f
+  no connection yet
+`})
+}
+
+func TestAllVerdicts(t *testing.T) {
+	got := try(t, twoWorkloads(), nil, "verdicts", "-all")
+	for _, verdict := range redirect.AllVerdicts() {
+		if count := strings.Count(got.stdout, "\n  "+verdict.String()+" "); count != 2 {
+			t.Errorf("%s is listed %d times, want once per workload", verdict, count)
+		}
+	}
+}
+
+func TestNoVerdicts(t *testing.T) {
+	want(t, try(t, &node{}, nil, "verdicts"), outcome{stdout: "no workloads\n"})
+	want(t, try(t, &node{}, nil, "verdicts", "-json"), outcome{stdout: "[]\n"})
+}

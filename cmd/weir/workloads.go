@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func newWorkloads(env env) *command {
+	c := newCommand(env, "workloads", "List the allocations under Weir", `  Prints a line for each workload of this node: which allocation it is, how its
+  proxy is told from its tasks, the proxy's ports, and how many destinations it
+  holds of how many it may. What is wrong with a workload follows below.
+
+  IDENTITY is "cgroup" where the proxy is known by UID and cgroup, "uid" where
+  the UID alone decides: a task under that UID is not redirected.`).withPaths().withJSON()
+	c.do = func() (int, error) {
+		list, err := c.datapath().Workloads()
+		if err != nil {
+			return 1, err
+		}
+		if c.json {
+			if list == nil {
+				list = []redirect.WorkloadStatus{}
+			}
+			return 0, c.printJSON(list)
+		}
+		c.ui.Output(c.renderWorkloads(list))
+		return 0, nil
+	}
+	return c
+}
+
+func (c *command) renderWorkloads(list []redirect.WorkloadStatus) string {
+	if len(list) == 0 {
+		return "no workloads"
+	}
+	rows := [][]string{{"ID", "JOB", "GROUP", "MODE", "PROXY UID", "IDENTITY", "INBOUND", "OUTBOUND", "LISTENERS", "ORIGINS"}}
+	var below strings.Builder
+	for _, w := range list {
+		rows = append(rows, []string{
+			short(w.ID), orDash(w.Job), orDash(w.Group), string(w.Mode),
+			fmt.Sprint(w.Proxy.UID), string(w.Proxy.Identity), port(w.Proxy.Inbound), port(w.Proxy.Outbound),
+			fmt.Sprint(w.Proxy.Listeners), fmt.Sprintf("%d of %d", w.Origins, w.Budget),
+		})
+		if len(w.Problems)+len(w.Notes) == 0 {
+			continue
+		}
+		fmt.Fprintf(&below, "\n\n%s\n", c.paint(bold, name(w.Job, w.Group, w.Key)))
+		below.WriteString(c.renderProblems("", w.Problems))
+		for _, note := range w.Notes {
+			fmt.Fprintf(&below, "  note: %s\n", note)
+		}
+	}
+	return table("", rows) + strings.TrimRight(below.String(), "\n")
+}
+
+// port shows a port that is not known yet as such.
+func port(number uint16) string {
+	if number == 0 {
+		return "-"
+	}
+	return fmt.Sprint(number)
+}
