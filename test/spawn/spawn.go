@@ -62,6 +62,7 @@ func Start(spec Spec) (*Process, error) {
 		SysProcAttr: &syscall.SysProcAttr{
 			Credential: &syscall.Credential{Uid: spec.UID, Gid: spec.UID},
 			Pdeathsig:  syscall.SIGKILL,
+			Setpgid:    true, // an interrupt at the terminal is the caller's to handle
 		},
 	}
 	if cmd.Dir == "" {
