@@ -14,6 +14,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -134,30 +135,33 @@ func (s *Server) serve(conn *net.TCPConn) {
 	_, _ = io.Copy(conn, conn) // ends when the dialler or Close ends the connection
 }
 
-// originalDestination asks as Envoy does: by the family of the local address.
+// originalDestination asks as Envoy does: at the level of the local address's family,
+// with room for either family's answer.
 func originalDestination(conn syscall.Conn, ipv4 bool) (netip.AddrPort, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
 		return netip.AddrPort{}, err
 	}
+	level := unix.SOL_IPV6
+	if ipv4 {
+		level = unix.SOL_IP
+	}
 	var origin netip.AddrPort
 	var optErr error
 	err = raw.Control(func(fd uintptr) {
 		const originalDst = 80 // SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST
-		if ipv4 {
-			// A struct ip_mreq6 is large enough for a sockaddr_in.
-			var answer *unix.IPv6Mreq
-			if answer, optErr = unix.GetsockoptIPv6Mreq(int(fd), unix.SOL_IP, originalDst); optErr == nil {
-				b := answer.Multiaddr
-				origin = netip.AddrPortFrom(netip.AddrFrom4([4]byte(b[4:8])), uint16(b[2])<<8|uint16(b[3]))
-			}
+		// A struct ip6_mtuinfo begins with a sockaddr_in6, and is larger than it.
+		answer, err := unix.GetsockoptIPv6MTUInfo(int(fd), level, originalDst)
+		if err != nil {
+			optErr = err
 			return
 		}
-		// A struct ip6_mtuinfo begins with a sockaddr_in6.
-		var answer *unix.IPv6MTUInfo
-		if answer, optErr = unix.GetsockoptIPv6MTUInfo(int(fd), unix.SOL_IPV6, originalDst); optErr == nil {
-			port := answer.Addr.Port
-			origin = netip.AddrPortFrom(netip.AddrFrom16(answer.Addr.Addr), port<<8|port>>8)
+		raw := (*[unix.SizeofIPv6MTUInfo]byte)(unsafe.Pointer(answer))
+		port := uint16(raw[2])<<8 | uint16(raw[3])
+		if answer.Addr.Family == unix.AF_INET {
+			origin = netip.AddrPortFrom(netip.AddrFrom4([4]byte(raw[4:8])), port)
+		} else {
+			origin = netip.AddrPortFrom(netip.AddrFrom16(answer.Addr.Addr), port)
 		}
 	})
 	return origin, errors.Join(err, optErr)
