@@ -7,9 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
-	"strconv"
-	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -51,7 +48,7 @@ func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err e
 	}
 	each := float64(b.size.workloads)
 	if name == consul {
-		used, err := b.memoryOf(ctx, func() error {
+		used, err := memoryOf(ctx, func() error {
 			for _, s := range sites {
 				if err := installConsul(s); err != nil {
 					return err
@@ -62,7 +59,7 @@ func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err e
 		return figures{"memory.workload": kibibytes(used) / each}, err
 	}
 
-	node, err := b.memoryOf(ctx, b.load)
+	node, err := memoryOf(ctx, b.load)
 	if err != nil {
 		return nil, err
 	}
@@ -76,7 +73,7 @@ func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err e
 			err = errors.Join(err, redirect.New(b.paths).Remove(key(s)))
 		}
 	}()
-	used, err := b.memoryOf(ctx, func() error {
+	used, err := memoryOf(ctx, func() error {
 		for _, s := range sites {
 			if err := redirect.New(b.paths).Add(attachment(s)); err != nil {
 				return err
@@ -96,47 +93,24 @@ func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err e
 	}, err
 }
 
-// memoryOf is how many bytes of the machine are gone after f, caches and this
-// process's own heap not counted.
-func (b *bench) memoryOf(ctx context.Context, f func() error) (int64, error) {
-	measure := func() (free, own int64, err error) {
-		debug.FreeOSMemory()
+// memoryOf is how many bytes more the kernel uses after f, without its caches.
+func memoryOf(ctx context.Context, f func() error) (int64, error) {
+	measure := func() (int64, error) {
 		unix.Sync()
 		if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0); err != nil {
-			return 0, 0, fmt.Errorf("drop caches: %w", err)
+			return 0, fmt.Errorf("drop caches: %w", err)
 		}
-		if err := settle(ctx); err != nil {
-			return 0, 0, err
-		}
-		if free, err = freeMemory(); err != nil {
-			return 0, 0, err
-		}
-		own, err = ownMemory()
-		return free, own, err
+		return steadyMemory(ctx)
 	}
-	free, own, err := measure()
+	before, err := measure()
 	if err != nil {
 		return 0, err
 	}
 	if err := f(); err != nil {
 		return 0, err
 	}
-	freeAfter, ownAfter, err := measure()
-	return (free - freeAfter) - (ownAfter - own), err
-}
-
-func ownMemory() (int64, error) {
-	text, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(text)) {
-		if size, found := strings.CutPrefix(line, "RssAnon:"); found {
-			n, err := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(size), " kB"), 10, 64)
-			return n << 10, err
-		}
-	}
-	return 0, errors.New("find RssAnon in /proc/self/status: not there")
+	after, err := measure()
+	return after - before, err
 }
 
 // objectMemory is what the kernel charges for all maps and programs that are

@@ -89,12 +89,13 @@ func (b *bench) churn(client, proxy []int) measurement {
 		[]row{
 			{ID: "churn.first", Name: fmt.Sprintf("churn: first %d of %d", block, count), Unit: "/s"},
 			{ID: "churn.last", Name: fmt.Sprintf("churn: last %d of %d", block, count), Unit: "/s", target: asTheFloor},
-			{ID: "churn.kept", Name: "churn: last rate / first rate", Unit: ""},
+			{ID: "churn.kept", Name: "churn: last rate / first rate"},
+			{ID: "churn.done", Name: fmt.Sprintf("churn: connections within %.0f s", b.size.patience.Seconds())},
 		},
 		trial{client: spec, clientCPUs: client, proxyCPUs: proxy},
 		func(o outcome) figures {
 			first, last := o.Rates[0], o.Rates[len(o.Rates)-1]
-			return figures{"churn.first": first, "churn.last": last, "churn.kept": last / first}
+			return figures{"churn.first": first, "churn.last": last, "churn.kept": last / first, "churn.done": float64(o.Done)}
 		})
 }
 

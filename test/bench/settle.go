@@ -68,25 +68,60 @@ func cpuTicks() (busy, idle uint64, err error) {
 	return busy, idle, nil
 }
 
-// freeMemory counts the pages that nobody uses, those that wait in the lists
-// of single CPUs included, and returns their size in bytes.
-func freeMemory() (int64, error) {
-	file, err := os.Open("/proc/zoneinfo")
+// kernelMemory is what the kernel uses for itself in bytes: slabs, memory of
+// single CPUs, and virtually mapped memory without the stacks of threads. Page
+// caches and the memory of processes are not in it, so that what else runs on
+// the machine does not count.
+func kernelMemory() (int64, error) {
+	file, err := os.Open("/proc/meminfo")
 	if err != nil {
 		return 0, err
 	}
 	defer file.Close()
-	var pages int64
+	signs := map[string]int64{"Slab:": 1, "Percpu:": 1, "VmallocUsed:": 1, "KernelStack:": -1}
+	var total int64
 	lines := bufio.NewScanner(file)
 	for lines.Scan() {
 		fields := strings.Fields(lines.Text())
-		if len(fields) == 2 && (fields[0] == "nr_free_pages" || fields[0] == "count:") {
-			n, err := strconv.ParseInt(fields[1], 10, 64)
-			if err != nil {
-				return 0, fmt.Errorf("parse /proc/zoneinfo: %w", err)
-			}
-			pages += n
+		if len(fields) < 2 || signs[fields[0]] == 0 {
+			continue
+		}
+		size, err := strconv.ParseInt(fields[1], 10, 64)
+		if err != nil {
+			return 0, fmt.Errorf("parse /proc/meminfo: %w", err)
+		}
+		total += signs[fields[0]] * size << 10
+	}
+	return total, lines.Err()
+}
+
+// steadyMemory waits until kernelMemory stands still, because namespaces that
+// are gone are taken apart much later, and returns it. On a machine that never
+// rests it gives up waiting after ten seconds.
+func steadyMemory(ctx context.Context) (int64, error) {
+	const step, enough = 64 << 10, 10
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	ticker := time.NewTicker(50 * time.Millisecond)
+	defer ticker.Stop()
+	last, still := int64(0), 0
+	for {
+		now, err := kernelMemory()
+		if err != nil {
+			return 0, err
+		}
+		if change := now - last; -step < change && change < step {
+			still++
+		} else {
+			last, still = now, 0
+		}
+		if still == enough {
+			return now, nil
+		}
+		select {
+		case <-ctx.Done():
+			return now, nil
+		case <-ticker.C:
 		}
 	}
-	return pages * int64(os.Getpagesize()), lines.Err()
 }
