@@ -13,8 +13,6 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-func helpers() map[string]func(args []string) error { return nil }
-
 // answered fails the test unless the proxy answered, with the origin that was
 // dialled, and both sides saw the addresses that they should.
 func (a *alloc) answered(answer test.Answer, err error, origin netip.AddrPort, source netip.Addr) {
