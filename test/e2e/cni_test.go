@@ -36,6 +36,9 @@ func TestWalkOfACNIAdd(t *testing.T) {
 	}
 	first.wantRedirected(t, inbound)
 	wantSilence(t, first.run(t, check))
+	if now := localRoutes(t, first.ns); slices.Equal(first.routes, now) {
+		t.Errorf("local routes %v: want more than before the ADD", now)
+	}
 
 	t.Run("CHECK after the pins were lost", func(t *testing.T) {
 		removeFilesIn(t, n.paths.PinDir)
@@ -59,6 +62,8 @@ func TestWalkOfACNIAdd(t *testing.T) {
 		empty := *first
 		empty.ns = test.NewNetNS(t)
 		wantRefusal(t, empty.run(t, check), 8, add.id(), first.addr.String())
+		wantSilence(t, first.run(t, check))
+		wantRefusal(t, empty.run(t, check), 8, add.id(), "replaced")
 	})
 
 	second := n.allocate(t, add)
@@ -80,7 +85,7 @@ func TestWalkOfACNIAdd(t *testing.T) {
 	wantSilence(t, second.run(t, del.configured(map[string]string{"prevResult": ""})))
 	wantSilence(t, second.run(t, del.with(map[string]string{"CNI_NETNS": "/var/run/netns/gone"})))
 	wantSilence(t, second.run(t, del.with(map[string]string{"CNI_NETNS": ""})))
-	second.wantNoRoute(t)
+	second.wantRoutesBack(t)
 	n.wantIdle(t)
 }
 
@@ -108,7 +113,7 @@ func TestRecordedCNIRequests(t *testing.T) {
 					t.Errorf("workload on record: %v: want %v", known, mesh)
 				}
 				wantSilence(t, a.run(t, add.with(map[string]string{"CNI_COMMAND": "DEL", "CNI_ARGS": ""})))
-				a.wantNoRoute(t)
+				a.wantRoutesBack(t)
 				n.wantIdle(t)
 			})
 		}
@@ -189,13 +194,12 @@ func TestBadCNIRequestLeavesNothingBehind(t *testing.T) {
 		"no JSON":                {args(`{`, `[`), 6, "CONSUL_IPTABLES_CONFIG"},
 		"no previous result":     {add.configured(map[string]string{"prevResult": ""}), 7, "must be chained"},
 		"the plugin's namespace": {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/net"}), 8, "namespace"},
-		"the host's namespace":   {add.with(map[string]string{"CNI_NETNS": "/proc/1/ns/net"}), 8, "namespace"},
 		"a namespace gone":       {add.with(map[string]string{"CNI_NETNS": "/var/run/netns/gone"}), 8, "namespace"},
-		"not a namespace":        {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/mnt"}), 8, "namespace"},
+		"not a namespace":        {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/mnt"}), cni.CodeDatapath, "/proc/self/ns/mnt"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			wantRefusal(t, a.run(t, tt.request), tt.code, add.id(), tt.part)
-			a.wantNoRoute(t)
+			a.wantRoutesBack(t)
 			n.wantIdle(t)
 		})
 	}
@@ -224,7 +228,7 @@ func TestCNIBesideConsulsOwnRules(t *testing.T) {
 	}
 	wantRefusal(t, a.run(t, add), cni.CodeConsulRules, add.id(), "Consul")
 	wantSilence(t, a.run(t, recordedFor(t, "restart-check", add.id())))
-	a.wantNoRoute(t)
+	a.wantRoutesBack(t)
 	n.wantIdle(t)
 }
 
