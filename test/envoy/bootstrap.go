@@ -116,6 +116,7 @@ func tcpProxy(listener, cluster, accessLog string) object {
 		"remote":   "%DOWNSTREAM_REMOTE_ADDRESS%",
 		"direct":   "%DOWNSTREAM_DIRECT_LOCAL_ADDRESS%",
 		"upstream": "%UPSTREAM_HOST%",
+		"from":     "%UPSTREAM_LOCAL_ADDRESS%",
 		"flags":    "%RESPONSE_FLAGS%",
 	}
 	return object{"filters": []object{{

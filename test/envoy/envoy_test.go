@@ -63,6 +63,12 @@ func TestProxy(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if len(got) == 1 {
+			if got[0].From.Addr() != inbound.Addr() || got[0].From.Port() == 0 {
+				t.Errorf("dialled the service from %s, want a port of %s", got[0].From, inbound.Addr())
+			}
+			got[0].From = netip.AddrPort{} // a port that the kernel chose
+		}
 		want := []envoy.Connection{{
 			Listener: "inbound", Cluster: "service",
 			Local: inbound, Remote: source, Direct: inbound, Upstream: service.Addr.String(), Flags: "-",

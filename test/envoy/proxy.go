@@ -41,6 +41,7 @@ type Connection struct {
 	Remote   netip.AddrPort `json:"remote"`   // who dialled
 	Direct   netip.AddrPort `json:"direct"`   // the accepted socket's own local address
 	Upstream string         `json:"upstream"` // the address Envoy dialled; "" where it dialled none
+	From     netip.AddrPort `json:"from"`     // ... and from where
 	Flags    string         `json:"flags"`    // Envoy's response flags; "-" where all was well
 }
 

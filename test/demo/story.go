@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test/spawn"
+)
+
+// show tells the whole story and cleans up whatever happened in it.
+func show(ctx context.Context, p *printer, tools tools) (err error) {
+	node, err := newNode()
+	if err != nil {
+		return err
+	}
+	story := &story{printer: p, tools: tools, node: node}
+	err = story.tell(ctx)
+	if err != nil {
+		fmt.Fprintf(p.out, "\n%s\n", p.paint(red, "the demo cannot go on; cleaning up"))
+	} else {
+		err = story.leave(ctx)
+	}
+	if err := errors.Join(err, node.close(), p.err()); err != nil {
+		return err
+	}
+	p.check(true, "no pin, record, namespace, cgroup or process is left")
+	fmt.Fprintf(p.out, "\n%s\n", p.paint(green, "demo: all steps as expected"))
+	return nil
+}
+
+// story is what the steps share.
+type story struct {
+	*printer
+	tools tools
+	node  *node
+	web   *allocation // dials
+	api   *allocation // serves
+}
+
+func (s *story) tell(ctx context.Context) error {
+	for _, step := range []func(context.Context) error{
+		s.makeAllocations, s.startPrograms, s.connect, s.noRules, s.stopProxy, s.restartProxy,
+	} {
+		if err := step(ctx); err != nil {
+			return err
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
+func (s *story) makeAllocations(ctx context.Context) (err error) {
+	s.step("Two allocations, made as Nomad makes them")
+	if err := os.Symlink(s.tools.plugin, filepath.Join(runDir, "plugins", "consul-cni")); err != nil {
+		return fmt.Errorf("install plugin: %w", err)
+	}
+	s.web, err = newAllocation(s.node, "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", "web", "172.26.64.11/20")
+	if err != nil {
+		return err
+	}
+	s.api, err = newAllocation(s.node, "1c6e1d2f-8d1a-4e1f-8b62-3a7d9f2e1b02", "api", "172.26.64.12/20")
+	if err != nil {
+		return err
+	}
+	for _, a := range s.node.allocs {
+		took, err := a.cni(ctx, "ADD")
+		if err != nil {
+			return err
+		}
+		s.fact("allocation "+a.group, "%s: consul-cni ADD took %.1f ms", a.address.Addr(), float64(took.Microseconds())/1000)
+	}
+	return nil
+}
+
+func (s *story) startPrograms(ctx context.Context) error {
+	s.step("A real Envoy in each, a plain service in api")
+	for _, a := range s.node.allocs {
+		if err := a.startProxy(ctx, s.tools.envoy); err != nil {
+			return err
+		}
+		s.fact("envoy of "+a.group, "uid %d, outbound 127.0.0.1:%d, inbound 0.0.0.0:%d", proxyUID, outboundPort, inboundPort)
+	}
+	address := fmt.Sprintf("127.0.0.1:%d", servicePort)
+	read, write, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("start service: %w", err)
+	}
+	defer read.Close()
+	spec := s.api.task("serve", address)
+	spec.Stdout, spec.Stderr = write, os.Stderr
+	service, err := spawn.Start(spec)
+	if err := errors.Join(err, write.Close()); err != nil {
+		return err
+	}
+	s.api.tasks = append(s.api.tasks, service)
+	if _, err := bufio.NewReader(read).ReadString('\n'); err != nil {
+		return fmt.Errorf("start service: it ended before it listened: %w", err)
+	}
+	s.fact("service in api", "uid %d, listens on %s alone", taskUID, address)
+	return nil
+}
+
+func (s *story) connect(ctx context.Context) error {
+	target := netip.AddrPortFrom(s.api.address.Addr(), servicePort)
+	s.step(fmt.Sprintf("A plain client in web dials http://%s/", target))
+	counts, err := s.counts()
+	if err != nil {
+		return err
+	}
+	seen, err := s.dial(target)
+	if err != nil {
+		return err
+	}
+	s.fact("the client dialled", "%s", seen.Dialled)
+	s.fact("the client got", "%s: %q", seen.Status, seen.Body)
+	s.fact("getpeername says", "%s", seen.Peer)
+	s.fact("getsockname says", "%s", seen.Local)
+	s.check(seen.Error == "" && strings.HasPrefix(seen.Body, "hello from uid 1000"), "the service answered%s", prefixed(": ", seen.Error))
+	s.check(seen.Peer == target, "the client sees the peer it dialled")
+	s.check(seen.Local.Addr() == s.web.address.Addr(), "the client sees its own address")
+
+	out, err := s.web.newLines(ctx, 1)
+	if err != nil {
+		return err
+	}
+	for _, line := range out {
+		s.fact("envoy of web saw", "%s: origin %s, source %s, went on to %s", line.Listener, line.Local, line.Remote, line.Upstream)
+	}
+	s.check(len(out) == 1 && out[0].Listener == "outbound", "one connection came to web's outbound listener")
+	s.check(out[0].Local == target, "its origin is what the client dialled")
+	s.check(out[0].Remote == seen.Local, "its source is the client's own address and port")
+
+	in, err := s.api.newLines(ctx, 1)
+	if err != nil {
+		return err
+	}
+	for _, line := range in {
+		s.fact("envoy of api saw", "%s: dialled %s, source %s, went on to %s", line.Listener, line.Local, line.Remote, line.Upstream)
+	}
+	s.check(len(in) == 1 && in[0].Listener == "inbound", "one connection came to api's inbound listener")
+	s.check(in[0].Local == target, "the address that was dialled is intact")
+	s.check(in[0].Remote.Addr() == s.web.address.Addr(), "its source is web's address")
+
+	return s.expectRises(counts, map[string]map[string]uint64{
+		"web": {redirect.Redirected.String(): 1, redirect.Proxy.String(): 1},
+		"api": {redirect.Inbound.String(): 1, redirect.Proxy.String(): 1},
+	})
+}
+
+func (s *story) noRules(ctx context.Context) error {
+	s.step("No firewall rule took part")
+	for _, a := range s.node.allocs {
+		for _, command := range [][]string{{"iptables-save"}, {"ip6tables-save"}, {"nft", "list", "ruleset"}} {
+			name := strings.Join(command, " ")
+			path, err := exec.LookPath(command[0])
+			if errors.Is(err, exec.ErrNotFound) {
+				s.note("%s is not installed here: it cannot be asked", command[0])
+				continue
+			}
+			if err != nil {
+				return fmt.Errorf("find %s: %w", command[0], err)
+			}
+			text, err := spawn.Run(spawn.Spec{Binary: path, Args: command[1:], NetNS: a.netns})
+			if err != nil {
+				return err
+			}
+			s.check(strings.TrimSpace(text) == "", "%s in %s prints nothing%s", name, a.group, prefixed(", but: ", text))
+		}
+	}
+	return nil
+}
+
+func (s *story) stopProxy(context.Context) error {
+	s.step("Envoy of web is stopped; the client dials again")
+	if err := s.web.proxy.Stop(); err != nil {
+		return err
+	}
+	counts, err := s.counts()
+	if err != nil {
+		return err
+	}
+	seen, err := s.dial(netip.AddrPortFrom(s.api.address.Addr(), servicePort))
+	if err != nil {
+		return err
+	}
+	s.fact("the client got", "%s", seen.Error)
+	s.check(seen.Refused, "refused at once, never past the proxy")
+	return s.expectRises(counts, map[string]map[string]uint64{
+		"web": {redirect.Redirected.String(): 1, redirect.RefusedNoProxy.String(): 1},
+		"api": {},
+	})
+}
+
+func (s *story) restartProxy(ctx context.Context) error {
+	s.step("Envoy of web is started again")
+	if err := s.web.startProxy(ctx, s.tools.envoy); err != nil {
+		return err
+	}
+	seen, err := s.dial(netip.AddrPortFrom(s.api.address.Addr(), servicePort))
+	if err != nil {
+		return err
+	}
+	s.fact("the client got", "%s: %q", seen.Status, seen.Body)
+	s.check(seen.Error == "", "the service answered%s", prefixed(": ", seen.Error))
+	return nil
+}
+
+func (s *story) leave(ctx context.Context) error {
+	s.step("Both allocations end, and everything goes")
+	for _, a := range s.node.allocs {
+		took, err := a.cni(ctx, "DEL")
+		if err != nil {
+			return err
+		}
+		s.fact("allocation "+a.group, "consul-cni DEL took %.1f ms", float64(took.Microseconds())/1000)
+	}
+	workloads, err := datapath().Workloads()
+	if err != nil {
+		return fmt.Errorf("list workloads: %w", err)
+	}
+	s.check(len(workloads) == 0, "no workload is known any more")
+	return nil
+}
+
+// dial lets the client task in web fetch the service's page.
+func (s *story) dial(target netip.AddrPort) (report, error) {
+	var seen report
+	text, err := spawn.Run(s.web.task("get", fmt.Sprintf("http://%s/", target)))
+	if err != nil {
+		return seen, err
+	}
+	if err := json.Unmarshal([]byte(text), &seen); err != nil {
+		return seen, fmt.Errorf("read what the client said: %w: %s", err, text)
+	}
+	return seen, nil
+}
+
+// counts reads the verdicts of both allocations, by group and name.
+func (s *story) counts() (map[string]map[string]uint64, error) {
+	list, err := datapath().Verdicts()
+	if err != nil {
+		return nil, fmt.Errorf("read verdicts: %w", err)
+	}
+	counts := map[string]map[string]uint64{}
+	for _, a := range s.node.allocs {
+		for _, verdicts := range list {
+			if verdicts.Key == a.key() {
+				counts[a.group] = verdicts.Counts
+			}
+		}
+	}
+	return counts, nil
+}
+
+// expectRises shows which verdicts rose since before and holds them against
+// the expected ones, all of them. Inbound may be one more: a packet that comes
+// when its connection is gone already is looked up like a new one.
+func (s *story) expectRises(before, want map[string]map[string]uint64) error {
+	after, err := s.counts()
+	if err != nil {
+		return err
+	}
+	for _, a := range s.node.allocs {
+		rose := map[string]uint64{}
+		for name, count := range after[a.group] {
+			if count > before[a.group][name] {
+				rose[name] = count - before[a.group][name]
+			}
+		}
+		s.rises(a.group, rose)
+		if inbound := redirect.Inbound.String(); want[a.group][inbound]+1 == rose[inbound] && rose[inbound] > 1 {
+			rose[inbound]--
+		}
+		s.check(fmt.Sprint(rose) == fmt.Sprint(want[a.group]), "the verdicts of %s are the expected ones, and no other%s",
+			a.group, differing(rose, want[a.group]))
+	}
+	return nil
+}
+
+func differing(got, want map[string]uint64) string {
+	if fmt.Sprint(got) == fmt.Sprint(want) {
+		return ""
+	}
+	return fmt.Sprintf(": got %v, want %v", got, want)
+}
+
+// prefixed is text after lead, or nothing where there is no text.
+func prefixed(lead, text string) string {
+	if text = strings.TrimSpace(text); text == "" {
+		return ""
+	}
+	return lead + text
+}
