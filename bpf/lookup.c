@@ -43,6 +43,26 @@ static __always_inline void emit(struct bpf_sk_lookup *ctx, __u64 cookie, const 
 	bpf_ringbuf_submit(event, 0);
 }
 
+/* 1 for AF_INET6, which is 10, and 0 for AF_INET, which is 2, without a branch
+ * that the verifier would follow twice. */
+static __always_inline __u32 is_ipv6(struct bpf_sk_lookup *ctx)
+{
+	return ctx->family >> 3 & 1;
+}
+_Static_assert((AF_INET >> 3 & 1) == 0 && (AF_INET6 >> 3 & 1) == 1, "families");
+
+/* Both families' fields in one: those of the other family read as 0. */
+#define ADDR_OF_LOOKUP(ctx, side)                                                                  \
+	((struct addr){ {                                                                          \
+		(ctx)->side##_ip6[0],                                                              \
+		(ctx)->side##_ip6[1],                                                              \
+		(ctx)->side##_ip6[2] | (bpf_htonl(0xffff) & (is_ipv6(ctx) - 1)),                   \
+		(ctx)->side##_ip6[3] | (ctx)->side##_ip4,                                          \
+	} })
+
+_Static_assert(LISTENER_OUTBOUND6 == LISTENER_OUTBOUND4 + 1, "roles");
+_Static_assert(LISTENER_INBOUND6 == LISTENER_INBOUND4 + 1, "roles");
+
 /* Hands the connection to a listener of the role. A listener that cannot take
  * it (closing, IPV6_V6ONLY) is passed over. */
 static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 role)
@@ -69,57 +89,54 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 
 /* The rules of a new connection to this namespace; the first that matches
  * decides. VERDICT_LOCAL and VERDICT_REDIRECTED are counted where they were
- * dialled. */
+ * dialled. There is one search for a listener, not one a direction: the
+ * verifier walks every slot of each, and that is most of what an ADD costs. */
 static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
 					   const struct addr *local)
 {
-	bool six = ctx->family == AF_INET6;
+	bool outbound = *(volatile __u32 *)&ctx->ingress_ifindex == LO_IFINDEX;
+	bool assigned;
 	__u32 index;
 
-	if (ctx->ingress_ifindex == LO_IFINDEX) {
+	if (outbound) {
 		/* What stays in the namespace is not the mesh's business. */
 		if (!addr_decode(local, &index))
 			return VERDICT_LOCAL;
-		if (assign(ctx, view->cookie, six ? LISTENER_OUTBOUND6 : LISTENER_OUTBOUND4))
-			return VERDICT_REDIRECTED;
-		/* Without a selection SK_PASS would fall through to whatever task
-		 * listens on the port that was dialled. */
-		return VERDICT_REFUSED_NO_PROXY;
+	} else {
+		/* Rows that are lost, or on their way out behind this program, must
+		 * not open what they closed. */
+		if (!view->config)
+			return VERDICT_REFUSED_TABLE;
+		if (!(view->config->flags & CONFIG_TRANSPARENT))
+			return VERDICT_DIRECT;
+		if ((view->config->flags & CONFIG_PORTS_IN) &&
+		    view_excludes(view, EXCLUSION_PORT_IN, ctx->local_port))
+			return VERDICT_INBOUND_EXCLUDED;
+		if (!view->config->inbound_port)
+			return VERDICT_REFUSED_INBOUND_UNKNOWN;
 	}
-	/* Rows that are lost, or on their way out behind this program, must not
-	 * open what they closed. */
-	if (!view->config)
-		return VERDICT_REFUSED_TABLE;
-	if (!(view->config->flags & CONFIG_TRANSPARENT))
-		return VERDICT_DIRECT;
-	if ((view->config->flags & CONFIG_PORTS_IN) &&
-	    view_excludes(view, EXCLUSION_PORT_IN, ctx->local_port))
-		return VERDICT_INBOUND_EXCLUDED;
-	if (!view->config->inbound_port)
-		return VERDICT_REFUSED_INBOUND_UNKNOWN;
-	if (assign(ctx, view->cookie, six ? LISTENER_INBOUND6 : LISTENER_INBOUND4))
-		return VERDICT_INBOUND;
-	/* Never the application itself: that would be plain text past the mesh. */
-	return VERDICT_REFUSED_INBOUND_NO_PROXY;
+	assigned = assign(ctx, view->cookie,
+			  (outbound ? LISTENER_OUTBOUND4 : LISTENER_INBOUND4) + is_ipv6(ctx));
+	/* Read again, so that the search is the same to the verifier whichever
+	 * way it was reached. */
+	outbound = *(volatile __u32 *)&ctx->ingress_ifindex == LO_IFINDEX;
+	if (assigned)
+		return outbound ? VERDICT_REDIRECTED : VERDICT_INBOUND;
+	/* Never the application itself, nor whatever task listens on the port
+	 * that was dialled: that would be plain text past the mesh. */
+	return outbound ? VERDICT_REFUSED_NO_PROXY : VERDICT_REFUSED_INBOUND_NO_PROXY;
 }
 
 SEC("sk_lookup")
 int weir_lookup(struct bpf_sk_lookup *ctx)
 {
-	struct addr local, remote;
+	struct addr local = ADDR_OF_LOOKUP(ctx, local);
+	struct addr remote = ADDR_OF_LOOKUP(ctx, remote);
 	enum verdict verdict;
 	struct view view;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
-	if (ctx->family == AF_INET6) {
-		local = ADDR_OF_CTX(ctx->local_ip6);
-		remote = ADDR_OF_CTX(ctx->remote_ip6);
-		barrier(); /* keeps clang from merging the branches' reads */
-	} else {
-		local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
-		remote = addr_of_ip4(*(volatile __u32 *)&ctx->remote_ip4);
-	}
 	view_open(&view, own_cookie());
 	verdict = decide(ctx, &view, &local);
 	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
