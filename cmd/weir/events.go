@@ -30,12 +30,15 @@ func newEvents(env env) *command {
 			ctx, cancel = context.WithTimeout(ctx, *duration)
 			defer cancel()
 		}
+		datapath := c.datapath()
+		names, err := newEventNames(datapath)
+		if err != nil {
+			return 1, err
+		}
 		if !c.json {
 			c.ui.Output(c.paint(bold, eventColumns("TIME", "WORKLOAD", "VERDICT", "UID", "PID", "ORIGIN -> DESTINATION")))
 		}
-		datapath := c.datapath()
-		names := eventNames{datapath: datapath, known: map[uint64]string{}}
-		err := datapath.Events(ctx, func(event redirect.Event) error {
+		err = datapath.Events(ctx, func(event redirect.Event) error {
 			if c.json {
 				line, err := json.Marshal(event)
 				if err != nil {
@@ -60,16 +63,26 @@ type eventNames struct {
 	known    map[uint64]string
 }
 
+func newEventNames(datapath datapath) (*eventNames, error) {
+	n := &eventNames{datapath: datapath, known: map[uint64]string{}}
+	return n, n.look()
+}
+
+func (n *eventNames) look() error {
+	list, err := n.datapath.Verdicts()
+	for _, workload := range list {
+		n.known[workload.Cookie] = name(workload.Job, workload.Group, workload.Key)
+	}
+	return err
+}
+
 func (n *eventNames) of(cookie uint64) string {
 	if text, ok := n.known[cookie]; ok {
 		return text
 	}
-	n.known[cookie] = fmt.Sprintf("netns %d", cookie) // removed before it could be looked up
-	if list, err := n.datapath.Verdicts(); err == nil {
-		for _, workload := range list {
-			n.known[workload.Cookie] = name(workload.Job, workload.Group, workload.Key)
-		}
-	}
+	// It stays unknown where it was removed meanwhile, or cannot be read.
+	n.known[cookie] = fmt.Sprintf("netns %d", cookie)
+	_ = n.look()
 	return n.known[cookie]
 }
 

@@ -48,7 +48,7 @@ func (c *command) renderStatus(status redirect.Status) string {
 		{"pins", status.Paths.PinDir},
 		{"records", status.Paths.StateDir},
 		{"attached to", status.CgroupRoot},
-		{"programs", orDash(strings.Join(status.Links, " "))},
+		{"programs", orDash(strings.ReplaceAll(strings.Join(status.Links, " "), "weir_", ""))},
 	}))
 	rows := [][]string{{"MAP", "MOST ENTRIES", "MEMORY"}}
 	for _, info := range status.Maps {

@@ -15,7 +15,7 @@ func healthy() redirect.Status {
 		Loaded: true, Current: true, Workloads: 2,
 		Paths:      redirect.Paths{PinDir: "/sys/fs/bpf/weir", StateDir: "/run/weir"},
 		CgroupRoot: "/sys/fs/cgroup",
-		Links:      []string{"connect4", "connect6"},
+		Links:      []string{"weir_connect4", "weir_connect6"},
 		Maps: []redirect.MapInfo{
 			{Name: "origins", MaxEntries: 1048576, Bytes: 8392704},
 			{Name: "workloads", MaxEntries: 16384, Bytes: 131329},

@@ -26,6 +26,9 @@ func show(ctx context.Context, p *printer, tools tools) (err error) {
 	}
 	story := &story{printer: p, tools: tools, node: node}
 	err = story.tell(ctx)
+	if ctx.Err() != nil {
+		err = context.Cause(ctx) // whatever the interrupt broke
+	}
 	if err != nil {
 		fmt.Fprintf(p.out, "\n%s\n", p.paint(red, "the demo cannot go on; cleaning up"))
 	} else {
@@ -56,7 +59,7 @@ func (s *story) tell(ctx context.Context) error {
 			return err
 		}
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return ctx.Err()
 		}
 	}
 	return nil

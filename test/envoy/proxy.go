@@ -106,7 +106,7 @@ func (p *Proxy) awaitReady(ctx context.Context) error {
 	url := fmt.Sprintf("http://%s/ready", p.spec.Config.Admin)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	last := errors.New("not asked yet")
+	var last error
 	for {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {

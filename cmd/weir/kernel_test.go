@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/hashicorp/cli"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// All commands on a node of the test's own: what an operator sees from load
+// to unload, with one allocation whose proxy does not run.
+func TestOnAKernel(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	environment := map[string]string{
+		"WEIR_PIN_DIR":   filepath.Join(test.BPFFS(t), "weir"),
+		"WEIR_STATE_DIR": t.TempDir(),
+	}
+	weir := func(ctx context.Context, args ...string) (code int, ui *cli.MockUi) {
+		ui = cli.NewMockUi()
+		return weirTo(ctx, ui, environment, args...), ui
+	}
+	first := func(code int, ui *cli.MockUi) string {
+		line, _, _ := strings.Cut(ui.OutputWriter.String()+ui.ErrorWriter.String(), "\n")
+		return fmt.Sprintf("%d %s", code, line)
+	}
+	expect := func(want string, args ...string) {
+		t.Helper()
+		if got := first(weir(t.Context(), args...)); got != want {
+			t.Errorf("weir %s: got %q, want %q", strings.Join(args, " "), got, want)
+		}
+	}
+
+	expect("1 not healthy: 1 problem", "status")
+	if got := first(weir(t.Context(), "load")); !strings.HasPrefix(got, "0 created ") {
+		t.Errorf("weir load: got %q, want what it created", got)
+	}
+	t.Cleanup(func() { weir(context.Background(), "unload") })
+	expect("0 nothing to do: the data path is loaded and of this version", "load")
+	expect("0 healthy: 0 workloads", "status")
+
+	ns := test.NewNetNS(t)
+	getenv := func(name string) string { return environment[name] }
+	err := redirect.New(redirect.PathsFromEnv(getenv)).Add(redirect.Attachment{
+		Key:   redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+		NetNS: ns.Path,
+		Request: redirect.Request{
+			Network: "nomad", Job: redirect.Job{ID: "demo", Group: "web"},
+			Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001,
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	expect("0 healthy: 1 workload", "status")
+
+	ctx, stop := context.WithCancel(t.Context())
+	events := cli.NewMockUi()
+	ended := make(chan int, 1)
+	go func() { ended <- weirTo(ctx, events, environment, "events", "-f", "-json") }()
+	origin := netip.MustParseAddrPort("192.0.2.1:8080")
+	test.Eventually(t, func() error {
+		if _, err := test.Ask(ns, "tcp4", origin.String()); !errors.Is(err, syscall.ECONNREFUSED) {
+			return fmt.Errorf("dial = %w, want ECONNREFUSED", err)
+		}
+		for line := range strings.Lines(events.OutputWriter.String()) {
+			var event redirect.Event
+			if err := json.Unmarshal([]byte(line), &event); err != nil {
+				return err
+			}
+			if event.Origin == origin && event.Name == redirect.Redirected.String() {
+				return nil
+			}
+		}
+		return fmt.Errorf("no event of it in %q", events.OutputWriter.String())
+	}, "an event of a dial")
+	stop()
+	if code := <-ended; code != 0 {
+		t.Errorf("events -f ended with code %d: %s", code, events.ErrorWriter.String())
+	}
+
+	_, ui := weir(t.Context(), "verdicts")
+	for _, want := range []string{"demo/web/0b5d0c1e\n", "  redirected ", "  refused_no_proxy "} {
+		if !strings.Contains(ui.OutputWriter.String(), want) {
+			t.Errorf("verdicts: no %q in:\n%s", want, ui.OutputWriter.String())
+		}
+	}
+	_, ui = weir(t.Context(), "workloads")
+	if line := "0b5d0c1e  demo  web    transparent  101        uid       20000    15001     0          1 of 65536\n"; !strings.Contains(ui.OutputWriter.String(), line) {
+		t.Errorf("workloads: no %q in:\n%s", line, ui.OutputWriter.String())
+	}
+
+	expect("0 removed workload 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01-eth0", "unload")
+	expect("0 nothing to do: nothing is loaded", "unload")
+	expect("1 not healthy: 1 problem", "status")
+}
+
+// weirTo runs the program on the kernel and shows what it says on ui.
+func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args ...string) int {
+	return run(args, env{
+		ctx:    ctx,
+		ui:     ui,
+		getenv: func(name string) string { return environment[name] },
+		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) },
+	})
+}
