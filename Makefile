@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo 
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint test test-vm demo bench clean
+.PHONY: help build generate lint test test-vm kernels demo bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ test: ## Run all tests; as root those that need the kernel too
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels
 	test/tools/setup.sh vm
 	go run ./test/vm
+
+kernels: ## Measure the programs on each kernel and write the table of README.md
+	test/tools/setup.sh vm
+	go run ./test/vm -report
 
 demo: build ## Show a redirected allocation on this machine, in namespaces of its own (root)
 	test/tools/setup.sh test envoy

@@ -10,7 +10,7 @@
 #	lint   golangci-lint                              -> .tools/bin
 #	test   iptables, nftables, iproute2, a C compiler for the race detector
 #	envoy  Envoy                                      -> .tools/envoy/envoy
-#	vm     qemu and what an initramfs is made of
+#	vm     qemu, and what reads and verifies packages of the archive
 set -euo pipefail
 
 readonly CLANG_MAJOR=14
@@ -89,7 +89,7 @@ setup_envoy() {
 }
 
 setup_vm() {
-	packages qemu-system-x86 busybox-static xz-utils cpio
+	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
