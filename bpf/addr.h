@@ -72,7 +72,8 @@ static __always_inline bool addr_is_first_loopback(const struct addr *a)
 static __always_inline bool addr_is_local(const struct addr *a)
 {
 	if (addr_is_mapped(a))
-		return (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) || a->word[3] == 0;
+		return (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) ||
+		       a->word[3] == 0;
 	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == 0 &&
 	       (a->word[3] == bpf_htonl(1) || a->word[3] == 0);
 }

@@ -11,7 +11,6 @@
 #include "origin.h"
 #include "verdict.h"
 
-
 /* The immediate is "WEIRNSCK", the marker. */
 static __always_inline __u64 own_cookie(void)
 {
@@ -49,6 +48,12 @@ static __always_inline __u32 is_ipv6(struct bpf_sk_lookup *ctx)
 {
 	return ctx->family >> 3 & 1;
 }
+/* 1 for what came in by lo, likewise: only 0 - 1 has the top bit. */
+static __always_inline __u32 is_outbound(struct bpf_sk_lookup *ctx)
+{
+	return ((*(volatile __u32 *)&ctx->ingress_ifindex ^ LO_IFINDEX) - 1) >> 31;
+}
+
 _Static_assert((AF_INET >> 3 & 1) == 0 && (AF_INET6 >> 3 & 1) == 1, "families");
 
 /* Both families' fields in one: those of the other family read as 0. */
@@ -62,29 +67,29 @@ _Static_assert((AF_INET >> 3 & 1) == 0 && (AF_INET6 >> 3 & 1) == 1, "families");
 
 _Static_assert(LISTENER_OUTBOUND6 == LISTENER_OUTBOUND4 + 1, "roles");
 _Static_assert(LISTENER_INBOUND6 == LISTENER_INBOUND4 + 1, "roles");
+_Static_assert(LISTENER_OUTBOUND4 == LISTENER_INBOUND4 - 2, "roles");
 
-/* Hands the connection to a listener of the role. A listener that cannot take
- * it (closing, IPV6_V6ONLY) is passed over. */
+/* Hands the connection to the first listener of the role. All of a role's
+ * listeners take its family, so one that cannot be assigned has just closed,
+ * and would have reset the connection a moment later. */
 static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 role)
 {
 	struct listener_key key = { .cookie = cookie, .role = role };
+	struct bpf_sock *sk = NULL;
+	long err;
 
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
-		struct bpf_sock *sk;
-		long err;
-
 		barrier_var(slot); /* a counter on the stack is unbounded to the verifier */
 		key.slot = slot;
 		sk = bpf_map_lookup_elem(&listeners, &key);
-
-		if (!sk)
-			continue;
-		err = bpf_sk_assign(ctx, sk, 0);
-		bpf_sk_release(sk);
-		if (!err)
-			return true;
+		if (sk)
+			break;
 	}
-	return false;
+	if (!sk)
+		return false;
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	return !err;
 }
 
 /* The rules of a new connection to this namespace; the first that matches
@@ -94,11 +99,10 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
 					   const struct addr *local)
 {
-	bool outbound = *(volatile __u32 *)&ctx->ingress_ifindex == LO_IFINDEX;
 	bool assigned;
 	__u32 index;
 
-	if (outbound) {
+	if (is_outbound(ctx)) {
 		/* What stays in the namespace is not the mesh's business. */
 		if (!addr_decode(local, &index))
 			return VERDICT_LOCAL;
@@ -115,16 +119,13 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 		if (!view->config->inbound_port)
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
 	}
-	assigned = assign(ctx, view->cookie,
-			  (outbound ? LISTENER_OUTBOUND4 : LISTENER_INBOUND4) + is_ipv6(ctx));
-	/* Read again, so that the search is the same to the verifier whichever
-	 * way it was reached. */
-	outbound = *(volatile __u32 *)&ctx->ingress_ifindex == LO_IFINDEX;
+	assigned =
+		assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * is_outbound(ctx) + is_ipv6(ctx));
 	if (assigned)
-		return outbound ? VERDICT_REDIRECTED : VERDICT_INBOUND;
+		return is_outbound(ctx) ? VERDICT_REDIRECTED : VERDICT_INBOUND;
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
-	return outbound ? VERDICT_REFUSED_NO_PROXY : VERDICT_REFUSED_INBOUND_NO_PROXY;
+	return is_outbound(ctx) ? VERDICT_REFUSED_NO_PROXY : VERDICT_REFUSED_INBOUND_NO_PROXY;
 }
 
 SEC("sk_lookup")

@@ -156,7 +156,7 @@ struct control {
 struct event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u64 cookie;
-	__u64 cgroup; /* 0 inbound, as are uid and pid */
+	__u64 cgroup;            /* 0 inbound, as are uid and pid */
 	struct addr source;      /* inbound: who dialled; outbound: zero */
 	struct addr origin;      /* what was dialled */
 	struct addr destination; /* where the verdict sent it */

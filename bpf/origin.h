@@ -57,10 +57,13 @@ static __always_inline bool view_excludes(const struct view *view, enum exclusio
 static __always_inline bool view_excludes_cidr(const struct view *view, const struct addr *addr)
 {
 	struct cidr_key key = { .prefixlen = 256, .addr = *addr };
+	__u32 *family;
 
 	__builtin_memcpy(&key.scope[0], &view->cookie, sizeof(view->cookie));
 	__builtin_memcpy(&key.scope[2], &view->generation, sizeof(view->generation));
-	return bpf_map_lookup_elem(&cidrs, &key) != NULL;
+	/* ::/0 covers the mapped form of every IPv4 address, and means none. */
+	family = bpf_map_lookup_elem(&cidrs, &key);
+	return family && *family == (addr_is_mapped(addr) ? 4 : 6);
 }
 
 /* The index of an origin, or 0 and the verdict that says why there is none.

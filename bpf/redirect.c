@@ -361,7 +361,8 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 	if (ctx->family == AF_INET6) {
 		local = ADDR_OF_CTX(ctx->local_ip6);
 		barrier(); /* keeps clang from merging the branches' reads */
-		take4 = addr_is_mapped(&local) || addr_is_unspecified(&local);
+		take4 = addr_is_mapped(&local) ||
+			(addr_is_unspecified(&local) && !kernel_v6only(sk));
 		take6 = !addr_is_mapped(&local);
 	}
 	/* 127.0.0.2:15001 is no outbound listener of Consul's. */
@@ -384,8 +385,8 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 		return;
 	}
 	if (outbound)
-		__sync_fetch_and_or((__u32 *)&proxy->flags, (take4 ? PROXY_LISTENS4 : 0) |
-							   (take6 ? PROXY_LISTENS6 : 0));
+		__sync_fetch_and_or((__u32 *)&proxy->flags,
+				    (take4 ? PROXY_LISTENS4 : 0) | (take6 ? PROXY_LISTENS6 : 0));
 	binder->flags |= BINDER_REGISTERED;
 	__sync_fetch_and_add(&proxy->listeners, 1);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
@@ -415,8 +416,8 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx)
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 
 	if (bpf_map_lookup_elem(&workloads, &cookie))
-		bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags &
-						       ~BPF_SOCK_OPS_STATE_CB_FLAG);
+		bpf_sock_ops_cb_flags_set(ctx,
+					  ctx->bpf_sock_ops_cb_flags & ~BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
 SEC("sockops")
@@ -451,14 +452,16 @@ static __always_inline bool answer(struct bpf_sockopt *ctx, const struct addr *a
 	if (addr_is_mapped(addr)) {
 		if ((void *)(in + 1) > ctx->optval_end)
 			return false;
-		*in = (struct sockaddr_in){ .sin_family = AF_INET, .sin_port = bpf_htons(port),
+		*in = (struct sockaddr_in){ .sin_family = AF_INET,
+					    .sin_port = bpf_htons(port),
 					    .sin_addr = addr->word[3] };
 		ctx->optlen = sizeof(*in);
 	} else {
 		if ((void *)(in6 + 1) > ctx->optval_end)
 			return false;
 		*in6 = (struct sockaddr_in6){ .sin6_family = AF_INET6,
-					      .sin6_port = bpf_htons(port), .sin6_addr = *addr };
+					      .sin6_port = bpf_htons(port),
+					      .sin6_addr = *addr };
 		ctx->optlen = sizeof(*in6);
 	}
 	/* Apart from the store to optlen: clang merges the two into one of 64

@@ -133,8 +133,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	proxy = bpf_map_lookup_elem(&proxies, &cookie);
 	if (is_proxy(view, proxy, dial->uid, dial->cgroup))
 		return VERDICT_PROXY;
-	if ((view->config->flags & CONFIG_UIDS) &&
-	    view_excludes(view, EXCLUSION_UID, dial->uid))
+	if ((view->config->flags & CONFIG_UIDS) && view_excludes(view, EXCLUSION_UID, dial->uid))
 		return VERDICT_UID_EXCLUDED;
 	if (addr_is_local(&dial->origin))
 		return VERDICT_LOCAL;

@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -21,27 +20,30 @@ import (
 // only later. adopt takes such listeners in from user space, under the same
 // identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6).
 func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []string, err error) {
-	sockets, err := ns.listening(w)
-	if err != nil || len(sockets) == 0 {
-		return nil, err
-	}
 	proxy, err := tables.proxyState(ns.cookie)
 	if err != nil {
 		return nil, err
 	}
+	if proxy, err = tables.forgetAdopted(ns.cookie, proxy); err != nil {
+		return nil, err
+	}
+	sockets, err := ns.listening()
+	if err != nil {
+		return nil, err
+	}
 	for _, socket := range sockets {
-		roles := listenerRolesOf(socket, w)
-		if len(roles) == 0 || socket.UID != w.ProxyUID {
+		roles := socket.roles(w)
+		if len(roles) == 0 || socket.uid != w.ProxyUID {
 			continue
 		}
-		missing, err := tables.missingFrom(ns.cookie, roles, socketCookie(socket))
+		missing, err := tables.missingFrom(ns.cookie, roles, socket.cookie)
 		if err != nil {
 			return adopted, err
 		}
 		if len(missing) == 0 {
 			continue
 		}
-		fd, cgroup, err := ns.copySocket(socket.INode, paths)
+		fd, cgroup, err := ns.copySocket(socket.inode, paths)
 		if errors.Is(err, errNoOwner) {
 			continue // closed in between, or its owner is ending
 		}
@@ -68,7 +70,7 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 			return adopted, err
 		}
 		adopted = append(adopted, fmt.Sprintf("listener %s taken in",
-			netip.AddrPortFrom(socketAddr(socket), socket.ID.SourcePort)))
+			netip.AddrPortFrom(socket.addr, socket.port)))
 	}
 	return adopted, nil
 }
@@ -83,57 +85,19 @@ func roleFlag(role bpfListenerRole) bpfProxyFlag {
 	return 0
 }
 
-// listening returns the namespace's TCP listeners on the proxy's ports.
-func (ns *namespace) listening(w Workload) (found []*netlink.Socket, err error) {
-	err = ns.do(func() error {
-		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			sockets, err := netlink.SocketDiagTCP(family)
-			if err != nil {
-				return fmt.Errorf("list listeners: %w", err)
-			}
-			for _, socket := range sockets {
-				port := socket.ID.SourcePort
-				if socket.State == unix.BPF_TCP_LISTEN && (port == w.OutboundPort || port == w.InboundPort) {
-					found = append(found, socket)
-				}
-			}
+// forgetAdopted lets the kernel learn a proxy anew once the one that user space
+// took in has no listener left. The kernel does not count those, so it waits.
+func (t *tables) forgetAdopted(cookie uint64, proxy bpfProxy) (bpfProxy, error) {
+	if proxy.Flags&bpfProxyFlagPROXY_PINNED == 0 {
+		return proxy, nil
+	}
+	for _, role := range listenerRoles() {
+		slots, err := t.registered(cookie, role)
+		if err != nil || len(slots) > 0 {
+			return proxy, err
 		}
-		return nil
-	})
-	return found, err
-}
-
-func socketAddr(socket *netlink.Socket) netip.Addr {
-	addr, _ := netip.AddrFromSlice(socket.ID.Source)
-	return addr
-}
-
-func socketCookie(socket *netlink.Socket) uint64 {
-	return uint64(socket.ID.Cookie[1])<<32 | uint64(socket.ID.Cookie[0])
-}
-
-// listenerRolesOf is the test that weir_sockops makes on a new listener's
-// address: which roles it can serve.
-func listenerRolesOf(socket *netlink.Socket, w Workload) (roles []bpfListenerRole) {
-	addr := socketAddr(socket)
-	take4 := addr.Is4() || addr.Is4In6() || addr.IsUnspecified()
-	take6 := socket.Family == unix.AF_INET6 && !addr.Is4In6()
-	addr = addr.Unmap()
-	outbound := socket.ID.SourcePort == w.OutboundPort
-	if outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
-		return nil
 	}
-	if take4 && outbound {
-		roles = append(roles, bpfListenerRoleLISTENER_OUTBOUND4)
-	} else if take4 {
-		roles = append(roles, bpfListenerRoleLISTENER_INBOUND4)
-	}
-	if take6 && outbound {
-		roles = append(roles, bpfListenerRoleLISTENER_OUTBOUND6)
-	} else if take6 {
-		roles = append(roles, bpfListenerRoleLISTENER_INBOUND6)
-	}
-	return roles
+	return bpfProxy{}, t.put("proxies", cookie, bpfProxy{}, ebpf.UpdateAny)
 }
 
 func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, socket uint64) (missing []bpfListenerRole, err error) {

@@ -69,44 +69,50 @@ func (d *Datapath) add(a Attachment) error {
 	r, err := d.paths.readRecord(a.Key)
 	switch {
 	case errors.Is(err, ErrUnknown):
-		if err := d.takeOver(tables, ns.cookie); err != nil {
+		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
 			return err
 		}
-		r = &record{Key: a.Key, fresh: true}
 	case err != nil:
 		return err
 	case r.Cookie != ns.cookie:
 		if err := d.teardown(tables, r); err != nil {
 			return err
 		}
-		r = &record{Key: a.Key, fresh: true}
+		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
+			return err
+		}
 	}
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.cookie, boot
-	if _, err := d.ensure(tables, r, ns); err != nil {
+	_, err = d.ensure(tables, r, ns)
+	if err != nil && r.fresh {
 		return errors.Join(err, d.teardown(tables, r), d.paths.removeRecord(a.Key))
 	}
-	return nil
+	// A running allocation keeps the redirect that it has: taking it away
+	// would open what an ADD that failed half way left closed.
+	return err
 }
 
-// takeOver makes room where the namespace has rows under another key, left by
-// a DEL that never came: two records of one namespace would undo each other.
-func (d *Datapath) takeOver(tables *tables, cookie uint64) error {
+// takeOver returns the record to work on where there is none for the key. A
+// namespace that has rows all the same lost its record, or has one under a key
+// whose DEL never came: its rows stay in force until new ones are, and two
+// records of one namespace would undo each other.
+func (d *Datapath) takeOver(tables *tables, key Key, cookie uint64) (*record, error) {
 	generation, err := tables.generation(cookie)
 	if err != nil || generation == 0 {
-		return err
+		return &record{Key: key, fresh: true}, err
 	}
 	records, err := d.paths.readRecords()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, r := range records {
 		if r.Cookie == cookie {
 			if err := d.paths.removeRecord(r.Key); err != nil {
-				return err
+				return nil, err
 			}
 		}
 	}
-	return tables.erase(cookie, nil)
+	return &record{Key: key}, nil
 }
 
 // Remove takes a namespace out of Weir. It returns nil when there is nothing

@@ -58,7 +58,7 @@ type rows struct {
 	config     bpfConfig
 	exclusions []bpfExclusionKey
 	addresses  map[bpfAddressKey]bpfAddress
-	cidrs      []bpfCidrKey
+	cidrs      map[bpfCidrKey]uint32 // the family that the prefix was written in
 }
 
 // encodeRows is the pure function from a workload to its rows. ipv6 says that
@@ -72,6 +72,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			InboundPort:  w.InboundPort,
 		},
 		addresses: make(map[bpfAddressKey]bpfAddress),
+		cidrs:     make(map[bpfCidrKey]uint32),
 	}
 	flag := func(set bool, bit bpfConfigFlag) {
 		if set {
@@ -91,7 +92,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 		exclude(bpfExclusionKindEXCLUSION_UID, uid)
 	}
 	for _, cidr := range w.ExcludeOutboundCIDRs {
-		r.cidrs = append(r.cidrs, encodeCIDR(cidr, cookie, generation))
+		r.cidrs[encodeCIDR(cidr, cookie, generation)] = cidrFamily(cidr)
 	}
 	for _, upstream := range w.Upstreams {
 		for _, addr := range upstream.Addresses {
@@ -132,6 +133,15 @@ func encodeDNS(dns DNS, config *bpfConfig) {
 		config.Flags |= bpfConfigFlagCONFIG_DNS
 	}
 	config.DnsAddr, config.DnsPort = encodeAddr(addr), port
+}
+
+// cidrFamily keeps ::/0 from excluding IPv4, which is a part of it once it is
+// mapped: 4 or 6.
+func cidrFamily(cidr netip.Prefix) uint32 {
+	if cidr.Addr().Is4() || cidr.Addr().Is4In6() && cidr.Bits() >= 96 {
+		return 4
+	}
+	return 6
 }
 
 // encodeCIDR puts the workload in front of the prefix: the trie matches it as

@@ -38,6 +38,9 @@ func openNamespace(path string) (*namespace, error) {
 		// A bind mount that is gone leaves an empty file behind.
 		return nil, errors.Join(fmt.Errorf("open namespace %s: not a namespace: %w", path, ErrNetNSGone), file.Close())
 	}
+	if kind, err := unix.IoctlRetInt(int(file.Fd()), unix.NS_GET_NSTYPE); err != nil || kind != unix.CLONE_NEWNET {
+		return nil, errors.Join(fmt.Errorf("open namespace %s: not a network namespace: %w", path, ErrNetNSGone), file.Close())
+	}
 	var stat unix.Stat_t
 	if err := unix.Fstat(int(file.Fd()), &stat); err != nil {
 		return nil, errors.Join(fmt.Errorf("stat namespace %s: %w", path, err), file.Close())
@@ -161,7 +164,8 @@ func (ns *namespace) setRoutes(w Workload) (ipv6 bool, err error) {
 		}
 		v4, v6 := encodedRoutes(lo, w)
 		if err := netlink.RouteReplace(v4); err != nil {
-			return fmt.Errorf("set route %s: %w", encodedPrefix4, err)
+			return fmt.Errorf("set route %s from %s, which must be an address of the namespace: %w",
+				encodedPrefix4, firstAddr(w, netip.Addr.Is4), err)
 		}
 		// A namespace without IPv6, or whose address is not there yet, still
 		// takes IPv4; native IPv6 is then refused by name.

@@ -50,8 +50,8 @@ func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool, previous *Workl
 			return err
 		}
 	}
-	for _, key := range fresh.cidrs {
-		if err := m.put("cidrs", key, uint32(1), ebpf.UpdateAny); err != nil {
+	for key, family := range fresh.cidrs {
+		if err := m.put("cidrs", key, family, ebpf.UpdateAny); err != nil {
 			return err
 		}
 	}
@@ -108,9 +108,9 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 			return false, err
 		}
 	}
-	for _, key := range want.cidrs {
+	for key, family := range want.cidrs {
 		var row uint32
-		if found, err := m.get("cidrs", key, &row); err != nil || !found {
+		if found, err := m.get("cidrs", key, &row); err != nil || !found || row != family {
 			return false, err
 		}
 	}
@@ -133,7 +133,7 @@ func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
 			return err
 		}
 	}
-	for _, key := range stale.cidrs {
+	for key := range stale.cidrs {
 		if err := m.drop("cidrs", key); err != nil {
 			return err
 		}
