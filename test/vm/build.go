@@ -177,12 +177,13 @@ func (b builder) binaries(c *cpio, tests []suiteOfTests) error {
 			return err
 		}
 		c.executable("/src/"+s.dir+"/"+path.Base(s.dir)+".test", text)
-		data := filepath.Join(b.root, s.dir, "testdata")
-		if _, err := os.Stat(data); err != nil {
-			continue
-		}
-		if err := c.tree(data, "/src/"+s.dir+"/testdata", func(string) bool { return true }); err != nil {
-			return err
+		for _, data := range []string{s.dir + "/testdata", s.data} {
+			if _, err := os.Stat(filepath.Join(b.root, data)); data == "" || err != nil {
+				continue
+			}
+			if err := c.tree(filepath.Join(b.root, data), "/src/"+data, func(string) bool { return true }); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

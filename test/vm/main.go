@@ -195,7 +195,7 @@ func (r *run) job(k kernel, tests []suiteOfTests) (job, []suiteOfTests) {
 			j.Env = append(j.Env, reportEnv+"=1")
 		}
 	}
-	j.Runs = guestRuns(mine, (r.timeout - 30*time.Second).String(), nil)
+	j.Runs = guestRuns(mine, max(r.timeout-30*time.Second, 10*time.Second).String(), nil)
 	return j, mine
 }
 

@@ -21,6 +21,7 @@ type suiteOfTests struct {
 	dir  string // below the module's root
 	run  string // -test.run; empty is all
 	tags string
+	data string // a directory it reads beside its own testdata
 	// refused is where the package runs: on the kernels that Weir refuses, or on the others.
 	refused bool
 }
@@ -30,7 +31,7 @@ var suites = []suiteOfTests{
 	{dir: "test"},
 	{dir: "redirect"},
 	{dir: "cni"},
-	{dir: "test/e2e", run: "CNI"}, // the walk of the plugin; the others want a real Envoy
+	{dir: "test/e2e", run: "CNI", data: "cni/testdata"}, // the walk of the plugin; the others want a real Envoy
 	{dir: "test/vm/refuse", tags: "refuse", refused: true},
 }
 
