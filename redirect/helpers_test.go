@@ -5,5 +5,8 @@ package redirect
 // helpers are the roles that the test binary plays when a test starts it again
 // as a process of its own; see test.Helper.
 func helpers() map[string]func(args []string) error {
-	return map[string]func(args []string) error{}
+	return map[string]func(args []string) error{
+		socketsFunc: serveSockets,
+		scriptFunc:  serveScripts,
+	}
 }

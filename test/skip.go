@@ -9,6 +9,9 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // Requirement is one thing a test needs and a machine may lack.
@@ -21,6 +24,8 @@ const (
 	CgroupV2 Requirement = "cgroup2"
 	// BPF is a kernel that knows the bpf filesystem.
 	BPF Requirement = "bpf"
+	// IOUring is a kernel that lets processes use io_uring.
+	IOUring Requirement = "io_uring"
 )
 
 // Tool requires a program on PATH.
@@ -39,6 +44,8 @@ func (r Requirement) Missing() error {
 		return err
 	case BPF:
 		return knownFilesystem("bpf")
+	case IOUring:
+		return makeRing()
 	}
 	if name, ok := strings.CutPrefix(string(r), "tool "); ok {
 		_, err := exec.LookPath(name)
@@ -61,6 +68,16 @@ func Need(tb testing.TB, needs ...Requirement) {
 			tb.Skipf("needs %s: %v", need, err)
 		}
 	}
+}
+
+// makeRing makes a ring and throws it away.
+func makeRing() error {
+	params := make([]byte, 120) // struct io_uring_params
+	fd, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, 1, uintptr(unsafe.Pointer(&params[0])), 0)
+	if errno != 0 {
+		return fmt.Errorf("make ring: %w", errno)
+	}
+	return unix.Close(int(fd))
 }
 
 func knownFilesystem(name string) error {
