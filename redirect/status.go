@@ -5,6 +5,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -106,7 +107,7 @@ func (d *Datapath) status() (Status, error) {
 	if err != nil {
 		return status, err
 	}
-	for _, what := range broken {
+	for _, what := range slices.Sorted(maps.Values(broken)) {
 		problem("run 'weir load'", "%s", what)
 	}
 	if len(broken) == 0 {
@@ -187,7 +188,7 @@ type WorkloadStatus struct {
 	NetNS     string       `json:"netns"`
 	Cookie    uint64       `json:"cookie,string"`
 	Mode      Mode         `json:"mode"`
-	Guard     string       `json:"guard"`
+	Guard     Guard        `json:"guard"`
 	Addresses []netip.Addr `json:"addresses"`
 	Proxy     ProxyStatus  `json:"proxy"`
 	Origins   uint32       `json:"origins"` // destination addresses held
@@ -233,7 +234,7 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 	w := r.desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
-		NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: "off", Addresses: w.Addresses,
+		NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Addresses: w.Addresses,
 		Proxy:  ProxyStatus{UID: w.ProxyUID, Inbound: w.InboundPort, Outbound: w.OutboundPort, Identity: IdentityUID},
 		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []Problem{},
 	}

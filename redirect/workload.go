@@ -35,6 +35,18 @@ const (
 	ModeGateway     Mode = "gateway"     // the proxy is a gateway; nothing is redirected
 )
 
+// Guard says what may be reached from outside a workload's namespace beside the
+// proxy's listener and the inbound exclusions.
+type Guard string
+
+// The strengths of the guard. A transparent workload needs none for TCP: what
+// is not excluded goes to the proxy.
+const (
+	GuardOff     Guard = "off"     // everything, uncounted
+	GuardAudit   Guard = "audit"   // everything, but counted and reported
+	GuardEnforce Guard = "enforce" // nothing
+)
+
 // Job names the Nomad job that a workload belongs to, for people.
 type Job struct {
 	Region    string `json:"region,omitempty"`
@@ -99,6 +111,7 @@ type Overlay struct {
 	OutboundPort        uint16     `json:"outbound_port,omitempty"`
 	ExcludeInboundPorts []uint16   `json:"exclude_inbound_ports,omitempty"` // added to the request's
 	Upstreams           []Upstream `json:"upstreams,omitempty"`
+	Guard               Guard      `json:"guard,omitempty"` // "" is GuardOff
 }
 
 // Workload is the desired state of one network namespace: Request and Overlay
@@ -115,6 +128,7 @@ type Workload struct {
 	ExcludeUIDs          []uint32
 	Addresses            []netip.Addr
 	Upstreams            []Upstream
+	Guard                Guard
 	Budget               uint32
 }
 
@@ -133,6 +147,7 @@ func Merge(request Request, overlay Overlay) Workload {
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
 		Upstreams:            slices.Clone(overlay.Upstreams),
+		Guard:                overlay.Guard,
 		Budget:               request.Budget,
 	}
 	for _, cidr := range request.ExcludeOutboundCIDRs {
@@ -155,6 +170,9 @@ func Merge(request Request, overlay Overlay) Workload {
 	if w.Budget == 0 {
 		w.Budget = DefaultBudget
 	}
+	if w.Guard == "" {
+		w.Guard = GuardOff
+	}
 	for i, addr := range w.Addresses {
 		w.Addresses[i] = addr.Unmap()
 	}
@@ -167,6 +185,11 @@ func (w Workload) Validate() error {
 	case ModeTransparent, ModeDirect, ModeGateway:
 	default:
 		return fmt.Errorf("mode %q: want %s, %s or %s", w.Mode, ModeTransparent, ModeDirect, ModeGateway)
+	}
+	switch w.Guard {
+	case GuardOff, GuardAudit, GuardEnforce:
+	default:
+		return fmt.Errorf("guard %q: want %s, %s or %s", w.Guard, GuardOff, GuardAudit, GuardEnforce)
 	}
 	if w.OutboundPort == 0 {
 		return errors.New("outbound port: must not be 0")
@@ -199,7 +222,7 @@ func (w Workload) Validate() error {
 func (w Workload) Equal(other Workload) bool {
 	return w.Mode == other.Mode && w.ProxyUID == other.ProxyUID &&
 		w.InboundPort == other.InboundPort && w.OutboundPort == other.OutboundPort &&
-		w.DNS == other.DNS && w.Budget == other.Budget &&
+		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard &&
 		slices.Equal(w.ExcludeInboundPorts, other.ExcludeInboundPorts) &&
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&
 		slices.Equal(w.ExcludeOutboundCIDRs, other.ExcludeOutboundCIDRs) &&
