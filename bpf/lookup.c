@@ -92,27 +92,52 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 	return !err;
 }
 
+/* Who dials is at home here: a connection to an own address comes by lo, but
+ * with the device of that address as its ingress. From outside such a source is
+ * a forgery, whose answers stay in the namespace. */
+static __always_inline bool from_inside(const struct view *view, const struct addr *local,
+					const struct addr *remote)
+{
+	struct address_key key = {
+		.cookie = view->cookie,
+		.generation = view->generation,
+		.addr = *remote,
+	};
+	struct address *address;
+
+	if (addr_equal(local, remote) || addr_is_local(remote))
+		return true;
+	address = bpf_map_lookup_elem(&addresses, &key);
+	return address && address->kind == ADDRESS_OWN;
+}
+
 /* The rules of a new connection to this namespace; the first that matches
  * decides. VERDICT_LOCAL and VERDICT_REDIRECTED are counted where they were
  * dialled. There is one search for a listener, not one a direction: the
  * verifier walks every slot of each, and that is most of what an ADD costs. */
 static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
-					   const struct addr *local)
+					   const struct addr *local, const struct addr *remote)
 {
-	bool assigned;
+	bool encoded, assigned;
 	__u32 index;
 
+	encoded = addr_decode(local, &index);
 	if (is_outbound(ctx)) {
 		/* What stays in the namespace is not the mesh's business. */
-		if (!addr_decode(local, &index))
+		if (!encoded)
 			return VERDICT_LOCAL;
 	} else {
+		/* It would bring the proxy another connection's origin. */
+		if (encoded)
+			return VERDICT_REFUSED_ENCODED;
 		/* Rows that are lost, or on their way out behind this program, must
 		 * not open what they closed. */
 		if (!view->config)
 			return VERDICT_REFUSED_TABLE;
 		if (!(view->config->flags & CONFIG_TRANSPARENT))
 			return VERDICT_DIRECT;
+		if (from_inside(view, local, remote))
+			return VERDICT_LOCAL;
 		if ((view->config->flags & CONFIG_PORTS_IN) &&
 		    view_excludes(view, EXCLUSION_PORT_IN, ctx->local_port))
 			return VERDICT_INBOUND_EXCLUDED;
@@ -139,7 +164,7 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
 	view_open(&view, own_cookie());
-	verdict = decide(ctx, &view, &local);
+	verdict = decide(ctx, &view, &local, &remote);
 	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
 		return SK_PASS;
 	emit(ctx, view.cookie, &local, &remote, verdict);
