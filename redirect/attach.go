@@ -99,24 +99,25 @@ func cgroupID(dir *os.File) (uint64, error) {
 	return stat.Ino, nil
 }
 
-// linkProblems says which of the named links are not in force at the root.
-func linkProblems(names []string, root *os.File, dir string) ([]string, error) {
+// linkProblems says which of the named links are not in force at the root, and
+// why, by name.
+func linkProblems(names []string, root *os.File, dir string) (map[string]string, error) {
 	rootID, err := cgroupID(root)
 	if err != nil {
 		return nil, err
 	}
-	var problems []string
+	problems := make(map[string]string)
 	for _, name := range names {
 		pinned, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
-			problems = append(problems, name+" is not attached: its pin is gone")
+			problems[name] = name + " is not attached: its pin is gone"
 			continue
 		case err != nil:
 			return nil, fmt.Errorf("open link %s: %w", name, err)
 		}
 		if !onCgroup(pinned, rootID) {
-			problems = append(problems, name+" is not attached to the root of cgroup v2")
+			problems[name] = name + " is not attached to the root of cgroup v2"
 		}
 		pinned.Close()
 	}

@@ -5,8 +5,10 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 )
@@ -113,17 +115,22 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 	if _, err := pinned.get("control", uint32(0), &row); err != nil {
 		return result, err
 	}
-	result.Did, err = linkProblems(programNames(), root, d.paths.links())
+	broken, err := linkProblems(programNames(), root, d.paths.links())
 	if err != nil {
 		return result, err
 	}
+	result.Did = slices.Sorted(maps.Values(broken))
 	renew = renew && row.Digest != digest()
-	if !renew && len(result.Did) == 0 {
+	if !renew && len(broken) == 0 {
 		return result, nil
 	}
 	spec, err := loadBpf()
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
+	}
+	if !renew {
+		// Those that are in force may be of a newer version than this binary's.
+		maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return broken[name] == "" })
 	}
 	pins, err := pinnedMaps(spec, d.paths.maps())
 	defer closeMaps(pins)
