@@ -9,6 +9,8 @@ import (
 	"net/netip"
 	"os"
 	"sync"
+	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -64,35 +66,16 @@ func dial(request dialRequest) ([]exchange, error) {
 
 func dialOne(kind string, target netip.AddrPort) (e exchange, err error) {
 	e.Target = target
-	domain := unix.AF_INET6
-	if kind == ipv4 {
-		domain = unix.AF_INET
-	}
-	fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	fd, err := newSocket(kind)
 	if err != nil {
 		return e, fmt.Errorf("make socket: %w", err)
 	}
-	file := os.NewFile(uintptr(fd), "socket")
-	defer file.Close()
-	if domain == unix.AF_INET6 {
-		only := 0
-		if kind == v6only {
-			only = 1
-		}
-		if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, only); err != nil {
-			return e, fmt.Errorf("set IPV6_V6ONLY: %w", err)
-		}
-	}
-	patience := unix.Timeval{Sec: 5}
-	for _, option := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, option, &patience); err != nil {
-			return e, fmt.Errorf("set timeout: %w", err)
-		}
-	}
-	if err := connect(fd, kind, target); err != nil {
+	socket := os.NewFile(uintptr(fd), "socket")
+	defer socket.Close()
+	if err := connect(socket, kind, target); err != nil {
 		return e, fmt.Errorf("connect to %s: %w", target, err)
 	}
-	if err := json.NewDecoder(file).Decode(&e.Reply); err != nil {
+	if err := json.NewDecoder(socket).Decode(&e.Reply); err != nil {
 		return e, fmt.Errorf("read reply of %s: %w", target, err)
 	}
 	peer, peerErr := unix.Getpeername(fd)
@@ -101,11 +84,59 @@ func dialOne(kind string, target netip.AddrPort) (e exchange, err error) {
 	return e, errors.Join(peerErr, localErr)
 }
 
-func connect(fd int, kind string, target netip.AddrPort) error {
+// newSocket makes a non-blocking socket: a connect of a blocking one ends
+// with EINTR whenever the Go runtime sends itself a signal.
+func newSocket(kind string) (int, error) {
+	const flags = unix.SOCK_STREAM | unix.SOCK_CLOEXEC | unix.SOCK_NONBLOCK
 	if kind == ipv4 {
-		return unix.Connect(fd, &unix.SockaddrInet4{Addr: target.Addr().As4(), Port: int(target.Port())})
+		return unix.Socket(unix.AF_INET, flags, 0)
 	}
-	return unix.Connect(fd, &unix.SockaddrInet6{Addr: target.Addr().As16(), Port: int(target.Port())})
+	fd, err := unix.Socket(unix.AF_INET6, flags, 0)
+	if err != nil {
+		return -1, err
+	}
+	only := 0
+	if kind == v6only {
+		only = 1
+	}
+	if err := unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, only); err != nil {
+		return -1, errors.Join(err, unix.Close(fd))
+	}
+	return fd, nil
+}
+
+// connect connects, and gives the whole exchange its deadline.
+func connect(socket *os.File, kind string, target netip.AddrPort) error {
+	if err := socket.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+		return err
+	}
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var address unix.Sockaddr = &unix.SockaddrInet6{Addr: target.Addr().As16(), Port: int(target.Port())}
+	if kind == ipv4 {
+		address = &unix.SockaddrInet4{Addr: target.Addr().As4(), Port: int(target.Port())}
+	}
+	var connectErr error
+	started := false
+	err = raw.Write(func(fd uintptr) (done bool) {
+		if !started {
+			started = true
+			connectErr = unix.Connect(int(fd), address)
+			return !errors.Is(connectErr, unix.EINPROGRESS)
+		}
+		var code int
+		if code, connectErr = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ERROR); code != 0 {
+			connectErr = syscall.Errno(code)
+		}
+		if connectErr != nil {
+			return true
+		}
+		_, err := unix.Getpeername(int(fd)) // fails until the connection is there
+		return err == nil
+	})
+	return errors.Join(err, connectErr)
 }
 
 func addrPort(address unix.Sockaddr) netip.AddrPort {

@@ -99,28 +99,12 @@ func Start(ctx context.Context, spec Spec) (*Proxy, error) {
 // awaitReady asks the admin API, from inside the namespace, until it says
 // that the listeners are open.
 func (p *Proxy) awaitReady(ctx context.Context) error {
-	client := &http.Client{
-		Transport: &http.Transport{DialContext: spawn.Dialer(p.spec.NetNS), DisableKeepAlives: true},
-		Timeout:   time.Second,
-	}
-	url := fmt.Sprintf("http://%s/ready", p.spec.Config.Admin)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	var last error
 	for {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-		if err != nil {
-			return fmt.Errorf("ask envoy: %w", err)
-		}
-		response, err := client.Do(request)
-		if err == nil {
-			response.Body.Close()
-			if response.StatusCode == http.StatusOK {
-				return nil
-			}
-			last = errors.New(response.Status)
-		} else {
-			last = err
+		last := p.askReady(ctx)
+		if last == nil {
+			return nil
 		}
 		select {
 		case <-ctx.Done():
@@ -130,6 +114,34 @@ func (p *Proxy) awaitReady(ctx context.Context) error {
 		case <-tick.C:
 		}
 	}
+}
+
+// askReady asks once. It does not use http.Client, whose dials go on behind
+// the back of a request that gave up: nothing may dial once Start returns.
+func (p *Proxy) askReady(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	conn, err := spawn.Dialer(p.spec.NetNS)(ctx, "tcp", p.spec.Config.Admin.String())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	if err := conn.SetDeadline(deadline); err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintf(conn, "GET /ready HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", p.spec.Config.Admin); err != nil {
+		return err
+	}
+	response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return errors.New(response.Status)
+	}
+	return nil
 }
 
 // PID is Envoy's process ID.
