@@ -71,12 +71,6 @@ static __always_inline void remember(struct bpf_sock *sk, const struct dial *dia
 	dialled->actual_port = dial->destination_port;
 }
 
-/* An IPv4 socket cannot be sent to an IPv6 address. */
-static __always_inline bool fits(const struct dial *dial)
-{
-	return dial->family == AF_INET6 || addr_is_mapped(&dial->destination);
-}
-
 static __always_inline bool is_tcp(__u32 protocol)
 {
 	return protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP;
@@ -109,8 +103,7 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 		verdict = decide(sk, &view, dial);
 	else
 		return 1;
-	if (!fits(dial))
-		verdict = VERDICT_REFUSED_FAMILY;
+	verdict = fit(sk, dial, verdict);
 	/* A datagram that is left alone says nothing of the ones before it. */
 	if (datagram && verdict == VERDICT_UDP)
 		return 1;

@@ -59,6 +59,41 @@ static __noinline bool listening(__u64 cookie, __u32 role)
 	return false;
 }
 
+/* The address that a socket is bound to, or the unspecified one. */
+static __always_inline struct addr source_of(struct bpf_sock *sk, const struct dial *dial)
+{
+	if (dial->family == AF_INET6)
+		return ADDR_OF_CTX(sk->src_ip6);
+	return addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
+}
+
+static __always_inline bool takes4(struct bpf_sock *sk, const struct dial *dial)
+{
+	struct addr source = source_of(sk, dial);
+
+	if (dial->family == AF_INET)
+		return true;
+	return (addr_is_mapped(&source) || addr_is_unspecified(&source)) && !kernel_v6only(sk);
+}
+
+/* A socket that cannot be sent where a rule sends it is refused by name: the
+ * kernel would only say that there is no route, or let it wait. */
+static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *dial,
+					enum verdict verdict)
+{
+	if (verdict != VERDICT_UPSTREAM && verdict != VERDICT_DNS)
+		return verdict;
+	if (!addr_is_mapped(&dial->destination)) {
+		if (dial->family == AF_INET)
+			return VERDICT_REFUSED_FAMILY;
+	} else if (!addr_is_mapped(&dial->origin) && !takes4(sk, dial)) {
+		return VERDICT_REFUSED_FAMILY;
+	}
+	if (sk->bound_dev_if && sk->bound_dev_if != LO_IFINDEX && addr_is_local(&dial->destination))
+		return VERDICT_REFUSED_DEVICE;
+	return verdict;
+}
+
 /* Encodes the origin in the family that socket and proxy have in common. The
  * port stays. A family that the proxy cannot take is refused: it must never
  * pass the mesh. While no listener was seen, IPv4 is assumed, as in Consul. */
@@ -67,15 +102,13 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 {
 	__u32 listens = proxy ? proxy->flags & (PROXY_LISTENS4 | PROXY_LISTENS6) : 0;
 	enum verdict refusal = VERDICT_REFUSED_TABLE;
-	bool use4 = true, use6 = false;
+	bool use4 = takes4(sk, dial), use6 = false;
 	__u32 index;
 
 	if (dial->family == AF_INET6) {
-		struct addr source = ADDR_OF_CTX(sk->src_ip6);
-		bool mapped = addr_is_mapped(&source);
+		struct addr source = source_of(sk, dial);
 
-		use4 = (mapped || addr_is_unspecified(&source)) && !kernel_v6only(sk);
-		use6 = !mapped && (view->config->flags & CONFIG_IPV6);
+		use6 = !addr_is_mapped(&source) && (view->config->flags & CONFIG_IPV6);
 	}
 	if (listens == (PROXY_LISTENS4 | PROXY_LISTENS6)) {
 		/* Both were seen, perhaps at different times: ask what is there now. */

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/test"
 )
@@ -76,4 +77,120 @@ func TestOutboundRefusedWithoutProxy(t *testing.T) {
 	if diff := cmp.Diff(map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1}, moved); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
+}
+
+// Loopback and the workload's own addresses are not the mesh's business.
+func TestOutboundStaysLocal(t *testing.T) {
+	a := proxiedAlloc(t)
+	app := a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
+	const dualStack, ipv4 = "tcp", "tcp4"
+	for _, tc := range []struct{ network, dial, arrives string }{
+		{ipv4, "127.0.0.1", "127.0.0.1"},
+		{ipv4, "127.0.0.2", "127.0.0.2"},
+		{ipv4, "127.127.255.255", "127.127.255.255"}, // the last one before the encoded range
+		{ipv4, "0.0.0.0", "127.0.0.1"},
+		{ipv4, a.v4.String(), a.v4.String()},
+		{dualStack, "::1", "::1"},
+		{dualStack, "::", "::1"},
+		{dualStack, a.v6.String(), a.v6.String()},
+		{dualStack, "::ffff:127.0.0.1", "127.0.0.1"},
+		{dualStack, "::ffff:" + a.v4.String(), a.v4.String()},
+		{"tcp6", "::1", "::1"},
+	} {
+		t.Run(tc.network+" "+tc.dial, func(t *testing.T) {
+			domain := unix.AF_INET6
+			if tc.network == ipv4 {
+				domain = unix.AF_INET
+			}
+			p := a.task(t)
+			a.moves(t, map[Verdict]uint64{Local: 1}, func() {
+				s := stream(domain)
+				if tc.network == "tcp6" {
+					s = s.set(unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
+				}
+				got := p.last(t, s.connect(addrPort(netip.MustParseAddr(tc.dial), 9000)).ask(""))
+				direct(t, got.Answer, app.Name, netip.AddrPortFrom(netip.MustParseAddr(tc.arrives), 9000))
+			})
+		})
+	}
+}
+
+// An explicit upstream has a listener of the proxy for itself, which its
+// virtual IP leads to, whatever the port.
+func TestOutboundUpstream(t *testing.T) {
+	a := proxiedAlloc(t)
+	listener4 := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
+	listener6 := a.serve(proxyUID, a.proxyCg, "tcp6", "[::1]:9192")
+	overlay := Overlay{Upstreams: []Upstream{
+		{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5"), netip.MustParseAddr("fd00:1::5")}, Listener: listener4.Addr},
+		{Name: "cache", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.6"), netip.MustParseAddr("fd00:1::6")}, Listener: listener6.Addr},
+	}}
+	if err := a.node.SetOverlay(a.key, overlay); err != nil {
+		t.Fatal(err)
+	}
+	p := a.task(t)
+	for _, tc := range []struct {
+		name     string
+		script   script
+		listener *test.ServerProcess
+	}{
+		{"IPv4", stream(unix.AF_INET).connect("240.0.0.5:5432"), listener4},
+		{"another port", stream(unix.AF_INET).connect("240.0.0.5:80"), listener4},
+		{"non-blocking", stream(unix.AF_INET).to("connectLater", "240.0.0.5:80"), listener4},
+		{"IPv4-mapped", stream(unix.AF_INET6).connect("[::ffff:240.0.0.5]:80"), listener4},
+		{"IPv6 to a listener on IPv4", stream(unix.AF_INET6).connect("[fd00:1::5]:80"), listener4},
+		{"IPv6", stream(unix.AF_INET6).connect("[fd00:1::6]:80"), listener6},
+		{"IPv4-mapped to a listener on IPv6", stream(unix.AF_INET6).connect("[::ffff:240.0.0.6]:80"), listener6},
+		{"MPTCP", script(nil).open(unix.AF_INET, unix.IPPROTO_MPTCP).connect("240.0.0.5:80"), listener4},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			dialled := unmapped(tc.script[len(tc.script)-1].Addr)
+			a.moves(t, map[Verdict]uint64{ToUpstream: 1}, func() {
+				got := p.last(t, tc.script.ask("")).Answer
+				if got.Server != tc.listener.Name || got.Local != tc.listener.Addr {
+					t.Errorf("%s answered on %s, want %s", got.Server, got.Local, tc.listener.Name)
+				}
+				if got.To != dialled {
+					t.Errorf("getpeername = %s, want %s", got.To, dialled)
+				}
+				if got.Peer != got.From || !got.From.Addr().IsLoopback() {
+					t.Errorf("getsockname = %s, the proxy saw %s; want a loopback address", got.From, got.Peer)
+				}
+			})
+		})
+	}
+	t.Run("localhost", func(t *testing.T) {
+		a.moves(t, map[Verdict]uint64{Local: 1}, func() {
+			got := p.last(t, stream(unix.AF_INET).connect(listener4.Addr.String()).ask(""))
+			direct(t, got.Answer, listener4.Name, listener4.Addr)
+		})
+	})
+	t.Run("localhost by the socket of an upstream", func(t *testing.T) {
+		a.moves(t, map[Verdict]uint64{ToUpstream: 1, Local: 1}, func() {
+			got := p.last(t, stream(unix.AF_INET).connect("240.0.0.5:80").ask("").disconnect().connect(listener4.Addr.String()).ask(""))
+			direct(t, got.Answer, listener4.Name, listener4.Addr)
+		})
+	})
+	t.Run("neighbour of a virtual IP", func(t *testing.T) {
+		a.proxied(t, p, stream(unix.AF_INET).connect("240.0.0.7:80").ask(""), "240.0.0.7:80", a.v4)
+	})
+	// Sockets that cannot be sent where the listener is.
+	for name, s := range map[string]script{
+		"IPv4 to a listener on IPv6":      stream(unix.AF_INET).connect("240.0.0.6:80"),
+		"V6ONLY to a listener on IPv4":    stream(unix.AF_INET6).set(unix.SOL_IPV6, unix.IPV6_V6ONLY, 1).connect("[fd00:1::5]:80"),
+		"bound to IPv6, listener on IPv4": stream(unix.AF_INET6).bind("[" + a.v6.String() + "]:0").connect("[fd00:1::5]:80"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			a.moves(t, map[Verdict]uint64{RefusedFamily: 1}, func() { p.run(t, s.fails(unix.ENETUNREACH)) })
+		})
+	}
+	t.Run("bound to a device", func(t *testing.T) {
+		a.moves(t, map[Verdict]uint64{RefusedDevice: 1}, func() {
+			p.run(t, stream(unix.AF_INET).device("eth0").connect("240.0.0.5:80").fails(unix.ENETUNREACH))
+		})
+	})
+}
+
+func unmapped(addr netip.AddrPort) netip.AddrPort {
+	return netip.AddrPortFrom(addr.Addr().Unmap(), addr.Port())
 }
