@@ -1,6 +1,6 @@
 module github.com/weirmesh/weir/test/bench
 
-go 1.26.0
+go 1.26.7
 
 require (
 	github.com/cilium/ebpf v0.22.0
@@ -16,8 +16,8 @@ require (
 	github.com/mdlayher/netlink v1.11.2 // indirect
 	github.com/mdlayher/socket v0.6.0 // indirect
 	github.com/vishvananda/netns v0.0.5 // indirect
-	golang.org/x/net v0.53.0 // indirect
-	golang.org/x/sync v0.20.0 // indirect
+	golang.org/x/net v0.59.0 // indirect
+	golang.org/x/sync v0.23.0 // indirect
 )
 
 replace github.com/weirmesh/weir => ../..

@@ -62,7 +62,9 @@ type sizes struct {
 	patience    time.Duration
 	flow        time.Duration // of streams and requests
 	workloads   int           // whose memory is measured together
+	engines     int           // the same of Consul's engine, which needs much more time for each
 	calls       int           // of getsockopt and getpeername
+	settle      time.Duration // at most, after each measurement
 }
 
 func fullSizes(rounds int) sizes {
@@ -70,7 +72,8 @@ func fullSizes(rounds int) sizes {
 		rounds: rounds, heavy: 3, setups: 2 * rounds,
 		connections: 10000, parallel: 3000,
 		churn: 60000, block: 4000, patience: 25 * time.Second,
-		flow: 700 * time.Millisecond, workloads: 200, calls: 200000,
+		flow: 700 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
+		settle: 500 * time.Millisecond,
 	}
 }
 
@@ -80,7 +83,8 @@ func quickSizes(rounds int) sizes {
 		rounds: rounds, heavy: 1, setups: rounds,
 		connections: 500, parallel: 500,
 		churn: 4000, block: 1000, patience: 10 * time.Second,
-		flow: 100 * time.Millisecond, workloads: 20, calls: 20000,
+		flow: 100 * time.Millisecond, workloads: 20, engines: 5, calls: 20000,
+		settle: 50 * time.Millisecond,
 	}
 }
 
@@ -152,7 +156,7 @@ func (b *bench) try(ctx context.Context, v variant, t trial) (result outcome, er
 	if err != nil {
 		return result, err
 	}
-	defer func() { err = errors.Join(err, s.close(), settle(ctx)) }()
+	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
 	if err := v.install(s); err != nil {
 		return result, fmt.Errorf("install: %w", err)
 	}

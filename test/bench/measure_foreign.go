@@ -34,7 +34,7 @@ func (b *bench) unrelatedOnce(ctx context.Context, name string) (got figures, er
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.close(), settle(ctx)) }()
+	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
 	if name == weir {
 		if err := b.load(); err != nil {
 			return nil, err

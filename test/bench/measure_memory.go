@@ -37,16 +37,20 @@ func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err e
 		for _, s := range sites {
 			err = errors.Join(err, s.close())
 		}
-		err = errors.Join(err, settle(ctx))
+		err = errors.Join(err, b.settle(ctx))
 	}()
-	for range b.size.workloads {
+	count := b.size.workloads
+	if name == consul {
+		count = b.size.engines
+	}
+	for range count {
 		s, err := newBareSite(b.netns, b.nextName())
 		if err != nil {
 			return nil, err
 		}
 		sites = append(sites, s)
 	}
-	each := float64(b.size.workloads)
+	each := float64(count)
 	if name == consul {
 		used, err := memoryOf(ctx, func() error {
 			for _, s := range sites {

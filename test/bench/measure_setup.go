@@ -59,7 +59,7 @@ func (b *bench) setupOnce(ctx context.Context, name string) (got figures, err er
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.close(), settle(ctx)) }()
+	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
 	runtime.GC()
 	if name == consul {
 		wall, cpu, err := spent(func() error { return installConsul(s) })
@@ -103,7 +103,7 @@ func (b *bench) processOnce(ctx context.Context, name string) (got figures, err 
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.close(), settle(ctx)) }()
+	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
 	program := b.plugin
 	if name == consul {
 		program = b.engine
@@ -131,7 +131,7 @@ func (b *bench) firstOnce(ctx context.Context, _ string) (got figures, err error
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, s.close(), settle(ctx)) }()
+	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
 	defer func() { err = errors.Join(err, b.unload()) }()
 	wall, _, err := b.call(ctx, b.plugin, "ADD", s)
 	if err != nil {

@@ -13,10 +13,10 @@ import (
 )
 
 // settle waits until the kernel has cleaned up behind a site, which it does in
-// threads of its own: until the machine is idle, or for half a second when
+// threads of its own: until the machine is idle, or as long as is worth it when
 // something else keeps it busy.
-func settle(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+func (b *bench) settle(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, b.size.settle)
 	defer cancel()
 	ticker := time.NewTicker(30 * time.Millisecond)
 	defer ticker.Stop()
@@ -97,10 +97,10 @@ func kernelMemory() (int64, error) {
 
 // steadyMemory waits until kernelMemory stands still, because namespaces that
 // are gone are taken apart much later, and returns it. On a machine that never
-// rests it gives up waiting after ten seconds.
+// rests it gives up waiting after five seconds.
 func steadyMemory(ctx context.Context) (int64, error) {
 	const step, enough = 64 << 10, 10
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	ticker := time.NewTicker(50 * time.Millisecond)
 	defer ticker.Stop()
