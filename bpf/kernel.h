@@ -54,4 +54,18 @@ static __always_inline bool kernel_v6only(struct bpf_sock *sk)
 	return common && BPF_CORE_READ_BITFIELD(common, skc_ipv6only);
 }
 
+struct mptcp_sock {
+} __attribute__((preserve_access_index));
+
+/* The socket that the application holds: of MPTCP, connect sees the first
+ * subflow, getpeername the whole. A kernel may be built without MPTCP. */
+static __always_inline void *kernel_owner(struct bpf_sock *sk)
+{
+	void *whole = NULL;
+
+	if (bpf_core_type_exists(struct mptcp_sock))
+		whole = bpf_skc_to_mptcp_sock(sk);
+	return whole ?: sk;
+}
+
 #endif

@@ -56,13 +56,14 @@ static __always_inline void emit(const struct view *view, const struct dial *dia
  * connects again without a rewrite must not show the former peer. */
 static __always_inline void remember(struct bpf_sock *sk, const struct dial *dial, bool rewritten)
 {
+	void *owner = kernel_owner(sk);
 	struct dialled *dialled;
 
 	if (!rewritten) {
-		bpf_sk_storage_delete(&dials, sk);
+		bpf_sk_storage_delete(&dials, owner);
 		return;
 	}
-	dialled = bpf_sk_storage_get(&dials, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	dialled = bpf_sk_storage_get(&dials, owner, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!dialled)
 		return;
 	dialled->addr = dial->origin;
