@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -30,6 +31,9 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 	sockets, err := ns.listening()
 	if err != nil {
 		return nil, err
+	}
+	if adopted, err = tables.evict(ns.cookie, sockets, w); err != nil {
+		return adopted, err
 	}
 	for _, socket := range sockets {
 		roles := socket.roles(w)
@@ -56,6 +60,11 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 		}
 		err = tables.enlist(ns.cookie, missing, fd)
 		unix.Close(fd)
+		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
+		// and a proxy with more listeners than slots has enough of them there.
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, ebpf.ErrKeyExist) {
+			continue
+		}
 		if err != nil {
 			return adopted, err
 		}
@@ -83,6 +92,28 @@ func roleFlag(role bpfListenerRole) bpfProxyFlag {
 		return bpfProxyFlagPROXY_LISTENS6
 	}
 	return 0
+}
+
+// evict takes the listeners out that live on but serve their role no more: the
+// workload has another port now. Closed ones have left by themselves.
+func (t *tables) evict(cookie uint64, sockets []socket, w Workload) (evicted []string, err error) {
+	for _, role := range listenerRoles() {
+		slots, err := t.registered(cookie, role)
+		if err != nil {
+			return evicted, err
+		}
+		for slot, registered := range slots {
+			at := slices.IndexFunc(sockets, func(s socket) bool { return s.cookie == registered })
+			if at < 0 || slices.Contains(sockets[at].roles(w), role) {
+				continue
+			}
+			if err := t.drop("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}); err != nil {
+				return evicted, err
+			}
+			evicted = append(evicted, fmt.Sprintf("listener %s given up", netip.AddrPortFrom(sockets[at].addr, sockets[at].port)))
+		}
+	}
+	return evicted, nil
 }
 
 // forgetAdopted lets the kernel learn a proxy anew once the one that user space
