@@ -30,6 +30,7 @@ const (
 	outboundPort = 15001
 	inboundPort  = 20000
 	servicePort  = 8080
+	adminAddress = "127.0.0.2:19000"
 )
 
 // allocation is one of the two allocations: a namespace, an Envoy, a task.
@@ -140,7 +141,7 @@ func (a *allocation) startProxy(ctx context.Context, binary string) (err error) 
 			Outbound: netip.AddrPortFrom(loopback, outboundPort),
 			Inbound:  netip.AddrPortFrom(netip.IPv4Unspecified(), inboundPort),
 			Service:  netip.AddrPortFrom(loopback, servicePort),
-			Admin:    netip.MustParseAddrPort("127.0.0.2:19000"),
+			Admin:    netip.MustParseAddrPort(adminAddress),
 		},
 		NetNS: a.netns, Cgroup: filepath.Join(a.cgroup, "connect-proxy"), UID: proxyUID, Dir: a.proxyDir(),
 	})

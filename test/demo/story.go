@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test/spawn"
@@ -24,6 +25,8 @@ func show(ctx context.Context, p *printer, tools tools) (err error) {
 	if err != nil {
 		return err
 	}
+	fmt.Fprintln(p.out, "Two allocations of a service mesh on a network of their own, and one connection between")
+	fmt.Fprintln(p.out, "them. Nothing of this machine's own network is touched.")
 	story := &story{printer: p, tools: tools, node: node}
 	err = story.tell(ctx)
 	if ctx.Err() != nil {
@@ -78,12 +81,17 @@ func (s *story) makeAllocations(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	start := time.Now()
+	if _, err := datapath().Load(); err != nil {
+		return err
+	}
+	s.fact("node", "data path loaded, once for all, in %s", milliseconds(time.Since(start)))
 	for _, a := range s.node.allocs {
 		took, err := a.cni(ctx, "ADD")
 		if err != nil {
 			return err
 		}
-		s.fact("allocation "+a.group, "%s: consul-cni ADD took %.1f ms", a.address.Addr(), float64(took.Microseconds())/1000)
+		s.fact("allocation "+a.group, "%s: consul-cni ADD took %s", a.address.Addr(), milliseconds(took))
 	}
 	return nil
 }
@@ -116,9 +124,14 @@ func (s *story) startPrograms(ctx context.Context) error {
 	return nil
 }
 
-func (s *story) connect(ctx context.Context) error {
+func (s *story) connect(ctx context.Context) (err error) {
 	target := netip.AddrPortFrom(s.api.address.Addr(), servicePort)
 	s.step(fmt.Sprintf("A plain client in web dials http://%s/", target))
+	watch, err := s.startWatch(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, watch.end()) }()
 	counts, err := s.counts()
 	if err != nil {
 		return err
@@ -134,6 +147,13 @@ func (s *story) connect(ctx context.Context) error {
 	s.check(seen.Error == "" && strings.HasPrefix(seen.Body, "hello from uid 1000"), "the service answered%s", prefixed(": ", seen.Error))
 	s.check(seen.Peer == target, "the client sees the peer it dialled")
 	s.check(seen.Local.Addr() == s.web.address.Addr(), "the client sees its own address")
+
+	// The last thing to happen is that api's proxy dials the service.
+	events, err := watch.await(ctx, redirect.Proxy, 2, func() error { return nil })
+	if err != nil {
+		return err
+	}
+	s.showEvents(events, target)
 
 	out, err := s.web.newLines(ctx, 1)
 	if err != nil {
@@ -161,6 +181,25 @@ func (s *story) connect(ctx context.Context) error {
 		"web": {redirect.Redirected.String(): 1, redirect.Proxy.String(): 1},
 		"api": {redirect.Inbound.String(): 1, redirect.Proxy.String(): 1},
 	})
+}
+
+// showEvents tells what the programs did to the connection, stop by stop.
+func (s *story) showEvents(events []redirect.Event, target netip.AddrPort) {
+	encoded := netip.MustParsePrefix("127.128.0.0/9")
+	steered := false
+	for _, event := range events {
+		switch event.Verdict {
+		case redirect.Local: // the watch's own
+		case redirect.Redirected:
+			s.fact("kernel: "+event.Name, "uid %d dialled %s, its socket was sent to %s", event.UID, event.Origin, event.Destination)
+			steered = steered || event.Origin == target && encoded.Contains(event.Destination.Addr()) && event.Destination.Port() == target.Port()
+		case redirect.Inbound:
+			s.fact("kernel: "+event.Name, "%s came for %s, handed to the inbound listener", event.Source, event.Origin)
+		default:
+			s.fact("kernel: "+event.Name, "uid %d dialled %s", event.UID, event.Origin)
+		}
+	}
+	s.check(steered, "the kernel sent it to an address of lo that stands for the origin, on the same port")
 }
 
 func (s *story) noRules(ctx context.Context) error {
@@ -228,7 +267,7 @@ func (s *story) leave(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		s.fact("allocation "+a.group, "consul-cni DEL took %.1f ms", float64(took.Microseconds())/1000)
+		s.fact("allocation "+a.group, "consul-cni DEL took %s", milliseconds(took))
 	}
 	workloads, err := datapath().Workloads()
 	if err != nil {
@@ -291,6 +330,10 @@ func (s *story) expectRises(before, want map[string]map[string]uint64) error {
 			a.group, differing(rose, want[a.group]))
 	}
 	return nil
+}
+
+func milliseconds(d time.Duration) string {
+	return fmt.Sprintf("%.1f ms", float64(d.Microseconds())/1000)
 }
 
 func differing(got, want map[string]uint64) string {
