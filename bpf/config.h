@@ -15,6 +15,8 @@ enum config_flag {
 	CONFIG_PORTS_IN = 1 << 5,    /* ... excluded inbound ports */
 	CONFIG_CIDRS = 1 << 6,       /* ... excluded CIDRs */
 	CONFIG_IPV6 = 1 << 7,        /* the encoded IPv6 range is routed to lo in this namespace */
+	CONFIG_AUDIT = 1 << 8,       /* the guard counts what it would refuse */
+	CONFIG_ENFORCE = 1 << 9,     /* the guard refuses */
 };
 
 /* One generation of a workload's configuration. Never changed in place. */
@@ -26,7 +28,9 @@ struct config {
 	__u16 inbound_port; /* 0: not known yet */
 	struct addr dns_addr;
 	__u16 dns_port;
-	__u16 pad[3];
+	__u16 ephemeral_first; /* the namespace's ip_local_port_range */
+	__u16 ephemeral_last;
+	__u16 pad;
 };
 
 enum exclusion_kind {

@@ -61,15 +61,17 @@ type bpfCidrKey struct {
 }
 
 type bpfConfig struct {
-	_            structs.HostLayout
-	Flags        bpfConfigFlag
-	ProxyUid     uint32
-	Budget       uint32
-	OutboundPort uint16
-	InboundPort  uint16
-	DnsAddr      bpfAddr
-	DnsPort      uint16
-	Pad          [3]uint16
+	_              structs.HostLayout
+	Flags          bpfConfigFlag
+	ProxyUid       uint32
+	Budget         uint32
+	OutboundPort   uint16
+	InboundPort    uint16
+	DnsAddr        bpfAddr
+	DnsPort        uint16
+	EphemeralFirst uint16
+	EphemeralLast  uint16
+	Pad            uint16
 }
 
 type bpfConfigFlag uint32
@@ -83,6 +85,8 @@ const (
 	bpfConfigFlagCONFIG_PORTS_IN    bpfConfigFlag = 32
 	bpfConfigFlagCONFIG_CIDRS       bpfConfigFlag = 64
 	bpfConfigFlagCONFIG_IPV6        bpfConfigFlag = 128
+	bpfConfigFlagCONFIG_AUDIT       bpfConfigFlag = 256
+	bpfConfigFlagCONFIG_ENFORCE     bpfConfigFlag = 512
 )
 
 type bpfConfigKey struct {
@@ -217,16 +221,19 @@ const (
 	bpfVerdictVERDICT_INBOUND_EXCLUDED          bpfVerdict = 17
 	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 18
 	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 19
-	bpfVerdictVERDICT_LISTENER                  bpfVerdict = 20
-	bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY bpfVerdict = 21
-	bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  bpfVerdict = 22
-	bpfVerdictVERDICT_REFUSED_LISTENER_TABLE    bpfVerdict = 23
-	bpfVerdictVERDICT_MAX                       bpfVerdict = 24
+	bpfVerdictVERDICT_GUARD_AUDIT               bpfVerdict = 20
+	bpfVerdictVERDICT_GUARD_EPHEMERAL           bpfVerdict = 21
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 22
+	bpfVerdictVERDICT_LISTENER                  bpfVerdict = 23
+	bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY bpfVerdict = 24
+	bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  bpfVerdict = 25
+	bpfVerdictVERDICT_REFUSED_LISTENER_TABLE    bpfVerdict = 26
+	bpfVerdictVERDICT_MAX                       bpfVerdict = 27
 )
 
 type bpfVerdictCounts struct {
 	_     structs.HostLayout
-	Count [24]uint64
+	Count [27]uint64
 }
 
 type bpfWorkload struct {

@@ -5,6 +5,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 )
 
@@ -82,7 +83,16 @@ func (d *Datapath) add(a Attachment) error {
 			return err
 		}
 	}
+	r.unwritten = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.cookie, boot
+	if !r.Complete && !r.fresh {
+		if err := d.disown(r); err != nil {
+			return err
+		}
+	}
+	if r.Ephemeral, err = ns.ephemeral(); err != nil {
+		return err
+	}
 	_, err = d.ensure(tables, r, ns)
 	if err != nil && r.fresh {
 		return errors.Join(err, d.teardown(tables, r), d.paths.removeRecord(a.Key))
@@ -94,25 +104,31 @@ func (d *Datapath) add(a Attachment) error {
 
 // takeOver returns the record to work on where there is none for the key. A
 // namespace that has rows all the same lost its record, or has one under a key
-// whose DEL never came: its rows stay in force until new ones are, and two
-// records of one namespace would undo each other.
+// whose DEL never came: its rows stay in force until new ones are.
 func (d *Datapath) takeOver(tables *tables, key Key, cookie uint64) (*record, error) {
 	generation, err := tables.generation(cookie)
-	if err != nil || generation == 0 {
-		return &record{Key: key, fresh: true}, err
+	return &record{Key: key, fresh: err == nil && generation == 0}, err
+}
+
+// disown makes r the only record of its namespace: another would undo it. A
+// process that dies in between leaves two, of which one is incomplete, and the
+// next call for that one comes here again.
+func (d *Datapath) disown(r *record) error {
+	if err := d.begin(r); err != nil {
+		return err
 	}
 	records, err := d.paths.readRecords()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	for _, r := range records {
-		if r.Cookie == cookie {
-			if err := d.paths.removeRecord(r.Key); err != nil {
-				return nil, err
+	for _, other := range records {
+		if other.Cookie == r.Cookie && other.Key != r.Key {
+			if err := d.paths.removeRecord(other.Key); err != nil {
+				return err
 			}
 		}
 	}
-	return &record{Key: key}, nil
+	return nil
 }
 
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
@@ -148,23 +164,19 @@ func (d *Datapath) remove(key Key) error {
 	return d.paths.removeRecord(key)
 }
 
-// teardown undoes ensure; the record stays until all of it is done. tables may
-// be nil. The rows go first: from then on the kernel leaves the namespace
-// alone, outbound.
+// teardown undoes ensure, as far as it gets; the record stays until all of it
+// is done. tables may be nil. The rows go first: from then on the kernel
+// leaves the namespace alone, outbound.
 func (d *Datapath) teardown(tables *tables, r *record) error {
+	var rows error
 	if tables != nil {
 		var applied *Workload
 		if r.Complete {
 			applied = &r.Applied
 		}
-		if err := tables.erase(r.Cookie, applied); err != nil {
-			return err
-		}
+		rows = tables.erase(r.Cookie, applied)
 	}
-	if err := detachLookup(d.paths, r.Cookie); err != nil {
-		return err
-	}
-	return removeRoutes(r)
+	return errors.Join(rows, detachLookup(d.paths, r.Cookie), removeRoutes(r))
 }
 
 // removeRoutes removes the routes of a workload whose namespace still lives.
@@ -215,6 +227,7 @@ func (d *Datapath) check(key Key, netns string) (mended []string, err error) {
 	if ns.cookie != r.Cookie {
 		return nil, fmt.Errorf("namespace %s was replaced since ADD: %w", netns, ErrNetNSGone)
 	}
+	r.unwritten = r.NetNS != netns
 	r.NetNS = netns
 	loaded, err := d.load(false)
 	if err != nil {

@@ -70,6 +70,9 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			Budget:       w.Budget,
 			OutboundPort: w.OutboundPort,
 			InboundPort:  w.InboundPort,
+
+			EphemeralFirst: w.Ephemeral.First,
+			EphemeralLast:  w.Ephemeral.Last,
 		},
 		addresses: make(map[bpfAddressKey]bpfAddress),
 		cidrs:     make(map[bpfCidrKey]uint32),
@@ -115,6 +118,8 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	flag(len(w.ExcludeUIDs) > 0, bpfConfigFlagCONFIG_UIDS)
 	flag(len(w.ExcludeOutboundCIDRs) > 0, bpfConfigFlagCONFIG_CIDRS)
 	flag(ipv6, bpfConfigFlagCONFIG_IPV6)
+	flag(w.Guard == GuardAudit, bpfConfigFlagCONFIG_AUDIT)
+	flag(w.Guard == GuardEnforce, bpfConfigFlagCONFIG_ENFORCE)
 	return r
 }
 

@@ -114,6 +114,22 @@ func Cookie(path string) (uint64, error) {
 	return ns.cookie, nil
 }
 
+// ephemeral reads the range of ports that the kernel chooses from.
+func (ns *namespace) ephemeral() (ports PortRange, err error) {
+	err = ns.do(func() error {
+		// The file shows the namespace of the thread that reads it.
+		text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+		if err != nil {
+			return fmt.Errorf("read ephemeral ports: %w", err)
+		}
+		if _, err := fmt.Sscan(string(text), &ports.First, &ports.Last); err != nil {
+			return fmt.Errorf("read ephemeral ports %q: %w", text, err)
+		}
+		return nil
+	})
+	return ports, err
+}
+
 // encodedRoutes are the routes that bring the encoded ranges to lo. The
 // preferred source makes the kernel choose the workload's own address, so that
 // the proxy and the application both see it.

@@ -22,6 +22,8 @@ type record struct {
 	NetNS   string  `json:"netns"`
 	Cookie  uint64  `json:"cookie,string"`
 	BootID  string  `json:"boot_id"`
+	// Ephemeral is the namespace's range of ports for the replies to its own datagrams.
+	Ephemeral PortRange `json:"ephemeral"`
 	// IPv6 says that the encoded IPv6 range is routed in the namespace.
 	IPv6 bool `json:"ipv6"`
 	// Complete says that the kernel's rows are those of Applied and no others.
@@ -29,10 +31,15 @@ type record struct {
 	// Applied is the workload that the rows in force were made from.
 	Applied Workload `json:"applied,omitzero"`
 
-	fresh bool // made by this call: nobody can have left rows of it
+	fresh     bool // made by this call: nobody can have left rows of it
+	unwritten bool // differs from its file in what has no rows
 }
 
-func (r *record) desired() Workload { return Merge(r.Request, r.Overlay) }
+func (r *record) desired() Workload {
+	w := Merge(r.Request, r.Overlay)
+	w.Ephemeral = r.Ephemeral
+	return w
+}
 
 // bootID tells records of this boot from older ones, whose cookies mean
 // nothing any more.

@@ -32,6 +32,9 @@ const (
 	InboundExcluded         = Verdict(bpfVerdictVERDICT_INBOUND_EXCLUDED)
 	RefusedInboundNoProxy   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY)
 	RefusedInboundUnknown   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN)
+	GuardAudited            = Verdict(bpfVerdictVERDICT_GUARD_AUDIT)
+	GuardEphemeral          = Verdict(bpfVerdictVERDICT_GUARD_EPHEMERAL)
+	RefusedGuard            = Verdict(bpfVerdictVERDICT_REFUSED_GUARD)
 	Listener                = Verdict(bpfVerdictVERDICT_LISTENER)
 	RefusedListenerIdentity = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
 	RefusedListenerAddress  = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
@@ -63,6 +66,9 @@ func (v Verdict) text() verdictText {
 		InboundExcluded:         {"inbound_excluded", "from outside, left alone: its port is excluded"},
 		RefusedInboundNoProxy:   {"refused_inbound_no_proxy", "from outside, refused: the proxy has no inbound listener"},
 		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
+		GuardAudited:            {"guard_audit", "from outside, let in: the guard would refuse it in mode enforce"},
+		GuardEphemeral:          {"guard_ephemeral", "from outside, let in: a datagram to an ephemeral port may be a reply"},
+		RefusedGuard:            {"refused_guard", "from outside, refused by the guard: not the proxy's port nor an allowed one"},
 		Listener:                {"listener", "a listener of the proxy was registered"},
 		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
 		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
@@ -84,7 +90,7 @@ func (v Verdict) Describe() string { return v.text().meaning }
 func (v Verdict) Refused() bool {
 	switch v {
 	case RefusedEncoded, RefusedFamily, RefusedDevice, RefusedBudget, RefusedTable,
-		RefusedNoProxy, RefusedInboundNoProxy, RefusedInboundUnknown:
+		RefusedNoProxy, RefusedInboundNoProxy, RefusedInboundUnknown, RefusedGuard:
 		return true
 	}
 	return false

@@ -130,7 +130,11 @@ type Workload struct {
 	Upstreams            []Upstream
 	Guard                Guard
 	Budget               uint32
+	Ephemeral            PortRange
 }
+
+// PortRange is a namespace's ip_local_port_range, both ends included.
+type PortRange struct{ First, Last uint16 }
 
 // Merge is the pure function from a request and what Consul adds to the
 // desired workload. Lists come out sorted and without duplicates, so that two
@@ -222,7 +226,7 @@ func (w Workload) Validate() error {
 func (w Workload) Equal(other Workload) bool {
 	return w.Mode == other.Mode && w.ProxyUID == other.ProxyUID &&
 		w.InboundPort == other.InboundPort && w.OutboundPort == other.OutboundPort &&
-		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard &&
+		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard && w.Ephemeral == other.Ephemeral &&
 		slices.Equal(w.ExcludeInboundPorts, other.ExcludeInboundPorts) &&
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&
 		slices.Equal(w.ExcludeOutboundCIDRs, other.ExcludeOutboundCIDRs) &&
