@@ -65,7 +65,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		return changed, err
 	}
 	changed = append(changed, adopted...)
-	if before.Complete && len(changed) == 0 && before.NetNS == r.NetNS {
+	if before.Complete && len(changed) == 0 && !r.unwritten {
 		return nil, nil
 	}
 	r.Complete, r.Applied = true, workload
@@ -78,14 +78,20 @@ func (d *Datapath) begin(r *record) error {
 	return d.paths.writeRecord(r)
 }
 
-// replaceRows writes the rows of the workload. What a process that died half
-// way wrote before is not known in detail and is searched for.
+// replaceRows writes the rows of the workload and removes the previous ones
+// after every program that may still read them has ended. What a process that
+// died half way left is not known in detail and is searched for.
 func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workload) error {
-	if before.Complete {
-		return tables.writeRows(r.Cookie, workload, r.IPv6, &before.Applied)
-	}
-	if err := tables.writeRows(r.Cookie, workload, r.IPv6, nil); err != nil || before.fresh {
+	old, err := tables.generation(r.Cookie)
+	if err != nil {
 		return err
+	}
+	if err := tables.writeRows(r.Cookie, workload, r.IPv6); err != nil || before.fresh {
+		return err
+	}
+	waitForReaders()
+	if before.Complete && old != 0 {
+		return tables.dropRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old)
 	}
 	return tables.dropStale(r.Cookie)
 }

@@ -44,7 +44,7 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 		return result, err
 	}
 	defer root.Close()
-	if err := removeTree(d.paths.staging()); err != nil {
+	if _, err := unpinAll(d.paths.staging()); err != nil {
 		return result, fmt.Errorf("remove unfinished load: %w", err)
 	}
 	pinned, err := openTables(d.paths.maps())
@@ -58,8 +58,9 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 	return d.upgrade(pinned, root, renew)
 }
 
-// loadFresh builds everything beside the live directory and renames it into
-// place, so that a load that dies leaves nothing that looks complete.
+// loadFresh builds everything beside the live directory, the workloads on
+// record included, and renames it into place, so that a load that dies leaves
+// nothing that looks complete.
 func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err := Probe(); err != nil {
 		return result, err
@@ -88,16 +89,19 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err != nil {
 		return result, err
 	}
-	// What a half-removed instance left would make the rename fail.
-	if err := removeTree(d.paths.PinDir); err != nil {
+	// The programs are attached already: a listener that opens now is not missed.
+	staged := New(d.paths)
+	staged.paths.PinDir = staging
+	restored, unrestored := staged.restore()
+	// What a half-removed instance left is in the way of the rename.
+	if _, err := unpinAll(d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("remove incomplete pins: %w", err)
 	}
 	if err := os.Rename(staging, d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
 	did = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, did...)
-	restored, err := d.restore()
-	return LoadResult{Changed: true, Did: append(did, restored...)}, err
+	return LoadResult{Changed: true, Did: append(did, restored...)}, unrestored
 }
 
 func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
@@ -204,7 +208,7 @@ func (d *Datapath) restore() (did []string, err error) {
 			problems = append(problems, err)
 			continue
 		}
-		r.Complete = false
+		r.Complete, r.fresh = false, true // the tables are new
 		mended, err := d.ensure(pinned, r, ns)
 		ns.Close()
 		if err != nil {

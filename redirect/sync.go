@@ -30,16 +30,24 @@ func (m *tables) generation(cookie uint64) (uint64, error) {
 	return row.Generation, nil
 }
 
-// writeRows brings a workload's rows to w. Each step leaves a state that is
-// right for connections: the flip in `workloads` is the only one they notice.
-// The previous rows go after every program that may still read them has ended.
-func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool, previous *Workload) error {
-	old, err := m.generation(cookie)
-	if err != nil {
-		return err
-	}
+// writeRows puts the rows of w in force. Each step leaves a state that is
+// right for connections: the flip in `workloads`, the last one, is the only
+// one they notice. The previous rows stay, in force where it fails.
+func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool) error {
 	generation := newGeneration()
 	fresh := encodeRows(w, cookie, generation, ipv6)
+	err := m.putRows(fresh, cookie, generation)
+	if err == nil {
+		err = m.put("workloads", cookie, bpfWorkload{Generation: generation}, ebpf.UpdateAny)
+	}
+	if err != nil {
+		return errors.Join(err, m.dropRows(fresh, cookie, generation))
+	}
+	return nil
+}
+
+// putRows writes a generation that is not in force yet.
+func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
 	for _, key := range fresh.exclusions {
 		if err := m.put("exclusions", key, uint32(1), ebpf.UpdateAny); err != nil {
 			return err
@@ -58,20 +66,7 @@ func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool, previous *Workl
 	if err := m.put("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, fresh.config, ebpf.UpdateAny); err != nil {
 		return err
 	}
-	if err := m.ensureShared(cookie); err != nil {
-		return err
-	}
-	if err := m.put("workloads", cookie, bpfWorkload{Generation: generation}, ebpf.UpdateAny); err != nil {
-		return err
-	}
-	if old == 0 {
-		return nil
-	}
-	waitForReaders()
-	if previous != nil {
-		return m.dropRows(encodeRows(*previous, cookie, old, ipv6), cookie, old)
-	}
-	return m.dropStale(cookie)
+	return m.ensureShared(cookie)
 }
 
 // ensureShared makes the rows that the programs write to. They outlive every
