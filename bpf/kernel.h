@@ -21,6 +21,7 @@
 #define LO_IFINDEX 1       /* lo is the first device of every namespace */
 
 #define EEXIST 17
+#define EADDRINUSE 98
 #define EADDRNOTAVAIL 99
 #define ENETUNREACH 101
 #define ECONNREFUSED 111

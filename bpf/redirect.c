@@ -272,14 +272,18 @@ int weir_recvmsg6(struct bpf_sock_addr *ctx)
 /* Who binds: sockops, which registers listeners, runs without a process. */
 static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 {
+	__u64 cgroup = bpf_get_current_cgroup_id();
+	__u32 uid = bpf_get_current_uid_gid();
 	struct binder *binder;
 	struct view view;
 	__u32 index;
 
-	if (!view_open(&view, bpf_get_netns_cookie(sk)))
+	if (!view_open(&view, bpf_get_netns_cookie(sk)) || !is_tcp(sk->protocol))
 		return 1;
-	if (!is_tcp(sk->protocol))
-		return 1;
+	if (is_rival(&view, sk->src_port, uid, cgroup)) {
+		count(view.cookie, VERDICT_REFUSED_LISTENER_IDENTITY);
+		return refuse(EADDRINUSE);
+	}
 	/* A source in the range would show a peer that nobody dialled. */
 	if (addr_decode(local, &index)) {
 		count(view.cookie, VERDICT_REFUSED_ENCODED);
@@ -287,8 +291,8 @@ static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 	}
 	binder = bpf_sk_storage_get(&binders, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (binder) {
-		binder->uid = (__u32)bpf_get_current_uid_gid();
-		binder->cgroup = bpf_get_current_cgroup_id();
+		binder->uid = uid;
+		binder->cgroup = cgroup;
 	}
 	return 1;
 }
@@ -322,20 +326,6 @@ static __always_inline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 
 		err = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
 	}
 	return err;
-}
-
-/* The cgroup of the first listener under the proxy's UID is the proxy's. A
- * second claimant has to wait until the first has no listener left, which is
- * how a restarted proxy gets in and a task beside a living one does not. */
-static __always_inline bool claim(struct proxy *proxy, const struct binder *binder)
-{
-	__u64 known = proxy->cgroup;
-
-	if (known == binder->cgroup)
-		return true;
-	if (known && (proxy->listeners || (proxy->flags & PROXY_PINNED)))
-		return false;
-	return __sync_val_compare_and_swap(&proxy->cgroup, known, binder->cgroup) == known;
 }
 
 static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view *view)

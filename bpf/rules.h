@@ -33,6 +33,39 @@ static __always_inline bool is_proxy(const struct view *view, struct proxy *prox
 	return !proxy || !proxy->cgroup || proxy->cgroup == cgroup;
 }
 
+/* A socket under the proxy's UID that binds one of the proxy's ports while the
+ * proxy listens elsewhere. SO_REUSEPORT goes by UID alone: the kernel would
+ * hand it a part of the proxy's connections. */
+static __always_inline bool is_rival(const struct view *view, __u32 port, __u32 uid, __u64 cgroup)
+{
+	__u64 cookie = view->cookie;
+	struct proxy *proxy;
+
+	if (!view->config || uid != view->config->proxy_uid || !port ||
+	    (port != view->config->outbound_port && port != view->config->inbound_port))
+		return false;
+	proxy = bpf_map_lookup_elem(&proxies, &cookie);
+	return proxy && proxy->listeners && proxy->cgroup != cgroup;
+}
+
+/* The cgroup of the first listener under the proxy's UID is the proxy's. A
+ * second claimant has to wait until the first has no listener left, which is
+ * how a restarted proxy gets in and a task beside a living one does not. */
+static __always_inline bool claim(struct proxy *proxy, const struct binder *binder)
+{
+	__u64 known = proxy->cgroup;
+
+	if (known == binder->cgroup)
+		return true;
+	if (known && (proxy->listeners || (proxy->flags & PROXY_PINNED)))
+		return false;
+	if (__sync_val_compare_and_swap(&proxy->cgroup, known, binder->cgroup) != known)
+		return false;
+	/* Whether tasks share this one is for the next of them to show. */
+	__sync_fetch_and_and((__u32 *)&proxy->flags, ~PROXY_SHARED);
+	return true;
+}
+
 static __always_inline bool wants_dns(const struct view *view, const struct dial *dial)
 {
 	if (dial->port != DNS_PORT || !(view->config->flags & CONFIG_DNS))
