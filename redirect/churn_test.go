@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/test"
+)
+
+func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
+	n := newNode(t)
+	live, stale, foreign := n.newAlloc(), n.newAlloc(), n.newAlloc()
+	live.add(full)
+	stale.add(full)
+	foreign.add(full, func(r *Request) { r.Network = "weir" })
+	dead := func(t *testing.T) {
+		ns := test.NewNetNS(t)
+		request := Request{Network: "weir"}
+		full(&request)
+		if err := n.Add(Attachment{Key: Key{"dead", "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Add(Attachment{Key: Key{"orphan", "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.paths.removeRecord(Key{"orphan", "eth0"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("allocation", dead)
+	removed, err := n.Collect("nomad", []Key{live.key})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]Key{stale.key}, removed); diff != "" {
+		t.Errorf("removed (-want +got):\n%s", diff)
+	}
+	list, err := n.Workloads()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var keys []Key
+	for _, w := range list {
+		keys = append(keys, w.Key)
+	}
+	if !slices.Equal(keys, []Key{live.key, foreign.key}) {
+		t.Errorf("workloads = %v, want %v", keys, []Key{live.key, foreign.key})
+	}
+	stale.free()
+	live.startProxy()
+	live.works()
+	// The kernel destroys a namespace a moment after its last reference.
+	test.Eventually(t, func() error {
+		if _, err := n.Collect("nomad", []Key{live.key}); err != nil {
+			return err
+		}
+		entries, err := os.ReadDir(n.paths.lookups())
+		if err != nil || len(entries) != 2 {
+			return errors.Join(err, errors.New("lookup links are left"))
+		}
+		return nil
+	}, "orphans to be collected")
+	for _, a := range []*alloc{live, foreign} {
+		a.remove()
+	}
+	nothingLeft(t, n.Datapath)
+}
+
+// TestChurnLeavesNothing adds and removes workloads in a handful of namespaces
+// whose keys change, some twice, some with connections, some never removed but
+// taken over, and looks everywhere afterwards.
+func TestChurnLeavesNothing(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.startProxy()
+	held := kernelObjects(t, n.Datapath)
+	want, descriptors := held.counts(), 0
+	var died []func() error
+	var rounds int
+	t.Run("rounds", func(t *testing.T) {
+		var spaces []*test.NetNS
+		for range 4 {
+			ns := test.NewNetNS(t)
+			died = append(died, witness(n.t, ns))
+			spaces = append(spaces, ns)
+		}
+		for ; rounds < test.Scale(10_000); rounds++ {
+			ns := spaces[rounds%len(spaces)]
+			key := Key{fmt.Sprintf("churn-%d", rounds), "eth0"}
+			request := Request{Network: "nomad", ProxyUID: proxyUID}
+			if rounds%3 == 0 {
+				full(&request)
+			}
+			adds := 1 + rounds%2
+			for range adds {
+				if err := n.Add(Attachment{Key: key, NetNS: ns.Path, Request: request}); err != nil {
+					t.Fatalf("round %d: %v", rounds, err)
+				}
+			}
+			if rounds == 0 {
+				descriptors = openFiles(t)
+			}
+			if rounds%7 == 6 {
+				continue // the next one in this namespace takes it over
+			}
+			if err := n.Remove(key); err != nil {
+				t.Fatalf("round %d: %v", rounds, err)
+			}
+			if rounds%100 == 0 {
+				a.add(full)
+				a.works()
+				a.remove()
+			}
+		}
+		if now := openFiles(t); now > descriptors+8 { // clients and connections of works
+			t.Errorf("%d descriptors are open after %d rounds, were %d after one", now, rounds, descriptors)
+		}
+		if _, err := n.Collect("nomad", nil); err != nil {
+			t.Fatal(err)
+		}
+		nothingLeft(t, n.Datapath)
+		for _, ns := range spaces {
+			if v4, v6 := routesOf(t, ns); v4 || v6 {
+				t.Errorf("routes are left: IPv4 %t, IPv6 %t", v4, v6)
+			}
+		}
+	})
+	held.settle(t, want)
+	for _, dead := range died {
+		test.Eventually(t, dead, "the kernel to destroy the namespace: somebody holds a reference")
+	}
+}
+
+// A namespace that dies under Weir is not held by it.
+func TestWorkloadDoesNotHoldItsNamespace(t *testing.T) {
+	d := newDatapath(t)
+	var died func() error
+	t.Run("namespace", func(inner *testing.T) {
+		ns := test.NewNetNS(inner)
+		died = witness(t, ns)
+		if err := d.Add(Attachment{Key: Key{"held", "eth0"}, NetNS: ns.Path}); err != nil {
+			inner.Fatal(err)
+		}
+	})
+	test.Eventually(t, died, "the kernel to destroy the namespace")
+	status, err := d.Workloads()
+	if err != nil || len(status) != 1 || len(status[0].Problems) != 1 {
+		t.Errorf("workloads = %+v, %v; want one whose namespace is gone", status, err)
+	}
+	if _, err := d.Collect("any", nil); err != nil {
+		t.Fatal(err)
+	}
+	nothingLeft(t, d)
+}
