@@ -42,7 +42,7 @@ func main() {
 	var o options
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 15, with -quick 2)")
 	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
-	flag.StringVar(&o.only, "only", "", "measure only these, separated by commas")
+	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
 	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
 	flag.StringVar(&o.plugin, "plugin", "", "weir-cni")

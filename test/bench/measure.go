@@ -71,8 +71,8 @@ func fullSizes(rounds int) sizes {
 	return sizes{
 		rounds: rounds, heavy: 3, setups: 2 * rounds,
 		connections: 10000, parallel: 3000,
-		churn: 60000, block: 4000, patience: 25 * time.Second,
-		flow: 700 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
+		churn: 60000, block: 4000, patience: 20 * time.Second,
+		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
 		settle: 500 * time.Millisecond,
 	}
 }
