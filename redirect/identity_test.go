@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// dials fails the test unless a process of the allocation reaches server at the remote
+// host's port 80, with the verdict and no other.
+func (a *alloc) dials(uid uint32, cgroup *test.Cgroup, server string, verdict Verdict) {
+	t := a.node.t
+	t.Helper()
+	moved := a.rose(func() {
+		answer, err := a.askAs(uid, cgroup, "tcp4", addrPort(remote4(a.number), 80))
+		if err != nil || answer.Server != server {
+			t.Errorf("UID %d in cgroup %d: %q answered, error %v, want %q", uid, cgroup.ID, answer.Server, err, server)
+		}
+	})
+	verdictsAre(t, moved, map[Verdict]uint64{verdict: 1})
+}
+
+// identity fails the test unless Workloads tells the proxy's so.
+func (a *alloc) identity(want Identity, cgroup uint64, noted bool) {
+	t := a.node.t
+	t.Helper()
+	status := a.status()
+	if status.Proxy.Identity != want || status.Proxy.Cgroup != cgroup {
+		t.Errorf("proxy: %+v, want identity %q and cgroup %d", status.Proxy, want, cgroup)
+	}
+	if got := strings.Contains(strings.Join(status.Notes, "\n"), "share a cgroup"); got != noted {
+		t.Errorf("notes %q: says that a cgroup is shared: %t, want %t", status.Notes, got, noted)
+	}
+}
+
+func TestIdentitySeparateCgroups(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+	// Nothing but the UID is known until the proxy listens.
+	a.identity(IdentityUID, 0, false)
+	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+	a.startProxy()
+	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	for range 2 {
+		a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+		a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(0, a.taskCg, a.outbound.Name, Redirected)
+	}
+	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+}
+
+func TestIdentitySharedCgroup(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+	a.proxyCg = a.taskCg
+	a.startProxy()
+	a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
+	a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+	a.identity(IdentityUID, a.taskCg.ID, true)
+	a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
+	a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+	// Restarted in a cgroup of its own, it is told by that.
+	a.outbound.Stop()
+	a.inbound.Stop()
+	a.proxyCg = test.NewCgroup(t)
+	a.startProxy()
+	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+	a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+}
+
+func TestIdentityOfARestartedProxy(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+	a.startProxy()
+	for range 3 {
+		former := a.proxyCg
+		a.outbound.Stop()
+		a.dials(proxyUID, former, remote.Name, Proxy) // one listener is left
+		a.inbound.Stop()
+		a.proxyCg = test.NewCgroup(t)
+		moved := a.rose(func() { a.startProxy() })
+		verdictsAre(t, moved, map[Verdict]uint64{Listener: 2})
+		a.identity(IdentityCgroup, a.proxyCg.ID, false)
+		a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+		a.dials(proxyUID, former, a.outbound.Name, Redirected)
+		a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+		a.arrives(a.v4, 8080, a.inbound.Name, true)
+	}
+}
+
+// Who comes second under the proxy's UID, while the first lives, is a task.
+func TestIdentitySecondClaimant(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	second := a.sockets(proxyUID, a.taskCg)
+	// Bound before the proxy came, listening after.
+	early := second.open(unix.AF_INET6, unix.SOCK_STREAM, 0)
+	second.must(socketCall{Op: "bind", FD: early, Addr: netip.MustParseAddrPort("[::1]:15001")})
+	a.startProxy()
+	moved := a.rose(func() { second.must(socketCall{Op: "serve", FD: early, Name: "second"}) })
+	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+	for _, addr := range []string{"[::1]:20000", addrPort(a.v6, 20000), "127.0.0.9:15001"} {
+		moved := a.rose(func() {
+			if _, err := second.listen("second", addr, 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
+				t.Errorf("listen on %s as the second claimant: %v, want address in use", addr, err)
+			}
+		})
+		verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+	}
+	// The rest of the ports are not the proxy's.
+	second.close(second.mustListen("second", "127.0.0.1:15002"))
+	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+	a.arrives(a.v4, 8080, a.inbound.Name, true)
+	a.refused(a.v6, 8080)
+	if got := a.spread(test.Scale(50)); len(got) != 1 || got[a.outbound.Name] == 0 {
+		t.Errorf("beside a second claimant: who answered: %v", got)
+	}
+}
+
+func TestIdentityExcludedUIDs(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	var uids []uint32
+	for uid := range uint32(300) {
+		uids = append(uids, 50000+uid)
+	}
+	a.add(func(r *Request) { r.ExcludeUIDs = append(uids, 0, 4294967294) })
+	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+	a.startProxy()
+	for _, uid := range []uint32{50000, 50299, 0, 4294967294} {
+		a.dials(uid, a.taskCg, remote.Name, UIDExcluded)
+	}
+	for _, uid := range []uint32{49999, 50300, taskUID} {
+		a.dials(uid, a.taskCg, a.outbound.Name, Redirected)
+	}
+}
+
+// UIDs have 32 bits: what a mask or a sign would cut off tells two of them apart.
+func TestIdentity32BitUIDs(t *testing.T) {
+	for _, uid := range []uint32{65536 + proxyUID, 1<<31 + proxyUID, 4294967294} {
+		t.Run(fmt.Sprint(uid), func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			a.add(func(r *Request) { r.ProxyUID = uid })
+			remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+			a.outbound = a.serve(uid, a.proxyCg, "tcp4", outboundListener)
+			a.inbound = a.serve(uid, a.proxyCg, "tcp4", "0.0.0.0:20000")
+			a.dials(uid, a.proxyCg, remote.Name, Proxy)
+			for _, other := range []uint32{uid & 0xffff, uid & 0x7fffffff, uid - 1} {
+				if other != uid {
+					a.dials(other, a.proxyCg, a.outbound.Name, Redirected)
+				}
+			}
+			a.arrives(a.v4, 8080, a.inbound.Name, true)
+			if got := a.status().Proxy.UID; got != uid {
+				t.Errorf("status says UID %d, want %d", got, uid)
+			}
+		})
+	}
+}
