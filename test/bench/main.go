@@ -40,7 +40,7 @@ func main() {
 		return
 	}
 	var o options
-	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 15, with -quick 2)")
+	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 21, with -quick 2)")
 	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
 	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
@@ -62,7 +62,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 		return errors.New("make network namespaces: must be root")
 	}
 	if o.rounds == 0 {
-		o.rounds = 15
+		o.rounds = 21
 		if o.quick {
 			o.rounds = 2
 		}

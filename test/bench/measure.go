@@ -55,7 +55,7 @@ type sizes struct {
 	rounds      int // of the comparisons
 	heavy       int // rounds of what takes long: churn, memory
 	setups      int // rounds of the set-up of single workloads
-	connections int // on one thread; fewer than half the local ports, so that none is used twice
+	connections int // on one thread; few beside the local ports, so that connect finds one at once
 	parallel    int // on each of four threads; the same holds for their sum
 	churn       int
 	block       int // of churn
@@ -69,8 +69,8 @@ type sizes struct {
 
 func fullSizes(rounds int) sizes {
 	return sizes{
-		rounds: rounds, heavy: 3, setups: 2 * rounds,
-		connections: 10000, parallel: 3000,
+		rounds: rounds, heavy: 3, setups: rounds,
+		connections: 4000, parallel: 1500,
 		churn: 60000, block: 4000, patience: 20 * time.Second,
 		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
 		settle: 500 * time.Millisecond,

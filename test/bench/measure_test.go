@@ -48,7 +48,7 @@ func TestQuickMeasuresTheSameRows(t *testing.T) {
 		}
 		return ids
 	}
-	full, quick := rows(fullSizes(15)), rows(quickSizes(2))
+	full, quick := rows(fullSizes(21)), rows(quickSizes(2))
 	if len(full) != len(quick) {
 		t.Errorf("full run has rows %v, quick run %v", full, quick)
 	}
