@@ -99,12 +99,12 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 	dial->uid = (__u32)bpf_get_current_uid_gid();
 	dial->cgroup = bpf_get_current_cgroup_id();
 	if (datagram || is_udp(ctx->protocol))
-		verdict = decide_udp(&view, dial);
+		verdict = decide_udp(sk, &view, dial, datagram);
 	else if (is_tcp(ctx->protocol))
 		verdict = decide(sk, &view, dial);
 	else
 		return 1;
-	verdict = fit(sk, dial, verdict);
+	verdict = fit(sk, dial, datagram, verdict);
 	/* A datagram that is left alone says nothing of the ones before it. */
 	if (datagram && verdict == VERDICT_UDP)
 		return 1;

@@ -111,7 +111,7 @@ static __always_inline bool takes4(struct bpf_sock *sk, const struct dial *dial)
 
 /* A socket that cannot be sent where a rule sends it is refused by name: the
  * kernel would only say that there is no route, or let it wait. */
-static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *dial,
+static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *dial, bool datagram,
 					enum verdict verdict)
 {
 	if (verdict != VERDICT_UPSTREAM && verdict != VERDICT_DNS)
@@ -119,7 +119,8 @@ static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *
 	if (!addr_is_mapped(&dial->destination)) {
 		if (dial->family == AF_INET)
 			return VERDICT_REFUSED_FAMILY;
-	} else if (!addr_is_mapped(&dial->origin) && !takes4(sk, dial)) {
+	} else if (!addr_is_mapped(&dial->origin) && (datagram || !takes4(sk, dial))) {
+		/* The kernel has no way to send a single datagram so. */
 		return VERDICT_REFUSED_FAMILY;
 	}
 	if (sk->bound_dev_if && sk->bound_dev_if != LO_IFINDEX && addr_is_local(&dial->destination))
@@ -224,11 +225,21 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	return encode(sk, view, proxy, dial);
 }
 
-static __always_inline enum verdict decide_udp(const struct view *view, struct dial *dial)
+/* A connected IPv6 socket passes every write to an IPv4 peer through here once
+ * more, with the address that connect gave it: that is decided already. */
+static __always_inline bool is_resolved(struct bpf_sock *sk, const struct view *view,
+					const struct dial *dial)
+{
+	return sk->state == BPF_TCP_ESTABLISHED && dial->port == view->config->dns_port &&
+	       addr_equal(&dial->origin, &view->config->dns_addr);
+}
+
+static __always_inline enum verdict decide_udp(struct bpf_sock *sk, const struct view *view,
+					       struct dial *dial, bool datagram)
 {
 	if (!view->config)
 		return VERDICT_REFUSED_TABLE;
-	if (!wants_dns(view, dial))
+	if (!wants_dns(view, dial) || (datagram && is_resolved(sk, view, dial)))
 		return VERDICT_UDP;
 	dial->destination = view->config->dns_addr;
 	dial->destination_port = view->config->dns_port;
