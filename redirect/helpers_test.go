@@ -8,5 +8,6 @@ func helpers() map[string]func(args []string) error {
 	return map[string]func(args []string) error{
 		socketsFunc: serveSockets,
 		scriptFunc:  serveScripts,
+		operateFunc: serveOperations,
 	}
 }
