@@ -62,7 +62,7 @@ func (v Verdict) text() verdictText {
 		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
 		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
 		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},
-		Inbound:                 {"inbound", "from outside, sent to the proxy's inbound listener"},
+		Inbound:                 {"inbound", "from outside, sent to the proxy's inbound listener; a late packet of a connection that is gone counts too"},
 		InboundExcluded:         {"inbound_excluded", "from outside, left alone: its port is excluded"},
 		RefusedInboundNoProxy:   {"refused_inbound_no_proxy", "from outside, refused: the proxy has no inbound listener"},
 		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
