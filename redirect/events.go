@@ -68,19 +68,21 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) error 
 	}
 	defer reader.Close()
 	defer tables.lease(0)
+	since := monotonicNow() // what a former reader left in the ring is older
 	for ctx.Err() == nil {
 		if err := tables.lease(eventLease); err != nil {
 			return err
 		}
-		if err := drain(ctx, reader, deliver); err != nil {
+		if err := drain(ctx, reader, since, deliver); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// drain delivers events until a fifth of the lease has passed.
-func drain(ctx context.Context, reader *ringbuf.Reader, deliver func(Event) error) error {
+// drain delivers events that are not older than since until a fifth of the
+// lease has passed.
+func drain(ctx context.Context, reader *ringbuf.Reader, since uint64, deliver func(Event) error) error {
 	deadline := time.Now().Add(eventLease / 5)
 	var record ringbuf.Record
 	for time.Now().Before(deadline) && ctx.Err() == nil {
@@ -96,6 +98,9 @@ func drain(ctx context.Context, reader *ringbuf.Reader, deliver func(Event) erro
 		var row bpfEvent
 		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &row); err != nil {
 			return fmt.Errorf("decode event: %w", err)
+		}
+		if row.TimeNs < since {
+			continue
 		}
 		if err := deliver(decodeEvent(row)); err != nil {
 			return err

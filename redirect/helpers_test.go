@@ -6,6 +6,7 @@ package redirect
 // as a process of its own; see test.Helper.
 func helpers() map[string]func(args []string) error {
 	return map[string]func(args []string) error{
+		eventsFunc:  serveEvents,
 		socketsFunc: serveSockets,
 		scriptFunc:  serveScripts,
 		operateFunc: serveOperations,

@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/test"
+)
+
+const eventsFunc = "redirect.events"
+
+// serveEvents reads events until it is killed.
+func serveEvents(args []string) error {
+	var paths Paths
+	if err := json.Unmarshal([]byte(args[0]), &paths); err != nil {
+		return err
+	}
+	return New(paths).Events(context.Background(), func(Event) error { return nil })
+}
+
+// reading is a reader of events in the test's own process.
+type reading struct {
+	t      *testing.T
+	stop   context.CancelFunc
+	done   chan error
+	mutex  sync.Mutex
+	events []Event
+}
+
+// readEvents starts a reader and returns once the kernel writes for it.
+func (n *node) readEvents() *reading {
+	n.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &reading{t: n.t, stop: cancel, done: make(chan error, 1)}
+	go func() {
+		r.done <- n.Events(ctx, func(event Event) error {
+			r.mutex.Lock()
+			defer r.mutex.Unlock()
+			r.events = append(r.events, event)
+			return nil
+		})
+	}()
+	n.t.Cleanup(cancel)
+	n.leased(true)
+	return r
+}
+
+// end stops the reader and fails the test unless it ends without an error.
+func (r *reading) end() {
+	r.t.Helper()
+	r.stop()
+	if err := <-r.done; err != nil {
+		r.t.Errorf("events: %v", err)
+	}
+}
+
+// until returns what was delivered up to an event with that origin, which is left out.
+func (r *reading) until(last netip.AddrPort) (events []Event) {
+	r.t.Helper()
+	test.Eventually(r.t, func() error {
+		r.mutex.Lock()
+		defer r.mutex.Unlock()
+		for i, event := range r.events {
+			if event.Origin == last {
+				events = append([]Event(nil), r.events[:i]...)
+				return nil
+			}
+		}
+		return fmt.Errorf("%d events, none with origin %s", len(r.events), last)
+	}, "the last event")
+	return events
+}
+
+// lease returns when the programs stop to write events, on their clock.
+func (n *node) lease() uint64 {
+	n.t.Helper()
+	tables, err := openTables(n.paths.maps())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer tables.Close()
+	var row bpfControl
+	if _, err := tables.get("control", uint32(0), &row); err != nil {
+		n.t.Fatal(err)
+	}
+	return row.EventsUntilNs
+}
+
+// leased waits until somebody reads events, or nobody does.
+func (n *node) leased(want bool) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		if until := n.lease(); until > monotonicNow() != want {
+			return fmt.Errorf("lease until %d, now is %d", until, monotonicNow())
+		}
+		return nil
+	}, fmt.Sprintf("events to be leased: %t", want))
+}
+
+// produced returns how many bytes were ever written to the ring.
+func (n *node) produced() uint64 {
+	n.t.Helper()
+	ring, err := ebpf.LoadPinnedMap(n.paths.maps()+"/events", nil)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer ring.Close()
+	page := os.Getpagesize()
+	view, err := unix.Mmap(ring.FD(), int64(page), page, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		n.t.Fatalf("map ring: %v", err)
+	}
+	defer unix.Munmap(view)
+	return binary.NativeEndian.Uint64(view)
+}
+
+// command is what the kernel calls a process.
+func command(t *testing.T, pid int) string {
+	t.Helper()
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(name))
+}
+
+func TestEvents(t *testing.T) {
+	n := newNode(t)
+	a, b := n.newAlloc(), n.newAlloc()
+	excluded := uint32(2000)
+	a.add(func(r *Request) {
+		r.ExcludeUIDs, r.ExcludeInboundPorts = []uint32{excluded}, []uint16{9000}
+		r.DNS = DNS{Address: remote4(1), Port: resolverPort}
+	})
+	b.add()
+	remote := netip.AddrPortFrom(remote4(1), 80)
+	test.Echo(t, n.remote, "tcp", "[::]:80")
+	startResolver(t, n.remote, resolverPort)
+	a.startProxy()
+	a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
+	reader := n.readEvents()
+
+	var want []Event
+	// Ask as whom, for what, with which outcome.
+	expect := func(w *alloc, uid uint32, cgroup *test.Cgroup, network string, origin, destination netip.AddrPort, verdict Verdict) {
+		t.Helper()
+		_, err := w.askAs(uid, cgroup, network, origin.String())
+		if refused := err != nil; refused != (verdict.Refused() || verdict == RefusedNoProxy || w == b) {
+			t.Errorf("dial %s: %v", origin, err)
+		}
+		client := w.taskCache[test.Spec{NetNS: w.NetNS, Cgroup: cgroup, UID: uid, GID: uid}]
+		want = append(want, Event{Cookie: w.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: origin, Destination: destination,
+			UID: uid, PID: uint32(client.PID), Cgroup: cgroup.ID, Command: command(t, client.PID)})
+	}
+	first, _ := encodedAddrs(1)
+	second, _ := encodedAddrs(2)
+	six := netip.AddrPortFrom(remote6(1), 8080)
+	local := netip.MustParseAddrPort("127.0.0.1:9000")
+	encoded := netip.MustParseAddrPort("127.128.0.1:80")
+	name := netip.AddrPortFrom(remote4(1), 53)
+	expect(a, taskUID, a.taskCg, "tcp4", remote, netip.AddrPortFrom(first, 80), Redirected)
+	expect(a, taskUID, a.taskCg, "tcp", six, netip.AddrPortFrom(second, 8080), Redirected)
+	expect(a, proxyUID, a.proxyCg, "tcp4", remote, remote, Proxy)
+	expect(a, excluded, a.taskCg, "tcp4", remote, remote, UIDExcluded)
+	expect(a, taskUID, a.taskCg, "tcp4", local, local, Local)
+	expect(a, taskUID, a.taskCg, "tcp4", encoded, encoded, RefusedEncoded)
+	expect(a, taskUID, a.taskCg, "tcp4", name, netip.AddrPortFrom(remote4(1), resolverPort), ToDNS)
+	expect(b, taskUID, b.taskCg, "tcp4", remote, netip.AddrPortFrom(first, 80), Redirected)
+	want = append(want, Event{Cookie: b.Cookie(), Verdict: RefusedNoProxy, Name: RefusedNoProxy.String(), Origin: remote,
+		Destination: netip.AddrPortFrom(first, 80), Source: netip.AddrPortFrom(b.v4, 0)})
+	for port, verdict := range map[uint16]Verdict{8080: Inbound, 9000: InboundExcluded} {
+		answer, err := a.fromOutside(a.v4, port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		to := netip.AddrPortFrom(a.v4, port)
+		want = append(want, Event{Cookie: a.Cookie(), Verdict: verdict, Name: verdict.String(), Source: answer.From, Origin: to, Destination: to})
+	}
+	b.refused(b.v6, 8080)
+	to := netip.AddrPortFrom(b.v6, 8080)
+	want = append(want, Event{Cookie: b.Cookie(), Verdict: RefusedInboundNoProxy, Name: RefusedInboundNoProxy.String(),
+		Source: netip.AddrPortFrom(remote6(2), 0), Origin: to, Destination: to})
+
+	marker := netip.MustParseAddrPort("203.0.113.1:1")
+	if _, err := a.ask("tcp4", marker.String()); err != nil {
+		t.Fatal(err)
+	}
+	got := reader.until(marker)
+	reader.end()
+	// The source port of who was refused is known to nobody but the kernel.
+	for i, event := range got {
+		if event.Source.IsValid() && event.Source.Port() == 0 {
+			t.Errorf("event without a source port: %+v", event)
+		}
+		if event.Verdict == RefusedNoProxy || event.Verdict == RefusedInboundNoProxy {
+			got[i].Source = netip.AddrPortFrom(event.Source.Addr(), 0)
+		}
+		if age := time.Since(event.Time); age < 0 || age > time.Minute {
+			t.Errorf("event is dated %s, %s ago", event.Time, age)
+		}
+	}
+	equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+	if diff := cmp.Diff(want, got, equal, cmpopts.IgnoreFields(Event{}, "Time")); diff != "" {
+		t.Errorf("events (-want +got):\n%s", diff)
+	}
+}
+
+func TestEventsCostNothingUnread(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.startProxy()
+	quiet := func(what string) {
+		t.Helper()
+		before := n.produced()
+		a.spread(test.Scale(20))
+		a.arrives(a.v4, 8080, a.inbound.Name, true)
+		if wrote := n.produced() - before; wrote != 0 {
+			t.Errorf("%s: %d bytes of events were written", what, wrote)
+		}
+	}
+	quiet("before anybody reads")
+	reader := n.readEvents()
+	before := n.produced()
+	a.spread(3)
+	if n.produced() == before {
+		t.Error("no event was written for a reader")
+	}
+	if err := n.Events(context.Background(), func(Event) error { return nil }); !errors.Is(err, ErrBusy) {
+		t.Errorf("a second reader: %v, want busy", err)
+	}
+	n.leased(true) // the second did not end the first one's
+	reader.end()
+	quiet("after the reader ended")
+
+	// The reader's own error ends it too.
+	broken := errors.New("write: broken pipe")
+	done := make(chan error, 1)
+	go func() { done <- n.Events(context.Background(), func(Event) error { return broken }) }()
+	n.leased(true)
+	a.spread(1)
+	if err := <-done; !errors.Is(err, broken) {
+		t.Errorf("events to a reader that fails: %v", err)
+	}
+	quiet("after the reader failed")
+}
+
+// A reader that is killed leaves no cost behind, and nothing to the next one.
+func TestEventsOfADeadReader(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.startProxy()
+	paths, err := json.Marshal(n.Paths())
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead := test.Helper(t, test.Spec{NetNS: n.remote}, eventsFunc, string(paths))
+	n.leased(true)
+	unix.Kill(dead.PID, unix.SIGSTOP)
+	stale := netip.MustParseAddrPort("192.0.2.1:666")
+	if _, err := a.ask("tcp4", stale.String()); err != nil {
+		t.Fatal(err)
+	}
+	dead.Stop()
+	if ahead := time.Duration(n.lease() - monotonicNow()); ahead > eventLease {
+		t.Errorf("the lease of a dead reader runs for %s more, want at most %s", ahead, eventLease)
+	}
+	// The next reader does not have to wait for that.
+	reader := n.readEvents()
+	marker := netip.MustParseAddrPort("203.0.113.1:1")
+	if _, err := a.ask("tcp4", marker.String()); err != nil {
+		t.Fatal(err)
+	}
+	if got := reader.until(marker); len(got) > 0 {
+		t.Errorf("events from before the reader began: %+v", got)
+	}
+	reader.end()
+
+	dead = test.Helper(t, test.Spec{NetNS: n.remote}, eventsFunc, string(paths))
+	n.leased(true)
+	dead.Stop()
+	n.leased(false)
+	before := n.produced()
+	a.spread(test.Scale(20))
+	if wrote := n.produced() - before; wrote != 0 {
+		t.Errorf("%d bytes of events were written after the lease of a dead reader ran out", wrote)
+	}
+}
