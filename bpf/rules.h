@@ -95,9 +95,15 @@ static __noinline bool listening(__u64 cookie, __u32 role)
 /* The address that a socket is bound to, or the unspecified one. */
 static __always_inline struct addr source_of(struct bpf_sock *sk, const struct dial *dial)
 {
-	if (dial->family == AF_INET6)
-		return ADDR_OF_CTX(sk->src_ip6);
-	return addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
+	struct addr source;
+
+	if (dial->family == AF_INET6) {
+		source = ADDR_OF_CTX(sk->src_ip6);
+		barrier(); /* keeps clang from merging the branches' reads */
+	} else {
+		source = addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
+	}
+	return source;
 }
 
 static __always_inline bool takes4(struct bpf_sock *sk, const struct dial *dial)
@@ -181,6 +187,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 		.generation = view->generation,
 		.addr = dial->origin,
 	};
+	struct addr source = source_of(sk, dial);
 	struct address *address;
 	struct proxy *proxy;
 	__u32 index;
@@ -188,8 +195,9 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	if (!view->config)
 		return VERDICT_REFUSED_TABLE;
 	/* Before the loopback rule: a task that dials the range itself would
-	 * otherwise reach the proxy with another connection's origin. */
-	if (addr_decode(&dial->origin, &index))
+	 * otherwise reach the proxy with another connection's origin. One bound
+	 * in it got past post_bind (IP_BIND_ADDRESS_NO_PORT). */
+	if (addr_decode(&dial->origin, &index) || addr_decode(&source, &index))
 		return VERDICT_REFUSED_ENCODED;
 	/* Before the exemptions: the proxy and excluded UIDs resolve names too. */
 	if (wants_dns(view, dial)) {
