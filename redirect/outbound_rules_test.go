@@ -154,7 +154,7 @@ func TestOutboundOrderOfRules(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			a.moves(t, map[Verdict]uint64{tc.want: 1}, func() {
-				script := append(script(nil), tc.script...).fails(tc.errno)
+				script := tc.script.fails(tc.errno)
 				if tc.errno == 0 {
 					script = script.ask("")
 				}

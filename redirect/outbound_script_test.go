@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net/netip"
+	"slices"
 	"syscall"
 	"testing"
 	"unsafe"
@@ -44,7 +45,8 @@ type outcome struct {
 // patience bounds a call that blocks. It is only spent where packets are lost.
 const scriptPatience = 10 // seconds
 
-// script is a list of steps. Each method adds one.
+// script is a list of steps. Each method returns a longer one and leaves the
+// one it was called on as it is.
 type script []step
 
 // stream begins a script with a TCP socket of the family.
@@ -54,7 +56,7 @@ func (s script) do(next step) script {
 	if len(s) > 0 && next.On == "" {
 		next.On = s[len(s)-1].On
 	}
-	return append(s, next)
+	return append(slices.Clip(s), next)
 }
 
 func (s script) to(how, addr string) script {
@@ -89,16 +91,18 @@ func (s script) original(level, size int) script {
 func (s script) accept(name string) script { return s.do(step{Do: "accept", Text: name}) }
 
 // on says which socket of the process the next steps are about.
-func (s script) on(name string) script { return append(s, step{Do: "nothing", On: name}) }
+func (s script) on(name string) script { return append(slices.Clip(s), step{Do: "nothing", On: name}) }
 
 // fails says what the last step must end with.
 func (s script) fails(errno syscall.Errno) script {
+	s = slices.Clone(s)
 	s[len(s)-1].Want = errno
 	return s
 }
 
 // data is what the last step sends.
 func (s script) data(text string) script {
+	s = slices.Clone(s)
 	s[len(s)-1].Text = text
 	return s
 }
