@@ -125,17 +125,20 @@ func (b *bench) prepare() (undo func() error, err error) {
 		return undo, err
 	}
 	b.netns = filepath.Join(dir, "netns")
-	bpffs, path := filepath.Join(dir, "bpf"), filepath.Join(dir, "path")
-	for _, made := range []string{b.netns, bpffs, path} {
+	bpffs, state, path := filepath.Join(dir, "bpf"), filepath.Join(dir, "state"), filepath.Join(dir, "path")
+	for _, made := range []string{b.netns, bpffs, state, path} {
 		if err := os.Mkdir(made, 0o755); err != nil {
 			return undo, err
 		}
 	}
-	if err := unix.Mount("bpf", bpffs, "bpf", 0, "mode=0700"); err != nil {
-		return undo, fmt.Errorf("mount bpffs: %w", err)
+	// Of the same kind as /sys/fs/bpf and /run, where they are on a node.
+	for mounted, kind := range map[string]string{bpffs: "bpf", state: "tmpfs"} {
+		if err := unix.Mount(kind, mounted, kind, 0, "mode=0700"); err != nil {
+			return undo, fmt.Errorf("mount %s: %w", kind, err)
+		}
+		steps = append(steps, func() error { return unix.Unmount(mounted, unix.MNT_DETACH) })
 	}
-	steps = append(steps, func() error { return unix.Unmount(bpffs, unix.MNT_DETACH) })
-	b.paths = redirect.Paths{PinDir: filepath.Join(bpffs, "weir"), StateDir: filepath.Join(dir, "state")}
+	b.paths = redirect.Paths{PinDir: filepath.Join(bpffs, "weir"), StateDir: filepath.Join(state, "weir")}
 	// Workers run under ordinary users, who may not reach the build's directory.
 	b.program = filepath.Join(dir, "worker")
 	if err := copyProgram(b.program); err != nil {
