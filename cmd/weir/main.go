@@ -65,7 +65,7 @@ func run(args []string, world env) int {
 func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
-		newLoad, newUnload, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
+		newAgent, newLoad, newUnload, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

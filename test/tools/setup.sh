@@ -10,11 +10,13 @@
 #	lint   golangci-lint                              -> .tools/bin
 #	test   iptables, nftables, iproute2, a C compiler for the race detector
 #	envoy  Envoy                                      -> .tools/envoy/envoy
+#	consul Consul, built from test/tools/consul       -> .tools/bin/consul
 #	vm     qemu, and what reads and verifies packages of the archive
 set -euo pipefail
 
 readonly CLANG_MAJOR=14
 readonly ENVOY_VERSION=1.36.4
+readonly CONSUL_VERSION=1.22.2
 readonly GOLANGCI_VERSION=2.15.0
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -88,12 +90,27 @@ setup_envoy() {
 	mv "$binary.new" "$binary"
 }
 
+is_pinned_consul() {
+	command -v "$1" >/dev/null && "$1" version 2>/dev/null | grep -q "^Consul v$CONSUL_VERSION"
+}
+
+setup_consul() {
+	is_pinned_consul consul && return
+	local binary=$tools/bin/consul
+	is_pinned_consul "$binary" && return
+	say "$step: build Consul $CONSUL_VERSION, which takes minutes"
+	mkdir -p "${binary%/*}"
+	(cd "$root/test/tools/consul" && nice go build -p 1 -o "$binary.new" github.com/hashicorp/consul) || die "build Consul"
+	is_pinned_consul "$binary.new" || die "what was built is not Consul $CONSUL_VERSION"
+	mv "$binary.new" "$binary"
+}
+
 setup_vm() {
 	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
-	(($#)) || die "name the groups to set up: build lint test envoy vm"
+	(($#)) || die "name the groups to set up: build lint test envoy consul vm"
 	command -v go >/dev/null || die "Go is not on PATH"
 	local group
 	for group in "$@"; do

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package agent is Weir's daemon: it finds every mesh allocation of the node,
+// keeps its ports in step with Consul, and repairs the data path. Nothing that
+// runs depends on it: its exit changes nothing for any workload.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// The agent's rhythm. Changes are seen at once where they can be watched; this
+// is for what cannot be, and for what was missed.
+const (
+	tick          = 2 * time.Second  // a look at the links
+	resync        = 60 * time.Second // everything anew
+	sweepInterval = 30 * time.Second
+	checksPerTick = 4
+	storm         = 200 * time.Millisecond // between two passes at least
+)
+
+// Options are what the agent has of its process beside the configuration.
+type Options struct {
+	Log    *slog.Logger
+	Notify func(state string) // tells the service manager; may be nil
+}
+
+// Agent is the daemon. It is made by New and runs once.
+type Agent struct {
+	config   Config
+	log      *slog.Logger
+	notify   func(string)
+	datapath *redirect.Datapath
+	follower *follower // nil: Consul is not to be asked
+	cache    *cache
+	watcher  *watcher
+	wake     chan struct{}
+
+	mu     sync.Mutex // guards what follows against server and metrics
+	status Status
+
+	// The loop's own memory.
+	subjects map[redirect.Key]*memory
+	inStep   bool // as last told
+	hidden   bool // ... too
+	broken   string
+	nextTurn int // of the round of checks
+	resynced time.Time
+	swept    time.Time
+	reported map[string]bool // files and registrations that could not be read
+}
+
+// New checks the configuration. Nothing on the node is touched before Run.
+func New(config Config, options Options) (*Agent, error) {
+	if err := config.Validate(); err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		config: config, log: options.Log, notify: options.Notify,
+		datapath: redirect.New(config.Paths()),
+		cache:    &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
+		wake:     make(chan struct{}, 1),
+		subjects: make(map[redirect.Key]*memory),
+		reported: make(map[string]bool),
+		inStep:   true,
+	}
+	if a.notify == nil {
+		a.notify = func(string) {}
+	}
+	if config.Consul.Enabled {
+		consul, err := newConsul(*config.Consul, defaultPatience())
+		if err != nil {
+			return nil, err
+		}
+		a.follower = newFollower(consul, a.hurry)
+	}
+	return a, nil
+}
+
+// hurry asks for a pass soon.
+func (a *Agent) hurry() {
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Run loads or upgrades the data path and then keeps the node as it should be
+// until ctx ends. It returns an error only for what it cannot work without.
+func (a *Agent) Run(ctx context.Context) error {
+	loaded, err := a.datapath.Load()
+	if err != nil {
+		return fmt.Errorf("load data path: %w", err)
+	}
+	for _, did := range loaded.Did {
+		a.log.Info("data path", "did", did)
+	}
+	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir)...); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.status.Started, a.status.Alive = time.Now(), time.Now()
+	a.mu.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	var background sync.WaitGroup
+	servers, err := a.listen()
+	if err != nil {
+		cancel()
+		return errors.Join(err, a.watcher.Close())
+	}
+	background.Go(func() { a.watcher.run(func(string) { a.hurry() }) })
+	if a.follower != nil {
+		background.Go(func() { a.follower.run(ctx) })
+	}
+	a.loop(ctx)
+	cancel()
+	a.notify("STOPPING=1")
+	err = errors.Join(a.watcher.Close(), servers.close())
+	background.Wait()
+	return err
+}
+
+// loop observes, compares, applies, waits.
+func (a *Agent) loop(ctx context.Context) {
+	clock := time.NewTicker(tick)
+	defer clock.Stop()
+	a.pass(true)
+	a.notify("READY=1")
+	a.log.Info("ready", "consul", a.config.Consul.Address, "guard", a.config.Guard.Default)
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a.wake:
+			a.pass(true)
+			if !pause(ctx, storm, nil) {
+				return
+			}
+		case <-clock.C:
+			a.pass(false)
+		}
+		a.notify("WATCHDOG=1")
+	}
+}
+
+// pass is one turn of the loop. changed says that something is known to have
+// changed; without it, only what is cheap or due is looked at.
+func (a *Agent) pass(changed bool) {
+	fresh, err := a.watcher.ensure()
+	if err != nil {
+		a.trouble("watch directories", err)
+	}
+	now := time.Now()
+	a.mend()
+	if changed || fresh || now.Sub(a.resynced) > resync || a.retryDue(now) {
+		if now.Sub(a.resynced) > resync {
+			for _, m := range a.subjects {
+				m.inode = 0
+			}
+			a.resynced = now
+		}
+		a.reconcile(now)
+	}
+	if now.Sub(a.swept) > sweepInterval {
+		a.swept = now
+		a.sweep()
+	}
+	if !changed {
+		a.checkSome()
+	}
+	a.mu.Lock()
+	a.status.Alive = time.Now()
+	a.mu.Unlock()
+}
+
+// mend puts back what somebody took off the node, and says so.
+func (a *Agent) mend() {
+	did, err := a.datapath.Mend()
+	a.mu.Lock()
+	a.status.Counts.Mended += uint64(len(did))
+	a.status.DataPath = ""
+	if err != nil {
+		a.status.DataPath = err.Error()
+	}
+	a.mu.Unlock()
+	for _, what := range did {
+		a.log.Warn("data path mended", "what", what)
+	}
+	if text := errorText(err); text != a.broken {
+		a.broken = text
+		if err != nil {
+			a.log.Error("data path cannot be mended", "error", err)
+		} else {
+			a.log.Info("data path is whole again")
+		}
+	}
+	if len(did) > 0 {
+		a.hurry()
+	}
+}
+
+// sweep forgets namespaces that died.
+func (a *Agent) sweep() {
+	removed, err := a.datapath.Sweep()
+	a.count(func(c *Counts) { c.Swept += uint64(len(removed)) })
+	for _, key := range removed {
+		a.log.Info("workload removed: its namespace is gone", "workload", key.String())
+	}
+	if err != nil {
+		a.trouble("remove dead namespaces", err)
+	}
+}
+
+// checkSome verifies a few workloads, so that all have their turn whatever
+// their number.
+func (a *Agent) checkSome() {
+	keys := make([]redirect.Key, 0, len(a.subjects))
+	for key, m := range a.subjects {
+		if m.view.State == StateManaged {
+			keys = append(keys, key)
+		}
+	}
+	slices.SortFunc(keys, compareKeys)
+	for range min(checksPerTick, len(keys)) {
+		key := keys[a.nextTurn%len(keys)]
+		a.nextTurn++
+		mended, err := a.datapath.Check(key, "")
+		a.count(func(c *Counts) { c.Mended += uint64(len(mended)) })
+		for _, what := range mended {
+			a.log.Warn("workload mended", "workload", key.String(), "what", what)
+		}
+		if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+			a.subjects[key].inode = 0
+			a.hurry()
+			continue
+		}
+		a.note(a.subjects[key], "check", err)
+	}
+}
+
+func (a *Agent) count(add func(*Counts)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	add(&a.status.Counts)
+}
+
+// trouble tells of an error that the next pass may not have.
+func (a *Agent) trouble(what string, err error) {
+	a.count(func(c *Counts) { c.Failures++ })
+	a.log.Error(what, "error", err)
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/gohcl"
+	"github.com/hashicorp/hcl/v2/hclparse"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Config is the agent's configuration, defaults filled in. Its HCL is a file or
+// a directory of files; what a later file says wins over an earlier one.
+type Config struct {
+	PinDir     string           `hcl:"pin_dir,optional"`
+	StateDir   string           `hcl:"state_dir,optional"`
+	CgroupRoot string           `hcl:"cgroup_root,optional"`
+	LogLevel   string           `hcl:"log_level,optional"` // debug, info, warn, error
+	LogJSON    bool             `hcl:"log_json,optional"`
+	Consul     *ConsulConfig    `hcl:"consul,block"`
+	Guard      *GuardConfig     `hcl:"guard,block"`
+	Proxy      *ProxyConfig     `hcl:"proxy,block"`
+	CNI        *CNIConfig       `hcl:"cni,block"`
+	Telemetry  *TelemetryConfig `hcl:"telemetry,block"`
+}
+
+// ConsulConfig says how the local Consul agent is reached. Its keys are those
+// of Nomad's own consul block where both have one.
+type ConsulConfig struct {
+	Enabled    bool   `hcl:"enabled,optional"`
+	Address    string `hcl:"address,optional"` // host:port, or http://, https://, unix://
+	Token      string `hcl:"token,optional"`
+	TokenFile  string `hcl:"token_file,optional"` // read again before each request
+	Namespace  string `hcl:"namespace,optional"`  // "*": all that the token may read
+	Partition  string `hcl:"partition,optional"`
+	SSL        bool   `hcl:"ssl,optional"`
+	VerifySSL  bool   `hcl:"verify_ssl,optional"`
+	CAFile     string `hcl:"ca_file,optional"`
+	CAPath     string `hcl:"ca_path,optional"`
+	CertFile   string `hcl:"cert_file,optional"`
+	KeyFile    string `hcl:"key_file,optional"`
+	ServerName string `hcl:"tls_server_name,optional"`
+	// Watch keeps one blocking query open, so that a change is seen at once.
+	Watch bool `hcl:"watch,optional"`
+}
+
+// GuardConfig is the node's guard. A job may ask for a stronger one.
+type GuardConfig struct {
+	Default string `hcl:"default,optional"`
+}
+
+// ProxyConfig is what is assumed of proxies that no plugin was told about.
+type ProxyConfig struct {
+	DefaultUID uint32 `hcl:"default_uid,optional"`
+}
+
+// CNIConfig says where the node keeps the results of CNI.
+type CNIConfig struct {
+	CacheDir string `hcl:"cache_dir,optional"`
+}
+
+// TelemetryConfig says where metrics and health are shown.
+type TelemetryConfig struct {
+	Listen string `hcl:"listen,optional"` // host:port; empty: nowhere
+}
+
+// DefaultConfig is the configuration of a node whose files say nothing.
+func DefaultConfig() Config {
+	return Config{
+		PinDir:    redirect.DefaultPinDir,
+		StateDir:  redirect.DefaultStateDir,
+		LogLevel:  "info",
+		Consul:    &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
+		Guard:     &GuardConfig{Default: string(redirect.GuardAudit)},
+		Proxy:     &ProxyConfig{DefaultUID: 101},
+		CNI:       &CNIConfig{CacheDir: "/var/lib/cni"},
+		Telemetry: &TelemetryConfig{},
+	}
+}
+
+// ReadConfig returns the defaults, overridden by the files at path and then by
+// the environment. An empty path reads no file; a directory stands for its
+// files that end in .hcl, in lexical order. An error names file and line.
+func ReadConfig(path string, getenv func(string) string) (Config, error) {
+	config := DefaultConfig()
+	files, err := configFiles(path)
+	if err != nil {
+		return config, err
+	}
+	for _, file := range files {
+		if err := config.decode(file); err != nil {
+			return config, err
+		}
+	}
+	if err := config.environment(getenv); err != nil {
+		return config, err
+	}
+	return config, nil
+}
+
+func configFiles(path string) ([]string, error) {
+	if path == "" {
+		return nil, nil
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	if !info.IsDir() {
+		return []string{path}, nil
+	}
+	files, err := filepath.Glob(filepath.Join(path, "*.hcl"))
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	slices.Sort(files)
+	return files, nil
+}
+
+// decode sets what the file says and leaves the rest: gohcl touches neither
+// attributes nor blocks that a file does not have.
+func (c *Config) decode(file string) error {
+	parsed, problems := hclparse.NewParser().ParseHCLFile(file)
+	if problems.HasErrors() {
+		return fmt.Errorf("read configuration: %w", diagnostics(problems))
+	}
+	if problems := gohcl.DecodeBody(parsed.Body, nil, c); problems.HasErrors() {
+		return fmt.Errorf("read configuration: %w", diagnostics(problems))
+	}
+	return nil
+}
+
+// diagnostics shows each of the library's problems on a line of its own.
+func diagnostics(problems hcl.Diagnostics) error {
+	var list []error
+	for _, problem := range problems {
+		list = append(list, problem)
+	}
+	return errors.Join(list...)
+}
+
+// environment overrides what variables name: Weir's own, and those that every
+// tool of Consul's reads.
+func (c *Config) environment(getenv func(string) string) error {
+	for name, field := range map[string]*string{
+		"WEIR_PIN_DIR": &c.PinDir, "WEIR_STATE_DIR": &c.StateDir, "WEIR_CGROUP_ROOT": &c.CgroupRoot,
+		"CONSUL_HTTP_ADDR": &c.Consul.Address, "CONSUL_HTTP_TOKEN": &c.Consul.Token, "CONSUL_HTTP_TOKEN_FILE": &c.Consul.TokenFile,
+		"CONSUL_NAMESPACE": &c.Consul.Namespace, "CONSUL_PARTITION": &c.Consul.Partition,
+		"CONSUL_CACERT": &c.Consul.CAFile, "CONSUL_CAPATH": &c.Consul.CAPath,
+		"CONSUL_CLIENT_CERT": &c.Consul.CertFile, "CONSUL_CLIENT_KEY": &c.Consul.KeyFile,
+		"CONSUL_TLS_SERVER_NAME": &c.Consul.ServerName,
+	} {
+		if value := getenv(name); value != "" {
+			*field = value
+		}
+	}
+	for name, field := range map[string]*bool{"CONSUL_HTTP_SSL": &c.Consul.SSL, "CONSUL_HTTP_SSL_VERIFY": &c.Consul.VerifySSL} {
+		value := getenv(name)
+		if value == "" {
+			continue
+		}
+		set, err := strconv.ParseBool(value)
+		if err != nil {
+			return fmt.Errorf("read environment: %s=%q: want true or false", name, value)
+		}
+		*field = set
+	}
+	return nil
+}
+
+// Validate reports every value that the agent cannot work with.
+func (c Config) Validate() error {
+	var problems []error
+	wrong := func(key, value, want string) {
+		problems = append(problems, fmt.Errorf("%s = %q: want %s", key, value, want))
+	}
+	for key, path := range map[string]string{"pin_dir": c.PinDir, "state_dir": c.StateDir, "cni.cache_dir": c.CNI.CacheDir} {
+		if !filepath.IsAbs(path) {
+			wrong(key, path, "an absolute path")
+		}
+	}
+	if c.CgroupRoot != "" && !filepath.IsAbs(c.CgroupRoot) {
+		wrong("cgroup_root", c.CgroupRoot, "an absolute path")
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
+		wrong("log_level", c.LogLevel, "debug, info, warn or error")
+	}
+	if _, known := guardStrength(redirect.Guard(c.Guard.Default)); !known {
+		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
+	}
+	if c.Telemetry.Listen != "" && !isHostPort(c.Telemetry.Listen) {
+		wrong("telemetry.listen", c.Telemetry.Listen, "host:port")
+	}
+	if c.Consul.Enabled {
+		if _, _, err := splitAddress(c.Consul.Address); err != nil {
+			wrong("consul.address", c.Consul.Address, "host:port, or a URL with http, https or unix")
+		}
+		if (c.Consul.CertFile == "") != (c.Consul.KeyFile == "") {
+			problems = append(problems, errors.New("consul.cert_file and consul.key_file: want both or neither"))
+		}
+	}
+	slices.SortFunc(problems, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	if err := errors.Join(problems...); err != nil {
+		return fmt.Errorf("check configuration: %w", err)
+	}
+	return nil
+}
+
+// Paths are where the data path keeps its state.
+func (c Config) Paths() redirect.Paths {
+	return redirect.Paths{PinDir: c.PinDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
+}
+
+func isHostPort(text string) bool {
+	host, port, err := net.SplitHostPort(text)
+	if err != nil {
+		return false
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return false
+	}
+	_, err = netip.ParseAddr(host)
+	return host == "" || host == "localhost" || err == nil
+}
+
+// splitAddress takes Consul's address apart: "" is a scheme that it leaves open.
+func splitAddress(address string) (scheme, rest string, err error) {
+	scheme, rest, found := strings.Cut(address, "://")
+	if !found {
+		scheme, rest = "", address
+	}
+	switch scheme {
+	case "unix":
+		if !filepath.IsAbs(rest) {
+			return "", "", fmt.Errorf("%s: want an absolute path", address)
+		}
+		return scheme, rest, nil
+	case "", "http", "https":
+		parsed, err := url.Parse("http://" + rest)
+		if err != nil {
+			return "", "", fmt.Errorf("%s: %w", address, err)
+		}
+		if parsed.Hostname() == "" || parsed.Port() == "" && scheme == "" {
+			return "", "", fmt.Errorf("%s: want host:port", address)
+		}
+		return scheme, rest, nil
+	}
+	return "", "", fmt.Errorf("%s: unknown scheme %s", address, scheme)
+}

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+)
+
+// The bounds of what Consul may cost the agent.
+const (
+	answerLimit = 64 << 20 // bytes
+	connections = 2        // one may block, the other asks
+)
+
+// patience is how long Consul may take to answer.
+type patience struct {
+	read  time.Duration // any request but the blocking one
+	block time.Duration // the blocking one, to which Consul adds up to a sixteenth
+}
+
+func defaultPatience() patience { return patience{read: 10 * time.Second, block: 5 * time.Minute} }
+
+// consul asks the local Consul agent. It is bounded in time, bytes and
+// connections, and reads the token's file anew for each request.
+type consul struct {
+	client *api.Client
+	config ConsulConfig
+	denies atomic.Bool // Consul refuses what no token allows
+	patience
+}
+
+// newConsul opens nothing yet but the files that TLS needs.
+func newConsul(config ConsulConfig, patience patience) (*consul, error) {
+	scheme, rest, err := splitAddress(config.Address)
+	if err != nil {
+		return nil, fmt.Errorf("configure Consul: %w", err)
+	}
+	if scheme == "" {
+		scheme = "http"
+	}
+	if config.SSL && scheme != "unix" {
+		scheme = "https"
+	}
+	transport := &http.Transport{
+		MaxConnsPerHost: connections, MaxIdleConnsPerHost: connections,
+		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: patience.read,
+		DialContext: (&net.Dialer{Timeout: patience.read}).DialContext,
+	}
+	conf := &api.Config{Address: rest, Scheme: scheme, Namespace: config.Namespace, Partition: config.Partition}
+	switch scheme {
+	case "unix":
+		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{Timeout: patience.read}).DialContext(ctx, "unix", rest)
+		}
+		conf.Address, conf.Scheme = "consul.sock", "http"
+	case "https":
+		if transport.TLSClientConfig, err = clientTLS(config, rest); err != nil {
+			return nil, fmt.Errorf("configure Consul: %w", err)
+		}
+	}
+	c := &consul{config: config, patience: patience}
+	conf.HttpClient = &http.Client{Transport: &boundedTransport{next: transport}}
+	if host, prefix, found := strings.Cut(conf.Address, "/"); found {
+		conf.Address, conf.PathPrefix = host, "/"+prefix
+	}
+	if c.client, err = api.NewClient(conf); err != nil {
+		return nil, fmt.Errorf("configure Consul: %w", err)
+	}
+	return c, nil
+}
+
+func clientTLS(config ConsulConfig, address string) (*tls.Config, error) {
+	name := config.ServerName
+	if name == "" {
+		name = address
+	}
+	return api.SetupTLSConfig(&api.TLSConfig{
+		Address: name, CAFile: config.CAFile, CAPath: config.CAPath, CertFile: config.CertFile, KeyFile: config.KeyFile,
+		InsecureSkipVerify: !config.VerifySSL,
+	})
+}
+
+// options are those of every request. The token is read anew: whoever
+// replaces the file needs to tell nobody.
+func (c *consul) options(ctx context.Context) (*api.QueryOptions, error) {
+	token := c.config.Token
+	if c.config.TokenFile != "" {
+		data, err := os.ReadFile(c.config.TokenFile)
+		if err != nil {
+			return nil, fmt.Errorf("read Consul token: %w", err)
+		}
+		token = strings.TrimSpace(string(data))
+	}
+	options := &api.QueryOptions{Token: token, Namespace: c.config.Namespace, Partition: c.config.Partition, AllowStale: true}
+	return options.WithContext(ctx), nil
+}
+
+// answer is what one bulk read brought.
+type answer struct {
+	body []byte // of /v1/agent/services, as it came
+	// hidden says that Consul left out what the token may not read, so that
+	// nothing can be concluded from what is not there.
+	hidden bool
+}
+
+// proxyFilter leaves out plain services, which are most of a node's bytes.
+const proxyFilter = `Kind != ""`
+
+// services is the bulk read: the registrations of every proxy on the node as
+// the local agent has them, merged with the central configuration. It costs
+// the servers nothing.
+func (c *consul) services(ctx context.Context) (answer, error) {
+	var seen headers
+	ctx, cancel := context.WithTimeout(seen.watch(ctx), c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return answer{}, err
+	}
+	options.Filter = proxyFilter
+	var body json.RawMessage
+	if _, err := c.client.Raw().Query("/v1/agent/services", &body, options); err != nil {
+		return answer{}, fmt.Errorf("read services from Consul: %w", brief(err))
+	}
+	// Consul says so to no anonymous token, which sees nothing where the
+	// policy is to deny.
+	hidden := seen.filtered || options.Token == "" && c.denies.Load() && len(body) <= len("{}\n")
+	return answer{body: body, hidden: hidden}, nil
+}
+
+// checks are the ports on which a node's proxies expose health checks, by the
+// service whose check it is.
+func (c *consul) checks(ctx context.Context) (map[string][]uint16, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return nil, err
+	}
+	list, err := c.client.Agent().ChecksWithFilterOpts("", options)
+	if err != nil {
+		return nil, fmt.Errorf("read checks from Consul: %w", brief(err))
+	}
+	ports := make(map[string][]uint16)
+	for _, check := range list {
+		if port, ok := portNumber(check.ExposedPort); ok {
+			ports[check.ServiceID] = append(ports[check.ServiceID], port)
+		}
+	}
+	return ports, nil
+}
+
+// node is the name of the agent's node.
+func (c *consul) node(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return "", err
+	}
+	var self struct{ Config struct{ NodeName string } }
+	if _, err := c.client.Raw().Query("/v1/agent/self", &self, options); err != nil {
+		return "", fmt.Errorf("read node name from Consul: %w", brief(err))
+	}
+	if self.Config.NodeName == "" {
+		return "", errors.New("read node name from Consul: the answer has none")
+	}
+	return self.Config.NodeName, nil
+}
+
+// changed returns when the catalog's view of the node is no longer that of
+// index, or after some minutes all the same.
+func (c *consul) changed(ctx context.Context, node string, index uint64) (uint64, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.block+c.block/8+c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return 0, err
+	}
+	options.WaitIndex, options.WaitTime = index, c.block
+	options.Filter = `Service == ""` // only the index is wanted
+	var ignored json.RawMessage
+	meta, err := c.client.Raw().Query("/v1/catalog/node-services/"+url.PathEscape(node), &ignored, options)
+	if err != nil {
+		return 0, fmt.Errorf("wait for changes in Consul: %w", brief(err))
+	}
+	c.denies.Store(meta.DefaultACLPolicy == "deny")
+	if meta.LastIndex < index {
+		return 0, nil // Consul began anew
+	}
+	return meta.LastIndex, nil
+}
+
+// virtualIPs are the addresses by which the mesh knows a service.
+func (c *consul) virtualIPs(ctx context.Context, of service) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return nil, err
+	}
+	options.Namespace, options.Partition = of.Namespace, of.Partition
+	var chain struct {
+		Chain struct{ AutoVirtualIPs, ManualVirtualIPs []string }
+	}
+	if _, err := c.client.Raw().Query("/v1/discovery-chain/"+url.PathEscape(of.Name), &chain, options); err != nil {
+		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, brief(err))
+	}
+	return append(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs...), nil
+}
+
+// gatewayPorts are the ports on which a gateway's configuration makes it
+// listen.
+func (c *consul) gatewayPorts(ctx context.Context, of service) ([]uint16, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return nil, err
+	}
+	options.Namespace, options.Partition = of.Namespace, of.Partition
+	list, _, err := c.client.Catalog().GatewayServices(url.PathEscape(of.Name), options)
+	if err != nil {
+		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, brief(err))
+	}
+	var ports []uint16
+	for _, service := range list {
+		if port, ok := portNumber(service.Port); ok {
+			ports = append(ports, port)
+		}
+	}
+	return sortedPorts(ports), nil
+}
+
+// brief keeps what somebody else's server wrote into its error out of the log
+// but for its beginning.
+func brief(err error) error {
+	var status api.StatusError
+	if errors.As(err, &status) {
+		const most = 120
+		if len(status.Body) > most {
+			status.Body = status.Body[:most] + "..."
+		}
+		return status
+	}
+	return err
+}
+
+// concernsOne reports whether others may have an answer all the same: there
+// is no error, or Consul refused this question alone.
+func concernsOne(err error) bool {
+	var status api.StatusError
+	return err == nil || errors.As(err, &status) && status.Code < 500 && status.Code != 429
+}
+
+// headers are what the library does not hand on of an answer without the
+// usual ones.
+type headers struct{ filtered bool }
+
+type headersKey struct{}
+
+func (h *headers) watch(ctx context.Context) context.Context {
+	return context.WithValue(ctx, headersKey{}, h)
+}
+
+// boundedTransport ends an answer that is longer than any that is right.
+type boundedTransport struct{ next http.RoundTripper }
+
+// RoundTrip is that of http.RoundTripper.
+func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := b.next.RoundTrip(request)
+	if err != nil {
+		return nil, err
+	}
+	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
+		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+	}
+	response.Body = &boundedBody{body: response.Body, left: answerLimit}
+	return response, nil
+}
+
+type boundedBody struct {
+	body io.ReadCloser
+	left int
+}
+
+var errTooLong = fmt.Errorf("answer of more than %d bytes", answerLimit)
+
+// Read is that of io.Reader.
+func (b *boundedBody) Read(buffer []byte) (int, error) {
+	if b.left <= 0 {
+		return 0, errTooLong
+	}
+	n, err := b.body.Read(buffer[:min(len(buffer), b.left)])
+	b.left -= n
+	return n, err
+}
+
+// Close is that of io.Closer.
+func (b *boundedBody) Close() error { return b.body.Close() }

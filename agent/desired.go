@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// subject is everything that is known of one attachment when its desired state
+// is worked out.
+type subject struct {
+	attachment
+	Cached  bool            // libcni knows it
+	Known   *redirect.Known // nil: not on record
+	Proxies []proxy         // of the allocation, sorted by ID
+}
+
+// facts are what proxies have in common, looked up for them.
+type facts struct {
+	VirtualIPs   map[service][]netip.Addr
+	GatewayPorts map[service][]uint16
+	CheckPorts   map[string][]uint16 // by service ID
+	Unanswered   map[service]string  // why there is no answer, or none newer
+}
+
+// policy is the operator's part.
+type policy struct {
+	Guard    redirect.Guard
+	ProxyUID uint32
+}
+
+// wish is what should be done for one attachment.
+type wish struct {
+	Add      *redirect.Request // put it under Weir first; nil: it is, or need not be
+	Overlay  *redirect.Overlay // nil: leave it as it is
+	Problems []string
+}
+
+// desire is the pure function from what is known to what should be. Without a
+// registration in Consul nothing is wished: what was last known stays.
+func desire(s subject, known facts, node policy) wish {
+	var w wish
+	if len(s.Proxies) == 0 {
+		return w
+	}
+	mode, transparent := redirect.ModeDirect, false
+	guard := node.Guard
+	for _, p := range s.Proxies {
+		transparent = transparent || p.Transparent
+		if p.gateway() {
+			mode = redirect.ModeGateway
+		}
+		guard = stronger(guard, p.Guard)
+		w.Problems = append(w.Problems, p.Problems...)
+	}
+	switch {
+	case s.Known == nil && s.Mesh != "":
+		return w // the plugin's, whose request comes first
+	case s.Known != nil:
+		mode = s.Known.Request.Mode
+		if mode == redirect.ModeTransparent && !transparent {
+			w.Problems = append(w.Problems, "it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
+		}
+	default:
+		w.Add = &redirect.Request{
+			Network: s.Network, Job: s.Job, Mode: mode, ProxyUID: node.ProxyUID, Addresses: s.Addresses,
+		}
+		if transparent {
+			w.Problems = append(w.Problems,
+				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
+		}
+	}
+	overlay := redirect.Overlay{Guard: guard}
+	var open []uint16
+	for _, p := range s.Proxies {
+		if p.Inbound != 0 && overlay.InboundPort == 0 {
+			overlay.InboundPort = p.Inbound
+		} else if p.Inbound != 0 {
+			open = append(open, p.Inbound)
+		}
+		if p.Outbound != 0 && mode == redirect.ModeTransparent {
+			overlay.OutboundPort = p.Outbound
+		}
+		open = append(open, p.Open...)
+		open = append(open, known.GatewayPorts[p.Self]...)
+		if p.ExposeCheck {
+			open = append(open, known.CheckPorts[p.ServiceID]...)
+			open = append(open, known.CheckPorts[p.ID]...)
+		}
+		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known)...)
+		if why := known.Unanswered[p.Self]; why != "" && p.gateway() {
+			w.Problems = append(w.Problems, why)
+		}
+		for _, u := range p.Upstreams {
+			if why := known.Unanswered[u.Of]; why != "" && !u.Remote {
+				w.Problems = append(w.Problems, why)
+			}
+		}
+	}
+	if mode == redirect.ModeTransparent {
+		open = append(open, s.staticPorts(unnamedPorts(s.Mesh), overlay.InboundPort)...)
+	} else {
+		open = append(open, s.mappedPorts()...)
+	}
+	open = slices.DeleteFunc(open, func(port uint16) bool { return port == overlay.InboundPort })
+	overlay.ExcludeInboundPorts = sortedPorts(open)
+	overlay.Upstreams = firstListeners(overlay.Upstreams)
+	w.Overlay = &overlay
+	return w
+}
+
+// upstreams are the explicit upstreams of a proxy that have a virtual IP.
+func upstreams(p proxy, known facts) []redirect.Upstream {
+	var list []redirect.Upstream
+	for _, u := range p.Upstreams {
+		addresses := known.VirtualIPs[u.Of]
+		if u.Remote || len(addresses) == 0 {
+			continue
+		}
+		list = append(list, redirect.Upstream{Name: u.Of.Name, Addresses: slices.Clone(addresses), Listener: u.Listener})
+	}
+	return list
+}
+
+// firstListeners sorts upstreams and gives a virtual IP that several have to
+// the first: the kernel has one row for an address.
+func firstListeners(list []redirect.Upstream) []redirect.Upstream {
+	slices.SortFunc(list, func(a, b redirect.Upstream) int {
+		if c := strings.Compare(a.Name, b.Name); c != 0 {
+			return c
+		}
+		return a.Listener.Compare(b.Listener)
+	})
+	taken := make(map[netip.Addr]bool)
+	var kept []redirect.Upstream
+	for _, u := range list {
+		u.Addresses = slices.DeleteFunc(u.Addresses, func(addr netip.Addr) bool { return taken[addr] })
+		for _, addr := range u.Addresses {
+			taken[addr] = true
+		}
+		if len(u.Addresses) > 0 {
+			kept = append(kept, u)
+		}
+	}
+	return kept
+}
+
+// guardStrength orders the guards; an unknown one is none.
+func guardStrength(guard redirect.Guard) (strength int, known bool) {
+	strength = slices.Index([]redirect.Guard{redirect.GuardOff, redirect.GuardAudit, redirect.GuardEnforce}, guard)
+	return strength, strength >= 0
+}
+
+// stronger is the stronger of the node's guard and what a job asks for: a job
+// never weakens it.
+func stronger(node, job redirect.Guard) redirect.Guard {
+	n, _ := guardStrength(node)
+	if j, known := guardStrength(job); known && j > n {
+		return job
+	}
+	return node
+}

@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// attachment is one network of one allocation, as libcni remembers it: for
+// every allocation of the node, also those for which no plugin of ours was
+// called.
+type attachment struct {
+	Key       redirect.Key
+	Network   string
+	NetNS     string
+	Job       redirect.Job
+	Addresses []netip.Addr
+	Ports     []portMapping
+	Mesh      string // Consul's redirection config as Nomad sent it; "" for none
+}
+
+// portMapping is a port of the host that leads into the namespace.
+type portMapping struct {
+	HostPort      uint16 `json:"hostPort"`
+	ContainerPort uint16 `json:"containerPort"`
+	Protocol      string `json:"protocol"`
+}
+
+// cacheEntry is the form in which libcni keeps a result.
+type cacheEntry struct {
+	Kind           string      `json:"kind"`
+	ContainerID    string      `json:"containerId"`
+	IfName         string      `json:"ifName"`
+	NetworkName    string      `json:"networkName"`
+	NetNS          string      `json:"netns"` // not before libcni 1.3
+	Args           [][2]string `json:"cniArgs"`
+	CapabilityArgs struct {
+		PortMappings []portMapping `json:"portMappings"`
+	} `json:"capabilityArgs"`
+	Result struct {
+		Interfaces []struct {
+			Name    string `json:"name"`
+			Sandbox string `json:"sandbox"`
+		} `json:"interfaces"`
+		IPs []struct {
+			Address   string `json:"address"`
+			Interface *int   `json:"interface"`
+		} `json:"ips"`
+	} `json:"result"`
+}
+
+// parseCache reads one file of libcni's. ok is false where it is not about an
+// allocation of Nomad's.
+func parseCache(data []byte) (a attachment, ok bool, err error) {
+	var entry cacheEntry
+	if err := json.Unmarshal(data, &entry); err != nil {
+		return a, false, err
+	}
+	if entry.Kind != "cniCacheV1" || entry.ContainerID == "" || entry.IfName == "" {
+		return a, false, nil
+	}
+	a = attachment{
+		Key:     redirect.Key{ContainerID: entry.ContainerID, IfName: entry.IfName},
+		Network: entry.NetworkName, NetNS: entry.NetNS, Ports: entry.CapabilityArgs.PortMappings,
+	}
+	for _, arg := range entry.Args {
+		switch arg[0] {
+		case "NOMAD_REGION":
+			a.Job.Region = arg[1]
+		case "NOMAD_NAMESPACE":
+			a.Job.Namespace = arg[1]
+		case "NOMAD_JOB_ID":
+			a.Job.ID = arg[1]
+		case "NOMAD_GROUP_NAME":
+			a.Job.Group = arg[1]
+		case "NOMAD_ALLOC_ID":
+			a.Job.AllocID = arg[1]
+		case "CONSUL_IPTABLES_CONFIG", "CONSUL_NFTABLES_CONFIG":
+			a.Mesh = arg[1]
+		}
+	}
+	for _, ip := range entry.Result.IPs {
+		// An address of the bridge or of the host's end is not the workload's.
+		if i := ip.Interface; i != nil && (*i < 0 || *i >= len(entry.Result.Interfaces) || entry.Result.Interfaces[*i].Sandbox == "") {
+			continue
+		}
+		if prefix, err := netip.ParsePrefix(ip.Address); err == nil {
+			a.Addresses = append(a.Addresses, prefix.Addr().Unmap())
+		}
+	}
+	for _, iface := range entry.Result.Interfaces {
+		if a.NetNS == "" {
+			a.NetNS = iface.Sandbox
+		}
+	}
+	return a, a.Job.AllocID != "", nil
+}
+
+// cache reads libcni's results and keeps what has not changed since.
+type cache struct {
+	dir  string
+	seen map[string]cachedFile
+}
+
+type cachedFile struct {
+	size       int64
+	modified   time.Time
+	attachment attachment
+	ok         bool
+	problem    string
+}
+
+// read returns every attachment of an allocation, by key, and what could not
+// be read. A directory that is not there is a node without allocations.
+func (c *cache) read() (found map[redirect.Key]attachment, problems []string, err error) {
+	entries, err := os.ReadDir(c.dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, fmt.Errorf("list CNI results: %w", err)
+	}
+	found = make(map[redirect.Key]attachment)
+	fresh := make(map[string]cachedFile, len(entries))
+	for _, entry := range entries {
+		info, err := entry.Info()
+		if err != nil || !info.Mode().IsRegular() {
+			continue // removed meanwhile
+		}
+		file, known := c.seen[entry.Name()]
+		if !known || file.size != info.Size() || !file.modified.Equal(info.ModTime()) {
+			file = readCacheFile(filepath.Join(c.dir, entry.Name()), info)
+		}
+		fresh[entry.Name()] = file
+		if file.problem != "" {
+			problems = append(problems, file.problem)
+		}
+		if file.ok {
+			found[file.attachment.Key] = file.attachment
+		}
+	}
+	c.seen = fresh
+	return found, problems, nil
+}
+
+// cacheLimit is larger than any result that libcni writes.
+const cacheLimit = 4 << 20
+
+func readCacheFile(path string, info fs.FileInfo) cachedFile {
+	file := cachedFile{size: info.Size(), modified: info.ModTime()}
+	if info.Size() > cacheLimit {
+		file.problem = fmt.Sprintf("CNI result %s: %d bytes are too many", path, info.Size())
+		return file
+	}
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return file
+	}
+	if err == nil {
+		file.attachment, file.ok, err = parseCache(data)
+	}
+	if err != nil {
+		// Nomad writes in place: it may be half of one. What follows changes
+		// its time, and it is read again.
+		file.problem = fmt.Sprintf("CNI result %s: %v", path, err)
+	}
+	return file
+}
+
+// staticPorts are the ports of the namespace that the job maps and that the
+// request of the plugin could not name: a static port without "to" arrives
+// there as "0". unnamed is how many of those it has. Nomad takes dynamic ports
+// from a range of its own, and where the numbers add up that is not needed.
+func (a attachment) staticPorts(unnamed int, inbound uint16) []uint16 {
+	const firstDynamic, lastDynamic = 20000, 32000 // Nomad's defaults
+	if unnamed == 0 {
+		return nil
+	}
+	var same, static []uint16
+	for _, mapping := range a.Ports {
+		port := mapping.ContainerPort
+		if port != mapping.HostPort || port == 0 || port == inbound {
+			continue
+		}
+		same = append(same, port)
+		if port < firstDynamic || port > lastDynamic {
+			static = append(static, port)
+		}
+	}
+	if same = sortedPorts(same); len(same) == unnamed {
+		return same
+	}
+	return sortedPorts(static)
+}
+
+// mappedPorts are all ports of the namespace that the job maps.
+func (a attachment) mappedPorts() []uint16 {
+	var ports []uint16
+	for _, mapping := range a.Ports {
+		port := mapping.ContainerPort
+		if port == 0 {
+			port = mapping.HostPort
+		}
+		if port != 0 {
+			ports = append(ports, port)
+		}
+	}
+	return sortedPorts(ports)
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// metrics is the handler of Prometheus' requests, with a registry of its own.
+func (a *Agent) metrics() http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(newCollector(a), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 2})
+}
+
+// collector reads everything when it is asked, so that nothing is counted
+// twice and a workload that is gone leaves no series behind.
+type collector struct {
+	agent *Agent
+
+	verdicts, workloads, inStep           *prometheus.Desc
+	consulInStep, consulHidden, proxies   *prometheus.Desc
+	consulReads, consulFailures, consulIn *prometheus.Desc
+	actions, healthy                      *prometheus.Desc
+}
+
+func newCollector(agent *Agent) *collector {
+	desc := func(name, help string, labels ...string) *prometheus.Desc {
+		return prometheus.NewDesc("weir_"+name, help, labels, nil)
+	}
+	return &collector{
+		agent:          agent,
+		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", "alloc", "job", "group", "verdict", "refused"),
+		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
+		inStep:         desc("workload_in_step", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
+		consulInStep:   desc("consul_in_step", "Whether the last read of Consul succeeded."),
+		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
+		proxies:        desc("consul_proxies", "Proxies registered on this node."),
+		consulReads:    desc("consul_reads_total", "Bulk reads of Consul."),
+		consulFailures: desc("consul_failures_total", "Bulk reads of Consul that failed."),
+		consulIn:       desc("consul_read_bytes_total", "Bytes of the bulk reads."),
+		actions:        desc("actions_total", "What the agent did.", "action"),
+		healthy:        desc("healthy", "Whether the data path is whole and the loop turns."),
+	}
+}
+
+// Describe is that of prometheus.Collector.
+func (c *collector) Describe(out chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, out) }
+
+// Collect is that of prometheus.Collector.
+func (c *collector) Collect(out chan<- prometheus.Metric) {
+	status := c.agent.Status()
+	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
+	}
+	counter := func(desc *prometheus.Desc, value uint64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.CounterValue, float64(value), labels...)
+	}
+	healthy, _ := status.Healthy(time.Now())
+	gauge(c.healthy, oneIf(healthy))
+	gauge(c.consulInStep, oneIf(status.Consul.InStep))
+	gauge(c.consulHidden, oneIf(status.Consul.Hidden))
+	gauge(c.proxies, float64(status.Consul.Proxies))
+	counter(c.consulReads, status.Consul.Counts.Reads)
+	counter(c.consulFailures, status.Consul.Counts.Failures)
+	counter(c.consulIn, status.Consul.Counts.Bytes)
+	for action, count := range map[string]uint64{
+		"added": status.Counts.Added, "changed": status.Counts.Changes, "removed": status.Counts.Removed,
+		"mended": status.Counts.Mended, "swept": status.Counts.Swept, "failed": status.Counts.Failures,
+	} {
+		counter(c.actions, count, action)
+	}
+	type kind struct{ state, mode, guard string }
+	kinds := make(map[kind]int)
+	for _, w := range status.Workloads {
+		kinds[kind{string(w.State), string(w.Mode), string(w.Guard)}]++
+		if w.State == StateManaged {
+			gauge(c.inStep, oneIf(w.InStep), w.Key.String(), w.Job, w.Group)
+		}
+	}
+	for k, count := range kinds {
+		gauge(c.workloads, float64(count), k.state, k.mode, k.guard)
+	}
+	c.collectVerdicts(counter)
+}
+
+func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...string)) {
+	list, err := c.agent.datapath.Verdicts()
+	if err != nil {
+		c.agent.trouble("read verdicts", err)
+		return
+	}
+	refused := make(map[string]string)
+	for _, verdict := range redirect.AllVerdicts() {
+		refused[verdict.String()] = map[bool]string{true: "true", false: "false"}[verdict.Refused()]
+	}
+	for _, w := range list {
+		for verdict, count := range w.Counts {
+			counter(c.verdicts, count, w.Key.String(), w.Job, w.Group, verdict, refused[verdict])
+		}
+	}
+}
+
+func oneIf(set bool) float64 {
+	if set {
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// memory is what the loop remembers of an attachment.
+type memory struct {
+	view     WorkloadView
+	born     time.Time // when it was first seen
+	cached   bool      // libcni knew it in the last pass
+	fresh    bool      // this pass made its record, and the next one reads it
+	inode    uint64    // of its namespace when last seen to be the one of cookie; 0: not seen
+	cookie   uint64    // ... on record
+	looked   time.Time // for Consul's own rules
+	missing  time.Time // since when its record is missing; zero: it is not
+	retry    time.Time // when to try again what went wrong; zero: nothing did
+	failures int
+	errors   map[string]string // by step
+}
+
+// recordGrace is how long a record may be missing before it counts as lost:
+// at DEL, libcni forgets an allocation after the plugin has.
+const recordGrace = 10 * time.Second
+
+// reconcile compares everything with everything and applies what differs.
+func (a *Agent) reconcile(now time.Time) {
+	cached, unreadable, err := a.cache.read()
+	if err != nil {
+		a.trouble("discover allocations", err)
+		return
+	}
+	known, err := a.datapath.Known()
+	if err != nil {
+		unreadable = append(unreadable, err.Error())
+	}
+	consul := view{}
+	if a.follower != nil {
+		consul = a.follower.current()
+		unreadable = append(unreadable, consul.Problems...)
+		a.tellConsul(consul)
+	}
+	a.tellUnreadable(unreadable)
+	subjects := gather(cached, known, consul)
+	for _, s := range subjects {
+		a.settle(s, consul, now)
+	}
+	a.forget(subjects)
+	a.awaitRegistration(subjects, now)
+	a.publish(consul, strays(subjects, consul))
+}
+
+// gather joins what libcni, the records and Consul know, sorted by key.
+func gather(cached map[redirect.Key]attachment, known []redirect.Known, consul view) []subject {
+	subjects := make(map[redirect.Key]*subject)
+	for key, found := range cached {
+		subjects[key] = &subject{attachment: found, Cached: true}
+	}
+	for i, k := range known {
+		s := subjects[k.Key]
+		if s == nil {
+			s = &subject{attachment: attachment{
+				Key: k.Key, Network: k.Request.Network, NetNS: k.NetNS, Job: k.Request.Job, Addresses: k.Request.Addresses,
+			}}
+			subjects[k.Key] = s
+		}
+		s.Known = &known[i]
+	}
+	list := make([]subject, 0, len(subjects))
+	for _, key := range slices.SortedFunc(maps.Keys(subjects), compareKeys) {
+		s := subjects[key]
+		s.Proxies = consul.of(s.attachment)
+		list = append(list, *s)
+	}
+	return list
+}
+
+func compareKeys(a, b redirect.Key) int { return strings.Compare(a.String(), b.String()) }
+
+// settle brings one attachment to what is wished for it. What goes wrong
+// concerns it alone and is tried again.
+func (a *Agent) settle(s subject, consul view, now time.Time) {
+	m := a.subjects[s.Key]
+	if m == nil {
+		m = &memory{born: now, view: WorkloadView{Since: now}}
+		a.subjects[s.Key] = m
+	}
+	m.fresh = false
+	wanted := desire(s, consul.Facts, policy{Guard: redirect.Guard(a.config.Guard.Default), ProxyUID: a.config.Proxy.DefaultUID})
+	state := a.place(s, m, wanted, now)
+	if state == StateManaged && wanted.Overlay != nil && !m.fresh {
+		a.apply(s, m, *wanted.Overlay)
+	}
+	problems := slices.Clone(wanted.Problems)
+	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
+		problems = append(problems, m.errors[step])
+	}
+	next := describe(s, state, wanted, problems, consul.Facts)
+	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero()
+	next.Since = m.view.Since
+	if next.InStep != m.view.InStep || next.State != m.view.State {
+		next.Since = now
+	}
+	if next.State != m.view.State && next.State != StateOutside {
+		a.log.Info("workload "+string(next.State), "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "problems", problems)
+	}
+	m.view = next
+}
+
+// place sees to it that a mesh allocation is under Weir and under the right
+// namespace, and says where it is.
+func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
+	switch {
+	case s.Known != nil:
+		m.missing = time.Time{}
+		if s.Cached && a.replaced(s, m) {
+			request := s.Known.Request
+			request.Addresses = s.Addresses
+			m.fresh = true
+			return a.add(s, m, request, "namespace was replaced: taken over")
+		}
+		return StateManaged
+	case s.Mesh != "":
+		if m.view.State == StateConsul && now.Sub(m.looked) < resync {
+			return StateConsul
+		}
+		m.looked = now
+		foreign, err := redirect.RedirectedByConsul(s.NetNS)
+		if errors.Is(err, redirect.ErrNetNSGone) || errors.Is(err, redirect.ErrHostNetNS) {
+			a.note(m, "namespace", err)
+			return StateUnprotected
+		}
+		a.note(m, "namespace", err)
+		if foreign {
+			return StateConsul
+		}
+		if m.missing.IsZero() {
+			m.missing = now
+		}
+		if now.Sub(m.missing) < recordGrace {
+			m.retry = m.missing.Add(recordGrace)
+			return StateUnprotected
+		}
+		request, err := lostRequest(s.attachment)
+		a.note(m, "record", err)
+		if err != nil {
+			return StateUnprotected
+		}
+		m.fresh = true
+		return a.add(s, m, *request, "record was lost: made anew")
+	case wanted.Add != nil:
+		return a.add(s, m, *wanted.Add, "found without a plugin")
+	}
+	return StateOutside
+}
+
+// replaced reports whether the namespace on record is not the one that libcni
+// names, and is no more.
+// An inode tells that nothing changed since the last look, within limits: the
+// kernel gives it to another namespace later.
+func (a *Agent) replaced(s subject, m *memory) bool {
+	inode := inodeOf(s.NetNS)
+	if inode != 0 && inode == m.inode && m.cookie == s.Known.Cookie {
+		return false
+	}
+	cookie, err := redirect.Cookie(s.NetNS)
+	if err != nil {
+		return false
+	}
+	if cookie == s.Known.Cookie {
+		m.inode, m.cookie = inode, cookie
+		return false
+	}
+	if s.NetNS == s.Known.NetNS {
+		return true
+	}
+	recorded, err := redirect.Cookie(s.Known.NetNS)
+	return errors.Is(err, redirect.ErrNetNSGone) || err == nil && recorded != s.Known.Cookie
+}
+
+func inodeOf(path string) uint64 {
+	var stat unix.Stat_t
+	if unix.Stat(path, &stat) != nil {
+		return 0
+	}
+	return stat.Ino
+}
+
+func (a *Agent) add(s subject, m *memory, request redirect.Request, why string) State {
+	err := a.datapath.Add(redirect.Attachment{Key: s.Key, NetNS: s.NetNS, Request: request})
+	a.note(m, "add", err)
+	switch {
+	case err == nil:
+		m.missing = time.Time{}
+		a.count(func(c *Counts) { c.Added++ })
+		a.log.Info("workload added", "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "mode", string(request.Mode), "why", why)
+		a.hurry()
+		return StateManaged
+	case errors.Is(err, redirect.ErrConsulRules):
+		return StateConsul
+	}
+	return StateUnprotected
+}
+
+// apply writes the overlay where it changes what is in force.
+func (a *Agent) apply(s subject, m *memory, overlay redirect.Overlay) {
+	if k := s.Known; k != nil && k.Complete && redirect.Merge(k.Request, overlay).Equal(redirect.Merge(k.Request, k.Overlay)) {
+		a.note(m, "configure", nil)
+		return
+	}
+	err := a.datapath.SetOverlay(s.Key, overlay)
+	a.note(m, "configure", err)
+	if err == nil {
+		a.count(func(c *Counts) { c.Changes++ })
+		a.log.Info("workload changed", "workload", s.Key.String(), "inbound", overlay.InboundPort, "outbound", overlay.OutboundPort,
+			"open", fmt.Sprint(overlay.ExcludeInboundPorts), "upstreams", len(overlay.Upstreams), "guard", string(overlay.Guard))
+	}
+}
+
+// note remembers how a step went, tells when that changes, and sees to another
+// try.
+func (a *Agent) note(m *memory, step string, err error) {
+	if m == nil {
+		return
+	}
+	text := errorText(err)
+	if text != m.errors[step] {
+		if err != nil {
+			a.log.Warn("workload "+step+" failed", "error", err)
+		}
+		if m.errors == nil {
+			m.errors = make(map[string]string)
+		}
+		if m.errors[step] = text; text == "" {
+			delete(m.errors, step)
+		}
+	}
+	if err != nil {
+		m.failures++
+		m.retry = time.Now().Add(tempo{failures: m.failures}.pause(0.5))
+		a.count(func(c *Counts) { c.Failures++ })
+	} else if len(m.errors) == 0 {
+		m.failures, m.retry = 0, time.Time{}
+	}
+}
+
+func (a *Agent) retryDue(now time.Time) bool {
+	for _, m := range a.subjects {
+		if !m.retry.IsZero() && now.After(m.retry) {
+			return true
+		}
+	}
+	return false
+}
+
+// forget drops what is gone. An attachment that no plugin of ours will be
+// called for at DEL ends when libcni forgets it.
+func (a *Agent) forget(subjects []subject) {
+	for _, s := range subjects {
+		m := a.subjects[s.Key]
+		if s.Cached {
+			m.cached = true
+			continue
+		}
+		if !m.cached || s.Known == nil || s.Known.Request.Mode == redirect.ModeTransparent {
+			continue
+		}
+		err := a.datapath.Remove(s.Key)
+		a.note(m, "remove", err)
+		if err == nil {
+			m.cached = false
+			a.count(func(c *Counts) { c.Removed++ })
+			a.log.Info("workload removed: its allocation ended", "workload", s.Key.String())
+			a.hurry()
+		}
+	}
+	there := make(map[redirect.Key]bool, len(subjects))
+	for _, s := range subjects {
+		there[s.Key] = true
+	}
+	maps.DeleteFunc(a.subjects, func(key redirect.Key, _ *memory) bool { return !there[key] })
+}

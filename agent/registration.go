@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// The kinds of proxies as Consul names them.
+const (
+	kindSidecar     = "connect-proxy"
+	kindMesh        = "mesh-gateway"
+	kindIngress     = "ingress-gateway"
+	kindTerminating = "terminating-gateway"
+	kindAPI         = "api-gateway"
+)
+
+// guardMeta is the key of a registration's meta by which a job asks for a
+// stronger guard.
+const guardMeta = "weir-guard"
+
+// service names a service in Consul. Namespace and partition are empty in the
+// free edition.
+type service struct{ Name, Namespace, Partition string }
+
+// proxy is what Consul knows of one proxy of this node, as far as it matters
+// to the kernel.
+type proxy struct {
+	ID          string
+	Kind        string
+	AllocID     string     // from the ID that Nomad gives; empty where another made it
+	Address     netip.Addr // as registered
+	Self        service    // the proxy itself, for a gateway
+	ServiceID   string     // the service that it is the sidecar of
+	Transparent bool
+	Inbound     uint16   // 0 for a gateway
+	Outbound    uint16   // 0 where Consul does not say
+	Open        []uint16 // further listeners: expose paths, metrics, a gateway's own
+	ExposeCheck bool     // further listeners, which only the checks name
+	Upstreams   []upstream
+	Guard       redirect.Guard // "" where the job does not ask
+	Problems    []string
+}
+
+// upstream is an explicit upstream of a proxy.
+type upstream struct {
+	Of       service
+	Listener netip.AddrPort
+	Remote   bool // in another cluster, or no single service: it has no virtual IP here
+}
+
+// gateway reports whether the proxy is one of the gateways.
+func (p proxy) gateway() bool { return p.Kind != kindSidecar }
+
+// registration is what is read of Consul's own form.
+type registration struct {
+	Kind, ID, Service    string
+	Address              string
+	Port                 int
+	Namespace, Partition string
+	Meta                 map[string]string
+	Proxy                struct {
+		DestinationServiceID string
+		Mode                 string
+		TransparentProxy     struct{ OutboundListenerPort int }
+		Config               map[string]json.RawMessage
+		Upstreams            []struct {
+			DestinationType, DestinationNamespace, DestinationPartition string
+			DestinationPeer, DestinationName, Datacenter                string
+			LocalBindAddress, LocalBindSocketPath                       string
+			LocalBindPort                                               int
+			CentrallyConfigured                                         bool
+		}
+		Expose struct {
+			Checks bool
+			Paths  []struct{ ListenerPort int }
+		}
+	}
+}
+
+// parseServices reads the bulk answer. A registration that cannot be read does
+// not hide the others; problems has a line for each.
+func parseServices(body []byte) (proxies []proxy, problems []string, err error) {
+	var raw map[string]json.RawMessage
+	if err := json.Unmarshal(body, &raw); err != nil {
+		return nil, nil, fmt.Errorf("read services from Consul: %w", err)
+	}
+	if raw == nil { // "null" is nobody's answer: a node without proxies is {}
+		return nil, nil, errors.New("read services from Consul: the answer is empty")
+	}
+	for _, id := range slices.Sorted(maps.Keys(raw)) {
+		var r registration
+		if err := json.Unmarshal(raw[id], &r); err != nil {
+			problems = append(problems, fmt.Sprintf("registration %s cannot be read: %v", id, err))
+			continue
+		}
+		r.ID = id
+		switch r.Kind {
+		case kindSidecar, kindMesh, kindIngress, kindTerminating, kindAPI:
+			proxies = append(proxies, r.proxy())
+		}
+	}
+	return proxies, problems, nil
+}
+
+func (r registration) proxy() proxy {
+	p := proxy{
+		ID: r.ID, Kind: r.Kind, AllocID: allocID(r.ID), ServiceID: r.Proxy.DestinationServiceID,
+		Self:        service{Name: r.Service, Namespace: r.Namespace, Partition: r.Partition},
+		Transparent: r.Kind == kindSidecar && r.Proxy.Mode == "transparent",
+		ExposeCheck: r.Proxy.Expose.Checks,
+	}
+	p.Address, _ = netip.ParseAddr(r.Address) // a name is no address of an allocation
+	problem := func(text string, args ...any) { p.Problems = append(p.Problems, fmt.Sprintf(text, args...)) }
+	own, hasOwn := portNumber(r.Port)
+	if bind, ok := configPort(r.Proxy.Config["bind_port"]); ok {
+		own, hasOwn = bind, true
+	}
+	switch {
+	case !p.gateway():
+		p.Inbound = own
+		if !hasOwn {
+			problem("its registration names no port")
+		}
+	case !configTrue(r.Proxy.Config["envoy_gateway_no_default_bind"]) && hasOwn:
+		p.Open = append(p.Open, own)
+	}
+	if p.Transparent {
+		p.Outbound, _ = portNumber(r.Proxy.TransparentProxy.OutboundListenerPort)
+	}
+	p.Open = append(p.Open, gatewayBinds(r.Proxy.Config["envoy_gateway_bind_addresses"])...)
+	for _, key := range []string{"envoy_prometheus_bind_addr", "envoy_stats_bind_addr"} {
+		p.Open = append(p.Open, bindPort(r.Proxy.Config[key])...)
+	}
+	for _, path := range r.Proxy.Expose.Paths {
+		if port, ok := portNumber(path.ListenerPort); ok {
+			p.Open = append(p.Open, port)
+		}
+	}
+	p.Open = sortedPorts(p.Open)
+	for _, u := range r.Proxy.Upstreams {
+		port, ok := portNumber(u.LocalBindPort)
+		if !ok {
+			if !u.CentrallyConfigured && u.LocalBindSocketPath == "" {
+				problem("upstream %s has no local port", u.DestinationName)
+			}
+			continue // defaults for all upstreams, or a Unix socket
+		}
+		listener, err := listenerOf(u.LocalBindAddress, port)
+		if err != nil {
+			problem("upstream %s: %v", u.DestinationName, err)
+			continue
+		}
+		p.Upstreams = append(p.Upstreams, upstream{
+			Of:       service{Name: u.DestinationName, Namespace: u.DestinationNamespace, Partition: u.DestinationPartition},
+			Listener: listener,
+			Remote:   u.DestinationPeer != "" || u.Datacenter != "" || u.DestinationType == "prepared_query",
+		})
+	}
+	if asked, ok := r.Meta[guardMeta]; ok {
+		guard := redirect.Guard(asked)
+		if _, known := guardStrength(guard); known {
+			p.Guard = guard
+		} else {
+			problem("meta %s = %q: want off, audit or enforce", guardMeta, asked)
+		}
+	}
+	return p
+}
+
+// allocID takes the allocation's ID out of the ID that Nomad gives to a
+// service: _nomad-task-<allocation>-group-...
+func allocID(id string) string {
+	const length = 36
+	rest, found := strings.CutPrefix(id, "_nomad-task-")
+	if !found || len(rest) <= length || rest[length] != '-' {
+		return ""
+	}
+	for i, c := range rest[:length] {
+		dash := i == 8 || i == 13 || i == 18 || i == 23
+		if dash != (c == '-') || !dash && !strings.ContainsRune("0123456789abcdef", c) {
+			return ""
+		}
+	}
+	return rest[:length]
+}
+
+// listenerOf is where a task reaches an upstream's listener: by the loopback
+// address also where it listens on every address.
+func listenerOf(bind string, port uint16) (netip.AddrPort, error) {
+	addr := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	if bind != "" {
+		var err error
+		if addr, err = netip.ParseAddr(bind); err != nil {
+			return netip.AddrPort{}, fmt.Errorf("local bind address %q is not an address", bind)
+		}
+	}
+	switch addr = addr.Unmap(); {
+	case addr == netip.IPv4Unspecified():
+		addr = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	case addr == netip.IPv6Unspecified():
+		addr = netip.IPv6Loopback()
+	case !addr.IsLoopback():
+		return netip.AddrPort{}, fmt.Errorf("local bind address %s is not a loopback address", addr)
+	}
+	return netip.AddrPortFrom(addr, port), nil
+}
+
+// configPort reads a port of a proxy's free-form configuration, where it may
+// be a number or a text.
+func configPort(raw json.RawMessage) (uint16, bool) {
+	if len(raw) == 0 {
+		return 0, false
+	}
+	var number float64
+	if json.Unmarshal(raw, &number) == nil {
+		return portNumber(int(number))
+	}
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		return 0, false
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil {
+		return 0, false
+	}
+	return portNumber(n)
+}
+
+func configTrue(raw json.RawMessage) bool {
+	text := strings.Trim(string(raw), `"`)
+	set, err := strconv.ParseBool(text)
+	return err == nil && set
+}
+
+// bindPort reads the port of "address:port", as envoy_stats_bind_addr has it.
+func bindPort(raw json.RawMessage) []uint16 {
+	var text string
+	if len(raw) == 0 || json.Unmarshal(raw, &text) != nil {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(text)
+	if err != nil {
+		return nil
+	}
+	n, err := strconv.ParseUint(port, 10, 16)
+	if err != nil || n == 0 {
+		return nil
+	}
+	return []uint16{uint16(n)}
+}
+
+// gatewayBinds reads envoy_gateway_bind_addresses, whose keys Consul writes in
+// either case.
+func gatewayBinds(raw json.RawMessage) (ports []uint16) {
+	var binds map[string]struct{ Port int }
+	if len(raw) == 0 || json.Unmarshal(raw, &binds) != nil {
+		return nil
+	}
+	for _, bind := range binds {
+		if port, ok := portNumber(bind.Port); ok {
+			ports = append(ports, port)
+		}
+	}
+	return ports
+}
+
+func portNumber(n int) (uint16, bool) {
+	if n < 1 || n > 65535 {
+		return 0, false
+	}
+	return uint16(n), true
+}
+
+func sortedPorts(ports []uint16) []uint16 {
+	slices.Sort(ports)
+	return slices.Compact(ports)
+}

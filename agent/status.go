@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// State says what the agent makes of an attachment.
+type State string
+
+// The states of an attachment.
+const (
+	StateManaged     State = "managed"     // under Weir
+	StateUnprotected State = "unprotected" // in the mesh, but not under Weir: Problems say why
+	StateConsul      State = "consul"      // redirected by Consul's own rules, and left alone
+	StateOutside     State = "outside"     // not in the mesh as far as is known; not shown
+)
+
+// Status is the agent's view of the node.
+type Status struct {
+	Started   time.Time      `json:"started"`
+	Alive     time.Time      `json:"alive"`     // the loop's last turn
+	DataPath  string         `json:"data_path"` // what is wrong with it; empty: nothing
+	Consul    ConsulStatus   `json:"consul"`
+	Counts    Counts         `json:"counts"`
+	Workloads []WorkloadView `json:"workloads"`
+}
+
+// ConsulStatus says how good the agent's view of Consul is.
+type ConsulStatus struct {
+	Enabled bool         `json:"enabled"`
+	Address string       `json:"address"`
+	InStep  bool         `json:"in_step"`
+	Since   time.Time    `json:"since"`
+	Error   string       `json:"error"`
+	Hidden  bool         `json:"hidden"` // the token may not read all of the node's services
+	Proxies int          `json:"proxies"`
+	Counts  consulCounts `json:"counts"`
+}
+
+// Counts are what the agent did since it began.
+type Counts struct {
+	Added    uint64 `json:"added"`    // workloads put under Weir
+	Changes  uint64 `json:"changes"`  // changes from Consul that were written
+	Removed  uint64 `json:"removed"`  // workloads whose allocation ended
+	Mended   uint64 `json:"mended"`   // links, pins, rows and listeners put back
+	Swept    uint64 `json:"swept"`    // workloads whose namespace died
+	Failures uint64 `json:"failures"` // steps that will be tried again
+}
+
+// WorkloadView is the agent's view of one attachment.
+type WorkloadView struct {
+	Key       redirect.Key   `json:"key"`
+	ID        string         `json:"id"` // allocation ID
+	Job       string         `json:"job"`
+	Group     string         `json:"group"`
+	NetNS     string         `json:"netns"`
+	State     State          `json:"state"`
+	Mode      redirect.Mode  `json:"mode,omitempty"`
+	Guard     redirect.Guard `json:"guard,omitempty"`
+	InStep    bool           `json:"in_step"` // its registration in Consul is what the kernel has
+	Since     time.Time      `json:"since"`   // of State and InStep
+	Proxies   []ProxyView    `json:"proxies"`
+	Open      []uint16       `json:"open"` // ports beside the proxy's listener
+	Upstreams []UpstreamView `json:"upstreams"`
+	Problems  []string       `json:"problems"`
+}
+
+// ProxyView is a proxy as Consul has it registered.
+type ProxyView struct {
+	ID       string `json:"id"`
+	Kind     string `json:"kind"`
+	Inbound  uint16 `json:"inbound,omitempty"`
+	Outbound uint16 `json:"outbound,omitempty"`
+}
+
+// UpstreamView is an explicit upstream. Without virtual IPs it is reached by
+// its listener alone.
+type UpstreamView struct {
+	Name       string         `json:"name"`
+	Listener   netip.AddrPort `json:"listener"`
+	VirtualIPs []netip.Addr   `json:"virtual_ips"`
+}
+
+// Status returns the agent's view as of its last pass.
+func (a *Agent) Status() Status {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	status := a.status
+	status.Workloads = slices.Clone(status.Workloads)
+	return status
+}
+
+// describe is the view of one attachment.
+func describe(s subject, state State, w wish, problems []string, known facts) WorkloadView {
+	v := WorkloadView{
+		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NetNS: s.NetNS, State: state,
+		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: append([]string{}, problems...),
+	}
+	if v.ID == "" {
+		v.ID = s.Key.ContainerID
+	}
+	overlay := w.Overlay
+	if s.Known != nil {
+		v.Mode = s.Known.Request.Mode
+		if overlay == nil {
+			overlay = &s.Known.Overlay
+		}
+	} else if w.Add != nil {
+		v.Mode = w.Add.Mode
+	}
+	if overlay != nil && state == StateManaged {
+		v.Guard, v.Open = overlay.Guard, append(v.Open, overlay.ExcludeInboundPorts...)
+	}
+	for _, p := range s.Proxies {
+		v.Proxies = append(v.Proxies, ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})
+		for _, u := range p.Upstreams {
+			v.Upstreams = append(v.Upstreams, UpstreamView{Name: u.Of.Name, Listener: u.Listener, VirtualIPs: append([]netip.Addr{}, known.VirtualIPs[u.Of]...)})
+		}
+	}
+	return v
+}
+
+// strays are the proxies of Nomad's that have no namespace here, one line for
+// each allocation.
+func strays(subjects []subject, consul view) (lines []WorkloadView) {
+	found := make(map[string]bool)
+	for _, s := range subjects {
+		found[s.Job.AllocID] = true
+	}
+	for _, id := range slices.Sorted(maps.Keys(consul.Proxies)) {
+		if id == "" || found[id] {
+			continue
+		}
+		s := subject{attachment: attachment{Key: redirect.Key{ContainerID: id}, Job: redirect.Job{AllocID: id}}, Proxies: consul.Proxies[id]}
+		lines = append(lines, describe(s, StateUnprotected, wish{}, []string{
+			"no network namespace of it is known on this node: it runs in host networking, or its registration is left over"}, consul.Facts))
+	}
+	return lines
+}
+
+// publish shows the outcome of a pass.
+func (a *Agent) publish(consul view, more []WorkloadView) {
+	var list []WorkloadView
+	for _, key := range slices.SortedFunc(maps.Keys(a.subjects), compareKeys) {
+		if v := a.subjects[key].view; v.State != StateOutside {
+			list = append(list, v)
+		}
+	}
+	list = append(list, more...)
+	proxies := 0
+	for _, p := range consul.Proxies {
+		proxies += len(p)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.status.Workloads = list
+	a.status.Consul = ConsulStatus{
+		Enabled: a.follower != nil, Address: a.config.Consul.Address, InStep: consul.InStep, Since: consul.Since,
+		Error: consul.Error, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
+	}
+}
+
+// tellConsul logs when the agent falls out of step with Consul and when it is
+// back.
+func (a *Agent) tellConsul(consul view) {
+	if a.inStep && !consul.InStep && consul.Error != "" {
+		a.inStep = false
+		a.log.Warn("Consul does not answer: the last known state stays", "error", consul.Error)
+	}
+	if !a.inStep && consul.InStep {
+		a.inStep = true
+		a.log.Info("Consul answers again")
+	}
+	if consul.Hidden != a.hidden {
+		a.hidden = consul.Hidden
+		if consul.Hidden {
+			a.log.Warn("Consul hides services of this node: the token needs service_prefix \"\" { policy = \"read\" }")
+		} else {
+			a.log.Info("Consul shows all services of this node")
+		}
+	}
+}
+
+// tellUnreadable logs each file and registration that cannot be read, once.
+func (a *Agent) tellUnreadable(problems []string) {
+	now := make(map[string]bool)
+	for _, problem := range problems {
+		now[problem] = true
+		if !a.reported[problem] {
+			a.log.Warn("skipped", "why", problem)
+		}
+	}
+	a.reported = now
+}
+
+// awaitRegistration tells the follower since when the newest allocation that
+// may be in the mesh waits for its registration.
+func (a *Agent) awaitRegistration(subjects []subject, now time.Time) {
+	if a.follower == nil {
+		return
+	}
+	var newest time.Time
+	for _, s := range subjects {
+		m := a.subjects[s.Key]
+		if m == nil || len(s.Proxies) > 0 || now.Sub(m.born) > 2*time.Minute {
+			continue
+		}
+		if m.born.After(newest) {
+			newest = m.born
+		}
+	}
+	a.follower.await(newest)
+}
+
+// Healthy reports whether the node is in order, and what is not in words.
+func (s Status) Healthy(now time.Time) (bool, string) {
+	var wrong []string
+	if since := now.Sub(s.Alive); since > 15*tick {
+		wrong = append(wrong, fmt.Sprintf("the loop has not turned for %s", since.Round(time.Second)))
+	}
+	if s.DataPath != "" {
+		wrong = append(wrong, s.DataPath)
+	}
+	return len(wrong) == 0, strings.Join(wrong, "; ")
+}

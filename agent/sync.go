@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+)
+
+// view is the last good state of Consul, and how good it is now.
+type view struct {
+	Proxies  map[string][]proxy // by allocation ID; "" for those without one
+	Facts    facts
+	Problems []string // registrations that cannot be read
+
+	Ready  bool // there was an answer at some time
+	Hidden bool // the token may not read all of the node
+	InStep bool // the last read succeeded
+	Since  time.Time
+	Error  string // why it is not in step
+	Counts consulCounts
+}
+
+// consulCounts are how often things happened since the agent began.
+type consulCounts struct {
+	Reads    uint64 `json:"reads"`
+	Failures uint64 `json:"failures"`
+	Changes  uint64 `json:"changes"` // reads that differed from the one before
+	Bytes    uint64 `json:"bytes"`   // of the reads' answers
+}
+
+// follower keeps a view of Consul: one bulk read as truth, one blocking query
+// as trigger. A failure leaves the view as it was.
+type follower struct {
+	consul  *consul
+	changed func() // tells that view changed
+
+	trigger chan struct{} // the blocking query returned, or a new allocation waits
+
+	mu      sync.Mutex
+	view    view
+	waiting time.Time // since when an allocation waits for its registration; zero: none
+
+	digest  [sha256.Size]byte // of the last answer
+	lookups *lookups
+}
+
+func newFollower(consul *consul, changed func()) *follower {
+	return &follower{
+		consul: consul, changed: changed, trigger: make(chan struct{}, 1),
+		view: view{Since: time.Now()}, lookups: newLookups(consul),
+	}
+}
+
+// current is the view as it is now. Its maps are never written again.
+func (f *follower) current() view {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.view
+}
+
+// await says since when an allocation waits for its registration; the zero
+// time says that none does.
+func (f *follower) await(since time.Time) {
+	f.mu.Lock()
+	began := f.waiting.IsZero() && !since.IsZero() || since.After(f.waiting)
+	f.waiting = since
+	f.mu.Unlock()
+	if began {
+		f.wake()
+	}
+}
+
+func (f *follower) wake() {
+	select {
+	case f.trigger <- struct{}{}:
+	default:
+	}
+}
+
+// run follows Consul until ctx ends.
+func (f *follower) run(ctx context.Context) {
+	var watcher sync.WaitGroup
+	defer watcher.Wait()
+	if f.consul.config.Watch {
+		watcher.Go(func() { f.watch(ctx) })
+	}
+	failures := 0
+	for {
+		if f.read(ctx) {
+			failures = 0
+		} else if ctx.Err() == nil {
+			failures++
+		}
+		f.mu.Lock()
+		tempo := tempo{watch: f.consul.config.Watch, failures: failures}
+		if !f.waiting.IsZero() {
+			tempo.waiting = max(time.Since(f.waiting), 1)
+		}
+		f.mu.Unlock()
+		tempo.more = f.lookups.more
+		if !pause(ctx, tempo.pause(rand.Float64()), f.triggerUnless(failures)) {
+			return
+		}
+	}
+}
+
+// triggerUnless hands out the trigger, but while Consul fails nothing shortens
+// the back-off.
+func (f *follower) triggerUnless(failures int) <-chan struct{} {
+	if failures > 0 {
+		return nil
+	}
+	return f.trigger
+}
+
+// pause waits, and reports false when ctx ended.
+func pause(ctx context.Context, length time.Duration, early <-chan struct{}) bool {
+	timer := time.NewTimer(length)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+	case <-early:
+	}
+	return ctx.Err() == nil
+}
+
+// tempo decides when Consul is asked next.
+type tempo struct {
+	watch    bool
+	failures int           // in a row
+	waiting  time.Duration // of the longest-known allocation without a registration; 0: none
+	more     bool          // lookups are left over
+}
+
+// pause is the time until the next read. jitter is from 0 to 1, so that the
+// nodes of a cluster do not ask together.
+func (t tempo) pause(jitter float64) time.Duration {
+	const (
+		slowest = time.Minute
+		firstly = 5 * time.Second // Nomad registers within a moment of ADD
+		atMost  = 2 * time.Minute // later it is no mesh allocation
+	)
+	spread := func(d time.Duration) time.Duration { return time.Duration(float64(d) * (0.5 + jitter)) }
+	switch {
+	case t.failures > 0:
+		return spread(min(time.Second<<min(t.failures-1, 10), slowest))
+	case t.more:
+		return 100 * time.Millisecond
+	case t.waiting > 0 && t.waiting < firstly:
+		return 250 * time.Millisecond
+	case t.waiting > 0 && t.waiting < atMost:
+		return spread(2 * time.Second)
+	case t.watch:
+		return spread(slowest)
+	default:
+		return spread(15 * time.Second)
+	}
+}
+
+// watch turns the return of the blocking query into the trigger.
+func (f *follower) watch(ctx context.Context) {
+	var node string
+	var index uint64
+	failures := 0
+	for ctx.Err() == nil {
+		err := func() (err error) {
+			if node == "" {
+				if node, err = f.consul.node(ctx); err != nil {
+					return err
+				}
+			}
+			began := index
+			if index, err = f.consul.changed(ctx, node, index); err != nil {
+				return err
+			}
+			if index != began {
+				f.wake()
+			}
+			return nil
+		}()
+		// A second apart at least: a busy catalog must not make the agent busy.
+		length := 250 * time.Millisecond
+		failures++
+		if err != nil {
+			node, index = "", 0
+			length = tempo{failures: failures}.pause(rand.Float64())
+		} else {
+			failures = 0
+		}
+		if !pause(ctx, length, nil) {
+			return
+		}
+	}
+}
+
+// read reads Consul once and reports whether that succeeded.
+func (f *follower) read(ctx context.Context) bool {
+	got, err := f.consul.services(ctx)
+	if err != nil {
+		f.failed(ctx, err)
+		return false
+	}
+	next := f.current()
+	digest := sha256.Sum256(append([]byte{boolByte(got.hidden)}, got.body...))
+	fresh := digest != f.digest || !next.Ready
+	if fresh {
+		proxies, problems, err := parseServices(got.body)
+		if err != nil {
+			f.failed(ctx, err)
+			return false
+		}
+		next.Proxies, next.Problems, next.Hidden = byAllocation(proxies), problems, got.hidden
+	}
+	known, moved := f.lookups.refresh(ctx, next.Proxies)
+	if moved {
+		next.Facts = known
+	}
+	recovered := !next.InStep
+	if recovered {
+		next.InStep, next.Error, next.Since = true, "", time.Now()
+	}
+	next.Ready = true
+	f.digest = digest
+	f.mu.Lock()
+	next.Counts.Reads++
+	next.Counts.Bytes += uint64(len(got.body))
+	if fresh {
+		next.Counts.Changes++
+	}
+	f.view = next
+	f.mu.Unlock()
+	if fresh || moved || recovered {
+		f.changed()
+	}
+	return true
+}
+
+// failed keeps the view and says why it may be old.
+func (f *follower) failed(ctx context.Context, err error) {
+	if ctx.Err() != nil {
+		return // the agent ends
+	}
+	f.mu.Lock()
+	was := f.view.InStep || f.view.Error == ""
+	if was {
+		f.view.InStep, f.view.Since = false, time.Now()
+	}
+	f.view.Error = err.Error()
+	f.view.Counts.Failures++
+	f.mu.Unlock()
+	if was {
+		f.changed()
+	}
+}
+
+func boolByte(set bool) byte {
+	if set {
+		return 1
+	}
+	return 0
+}
+
+func byAllocation(proxies []proxy) map[string][]proxy {
+	found := make(map[string][]proxy)
+	for _, p := range proxies {
+		found[p.AllocID] = append(found[p.AllocID], p)
+	}
+	return found
+}
+
+// of returns the proxies of an allocation: those whose ID names it, and of the
+// others those that are registered under one of its addresses, as an API
+// gateway that registers itself is.
+func (v view) of(a attachment) []proxy {
+	list := slices.Clone(v.Proxies[a.Job.AllocID])
+	if a.Job.AllocID == "" {
+		list = nil
+	}
+	for _, p := range v.Proxies[""] {
+		if p.Address.IsValid() && slices.Contains(a.Addresses, p.Address.Unmap()) {
+			list = append(list, p)
+		}
+	}
+	return list
+}
+
+// parseAddresses keeps what is an address.
+func parseAddresses(texts []string) (list []netip.Addr) {
+	for _, text := range texts {
+		if addr, err := netip.ParseAddr(text); err == nil {
+			list = append(list, addr.Unmap())
+		}
+	}
+	slices.SortFunc(list, netip.Addr.Compare)
+	return slices.Compact(list)
+}

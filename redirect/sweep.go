@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"slices"
+	"strings"
+)
+
+// Known is what the node's record says of a workload: who asked for what. What
+// the kernel makes of it is in WorkloadStatus.
+type Known struct {
+	Key      Key
+	NetNS    string
+	Cookie   uint64
+	Request  Request
+	Overlay  Overlay
+	Complete bool // its last ADD, CHECK or change did not stop half way
+}
+
+// Known returns every workload on record, sorted by key, without a look at the
+// kernel and without the lock: a record is replaced in one step. One that
+// cannot be read does not hide the others; it comes back in the error.
+func (d *Datapath) Known() (list []Known, err error) {
+	records, err := d.paths.readRecords()
+	for _, r := range records {
+		list = append(list, Known{
+			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, Overlay: r.Overlay, Complete: r.Complete,
+		})
+	}
+	slices.SortFunc(list, func(a, b Known) int { return strings.Compare(a.Key.String(), b.Key.String()) })
+	return list, err
+}
+
+// Mend attaches again what somebody detached from the root of cgroup v2, and
+// loads everything anew and restores the workloads on record where the maps
+// are gone. Programs of another version stay as they are. It costs a dozen
+// system calls when nothing is wrong, and says what was.
+func (d *Datapath) Mend() (did []string, err error) {
+	err = d.paths.locked(func() error {
+		result, err := d.load(false)
+		did = result.Did
+		return err
+	})
+	return did, err
+}
+
+// Sweep removes what belongs to namespaces that died, whatever network they
+// were in, and returns the workloads that it took off the record.
+func (d *Datapath) Sweep() (removed []Key, err error) {
+	err = d.paths.locked(func() error {
+		before, unreadable := d.paths.readRecords()
+		swept := d.sweep()
+		after, err := d.paths.readRecords()
+		for _, r := range before {
+			if !slices.ContainsFunc(after, func(left *record) bool { return left.Key == r.Key }) {
+				removed = append(removed, r.Key)
+			}
+		}
+		if unreadable == nil {
+			unreadable = err
+		}
+		return errors.Join(unreadable, swept)
+	})
+	return removed, err
+}
+
+// Directories are where a change by somebody else can be seen: records, pinned
+// maps, links and lookup programs. Not all need exist.
+func (p Paths) Directories() []string {
+	return []string{p.workloads(), p.maps(), p.links(), p.lookups()}
+}
