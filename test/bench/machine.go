@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,6 +24,7 @@ type machine struct {
 	Kernel   string    `json:"kernel"`
 	Virtual  bool      `json:"virtual"`
 	Load     string    `json:"load_at_start"`
+	Attached int       `json:"programs_at_cgroup_root"` // others', at the start
 	Go       string    `json:"go"`
 	Iptables string    `json:"iptables"`
 	SDK      string    `json:"consul_sdk"`
@@ -30,17 +33,48 @@ type machine struct {
 }
 
 func (m machine) String() string {
+	others := ""
+	if m.Attached > 0 {
+		others = fmt.Sprintf("\n\nSomebody else's %d eBPF programs were attached to all cgroups: no floor is without cost.", m.Attached)
+	}
 	kind := "machine"
 	if m.Virtual {
 		kind = "virtual machine"
 	}
-	return fmt.Sprintf("%s with %d cores (%s), %d MiB, Linux %s, load %s at the start; %s, %s, consul/sdk %s, Weir %s, %s.",
+	return fmt.Sprintf("%s with %d cores (%s), %d MiB, Linux %s, load %s at the start; %s, %s, consul/sdk %s, Weir %s, %s.%s",
 		strings.ToUpper(kind[:1])+kind[1:], m.Cores, m.CPU, m.Memory, m.Kernel, m.Load, m.Go, m.Iptables, m.SDK, m.Revision,
-		m.Date.Format(time.DateOnly))
+		m.Date.Format(time.DateOnly), others)
 }
 
-func describeMachine(cpus []int, revision string) (machine, error) {
+// attachedPrograms counts what somebody attached to the root of all cgroups,
+// on the hooks of what is measured.
+func attachedPrograms(root string) (int, error) {
+	group, err := os.Open(root)
+	if err != nil {
+		return 0, err
+	}
+	defer group.Close()
+	count := 0
+	for _, hook := range []ebpf.AttachType{
+		ebpf.AttachCGroupInet4Connect, ebpf.AttachCgroupInet4GetPeername,
+		ebpf.AttachCGroupGetsockopt, ebpf.AttachCGroupSockOps,
+	} {
+		found, err := link.QueryPrograms(link.QueryOptions{Target: int(group.Fd()), Attach: hook})
+		if err != nil {
+			return 0, fmt.Errorf("query %s at %s: %w", hook, root, err)
+		}
+		count += len(found.Programs)
+	}
+	return count, nil
+}
+
+func describeMachine(cpus []int, cgroup, revision string) (machine, error) {
 	m := machine{Cores: len(cpus), Go: runtime.Version(), Revision: revision, Date: time.Now()}
+	attached, err := attachedPrograms(cgroup)
+	if err != nil {
+		return m, err
+	}
+	m.Attached = attached
 	var name unix.Utsname
 	if err := unix.Uname(&name); err != nil {
 		return m, fmt.Errorf("get kernel's name: %w", err)

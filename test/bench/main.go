@@ -76,7 +76,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	about, err := describeMachine(b.cpus, o.revision)
+	about, err := describeMachine(b.cpus, filepath.Dir(b.task), o.revision)
 	if err != nil {
 		return err
 	}
