@@ -180,6 +180,7 @@ struct event {
  *   proxies     the kernel    connect       as workloads
  *   budgets, origins, indexes the kernel    as workloads; origins by the collector
  *   listeners   sockops       sk_lookup     the socket closes
+ *   releases    the collector connect       as workloads
  *   verdicts    every hook    user space    as workloads
  */
 struct {
@@ -237,6 +238,17 @@ struct {
 	__type(key, __u64);
 	__type(value, struct budget);
 } budgets SEC(".maps");
+
+/* How many indexes the collector gave back: what is held is used less these.
+ * A counter of its own, because user space cannot subtract from one that the
+ * programs add to. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_WORKLOADS);
+	__type(key, __u64);
+	__type(value, __u32);
+} releases SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

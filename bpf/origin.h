@@ -4,10 +4,11 @@
 #ifndef WEIR_ORIGIN_H
 #define WEIR_ORIGIN_H
 
+#include "kernel.h"
 #include "maps.h"
 
 #define GENERATION_TRIES 4
-#define INDEX_TRIES 8
+#define INDEX_TRIES 65536 /* as many as a workload may hold by default */
 
 /* A workload as one program run sees it. */
 struct view {
@@ -66,6 +67,42 @@ static __always_inline bool view_excludes_cidr(const struct view *view, const st
 	return family && *family == (addr_is_mapped(addr) ? 4 : 6);
 }
 
+/* The index that a row of `origins` holds, or 0 if it is not this origin's any
+ * more: the collector may have deleted the row under our pointer, and another
+ * origin moved in. What the reverse row says stands for as long as a socket
+ * carries the index. */
+static __always_inline __u32 origin_index(__u64 cookie, const struct addr *addr,
+					  struct origin *origin)
+{
+	struct index_key key = { .cookie = cookie, .index = *(volatile __u32 *)&origin->index };
+	struct addr *reverse = bpf_map_lookup_elem(&indexes, &key);
+
+	return reverse && addr_equal(reverse, addr) ? key.index : 0;
+}
+
+/* A search for a free index. */
+struct index_search {
+	struct budget *budget;
+	const struct addr *addr;
+	struct index_key key;
+	__u32 found; /* 0: none */
+	__u32 pad;
+};
+
+/* Takes the next index unless it is in use: after a lap round the range, those
+ * of long-lived connections are. A full table ends the search. */
+static long index_try(__u32 round, struct index_search *search)
+{
+	long err;
+
+	search->key.index =
+		INDEX_FIRST + __sync_fetch_and_add(&search->budget->next, 1) % INDEX_COUNT;
+	err = bpf_map_update_elem(&indexes, &search->key, search->addr, BPF_NOEXIST);
+	if (!err)
+		search->found = search->key.index;
+	return err != -EEXIST;
+}
+
 /* The index of an origin, or 0 and the verdict that says why there is none.
  * An index belongs to one origin from its first use on: the row in `indexes`
  * is made with BPF_NOEXIST before anybody can learn of it. */
@@ -76,29 +113,34 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	struct index_key reverse = { .cookie = view->cookie };
 	struct origin *known = bpf_map_lookup_elem(&origins, &key);
 	struct origin fresh = { .used_ns = bpf_ktime_get_coarse_ns() };
+	struct index_search search = {};
 	struct budget *budget;
+	__u32 *released;
 	__u64 cookie = view->cookie;
 
 	if (known) {
+		__u32 index = origin_index(view->cookie, addr, known);
+
 		known->used_ns = fresh.used_ns;
-		return known->index;
+		if (index)
+			return index;
 	}
 	*refusal = VERDICT_REFUSED_TABLE;
 	budget = bpf_map_lookup_elem(&budgets, &cookie);
 	if (!budget)
 		return 0;
-	if (budget->used >= view->config->budget) {
+	released = bpf_map_lookup_elem(&releases, &cookie);
+	if (budget->used - (released ? *released : 0) >= view->config->budget) {
 		*refusal = VERDICT_REFUSED_BUDGET;
 		return 0;
 	}
 	__sync_fetch_and_add(&budget->used, 1);
-	for (int try = 0; try < INDEX_TRIES; try++) {
-		reverse.index = INDEX_FIRST + __sync_fetch_and_add(&budget->next, 1) % INDEX_COUNT;
-		if (!bpf_map_update_elem(&indexes, &reverse, addr, BPF_NOEXIST)) {
-			fresh.index = reverse.index;
-			break;
-		}
-	}
+	search.budget = budget;
+	search.addr = addr;
+	search.key.cookie = cookie;
+	bpf_loop(INDEX_TRIES, index_try, &search, 0);
+	fresh.index = search.found;
+	reverse.index = search.found;
 	if (!fresh.index) {
 		__sync_fetch_and_add(&budget->used, -1);
 		return 0;
@@ -110,7 +152,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	bpf_map_delete_elem(&indexes, &reverse);
 	__sync_fetch_and_add(&budget->used, -1);
 	known = bpf_map_lookup_elem(&origins, &key);
-	return known ? known->index : 0;
+	return known ? origin_index(view->cookie, addr, known) : 0;
 }
 
 /* The origin that an encoded address of this workload stands for. */

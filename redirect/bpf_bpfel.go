@@ -258,6 +258,7 @@ const (
 	bpfMapListeners       = "listeners"
 	bpfMapOrigins         = "origins"
 	bpfMapProxies         = "proxies"
+	bpfMapReleases        = "releases"
 	bpfMapVerdicts        = "verdicts"
 	bpfMapWorkloads       = "workloads"
 	bpfProgWeirBind4      = "weir_bind4"
@@ -347,6 +348,7 @@ type bpfMapSpecs struct {
 	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
 	Origins    *ebpf.MapSpec `ebpf:"origins"`
 	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
+	Releases   *ebpf.MapSpec `ebpf:"releases"`
 	Verdicts   *ebpf.MapSpec `ebpf:"verdicts"`
 	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
 }
@@ -390,6 +392,7 @@ type bpfMaps struct {
 	Listeners  *ebpf.Map `ebpf:"listeners"`
 	Origins    *ebpf.Map `ebpf:"origins"`
 	Proxies    *ebpf.Map `ebpf:"proxies"`
+	Releases   *ebpf.Map `ebpf:"releases"`
 	Verdicts   *ebpf.Map `ebpf:"verdicts"`
 	Workloads  *ebpf.Map `ebpf:"workloads"`
 }
@@ -409,6 +412,7 @@ func (m *bpfMaps) Close() error {
 		m.Listeners,
 		m.Origins,
 		m.Proxies,
+		m.Releases,
 		m.Verdicts,
 		m.Workloads,
 	)

@@ -53,6 +53,17 @@ func encodedAddrs(index uint32) (v4, v6 netip.Addr) {
 	return netip.AddrFrom4(b4), netip.AddrFrom16(b6)
 }
 
+// decodeIndex returns the index that an address of either range carries.
+func decodeIndex(addr netip.Addr) (index uint32, encoded bool) {
+	addr = addr.Unmap()
+	if encodedPrefix4.Contains(addr) {
+		bytes := addr.As4()
+		return binary.BigEndian.Uint32(bytes[:]) &^ 0xff800000, true
+	}
+	bytes := addr.As16()
+	return binary.BigEndian.Uint32(bytes[12:]), encodedPrefix6.Contains(addr)
+}
+
 // rows is one generation of a workload, ready to be written.
 type rows struct {
 	config     bpfConfig

@@ -41,36 +41,68 @@ func (r *inetDiagRequest) Serialize() []byte {
 // that state alone: for any other the kernel walks the connections of all
 // namespaces of the node.
 func (ns *namespace) listening() (found []socket, err error) {
-	err = ns.do(func() error {
+	err = ns.sockets(1<<unix.BPF_TCP_LISTEN, func(message []byte) error {
+		listener, err := parseSocket(message)
+		found = append(found, listener)
+		return err
+	})
+	return found, err
+}
+
+// sockets calls visit with the inet_diag_msg of every TCP socket of the
+// namespace in one of the states, a bit mask of 1<<state.
+func (ns *namespace) sockets(states uint32, visit func(message []byte) error) error {
+	return ns.do(func() error {
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
-			request.AddData(&inetDiagRequest{family: family, protocol: unix.IPPROTO_TCP, states: 1 << unix.BPF_TCP_LISTEN})
+			request.AddData(&inetDiagRequest{family: family, protocol: unix.IPPROTO_TCP, states: states})
 			messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
 			if err != nil {
-				return fmt.Errorf("list listeners: %w", err)
+				return fmt.Errorf("list sockets: %w", err)
 			}
 			for _, message := range messages {
-				listener, err := parseSocket(message)
-				if err != nil {
+				if err := visit(message); err != nil {
 					return err
 				}
-				found = append(found, listener)
 			}
 		}
 		return nil
 	})
-	return found, err
+}
+
+// encodedInUse returns the indexes that a socket of the namespace carries in
+// one of its addresses, whatever its state: TIME_WAIT and SYN_RECV too.
+func (ns *namespace) encodedInUse() (map[uint32]bool, error) {
+	used := make(map[uint32]bool)
+	err := ns.sockets(^uint32(0), func(message []byte) error {
+		if len(message) < inetDiagSize {
+			return fmt.Errorf("list sockets: message of %d bytes", len(message))
+		}
+		for _, offset := range []int{8, 24} {
+			if index, encoded := decodeIndex(inetDiagAddr(message[0], message[offset:])); encoded {
+				used[index] = true
+			}
+		}
+		return nil
+	})
+	return used, err
+}
+
+const inetDiagSize = 72 // of struct inet_diag_msg
+
+func inetDiagAddr(family uint8, field []byte) netip.Addr {
+	if family == unix.AF_INET {
+		return netip.AddrFrom4([4]byte(field))
+	}
+	return netip.AddrFrom16([16]byte(field))
 }
 
 // parseSocket reads struct inet_diag_msg: family, state, timer, retrans, the
 // socket's ID (ports, addresses, interface, cookie), expires, two queues, UID
 // and inode, then attributes.
 func parseSocket(message []byte) (s socket, err error) {
-	const (
-		size       = 72
-		attrV6Only = 11 // INET_DIAG_SKV6ONLY
-	)
-	if len(message) < size {
+	const attrV6Only = 11 // INET_DIAG_SKV6ONLY
+	if len(message) < inetDiagSize {
 		return s, fmt.Errorf("list listeners: message of %d bytes", len(message))
 	}
 	s = socket{
@@ -80,12 +112,8 @@ func parseSocket(message []byte) (s socket, err error) {
 		uid:    binary.NativeEndian.Uint32(message[64:]),
 		inode:  binary.NativeEndian.Uint32(message[68:]),
 	}
-	if s.family == unix.AF_INET {
-		s.addr = netip.AddrFrom4([4]byte(message[8:]))
-	} else {
-		s.addr = netip.AddrFrom16([16]byte(message[8:]))
-	}
-	attributes, err := nl.ParseRouteAttr(message[size:])
+	s.addr = inetDiagAddr(s.family, message[8:])
+	attributes, err := nl.ParseRouteAttr(message[inetDiagSize:])
 	if err != nil {
 		return s, fmt.Errorf("list listeners: %w", err)
 	}

@@ -29,6 +29,7 @@ const (
 	lookupMapListeners   = "listeners"
 	lookupMapOrigins     = "origins"
 	lookupMapProxies     = "proxies"
+	lookupMapReleases    = "releases"
 	lookupMapVerdicts    = "verdicts"
 	lookupMapWorkloads   = "workloads"
 	lookupProgWeirLookup = "weir_lookup"
@@ -96,6 +97,7 @@ type lookupMapSpecs struct {
 	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
 	Origins    *ebpf.MapSpec `ebpf:"origins"`
 	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
+	Releases   *ebpf.MapSpec `ebpf:"releases"`
 	Verdicts   *ebpf.MapSpec `ebpf:"verdicts"`
 	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
 }
@@ -139,6 +141,7 @@ type lookupMaps struct {
 	Listeners  *ebpf.Map `ebpf:"listeners"`
 	Origins    *ebpf.Map `ebpf:"origins"`
 	Proxies    *ebpf.Map `ebpf:"proxies"`
+	Releases   *ebpf.Map `ebpf:"releases"`
 	Verdicts   *ebpf.Map `ebpf:"verdicts"`
 	Workloads  *ebpf.Map `ebpf:"workloads"`
 }
@@ -158,6 +161,7 @@ func (m *lookupMaps) Close() error {
 		m.Listeners,
 		m.Origins,
 		m.Proxies,
+		m.Releases,
 		m.Verdicts,
 		m.Workloads,
 	)

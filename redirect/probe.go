@@ -47,6 +47,7 @@ func requirements() []requirement {
 		helper(ebpf.SockOps, asm.FnSockHashUpdate, "to register the proxy's listeners", "4.18"),
 		helper(ebpf.CGroupSockAddr, asm.FnSkcToTcp6Sock, "to tell IPv6-only sockets", "5.9"),
 		helper(ebpf.CGroupSockAddr, asm.FnKtimeGetCoarseNs, "to date the use of an origin", "5.11"),
+		helper(ebpf.CGroupSockAddr, asm.FnLoop, "to search for a free index", "5.17"),
 		helper(ebpf.CGroupSockAddr, asm.FnRingbufReserve, "to report connections", "5.8"),
 		{"ingress_ifindex in programs of type SkLookup", "to tell loopback from outside", "5.17", probeIngress},
 		{"atomic operations with a result", "to hand out indexes", "5.12", probeAtomics},

@@ -248,11 +248,10 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 	if err != nil {
 		return status, err
 	}
-	var budget bpfBudget
-	if _, err := tables.get("budgets", r.Cookie, &budget); err != nil {
+	if status.Origins, err = tables.held(r.Cookie); err != nil {
 		return status, err
 	}
-	status.Origins, status.Proxy.Cgroup = budget.Used, proxy.Cgroup
+	status.Proxy.Cgroup = proxy.Cgroup
 	switch {
 	case proxy.Flags&bpfProxyFlagPROXY_SHARED != 0:
 		status.Notes = append(status.Notes, "proxy and tasks share a cgroup: the UID alone tells them apart, a task under the proxy's UID is not redirected")

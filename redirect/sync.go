@@ -72,7 +72,7 @@ func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
 // ensureShared makes the rows that the programs write to. They outlive every
 // generation, so what is there stays.
 func (m *tables) ensureShared(cookie uint64) error {
-	for name, row := range map[string]any{"budgets": bpfBudget{}, "proxies": bpfProxy{}, "verdicts": bpfVerdictCounts{}} {
+	for name, row := range map[string]any{"budgets": bpfBudget{}, "proxies": bpfProxy{}, "verdicts": bpfVerdictCounts{}, "releases": uint32(0)} {
 		if err := m.put(name, cookie, row, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return err
 		}
@@ -109,7 +109,7 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 			return false, err
 		}
 	}
-	for name, row := range map[string]any{"budgets": new(bpfBudget), "proxies": new(bpfProxy), "verdicts": new(bpfVerdictCounts)} {
+	for name, row := range map[string]any{"budgets": new(bpfBudget), "proxies": new(bpfProxy), "verdicts": new(bpfVerdictCounts), "releases": new(uint32)} {
 		if found, err := m.get(name, cookie, row); err != nil || !found {
 			return false, err
 		}
@@ -178,7 +178,7 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 	if err := m.eraseOrigins(cookie); err != nil {
 		return err
 	}
-	for _, name := range []string{"verdicts", "proxies", "budgets"} {
+	for _, name := range []string{"verdicts", "proxies", "budgets", "releases"} {
 		if err := m.drop(name, cookie); err != nil {
 			return err
 		}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// TestCollector drives one workload through ten times its budget of
+// destinations while long-lived connections stay open: no refusal, no wrong
+// origin, and the indexes of open connections are never given to another.
+func TestCollector(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	budget := uint32(test.Scale(512))
+	if budget < 64 {
+		budget = 64
+	}
+	a.add(func(r *Request) { r.Budget = budget })
+	a.startProxy()
+	collector := n.NewCollector()
+	collector.Rest, collector.Grace = 0, 0
+
+	long := make(map[string]net.Conn)
+	dial := func(origin string) net.Conn {
+		t.Helper()
+		var conn net.Conn
+		var err error
+		a.Do(func() { conn, err = net.Dial("tcp4", origin) })
+		if err != nil {
+			t.Fatalf("dial %s: %v", origin, err)
+		}
+		return conn
+	}
+	for i := range 10 {
+		origin := fmt.Sprintf("198.51.100.%d:80", i+1)
+		long[origin] = dial(origin)
+		t.Cleanup(func() { long[origin].Close() })
+	}
+
+	// The next new indexes end a lap of the range, and those of the long-lived
+	// connections come up again.
+	a.setNextIndex(MaxBudget - budget)
+
+	freed := 0
+	for i := range 10 * budget {
+		origin := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, byte(i >> 16), byte(i >> 8), byte(i)}), 8080)
+		if got := a.originOfReset(origin); got != origin {
+			t.Fatalf("dial %s: the proxy saw origin %s", origin, got)
+		}
+		if i%(budget/8) != 0 {
+			continue
+		}
+		count, err := collector.Run()
+		if err != nil {
+			t.Fatal(err)
+		}
+		freed += count
+	}
+	if freed == 0 {
+		t.Error("the collector gave back nothing")
+	}
+	workloads, err := n.Workloads()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if held := workloads[0].Origins; held > budget {
+		t.Errorf("the workload holds %d origins, its budget is %d", held, budget)
+	}
+	counts := a.counts()
+	if counts[RefusedBudget]+counts[RefusedTable] > 0 {
+		t.Errorf("verdicts: %v, want no refusal", counts)
+	}
+	// What a socket carries is still its own.
+	for origin, conn := range long {
+		if got := conn.RemoteAddr().String(); got != origin {
+			t.Errorf("getpeername of a connection to %s says %s", origin, got)
+		}
+		again, err := a.ask("tcp4", origin)
+		a.answered(again, err, netip.MustParseAddrPort(origin), a.v4)
+	}
+}
+
+// setNextIndex moves the workload as if it had been given that many indexes.
+func (a *alloc) setNextIndex(next uint32) {
+	a.node.t.Helper()
+	tables, err := openTables(a.node.paths.maps())
+	if err != nil {
+		a.node.t.Fatal(err)
+	}
+	defer tables.Close()
+	cookie := a.Cookie()
+	var row bpfBudget
+	if _, err := tables.get("budgets", cookie, &row); err != nil {
+		a.node.t.Fatal(err)
+	}
+	row.Next = next
+	if err := tables.put("budgets", cookie, row, ebpf.UpdateAny); err != nil {
+		a.node.t.Fatal(err)
+	}
+}
+
+// originOfReset dials as a task and returns the origin that the proxy saw. It
+// ends the connection by a reset: TIME_WAIT would carry the index for a minute.
+func (a *alloc) originOfReset(origin netip.AddrPort) netip.AddrPort {
+	a.node.t.Helper()
+	var conn net.Conn
+	var err error
+	a.Do(func() { conn, err = net.Dial("tcp4", origin.String()) })
+	if err != nil {
+		a.node.t.Fatalf("dial %s: %v", origin, err)
+	}
+	defer conn.Close()
+	if err := conn.(*net.TCPConn).SetLinger(0); err != nil {
+		a.node.t.Fatal(err)
+	}
+	var reply test.Reply
+	if err := json.NewDecoder(conn).Decode(&reply); err != nil {
+		a.node.t.Fatalf("read the proxy's reply: %v", err)
+	}
+	return reply.Origin
+}
+
+// TestCollectorKeepsWhatASocketCarries closes one of two connections and sees
+// that one's index come back, and no other.
+func TestCollectorKeepsWhatASocketCarries(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) { r.Budget = 2 })
+	a.startProxy()
+	var open net.Conn
+	var err error
+	a.Do(func() { open, err = net.Dial("tcp4", "192.0.2.1:80") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	a.originOfReset(netip.MustParseAddrPort("192.0.2.2:80"))
+	if _, err := a.ask("tcp4", "192.0.2.3:80"); err == nil {
+		t.Fatal("a third destination was taken, the budget is 2")
+	}
+	collector := n.NewCollector()
+	collector.Rest, collector.Grace = 0, time.Nanosecond
+	total := 0
+	test.Eventually(t, func() error {
+		freed, err := collector.Run()
+		total += freed
+		if err == nil && total == 0 {
+			err = fmt.Errorf("nothing given back yet")
+		}
+		return err
+	}, "the index of the closed connection to come back")
+	if total != 1 {
+		t.Errorf("%d indexes came back, want that of the closed connection alone", total)
+	}
+	origin := netip.MustParseAddrPort("192.0.2.3:80")
+	answer, err := a.ask("tcp4", origin.String())
+	a.answered(answer, err, origin, a.v4)
+	if got := open.RemoteAddr().String(); got != "192.0.2.1:80" {
+		t.Errorf("getpeername of the open connection says %s", got)
+	}
+}
