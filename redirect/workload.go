@@ -1,10 +1,14 @@
+// SPDX-License-Identifier: MPL-2.0
+
 package redirect
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 )
 
 // Defaults that Consul's own redirection engine uses where a request is silent.
@@ -138,7 +142,8 @@ type PortRange struct{ First, Last uint16 }
 
 // Merge is the pure function from a request and what Consul adds to the
 // desired workload. Lists come out sorted and without duplicates, so that two
-// equal wishes give two equal workloads.
+// equal wishes give two equal workloads; only the workload's own addresses keep
+// their order, which has a meaning.
 func Merge(request Request, overlay Overlay) Workload {
 	w := Workload{
 		Mode:                 request.Mode,
@@ -150,7 +155,6 @@ func Merge(request Request, overlay Overlay) Workload {
 		ExcludeOutboundPorts: sorted(slices.Clone(request.ExcludeOutboundPorts)),
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
-		Upstreams:            slices.Clone(overlay.Upstreams),
 		Guard:                overlay.Guard,
 		Budget:               request.Budget,
 	}
@@ -159,6 +163,18 @@ func Merge(request Request, overlay Overlay) Workload {
 	}
 	slices.SortFunc(w.ExcludeOutboundCIDRs, comparePrefix)
 	w.ExcludeOutboundCIDRs = slices.Compact(w.ExcludeOutboundCIDRs)
+	for _, upstream := range overlay.Upstreams {
+		upstream.Addresses = slices.Clone(upstream.Addresses)
+		for i, addr := range upstream.Addresses {
+			upstream.Addresses[i] = addr.Unmap()
+		}
+		slices.SortFunc(upstream.Addresses, netip.Addr.Compare)
+		upstream.Addresses = slices.Compact(upstream.Addresses)
+		w.Upstreams = append(w.Upstreams, upstream)
+	}
+	slices.SortStableFunc(w.Upstreams, func(a, b Upstream) int {
+		return cmp.Or(strings.Compare(a.Name, b.Name), a.Listener.Compare(b.Listener))
+	})
 	if overlay.InboundPort != 0 {
 		w.InboundPort = overlay.InboundPort
 	}
@@ -215,8 +231,15 @@ func (w Workload) Validate() error {
 		}
 	}
 	for _, upstream := range w.Upstreams {
-		if upstream.Listener.Port() == 0 || !upstream.Listener.Addr().IsLoopback() {
-			return fmt.Errorf("upstream %q: listener %s: want a loopback address and a port", upstream.Name, upstream.Listener)
+		listener := upstream.Listener.Addr().Unmap()
+		if upstream.Listener.Port() == 0 || !listener.IsLoopback() || encodedPrefix4.Contains(listener) {
+			return fmt.Errorf("upstream %q: listener %s: want a port and a loopback address outside of %s",
+				upstream.Name, upstream.Listener, encodedPrefix4)
+		}
+		for _, addr := range upstream.Addresses {
+			if !addr.IsValid() || addr.IsUnspecified() {
+				return fmt.Errorf("upstream %q: address %q: not a virtual IP", upstream.Name, addr)
+			}
 		}
 	}
 	return nil

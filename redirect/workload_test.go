@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+// comparing lets cmp look at addresses.
+func comparing() cmp.Options {
+	return cmp.Options{
+		cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{}),
+		cmpopts.EquateEmpty(),
+	}
+}
+
+func TestMerge(t *testing.T) {
+	listener, other := netip.MustParseAddrPort("127.0.0.1:9191"), netip.MustParseAddrPort("127.0.0.1:9192")
+	for name, tc := range map[string]struct {
+		request Request
+		overlay Overlay
+		want    Workload
+	}{
+		"defaults": {
+			want: Workload{Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget},
+		},
+		"the request's word": {
+			request: Request{Mode: ModeGateway, ProxyUID: 101, InboundPort: 1, OutboundPort: 2, Budget: 3, DNS: DNS{Port: 8600}},
+			want: Workload{Mode: ModeGateway, ProxyUID: 101, InboundPort: 1, OutboundPort: 2, Budget: 3, Guard: GuardOff,
+				DNS: DNS{Port: 8600}},
+		},
+		"Consul's ports stand": {
+			request: Request{InboundPort: 1, OutboundPort: 2, Budget: 3},
+			overlay: Overlay{InboundPort: 4, OutboundPort: 5, Guard: GuardAudit},
+			want:    Workload{Mode: ModeTransparent, InboundPort: 4, OutboundPort: 5, Budget: 3, Guard: GuardAudit},
+		},
+		"lists are sorted and without duplicates": {
+			request: Request{
+				ExcludeInboundPorts: []uint16{9, 7, 9}, ExcludeOutboundPorts: []uint16{3, 1, 3, 2}, ExcludeUIDs: []uint32{70000, 0, 70000},
+				ExcludeOutboundCIDRs: prefixes("10.1.2.3/8", "fd00::1/8", "10.0.0.0/8", "10.0.0.0/16"),
+			},
+			overlay: Overlay{ExcludeInboundPorts: []uint16{8, 7}},
+			want: Workload{
+				Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
+				ExcludeInboundPorts: []uint16{7, 8, 9}, ExcludeOutboundPorts: []uint16{1, 2, 3}, ExcludeUIDs: []uint32{0, 70000},
+				ExcludeOutboundCIDRs: prefixes("10.0.0.0/8", "10.0.0.0/16", "fd00::/8"),
+			},
+		},
+		"own addresses keep their order": {
+			request: Request{Addresses: addrs("fd09::2", "::ffff:10.9.1.2", "10.9.1.1")},
+			want: Workload{Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
+				Addresses: addrs("fd09::2", "10.9.1.2", "10.9.1.1")},
+		},
+		"upstreams are sorted": {
+			overlay: Overlay{Upstreams: []Upstream{
+				{Name: "db", Addresses: addrs("240.0.0.6", "::ffff:240.0.0.5", "240.0.0.5"), Listener: listener},
+				{Name: "cache", Addresses: addrs("240.0.0.7"), Listener: other},
+			}},
+			want: Workload{Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
+				Upstreams: []Upstream{
+					{Name: "cache", Addresses: addrs("240.0.0.7"), Listener: other},
+					{Name: "db", Addresses: addrs("240.0.0.5", "240.0.0.6"), Listener: listener},
+				}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := Merge(tc.request, tc.overlay)
+			if diff := cmp.Diff(tc.want, got, comparing()); diff != "" {
+				t.Errorf("workload (-want +got):\n%s", diff)
+			}
+			if err := got.Validate(); err != nil {
+				t.Errorf("validate: %v", err)
+			}
+			if !got.Equal(Merge(tc.request, tc.overlay)) {
+				t.Error("the same wish twice gives two workloads")
+			}
+		})
+	}
+}
+
+// Merge has no effect on what it is given.
+func TestMergeLeavesItsArguments(t *testing.T) {
+	make := func() (Request, Overlay) {
+		return Request{
+				ExcludeInboundPorts: []uint16{2, 1}, ExcludeOutboundPorts: []uint16{2, 1}, ExcludeUIDs: []uint32{2, 1},
+				ExcludeOutboundCIDRs: prefixes("10.1.1.1/8", "10.1.1.1/7"), Addresses: addrs("::ffff:10.0.0.1"),
+			}, Overlay{
+				ExcludeInboundPorts: []uint16{2, 1},
+				Upstreams:           []Upstream{{Name: "b", Addresses: addrs("10.0.0.2", "10.0.0.1")}, {Name: "a"}},
+			}
+	}
+	request, overlay := make()
+	Merge(request, overlay)
+	wantRequest, wantOverlay := make()
+	if diff := cmp.Diff(wantRequest, request, comparing()); diff != "" {
+		t.Errorf("request (-before +after):\n%s", diff)
+	}
+	if diff := cmp.Diff(wantOverlay, overlay, comparing()); diff != "" {
+		t.Errorf("overlay (-before +after):\n%s", diff)
+	}
+}
+
+// valid is a workload with something in every field.
+func validWorkload() Workload {
+	return Merge(Request{
+		ProxyUID: 101, InboundPort: 20000, DNS: DNS{Port: 8600}, ExcludeInboundPorts: []uint16{1},
+		ExcludeOutboundPorts: []uint16{2}, ExcludeOutboundCIDRs: prefixes("10.0.0.0/8"), ExcludeUIDs: []uint32{3},
+		Addresses: addrs("10.9.1.2", "fd09::2"),
+	}, Overlay{Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}})
+}
+
+func TestValidate(t *testing.T) {
+	if err := validWorkload().Validate(); err != nil {
+		t.Fatalf("a valid workload: %v", err)
+	}
+	upstream := func(edit func(*Upstream)) func(*Workload) {
+		return func(w *Workload) {
+			list := []Upstream{w.Upstreams[0]}
+			edit(&list[0])
+			w.Upstreams = list
+		}
+	}
+	listener := func(text string) func(*Workload) {
+		return upstream(func(u *Upstream) { u.Listener = netip.MustParseAddrPort(text) })
+	}
+	for _, tc := range []struct {
+		field string // that the error must name
+		edit  func(*Workload)
+	}{
+		{"mode", func(w *Workload) { w.Mode = "opaque" }},
+		{"guard", func(w *Workload) { w.Guard = "maybe" }},
+		{"outbound port", func(w *Workload) { w.OutboundPort = 0 }},
+		{"inbound port", func(w *Workload) { w.InboundPort = w.OutboundPort }},
+		{"budget", func(w *Workload) { w.Budget = MaxBudget + 1 }},
+		{"excluded CIDR", func(w *Workload) { w.ExcludeOutboundCIDRs = []netip.Prefix{{}} }},
+		{"address", func(w *Workload) { w.Addresses = []netip.Addr{{}} }},
+		{"address", func(w *Workload) { w.Addresses = addrs("0.0.0.0") }},
+		{"address", func(w *Workload) { w.Addresses = addrs("::") }},
+		{`upstream "db"`, listener("10.0.0.1:9191")},
+		{`upstream "db"`, listener("127.0.0.1:0")},
+		{`upstream "db"`, listener("127.200.0.1:9191")}, // the encoded range
+		{`upstream "db"`, upstream(func(u *Upstream) { u.Listener = netip.AddrPort{} })},
+		{`upstream "db"`, upstream(func(u *Upstream) { u.Addresses = []netip.Addr{{}} })},
+	} {
+		w := validWorkload()
+		tc.edit(&w)
+		if err := w.Validate(); err == nil || !strings.Contains(err.Error(), tc.field) {
+			t.Errorf("%s: error %v, want one that names the field", tc.field, err)
+		}
+	}
+	for name, edit := range map[string]func(*Workload){
+		"inbound port not known": func(w *Workload) { w.InboundPort = 0 },
+		"largest budget":         func(w *Workload) { w.Budget = MaxBudget },
+		"no address":             func(w *Workload) { w.Addresses = nil },
+		"listener on IPv6":       listener("[::1]:9191"),
+		"upstream without VIP":   upstream(func(u *Upstream) { u.Addresses = nil }),
+	} {
+		w := validWorkload()
+		edit(&w)
+		if err := w.Validate(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// Every field counts: one that Equal forgot would never reach the kernel.
+func TestEqual(t *testing.T) {
+	for name, edit := range map[string]func(*Workload){
+		"mode":          func(w *Workload) { w.Mode = ModeDirect },
+		"proxy UID":     func(w *Workload) { w.ProxyUID++ },
+		"inbound port":  func(w *Workload) { w.InboundPort++ },
+		"outbound port": func(w *Workload) { w.OutboundPort++ },
+		"DNS":           func(w *Workload) { w.DNS.Port++ },
+		"guard":         func(w *Workload) { w.Guard = GuardAudit },
+		"budget":        func(w *Workload) { w.Budget++ },
+		"ports in":      func(w *Workload) { w.ExcludeInboundPorts = []uint16{9} },
+		"ports out":     func(w *Workload) { w.ExcludeOutboundPorts = nil },
+		"CIDRs":         func(w *Workload) { w.ExcludeOutboundCIDRs = prefixes("10.0.0.0/9") },
+		"UIDs":          func(w *Workload) { w.ExcludeUIDs = []uint32{3, 4} },
+		"addresses":     func(w *Workload) { w.Addresses = addrs("fd09::2", "10.9.1.2") },
+		"no upstream":   func(w *Workload) { w.Upstreams = nil },
+		"virtual IP":    func(w *Workload) { w.Upstreams = []Upstream{{Name: "db", Listener: w.Upstreams[0].Listener}} },
+		"listener": func(w *Workload) {
+			w.Upstreams = []Upstream{{Name: "db", Addresses: w.Upstreams[0].Addresses, Listener: netip.MustParseAddrPort("127.0.0.1:1")}}
+		},
+		"ephemeral ports": func(w *Workload) { w.Ephemeral.Last++ },
+	} {
+		w := validWorkload()
+		edit(&w)
+		if w.Equal(validWorkload()) {
+			t.Errorf("%s: Equal sees no difference", name)
+		}
+	}
+	if !validWorkload().Equal(validWorkload()) {
+		t.Error("a workload is not equal to itself")
+	}
+}
