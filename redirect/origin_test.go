@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/test"
@@ -152,6 +153,42 @@ func TestOriginOnAThousandPorts(t *testing.T) {
 	}
 	if got := a.origins(t); got != 1 {
 		t.Errorf("%d ports of one address take %d entries, want 1", ports, got)
+	}
+}
+
+// What the kernel's own table of sockets says is the encoding that this package
+// knows: the first index, the origin's port.
+func TestOriginIsTheAddress(t *testing.T) {
+	v4, v6 := encodedAddrs(indexFirst)
+	for _, tc := range []struct {
+		listener, origin string
+		family           uint8
+		want             netip.Addr
+	}{
+		{"127.0.0.1:15001", somewhere, unix.AF_INET, v4},
+		{"[::1]:15001", "[2001:db8::1]:8080", unix.AF_INET6, v6},
+	} {
+		t.Run(tc.listener, func(t *testing.T) {
+			a := newNode(t).newAlloc()
+			a.add()
+			a.serve(proxyUID, a.proxyCg, "tcp", tc.listener)
+			a.task(t).run(t, stream(int(tc.family)).connect(tc.origin).ask(""))
+			var sockets []*netlink.Socket
+			var err error
+			a.Do(func() { sockets, err = netlink.SocketDiagTCP(tc.family) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			var peers []string
+			for _, s := range sockets {
+				if peer, _ := netip.AddrFromSlice(s.ID.Destination); s.ID.DestinationPort == 8080 {
+					peers = append(peers, addrPort(peer.Unmap(), s.ID.DestinationPort))
+				}
+			}
+			if diff := cmp.Diff([]string{addrPort(tc.want, 8080)}, peers); diff != "" {
+				t.Errorf("peers of the task's sockets (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 

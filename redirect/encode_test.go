@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"testing"
+	"unsafe"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+func addrs(texts ...string) (list []netip.Addr) {
+	for _, text := range texts {
+		list = append(list, netip.MustParseAddr(text))
+	}
+	return list
+}
+
+func prefixes(texts ...string) (list []netip.Prefix) {
+	for _, text := range texts {
+		list = append(list, netip.MustParsePrefix(text))
+	}
+	return list
+}
+
+// The programs read an address as 16 bytes in network order, IPv4 mapped.
+func TestEncodeAddr(t *testing.T) {
+	for text, want := range map[string][16]byte{
+		"10.1.2.3":         {10: 0xff, 11: 0xff, 12: 10, 13: 1, 14: 2, 15: 3},
+		"::ffff:10.1.2.3":  {10: 0xff, 11: 0xff, 12: 10, 13: 1, 14: 2, 15: 3},
+		"0.0.0.0":          {10: 0xff, 11: 0xff},
+		"255.255.255.255":  {10: 0xff, 11: 0xff, 12: 255, 13: 255, 14: 255, 15: 255},
+		"::":               {},
+		"::1":              {15: 1},
+		"2001:db8:1:2::ab": {0x20, 0x01, 0x0d, 0xb8, 0, 1, 0, 2, 15: 0xab},
+	} {
+		addr := netip.MustParseAddr(text)
+		row := encodeAddr(addr)
+		if got := *(*[16]byte)(unsafe.Pointer(&row.Word)); got != want {
+			t.Errorf("encode %s: % x, want % x", text, got, want)
+		}
+		if got := decodeAddr(row); got != addr.Unmap() {
+			t.Errorf("decode %s: %s", text, got)
+		}
+	}
+}
+
+// The ends of the index space and of the two ranges, as addr.h has them.
+func TestEncodedAddrs(t *testing.T) {
+	for _, tc := range []struct {
+		index  uint32
+		v4, v6 string
+	}{
+		{indexFirst, "127.128.0.1", "fd77:6569:7200::1"},
+		{256, "127.128.1.0", "fd77:6569:7200::100"},
+		{1 << 16, "127.129.0.0", "fd77:6569:7200::1:0"},
+		{MaxBudget, "127.255.255.254", "fd77:6569:7200::7f:fffe"},
+	} {
+		v4, v6 := encodedAddrs(tc.index)
+		if v4.String() != tc.v4 || v6.String() != tc.v6 {
+			t.Errorf("index %d is %s and %s, want %s and %s", tc.index, v4, v6, tc.v4, tc.v6)
+		}
+		if !encodedPrefix4.Contains(v4) || !encodedPrefix6.Contains(v6) {
+			t.Errorf("index %d: %s or %s is not in the range that is routed", tc.index, v4, v6)
+		}
+	}
+}
+
+func TestEncodeCIDR(t *testing.T) {
+	const cookie, generation = 0x0102030405060708, 0x1112131415161718
+	var scope [16]byte
+	binary.NativeEndian.PutUint64(scope[:8], cookie)
+	binary.NativeEndian.PutUint64(scope[8:], generation)
+	const both = 128 // bits of cookie and generation
+	for _, tc := range []struct {
+		cidr   string
+		bits   uint32
+		family uint32
+	}{
+		{"10.0.0.0/8", both + 96 + 8, 4},
+		{"10.1.2.3/32", both + 128, 4},
+		{"0.0.0.0/0", both + 96, 4},
+		{"::ffff:10.0.0.0/104", both + 104, 4},
+		{"::ffff:0.0.0.0/96", both + 96, 4},
+		{"::/0", both, 6},
+		{"::/80", both + 80, 6},
+		{"2001:db8::/32", both + 32, 6},
+		{"2001:db8::1/128", both + 128, 6},
+	} {
+		cidr := netip.MustParsePrefix(tc.cidr)
+		key := encodeCIDR(cidr, cookie, generation)
+		if got := *(*[16]byte)(unsafe.Pointer(&key.Scope)); got != scope {
+			t.Errorf("%s: scope % x, want % x", tc.cidr, got, scope)
+		}
+		if key.Prefixlen != tc.bits || key.Addr != encodeAddr(cidr.Addr()) || cidrFamily(cidr) != tc.family {
+			t.Errorf("%s: %d bits of %v, family %d; want %d bits, family %d",
+				tc.cidr, key.Prefixlen, key.Addr, cidrFamily(cidr), tc.bits, tc.family)
+		}
+	}
+}
+
+func TestEncodeRows(t *testing.T) {
+	const cookie, generation = 7, 8
+	w := Workload{
+		Mode: ModeTransparent, ProxyUID: 4_000_000_000, InboundPort: 20000, OutboundPort: 15001,
+		DNS: DNS{Address: netip.MustParseAddr("10.0.0.53"), Port: 8600}, Guard: GuardEnforce, Budget: 99,
+		ExcludeInboundPorts: []uint16{8080}, ExcludeOutboundPorts: []uint16{1, 65535},
+		ExcludeOutboundCIDRs: prefixes("10.0.0.0/8", "::/0"), ExcludeUIDs: []uint32{0, 70000},
+		Addresses: addrs("10.9.1.2", "fd09::2"),
+		Upstreams: []Upstream{{
+			Name: "db", Addresses: addrs("240.0.0.5", "fd00::5", "10.9.1.2"), Listener: netip.MustParseAddrPort("127.0.0.1:9191"),
+		}},
+		Ephemeral: PortRange{32768, 60999},
+	}
+	exclusion := func(kind bpfExclusionKind, value uint32) bpfExclusionKey {
+		return bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}
+	}
+	address := func(text string) bpfAddressKey {
+		return bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(netip.MustParseAddr(text))}
+	}
+	own := bpfAddress{Kind: bpfAddressKindADDRESS_OWN}
+	upstream := bpfAddress{Kind: bpfAddressKindADDRESS_UPSTREAM, Port: 9191, Listener: encodeAddr(netip.MustParseAddr("127.0.0.1"))}
+	want := rows{
+		config: bpfConfig{
+			Flags: bpfConfigFlagCONFIG_TRANSPARENT | bpfConfigFlagCONFIG_DNS | bpfConfigFlagCONFIG_UIDS |
+				bpfConfigFlagCONFIG_PORTS_OUT | bpfConfigFlagCONFIG_PORTS_IN | bpfConfigFlagCONFIG_CIDRS |
+				bpfConfigFlagCONFIG_IPV6 | bpfConfigFlagCONFIG_ENFORCE,
+			ProxyUid: 4_000_000_000, Budget: 99, OutboundPort: 15001, InboundPort: 20000,
+			DnsAddr: encodeAddr(netip.MustParseAddr("10.0.0.53")), DnsPort: 8600,
+			EphemeralFirst: 32768, EphemeralLast: 60999,
+		},
+		exclusions: []bpfExclusionKey{
+			exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 1), exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 65535),
+			exclusion(bpfExclusionKindEXCLUSION_PORT_IN, 8080),
+			exclusion(bpfExclusionKindEXCLUSION_UID, 0), exclusion(bpfExclusionKindEXCLUSION_UID, 70000),
+		},
+		addresses: map[bpfAddressKey]bpfAddress{
+			// An address that is both stays the workload's own.
+			address("10.9.1.2"): own, address("fd09::2"): own,
+			address("240.0.0.5"): upstream, address("fd00::5"): upstream,
+		},
+		cidrs: map[bpfCidrKey]uint32{
+			encodeCIDR(netip.MustParsePrefix("10.0.0.0/8"), cookie, generation): 4,
+			encodeCIDR(netip.MustParsePrefix("::/0"), cookie, generation):       6,
+		},
+	}
+	if diff := cmp.Diff(want, encodeRows(w, cookie, generation, true), cmp.AllowUnexported(rows{}), cmpopts.EquateEmpty(),
+		cmp.Comparer(func(a, b bpfConfig) bool { return a == b }), cmp.Comparer(func(a, b bpfAddress) bool { return a == b })); diff != "" {
+		t.Errorf("rows (-want +got):\n%s", diff)
+	}
+}
+
+// A flag that is clear spares the programs a lookup, so it must not be clear
+// where there is a row, nor set where there is none.
+func TestEncodeFlags(t *testing.T) {
+	for name, tc := range map[string]struct {
+		edit func(*Workload)
+		ipv6 bool
+		want bpfConfigFlag
+	}{
+		"nothing":     {func(*Workload) {}, false, 0},
+		"transparent": {func(w *Workload) { w.Mode = ModeTransparent }, false, bpfConfigFlagCONFIG_TRANSPARENT},
+		"gateway":     {func(w *Workload) { w.Mode = ModeGateway }, false, 0},
+		"IPv6":        {func(*Workload) {}, true, bpfConfigFlagCONFIG_IPV6},
+		"UIDs":        {func(w *Workload) { w.ExcludeUIDs = []uint32{0} }, false, bpfConfigFlagCONFIG_UIDS},
+		"ports out":   {func(w *Workload) { w.ExcludeOutboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_OUT},
+		"ports in":    {func(w *Workload) { w.ExcludeInboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_IN},
+		"CIDRs":       {func(w *Workload) { w.ExcludeOutboundCIDRs = prefixes("::/0") }, false, bpfConfigFlagCONFIG_CIDRS},
+		"audit":       {func(w *Workload) { w.Guard = GuardAudit }, false, bpfConfigFlagCONFIG_AUDIT},
+		"enforce":     {func(w *Workload) { w.Guard = GuardEnforce }, false, bpfConfigFlagCONFIG_ENFORCE},
+	} {
+		w := Workload{Mode: ModeDirect, Guard: GuardOff}
+		tc.edit(&w)
+		if got := encodeRows(w, 1, 2, tc.ipv6).config.Flags; got != tc.want {
+			t.Errorf("%s: flags %#x, want %#x", name, got, tc.want)
+		}
+	}
+}
+
+// The three forms of the request's two fields, as Consul's engine reads them.
+func TestEncodeDNS(t *testing.T) {
+	const one, every = bpfConfigFlagCONFIG_DNS, bpfConfigFlagCONFIG_DNS | bpfConfigFlagCONFIG_DNS_ANY
+	resolver := netip.MustParseAddr("fd00::53")
+	for _, tc := range []struct {
+		dns   DNS
+		flags bpfConfigFlag
+		addr  string
+		port  uint16
+	}{
+		{DNS{}, 0, "::", 0},
+		{DNS{Port: 8600}, one, "127.0.0.1", 8600},
+		{DNS{Address: resolver}, every, "fd00::53", 53},
+		{DNS{Address: resolver, Port: 8600}, one, "fd00::53", 8600},
+	} {
+		var got bpfConfig
+		encodeDNS(tc.dns, &got)
+		if got.Flags != tc.flags || got.DnsAddr != encodeAddr(netip.MustParseAddr(tc.addr)) || got.DnsPort != tc.port {
+			t.Errorf("%+v: flags %#x, %s port %d; want %#x, %s port %d",
+				tc.dns, got.Flags, decodeAddr(got.DnsAddr), got.DnsPort, tc.flags, tc.addr, tc.port)
+		}
+	}
+}
