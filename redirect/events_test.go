@@ -48,6 +48,7 @@ func (n *node) readEvents() *reading {
 	n.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &reading{t: n.t, stop: cancel, done: make(chan error, 1)}
+	former := n.lease() // of a reader that died
 	go func() {
 		r.done <- n.Events(ctx, func(event Event) error {
 			r.mutex.Lock()
@@ -57,7 +58,12 @@ func (n *node) readEvents() *reading {
 		})
 	}()
 	n.t.Cleanup(cancel)
-	n.leased(true)
+	test.Eventually(n.t, func() error {
+		if n.lease() <= former {
+			return errors.New("the reader has not begun")
+		}
+		return nil
+	}, "a lease of the reader's own")
 	return r
 }
 

@@ -16,10 +16,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Problem is something that is wrong, and what to do about it.
+// Problem is something that is wrong, and what to do about it. In JSON it is
+// one text.
 type Problem struct {
-	What   string `json:"what"`
-	Remedy string `json:"remedy"`
+	What   string
+	Remedy string
+}
+
+// MarshalText makes one text of both.
+func (p Problem) MarshalText() ([]byte, error) {
+	return []byte(p.What + "; remedy: " + p.Remedy), nil
 }
 
 // Status is the state of the node's data path.
@@ -267,13 +273,18 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 // inspect compares the kernel with the record.
 func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *WorkloadStatus, problem func(remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
+	listeners := make(map[uint64]bool)
+	served := make(map[bpfListenerRole]bool)
 	for _, role := range listenerRoles() {
 		slots, err := tables.registered(r.Cookie, role)
 		if err != nil {
 			return err
 		}
-		status.Proxy.Listeners += len(slots)
+		for _, cookie := range slots {
+			listeners[cookie], served[role] = true, true
+		}
 	}
+	status.Proxy.Listeners = len(listeners)
 	ns, err := openNamespace(r.NetNS)
 	if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
 		problem("run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
@@ -308,6 +319,17 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	}
 	if !attached {
 		problem(anew, "its lookup program is not attached: inbound connections pass the mesh")
+	}
+	sockets, err := ns.listening()
+	if err != nil {
+		return err
+	}
+	for _, s := range sockets {
+		unserved := func(role bpfListenerRole) bool { return !served[role] }
+		if s.uid == w.ProxyUID && slices.ContainsFunc(s.roles(w), unserved) {
+			problem("run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
+				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.addr, s.port))
+		}
 	}
 	return nil
 }

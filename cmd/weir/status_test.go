@@ -82,10 +82,7 @@ func TestStatusJSON(t *testing.T) {
   "maps": [],
   "workloads": 0,
   "problems": [
-    {
-      "what": "w",
-      "remedy": "r"
-    }
+    "w; remedy: r"
   ]
 }
 `})

@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/json"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/cilium/ebpf/link"
+	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/test"
+)
+
+func (n *node) healthy() {
+	n.t.Helper()
+	status, err := n.Status()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if !status.Healthy() || !status.Current {
+		n.t.Errorf("status: %+v, want healthy", status)
+	}
+	if diff := cmp.Diff(programNames(), status.Links); diff != "" {
+		n.t.Errorf("links in force (-want +got):\n%s", diff)
+	}
+}
+
+// ails fails the test unless Status has exactly one problem, which says so and has a
+// remedy.
+func (n *node) ails(what string) {
+	n.t.Helper()
+	status, err := n.Status()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if status.Healthy() || len(status.Problems) != 1 {
+		n.t.Fatalf("problems: %+v, want one with %q", status.Problems, what)
+	}
+	if p := status.Problems[0]; !strings.Contains(p.What, what) || p.Remedy == "" {
+		n.t.Errorf("problem: %+v, want one with %q and a remedy", p, what)
+	}
+}
+
+// damage is something that happens to a node, and what Status says of it.
+type damage struct {
+	name, says string
+	do         func(t *testing.T, a *alloc)
+}
+
+func damages() []damage {
+	list := []damage{
+		{"link unpinned", "weir_connect4 is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.link("weir_connect4")) }},
+		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.link("weir_getsockopt")) }},
+		{"lookup unpinned", "lookup program is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.lookup(a.Cookie())) }},
+		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.lookup(a.Cookie())) }},
+		{"IPv4 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, encodedPrefix4) }},
+		{"IPv6 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, encodedPrefix6) }},
+	}
+	for _, name := range []string{"workloads", "budgets", "proxies", "verdicts"} {
+		list = append(list, damage{"row in " + name, "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.drop(name, a.Cookie()) })
+		}})
+	}
+	list = append(list,
+		damage{"row in configs", "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, generation uint64) error {
+				return tables.drop("configs", bpfConfigKey{Cookie: a.Cookie(), Generation: generation})
+			})
+		}},
+		damage{"row in exclusions", "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, generation uint64) error {
+				return tables.drop("exclusions", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432})
+			})
+		}},
+		damage{"row in addresses", "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, generation uint64) error {
+				return tables.drop("addresses", bpfAddressKey{Cookie: a.Cookie(), Generation: generation, Addr: encodeAddr(a.v6)})
+			})
+		}},
+		damage{"row in cidrs", "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, generation uint64) error {
+				return tables.drop("cidrs", encodeCIDR(netip.MustParsePrefix("172.16.0.0/12"), a.Cookie(), generation))
+			})
+		}},
+		damage{"row in listeners", "is not registered", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, _ uint64) error {
+				return tables.drop("listeners", bpfListenerKey{Cookie: a.Cookie(), Role: bpfListenerRoleLISTENER_OUTBOUND4})
+			})
+		}},
+	)
+	return list
+}
+
+func remove(t *testing.T, path string) {
+	t.Helper()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func detach(t *testing.T, pin string) {
+	t.Helper()
+	pinned, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pinned.Close()
+	if err := pinned.Detach(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func removeRoute(t *testing.T, a *alloc, prefix netip.Prefix) {
+	t.Helper()
+	route := &netlink.Route{LinkIndex: 1, Dst: ipNet(prefix), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL}
+	if prefix.Addr().Is4() {
+		route.Scope = netlink.SCOPE_HOST
+	}
+	a.Do(func() {
+		if err := netlink.RouteDel(route); err != nil {
+			t.Fatalf("remove route %s: %v", prefix, err)
+		}
+	})
+}
+
+func dropRow(t *testing.T, a *alloc, drop func(tables *tables, generation uint64) error) {
+	t.Helper()
+	tables, err := openTables(a.node.paths.maps())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tables.Close()
+	generation, err := tables.generation(a.Cookie())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := drop(tables, generation); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Every damage is named with its remedy, and a CHECK mends it under a living proxy.
+func TestStatusNamesDamage(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) {
+		r.ExcludeOutboundPorts = []uint16{5432}
+		r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("172.16.0.0/12")}
+	})
+	a.startProxy()
+	n.healthy()
+	origin := netip.MustParseAddrPort("192.0.2.1:80")
+	for _, damage := range damages() {
+		t.Run(damage.name, func(t *testing.T) {
+			damage.do(t, a)
+			n := &node{Datapath: n.Datapath, t: t, remote: n.remote}
+			n.ails(damage.says)
+			if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) == 0 {
+				t.Fatalf("check: %v, mended %q", err, mended)
+			}
+			n.healthy()
+			answer, err := a.ask("tcp4", origin.String())
+			if err != nil || answer.Server != a.outbound.Name || answer.Origin != origin {
+				t.Errorf("dial after the check: %+v, error %v", answer, err)
+			}
+			if answer, err := a.fromOutside(a.v4, 8080); err != nil || answer.Server != a.inbound.Name {
+				t.Errorf("dial from outside after the check: %+v, error %v", answer, err)
+			}
+			if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
+				t.Errorf("second check: %v, mended %q", err, mended)
+			}
+		})
+	}
+}
+
+func TestStatusNotLoaded(t *testing.T) {
+	n := &node{Datapath: unloadedDatapath(t), t: t}
+	n.ails("not loaded")
+}
+
+// What cannot be mended in place is named too.
+func TestStatusOfAGoneNamespace(t *testing.T) {
+	d := newDatapath(t)
+	n := &node{Datapath: d, t: t}
+	t.Run("workload", func(t *testing.T) {
+		a := (&node{Datapath: d, t: t, remote: test.NewNetNS(t)}).newAlloc()
+		a.add()
+	})
+	n.ails("namespace is gone")
+	if _, err := d.Collect("nomad", nil); err != nil {
+		t.Fatal(err)
+	}
+	n.healthy()
+}
+
+func TestStatusOfALostRecord(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	remove(t, n.paths.record(a.key))
+	n.ails("its record is gone")
+}
+
+func TestStatusOfAnMPTCPListener(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	if _, err := a.sockets(proxyUID, a.proxyCg).listen("mptcp", outboundListener, unix.IPPROTO_MPTCP); err != nil {
+		t.Fatal(err)
+	}
+	n.ails("is not registered")
+}
+
+// The names are the operator's: scripts read them.
+func TestWorkloadsJSON(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) { r.Notes = []string{"a remark"} })
+	a.startProxy()
+	remove(t, n.paths.lookup(a.Cookie()))
+	list, err := n.Workloads()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rows []struct {
+		ID, Job, Group, NetNS, Cookie, Mode, Guard string
+		Addresses, Notes, Problems                 []string
+		Proxy                                      struct {
+			UID, Cgroup, Inbound, Outbound uint64
+			Identity                       string
+			Listeners                      int
+		}
+	}
+	if err := json.Unmarshal(text, &rows); err != nil {
+		t.Fatal(err)
+	}
+	if len(rows) != 1 {
+		t.Fatalf("%d workloads, want 1", len(rows))
+	}
+	row := rows[0]
+	if row.ID != a.key.ContainerID || row.Job != "job" || row.Group != "group" || row.NetNS != a.Path ||
+		row.Cookie != strconv.FormatUint(a.Cookie(), 10) || row.Mode != "transparent" || row.Guard != "off" {
+		t.Errorf("workload: %+v", row)
+	}
+	if p := row.Proxy; p.UID != proxyUID || p.Cgroup != a.proxyCg.ID || p.Inbound != inboundPort || p.Outbound != outboundPort ||
+		p.Identity != "cgroup" || p.Listeners != 2 {
+		t.Errorf("proxy: %+v", p)
+	}
+	if len(row.Problems) != 1 || !strings.Contains(row.Problems[0], "lookup program is not attached") || !strings.Contains(row.Problems[0], "CNI CHECK") {
+		t.Errorf("problems: %q, want one text with its remedy", row.Problems)
+	}
+	if diff := cmp.Diff([]string{"a remark"}, row.Notes); diff != "" {
+		t.Errorf("notes (-want +got):\n%s", diff)
+	}
+	var names []map[string]any
+	if err := json.Unmarshal(text, &names); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"addresses", "budget", "cookie", "group", "guard", "id", "job", "key", "mode", "netns", "notes", "origins", "problems", "proxy"}
+	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(names[0]))); diff != "" {
+		t.Errorf("names in JSON (-want +got):\n%s", diff)
+	}
+}
