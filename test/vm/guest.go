@@ -203,7 +203,9 @@ func loadModule(path string) error {
 
 // openPort finds the port by its name; it appears a moment after its driver.
 func openPort() (*os.File, error) {
-	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); {
+	again := time.NewTicker(20 * time.Millisecond)
+	defer again.Stop()
+	for end := time.Now().Add(20 * time.Second); time.Now().Before(end); <-again.C {
 		names, err := filepath.Glob("/sys/class/virtio-ports/*/name")
 		if err != nil {
 			return nil, err
@@ -213,7 +215,6 @@ func openPort() (*os.File, error) {
 				return os.OpenFile("/dev/"+filepath.Base(filepath.Dir(file)), os.O_WRONLY, 0)
 			}
 		}
-		time.Sleep(20 * time.Millisecond)
 	}
 	return nil, errors.New("find virtio port: none in 20 seconds")
 }

@@ -118,9 +118,9 @@ func (r *packageResult) print(w io.Writer) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(r.output)) {
 		if name != "" && !good[name] {
-			io.WriteString(w, r.output[name])
+			fmt.Fprint(w, r.output[name])
 		}
 	}
-	io.WriteString(w, r.output[""])
+	fmt.Fprint(w, r.output[""])
 	fmt.Fprintf(w, "FAIL\t%s\t%s\t%s (%s)\n", r.name, took, strings.Join(why, ", "), count)
 }
