@@ -72,9 +72,9 @@ _Static_assert(LISTENER_OUTBOUND4 == LISTENER_INBOUND4 - 2, "roles");
 /* Hands the connection to the first listener of the role. All of a role's
  * listeners take its family, so one that cannot be assigned has just closed,
  * and would have reset the connection a moment later. */
-static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 role)
+static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 role, __u16 port)
 {
-	struct listener_key key = { .cookie = cookie, .role = role };
+	struct listener_key key = { .cookie = cookie, .role = role, .port = port };
 	struct bpf_sock *sk = NULL;
 	long err;
 
@@ -133,6 +133,7 @@ static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struc
 static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
 					   const struct addr *local, const struct addr *remote)
 {
+	const struct config *config = view->config;
 	bool tcp = ctx->protocol == IPPROTO_TCP;
 	__u16 port = ctx->local_port;
 	bool encoded;
@@ -143,9 +144,10 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 		/* What stays in the namespace is not the mesh's business. */
 		if (!encoded)
 			return VERDICT_LOCAL;
+		if (!config)
+			return VERDICT_REFUSED_TABLE;
+		port = config->outbound_port;
 	} else {
-		const struct config *config = view->config;
-
 		/* It would bring the proxy another connection's origin. */
 		if (encoded)
 			return VERDICT_REFUSED_ENCODED;
@@ -165,8 +167,10 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 			return guard(ctx, config, port);
 		if (!config->inbound_port)
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
+		port = config->inbound_port;
 	}
-	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * is_outbound(ctx) + is_ipv6(ctx)))
+	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * is_outbound(ctx) + is_ipv6(ctx),
+		   port))
 		return is_outbound(ctx) ? VERDICT_REDIRECTED : VERDICT_INBOUND;
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */

@@ -128,7 +128,8 @@ enum listener_role {
 struct listener_key {
 	__u64 cookie;
 	enum listener_role role;
-	__u32 slot; /* below LISTENER_SLOTS: workers, hot restart */
+	__u16 port; /* of the listener; who looks has it from the generation in force */
+	__u16 slot; /* below LISTENER_SLOTS: workers, hot restart */
 };
 
 /* Who bound a socket. sockops runs without a process and reads it here. */

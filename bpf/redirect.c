@@ -317,7 +317,7 @@ int weir_bind6(struct bpf_sock *sk)
  * and both sides of a hot restart; an occupied one is never taken over. */
 static __always_inline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 {
-	struct listener_key key = { .cookie = cookie, .role = role };
+	struct listener_key key = { .cookie = cookie, .role = role, .port = ctx->local_port };
 	int err = -EEXIST;
 
 	for (__u32 slot = 0; slot < LISTENER_SLOTS && err == -EEXIST; slot++) {

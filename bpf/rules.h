@@ -74,9 +74,9 @@ static __always_inline bool wants_dns(const struct view *view, const struct dial
 	       addr_equal(&dial->origin, &view->config->dns_addr);
 }
 
-static __noinline bool listening(__u64 cookie, __u32 role)
+static __noinline bool listening(__u64 cookie, __u32 role, __u16 port)
 {
-	struct listener_key key = { .cookie = cookie, .role = role };
+	struct listener_key key = { .cookie = cookie, .role = role, .port = port };
 
 	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
 		struct bpf_sock *sk;
@@ -152,16 +152,17 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 	}
 	if (listens == (PROXY_LISTENS4 | PROXY_LISTENS6)) {
 		/* Both were seen, perhaps at different times: ask what is there now. */
-		bool six = listening(view->cookie, LISTENER_OUTBOUND6);
+		__u16 port = view->config->outbound_port;
+		bool six = listening(view->cookie, LISTENER_OUTBOUND6, port);
 
 		if (six && use6 && !addr_is_mapped(&dial->origin))
 			use4 = false;
 		else if (use6 && six)
-			use4 = use4 && listening(view->cookie, LISTENER_OUTBOUND4);
+			use4 = use4 && listening(view->cookie, LISTENER_OUTBOUND4, port);
 		else
 			use6 = false;
 		if (!use6 && dial->family == AF_INET && six &&
-		    !listening(view->cookie, LISTENER_OUTBOUND4))
+		    !listening(view->cookie, LISTENER_OUTBOUND4, port))
 			use4 = false;
 	} else if (listens == PROXY_LISTENS6) {
 		use4 = false;

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 
@@ -32,15 +31,12 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 	if err != nil {
 		return nil, err
 	}
-	if adopted, err = tables.evict(ns.cookie, sockets, w); err != nil {
-		return adopted, err
-	}
 	for _, socket := range sockets {
 		roles := socket.roles(w)
 		if len(roles) == 0 || socket.uid != w.ProxyUID {
 			continue
 		}
-		missing, err := tables.missingFrom(ns.cookie, roles, socket.cookie)
+		missing, err := tables.missingFrom(ns.cookie, roles, &w, socket.cookie)
 		if err != nil {
 			return adopted, err
 		}
@@ -58,7 +54,7 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 			unix.Close(fd)
 			continue // a second claimant
 		}
-		err = tables.enlist(ns.cookie, missing, fd)
+		err = tables.enlist(ns.cookie, missing, &w, fd)
 		unix.Close(fd)
 		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
 		// and a proxy with more listeners than slots has enough of them there.
@@ -94,46 +90,41 @@ func roleFlag(role bpfListenerRole) bpfProxyFlag {
 	return 0
 }
 
-// evict takes the listeners out that live on but serve their role no more: the
-// workload has another port now. Closed ones have left by themselves.
-func (t *tables) evict(cookie uint64, sockets []socket, w Workload) (evicted []string, err error) {
-	for _, role := range listenerRoles() {
-		slots, err := t.registered(cookie, role)
-		if err != nil {
-			return evicted, err
-		}
-		for slot, registered := range slots {
-			at := slices.IndexFunc(sockets, func(s socket) bool { return s.cookie == registered })
-			if at < 0 || slices.Contains(sockets[at].roles(w), role) {
-				continue
-			}
-			if err := t.drop("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}); err != nil {
-				return evicted, err
-			}
-			evicted = append(evicted, fmt.Sprintf("listener %s given up", netip.AddrPortFrom(sockets[at].addr, sockets[at].port)))
-		}
-	}
-	return evicted, nil
-}
-
 // forgetAdopted lets the kernel learn a proxy anew once the one that user space
 // took in has no listener left. The kernel does not count those, so it waits.
 func (t *tables) forgetAdopted(cookie uint64, proxy bpfProxy) (bpfProxy, error) {
 	if proxy.Flags&bpfProxyFlagPROXY_PINNED == 0 {
 		return proxy, nil
 	}
-	for _, role := range listenerRoles() {
-		slots, err := t.registered(cookie, role)
-		if err != nil || len(slots) > 0 {
-			return proxy, err
-		}
+	if any, err := t.anyListener(cookie); err != nil || any {
+		return proxy, err
 	}
 	return bpfProxy{}, t.put("proxies", cookie, bpfProxy{}, ebpf.UpdateAny)
 }
 
-func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, socket uint64) (missing []bpfListenerRole, err error) {
+// anyListener reports whether a listener on whatever port is registered.
+func (t *tables) anyListener(cookie uint64) (bool, error) {
+	table, err := t.table("listeners")
+	if err != nil {
+		return false, err
+	}
+	var key bpfListenerKey
+	var socket uint64
+	rows := table.Iterate()
+	for rows.Next(&key, &socket) {
+		if key.Cookie == cookie {
+			return true, nil
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return false, fmt.Errorf("walk listeners: %w", err)
+	}
+	return false, nil
+}
+
+func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, w *Workload, socket uint64) (missing []bpfListenerRole, err error) {
 	for _, role := range roles {
-		slots, err := t.registered(cookie, role)
+		slots, err := t.registered(cookie, role, w)
 		if err != nil {
 			return nil, err
 		}
@@ -149,11 +140,11 @@ func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, socket uint
 }
 
 // enlist puts a socket into the first free slot of each role.
-func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, fd int) error {
+func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, w *Workload, fd int) error {
 	for _, role := range roles {
 		var err error
-		for slot := range uint32(listenerSlots) {
-			err = t.put("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}, uint64(fd), ebpf.UpdateNoExist)
+		for slot := range uint16(listenerSlots) {
+			err = t.put("listeners", listenerKey(cookie, role, slot, w), uint64(fd), ebpf.UpdateNoExist)
 			if !errors.Is(err, ebpf.ErrKeyExist) {
 				break
 			}

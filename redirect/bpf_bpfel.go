@@ -157,7 +157,8 @@ type bpfListenerKey struct {
 	_      structs.HostLayout
 	Cookie uint64
 	Role   bpfListenerRole
-	Slot   uint32
+	Port   uint16
+	Slot   uint16
 }
 
 type bpfListenerRole uint32

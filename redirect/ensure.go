@@ -48,6 +48,12 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.begin(r); err != nil {
 			return changed, err
 		}
+		if before.Complete && !samePorts(before.Applied, workload) {
+			// Those that wait at the new ports already, before anybody is sent there.
+			if _, err := adopt(tables, d.paths, ns, workload); err != nil {
+				return changed, err
+			}
+		}
 		if err := d.replaceRows(tables, r, &before, workload); err != nil {
 			return changed, err
 		}
@@ -90,10 +96,20 @@ func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workl
 		return err
 	}
 	waitForReaders()
-	if before.Complete && old != 0 {
-		return tables.dropRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old)
+	if !before.Complete || old == 0 {
+		return tables.dropStale(r.Cookie)
 	}
-	return tables.dropStale(r.Cookie)
+	if err := tables.dropRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
+		return err
+	}
+	if samePorts(before.Applied, workload) {
+		return nil
+	}
+	return tables.evict(r.Cookie, workload.OutboundPort, workload.InboundPort)
+}
+
+func samePorts(a, b Workload) bool {
+	return a.OutboundPort == b.OutboundPort && a.InboundPort == b.InboundPort
 }
 
 // sweep removes what belongs to namespaces that died: their records, and the

@@ -276,7 +276,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	listeners := make(map[uint64]bool)
 	served := make(map[bpfListenerRole]bool)
 	for _, role := range listenerRoles() {
-		slots, err := tables.registered(r.Cookie, role)
+		slots, err := tables.registered(r.Cookie, role, &w)
 		if err != nil {
 			return err
 		}

@@ -143,6 +143,10 @@ func (m *tables) dropStale(cookie uint64) error {
 	if err != nil {
 		return err
 	}
+	var config bpfConfig
+	if _, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: current}, &config); err != nil {
+		return err
+	}
 	scope := encodeCIDR(encodedPrefix4, cookie, current).Scope
 	return errors.Join(
 		dropIf[bpfExclusionKey, uint32](m, "exclusions", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
@@ -151,6 +155,7 @@ func (m *tables) dropStale(cookie uint64) error {
 			return [2]uint32(k.Scope[:2]) == [2]uint32(scope[:2]) && k.Scope != scope
 		}),
 		dropIf[bpfConfigKey, bpfConfig](m, "configs", func(k bpfConfigKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		m.evict(cookie, config.OutboundPort, config.InboundPort),
 	)
 }
 
@@ -172,7 +177,7 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 	if err != nil {
 		return err
 	}
-	if err := m.eraseListeners(cookie); err != nil {
+	if err := m.eraseListeners(cookie, applied); err != nil {
 		return err
 	}
 	if err := m.eraseOrigins(cookie); err != nil {
@@ -229,19 +234,40 @@ func listenerRoles() []bpfListenerRole {
 
 // eraseListeners takes the sockets out that are still open. They leave by
 // themselves when they close, so the proxy's row says whether there are any.
-func (m *tables) eraseListeners(cookie uint64) error {
+func (m *tables) eraseListeners(cookie uint64, applied *Workload) error {
 	var proxy bpfProxy
 	if found, err := m.get("proxies", cookie, &proxy); err != nil || found && proxy.Cgroup == 0 {
 		return err
 	}
+	if applied == nil {
+		return m.evict(cookie, 0, 0)
+	}
 	for _, role := range listenerRoles() {
-		for slot := range uint32(listenerSlots) {
-			if err := m.drop("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}); err != nil {
+		for slot := range uint16(listenerSlots) {
+			if err := m.drop("listeners", listenerKey(cookie, role, slot, applied)); err != nil {
 				return err
 			}
 		}
 	}
 	return nil
+}
+
+// evict takes the listeners out that live on at other ports than these. It
+// walks the table, which has a few rows a workload.
+func (m *tables) evict(cookie uint64, outbound, inbound uint16) error {
+	w := Workload{OutboundPort: outbound, InboundPort: inbound}
+	return dropIf[bpfListenerKey, uint64](m, "listeners", func(k bpfListenerKey) bool {
+		return k.Cookie == cookie && k != listenerKey(cookie, k.Role, k.Slot, &w)
+	})
+}
+
+// listenerKey is the key of a listener that serves the role in w.
+func listenerKey(cookie uint64, role bpfListenerRole, slot uint16, w *Workload) bpfListenerKey {
+	key := bpfListenerKey{Cookie: cookie, Role: role, Port: w.InboundPort, Slot: slot}
+	if role == bpfListenerRoleLISTENER_OUTBOUND4 || role == bpfListenerRoleLISTENER_OUTBOUND6 {
+		key.Port = w.OutboundPort
+	}
+	return key
 }
 
 // waitForReaders returns when every program run that began before it has
@@ -265,12 +291,12 @@ func (m *tables) proxyState(cookie uint64) (bpfProxy, error) {
 	return proxy, nil
 }
 
-// registered returns the cookies of the sockets that hold a role's slots.
-func (m *tables) registered(cookie uint64, role bpfListenerRole) (map[uint32]uint64, error) {
-	slots := make(map[uint32]uint64)
-	for slot := range uint32(listenerSlots) {
+// registered returns the cookies of the sockets that hold a role's slots in w.
+func (m *tables) registered(cookie uint64, role bpfListenerRole, w *Workload) (map[uint16]uint64, error) {
+	slots := make(map[uint16]uint64)
+	for slot := range uint16(listenerSlots) {
 		var socket uint64
-		found, err := m.get("listeners", bpfListenerKey{Cookie: cookie, Role: role, Slot: slot}, &socket)
+		found, err := m.get("listeners", listenerKey(cookie, role, slot, w), &socket)
 		if err != nil {
 			return nil, fmt.Errorf("read listeners: %w", err)
 		}
