@@ -171,6 +171,22 @@ func TestOutboundUpstream(t *testing.T) {
 			direct(t, got.Answer, listener4.Name, listener4.Addr)
 		})
 	})
+	t.Run("bound to lo", func(t *testing.T) {
+		a.moves(t, map[Verdict]uint64{ToUpstream: 1}, func() {
+			got := p.last(t, stream(unix.AF_INET).device("lo").connect("240.0.0.5:80").ask("")).Answer
+			if got.Server != listener4.Name || got.To.String() != "240.0.0.5:80" {
+				t.Errorf("%s answered as %s, want %s", got.Server, got.To, listener4.Name)
+			}
+		})
+	})
+	t.Run("connected already", func(t *testing.T) {
+		a.moves(t, map[Verdict]uint64{ToUpstream: 1}, func() {
+			got := p.last(t, stream(unix.AF_INET).connect("240.0.0.5:80").connect(somewhere).fails(unix.EISCONN).ask("")).Answer
+			if got.To.String() != "240.0.0.5:80" {
+				t.Errorf("getpeername = %s, want what was dialled first", got.To)
+			}
+		})
+	})
 	t.Run("neighbour of a virtual IP", func(t *testing.T) {
 		a.proxied(t, p, stream(unix.AF_INET).connect("240.0.0.7:80").ask(""), "240.0.0.7:80", a.v4)
 	})
