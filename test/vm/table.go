@@ -89,9 +89,14 @@ func table(results []kernelResult) (string, error) {
 		}
 	}
 	var text strings.Builder
-	fmt.Fprintf(&text, "Instructions that the verifier looks at, load time (%s, the shortest of five), memory. Of a map\n"+
-		"the kernel tells before Linux 6.4 the most that it may take, later what it takes.\n\n%s\n%s\n",
-		map[string]string{"tcg": "in an emulated processor, some ten times slower than a real one", "kvm": "in a virtual machine"}[results[0].accel], head, rule)
+	where := map[string]string{"tcg": "in an emulated processor, some ten times slower than a real one", "kvm": "in a virtual machine"}
+	fmt.Fprintf(&text, `Instructions that the verifier looks at; time to load, relocation in user space included (%s;
+the shortest of five); memory. Of a map the kernel tells before Linux 6.4 the most that it may
+take, later what it takes.
+
+%s
+%s
+`, where[results[0].accel], head, rule)
 	for _, name := range order {
 		fmt.Fprintf(&text, "| %s |%s\n", name, rows[name])
 	}
