@@ -14,7 +14,6 @@ import (
 	"net/url"
 	"os"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -39,7 +38,6 @@ func defaultPatience() patience { return patience{read: 10 * time.Second, block:
 type consul struct {
 	client *api.Client
 	config ConsulConfig
-	denies atomic.Bool // Consul refuses what no token allows
 	patience
 }
 
@@ -138,7 +136,7 @@ func (c *consul) services(ctx context.Context) (answer, error) {
 	}
 	// Consul says so to no anonymous token, which sees nothing where the
 	// policy is to deny.
-	hidden := seen.filtered || options.Token == "" && c.denies.Load() && len(body) <= len("{}\n")
+	hidden := seen.filtered || options.Token == "" && seen.policy == "deny" && len(body) <= len("{}\n")
 	return answer{body: body, hidden: hidden}, nil
 }
 
@@ -198,7 +196,6 @@ func (c *consul) changed(ctx context.Context, node string, index uint64) (uint64
 	if err != nil {
 		return 0, fmt.Errorf("wait for changes in Consul: %w", brief(err))
 	}
-	c.denies.Store(meta.DefaultACLPolicy == "deny")
 	if meta.LastIndex < index {
 		return 0, nil // Consul began anew
 	}
@@ -269,7 +266,10 @@ func concernsOne(err error) bool {
 
 // headers are what the library does not hand on of an answer without the
 // usual ones.
-type headers struct{ filtered bool }
+type headers struct {
+	filtered bool
+	policy   string // on what no rule of a token names
+}
 
 type headersKey struct{}
 
@@ -288,6 +288,7 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 	}
 	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
 		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
 	}
 	response.Body = &boundedBody{body: response.Body, left: answerLimit}
 	return response, nil

@@ -68,7 +68,9 @@ type registration struct {
 	Address              string
 	Port                 int
 	Namespace, Partition string
+	Datacenter           string
 	Meta                 map[string]string
+	TaggedAddresses      map[string]struct{ Port int }
 	Proxy                struct {
 		DestinationServiceID string
 		Mode                 string
@@ -138,6 +140,13 @@ func (r registration) proxy() proxy {
 	if p.Transparent {
 		p.Outbound, _ = portNumber(r.Proxy.TransparentProxy.OutboundListenerPort)
 	}
+	if configTrue(r.Proxy.Config["envoy_gateway_bind_tagged_addresses"]) {
+		for _, tagged := range r.TaggedAddresses {
+			if port, ok := portNumber(tagged.Port); ok {
+				p.Open = append(p.Open, port)
+			}
+		}
+	}
 	p.Open = append(p.Open, gatewayBinds(r.Proxy.Config["envoy_gateway_bind_addresses"])...)
 	for _, key := range []string{"envoy_prometheus_bind_addr", "envoy_stats_bind_addr"} {
 		p.Open = append(p.Open, bindPort(r.Proxy.Config[key])...)
@@ -164,7 +173,7 @@ func (r registration) proxy() proxy {
 		p.Upstreams = append(p.Upstreams, upstream{
 			Of:       service{Name: u.DestinationName, Namespace: u.DestinationNamespace, Partition: u.DestinationPartition},
 			Listener: listener,
-			Remote:   u.DestinationPeer != "" || u.Datacenter != "" || u.DestinationType == "prepared_query",
+			Remote:   u.DestinationPeer != "" || u.Datacenter != "" && u.Datacenter != r.Datacenter || u.DestinationType == "prepared_query",
 		})
 	}
 	if asked, ok := r.Meta[guardMeta]; ok {

@@ -44,7 +44,7 @@ type follower struct {
 
 	mu      sync.Mutex
 	view    view
-	waiting time.Time // since when an allocation waits for its registration; zero: none
+	waiting time.Time // since when the newest allocation waits for its registration; zero: none
 
 	digest  [sha256.Size]byte // of the last answer
 	lookups *lookups
@@ -64,11 +64,11 @@ func (f *follower) current() view {
 	return f.view
 }
 
-// await says since when an allocation waits for its registration; the zero
-// time says that none does.
+// await says since when the newest allocation waits for its registration; the
+// zero time says that none does.
 func (f *follower) await(since time.Time) {
 	f.mu.Lock()
-	began := f.waiting.IsZero() && !since.IsZero() || since.After(f.waiting)
+	began := since.After(f.waiting)
 	f.waiting = since
 	f.mu.Unlock()
 	if began {
@@ -136,7 +136,7 @@ func pause(ctx context.Context, length time.Duration, early <-chan struct{}) boo
 type tempo struct {
 	watch    bool
 	failures int           // in a row
-	waiting  time.Duration // of the longest-known allocation without a registration; 0: none
+	waiting  time.Duration // of the newest allocation without a registration; 0: none
 	more     bool          // lookups are left over
 }
 

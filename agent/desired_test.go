@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// The pieces of the table: one allocation, and what may be known of it.
+const allocation = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
+
+func found() attachment {
+	return attachment{
+		Key: redirect.Key{ContainerID: allocation, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + allocation,
+		Job: redirect.Job{ID: "j1", AllocID: allocation}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
+		Ports: []portMapping{{HostPort: 20001, ContainerPort: 20001}, {HostPort: 8181, ContainerPort: 8181}, {HostPort: 25000, ContainerPort: 8080}},
+	}
+}
+
+func onRecord(mode redirect.Mode) *redirect.Known {
+	return &redirect.Known{Key: found().Key, Request: redirect.Request{Mode: mode}, Complete: true}
+}
+
+func sidecar(change ...func(*proxy)) proxy {
+	p := proxy{ID: "web-sidecar-proxy", Kind: kindSidecar, AllocID: allocation, ServiceID: "web", Inbound: 20001}
+	for _, edit := range change {
+		edit(&p)
+	}
+	return p
+}
+
+func to(name, listener string) upstream {
+	return upstream{Of: service{Name: name}, Listener: netip.MustParseAddrPort(listener)}
+}
+
+func addrs(texts ...string) (list []netip.Addr) {
+	for _, text := range texts {
+		list = append(list, netip.MustParseAddr(text))
+	}
+	return list
+}
+
+func TestDesire(t *testing.T) {
+	audit := policy{Guard: redirect.GuardAudit, ProxyUID: 101}
+	transparent := func(p *proxy) { p.Transparent, p.Outbound = true, 15009 }
+	add := func(mode redirect.Mode) *redirect.Request {
+		a := found()
+		return &redirect.Request{Network: a.Network, Job: a.Job, Mode: mode, ProxyUID: 101, Addresses: a.Addresses}
+	}
+	for _, c := range []struct {
+		name    string
+		subject subject
+		facts   facts
+		policy  policy
+		want    wish
+	}{
+		{
+			name:    "Consul knows nothing of it: what is stays",
+			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent)},
+			policy:  audit,
+		},
+		{
+			name:    "transparent: ports of Consul win, mapped ports stay the proxy's",
+			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			policy:  audit,
+			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit}},
+		},
+		{
+			name: "transparent: a static port without to is opened",
+			subject: subject{attachment: func() attachment {
+				a := found()
+				a.Mesh = `{"ExcludeInboundPorts":["0","7071"]}`
+				return a
+			}(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			policy: audit,
+			want: wish{Overlay: &redirect.Overlay{
+				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8181}}},
+		},
+		{
+			name: "expose paths, metrics and exposed checks are open",
+			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
+				p.Open, p.ExposeCheck = []uint16{9102, 21500}, true
+			})}},
+			facts:  facts{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
+			policy: audit,
+			want: wish{Overlay: &redirect.Overlay{
+				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{9102, 21500, 21501}}},
+		},
+		{
+			name:    "transparent on record, direct in Consul",
+			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar()}},
+			policy:  audit,
+			want: wish{
+				Overlay:  &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit},
+				Problems: []string{"it is redirected, but Consul has its proxy in direct mode, without an outbound listener"},
+			},
+		},
+		{
+			name:    "no plugin was called: put under Weir, mapped ports open",
+			subject: subject{attachment: found(), Proxies: []proxy{sidecar()}},
+			policy:  audit,
+			want: wish{
+				Add: add(redirect.ModeDirect),
+				Overlay: &redirect.Overlay{
+					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
+			},
+		},
+		{
+			name:    "no plugin was called, and Consul has it transparent",
+			subject: subject{attachment: found(), Proxies: []proxy{sidecar(transparent)}},
+			policy:  audit,
+			want: wish{
+				Add: add(redirect.ModeDirect),
+				Overlay: &redirect.Overlay{
+					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
+				Problems: []string{"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh"},
+			},
+		},
+		{
+			name: "a plugin was asked, but its record is not there: not the agent's to make up",
+			subject: subject{attachment: func() attachment {
+				a := found()
+				a.Mesh = `{}`
+				return a
+			}(), Proxies: []proxy{sidecar(transparent)}},
+			policy: audit,
+		},
+		{
+			name: "a gateway: its listeners are open and it has none for the mesh",
+			subject: subject{attachment: found(), Proxies: []proxy{{
+				ID: "in", Kind: kindIngress, AllocID: allocation, Self: service{Name: "in"}, Open: []uint16{8443}}}},
+			facts:  facts{GatewayPorts: map[service][]uint16{{Name: "in"}: {8080, 9090}}},
+			policy: audit,
+			want: wish{
+				Add: add(redirect.ModeGateway),
+				Overlay: &redirect.Overlay{
+					Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 8443, 9090, 20001}},
+			},
+		},
+		{
+			name: "two services in one allocation",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
+				sidecar(func(p *proxy) { p.Upstreams = []upstream{to("cache", "127.0.0.1:6379")} }),
+				sidecar(func(p *proxy) {
+					p.ID, p.Inbound, p.Upstreams = "z", 20002, []upstream{to("api", "127.0.0.1:9191")}
+				}),
+			}},
+			facts: facts{VirtualIPs: map[service][]netip.Addr{
+				{Name: "api"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2", "10.1.1.1")}},
+			policy: audit,
+			want: wish{Overlay: &redirect.Overlay{
+				InboundPort: 20001, ExcludeInboundPorts: []uint16{20002}, Guard: redirect.GuardAudit,
+				Upstreams: []redirect.Upstream{
+					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
+					{Name: "cache", Addresses: addrs("240.0.0.2", "10.1.1.1"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
+				},
+			}},
+		},
+		{
+			name: "upstreams without a virtual IP here are left to their listener",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
+				sidecar(func(p *proxy) {
+					far := to("api", "127.0.0.1:7000")
+					far.Remote = true
+					p.Upstreams = []upstream{far, to("new", "127.0.0.1:7001"), to("api", "127.0.0.1:9191"), to("api", "127.0.0.1:9292")}
+				})}},
+			facts: facts{
+				VirtualIPs: map[service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
+				Unanswered: map[service]string{{Name: "new"}: "forbidden"},
+			},
+			policy: audit,
+			want: wish{
+				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit, Upstreams: []redirect.Upstream{
+					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
+				Problems: []string{"forbidden"},
+			},
+		},
+		{
+			name: "a job strengthens the guard",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect),
+				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardEnforce })}},
+			policy: audit,
+			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+		},
+		{
+			name: "a job does not weaken the guard",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect),
+				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardOff })}},
+			policy: policy{Guard: redirect.GuardEnforce},
+			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+		},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got := desire(c.subject, c.facts, c.policy)
+			if diff := cmp.Diff(c.want, got, sameAddrs()); diff != "" {
+				t.Errorf("wish (-want +got):\n%s", diff)
+			}
+			if got.Overlay == nil {
+				return
+			}
+			request := redirect.Request{}
+			if got.Add != nil {
+				request = *got.Add
+			} else if c.subject.Known != nil {
+				request = c.subject.Known.Request
+			}
+			if err := redirect.Merge(request, *got.Overlay).Validate(); err != nil {
+				t.Errorf("the data path would refuse it: %v", err)
+			}
+			again := desire(c.subject, c.facts, c.policy)
+			if !redirect.Merge(request, *again.Overlay).Equal(redirect.Merge(request, *got.Overlay)) {
+				t.Error("the same again is not the same")
+			}
+		})
+	}
+}
+
+func TestLostRequestIsThatOfNomad(t *testing.T) {
+	a := found()
+	a.Mesh = `{"ConsulDNSIP":"10.99.0.1","ConsulDNSPort":8600,"ProxyUserID":"1101","ProxyInboundPort":23435,"ProxyOutboundPort":15001,
+		"ExcludeInboundPorts":["0","7071"],"ExcludeOutboundPorts":["25"],"ExcludeOutboundCIDRs":["10.0.0.0/8"],"ExcludeUIDs":["0"]}`
+	got, err := lostRequest(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := &redirect.Request{
+		Network: a.Network, Job: a.Job, Mode: redirect.ModeTransparent, ProxyUID: 1101, InboundPort: 23435, OutboundPort: 15001,
+		Addresses: a.Addresses, DNS: redirect.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600},
+		ExcludeInboundPorts: []uint16{7071}, ExcludeOutboundPorts: []uint16{25},
+		ExcludeOutboundCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, ExcludeUIDs: []uint32{0},
+	}
+	if diff := cmp.Diff(want, got, sameAddrs(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("request (-want +got):\n%s", diff)
+	}
+	for _, mesh := range []string{`x`, `{}`, `{"ProxyUserID":"envoy"}`, `{"ProxyUserID":"1","ExcludeOutboundCIDRs":["ten"]}`, `{"ProxyUserID":"1","ExcludeUIDs":["-1"]}`} {
+		a.Mesh = mesh
+		if got, err := lostRequest(a); err == nil {
+			t.Errorf("request of %s = %+v, want an error", mesh, got)
+		}
+	}
+}

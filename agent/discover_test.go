@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// A result as libcni 1.3 writes it after Nomad's bridge network.
+const cachedResult = `{
+  "kind": "cniCacheV1", "containerId": "b412a0b1-e285-703a-01ba-3d1b2e2228f7", "config": "e30=", "ifName": "eth0", "networkName": "nomad",
+  "netns": "/var/run/netns/b412a0b1-e285-703a-01ba-3d1b2e2228f7",
+  "cniArgs": [["IgnoreUnknown","true"],["NOMAD_JOB_ID","j1"],["NOMAD_GROUP_NAME","g"],["NOMAD_NAMESPACE","default"],["NOMAD_REGION","global"],
+              ["NOMAD_ALLOC_ID","b412a0b1-e285-703a-01ba-3d1b2e2228f7"],["CONSUL_IPTABLES_CONFIG","{\"ExcludeInboundPorts\":[\"0\",\"7071\"]}"]],
+  "capabilityArgs": {"portMappings": [
+    {"hostPort": 23435, "containerPort": 23435, "protocol": "tcp", "hostIP": "10.99.0.1"},
+    {"hostPort": 23435, "containerPort": 23435, "protocol": "udp", "hostIP": "10.99.0.1"},
+    {"hostPort": 8181, "containerPort": 8181, "protocol": "tcp", "hostIP": "10.99.0.1"},
+    {"hostPort": 25000, "containerPort": 8080, "protocol": "tcp", "hostIP": "10.99.0.1"}]},
+  "result": {"cniVersion": "0.4.0",
+    "interfaces": [{"name": "nomad"}, {"name": "veth0"}, {"name": "eth0", "sandbox": "/var/run/netns/b412a0b1-e285-703a-01ba-3d1b2e2228f7"}],
+    "ips": [{"version": "4", "interface": 2, "address": "172.26.64.13/20"}, {"version": "4", "interface": 0, "address": "172.26.64.1/20"},
+            {"version": "6", "interface": 2, "address": "fd00::2/64"}]}}`
+
+func TestParseCache(t *testing.T) {
+	got, ok, err := parseCache([]byte(cachedResult))
+	if err != nil || !ok {
+		t.Fatalf("parse = %v, %v", ok, err)
+	}
+	const id = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
+	want := attachment{
+		Key: redirect.Key{ContainerID: id, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + id,
+		Job:       redirect.Job{Region: "global", Namespace: "default", ID: "j1", Group: "g", AllocID: id},
+		Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13"), netip.MustParseAddr("fd00::2")},
+		Ports: []portMapping{
+			{HostPort: 23435, ContainerPort: 23435, Protocol: "tcp"}, {HostPort: 23435, ContainerPort: 23435, Protocol: "udp"},
+			{HostPort: 8181, ContainerPort: 8181, Protocol: "tcp"}, {HostPort: 25000, ContainerPort: 8080, Protocol: "tcp"},
+		},
+		Mesh: `{"ExcludeInboundPorts":["0","7071"]}`,
+	}
+	if diff := cmp.Diff(want, got, sameAddrs()); diff != "" {
+		t.Errorf("attachment (-want +got):\n%s", diff)
+	}
+}
+
+// Older libraries do not write the namespace beside the result.
+func TestParseCacheFindsTheNamespaceInTheResult(t *testing.T) {
+	var entry map[string]any
+	if err := json.Unmarshal([]byte(cachedResult), &entry); err != nil {
+		t.Fatal(err)
+	}
+	delete(entry, "netns")
+	data, err := json.Marshal(entry)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, _, err := parseCache(data)
+	if err != nil || got.NetNS != "/var/run/netns/b412a0b1-e285-703a-01ba-3d1b2e2228f7" {
+		t.Errorf("namespace = %q, %v", got.NetNS, err)
+	}
+}
+
+func TestParseCacheLeavesOthersAlone(t *testing.T) {
+	for _, text := range []string{`{}`, `{"kind":"cniCacheV1","containerId":"pod","ifName":"eth0"}`, `{"kind":"later","containerId":"a","ifName":"b"}`} {
+		if got, ok, err := parseCache([]byte(text)); ok || err != nil {
+			t.Errorf("parse of %s = %+v, %v, %v; want nothing", text, got, ok, err)
+		}
+	}
+}
+
+func TestCacheReadsChangesAndTellsOfDamage(t *testing.T) {
+	c := &cache{dir: filepath.Join(t.TempDir(), "results")}
+	if found, problems, err := c.read(); err != nil || len(found)+len(problems) > 0 {
+		t.Fatalf("read of a directory that is not there = %v, %v, %v; want nothing", found, problems, err)
+	}
+	if err := os.Mkdir(c.dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := writeFile(t, filepath.Join(c.dir, "nomad-b412-eth0"), cachedResult[:200])
+	if found, problems, err := c.read(); err != nil || len(found) != 0 || len(problems) != 1 {
+		t.Fatalf("read of half a file = %v, %v, %v; want one problem", found, problems, err)
+	}
+	writeFile(t, path, cachedResult)
+	found, problems, err := c.read()
+	if err != nil || len(found) != 1 || len(problems) != 0 {
+		t.Fatalf("read of the whole file = %v, %v, %v; want one attachment", found, problems, err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if found, _, err := c.read(); err != nil || len(found) != 0 {
+		t.Errorf("read after the file is gone = %v, %v; want nothing", found, err)
+	}
+}
+
+func TestStaticPortsWithoutTo(t *testing.T) {
+	mapping := func(host, container uint16) portMapping {
+		return portMapping{HostPort: host, ContainerPort: container, Protocol: "tcp"}
+	}
+	for _, c := range []struct {
+		name    string
+		ports   []portMapping
+		unnamed int
+		want    []uint16
+	}{
+		{"none is unnamed", []portMapping{mapping(8181, 8181)}, 0, nil},
+		{"the numbers add up", []portMapping{mapping(8181, 8181), mapping(25001, 25001)}, 2, []uint16{8181, 25001}},
+		{"a dynamic one is left out", []portMapping{mapping(8181, 8181), mapping(25001, 25001)}, 1, []uint16{8181}},
+		{"the proxy's own is no static port", []portMapping{mapping(20000, 20000), mapping(8181, 8181)}, 1, []uint16{8181}},
+		{"one with to is named elsewhere", []portMapping{mapping(8181, 80), mapping(8182, 8182)}, 1, []uint16{8182}},
+		{"both protocols count once", []portMapping{mapping(8181, 8181), mapping(8181, 8181)}, 1, []uint16{8181}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if diff := cmp.Diff(c.want, attachment{Ports: c.ports}.staticPorts(c.unnamed, 20000)); diff != "" {
+				t.Errorf("ports (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
