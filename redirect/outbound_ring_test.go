@@ -44,7 +44,7 @@ type ringEntry struct {
 }
 
 // connectByRing connects by io_uring, and by a worker of the kernel if told to.
-func connectByRing(fd int, addr netip.AddrPort, worker bool) error {
+func connectByRing(fd int, addr netip.AddrPort, worker bool) (err error) {
 	var params ringParams
 	ring, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, ringEntries, uintptr(unsafe.Pointer(&params)), 0)
 	if errno != 0 {
@@ -56,12 +56,12 @@ func connectByRing(fd int, addr netip.AddrPort, worker bool) error {
 	if err != nil {
 		return err
 	}
-	defer unix.Munmap(rings)
+	defer func() { err = errors.Join(err, unix.Munmap(rings)) }()
 	entries, err := unix.Mmap(int(ring), ringOffsetSQEs, ringSubmission*int(params.SQEntries), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_POPULATE)
 	if err != nil {
 		return err
 	}
-	defer unix.Munmap(entries)
+	defer func() { err = errors.Join(err, unix.Munmap(entries)) }()
 	word := func(offset uint32) *uint32 { return (*uint32)(unsafe.Pointer(&rings[offset])) }
 
 	raw, length := ringSockaddr(fd, addr)

@@ -42,7 +42,7 @@ type outcome struct {
 	Value   int         // of original: the length of the answer
 }
 
-// patience bounds a call that blocks. It is only spent where packets are lost.
+// scriptPatience bounds a call that blocks. It is only spent where packets are lost.
 const scriptPatience = 10 // seconds
 
 // script is a list of steps. Each method returns a longer one and leaves the
@@ -77,7 +77,6 @@ func (s script) connect(addr string) script { return s.to("connect", addr) }
 func (s script) listen() script             { return s.do(step{Do: "listen"}) }
 func (s script) disconnect() script         { return s.do(step{Do: "disconnect"}) }
 func (s script) names() script              { return s.do(step{Do: "names"}) }
-func (s script) shut() script               { return s.do(step{Do: "close"}) }
 
 // ask reads the reply of an echo server, and as much more as was sent to it.
 func (s script) ask(sent string) script { return s.do(step{Do: "ask", Text: sent}) }
@@ -189,9 +188,6 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 		limit := unix.Timeval{Sec: scriptPatience}
 		return o, errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit),
 			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit))
-	case "close":
-		delete(sockets, s.On)
-		return o, unix.Close(fd)
 	case "bind":
 		return o, unix.Bind(fd, sockaddr(fd, s.Addr))
 	case "listen":
