@@ -42,7 +42,7 @@ type Event struct {
 // Events delivers every connection of every workload from now on, until ctx
 // ends, which is no error, or deliver returns one. One reader at a time:
 // ErrBusy otherwise. Events that the reader is too slow for are lost.
-func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) error {
+func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err error) {
 	lock, err := os.OpenFile(d.paths.eventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("open lock: %w", err)
@@ -67,7 +67,7 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) error 
 		return fmt.Errorf("read events: %w", err)
 	}
 	defer reader.Close()
-	defer tables.lease(0)
+	defer func() { err = errors.Join(err, tables.lease(0)) }()
 	since := monotonicNow() // what a former reader left in the ring is older
 	for ctx.Err() == nil {
 		if err := tables.lease(eventLease); err != nil {

@@ -132,8 +132,11 @@ func (n *node) produced() uint64 {
 	if err != nil {
 		n.t.Fatalf("map ring: %v", err)
 	}
-	defer unix.Munmap(view)
-	return binary.NativeEndian.Uint64(view)
+	written := binary.NativeEndian.Uint64(view)
+	if err := unix.Munmap(view); err != nil {
+		n.t.Fatalf("unmap ring: %v", err)
+	}
+	return written
 }
 
 // command is what the kernel calls a process.
@@ -279,7 +282,9 @@ func TestEventsOfADeadReader(t *testing.T) {
 	}
 	dead := test.Helper(t, test.Spec{NetNS: n.remote}, eventsFunc, string(paths))
 	n.leased(true)
-	unix.Kill(dead.PID, unix.SIGSTOP)
+	if err := unix.Kill(dead.PID, unix.SIGSTOP); err != nil {
+		t.Fatalf("stop the reader: %v", err)
+	}
 	stale := netip.MustParseAddrPort("192.0.2.1:666")
 	if _, err := a.ask("tcp4", stale.String()); err != nil {
 		t.Fatal(err)

@@ -81,7 +81,6 @@ func (s *sockets) open(family, kind, proto int) int {
 type listenOption struct{ level, option int }
 
 func reusePort() listenOption { return listenOption{unix.SOL_SOCKET, unix.SO_REUSEPORT} }
-func v6Only() listenOption    { return listenOption{unix.SOL_IPV6, unix.IPV6_V6ONLY} }
 
 // listen opens a listener that answers every connection with a test.Reply under
 // name. Proto is 0 for plain TCP.

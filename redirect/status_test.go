@@ -93,7 +93,7 @@ func damages() []damage {
 		}},
 		damage{"row in listeners", "is not registered", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, _ uint64) error {
-				return tables.drop("listeners", bpfListenerKey{Cookie: a.Cookie(), Role: bpfListenerRoleLISTENER_OUTBOUND4})
+				return tables.drop("listeners", bpfListenerKey{Cookie: a.Cookie(), Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: outboundPort})
 			})
 		}},
 	)
