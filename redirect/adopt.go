@@ -40,7 +40,8 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 		if err != nil {
 			return adopted, err
 		}
-		if len(missing) == 0 {
+		// A proxy whose row was lost is learned anew from what is registered.
+		if len(missing) == 0 && proxy != (bpfProxy{}) {
 			continue
 		}
 		fd, cgroup, err := ns.copySocket(socket.inode, paths)

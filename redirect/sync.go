@@ -72,7 +72,11 @@ func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
 // ensureShared makes the rows that the programs write to. They outlive every
 // generation, so what is there stays.
 func (m *tables) ensureShared(cookie uint64) error {
-	for name, row := range map[string]any{"budgets": bpfBudget{}, "proxies": bpfProxy{}, "verdicts": bpfVerdictCounts{}, "releases": uint32(0)} {
+	budget, released, err := m.recount(cookie)
+	if err != nil {
+		return err
+	}
+	for name, row := range map[string]any{"budgets": budget, "proxies": bpfProxy{}, "verdicts": bpfVerdictCounts{}, "releases": released} {
 		if err := m.put(name, cookie, row, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return err
 		}
@@ -115,6 +119,44 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 		}
 	}
 	return true, nil
+}
+
+// recount returns what a workload's budget is, also where its rows were lost
+// and the indexes that it gave out were not: an index must not be given twice,
+// nor be left behind.
+func (m *tables) recount(cookie uint64) (budget bpfBudget, released uint32, err error) {
+	generation, err := m.generation(cookie)
+	if err != nil || generation == 0 {
+		return budget, 0, err
+	}
+	hasBudget, err := m.get("budgets", cookie, &budget)
+	if err != nil {
+		return budget, 0, err
+	}
+	hasReleased, err := m.get("releases", cookie, &released)
+	if err != nil || hasBudget && hasReleased {
+		return budget, released, err
+	}
+	table, err := m.table("indexes")
+	if err != nil {
+		return budget, 0, err
+	}
+	var held, last uint32
+	var key bpfIndexKey
+	var addr bpfAddr
+	rows := table.Iterate()
+	for rows.Next(&key, &addr) {
+		if key.Cookie == cookie {
+			held, last = held+1, max(last, key.Index)
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return budget, 0, fmt.Errorf("walk map indexes: %w", err)
+	}
+	if hasBudget {
+		return budget, budget.Used - held, nil
+	}
+	return bpfBudget{Next: last, Used: released + held}, released, nil
 }
 
 func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
