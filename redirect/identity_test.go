@@ -117,6 +117,11 @@ func TestIdentitySecondClaimant(t *testing.T) {
 	a.startProxy()
 	moved := a.rose(func() { second.must(socketCall{Op: "serve", FD: early, Name: "second"}) })
 	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+	// Older than a check, too, it is not taken in; but Status tells of it.
+	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
+		t.Errorf("check beside a second claimant: %v, mended %q", err, mended)
+	}
+	n.ails("[::1]:15001 under the proxy's UID is not registered")
 	for _, addr := range []string{"[::1]:20000", addrPort(a.v6, 20000), "127.0.0.9:15001"} {
 		moved := a.rose(func() {
 			if _, err := second.listen("second", addr, 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
