@@ -69,7 +69,7 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	r, err := d.paths.readRecord(a.Key)
 	switch {
-	case errors.Is(err, ErrUnknown):
+	case errors.Is(err, ErrUnknown), errors.Is(err, errUnreadable):
 		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
 			return err
 		}
@@ -118,7 +118,7 @@ func (d *Datapath) disown(r *record) error {
 		return err
 	}
 	records, err := d.paths.readRecords()
-	if err != nil {
+	if err != nil && !errors.Is(err, errUnreadable) {
 		return err
 	}
 	for _, other := range records {
@@ -143,7 +143,8 @@ func (d *Datapath) Remove(key Key) error {
 
 func (d *Datapath) remove(key Key) error {
 	r, err := d.paths.readRecord(key)
-	if errors.Is(err, ErrUnknown) {
+	// What an unreadable record stood for goes with its namespace; see sweep.
+	if errors.Is(err, ErrUnknown) || errors.Is(err, errUnreadable) {
 		return d.paths.removeRecord(key)
 	}
 	if err != nil {

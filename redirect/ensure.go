@@ -116,10 +116,7 @@ func samePorts(a, b Workload) bool {
 // rows and links that have no record at all.
 func (d *Datapath) sweep() error {
 	records, err := d.paths.readRecords()
-	if err != nil {
-		return err
-	}
-	var problems []error
+	problems := []error{err}
 	owned := make(map[uint64]bool)
 	for _, r := range records {
 		owned[r.Cookie] = true

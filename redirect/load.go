@@ -17,6 +17,10 @@ import (
 type LoadResult struct {
 	Changed bool     `json:"changed"`
 	Did     []string `json:"did"` // one line per step, past tense
+
+	// unrestored says which workloads on record did not come back. An operator
+	// must know; it is no reason to refuse another workload.
+	unrestored error
 }
 
 // Load brings the node's programs and maps to this binary's version: it loads
@@ -28,7 +32,7 @@ type LoadResult struct {
 func (d *Datapath) Load() (result LoadResult, err error) {
 	err = d.paths.locked(func() error {
 		result, err = d.load(true)
-		return err
+		return errors.Join(err, result.unrestored)
 	})
 	return result, err
 }
@@ -101,7 +105,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
 	did = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, did...)
-	return LoadResult{Changed: true, Did: append(did, restored...)}, unrestored
+	return LoadResult{Changed: true, Did: append(did, restored...), unrestored: unrestored}, nil
 }
 
 func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
@@ -166,39 +170,37 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 // renewLookups swaps the sk_lookup program of every workload.
 func (d *Datapath) renewLookups(pinned *tables) (did []string, err error) {
 	records, err := d.paths.readRecords()
-	if err != nil {
-		return nil, err
-	}
+	problems := []error{err}
 	for _, r := range records {
 		ns, err := openNamespace(r.NetNS)
 		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
 			continue
 		}
-		if err != nil {
-			return did, err
+		if err == nil {
+			_, err = attachLookup(pinned, d.paths, ns, true)
+			ns.Close()
 		}
-		_, err = attachLookup(pinned, d.paths, ns, true)
-		ns.Close()
 		if err != nil {
-			return did, fmt.Errorf("upgrade workload %s: %w", r.Key, err)
+			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
+			continue
 		}
 		did = append(did, "updated weir_lookup of "+r.Key.String())
 	}
-	return did, nil
+	return did, errors.Join(problems...)
 }
 
 // restore puts the workloads on record back after their maps were lost.
 func (d *Datapath) restore() (did []string, err error) {
-	records, err := d.paths.readRecords()
-	if err != nil || len(records) == 0 {
-		return nil, err
+	records, unreadable := d.paths.readRecords()
+	if len(records) == 0 {
+		return nil, unreadable
 	}
 	pinned, err := openTables(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}
 	defer pinned.Close()
-	var problems []error
+	problems := []error{unreadable}
 	for _, r := range records {
 		ns, err := openNamespace(r.NetNS)
 		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {

@@ -12,6 +12,9 @@ import (
 	"strings"
 )
 
+// errUnreadable: a record is no record. Nobody writes one; see writeRecord.
+var errUnreadable = errors.New("not a record")
+
 // record is what a node remembers of one workload, in a file of its own. It is
 // written before the first change to the kernel and removed after the last, so
 // that a process that dies in between leaves something to finish or to undo.
@@ -67,7 +70,7 @@ func (p Paths) readRecordFile(path string) (*record, error) {
 	}
 	r := new(record)
 	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("read record %s: %w", path, err)
+		return nil, fmt.Errorf("read record %s: %w: %w", path, errUnreadable, err)
 	}
 	boot, err := bootID()
 	if err != nil {

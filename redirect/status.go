@@ -123,7 +123,9 @@ func (d *Datapath) status() (Status, error) {
 		return status, err
 	}
 	workloads, err := d.workloads(tables)
-	if err != nil {
+	if errors.Is(err, errUnreadable) {
+		problem("remove the file and restart its allocation", "%v", err)
+	} else if err != nil {
 		return status, err
 	}
 	status.Workloads = len(workloads)
@@ -203,7 +205,8 @@ type WorkloadStatus struct {
 	Problems  []Problem    `json:"problems"`
 }
 
-// Workloads returns every workload on record, sorted by key.
+// Workloads returns every workload on record, sorted by key. A record that
+// cannot be read does not hide the others; it comes back in the error.
 func (d *Datapath) Workloads() (list []WorkloadStatus, err error) {
 	err = d.paths.locked(func() error {
 		tables, err := openTables(d.paths.maps())
@@ -218,9 +221,9 @@ func (d *Datapath) Workloads() (list []WorkloadStatus, err error) {
 }
 
 func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
-	records, err := d.paths.readRecords()
-	if err != nil {
-		return nil, err
+	records, unreadable := d.paths.readRecords()
+	if unreadable != nil && !errors.Is(unreadable, errUnreadable) {
+		return nil, unreadable
 	}
 	list := make([]WorkloadStatus, 0, len(records))
 	for _, r := range records {
@@ -233,7 +236,7 @@ func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
 	slices.SortFunc(list, func(a, b WorkloadStatus) int {
 		return strings.Compare(a.Key.String(), b.Key.String())
 	})
-	return list, nil
+	return list, unreadable
 }
 
 func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
@@ -344,17 +347,15 @@ type WorkloadVerdicts struct {
 	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out
 }
 
-// Verdicts returns the counters of every workload on record.
+// Verdicts returns the counters of every workload on record, beside an error
+// where one cannot be read.
 func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 	tables, err := openTables(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
-	records, err := d.paths.readRecords()
-	if err != nil {
-		return nil, err
-	}
+	records, unreadable := d.paths.readRecords()
 	for _, r := range records {
 		counts, err := tables.verdicts(r.Cookie)
 		if err != nil {
@@ -363,7 +364,7 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 		list = append(list, WorkloadVerdicts{Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID,
 			Group: r.Request.Job.Group, Cookie: r.Cookie, Counts: counts})
 	}
-	return list, nil
+	return list, unreadable
 }
 
 func (t *tables) verdicts(cookie uint64) (map[string]uint64, error) {

@@ -41,7 +41,7 @@ func (d *Datapath) Mend() (did []string, err error) {
 	err = d.paths.locked(func() error {
 		result, err := d.load(false)
 		did = result.Did
-		return err
+		return errors.Join(err, result.unrestored)
 	})
 	return did, err
 }

@@ -20,7 +20,13 @@ import (
 func (d *Datapath) Unload() (removed []string, err error) {
 	err = d.paths.locked(func() error {
 		records, err := d.paths.readRecords()
-		problems := []error{err}
+		if err != nil && !errors.Is(err, errUnreadable) {
+			return err
+		}
+		if err != nil {
+			removed = append(removed, err.Error())
+		}
+		var problems []error
 		for _, r := range records {
 			problems = append(problems, removeRoutes(r), d.paths.removeRecord(r.Key))
 			removed = append(removed, "workload "+r.Key.String())

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"io/fs"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/test"
+)
+
+func readIfThere(t *testing.T, path string) string {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func TestRecordKeepsWhatWasWritten(t *testing.T) {
+	paths := Paths{StateDir: t.TempDir()}
+	boot, err := bootID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	request := Request{Network: "nomad", Mode: ModeTransparent, ProxyUID: 4_294_967_294, OutboundPort: 15001, Budget: 7,
+		Job: Job{Region: "global", Namespace: "default", ID: "job", Group: "group", AllocID: "id"}, Notes: []string{"a note"},
+		Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}}
+	full(&request)
+	want := &record{
+		Key: Key{"id", "eth0"}, Request: request, Overlay: overlays()[0], NetNS: "/run/netns/id",
+		Cookie: 1<<63 + 1, BootID: boot, IPv6: true, Complete: true,
+	}
+	want.Applied = want.desired()
+	if err := paths.writeRecord(want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := paths.readRecord(want.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(record{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+		cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+		t.Errorf("record (-written +read):\n%s", diff)
+	}
+	if !got.Applied.Equal(got.desired()) {
+		t.Error("the applied workload is not the desired one after a read")
+	}
+	for range 2 {
+		if err := paths.removeRecord(want.Key); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := paths.readRecord(want.Key); !errors.Is(err, ErrUnknown) {
+		t.Errorf("read after the removal: %v, want ErrUnknown", err)
+	}
+}
+
+// agedRecord turns the allocation's record into one of an earlier boot.
+func agedRecord(t *testing.T, d *Datapath, key Key) {
+	t.Helper()
+	r, err := d.paths.readRecord(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.BootID = "00000000-0000-0000-0000-000000000000"
+	if err := d.paths.writeRecord(r); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// After a reboot the cookies of the records are somebody else's.
+func TestRecordOfAnEarlierBootIsIgnored(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(full)
+	a.startProxy()
+	agedRecord(t, n.Datapath, a.key)
+	if list, err := n.Workloads(); err != nil || len(list) != 0 {
+		t.Errorf("workloads = %+v, %v; want none", list, err)
+	}
+	if _, err := n.Check(a.key, a.Path); !errors.Is(err, ErrUnknown) {
+		t.Errorf("check: %v, want ErrUnknown", err)
+	}
+	if _, err := n.Collect("nomad", nil); err != nil {
+		t.Error(err)
+	}
+	a.works() // nobody took the namespace's rows away
+	a.add(full)
+	a.works()
+	agedRecord(t, n.Datapath, a.key)
+	if err := n.Remove(a.key); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(n.paths.record(a.key)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("record of an earlier boot after its DEL: %v, want it gone", err)
+	}
+}
+
+// One file that nobody can read must not take the node's other workloads along.
+func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
+	n := newNode(t)
+	a, b := n.newAlloc(), n.newAlloc()
+	a.add()
+	a.startProxy()
+	broken := Key{"broken", "eth0"}
+	if err := os.WriteFile(n.paths.record(broken), []byte("{\"key\": "), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	status, err := n.Status()
+	if err != nil {
+		t.Fatalf("status: %v", err)
+	}
+	named := false
+	for _, problem := range status.Problems {
+		named = named || strings.Contains(problem.What, n.paths.record(broken))
+	}
+	if status.Workloads != 1 || !named {
+		t.Errorf("status = %+v, want one workload and a problem that names the file", status)
+	}
+	b.add()
+	b.startProxy()
+	a.works()
+	b.works()
+	if _, err := n.Check(a.key, a.Path); err != nil {
+		t.Errorf("check: %v", err)
+	}
+	if list, err := n.Verdicts(); err == nil || len(list) != 2 {
+		t.Errorf("verdicts of %d workloads, %v; want 2, and an error for the third", len(list), err)
+	}
+	if err := os.RemoveAll(n.paths.PinDir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Load(); err == nil || !strings.Contains(err.Error(), n.paths.record(broken)) {
+		t.Errorf("load: %v, want an error that names the file", err)
+	}
+	a.works()
+	b.works()
+	if err := n.Remove(broken); err != nil {
+		t.Errorf("remove of a workload whose record cannot be read: %v", err)
+	}
+	healthy(t, n.Datapath)
+}
+
+func TestUnreadableStateDirIsAnError(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	file := t.TempDir() + "/file"
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	d := New(Paths{PinDir: test.BPFFS(t) + "/weir", StateDir: file})
+	if _, err := d.Load(); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("load: %v, want an error that names %s", err, file)
+	}
+	if err := d.Add(Attachment{Key: Key{"a", "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
+		t.Errorf("add: %v, want an error that names %s", err, file)
+	}
+}
