@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// fakeConsul is no Consul. It stands in for one that is broken, which a real
+// one cannot be made to be: each answer of the bulk read is the test's.
+type fakeConsul struct {
+	*httptest.Server
+
+	mu          sync.Mutex
+	services    http.HandlerFunc
+	chain       http.HandlerFunc
+	tokens      []string // of the bulk reads
+	asked       map[string]int
+	connections map[net.Conn]bool
+	most        int // connections at a time
+}
+
+func newFakeConsul(t *testing.T) *fakeConsul {
+	t.Helper()
+	f := &fakeConsul{services: say(200, "{}"), chain: say(200, `{"Chain":{}}`), asked: make(map[string]int), connections: make(map[net.Conn]bool)}
+	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(f.serve))
+	f.Config.ConnState = func(conn net.Conn, state http.ConnState) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		switch state {
+		case http.StateNew:
+			f.connections[conn] = true
+		case http.StateClosed, http.StateHijacked:
+			delete(f.connections, conn)
+		}
+		f.most = max(f.most, len(f.connections))
+	}
+	f.Start()
+	t.Cleanup(f.Close)
+	return f
+}
+
+func (f *fakeConsul) serve(w http.ResponseWriter, r *http.Request) {
+	path := r.URL.Path
+	f.mu.Lock()
+	f.asked[path]++
+	answer := say(404, "no such page")
+	switch {
+	case path == "/v1/agent/services":
+		f.tokens = append(f.tokens, r.Header.Get("X-Consul-Token"))
+		answer = f.services
+	case path == "/v1/agent/self":
+		answer = say(200, `{"Config":{"NodeName":"node"}}`)
+	case path == "/v1/catalog/node-services/node":
+		answer = untilGone // nothing ever changes
+	case strings.HasPrefix(path, "/v1/discovery-chain/"):
+		answer = f.chain
+	}
+	f.mu.Unlock()
+	answer(w, r)
+}
+
+func (f *fakeConsul) answers(services http.HandlerFunc) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.services = services
+}
+
+func (f *fakeConsul) times(path string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.asked[path]
+}
+
+func say(code int, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(code)
+		fmt.Fprint(w, body)
+	}
+}
+
+// untilGone never answers.
+func untilGone(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+
+// trickle sends a byte now and then and never ends.
+func trickle(w http.ResponseWriter, r *http.Request) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case <-tick.C:
+			fmt.Fprint(w, " ")
+			w.(http.Flusher).Flush()
+		}
+	}
+}
+
+// flood answers with more than any node has.
+func flood(w http.ResponseWriter, r *http.Request) {
+	block := []byte(strings.Repeat("a", 1<<20))
+	fmt.Fprint(w, `{"`)
+	for r.Context().Err() == nil {
+		if _, err := w.Write(block); err != nil {
+			return
+		}
+	}
+}
+
+// follow runs a follower of the fake until the test ends.
+func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *follower {
+	t.Helper()
+	config := *DefaultConfig().Consul
+	config.Address = f.URL
+	for _, edit := range change {
+		edit(&config)
+	}
+	return runFollower(t, config)
+}
+
+func runFollower(t *testing.T, config ConsulConfig) *follower {
+	t.Helper()
+	consul, err := newConsul(config, patience{read: 300 * time.Millisecond, block: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	follower := newFollower(consul, func() {})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		follower.run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case <-done:
+		case <-time.After(5 * time.Second):
+			t.Error("the follower does not end")
+		}
+	})
+	return follower
+}
+
+func (f *follower) eventually(t *testing.T, what string, ok func(view) bool) view {
+	t.Helper()
+	var last view
+	test.Eventually(t, func() error {
+		if last = f.current(); !ok(last) {
+			return fmt.Errorf("in step %v, %q, %d allocations, %+v", last.InStep, last.Error, len(last.Proxies), last.Counts)
+		}
+		return nil
+	}, what)
+	return last
+}

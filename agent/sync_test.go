@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+const oneProxy = `{"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f7-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
+	"Proxy": {"Upstreams": [{"DestinationName": "api", "LocalBindPort": 9191}]}}}`
+
+func inStep(v view) bool { return v.InStep && len(v.Proxies[allocation]) == 1 }
+
+// Whatever Consul does, it is bounded and told, the last good state stays, and
+// when it is well again that is noticed.
+func TestFollowerOutlivesABrokenConsul(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		broken http.HandlerFunc
+		want   string
+	}{
+		{"garbage", say(200, "<html>proxy login</html>"), "invalid character"},
+		{"half an answer", say(200, oneProxy[:80]), "unexpected EOF"},
+		{"nothing", say(200, "null"), "empty"},
+		{"another form", say(200, "[1,2]"), "cannot unmarshal"},
+		{"429", say(429, "Your IP is issuing too many concurrent connections"), "429"},
+		{"500", say(500, strings.Repeat("no cluster leader ", 1000)), "500"},
+		{"403", say(403, "ACL not found"), "403"},
+		{"hang", untilGone, "context deadline exceeded"},
+		{"trickle", trickle, "context deadline exceeded"},
+		{"flood", flood, ""},
+		{"closed connection", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "EOF"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			fake := newFakeConsul(t)
+			fake.answers(say(200, oneProxy))
+			follower := fake.follow(t)
+			good := follower.eventually(t, "the first answer", inStep)
+
+			fake.answers(c.broken)
+			follower.wake()
+			bad := follower.eventually(t, "the failure to be told", func(v view) bool { return !v.InStep })
+			if !strings.Contains(bad.Error, c.want) || len(bad.Error) > 400 {
+				t.Errorf("error = %q, want a short one that has %q", bad.Error, c.want)
+			}
+			if diff := cmp.Diff(good.Proxies, bad.Proxies, sameAddrs()); diff != "" {
+				t.Errorf("the last known state changed (-before +after):\n%s", diff)
+			}
+			if !bad.Since.After(good.Since) {
+				t.Error("the view does not say since when it is out of step")
+			}
+
+			fake.answers(say(200, oneProxy))
+			follower.eventually(t, "Consul to be followed again", inStep)
+			fake.mu.Lock()
+			defer fake.mu.Unlock()
+			if fake.most > connections {
+				t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+			}
+		})
+	}
+}
+
+func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
+	for _, c := range []struct {
+		name, token, header, value string
+		want                       bool
+	}{
+		{"an empty node", "t", "", "", false},
+		{"a weak token", "t", "X-Consul-Results-Filtered-By-ACLs", "true", true},
+		{"no token where the policy is to deny", "", "X-Consul-Default-ACL-Policy", "deny", true},
+		{"no token where the policy is to allow", "", "X-Consul-Default-ACL-Policy", "allow", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			fake := newFakeConsul(t)
+			fake.answers(func(w http.ResponseWriter, _ *http.Request) {
+				if c.header != "" {
+					w.Header().Set(c.header, c.value)
+				}
+				fmt.Fprint(w, "{}")
+			})
+			follower := fake.follow(t, func(config *ConsulConfig) { config.Token = c.token })
+			got := follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
+			if got.Hidden != c.want {
+				t.Errorf("hidden = %v, want %v", got.Hidden, c.want)
+			}
+		})
+	}
+}
+
+func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
+	fake := newFakeConsul(t)
+	path := writeFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
+	follower := fake.follow(t, func(config *ConsulConfig) { config.TokenFile = path })
+	follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
+	writeFile(t, path, "second")
+	follower.wake()
+	follower.eventually(t, "another answer", func(v view) bool { return v.Counts.Reads > 1 })
+	fake.mu.Lock()
+	defer fake.mu.Unlock()
+	if fake.tokens[0] != "first" || !slices.Contains(fake.tokens, "second") {
+		t.Errorf("tokens = %q, want the first and then the second", fake.tokens)
+	}
+}
+
+func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.answers(say(200, oneProxy))
+	path := filepath.Join(t.TempDir(), "consul.sock")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: fake.Config.Handler}
+	go server.Serve(listener)
+	t.Cleanup(func() { server.Close() })
+	config := *DefaultConfig().Consul
+	config.Address = "unix://" + path
+	runFollower(t, config).eventually(t, "an answer over the socket", inStep)
+}
+
+func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1","nonsense"],"ManualVirtualIPs":["10.1.1.1"]}}`)
+	fake.answers(say(200, oneProxy))
+	follower := fake.follow(t)
+	got := follower.eventually(t, "virtual IPs", func(v view) bool { return len(v.Facts.VirtualIPs) > 0 })
+	want := map[service][]netip.Addr{{Name: "api"}: addrs("10.1.1.1", "240.0.0.1")}
+	if diff := cmp.Diff(want, got.Facts.VirtualIPs, sameAddrs()); diff != "" {
+		t.Errorf("virtual IPs (-want +got):\n%s", diff)
+	}
+	// A change elsewhere on the node asks nothing again.
+	fake.answers(say(200, strings.Replace(oneProxy, "20001", "20002", 1)))
+	follower.wake()
+	follower.eventually(t, "the change", func(v view) bool { return v.InStep && v.Proxies[allocation][0].Inbound == 20002 })
+	if times := fake.times("/v1/discovery-chain/api"); times != 1 {
+		t.Errorf("asked %d times, want once", times)
+	}
+	if current := follower.current(); current.Counts.Changes != 2 {
+		t.Errorf("%d changes, want 2", current.Counts.Changes)
+	}
+}
+
+func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.chain = say(403, "Permission denied")
+	fake.answers(say(200, oneProxy))
+	got := fake.follow(t).eventually(t, "the refusal", func(v view) bool { return len(v.Facts.Unanswered) > 0 })
+	if why := got.Facts.Unanswered[service{Name: "api"}]; !strings.Contains(why, "403") || !strings.Contains(why, "api") {
+		t.Errorf("why = %q, want the service and 403", why)
+	}
+}
+
+func TestTempo(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		tempo    tempo
+		min, max time.Duration
+	}{
+		{"calm, with a trigger", tempo{watch: true}, 30 * time.Second, 90 * time.Second},
+		{"calm, without", tempo{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
+		{"a new allocation", tempo{watch: true, waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
+		{"one that takes longer", tempo{watch: true, waiting: 20 * time.Second}, time.Second, 3 * time.Second},
+		{"one that is not in the mesh", tempo{watch: true, waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
+		{"the first failure", tempo{failures: 1, waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
+		{"the fourth", tempo{failures: 4}, 4 * time.Second, 12 * time.Second},
+		{"very many", tempo{failures: 1000}, 30 * time.Second, 90 * time.Second},
+		{"lookups left over", tempo{watch: true, more: true}, 100 * time.Millisecond, 100 * time.Millisecond},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if got := c.tempo.pause(0); got != c.min {
+				t.Errorf("shortest pause = %s, want %s", got, c.min)
+			}
+			if got := c.tempo.pause(1); got != c.max {
+				t.Errorf("longest pause = %s, want %s", got, c.max)
+			}
+		})
+	}
+}
