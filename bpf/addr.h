@@ -27,6 +27,9 @@ struct addr {
 	__u32 word[4]; /* network order */
 };
 
+/* Comparisons are made without branches: the verifier follows each branch of
+ * every caller. */
+
 /* Four words of a context, read one by one: a context takes no computed
  * pointers, and clang would otherwise merge the branches that read it. */
 #define ADDR_OF_CTX(words)                                                                         \
@@ -44,27 +47,27 @@ static __always_inline struct addr addr_of_ip4(__u32 ip4)
 
 static __always_inline bool addr_is_mapped(const struct addr *a)
 {
-	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == bpf_htonl(0xffff);
+	return !(a->word[0] | a->word[1] | (a->word[2] ^ bpf_htonl(0xffff)));
 }
 
 static __always_inline bool addr_equal(const struct addr *a, const struct addr *b)
 {
-	return a->word[0] == b->word[0] && a->word[1] == b->word[1] && a->word[2] == b->word[2] &&
-	       a->word[3] == b->word[3];
+	return !((a->word[0] ^ b->word[0]) | (a->word[1] ^ b->word[1]) | (a->word[2] ^ b->word[2]) |
+		 (a->word[3] ^ b->word[3]));
 }
 
 static __always_inline bool addr_is_unspecified(const struct addr *a)
 {
 	if (addr_is_mapped(a))
 		return a->word[3] == 0;
-	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == 0 && a->word[3] == 0;
+	return !(a->word[0] | a->word[1] | a->word[2] | a->word[3]);
 }
 
 static __always_inline bool addr_is_first_loopback(const struct addr *a)
 {
 	if (addr_is_mapped(a))
 		return a->word[3] == bpf_htonl(0x7f000001);
-	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == 0 && a->word[3] == bpf_htonl(1);
+	return !(a->word[0] | a->word[1] | a->word[2] | (a->word[3] ^ bpf_htonl(1)));
 }
 
 /* 127/8, ::1, and the unspecified address, which the kernel takes for the
@@ -74,8 +77,7 @@ static __always_inline bool addr_is_local(const struct addr *a)
 	if (addr_is_mapped(a))
 		return (a->word[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000) ||
 		       a->word[3] == 0;
-	return a->word[0] == 0 && a->word[1] == 0 && a->word[2] == 0 &&
-	       (a->word[3] == bpf_htonl(1) || a->word[3] == 0);
+	return !(a->word[0] | a->word[1] | a->word[2] | (a->word[3] & ~bpf_htonl(1)));
 }
 
 static __always_inline struct addr addr_encode4(__u32 index)
@@ -100,8 +102,8 @@ static __always_inline bool addr_decode(const struct addr *a, __u32 *index)
 		return (ip4 & ENCODED4_MASK) == ENCODED4_BASE;
 	}
 	*index = bpf_ntohl(a->word[3]);
-	return a->word[0] == bpf_htonl(ENCODED6_WORD0) && a->word[1] == bpf_htonl(ENCODED6_WORD1) &&
-	       a->word[2] == 0;
+	return !((a->word[0] ^ bpf_htonl(ENCODED6_WORD0)) |
+		 (a->word[1] ^ bpf_htonl(ENCODED6_WORD1)) | a->word[2]);
 }
 
 #endif

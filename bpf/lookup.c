@@ -133,14 +133,17 @@ static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struc
 static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
 					   const struct addr *local, const struct addr *remote)
 {
+	/* Read twice: a branch on one tells the verifier nothing of the other. */
+	__u32 outbound = is_outbound(ctx), blurred = is_outbound(ctx);
 	const struct config *config = view->config;
 	bool tcp = ctx->protocol == IPPROTO_TCP;
 	__u16 port = ctx->local_port;
 	bool encoded;
 	__u32 index;
 
+	barrier_var(blurred); /* nor clang */
 	encoded = tcp && addr_decode(local, &index);
-	if (is_outbound(ctx)) {
+	if (outbound) {
 		/* What stays in the namespace is not the mesh's business. */
 		if (!encoded)
 			return VERDICT_LOCAL;
@@ -169,12 +172,11 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
 		port = config->inbound_port;
 	}
-	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * is_outbound(ctx) + is_ipv6(ctx),
-		   port))
-		return is_outbound(ctx) ? VERDICT_REDIRECTED : VERDICT_INBOUND;
+	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * blurred + is_ipv6(ctx), port))
+		return blurred ? VERDICT_REDIRECTED : VERDICT_INBOUND;
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
-	return is_outbound(ctx) ? VERDICT_REFUSED_NO_PROXY : VERDICT_REFUSED_INBOUND_NO_PROXY;
+	return blurred ? VERDICT_REFUSED_NO_PROXY : VERDICT_REFUSED_INBOUND_NO_PROXY;
 }
 
 /* The same verdict, but any verdict to the verifier: it would otherwise walk

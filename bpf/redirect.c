@@ -466,10 +466,12 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 		goto foreign;
 	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)) || !view.config)
 		goto foreign;
-	if (sk->family == AF_INET6)
+	if (sk->family == AF_INET6) {
 		local = ADDR_OF_CTX(sk->src_ip6);
-	else
+		barrier(); /* keeps clang from merging the branches' reads */
+	} else {
 		local = addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
+	}
 	origin = origin_resolve(view.cookie, &local);
 	if (origin && answer(ctx, origin, sk->src_port))
 		return 1;
