@@ -26,7 +26,16 @@ func helper(program ebpf.ProgramType, fn asm.BuiltinFunc, why, since string) req
 		what:  fmt.Sprintf("%s in programs of type %s", fn, program),
 		why:   why,
 		since: since,
-		probe: func() error { return features.HaveProgramHelper(program, fn) },
+		probe: func() error {
+			err := features.HaveProgramHelper(program, fn)
+			var refused *ebpf.VerifierError
+			// A kernel that knows the helper refuses what the probe calls it
+			// with, since Linux 7 in words that the library does not know.
+			if errors.As(err, &refused) && !errors.Is(err, ebpf.ErrNotSupported) {
+				return nil
+			}
+			return err
+		},
 	}
 }
 
