@@ -90,6 +90,9 @@ func (d *Datapath) add(a Attachment) error {
 			return err
 		}
 	}
+	if r.Found, err = ns.addresses(); err != nil {
+		return err
+	}
 	if r.Ephemeral, err = ns.ephemeral(); err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -130,6 +131,25 @@ func (ns *namespace) ephemeral() (ports PortRange, err error) {
 	return ports, err
 }
 
+// addresses returns what is assigned to the namespace's devices, but for lo.
+func (ns *namespace) addresses() (found []netip.Addr, err error) {
+	err = ns.do(func() error {
+		list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+		if err != nil {
+			return fmt.Errorf("list addresses: %w", err)
+		}
+		for _, entry := range list {
+			addr, ok := netip.AddrFromSlice(entry.IP)
+			if ok && entry.LinkIndex != 1 {
+				found = append(found, addr.Unmap())
+			}
+		}
+		slices.SortFunc(found, netip.Addr.Compare)
+		return nil
+	})
+	return found, err
+}
+
 // encodedRoutes are the routes that bring the encoded ranges to lo. The
 // preferred source makes the kernel choose the workload's own address, so that
 // the proxy and the application both see it.
@@ -157,7 +177,7 @@ func encodedRoutes(lo netlink.Link, w Workload) (v4, v6 *netlink.Route) {
 
 func firstAddr(w Workload, family func(netip.Addr) bool) netip.Addr {
 	for _, addr := range w.Addresses {
-		if family(addr) {
+		if family(addr) && !addr.IsLinkLocalUnicast() {
 			return addr
 		}
 	}

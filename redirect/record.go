@@ -7,8 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 )
 
@@ -25,6 +27,9 @@ type record struct {
 	NetNS   string  `json:"netns"`
 	Cookie  uint64  `json:"cookie,string"`
 	BootID  string  `json:"boot_id"`
+	// Found are the addresses of the namespace that the request does not name,
+	// such as link-local ones: they are the workload's own too.
+	Found []netip.Addr `json:"found,omitempty"`
 	// Ephemeral is the namespace's range of ports for the replies to its own datagrams.
 	Ephemeral PortRange `json:"ephemeral"`
 	// IPv6 says that the encoded IPv6 range is routed in the namespace.
@@ -41,6 +46,11 @@ type record struct {
 func (r *record) desired() Workload {
 	w := Merge(r.Request, r.Overlay)
 	w.Ephemeral = r.Ephemeral
+	for _, addr := range r.Found {
+		if !slices.Contains(w.Addresses, addr) {
+			w.Addresses = append(w.Addresses, addr)
+		}
+	}
 	return w
 }
 
