@@ -24,6 +24,7 @@ const (
 	tick          = 2 * time.Second  // a look at the links
 	resync        = 60 * time.Second // everything anew
 	sweepInterval = 30 * time.Second
+	freeInterval  = 10 * time.Second
 	checksPerTick = 4
 	storm         = 200 * time.Millisecond // between two passes at least
 )
@@ -40,6 +41,7 @@ type Agent struct {
 	log      *slog.Logger
 	notify   func(string)
 	datapath *redirect.Datapath
+	origins  *redirect.Collector
 	follower *follower // nil: Consul is not to be asked
 	cache    *cache
 	watcher  *watcher
@@ -56,6 +58,7 @@ type Agent struct {
 	nextTurn int // of the round of checks
 	resynced time.Time
 	swept    time.Time
+	freed    time.Time
 	reported map[string]bool // files and registrations that could not be read
 }
 
@@ -73,6 +76,7 @@ func New(config Config, options Options) (*Agent, error) {
 		reported: make(map[string]bool),
 		inStep:   true,
 	}
+	a.origins = a.datapath.NewCollector()
 	if a.notify == nil {
 		a.notify = func(string) {}
 	}
@@ -174,6 +178,10 @@ func (a *Agent) pass(changed bool) {
 		a.swept = now
 		a.sweep()
 	}
+	if now.Sub(a.freed) > freeInterval {
+		a.freed = now
+		a.free()
+	}
 	if !changed {
 		a.checkSome()
 	}
@@ -217,6 +225,15 @@ func (a *Agent) sweep() {
 	}
 	if err != nil {
 		a.trouble("remove dead namespaces", err)
+	}
+}
+
+// free gives back the indexes of origins that nobody uses any more.
+func (a *Agent) free() {
+	freed, err := a.origins.Run()
+	a.count(func(c *Counts) { c.Freed += uint64(freed) })
+	if err != nil {
+		a.trouble("give back origins", err)
 	}
 }
 

@@ -73,7 +73,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	counter(c.consulIn, status.Consul.Counts.Bytes)
 	for action, count := range map[string]uint64{
 		"added": status.Counts.Added, "changed": status.Counts.Changes, "removed": status.Counts.Removed,
-		"mended": status.Counts.Mended, "swept": status.Counts.Swept, "failed": status.Counts.Failures,
+		"mended": status.Counts.Mended, "swept": status.Counts.Swept, "freed": status.Counts.Freed, "failed": status.Counts.Failures,
 	} {
 		counter(c.actions, count, action)
 	}

@@ -34,6 +34,8 @@ type memory struct {
 // at DEL, libcni forgets an allocation after the plugin has.
 const recordGrace = 10 * time.Second
 
+var errRecordMissing = errors.New("its record is missing: it ends, or somebody removed the record")
+
 // reconcile compares everything with everything and applies what differs.
 func (a *Agent) reconcile(now time.Time) {
 	cached, unreadable, err := a.cache.read()
@@ -149,7 +151,7 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 			m.missing = now
 		}
 		if now.Sub(m.missing) < recordGrace {
-			m.retry = m.missing.Add(recordGrace)
+			m.errors, m.retry = map[string]string{"record": errRecordMissing.Error()}, m.missing.Add(recordGrace)
 			return StateUnprotected
 		}
 		request, err := lostRequest(s.attachment)

@@ -221,6 +221,8 @@ func listenerOf(bind string, port uint16) (netip.AddrPort, error) {
 		addr = netip.IPv6Loopback()
 	case !addr.IsLoopback():
 		return netip.AddrPort{}, fmt.Errorf("local bind address %s is not a loopback address", addr)
+	case addr.Is4() && addr.As4()[1] >= 128:
+		return netip.AddrPort{}, fmt.Errorf("local bind address %s is in 127.128.0.0/9, which carries origins", addr)
 	}
 	return netip.AddrPortFrom(addr, port), nil
 }

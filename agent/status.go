@@ -53,6 +53,7 @@ type Counts struct {
 	Removed  uint64 `json:"removed"`  // workloads whose allocation ended
 	Mended   uint64 `json:"mended"`   // links, pins, rows and listeners put back
 	Swept    uint64 `json:"swept"`    // workloads whose namespace died
+	Freed    uint64 `json:"freed"`    // origins given back
 	Failures uint64 `json:"failures"` // steps that will be tried again
 }
 

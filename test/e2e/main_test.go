@@ -12,5 +12,6 @@ import (
 func TestMain(m *testing.M) {
 	test.Main(m, map[string]func([]string) error{
 		dialFunc: func([]string) error { return test.Serve(dial) },
+		holdFunc: func([]string) error { return test.Serve(newHold()) },
 	})
 }

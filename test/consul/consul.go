@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package consul runs a real Consul for tests: one server on loopback, with
+// ports and data of its own.
+package consul
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// ErrNotInstalled says that no Consul is on this machine yet.
+var ErrNotInstalled = errors.New("consul is not installed: run test/tools/setup.sh consul")
+
+// Find returns the path of a Consul: the one that test/tools/setup.sh has
+// built below .tools of the module that the working directory is in, else the
+// one on PATH.
+func Find() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", fmt.Errorf("find consul: %w", err)
+	}
+	for ; dir != filepath.Dir(dir); dir = filepath.Dir(dir) {
+		if path, err := exec.LookPath(filepath.Join(dir, ".tools", "bin", "consul")); err == nil {
+			return path, nil
+		}
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			break
+		}
+	}
+	path, err := exec.LookPath("consul")
+	if err != nil {
+		return "", ErrNotInstalled
+	}
+	return filepath.Abs(path)
+}
+
+// Server is a Consul server that is also the node's local agent.
+type Server struct {
+	Address string // of the HTTP API
+	GRPC    string // of xDS
+	Token   string // that its own requests carry; the management token with ACLs
+
+	tb     testing.TB
+	binary string
+	dir    string
+	cmd    *exec.Cmd
+	ended  chan struct{}
+}
+
+// ManagementToken may do everything where Start was called with ACLs.
+const ManagementToken = "8e3b0b4c-7d0a-4a52-9d3e-2f3a6f4c9a01"
+
+// Start runs a Consul that ends with the test. acls makes it refuse what no
+// token allows. Without a Consul on the machine the test is skipped.
+func Start(tb testing.TB, acls bool) *Server {
+	tb.Helper()
+	binary, err := Find()
+	if err != nil {
+		test.Need(tb, test.Tool("consul")) // says so, and fails where a skip is a failure
+		tb.Fatal(err)
+	}
+	s := &Server{tb: tb, binary: binary, dir: tb.TempDir()}
+	ports := freePorts(tb, 5)
+	s.Address = fmt.Sprintf("127.0.0.1:%d", ports[0])
+	s.GRPC = fmt.Sprintf("127.0.0.1:%d", ports[1])
+	config := map[string]any{
+		"node_name": "node", "datacenter": "dc1", "server": true, "bootstrap_expect": 1, "log_level": "warn",
+		"data_dir": filepath.Join(s.dir, "data"), "bind_addr": "127.0.0.1", "client_addr": "127.0.0.1",
+		"ports": map[string]int{
+			"http": ports[0], "grpc": ports[1], "grpc_tls": -1, "dns": ports[2], "server": ports[3], "serf_lan": ports[4], "serf_wan": -1,
+		},
+		"connect":              map[string]any{"enabled": true},
+		"performance":          map[string]any{"raft_multiplier": 1},
+		"disable_update_check": true, "leave_on_terminate": false,
+	}
+	if acls {
+		s.Token = ManagementToken
+		config["acl"] = map[string]any{
+			"enabled": true, "default_policy": "deny",
+			"tokens": map[string]string{"initial_management": ManagementToken, "agent": ManagementToken},
+		}
+	}
+	data, err := json.Marshal(config)
+	if err == nil {
+		err = os.WriteFile(filepath.Join(s.dir, "consul.json"), data, 0o600)
+	}
+	if err != nil {
+		tb.Fatalf("write configuration of Consul: %v", err)
+	}
+	tb.Cleanup(s.Stop)
+	s.Restart()
+	return s
+}
+
+// Restart starts a Consul that was stopped, on the same ports and data, and
+// waits until it has a leader.
+func (s *Server) Restart() {
+	s.tb.Helper()
+	log, err := os.OpenFile(filepath.Join(s.dir, "consul.log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		s.tb.Fatalf("start Consul: %v", err)
+	}
+	defer log.Close()
+	cmd := exec.Command(s.binary, "agent", "-config-file", filepath.Join(s.dir, "consul.json"))
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		s.tb.Fatalf("start Consul: %v", err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		_ = cmd.Wait() // it is stopped by a signal
+		close(ended)
+	}()
+	s.cmd, s.ended = cmd, ended
+	test.Eventually(s.tb, func() error {
+		select {
+		case <-ended:
+			s.tb.Fatalf("Consul ended: %s", s.log())
+		default:
+		}
+		var nodes []any
+		if err := s.call(http.MethodGet, "/v1/catalog/nodes", nil, &nodes); err != nil {
+			return err
+		}
+		if len(nodes) == 0 {
+			return errors.New("no node in the catalog yet")
+		}
+		return nil
+	}, "Consul to be ready")
+}
+
+// Stop ends Consul as a crash does, and returns when it is gone.
+func (s *Server) Stop() {
+	if s.cmd == nil {
+		return
+	}
+	if err := s.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		s.tb.Errorf("stop Consul: %v", err)
+	}
+	<-s.ended
+	s.cmd = nil
+}
+
+func (s *Server) log() string {
+	data, _ := os.ReadFile(filepath.Join(s.dir, "consul.log"))
+	return string(data[max(0, len(data)-2000):])
+}
+
+// Put sends a value to the HTTP API.
+func (s *Server) Put(path string, value any) {
+	s.tb.Helper()
+	if err := s.call(http.MethodPut, path, value, nil); err != nil {
+		s.tb.Fatal(err)
+	}
+}
+
+// Post is Put for what Consul answers.
+func (s *Server) Post(path string, value, answer any) {
+	s.tb.Helper()
+	if err := s.call(http.MethodPut, path, value, answer); err != nil {
+		s.tb.Fatal(err)
+	}
+}
+
+// Get reads a value from the HTTP API.
+func (s *Server) Get(path string, value any) {
+	s.tb.Helper()
+	if err := s.call(http.MethodGet, path, nil, value); err != nil {
+		s.tb.Fatal(err)
+	}
+}
+
+// Register registers a service, as Nomad does, with the local agent.
+func (s *Server) Register(service any) {
+	s.tb.Helper()
+	s.Put("/v1/agent/service/register", service)
+}
+
+// Deregister removes a service by its ID.
+func (s *Server) Deregister(id string) {
+	s.tb.Helper()
+	s.Put("/v1/agent/service/deregister/"+id, nil)
+}
+
+func (s *Server) call(method, path string, value, answer any) error {
+	var body io.Reader
+	if value != nil {
+		data, err := json.Marshal(value)
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", method, path, err)
+		}
+		body = bytes.NewReader(data)
+	}
+	request, err := http.NewRequest(method, "http://"+s.Address+path, body)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	if s.Token != "" {
+		request.Header.Set("X-Consul-Token", s.Token)
+	}
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	response, err := client.Do(request)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(response.Body, 500))
+		return fmt.Errorf("%s %s: %s: %s", method, path, response.Status, strings.TrimSpace(string(text)))
+	}
+	if answer == nil {
+		return nil
+	}
+	if err := json.NewDecoder(response.Body).Decode(answer); err != nil {
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	return nil
+}
+
+// freePorts are ports that nobody had a moment ago, for TCP and UDP.
+func freePorts(tb testing.TB, count int) []int {
+	tb.Helper()
+	var ports []int
+	for len(ports) < count {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			tb.Fatalf("find free port: %v", err)
+		}
+		defer listener.Close()
+		port := listener.Addr().(*net.TCPAddr).Port
+		packets, err := net.ListenPacket("udp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err != nil {
+			continue
+		}
+		defer packets.Close()
+		ports = append(ports, port)
+	}
+	return ports
+}

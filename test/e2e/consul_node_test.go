@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+	"github.com/weirmesh/weir/test/consul"
+)
+
+// holdFunc names the process that holds connections open: see hold.
+const holdFunc = "e2e.hold"
+
+// holdRequest dials Target and keeps the connection under that name, or, where
+// it has it already, sends a word over it.
+type holdRequest struct{ Name, Target string }
+
+// newHold is what a process does that holds connections: the answer is what
+// the other side echoed.
+func newHold() func(holdRequest) (string, error) {
+	open := make(map[string]net.Conn)
+	return func(request holdRequest) (string, error) {
+		conn := open[request.Name]
+		if conn == nil {
+			var err error
+			if conn, err = net.DialTimeout("tcp", request.Target, 5*time.Second); err != nil {
+				return "", err
+			}
+			open[request.Name] = conn
+			line, err := bufio.NewReaderSize(conn, 4096).ReadString('\n')
+			return strings.TrimSpace(line), err
+		}
+		if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			return "", err
+		}
+		if _, err := fmt.Fprintln(conn, "still here"); err != nil {
+			return "", err
+		}
+		line, err := bufio.NewReader(conn).ReadString('\n')
+		return strings.TrimSpace(line), err
+	}
+}
+
+// meshNode is a node with a real Consul, a real libcni and an agent.
+type meshNode struct {
+	*redirect.Datapath
+	t       *testing.T
+	consul  *consul.Server
+	cgroup  *test.Cgroup
+	config  agent.Config
+	dir     string
+	allocs  int
+	log     *lockedBuffer
+	stop    func()
+	outside *test.NetNS
+}
+
+// lockedBuffer is the agent's log.
+type lockedBuffer struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+func newMeshNode(t *testing.T, acls bool) *meshNode {
+	t.Helper()
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	n := &meshNode{t: t, consul: consul.Start(t, acls), cgroup: test.NewCgroup(t), dir: t.TempDir(), log: &lockedBuffer{}, outside: test.NewNetNS(t)}
+	n.config = agent.DefaultConfig()
+	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(n.dir, "state")
+	n.config.CgroupRoot = n.cgroup.Path
+	n.config.CNI.CacheDir = filepath.Join(n.dir, "cni")
+	n.config.Consul.Address = n.consul.Address
+	n.Datapath = redirect.New(n.config.Paths())
+	t.Cleanup(func() {
+		if _, err := n.Unload(); err != nil {
+			t.Errorf("unload: %v", err)
+		}
+		if t.Failed() {
+			t.Logf("the agent's log:\n%s", n.log)
+		}
+	})
+	bin := filepath.Join(n.dir, "bin")
+	if err := os.Mkdir(bin, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	buildPlugin(t, filepath.Join(bin, "consul-cni"))
+	// The first plugin of the chain: the test has made the interface already,
+	// and this tells so.
+	script := "#!/bin/sh\n[ \"$CNI_COMMAND\" = ADD ] && cat \"$CNI_NETNS.result\"\nexit 0\n"
+	if err := os.WriteFile(filepath.Join(bin, "made"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// runAgent starts an agent, which ends with the test or at stop.
+func (n *meshNode) runAgent() {
+	n.t.Helper()
+	instance, err := agent.New(n.config, agent.Options{Log: slog.New(slog.NewTextHandler(n.log, nil))})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- instance.Run(ctx) }()
+	var once sync.Once
+	n.stop = func() {
+		once.Do(func() {
+			cancel()
+			select {
+			case err := <-done:
+				if err != nil {
+					n.t.Errorf("agent: %v", err)
+				}
+			case <-time.After(10 * time.Second):
+				n.t.Error("the agent does not end")
+			}
+		})
+	}
+	n.t.Cleanup(n.stop)
+}
+
+// status is what the agent tells on its socket.
+func (n *meshNode) status() (agent.Status, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return agent.ReadStatus(ctx, n.config.StateDir)
+}
+
+// meshAlloc is one allocation of Nomad's.
+type meshAlloc struct {
+	node *meshNode
+	ns   *test.NetNS
+	id   string
+	addr netip.Addr
+	list *libcni.NetworkConfigList
+	rt   *libcni.RuntimeConf
+	cni  *libcni.CNIConfig
+}
+
+// allocate makes an allocation's namespace and calls libcni as Nomad does.
+// mesh is Consul's redirection config, or "" for a job without
+// transparent_proxy, for which Nomad calls no plugin of ours.
+func (n *meshNode) allocate(mesh string, ports ...map[string]any) *meshAlloc {
+	n.t.Helper()
+	n.allocs++
+	a := &meshAlloc{
+		node: n, ns: test.NewNetNS(n.t), id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", n.allocs),
+		addr: netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 2}),
+	}
+	test.Veth(n.t,
+		test.VethEnd{NetNS: n.outside, Name: fmt.Sprintf("veth%d", n.allocs), Addrs: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 1}), 24)}},
+		test.VethEnd{NetNS: a.ns, Addrs: []netip.Prefix{netip.PrefixFrom(a.addr, 24)}, DefaultRoute: true})
+	result := fmt.Sprintf(`{"cniVersion":"0.4.0","interfaces":[{"name":"eth0","sandbox":%q}],"ips":[{"version":"4","interface":0,"address":"%s/24"}]}`, a.ns.Path, a.addr)
+	if err := os.WriteFile(a.ns.Path+".result", []byte(result), 0o600); err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() { os.Remove(a.ns.Path + ".result") })
+	plugins := `{"type":"made","capabilities":{"portMappings":true}}`
+	args := [][2]string{
+		{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", a.id}, {"NOMAD_JOB_ID", fmt.Sprintf("job-%d", n.allocs)}, {"NOMAD_GROUP_NAME", "g"},
+	}
+	if mesh != "" {
+		plugins += fmt.Sprintf(`,{"type":"consul-cni","pinDir":%q,"stateDir":%q,"cgroupRoot":%q}`, n.config.PinDir, n.config.StateDir, n.config.CgroupRoot)
+		args = append(args, [2]string{"CONSUL_IPTABLES_CONFIG", mesh})
+	}
+	list, err := libcni.ConfListFromBytes([]byte(`{"cniVersion":"0.4.0","name":"nomad","plugins":[` + plugins + `]}`))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	mappings := make([]any, 0, len(ports))
+	for _, port := range ports {
+		mappings = append(mappings, port)
+	}
+	a.list = list
+	a.rt = &libcni.RuntimeConf{
+		ContainerID: a.id, NetNS: a.ns.Path, IfName: "eth0", Args: args, CapabilityArgs: map[string]any{"portMappings": mappings},
+	}
+	a.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.dir, "bin")}, n.config.CNI.CacheDir, nil)
+	if _, err := a.cni.AddNetworkList(context.Background(), list, a.rt); err != nil {
+		n.t.Fatalf("add network: %v", err)
+	}
+	return a
+}
+
+func (a *meshAlloc) end() {
+	a.node.t.Helper()
+	if err := a.cni.DelNetworkList(context.Background(), a.list, a.rt); err != nil {
+		a.node.t.Fatalf("delete network: %v", err)
+	}
+}
+
+func (a *meshAlloc) spec(uid uint32) test.Spec {
+	return test.Spec{NetNS: a.ns, Cgroup: a.node.cgroup, UID: uid, GID: uid}
+}
+
+// known is what is on record of the allocation.
+func (a *meshAlloc) known() (redirect.Known, error) {
+	list, err := a.node.Known()
+	if err != nil {
+		return redirect.Known{}, err
+	}
+	for _, k := range list {
+		if k.Key.ContainerID == a.id {
+			return k, nil
+		}
+	}
+	return redirect.Known{}, fmt.Errorf("allocation %s: %w", a.id, redirect.ErrUnknown)
+}
+
+// workload is what the kernel has of the allocation.
+func (a *meshAlloc) workload() (redirect.WorkloadStatus, error) {
+	list, err := a.node.Workloads()
+	if err != nil {
+		return redirect.WorkloadStatus{}, err
+	}
+	for _, w := range list {
+		if w.ID == a.id {
+			return w, nil
+		}
+	}
+	return redirect.WorkloadStatus{}, fmt.Errorf("allocation %s: %w", a.id, redirect.ErrUnknown)
+}
+
+// view is what the agent says of the allocation.
+func (a *meshAlloc) view() (agent.WorkloadView, error) {
+	status, err := a.node.status()
+	if err != nil {
+		return agent.WorkloadView{}, err
+	}
+	for _, w := range status.Workloads {
+		if w.ID == a.id {
+			return w, nil
+		}
+	}
+	return agent.WorkloadView{}, fmt.Errorf("the agent does not show allocation %s", a.id)
+}
+
+// eventually waits until the overlay on record passes the check.
+func (a *meshAlloc) eventually(what string, check func(redirect.Overlay) bool) {
+	a.node.t.Helper()
+	test.Eventually(a.node.t, func() error {
+		known, err := a.known()
+		if err == nil && !check(known.Overlay) {
+			err = fmt.Errorf("overlay is %+v", known.Overlay)
+		}
+		return err
+	}, what)
+}
+
+// object is JSON of Consul's.
+type object = map[string]any
+
+// service registers a service of the allocation with its sidecar, by the IDs
+// that Nomad gives.
+func (a *meshAlloc) register(name string, sidecar object) (proxyID string) {
+	a.node.t.Helper()
+	id := fmt.Sprintf("_nomad-task-%s-group-g-%s-8080", a.id, name)
+	a.node.consul.Register(object{"Name": name, "ID": id, "Port": 8080, "Connect": object{"SidecarService": sidecar}})
+	return id + "-sidecar-proxy"
+}
+
+// virtualIP is the address by which the mesh knows the service.
+func (n *meshNode) virtualIP(name string) (addr netip.Addr) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		var chain struct {
+			Chain struct{ AutoVirtualIPs []string }
+		}
+		n.consul.Get("/v1/discovery-chain/"+name, &chain)
+		if len(chain.Chain.AutoVirtualIPs) == 0 {
+			return fmt.Errorf("%s has none yet", name)
+		}
+		var err error
+		addr, err = netip.ParseAddr(chain.Chain.AutoVirtualIPs[0])
+		return err
+	}, "a virtual IP")
+	return addr
+}
+
+// held is a task that keeps connections open.
+type held struct{ *test.Process }
+
+func (a *meshAlloc) newHeld() held {
+	a.node.t.Helper()
+	return held{test.Helper(a.node.t, a.spec(1000), holdFunc)}
+}
+
+func (h held) say(name string, target netip.AddrPort) (reply string, err error) {
+	err = h.Call(holdRequest{Name: name, Target: target.String()}, &reply)
+	return reply, err
+}
+
+// servedBy reads the name of the echo server in its greeting.
+func servedBy(greeting string) string {
+	var reply test.Reply
+	if json.Unmarshal([]byte(greeting), &reply) != nil {
+		return greeting
+	}
+	return reply.Server
+}

@@ -1,0 +1,278 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+	"github.com/weirmesh/weir/test/consul"
+)
+
+// meshRequest is what Nomad sends to the plugin of a transparent_proxy block with
+// a port of its own for the sidecar and a static port without to: neither is
+// named.
+const meshRequest = `{"ProxyUserID":"101","ProxyInboundPort":0,"ProxyOutboundPort":15001,"ExcludeInboundPorts":["0"]}`
+
+// Walk 3, a Consul change: from a registration to the kernel's rows, without the
+// allocation noticing.
+func TestWalkOfAConsulChange(t *testing.T) {
+	n := newMeshNode(t, false)
+	n.runAgent()
+
+	// An allocation that no plugin was called for: found and guarded.
+	api := n.allocate("", map[string]any{"hostPort": 25000, "containerPort": 8081, "protocol": "tcp"})
+	apiProxy := api.register("api", object{"Port": 20001})
+	api.eventually("api to be found", func(o redirect.Overlay) bool {
+		return o.InboundPort == 20001 && o.Guard == redirect.GuardAudit && slices.Equal(o.ExcludeInboundPorts, []uint16{8081})
+	})
+	if w, err := api.workload(); err != nil || w.Mode != redirect.ModeDirect || len(w.Problems) > 0 {
+		t.Errorf("api in the kernel = %+v, %v; want direct mode without problems", w, err)
+	}
+
+	// One that the plugin redirects, with what ADD could not know filled in.
+	web := n.allocate(meshRequest, map[string]any{"hostPort": 8181, "containerPort": 8181, "protocol": "tcp"})
+	sidecar := func(upstream int, proxy object) object {
+		settings := object{"Mode": "transparent", "Upstreams": []object{{"DestinationName": "api", "LocalBindPort": upstream}}}
+		for key, value := range proxy {
+			settings[key] = value
+		}
+		return object{"Port": 20002, "Proxy": settings}
+	}
+	webProxy := web.register("web", sidecar(9191, nil))
+	virtual := n.virtualIP("api")
+	web.eventually("web's ports and upstream", func(o redirect.Overlay) bool {
+		return o.InboundPort == 20002 && slices.Equal(o.ExcludeInboundPorts, []uint16{8181}) && len(o.Upstreams) == 1 &&
+			o.Upstreams[0].Listener.Port() == 9191 && slices.Contains(o.Upstreams[0].Addresses, virtual)
+	})
+
+	// A task that dials the upstream's virtual IP reaches its listener.
+	first := test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9191")
+	second := test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9292")
+	task := web.newHeld()
+	target := netip.AddrPortFrom(virtual, 80)
+	if greeting, err := task.say("before", target); err != nil || servedBy(greeting) != first.Name {
+		t.Fatalf("dial of %s = %q, %v; want %q", target, greeting, err, first.Name)
+	}
+
+	t.Run("no change, no write", func(t *testing.T) {
+		before, record := n.mustStatus(t), web.recordInfo(t)
+		web.node.consul.Register(object{"Name": "bystander", "ID": "bystander", "Port": 1})
+		test.Eventually(t, func() error {
+			if now := n.mustStatus(t); now.Consul.Counts.Reads <= before.Consul.Counts.Reads {
+				return errors.New("no read since")
+			}
+			return nil
+		}, "Consul to be read again")
+		if now := n.mustStatus(t); now.Counts.Changes != before.Counts.Changes {
+			t.Errorf("%d changes were written, want none", now.Counts.Changes-before.Counts.Changes)
+		}
+		if !os.SameFile(record, web.recordInfo(t)) {
+			t.Error("the record was replaced")
+		}
+	})
+
+	t.Run("the upstream's port moves", func(t *testing.T) {
+		web.register("web", sidecar(9292, nil))
+		web.eventually("the new port", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292 })
+		if greeting, err := task.say("after", target); err != nil || servedBy(greeting) != second.Name {
+			t.Errorf("dial of %s = %q, %v; want %q", target, greeting, err, second.Name)
+		}
+		if word, err := task.say("before", target); err != nil || word != "still here" {
+			t.Errorf("the open connection says %q, %v", word, err)
+		}
+	})
+
+	t.Run("an expose path is added", func(t *testing.T) {
+		web.register("web", sidecar(9292, object{"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}))
+		web.eventually("the path's port to be open", func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, []uint16{8181, 21500}) })
+	})
+
+	t.Run("proxy-defaults move the outbound listener", func(t *testing.T) {
+		n.consul.Put("/v1/config", object{"Kind": "proxy-defaults", "Name": "global", "TransparentProxy": object{"OutboundListenerPort": 15009}})
+		web.eventually("the port", func(o redirect.Overlay) bool { return o.OutboundPort == 15009 })
+		if w, err := web.workload(); err != nil || w.Proxy.Outbound != 15009 {
+			t.Errorf("the kernel has outbound port %d, %v; want 15009", w.Proxy.Outbound, err)
+		}
+	})
+
+	t.Run("a job strengthens the guard", func(t *testing.T) {
+		api.register("api", object{"Port": 20001, "Meta": object{"weir-guard": "enforce"}})
+		api.eventually("the guard", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardEnforce })
+	})
+
+	t.Run("the proxy is deregistered while tasks run", func(t *testing.T) {
+		before, err := web.known()
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.consul.Deregister(webProxy)
+		test.Eventually(t, func() error {
+			view, err := web.view()
+			if err == nil && (view.InStep || len(view.Proxies) > 0) {
+				err = fmt.Errorf("the agent shows %+v", view)
+			}
+			return err
+		}, "the agent to see it go")
+		after, err := web.known()
+		if err != nil || !redirect.Merge(after.Request, after.Overlay).Equal(redirect.Merge(before.Request, before.Overlay)) {
+			t.Errorf("the workload changed to %+v, %v", after.Overlay, err)
+		}
+		if word, err := task.say("before", target); err != nil || word != "still here" {
+			t.Errorf("the open connection says %q, %v", word, err)
+		}
+	})
+
+	t.Run("Consul is stopped and comes back", func(t *testing.T) {
+		n.consul.Stop()
+		n.wantInStep(t, false)
+		late := n.allocate(meshRequest) // ADD asks nobody
+		if w, err := late.workload(); err != nil || w.Mode != redirect.ModeTransparent {
+			t.Errorf("an allocation added meanwhile = %+v, %v", w, err)
+		}
+		if word, err := task.say("after", target); err != nil || word != "still here" {
+			t.Errorf("the open connection says %q, %v", word, err)
+		}
+		n.consul.Restart()
+		n.wantInStep(t, true)
+		late.register("late", object{"Port": 20003, "Proxy": object{"Mode": "transparent"}})
+		late.eventually("the registration after the restart", func(o redirect.Overlay) bool { return o.InboundPort == 20003 })
+	})
+
+	t.Run("somebody takes away what holds it", func(t *testing.T) {
+		before := n.mustStatus(t).Counts.Mended
+		removeFilesIn(t, filepath.Join(n.config.PinDir, "links"))
+		removeFilesIn(t, filepath.Join(n.config.PinDir, "lookups"))
+		test.Eventually(t, func() error {
+			status, err := n.Status()
+			if err == nil && !status.Healthy() {
+				err = fmt.Errorf("problems: %+v", status.Problems)
+			}
+			return err
+		}, "the data path to be whole again")
+		if now := n.mustStatus(t).Counts.Mended; now <= before {
+			t.Errorf("%d mended before and %d after: it is not counted", before, now)
+		}
+	})
+
+	t.Run("the record is lost", func(t *testing.T) {
+		removeFilesIn(t, filepath.Join(n.config.StateDir, "workloads"))
+		api.eventually("api's record", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardEnforce })
+		test.Eventually(t, func() error {
+			_, err := web.workload()
+			return err
+		}, "web's record, from what libcni remembers")
+		if word, err := task.say("before", target); err != nil || word != "still here" {
+			t.Errorf("the open connection says %q, %v", word, err)
+		}
+	})
+
+	t.Run("an allocation ends that no plugin is called for", func(t *testing.T) {
+		n.consul.Deregister(apiProxy)
+		api.end()
+		test.Eventually(t, func() error {
+			if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+				return fmt.Errorf("api is still on record: %w", err)
+			}
+			return nil
+		}, "api to be forgotten")
+	})
+
+	t.Run("the agent ends and another takes over", func(t *testing.T) {
+		n.stop()
+		if w, err := web.workload(); err != nil || w.Proxy.Identity == redirect.IdentityNone {
+			t.Errorf("without an agent web is %+v, %v", w, err)
+		}
+		if _, err := n.status(); !errors.Is(err, agent.ErrNotRunning) {
+			t.Errorf("status without an agent: %v, want %v", err, agent.ErrNotRunning)
+		}
+		n.runAgent()
+		web.register("web", sidecar(9393, nil))
+		web.eventually("a change seen by the new agent", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9393 })
+	})
+}
+
+// A token that may not read the node is told from a node without proxies, and
+// one that is replaced is taken up without a restart.
+func TestConsulTokenIsReplaced(t *testing.T) {
+	n := newMeshNode(t, true)
+	var weak struct{ SecretID string }
+	n.consul.Post("/v1/acl/token", object{"Description": "reads nothing"}, &weak)
+	n.config.Consul.TokenFile = filepath.Join(n.dir, "token")
+	writeToken := func(token string) {
+		t.Helper()
+		if err := os.WriteFile(n.config.Consul.TokenFile, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeToken(weak.SecretID)
+	api := n.allocate("")
+	api.register("api", object{"Port": 20001})
+	n.runAgent()
+	test.Eventually(t, func() error {
+		if status, err := n.status(); err != nil || !status.Consul.InStep || !status.Consul.Hidden {
+			return fmt.Errorf("consul is %+v, %v", status.Consul, err)
+		}
+		return nil
+	}, "the weak token to be told")
+	if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+		t.Errorf("api = %v, want it unknown to a token that reads nothing", err)
+	}
+
+	writeToken(consul.ManagementToken)
+	api.eventually("the new token to be used", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
+	test.Eventually(t, func() error {
+		if n.mustStatus(t).Consul.Hidden {
+			return errors.New("services still count as hidden")
+		}
+		return nil
+	}, "the new token to be told")
+
+	writeToken("00000000-dead-beef-0000-000000000000")
+	n.consul.Register(object{"Name": "bystander", "ID": "bystander", "Port": 1})
+	n.wantInStep(t, false)
+	if status := n.mustStatus(t); !strings.Contains(status.Consul.Error, "ACL not found") {
+		t.Errorf("error = %q, want Consul's own words", status.Consul.Error)
+	}
+	api.eventually("the last known state to stay", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
+	writeToken(consul.ManagementToken)
+	n.wantInStep(t, true)
+}
+
+func (n *meshNode) mustStatus(t *testing.T) agent.Status {
+	t.Helper()
+	status, err := n.status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return status
+}
+
+func (n *meshNode) wantInStep(t *testing.T, want bool) {
+	t.Helper()
+	test.Eventually(t, func() error {
+		status, err := n.status()
+		if err == nil && status.Consul.InStep != want {
+			err = fmt.Errorf("in step: %v, %s", status.Consul.InStep, status.Consul.Error)
+		}
+		return err
+	}, fmt.Sprintf("the agent to be in step with Consul: %v", want))
+}
+
+func (a *meshAlloc) recordInfo(t *testing.T) os.FileInfo {
+	t.Helper()
+	info, err := os.Stat(filepath.Join(a.node.config.StateDir, "workloads", a.id+"-eth0.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info
+}
