@@ -12,5 +12,6 @@ func helpers() map[string]func(args []string) error {
 		loadProxyFunc: serveLoadProxy,
 		loadTaskFunc:  serveLoadTask,
 		operateFunc:   serveOperations,
+		foreignFunc:   serveForeign,
 	}
 }
