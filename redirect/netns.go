@@ -99,6 +99,11 @@ func ownCookie() (uint64, error) {
 	}
 	defer unix.Close(fd)
 	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if errors.Is(err, unix.ENOPROTOOPT) {
+		if err := Probe(); err != nil { // names all that so old a kernel lacks
+			return 0, err
+		}
+	}
 	if err != nil {
 		return 0, fmt.Errorf("read netns cookie: %w", err)
 	}

@@ -5,6 +5,8 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"strings"
+	"unicode"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -23,7 +25,7 @@ type requirement struct {
 
 func helper(program ebpf.ProgramType, fn asm.BuiltinFunc, why, since string) requirement {
 	return requirement{
-		what:  fmt.Sprintf("%s in programs of type %s", fn, program),
+		what:  fmt.Sprintf("%s in programs of type %s", kernelName(fn), program),
 		why:   why,
 		since: since,
 		probe: func() error {
@@ -37,6 +39,18 @@ func helper(program ebpf.ProgramType, fn asm.BuiltinFunc, why, since string) req
 			return err
 		},
 	}
+}
+
+// kernelName is a helper's name in bpf-helpers(7): FnGetNetnsCookie is bpf_get_netns_cookie.
+func kernelName(fn asm.BuiltinFunc) string {
+	name := "bpf"
+	for _, letter := range strings.TrimPrefix(fn.String(), "Fn") {
+		if unicode.IsUpper(letter) {
+			name += "_"
+		}
+		name += string(unicode.ToLower(letter))
+	}
+	return name
 }
 
 func requirements() []requirement {
@@ -70,8 +84,12 @@ func Probe() error {
 	if err := rlimit.RemoveMemlock(); err != nil {
 		return fmt.Errorf("raise memlock limit: %w", err)
 	}
+	return probe(requirements())
+}
+
+func probe(needs []requirement) error {
 	var missing []error
-	for _, need := range requirements() {
+	for _, need := range needs {
 		err := need.probe()
 		switch {
 		case errors.Is(err, ebpf.ErrNotSupported):
