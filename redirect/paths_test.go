@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/test"
+)
+
+func TestPathsFromEnvAndDefaults(t *testing.T) {
+	env := map[string]string{"WEIR_PIN_DIR": "/sys/fs/bpf/other", "WEIR_CGROUP_ROOT": "/cgroup"}
+	paths := PathsFromEnv(func(name string) string { return env[name] })
+	if diff := cmp.Diff(Paths{PinDir: "/sys/fs/bpf/other", CgroupRoot: "/cgroup"}, paths); diff != "" {
+		t.Errorf("paths of the environment (-want +got):\n%s", diff)
+	}
+	got := paths.Or(Paths{PinDir: "/no", StateDir: "/state", CgroupRoot: "/no"})
+	if diff := cmp.Diff(Paths{PinDir: "/sys/fs/bpf/other", StateDir: "/state", CgroupRoot: "/cgroup"}, got); diff != "" {
+		t.Errorf("paths with a fallback (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}, New(Paths{}).Paths()); diff != "" {
+		t.Errorf("default paths (-want +got):\n%s", diff)
+	}
+}
+
+func TestFindCgroupRootReadsMountinfo(t *testing.T) {
+	const (
+		v1     = "30 23 0:26 / /sys/fs/cgroup/memory rw shared:9 - cgroup cgroup rw,memory\n"
+		inner  = "31 23 0:27 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"
+		hybrid = "32 23 0:27 / /sys/fs/cgroup/unified rw shared:10 - cgroup2 cgroup2 rw,nsdelegate\n"
+		other  = "33 23 0:28 / /cgroup2 rw - tmpfs cgroup2 rw\n"
+	)
+	for _, tc := range []struct{ name, mountinfo, want string }{
+		{"hybrid", v1 + inner + hybrid, "/sys/fs/cgroup/unified"},
+		{"only a part of the hierarchy", v1 + inner, ""},
+		{"only v1", v1, ""},
+		{"something of that name", other, ""},
+		{"nothing", "", ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "mountinfo")
+			if err := os.WriteFile(file, []byte(tc.mountinfo), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			got, err := findCgroupRoot(file)
+			if got != tc.want || (err == nil) != (tc.want != "") {
+				t.Errorf("root = %q, %v; want %q", got, err, tc.want)
+			}
+			if err != nil && (!errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "mount it at")) {
+				t.Errorf("error %v: want ErrUnsupported with a remedy", err)
+			}
+		})
+	}
+}
+
+func TestCgroupRootIsTheRealOne(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2)
+	dir, err := Paths{}.cgroupRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	if dir.Name() != test.CgroupRoot(t) {
+		t.Errorf("root = %s, want %s", dir.Name(), test.CgroupRoot(t))
+	}
+	id, err := cgroupID(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if id != 1 {
+		t.Errorf("ID of the root's cgroup = %d, want 1", id)
+	}
+}
