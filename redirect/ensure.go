@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strconv"
 
 	"github.com/cilium/ebpf/link"
@@ -23,7 +24,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		return nil, err
 	}
 	before := *r
-	routed := r.Complete
+	routed := r.Complete && slices.Equal(before.Applied.Addresses, workload.Addresses)
 	if routed {
 		if routed, err = ns.hasRoutes(r.IPv6); err != nil {
 			return nil, err

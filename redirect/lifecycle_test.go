@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/test"
@@ -354,4 +355,29 @@ func TestRemoveAfterThePinsWereLost(t *testing.T) {
 			a.free()
 		})
 	}
+}
+
+// A workload whose addresses changed dials from its new one.
+func TestAddAgainWithAnotherAddress(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.startProxy()
+	moved := netip.MustParseAddr("10.9.1.7")
+	a.Do(func() {
+		eth0, err := netlink.LinkByName("eth0")
+		if err == nil {
+			err = netlink.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(moved, 24))})
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	a.add(func(r *Request) { r.Addresses = []netip.Addr{moved, a.v6} })
+	answer, err := a.ask("tcp4", addrPort(remote4(1), 80))
+	if err != nil || answer.From.Addr() != moved || answer.Peer.Addr() != moved {
+		t.Errorf("dial: %+v, %v; want it from %s", answer, err, moved)
+	}
+	a.remove()
+	a.free()
 }
