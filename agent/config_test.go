@@ -5,6 +5,7 @@ package agent
 import (
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -100,5 +101,27 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 				t.Errorf("error = %v, want one that has %s", err, c.want)
 			}
 		})
+	}
+}
+
+// The example names every key with its default.
+func TestExampleConfigurationIsTheDefaults(t *testing.T) {
+	text, err := os.ReadFile("../deploy/weir.d/weir.hcl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	setting := regexp.MustCompile(`(?m)^(\s*)# ([a-z_]+ +=)`)
+	if found := len(setting.FindAll(text, -1)); found < 20 {
+		t.Errorf("%d keys in the example, want all", found)
+	}
+	path := writeFile(t, filepath.Join(t.TempDir(), "weir.hcl"), string(setting.ReplaceAll(text, []byte("$1$2"))))
+	got, err := ReadConfig(path, noEnv)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := DefaultConfig()
+	want.Telemetry.Listen = "127.0.0.1:9902"
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("example (-defaults +example):\n%s", diff)
 	}
 }

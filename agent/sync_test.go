@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -123,8 +124,14 @@ func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	server := &http.Server{Handler: fake.Config.Handler}
-	go server.Serve(listener)
-	t.Cleanup(func() { server.Close() })
+	ended := make(chan error, 1)
+	go func() { ended <- server.Serve(listener) }()
+	t.Cleanup(func() {
+		server.Close()
+		if err := <-ended; !errors.Is(err, http.ErrServerClosed) {
+			t.Errorf("serve: %v", err)
+		}
+	})
 	config := *DefaultConfig().Consul
 	config.Address = "unix://" + path
 	runFollower(t, config).eventually(t, "an answer over the socket", inStep)

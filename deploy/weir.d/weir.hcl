@@ -1,0 +1,53 @@
+# The agent's configuration: every key with its default. Files of /etc/weir.d are
+# read in lexical order, later ones win; the environment (WEIR_*, CONSUL_*) wins
+# over files, and flags over both.
+
+# Where the data path keeps its state. The plugin must have the same paths.
+# pin_dir     = "/sys/fs/bpf/weir"
+# state_dir   = "/run/weir"
+# cgroup_root = ""                  # found in mountinfo
+
+# log_level = "info"                # debug, info, warn, error
+# log_json  = false
+
+# The local Consul agent. The token needs node_prefix, agent_prefix and
+# service_prefix "" { policy = "read" }.
+consul {
+  # enabled         = true
+  # address         = "127.0.0.1:8500"   # or https://, or unix:///run/consul/http.sock
+  # token_file      = ""                 # read anew for each request
+  # token           = ""
+  # namespace       = ""
+  # partition       = ""
+  # ssl             = false
+  # verify_ssl      = true
+  # ca_file         = ""
+  # ca_path         = ""
+  # cert_file       = ""
+  # key_file        = ""
+  # tls_server_name = ""
+  # watch           = true               # one blocking query, so that a change is seen at once
+}
+
+# What may be reached from outside a mesh allocation beside its proxy, expose
+# paths and mapped ports: off (everything), audit (everything, but counted),
+# enforce (nothing). A job strengthens it by sidecar_service { meta { weir-guard =
+# "enforce" } } and never weakens it.
+guard {
+  # default = "audit"
+}
+
+# The UID of proxies that no plugin was told about.
+proxy {
+  # default_uid = 101
+}
+
+# Where libcni keeps its results; the agent reads cache_dir/results.
+cni {
+  # cache_dir = "/var/lib/cni"
+}
+
+# Prometheus at /metrics, health at /health.
+telemetry {
+  # listen = "127.0.0.1:9902"            # default: nowhere
+}
