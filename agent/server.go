@@ -37,6 +37,9 @@ func (a *Agent) listen() (*servers, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for telemetry: %w", err), s.close())
 	}
+	a.mu.Lock()
+	a.status.Telemetry = public.Addr().String()
+	a.mu.Unlock()
 	s.serve(a, public, a.telemetry())
 	return s, nil
 }

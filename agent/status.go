@@ -29,6 +29,7 @@ type Status struct {
 	Started   time.Time      `json:"started"`
 	Alive     time.Time      `json:"alive"`     // the loop's last turn
 	DataPath  string         `json:"data_path"` // what is wrong with it; empty: nothing
+	Telemetry string         `json:"telemetry"` // where metrics and health are shown; empty: nowhere
 	Consul    ConsulStatus   `json:"consul"`
 	Counts    Counts         `json:"counts"`
 	Workloads []WorkloadView `json:"workloads"`

@@ -66,7 +66,8 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			follower.eventually(t, "Consul to be followed again", inStep)
 			fake.mu.Lock()
 			defer fake.mu.Unlock()
-			if fake.most > connections {
+			// The server learns later than the client that one has ended.
+			if fake.most > connections+1 {
 				t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
 			}
 		})

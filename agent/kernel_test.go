@@ -1,0 +1,276 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+func TestMain(m *testing.M) { test.Main(m, nil) }
+
+// node is a node of its own with an agent, whose Consul is a fake that says
+// what the test wants registered.
+type node struct {
+	*redirect.Datapath
+	t      *testing.T
+	config Config
+	fake   *fakeConsul
+	agent  *Agent
+}
+
+func newNode(t *testing.T) *node {
+	t.Helper()
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	dir := t.TempDir()
+	n := &node{t: t, config: DefaultConfig(), fake: newFakeConsul(t)}
+	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(dir, "state")
+	n.config.CgroupRoot, n.config.CNI.CacheDir = test.NewCgroup(t).Path, filepath.Join(dir, "cni")
+	n.config.Consul.Address, n.config.Consul.Watch = n.fake.URL, false
+	n.config.Telemetry.Listen = "127.0.0.1:0"
+	n.Datapath = redirect.New(n.config.Paths())
+	if err := os.MkdirAll(filepath.Join(n.config.CNI.CacheDir, "results"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if _, err := n.Unload(); err != nil {
+			t.Errorf("unload: %v", err)
+		}
+	})
+	return n
+}
+
+// run starts the agent; it ends with the test.
+func (n *node) run() {
+	n.t.Helper()
+	instance, err := New(n.config, Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.agent = instance
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- instance.Run(ctx) }()
+	n.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			n.t.Errorf("agent: %v", err)
+		}
+	})
+}
+
+// cached writes a result of libcni's.
+func (n *node) cached(id, netns, mesh string) {
+	n.t.Helper()
+	entry := map[string]any{
+		"kind": "cniCacheV1", "containerId": id, "ifName": "eth0", "networkName": "nomad", "netns": netns,
+		"cniArgs": [][2]string{{"NOMAD_ALLOC_ID", id}, {"CONSUL_IPTABLES_CONFIG", mesh}},
+		"result":  map[string]any{"interfaces": []any{map[string]any{"name": "eth0", "sandbox": netns}}},
+	}
+	data, err := json.Marshal(entry)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	writeFile(n.t, filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+id+"-eth0"), string(data))
+}
+
+// registered is the bulk answer with a sidecar for each allocation.
+func registered(ids ...string) http.HandlerFunc {
+	services := make(map[string]any)
+	for _, id := range ids {
+		services["_nomad-task-"+id+"-group-g-web-80-sidecar-proxy"] = map[string]any{"Kind": "connect-proxy", "Port": 20001}
+	}
+	data, err := json.Marshal(services)
+	if err != nil {
+		return say(500, err.Error())
+	}
+	return say(200, string(data))
+}
+
+// eventually waits until the agent shows the allocation in the state.
+func (n *node) eventually(id string, state State) (found WorkloadView) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		for _, w := range n.agent.Status().Workloads {
+			if found = w; w.ID == id && w.State == state {
+				return nil
+			}
+		}
+		return fmt.Errorf("the agent shows %+v", n.agent.Status().Workloads)
+	}, fmt.Sprintf("allocation %s to be %s", id, state))
+	return found
+}
+
+func numbered(i int) string { return fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", i) }
+
+func TestAgentLeavesConsulsOwnRulesAlone(t *testing.T) {
+	n := newNode(t)
+	test.Need(t, test.Tool("iptables"))
+	ns := test.NewNetNS(t)
+	ns.Do(func() {
+		for _, args := range [][]string{{"-t", "nat", "-N", "CONSUL_PROXY_INBOUND"}} {
+			if out, err := exec.Command("iptables", args...).CombinedOutput(); err != nil {
+				t.Errorf("iptables %v: %v\n%s", args, err, out)
+			}
+		}
+	})
+	n.cached(numbered(1), ns.Path, `{"ProxyUserID":"101"}`)
+	n.cached(numbered(2), ns.Path, "")
+	n.fake.answers(registered(numbered(1), numbered(2)))
+	n.run()
+	n.eventually(numbered(1), StateConsul)
+	n.eventually(numbered(2), StateConsul)
+	if list, err := n.Known(); err != nil || len(list) > 0 {
+		t.Errorf("on record: %+v, %v; want nothing", list, err)
+	}
+}
+
+func TestAgentListsWhatItCannotProtect(t *testing.T) {
+	n := newNode(t)
+	n.cached(numbered(1), filepath.Join(t.TempDir(), "gone"), "")
+	n.cached(numbered(2), "/proc/self/ns/net", "")
+	n.fake.answers(registered(numbered(1), numbered(2), numbered(3)))
+	n.run()
+	for i, want := range []string{redirect.ErrNetNSGone.Error(), redirect.ErrHostNetNS.Error(), "host networking"} {
+		view := n.eventually(numbered(i+1), StateUnprotected)
+		if !strings.Contains(strings.Join(view.Problems, "\n"), want) {
+			t.Errorf("problems of allocation %d = %q, want %q", i+1, view.Problems, want)
+		}
+	}
+}
+
+// A namespace that comes back under the same path and ID is another one, which
+// is what a task driver that restarts leaves behind.
+func TestAgentTakesOverAReplacedNamespace(t *testing.T) {
+	n := newNode(t)
+	first, second := test.NewNetNS(t), test.NewNetNS(t)
+	path := filepath.Join(t.TempDir(), "netns")
+	link := func(target string) {
+		t.Helper()
+		if err := os.Symlink(target, path+".new"); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link(first.Path)
+	n.cached(numbered(1), path, "")
+	n.fake.answers(registered(numbered(1)))
+	n.run()
+	n.eventually(numbered(1), StateManaged)
+	n.wantCookie(first.Cookie())
+	link(second.Path)
+	n.wantCookie(second.Cookie())
+}
+
+func (n *node) wantCookie(cookie uint64) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		list, err := n.Known()
+		if err != nil {
+			return err
+		}
+		if len(list) != 1 || list[0].Cookie != cookie || list[0].Overlay.InboundPort != 20001 {
+			return fmt.Errorf("on record: %+v, want cookie %d with its overlay", list, cookie)
+		}
+		return nil
+	}, "the namespace to be on record")
+}
+
+// New allocations are noticed at once, without a registration as well.
+func TestAgentNoticesAnAllocationWithinASecond(t *testing.T) {
+	n := newNode(t)
+	n.fake.answers(registered(numbered(1), numbered(2)))
+	n.run()
+	for i := range 2 { // the second is not the first pass
+		ns := test.NewNetNS(t)
+		began := time.Now()
+		n.cached(numbered(i+1), ns.Path, "")
+		n.eventually(numbered(i+1), StateManaged)
+		if took := time.Since(began); i > 0 && took > time.Second {
+			t.Errorf("noticed after %s, want within a second", took)
+		}
+	}
+}
+
+func TestTelemetry(t *testing.T) {
+	n := newNode(t)
+	ns := test.NewNetNS(t)
+	n.cached(numbered(1), ns.Path, "")
+	n.fake.answers(registered(numbered(1)))
+	n.run()
+	n.eventually(numbered(1), StateManaged)
+	address := n.agent.Status().Telemetry
+	if code, text := get(t, "http://"+address+"/health"); code != 200 || !strings.Contains(text, `"healthy":true`) {
+		t.Errorf("health = %d, %s", code, text)
+	}
+	code, text := get(t, "http://"+address+"/metrics")
+	for _, want := range []string{
+		`weir_healthy 1`, `weir_consul_in_step 1`, `weir_consul_proxies 1`,
+		`weir_workloads{guard="audit",mode="direct",state="managed"} 1`,
+		`weir_workload_in_step{alloc="` + numbered(1) + `-eth0",group="",job=""} 1`, `weir_actions_total{action="added"} 1`,
+	} {
+		if code != 200 || !slices.Contains(strings.Split(text, "\n"), want) {
+			t.Errorf("metrics (%d) lack %s", code, want)
+		}
+	}
+	if code, _ := get(t, "http://"+address+"/v1/status"); code != 404 {
+		t.Errorf("the local API answers %d on the telemetry address, want 404", code)
+	}
+}
+
+func get(t *testing.T, url string) (int, string) {
+	t.Helper()
+	response, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response.StatusCode, string(body)
+}
+
+func TestSecondAgentIsRefused(t *testing.T) {
+	n := newNode(t)
+	n.run()
+	test.Eventually(t, func() error {
+		_, err := ReadStatus(context.Background(), n.config.StateDir)
+		return err
+	}, "the first agent to answer")
+	second, err := New(n.config, Options{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Run(context.Background()); err == nil || !strings.Contains(err.Error(), "another agent") {
+		t.Errorf("run of a second agent = %v, want it refused", err)
+	}
+	info, err := os.Stat(filepath.Join(n.config.StateDir, socketName))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("socket of the first agent = %v, %v; want it there with mode 0600", info, err)
+	}
+}
+
+func TestReadStatusWithoutAnAgent(t *testing.T) {
+	if _, err := ReadStatus(context.Background(), t.TempDir()); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("status = %v, want %v", err, ErrNotRunning)
+	}
+}
