@@ -20,22 +20,20 @@ static __always_inline __u64 own_cookie(void)
 	return cookie;
 }
 
+/* The reader finds the origin of an encoded destination itself: each lookup
+ * and each field of the context costs the load of this program, and so an ADD. */
 static __always_inline void emit(struct bpf_sk_lookup *ctx, __u64 cookie, const struct addr *local,
 				 const struct addr *remote, enum verdict verdict)
 {
 	struct event *event;
-	struct addr *origin;
 
 	count(cookie, verdict);
 	event = event_reserve();
 	if (!event)
 		return;
-	origin = origin_resolve(cookie, local);
 	event->cookie = cookie;
 	event->source = *remote;
 	event->source_port = bpf_ntohs(ctx->remote_port);
-	event->origin = origin ? *origin : *local;
-	event->origin_port = ctx->local_port;
 	event->destination = *local;
 	event->destination_port = ctx->local_port;
 	event->verdict = verdict;

@@ -162,7 +162,7 @@ struct event {
 	__u64 cookie;
 	__u64 cgroup;            /* 0 inbound, as are uid and pid */
 	struct addr source;      /* inbound: who dialled; outbound: zero */
-	struct addr origin;      /* what was dialled */
+	struct addr origin;      /* what was dialled; from sk_lookup zero: see destination */
 	struct addr destination; /* where the verdict sent it */
 	__u32 uid;
 	__u32 pid;

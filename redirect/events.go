@@ -69,11 +69,12 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 	defer reader.Close()
 	defer func() { err = errors.Join(err, tables.lease(0)) }()
 	since := monotonicNow() // what a former reader left in the ring is older
+	resolved := func(event Event) error { return deliver(tables.withOrigin(event)) }
 	for ctx.Err() == nil {
 		if err := tables.lease(eventLease); err != nil {
 			return err
 		}
-		if err := drain(ctx, reader, since, deliver); err != nil {
+		if err := drain(ctx, reader, since, resolved); err != nil {
 			return err
 		}
 	}
@@ -122,6 +123,21 @@ func (t *tables) lease(length time.Duration) error {
 	return t.put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
+// withOrigin puts the origin in the place of an encoded address, where the
+// program that reported left it to the reader.
+func (t *tables) withOrigin(event Event) Event {
+	if event.Verdict != RefusedNoProxy {
+		return event
+	}
+	if index, encoded := decodeIndex(event.Origin.Addr()); encoded {
+		var addr bpfAddr
+		if found, err := t.get("indexes", bpfIndexKey{Cookie: event.Cookie, Index: index}, &addr); err == nil && found {
+			event.Origin = decodeAddrPort(addr, event.Origin.Port())
+		}
+	}
+	return event
+}
+
 func decodeEvent(row bpfEvent) Event {
 	event := Event{
 		Time:        time.Now().Add(-time.Duration(monotonicNow() - row.TimeNs)),
@@ -137,6 +153,7 @@ func decodeEvent(row bpfEvent) Event {
 	}
 	if row.SourcePort != 0 {
 		event.Source = decodeAddrPort(row.Source, row.SourcePort)
+		event.Origin = event.Destination
 	}
 	return event
 }

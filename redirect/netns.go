@@ -65,29 +65,27 @@ func openNamespace(path string) (*namespace, error) {
 
 func (ns *namespace) Close() error { return ns.file.Close() }
 
-// do runs action on a thread inside the namespace. A thread that cannot find
-// its way back ends with the goroutine that holds it.
+// do runs action with the calling goroutine's thread inside the namespace. A
+// thread that cannot find its way back stays with the goroutine and ends with
+// it, so that no other goroutine ever runs in the wrong namespace.
 func (ns *namespace) do(action func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		home, err := os.Open("/proc/thread-self/ns/net")
-		if err != nil {
-			result <- fmt.Errorf("open own namespace: %w", err)
-			return
-		}
-		defer home.Close()
-		if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			result <- fmt.Errorf("enter namespace %s: %w", ns.file.Name(), err)
-			return
-		}
-		err = action()
-		if unix.Setns(int(home.Fd()), unix.CLONE_NEWNET) == nil {
-			runtime.UnlockOSThread()
-		}
-		result <- err
-	}()
-	return <-result
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("open own namespace: %w", err)
+	}
+	defer home.Close()
+	if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter namespace %s: %w", ns.file.Name(), err)
+	}
+	err = action()
+	if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+		return errors.Join(err, fmt.Errorf("leave namespace %s: %w", ns.file.Name(), back))
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // ownCookie is the cookie of the calling thread's namespace (SO_NETNS_COOKIE,
