@@ -52,7 +52,7 @@ func Find() (string, error) {
 // Server is a Consul server that is also the node's local agent.
 type Server struct {
 	Address string // of the HTTP API
-	GRPC    string // of xDS
+	XDS     string // the Unix socket that proxies in any namespace reach it by
 	Token   string // that its own requests carry; the management token with ACLs
 
 	tb     testing.TB
@@ -74,13 +74,14 @@ func Start(tb testing.TB, acls bool) *Server {
 		test.Need(tb, test.Tool("consul")) // says so, and fails where a skip is a failure
 		tb.Fatal(err)
 	}
-	s := &Server{tb: tb, binary: binary, dir: tb.TempDir()}
+	s := &Server{tb: tb, binary: binary, dir: openDir(tb)}
 	ports := freePorts(tb, 5)
 	s.Address = fmt.Sprintf("127.0.0.1:%d", ports[0])
-	s.GRPC = fmt.Sprintf("127.0.0.1:%d", ports[1])
+	s.XDS = filepath.Join(s.dir, "xds.sock")
 	config := map[string]any{
 		"node_name": "node", "datacenter": "dc1", "server": true, "bootstrap_expect": 1, "log_level": "warn",
 		"data_dir": filepath.Join(s.dir, "data"), "bind_addr": "127.0.0.1", "client_addr": "127.0.0.1",
+		"addresses": map[string]string{"grpc": "unix://" + s.XDS}, "unix_sockets": map[string]string{"mode": "0777"},
 		"ports": map[string]int{
 			"http": ports[0], "grpc": ports[1], "grpc_tls": -1, "dns": ports[2], "server": ports[3], "serf_lan": ports[4], "serf_wan": -1,
 		},
@@ -162,6 +163,24 @@ func (s *Server) log() string {
 	return string(data[max(0, len(data)-2000):])
 }
 
+// Bootstrap is what Envoy is started with for a registered proxy: the answer of
+// "consul connect envoy -bootstrap", which Nomad calls too.
+func (s *Server) Bootstrap(proxyID, admin string, more ...string) []byte {
+	s.tb.Helper()
+	args := append([]string{
+		"connect", "envoy", "-bootstrap", "-proxy-id", proxyID, "-admin-bind", admin, "-http-addr", s.Address, "-grpc-addr", "unix://" + s.XDS,
+	}, more...)
+	cmd := exec.Command(s.binary, args...)
+	cmd.Env = append(os.Environ(), "CONSUL_HTTP_TOKEN="+s.Token)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	text, err := cmd.Output()
+	if err != nil {
+		s.tb.Fatalf("make bootstrap of %s: %v: %s", proxyID, err, stderr.String())
+	}
+	return text
+}
+
 // Put sends a value to the HTTP API.
 func (s *Server) Put(path string, value any) {
 	s.tb.Helper()
@@ -231,6 +250,24 @@ func (s *Server) call(method, path string, value, answer any) error {
 		return fmt.Errorf("%s %s: %w", method, path, err)
 	}
 	return nil
+}
+
+// openDir is a directory that proxies of any user can reach.
+func openDir(tb testing.TB) string {
+	tb.Helper()
+	dir, err := os.MkdirTemp("", "weir-consul-")
+	if err == nil {
+		err = os.Chmod(dir, 0o755)
+	}
+	if err != nil {
+		tb.Fatalf("make directory for Consul: %v", err)
+	}
+	tb.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			tb.Errorf("remove directory of Consul: %v", err)
+		}
+	})
+	return dir
 }
 
 // freePorts are ports that nobody had a moment ago, for TCP and UDP.

@@ -286,7 +286,10 @@ type object = map[string]any
 func (a *meshAlloc) register(name string, sidecar object) (proxyID string) {
 	a.node.t.Helper()
 	id := fmt.Sprintf("_nomad-task-%s-group-g-%s-8080", a.id, name)
-	a.node.consul.Register(object{"Name": name, "ID": id, "Port": 8080, "Connect": object{"SidecarService": sidecar}})
+	if sidecar["Address"] == nil {
+		sidecar["Address"] = a.addr.String()
+	}
+	a.node.consul.Register(object{"Name": name, "ID": id, "Address": a.addr.String(), "Port": 8080, "Connect": object{"SidecarService": sidecar}})
 	return id + "-sidecar-proxy"
 }
 
