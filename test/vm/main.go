@@ -48,7 +48,7 @@ func main() {
 	flag.StringVar(&o.arch, "arch", cmp.Or(os.Getenv("ARCH"), runtime.GOARCH), "architecture: amd64 or arm64 (environment: ARCH)")
 	flag.StringVar(&o.run, "run", "", "only tests that match, as in go test")
 	flag.StringVar(&o.scale, "scale", os.Getenv("WEIR_TEST_SCALE"), "size of heavy tests; by default what suits the accelerator (environment: WEIR_TEST_SCALE)")
-	flag.DurationVar(&o.timeout, "timeout", 12*time.Minute, "for one guest")
+	flag.DurationVar(&o.timeout, "timeout", 30*time.Minute, "for one guest")
 	flag.IntVar(&o.parallel, "parallel", 3, "guests at a time")
 	flag.BoolVar(&o.shell, "shell", false, "boot one kernel and give a shell in it")
 	flag.BoolVar(&o.report, "report", false, "measure the programs on each kernel and write the table of README.md")
