@@ -146,7 +146,7 @@ func (a *Agent) loop(ctx context.Context) {
 			return
 		case <-a.wake:
 			a.pass(true)
-			if !pause(ctx, storm, nil) {
+			if _, alive := pause(ctx, storm, nil); !alive {
 				return
 			}
 		case <-clock.C:

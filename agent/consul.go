@@ -220,9 +220,9 @@ func (c *consul) virtualIPs(ctx context.Context, of service) ([]string, error) {
 	return append(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs...), nil
 }
 
-// gatewayPorts are the ports on which a gateway's configuration makes it
-// listen.
-func (c *consul) gatewayPorts(ctx context.Context, of service) ([]uint16, error) {
+// gatewayPorts are the ports on which a gateway's configuration entry makes it
+// listen. Ingress and API gateways have one each.
+func (c *consul) gatewayPorts(ctx context.Context, of gateway) ([]uint16, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.read)
 	defer cancel()
 	options, err := c.options(ctx)
@@ -230,13 +230,13 @@ func (c *consul) gatewayPorts(ctx context.Context, of service) ([]uint16, error)
 		return nil, err
 	}
 	options.Namespace, options.Partition = of.Namespace, of.Partition
-	list, _, err := c.client.Catalog().GatewayServices(url.PathEscape(of.Name), options)
-	if err != nil {
+	var entry struct{ Listeners []struct{ Port int } }
+	if _, err := c.client.Raw().Query("/v1/config/"+of.Kind+"/"+url.PathEscape(of.Name), &entry, options); err != nil {
 		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, brief(err))
 	}
 	var ports []uint16
-	for _, service := range list {
-		if port, ok := portNumber(service.Port); ok {
+	for _, listener := range entry.Listeners {
+		if port, ok := portNumber(listener.Port); ok {
 			ports = append(ports, port)
 		}
 	}

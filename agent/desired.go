@@ -22,7 +22,7 @@ type subject struct {
 // facts are what proxies have in common, looked up for them.
 type facts struct {
 	VirtualIPs   map[service][]netip.Addr
-	GatewayPorts map[service][]uint16
+	GatewayPorts map[gateway][]uint16
 	CheckPorts   map[string][]uint16 // by service ID
 	Unanswered   map[service]string  // why there is no answer, or none newer
 }
@@ -51,7 +51,7 @@ func desire(s subject, known facts, node policy) wish {
 	guard := node.Guard
 	for _, p := range s.Proxies {
 		transparent = transparent || p.Transparent
-		if p.gateway() {
+		if p.isGateway() {
 			mode = redirect.ModeGateway
 		}
 		guard = stronger(guard, p.Guard)
@@ -86,13 +86,13 @@ func desire(s subject, known facts, node policy) wish {
 			overlay.OutboundPort = p.Outbound
 		}
 		open = append(open, p.Open...)
-		open = append(open, known.GatewayPorts[p.Self]...)
+		open = append(open, known.GatewayPorts[p.entry()]...)
 		if p.ExposeCheck {
 			open = append(open, known.CheckPorts[p.ServiceID]...)
 			open = append(open, known.CheckPorts[p.ID]...)
 		}
 		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known)...)
-		if why := known.Unanswered[p.Self]; why != "" && p.gateway() {
+		if why := known.Unanswered[p.Self]; why != "" && p.isGateway() {
 			w.Problems = append(w.Problems, why)
 		}
 		for _, u := range p.Upstreams {

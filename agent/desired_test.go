@@ -134,7 +134,7 @@ func TestDesire(t *testing.T) {
 			name: "a gateway: its listeners are open and it has none for the mesh",
 			subject: subject{attachment: found(), Proxies: []proxy{{
 				ID: "in", Kind: kindIngress, AllocID: allocation, Self: service{Name: "in"}, Open: []uint16{8443}}}},
-			facts:  facts{GatewayPorts: map[service][]uint16{{Name: "in"}: {8080, 9090}}},
+			facts:  facts{GatewayPorts: map[gateway][]uint16{{service{Name: "in"}, kindIngress}: {8080, 9090}}},
 			policy: audit,
 			want: wish{
 				Add: add(redirect.ModeGateway),

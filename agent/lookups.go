@@ -19,9 +19,9 @@ type lookups struct {
 	now    func() time.Time
 
 	virtual  map[service]*lookup[[]netip.Addr]
-	gateways map[service]*lookup[[]uint16]
+	gateways map[gateway]*lookup[[]uint16]
 	checks   lookup[map[string][]uint16]
-	more     bool // refresh stopped before the end
+	due      time.Time // when the next question is; zero: there is none
 }
 
 // lookup is one question.
@@ -33,16 +33,16 @@ type lookup[T any] struct {
 }
 
 const (
-	lookupsAtOnce  = 256
-	lookupInterval = 5 * time.Minute
-	lookupRetry    = 2 * time.Second
-	checkInterval  = 15 * time.Second
+	lookupsAtOnce    = 256
+	lookupInterval   = 5 * time.Minute
+	lookupRetry      = 2 * time.Second
+	listenerInterval = 30 * time.Second // of what may change without a registration
 )
 
 func newLookups(consul *consul) *lookups {
 	return &lookups{
 		consul: consul, now: time.Now,
-		virtual: make(map[service]*lookup[[]netip.Addr]), gateways: make(map[service]*lookup[[]uint16]),
+		virtual: make(map[service]*lookup[[]netip.Addr]), gateways: make(map[gateway]*lookup[[]uint16]),
 	}
 }
 
@@ -52,16 +52,14 @@ func newLookups(consul *consul) *lookups {
 func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) (known facts, moved bool) {
 	services, gateways, checks := questions(byAllocation)
 	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool { return !slices.Contains(services, of) })
-	maps.DeleteFunc(l.gateways, func(of service, _ *lookup[[]uint16]) bool { return !slices.Contains(gateways, of) })
+	maps.DeleteFunc(l.gateways, func(of gateway, _ *lookup[[]uint16]) bool { return !slices.Contains(gateways, of) })
 	left, failed := lookupsAtOnce, false
-	l.more = false
 	due := func(next time.Time) bool {
-		if failed || l.now().Before(next) {
+		if failed || left == 0 || l.now().Before(next) {
 			return false
 		}
 		left--
-		l.more = l.more || left < 0
-		return left >= 0
+		return true
 	}
 	for _, of := range services {
 		question := l.virtual[of]
@@ -87,6 +85,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 			answer, err := l.consul.gatewayPorts(ctx, of)
 			changed := err == nil && !slices.Equal(answer, question.answer) || (err != nil) != (question.why != "")
 			question.settle(l.now(), answer, err, len(answer) > 0)
+			question.next = earlier(question.next, l.now().Add(listenerInterval))
 			moved, failed = moved || changed, failed || !concernsOne(err)
 		}
 	}
@@ -94,10 +93,38 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		answer, err := l.consul.checks(ctx)
 		changed := err == nil && !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16])
 		l.checks.settle(l.now(), answer, err, len(answer) > 0)
-		l.checks.next = l.now().Add(checkInterval)
+		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
 		moved = moved || changed
 	}
+	l.due = time.Time{}
+	for _, question := range l.virtual {
+		l.due = sooner(l.due, question.next)
+	}
+	for _, question := range l.gateways {
+		l.due = sooner(l.due, question.next)
+	}
+	if checks {
+		l.due = sooner(l.due, l.checks.next)
+	}
+	if failed { // whoever comes next would fare no better
+		l.due = l.now().Add(listenerInterval)
+	}
 	return l.known(), moved
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// sooner is earlier, where the zero time is none.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() {
+		return b
+	}
+	return earlier(a, b)
 }
 
 // settle takes the answer in and says when to ask again.
@@ -119,7 +146,7 @@ func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
 // known copies the answers, which the view keeps.
 func (l *lookups) known() facts {
 	known := facts{
-		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[service][]uint16), CheckPorts: l.checks.answer,
+		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
 		Unanswered: make(map[service]string),
 	}
 	for of, question := range l.virtual {
@@ -131,15 +158,15 @@ func (l *lookups) known() facts {
 	for of, question := range l.gateways {
 		known.GatewayPorts[of] = question.answer
 		if question.why != "" {
-			known.Unanswered[of] = question.why
+			known.Unanswered[of.service] = question.why
 		}
 	}
 	return known
 }
 
 // questions are what the proxies need to be asked, sorted.
-func questions(byAllocation map[string][]proxy) (services, gateways []service, checks bool) {
-	wanted, listening := make(map[service]bool), make(map[service]bool)
+func questions(byAllocation map[string][]proxy) (services []service, gateways []gateway, checks bool) {
+	wanted, listening := make(map[service]bool), make(map[gateway]bool)
 	for _, list := range byAllocation {
 		for _, p := range list {
 			for _, u := range p.Upstreams {
@@ -148,7 +175,7 @@ func questions(byAllocation map[string][]proxy) (services, gateways []service, c
 				}
 			}
 			if p.Kind == kindIngress || p.Kind == kindAPI {
-				listening[p.Self] = true
+				listening[p.entry()] = true
 			}
 			checks = checks || p.ExposeCheck
 		}
@@ -156,5 +183,7 @@ func questions(byAllocation map[string][]proxy) (services, gateways []service, c
 	order := func(a, b service) int {
 		return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name, b.Partition+"/"+b.Namespace+"/"+b.Name)
 	}
-	return slices.SortedFunc(maps.Keys(wanted), order), slices.SortedFunc(maps.Keys(listening), order), checks
+	services = slices.SortedFunc(maps.Keys(wanted), order)
+	gateways = slices.SortedFunc(maps.Keys(listening), func(a, b gateway) int { return order(a.service, b.service) })
+	return services, gateways, checks
 }

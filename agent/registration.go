@@ -33,6 +33,12 @@ const guardMeta = "weir-guard"
 // free edition.
 type service struct{ Name, Namespace, Partition string }
 
+// gateway names a gateway's configuration entry.
+type gateway struct {
+	service
+	Kind string
+}
+
 // proxy is what Consul knows of one proxy of this node, as far as it matters
 // to the kernel.
 type proxy struct {
@@ -59,8 +65,11 @@ type upstream struct {
 	Remote   bool // in another cluster, or no single service: it has no virtual IP here
 }
 
-// gateway reports whether the proxy is one of the gateways.
-func (p proxy) gateway() bool { return p.Kind != kindSidecar }
+// isGateway reports whether the proxy is one of the gateways.
+func (p proxy) isGateway() bool { return p.Kind != kindSidecar }
+
+// entry names the configuration entry of a gateway.
+func (p proxy) entry() gateway { return gateway{service: p.Self, Kind: p.Kind} }
 
 // registration is what is read of Consul's own form.
 type registration struct {
@@ -129,7 +138,7 @@ func (r registration) proxy() proxy {
 		own, hasOwn = bind, true
 	}
 	switch {
-	case !p.gateway():
+	case !p.isGateway():
 		p.Inbound = own
 		if !hasOwn {
 			problem("its registration names no port")

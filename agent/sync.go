@@ -103,33 +103,54 @@ func (f *follower) run(ctx context.Context) {
 			tempo.waiting = max(time.Since(f.waiting), 1)
 		}
 		f.mu.Unlock()
-		tempo.more = f.lookups.more
-		if !pause(ctx, tempo.pause(rand.Float64()), f.triggerUnless(failures)) {
+		if !f.rest(ctx, time.Now().Add(tempo.pause(rand.Float64())), failures > 0) {
 			return
 		}
 	}
 }
 
-// triggerUnless hands out the trigger, but while Consul fails nothing shortens
-// the back-off.
-func (f *follower) triggerUnless(failures int) <-chan struct{} {
-	if failures > 0 {
-		return nil
+// rest waits for the trigger or until the next read, and asks meanwhile what
+// else is due. It reports false when ctx ended.
+func (f *follower) rest(ctx context.Context, until time.Time, failing bool) bool {
+	const atOnce = 100 * time.Millisecond // between two rounds of questions
+	for {
+		length, trigger, asks := time.Until(until), f.trigger, false
+		if failing {
+			trigger = nil // nothing shortens the back-off
+		} else if due := f.lookups.due; !due.IsZero() && due.Before(until) {
+			length, asks = max(time.Until(due), atOnce), true
+		}
+		early, alive := pause(ctx, length, trigger)
+		if !alive || early || !asks {
+			return alive
+		}
+		f.look(ctx)
 	}
-	return f.trigger
 }
 
-// pause waits, and reports false when ctx ended.
-func pause(ctx context.Context, length time.Duration, early <-chan struct{}) bool {
+// look asks what is due beside the bulk read.
+func (f *follower) look(ctx context.Context) {
+	known, moved := f.lookups.refresh(ctx, f.current().Proxies)
+	if !moved {
+		return
+	}
+	f.mu.Lock()
+	f.view.Facts = known
+	f.mu.Unlock()
+	f.changed()
+}
+
+// pause waits. early says that it was cut short, alive that ctx goes on.
+func pause(ctx context.Context, length time.Duration, cut <-chan struct{}) (early, alive bool) {
 	timer := time.NewTimer(length)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
-		return false
 	case <-timer.C:
-	case <-early:
+	case <-cut:
+		early = true
 	}
-	return ctx.Err() == nil
+	return early, ctx.Err() == nil
 }
 
 // tempo decides when Consul is asked next.
@@ -137,7 +158,6 @@ type tempo struct {
 	watch    bool
 	failures int           // in a row
 	waiting  time.Duration // of the newest allocation without a registration; 0: none
-	more     bool          // lookups are left over
 }
 
 // pause is the time until the next read. jitter is from 0 to 1, so that the
@@ -152,8 +172,6 @@ func (t tempo) pause(jitter float64) time.Duration {
 	switch {
 	case t.failures > 0:
 		return spread(min(time.Second<<min(t.failures-1, 10), slowest))
-	case t.more:
-		return 100 * time.Millisecond
 	case t.waiting > 0 && t.waiting < firstly:
 		return 250 * time.Millisecond
 	case t.waiting > 0 && t.waiting < atMost:
@@ -195,7 +213,7 @@ func (f *follower) watch(ctx context.Context) {
 		} else {
 			failures = 0
 		}
-		if !pause(ctx, length, nil) {
+		if _, alive := pause(ctx, length, nil); !alive {
 			return
 		}
 	}

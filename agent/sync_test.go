@@ -184,7 +184,6 @@ func TestTempo(t *testing.T) {
 		{"the first failure", tempo{failures: 1, waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
 		{"the fourth", tempo{failures: 4}, 4 * time.Second, 12 * time.Second},
 		{"very many", tempo{failures: 1000}, 30 * time.Second, 90 * time.Second},
-		{"lookups left over", tempo{watch: true, more: true}, 100 * time.Millisecond, 100 * time.Millisecond},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := c.tempo.pause(0); got != c.min {
