@@ -36,6 +36,7 @@ type Status struct {
 	CgroupRoot string    `json:"cgroup_root"` // what the programs are attached to
 	Links      []string  `json:"links"`       // programs in force there
 	Maps       []MapInfo `json:"maps"`
+	Barrier    Barrier   `json:"barrier"` // the way in use, the weaker one where the kernel has no other
 	Workloads  int       `json:"workloads"`
 	Problems   []Problem `json:"problems"`
 }
@@ -78,7 +79,7 @@ func (d *Datapath) Status() (status Status, err error) {
 }
 
 func (d *Datapath) status() (Status, error) {
-	status := Status{Paths: d.paths, Links: []string{}, Maps: []MapInfo{}, Problems: []Problem{}}
+	status := Status{Paths: d.paths, Barrier: barrier(), Links: []string{}, Maps: []MapInfo{}, Problems: []Problem{}}
 	problem := func(remedy, what string, args ...any) {
 		status.Problems = append(status.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
 	}

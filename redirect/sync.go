@@ -312,17 +312,39 @@ func listenerKey(cookie uint64, role bpfListenerRole, slot uint16, w *Workload) 
 	return key
 }
 
-// waitForReaders returns when every program run that began before it has
-// ended: programs run in RCU read sections, and this command of membarrier
-// waits for those (Linux 4.3). On a kernel with nohz_full it is not available;
-// then waiting out many times the length of a program run has to do.
-func waitForReaders() {
-	if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0); errno != 0 {
-		time.Sleep(100 * time.Millisecond)
+// Barrier is how a change waits for programs that still read the old rows.
+type Barrier string
+
+// The two ways; the kernel is asked which one there is.
+const (
+	BarrierKernel Barrier = "membarrier" // exact (Linux 4.3)
+	BarrierTime   Barrier = "time"       // a wait of many times a program run: a kernel with nohz_full has no other
+)
+
+// membarrier(2): MEMBARRIER_CMD_QUERY and MEMBARRIER_CMD_GLOBAL.
+const (
+	membarrierQuery  = 0
+	membarrierGlobal = 1
+)
+
+func barrier() Barrier {
+	commands, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierQuery, 0, 0)
+	if errno != 0 || commands&membarrierGlobal == 0 {
+		return BarrierTime
 	}
+	return BarrierKernel
 }
 
-const membarrierGlobal = 1 // MEMBARRIER_CMD_GLOBAL
+// waitForReaders returns when every program run that began before it has
+// ended: programs run in RCU read sections, and membarrier waits for those.
+func waitForReaders() {
+	if barrier() == BarrierKernel {
+		if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0); errno == 0 {
+			return
+		}
+	}
+	time.Sleep(100 * time.Millisecond)
+}
 
 // proxyState is what the kernel learned of a workload's proxy.
 func (m *tables) proxyState(cookie uint64) (bpfProxy, error) {

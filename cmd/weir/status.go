@@ -49,6 +49,7 @@ func (c *command) renderStatus(status redirect.Status) string {
 		{"records", status.Paths.StateDir},
 		{"attached to", status.CgroupRoot},
 		{"programs", orDash(strings.ReplaceAll(strings.Join(status.Links, " "), "weir_", ""))},
+		{"changes", "wait for running programs by " + string(status.Barrier)},
 	}))
 	rows := [][]string{{"MAP", "MOST ENTRIES", "MEMORY"}}
 	for _, info := range status.Maps {

@@ -15,6 +15,7 @@ func healthy() redirect.Status {
 		Loaded: true, Current: true, Workloads: 2,
 		Paths:      redirect.Paths{PinDir: "/sys/fs/bpf/weir", StateDir: "/run/weir"},
 		CgroupRoot: "/sys/fs/cgroup",
+		Barrier:    redirect.BarrierKernel,
 		Links:      []string{"weir_connect4", "weir_connect6"},
 		Maps: []redirect.MapInfo{
 			{Name: "origins", MaxEntries: 1048576, Bytes: 8392704},
@@ -30,6 +31,7 @@ pins         /sys/fs/bpf/weir
 records      /run/weir
 attached to  /sys/fs/cgroup
 programs     connect4 connect6
+changes      wait for running programs by membarrier
 
 MAP        MOST ENTRIES  MEMORY
 origins    1048576       8196 KiB
@@ -64,6 +66,7 @@ pins         /sys/fs/bpf/weir
 records      /run/weir
 attached to  /sys/fs/cgroup
 programs     -
+changes      wait for running programs by membarrier
 `})
 }
 
@@ -80,6 +83,7 @@ func TestStatusJSON(t *testing.T) {
   "cgroup_root": "",
   "links": [],
   "maps": [],
+  "barrier": "",
   "workloads": 0,
   "problems": [
     "w; remedy: r"
