@@ -11,9 +11,11 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/hashicorp/cli"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -24,6 +26,7 @@ type env struct {
 	getenv   func(string) string
 	terminal bool // standard output is one
 	open     func(redirect.Paths) datapath
+	ask      func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
 }
 
 // datapath is what the commands need of redirect.Datapath.
@@ -118,6 +121,15 @@ func (c *command) Run(args []string) int {
 // datapath opens the instance that flags and environment name.
 func (c *command) datapath() datapath {
 	return c.open(c.paths.Or(redirect.PathsFromEnv(c.getenv)))
+}
+
+// agent asks the instance's agent for its view; ok is false where none answers.
+func (c *command) agent() (view agent.Status, ok bool) {
+	paths := c.paths.Or(redirect.PathsFromEnv(c.getenv)).Or(redirect.Paths{StateDir: redirect.DefaultStateDir})
+	ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
+	defer cancel()
+	view, err := c.ask(ctx, paths.StateDir)
+	return view, err == nil
 }
 
 // printJSON prints one value.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/hashicorp/cli"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
@@ -112,6 +113,6 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) },
+		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus,
 	})
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/hashicorp/cli"
 	"golang.org/x/sys/unix"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -26,6 +27,7 @@ func main() {
 		getenv:   os.Getenv,
 		terminal: notTerminal == nil,
 		open:     func(paths redirect.Paths) datapath { return redirect.New(paths) },
+		ask:      agent.ReadStatus,
 	})
 	stop()
 	os.Exit(code)

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -25,6 +26,7 @@ type node struct {
 	list     []redirect.WorkloadStatus
 	verdicts []redirect.WorkloadVerdicts
 	events   []redirect.Event
+	agent    *agent.Status // nil: none runs
 	err      error
 }
 
@@ -68,6 +70,12 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		open: func(paths redirect.Paths) datapath {
 			n.paths = paths
 			return n
+		},
+		ask: func(context.Context, string) (agent.Status, error) {
+			if n.agent == nil {
+				return agent.Status{}, agent.ErrNotRunning
+			}
+			return *n.agent, nil
 		},
 	})
 	return outcome{code: code, stdout: ui.OutputWriter.String(), stderr: ui.ErrorWriter.String()}

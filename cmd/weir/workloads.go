@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/weirmesh/weir/redirect"
 )
@@ -15,19 +16,25 @@ func newWorkloads(env env) *command {
   holds of how many it may. What is wrong with a workload follows below.
 
   IDENTITY is "cgroup" where the proxy is known by UID and cgroup, "uid" where
-  the UID alone decides: a task under that UID is not redirected.`).withPaths().withJSON()
+  the UID alone decides: a task under that UID is not redirected.
+
+  Where the agent runs, it follows what the agent knows of each allocation: its
+  guard and whether the kernel is in step with Consul, and those allocations of
+  the mesh that are not under Weir, with the reason.`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		list, err := c.datapath().Workloads()
 		if err != nil {
 			return 1, err
 		}
+		view, running := c.agent()
 		if c.json {
-			if list == nil {
-				list = []redirect.WorkloadStatus{}
-			}
-			return 0, c.printJSON(list)
+			return 0, c.printJSON(withAgent(list, view))
 		}
-		c.ui.Output(c.renderWorkloads(list))
+		text := c.renderWorkloads(list)
+		if running {
+			text += "\n\n" + c.renderAgent(view, time.Now())
+		}
+		c.ui.Output(text)
 		return 0, nil
 	}
 	return c

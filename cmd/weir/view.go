@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// seenWorkload is a workload with what the agent knows of it.
+type seenWorkload struct {
+	redirect.WorkloadStatus
+	Agent *agent.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
+}
+
+func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload {
+	views := make(map[redirect.Key]*agent.WorkloadView)
+	for i, w := range view.Workloads {
+		views[w.Key] = &view.Workloads[i]
+	}
+	seen := make([]seenWorkload, 0, len(list))
+	for _, w := range list {
+		seen = append(seen, seenWorkload{WorkloadStatus: w, Agent: views[w.Key]})
+	}
+	return seen
+}
+
+// renderAgent shows the agent's view of the node's allocations.
+func (c *command) renderAgent(view agent.Status, now time.Time) string {
+	var text, below strings.Builder
+	fmt.Fprintln(&text, c.consulLine(view.Consul, now))
+	rows := [][]string{{"ID", "JOB", "STATE", "KIND", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
+	for _, w := range view.Workloads {
+		var kinds, upstreams []string
+		for _, p := range w.Proxies {
+			kinds = append(kinds, p.Kind)
+		}
+		for _, u := range w.Upstreams {
+			upstreams = append(upstreams, fmt.Sprintf("%s=%s", u.Name, u.Listener))
+		}
+		rows = append(rows, []string{
+			short(w.ID), orDash(w.Job), string(w.State), orDash(strings.Join(kinds, " ")), orDash(string(w.Guard)), inStep(w),
+			now.Sub(w.Since).Round(time.Second).String(), orDash(strings.Join(upstreams, " ")), orDash(strings.Trim(fmt.Sprint(w.Open), "[]")),
+		})
+		if len(w.Problems) == 0 {
+			continue
+		}
+		fmt.Fprintf(&below, "\n\n%s\n", c.paint(bold, name(w.Job, w.Group, w.Key)))
+		for _, what := range w.Problems {
+			fmt.Fprintf(&below, "  %s\n", what)
+		}
+	}
+	if len(rows) > 1 {
+		text.WriteString(table("", rows))
+	}
+	return strings.TrimRight(text.String(), "\n") + strings.TrimRight(below.String(), "\n")
+}
+
+// inStep says how the kernel stands to what Consul has registered.
+func inStep(w agent.WorkloadView) string {
+	switch {
+	case w.InStep:
+		return "in step"
+	case len(w.Proxies) == 0:
+		return "not registered"
+	}
+	return "behind"
+}
+
+func (c *command) consulLine(consul agent.ConsulStatus, now time.Time) string {
+	since := now.Sub(consul.Since).Round(time.Second)
+	switch {
+	case !consul.Enabled:
+		return "agent: Consul is not followed"
+	case consul.InStep && consul.Hidden:
+		return c.paint(red, fmt.Sprintf("agent: Consul at %s hides services of this node from the token", consul.Address))
+	case consul.InStep:
+		return fmt.Sprintf("agent: in step with Consul at %s for %s", consul.Address, since)
+	case consul.Error == "":
+		return fmt.Sprintf("agent: asking Consul at %s", consul.Address)
+	}
+	return c.paint(red, fmt.Sprintf("agent: not in step with Consul at %s for %s: %s", consul.Address, since, consul.Error))
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+)
+
+func TestWorkloadsShowTheAgentsView(t *testing.T) {
+	began := time.Now().Add(-time.Minute)
+	key := redirect.Key{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}
+	view := &agent.Status{
+		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", InStep: true, Since: began},
+		Workloads: []agent.WorkloadView{
+			{
+				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: agent.StateManaged, Guard: redirect.GuardAudit, InStep: true, Since: began,
+				Proxies:   []agent.ProxyView{{Kind: "connect-proxy"}},
+				Upstreams: []agent.UpstreamView{{Name: "api", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}, Open: []uint16{8081, 21500},
+			},
+			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []string{"it runs in host networking"}},
+		},
+	}
+	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Mode: redirect.ModeDirect}}, agent: view}
+	got := try(t, n, nil, "workloads")
+	for _, want := range []string{
+		"agent: in step with Consul at 127.0.0.1:8500 for 1m0s\n",
+		"0b5d0c1e  demo  managed      connect-proxy  audit  in step         1m0s   api=127.0.0.1:9191  8081 21500\n",
+		"1c6e1d2f  -     unprotected  -              -      not registered  1m0s   -                   -\n",
+		"\n  it runs in host networking\n",
+	} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("output lacks %q:\n%s", want, got.stdout)
+		}
+	}
+	var list []struct {
+		ID    string
+		Mode  string
+		Agent *agent.WorkloadView
+	}
+	if err := json.Unmarshal([]byte(try(t, n, nil, "workloads", "-json").stdout), &list); err != nil {
+		t.Fatal(err)
+	}
+	if len(list) != 1 || list[0].Mode != "direct" || list[0].Agent == nil || !list[0].Agent.InStep {
+		t.Errorf("JSON = %+v, want one workload with the agent's view", list)
+	}
+}
+
+func TestConsulLine(t *testing.T) {
+	now := time.Now()
+	for _, c := range []struct {
+		consul agent.ConsulStatus
+		want   string
+	}{
+		{agent.ConsulStatus{}, "agent: Consul is not followed"},
+		{agent.ConsulStatus{Enabled: true, Address: "a:1"}, "agent: asking Consul at a:1"},
+		{agent.ConsulStatus{Enabled: true, Address: "a:1", InStep: true, Hidden: true}, "agent: Consul at a:1 hides services of this node from the token"},
+		{agent.ConsulStatus{Enabled: true, Address: "a:1", Error: "hang", Since: now.Add(-time.Second)}, "agent: not in step with Consul at a:1 for 1s: hang"},
+	} {
+		command := &command{env: env{getenv: func(string) string { return "" }}}
+		if got := command.consulLine(c.consul, now); got != c.want {
+			t.Errorf("line = %q, want %q", got, c.want)
+		}
+	}
+}
+
+func TestAgentRefusesWhatItCannotWorkWith(t *testing.T) {
+	got := try(t, &node{}, map[string]string{"CONSUL_HTTP_SSL": "perhaps"}, "agent")
+	if got.code != 1 || !strings.Contains(got.stderr, "CONSUL_HTTP_SSL") {
+		t.Errorf("outcome = %+v, want the variable named", got)
+	}
+	got = try(t, &node{}, nil, "agent", "-guard", "on", "-telemetry", "9902", "-consul", "ftp://x:1")
+	for _, want := range []string{"guard.default", "telemetry.listen", "consul.address"} {
+		if got.code != 1 || !strings.Contains(got.stderr, want) {
+			t.Errorf("outcome = %+v, want %s named", got, want)
+		}
+	}
+}
