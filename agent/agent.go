@@ -12,7 +12,9 @@ import (
 	"log/slog"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
@@ -46,6 +48,7 @@ type Agent struct {
 	cache    *cache
 	watcher  *watcher
 	wake     chan struct{}
+	pins     atomic.Bool // something changed among the pins since the last pass
 
 	mu     sync.Mutex // guards what follows against server and metrics
 	status Status
@@ -121,7 +124,14 @@ func (a *Agent) Run(ctx context.Context) error {
 		cancel()
 		return errors.Join(err, a.watcher.Close())
 	}
-	background.Go(func() { a.watcher.run(func(string) { a.hurry() }) })
+	background.Go(func() {
+		a.watcher.run(func(dir string) {
+			if strings.HasPrefix(dir, a.config.PinDir) {
+				a.pins.Store(true)
+			}
+			a.hurry()
+		})
+	})
 	if a.follower != nil {
 		background.Go(func() { a.follower.run(ctx) })
 	}
@@ -165,6 +175,9 @@ func (a *Agent) pass(changed bool) {
 	}
 	now := time.Now()
 	a.mend()
+	if a.pins.Swap(false) {
+		a.checkUnhooked()
+	}
 	if changed || fresh || now.Sub(a.resynced) > resync || a.retryDue(now) {
 		if now.Sub(a.resynced) > resync {
 			for _, m := range a.subjects {
@@ -248,20 +261,38 @@ func (a *Agent) checkSome() {
 	}
 	slices.SortFunc(keys, compareKeys)
 	for range min(checksPerTick, len(keys)) {
-		key := keys[a.nextTurn%len(keys)]
+		a.check(keys[a.nextTurn%len(keys)])
 		a.nextTurn++
-		mended, err := a.datapath.Check(key, "")
-		a.count(func(c *Counts) { c.Mended += uint64(len(mended)) })
-		for _, what := range mended {
-			a.log.Warn("workload mended", "workload", key.String(), "what", what)
-		}
-		if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
-			a.subjects[key].inode = 0
-			a.hurry()
-			continue
-		}
-		a.note(a.subjects[key], "check", err)
 	}
+}
+
+// checkUnhooked verifies the workloads whose lookup program somebody unpinned.
+// One whose ADD or DEL is under way is found in order once they let go of the
+// node's lock.
+func (a *Agent) checkUnhooked() {
+	keys, err := a.datapath.Unhooked()
+	if err != nil {
+		a.trouble("look at lookup programs", err)
+	}
+	for _, key := range keys {
+		if a.subjects[key] != nil {
+			a.check(key)
+		}
+	}
+}
+
+func (a *Agent) check(key redirect.Key) {
+	mended, err := a.datapath.Check(key, "")
+	a.count(func(c *Counts) { c.Mended += uint64(len(mended)) })
+	for _, what := range mended {
+		a.log.Warn("workload mended", "workload", key.String(), "what", what)
+	}
+	if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+		a.subjects[key].inode = 0
+		a.hurry()
+		return
+	}
+	a.note(a.subjects[key], "check", err)
 }
 
 func (a *Agent) count(add func(*Counts)) {

@@ -152,6 +152,9 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 		}
 		if now.Sub(m.missing) < recordGrace {
 			m.errors, m.retry = map[string]string{"record": errRecordMissing.Error()}, m.missing.Add(recordGrace)
+			if m.view.State != "" {
+				return m.view.State // it may be on its way out
+			}
 			return StateUnprotected
 		}
 		request, err := lostRequest(s.attachment)

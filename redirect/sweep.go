@@ -4,6 +4,8 @@ package redirect
 
 import (
 	"errors"
+	"io/fs"
+	"os"
 	"slices"
 	"strings"
 )
@@ -64,6 +66,18 @@ func (d *Datapath) Sweep() (removed []Key, err error) {
 		return errors.Join(unreadable, swept)
 	})
 	return removed, err
+}
+
+// Unhooked returns the workloads on record whose lookup program is not pinned
+// any more. It looks at nothing else, and is for when that directory changed.
+func (d *Datapath) Unhooked() (keys []Key, err error) {
+	known, err := d.Known()
+	for _, k := range known {
+		if _, missing := os.Lstat(d.paths.lookup(k.Cookie)); errors.Is(missing, fs.ErrNotExist) {
+			keys = append(keys, k.Key)
+		}
+	}
+	return keys, err
 }
 
 // Directories are where a change by somebody else can be seen: records, pinned
