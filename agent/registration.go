@@ -143,6 +143,7 @@ func (r registration) proxy() proxy {
 		if !hasOwn {
 			problem("its registration names no port")
 		}
+	case p.Kind == kindAPI: // its listeners are those of its configuration entry alone
 	case !configTrue(r.Proxy.Config["envoy_gateway_no_default_bind"]) && hasOwn:
 		p.Open = append(p.Open, own)
 	}

@@ -89,12 +89,13 @@ func TestParseServicesRefusesWhatIsNoAnswer(t *testing.T) {
 	}
 }
 
-func TestIngressListensOnItsDefaultPortUnlessToldNotTo(t *testing.T) {
+func TestGatewaysListenOnTheirDefaultPortUnlessToldNotTo(t *testing.T) {
 	const body = `{
 		"a": {"Kind": "ingress-gateway", "Service": "in", "Port": 8443},
 		"b": {"Kind": "terminating-gateway", "Service": "out", "Port": 8443, "Proxy": {"Config": {"envoy_gateway_no_default_bind": true}}},
 		"c": {"Kind": "mesh-gateway", "Service": "mesh", "Port": 8443, "TaggedAddresses": {"wan": {"Port": 9443}},
-		      "Proxy": {"Config": {"envoy_gateway_bind_tagged_addresses": true}}}
+		      "Proxy": {"Config": {"envoy_gateway_bind_tagged_addresses": true}}},
+		"d": {"Kind": "api-gateway", "Service": "api", "Port": 8443}
 	}`
 	got, _, err := parseServices([]byte(body))
 	if err != nil {
@@ -104,7 +105,7 @@ func TestIngressListensOnItsDefaultPortUnlessToldNotTo(t *testing.T) {
 	for _, p := range got {
 		ports = append(ports, p.Open)
 	}
-	if diff := cmp.Diff([][]uint16{{8443}, nil, {8443, 9443}}, ports); diff != "" {
+	if diff := cmp.Diff([][]uint16{{8443}, nil, {8443, 9443}, nil}, ports); diff != "" {
 		t.Errorf("ports (-want +got):\n%s", diff)
 	}
 }

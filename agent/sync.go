@@ -295,19 +295,31 @@ func byAllocation(proxies []proxy) map[string][]proxy {
 }
 
 // of returns the proxies of an allocation: those whose ID names it, and of the
-// others those that are registered under one of its addresses, as an API
-// gateway that registers itself is.
+// others those that are registered under one of its addresses or, gateways that
+// register themselves without an address, as what its job is for.
 func (v view) of(a attachment) []proxy {
 	list := slices.Clone(v.Proxies[a.Job.AllocID])
 	if a.Job.AllocID == "" {
 		list = nil
 	}
 	for _, p := range v.Proxies[""] {
-		if p.Address.IsValid() && slices.Contains(a.Addresses, p.Address.Unmap()) {
+		if p.Address.IsValid() && slices.Contains(a.Addresses, p.Address.Unmap()) || v.runs(a, p) {
 			list = append(list, p)
 		}
 	}
 	return list
+}
+
+// runs reports whether an allocation runs the gateway that "consul connect
+// envoy -gateway -register" registered for it: without -address, as jobs for API
+// gateways have it, nothing tells but that it has the job's name and that the job
+// maps a port of its listeners. Neither alone is enough.
+func (v view) runs(a attachment, p proxy) bool {
+	if !p.isGateway() || p.Address.IsValid() || a.Job.ID == "" || a.Job.ID != p.Self.Name {
+		return false
+	}
+	listeners := slices.Concat(p.Open, v.Facts.GatewayPorts[p.entry()])
+	return slices.ContainsFunc(a.mappedPorts(), func(port uint16) bool { return slices.Contains(listeners, port) })
 }
 
 // parseAddresses keeps what is an address.
