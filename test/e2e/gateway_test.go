@@ -3,96 +3,152 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
+	"syscall"
 	"testing"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
 
-// gatewayPort is where Nomad lets a gateway's own listener be.
-const gatewayPort = 8443
-
-// registerGateway registers a gateway by the ID that Nomad gives, bound as
-// Nomad binds it.
-func (a *meshAlloc) registerGateway(kind, name string) (id string) {
-	a.node.t.Helper()
-	id = fmt.Sprintf("_nomad-task-%s-group-g-%s-%d", a.id, name, gatewayPort)
-	a.node.consul.Register(object{"Kind": kind, "Name": name, "ID": id, "Address": a.addr.String(), "Port": gatewayPort, "Proxy": object{
-		"Config": object{
-			"envoy_gateway_no_default_bind": true,
-			"envoy_gateway_bind_addresses":  object{"default": object{"address": "0.0.0.0", "port": gatewayPort}},
-		},
-	}})
-	return id
-}
-
-// Gateways are recognised by their kind, nothing of theirs is redirected, and
-// their listeners are what is open, those too that only a config entry names.
+// Each kind of gateway with real traffic through it: it is recognised, its
+// listeners stay reachable, what it dials is not redirected, and of the rest of
+// its namespace, Envoy's administration first, the guard counts what is reached
+// from outside and then refuses it.
 func TestGateways(t *testing.T) {
-	n := newMeshNode(t, false)
-	n.outside.Do(func() {
-		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644); err != nil {
-			t.Error(err)
-		}
-	})
-	n.runAgent()
-	api := n.allocate("")
+	m := newGatewayNode(t)
+	api := m.allocate("")
 	api.startEnvoy(api.register("api", object{"Port": 20001}))
-	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
-	stranger := held{test.Helper(t, test.Spec{NetNS: n.outside, UID: 1000, GID: 1000}, holdFunc)}
+	answer := m.serve(api.ns, "127.0.0.1:8080", "api")
+	neighbour := m.allocate("")
 
-	wantGateway := func(t *testing.T, a *meshAlloc, open ...uint16) {
-		t.Helper()
-		a.eventually("the gateway's listeners", func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, open) })
-		if w, err := a.workload(); err != nil || w.Mode != redirect.ModeGateway || len(w.Problems) > 0 {
-			t.Errorf("the kernel has %+v, %v; want mode gateway without problems", w, err)
-		}
+	gateways := []*gateway{
+		m.ingress("api", answer),
+		m.terminating(),
+		m.apiGateway("api", answer),
+		m.meshGateway("api", answer),
+	}
+	for _, g := range gateways {
+		test.EchoProcess(t, g.spec(1000), "tcp4", fmt.Sprintf("0.0.0.0:%d", g.foreign))
+		test.EchoProcess(t, g.spec(1000), "udp4", fmt.Sprintf("0.0.0.0:%d", g.foreign))
 	}
 
-	t.Run("ingress", func(t *testing.T) {
-		n.consul.Put("/v1/config", object{"Kind": "ingress-gateway", "Name": "ingress", "Listeners": []object{
-			{"Port": 9090, "Protocol": "tcp", "Services": []object{{"Name": "api"}}}}})
-		a := n.allocate("")
-		a.startEnvoy(a.registerGateway("ingress-gateway", "ingress"), "-gateway", "ingress")
-		wantGateway(t, a, gatewayPort, 9090)
-		wantServed(t, stranger, netip.AddrPortFrom(a.addr, 9090).String(), server.Name)
-	})
+	for _, g := range gateways {
+		t.Run(g.kind+" in audit", func(t *testing.T) {
+			g.wantServing(t, redirect.GuardAudit)
+			before := g.counts(t)
+			for _, from := range []*test.NetNS{m.outside, neighbour.ns} {
+				if status, err := ready(from, g.at(adminPort)); err != nil || status != "LIVE" {
+					t.Errorf("administration from outside = %q, %v; want it reached in audit", status, err)
+				}
+				for _, network := range []string{"tcp4", "udp4"} {
+					if _, err := test.Ask(from, network, g.at(g.foreign).String()); err != nil {
+						t.Errorf("%s port %d from outside: %v; want it reached in audit", network, g.foreign, err)
+					}
+				}
+			}
+			after := g.counts(t)
+			if got := after[redirect.GuardAudited.String()] - before[redirect.GuardAudited.String()]; got != 6 {
+				t.Errorf("%d connections were counted as what the guard would refuse, want 6: %v", got, after)
+			}
+			g.wantNothingSteered(t)
+		})
+	}
 
-	t.Run("api", func(t *testing.T) {
-		n.consul.Put("/v1/config", object{"Kind": "api-gateway", "Name": "front", "Listeners": []object{{"Name": "tcp", "Port": 9191, "Protocol": "tcp"}}})
-		n.consul.Put("/v1/config", object{"Kind": "tcp-route", "Name": "route", "Services": []object{{"Name": "api"}},
-			"Parents": []object{{"Kind": "api-gateway", "Name": "front"}}})
-		a := n.allocate("")
-		// It registers itself, so its ID does not name the allocation.
-		n.consul.Register(object{"Kind": "api-gateway", "Name": "front", "ID": "front", "Address": a.addr.String(), "Port": gatewayPort})
-		a.startEnvoy("front", "-gateway", "api")
-		wantGateway(t, a, gatewayPort, 9191)
-		wantServed(t, stranger, netip.AddrPortFrom(a.addr, 9191).String(), server.Name)
-	})
+	m.stop()
+	m.config.Guard.Default = string(redirect.GuardEnforce)
+	m.runAgent()
+	for _, g := range gateways {
+		t.Run(g.kind+" in enforce", func(t *testing.T) {
+			g.wantServing(t, redirect.GuardEnforce)
+			before := g.counts(t)
+			for _, from := range []*test.NetNS{m.outside, neighbour.ns} {
+				if status, err := ready(from, g.at(adminPort)); !errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("administration from outside = %q, %v; want %v", status, err, syscall.ECONNREFUSED)
+				}
+				for _, network := range []string{"tcp4", "udp4"} {
+					if answer, err := test.Ask(from, network, g.at(g.foreign).String()); !errors.Is(err, syscall.ECONNREFUSED) {
+						t.Errorf("%s port %d from outside = %+v, %v; want %v", network, g.foreign, answer, err, syscall.ECONNREFUSED)
+					}
+				}
+			}
+			after := g.counts(t)
+			if got := after[redirect.RefusedGuard.String()] - before[redirect.RefusedGuard.String()]; got != 6 {
+				t.Errorf("%d connections were counted as refused by the guard, want 6: %v", got, after)
+			}
+			if got := after[redirect.GuardAudited.String()] - before[redirect.GuardAudited.String()]; got != 0 {
+				t.Errorf("%d connections were let in all the same", got)
+			}
+			// From inside, nothing is the guard's business.
+			for _, addr := range []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, 1}), g.addr} {
+				if status, err := ready(g.ns, netip.AddrPortFrom(addr, adminPort)); err != nil || status != "LIVE" {
+					t.Errorf("administration from inside by %s = %q, %v", addr, status, err)
+				}
+			}
+			g.wantNothingSteered(t)
+		})
+	}
+}
 
-	t.Run("terminating", func(t *testing.T) {
-		legacyAddr := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 88, 1, 1}), 7070)
-		legacy := test.EchoProcess(t, test.Spec{NetNS: n.outside, UID: 1000, GID: 1000}, "tcp4", legacyAddr.String())
-		n.consul.Put("/v1/catalog/register", object{"Node": "legacy", "Address": legacyAddr.Addr().String(),
-			"Service": object{"Service": "legacy", "Port": legacyAddr.Port()}})
-		n.consul.Put("/v1/config", object{"Kind": "terminating-gateway", "Name": "exit", "Services": []object{{"Name": "legacy"}}})
-		a := n.allocate("")
-		a.startEnvoy(a.registerGateway("terminating-gateway", "exit"), "-gateway", "terminating")
-		wantGateway(t, a, gatewayPort)
-		web := n.allocate("")
-		web.startEnvoy(web.register("web", object{"Port": 20002, "Proxy": object{"Upstreams": []object{{"DestinationName": "legacy", "LocalBindPort": 9292}}}}))
-		task := web.newHeld()
-		wantServed(t, task, "127.0.0.1:9292", legacy.Name)
-		wantServed(t, task, netip.AddrPortFrom(n.virtualIP("legacy"), 80).String(), legacy.Name)
-	})
+// wantServing waits until the gateway is what the agent makes of it, and checks
+// that traffic passes through it and that its listeners are open to everybody.
+func (g *gateway) wantServing(t *testing.T, guard redirect.Guard) {
+	t.Helper()
+	var view agent.WorkloadView
+	test.Eventually(t, func() (err error) {
+		view, err = g.view()
+		if err == nil && (view.State != agent.StateManaged || !view.InStep || view.Guard != guard || !slices.Equal(view.Open, g.open)) {
+			err = fmt.Errorf("the agent shows %+v", view)
+		}
+		return err
+	}, fmt.Sprintf("the %s to be open at %v", g.kind, g.open))
+	if view.Mode != redirect.ModeGateway || len(view.Problems) > 0 || len(view.Proxies) != 1 || view.Proxies[0].Kind != g.kind+"-gateway" {
+		t.Errorf("the agent shows %+v; want one %s gateway without problems", view, g.kind)
+	}
+	if w, err := g.workload(); err != nil || w.Mode != redirect.ModeGateway || w.Guard != guard || len(w.Problems) > 0 {
+		t.Errorf("the kernel has %+v, %v; want mode gateway without problems", w, err)
+	}
+	before := g.counts(t)
+	test.Eventually(t, func() error { return g.traffic() }, "traffic through the gateway")
+	for _, port := range g.listeners {
+		if err := dials(g.node.outside, g.at(port)); err != nil {
+			t.Errorf("listener %d from outside: %v", port, err)
+		}
+	}
+	g.wantSince(t, before, redirect.InboundExcluded)
+}
 
-	t.Run("mesh", func(t *testing.T) {
-		a := n.allocate("")
-		a.startEnvoy(a.registerGateway("mesh-gateway", "mesh"), "-gateway", "mesh")
-		wantGateway(t, a, gatewayPort)
-	})
+// wantNothingSteered checks that what is dialled in the gateway's namespace, by
+// Envoy and by a task, goes where it was dialled.
+func (g *gateway) wantNothingSteered(t *testing.T) {
+	t.Helper()
+	before := g.counts(t)
+	answer, err := g.client.Ask("tcp4", g.elsewhere.Addr.String())
+	if err != nil || answer.Server != g.elsewhere.Name || answer.Peer.Addr() != g.addr {
+		t.Errorf("a task that dials %s is answered %+v, %v; want that server, which sees %s", g.elsewhere.Addr, answer, err, g.addr)
+	}
+	g.wantSince(t, before, redirect.Direct)
+	after := g.counts(t)
+	for _, verdict := range []redirect.Verdict{redirect.Redirected, redirect.ToUpstream, redirect.ToDNS} {
+		if count := after[verdict.String()]; count > 0 {
+			t.Errorf("%d connections are counted as %s: %s", count, verdict, verdict.Describe())
+		}
+	}
+	for _, verdict := range redirect.AllVerdicts() {
+		if count := after[verdict.String()]; verdict.Refused() && verdict != redirect.RefusedGuard && count > 0 {
+			t.Errorf("%d connections are counted as %s: %s", count, verdict, verdict.Describe())
+		}
+	}
+}
+
+// wantSince checks that a verdict was given since the counts were read.
+func (g *gateway) wantSince(t *testing.T, before map[string]uint64, verdict redirect.Verdict) {
+	t.Helper()
+	if after := g.counts(t); after[verdict.String()] <= before[verdict.String()] {
+		t.Errorf("%s was counted %d times before and %d after", verdict, before[verdict.String()], after[verdict.String()])
+	}
 }
