@@ -314,8 +314,9 @@ int weir_bind6(struct bpf_sock *sk)
 }
 
 /* Puts a listener into the first free slot of a role. The slots hold workers
- * and both sides of a hot restart; an occupied one is never taken over. */
-static __always_inline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
+ * and both sides of a hot restart; an occupied one is never taken over. Global
+ * for the verifier's sake. */
+__noinline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 {
 	struct listener_key key = { .cookie = cookie, .role = role, .port = ctx->local_port };
 	int err = -EEXIST;

@@ -74,7 +74,8 @@ static __always_inline bool wants_dns(const struct view *view, const struct dial
 	       addr_equal(&dial->origin, &view->config->dns_addr);
 }
 
-static __noinline bool listening(__u64 cookie, __u32 role, __u16 port)
+/* A global function: the verifier walks its slots once, not for each caller. */
+__noinline int listening(__u64 cookie, __u32 role, __u32 port)
 {
 	struct listener_key key = { .cookie = cookie, .role = role, .port = port };
 
@@ -86,10 +87,10 @@ static __noinline bool listening(__u64 cookie, __u32 role, __u16 port)
 		sk = bpf_map_lookup_elem(&listeners, &key);
 		if (sk) {
 			bpf_sk_release(sk);
-			return true;
+			return 1;
 		}
 	}
-	return false;
+	return 0;
 }
 
 /* The address that a socket is bound to, or the unspecified one. */
