@@ -150,14 +150,9 @@ func (r registration) proxy() proxy {
 	if p.Transparent {
 		p.Outbound, _ = portNumber(r.Proxy.TransparentProxy.OutboundListenerPort)
 	}
-	if configTrue(r.Proxy.Config["envoy_gateway_bind_tagged_addresses"]) {
-		for _, tagged := range r.TaggedAddresses {
-			if port, ok := portNumber(tagged.Port); ok {
-				p.Open = append(p.Open, port)
-			}
-		}
+	if p.Kind != kindAPI {
+		p.Open = append(p.Open, r.binds()...)
 	}
-	p.Open = append(p.Open, gatewayBinds(r.Proxy.Config["envoy_gateway_bind_addresses"])...)
 	for _, key := range []string{"envoy_prometheus_bind_addr", "envoy_stats_bind_addr"} {
 		p.Open = append(p.Open, bindPort(r.Proxy.Config[key])...)
 	}
@@ -195,6 +190,20 @@ func (r registration) proxy() proxy {
 		}
 	}
 	return p
+}
+
+// binds are the ports of a gateway's listeners beside the default one. To an API
+// gateway the same settings give addresses alone.
+func (r registration) binds() []uint16 {
+	ports := gatewayBinds(r.Proxy.Config["envoy_gateway_bind_addresses"])
+	if configTrue(r.Proxy.Config["envoy_gateway_bind_tagged_addresses"]) {
+		for _, tagged := range r.TaggedAddresses {
+			if port, ok := portNumber(tagged.Port); ok {
+				ports = append(ports, port)
+			}
+		}
+	}
+	return ports
 }
 
 // allocID takes the allocation's ID out of the ID that Nomad gives to a

@@ -95,7 +95,9 @@ func TestGatewaysListenOnTheirDefaultPortUnlessToldNotTo(t *testing.T) {
 		"b": {"Kind": "terminating-gateway", "Service": "out", "Port": 8443, "Proxy": {"Config": {"envoy_gateway_no_default_bind": true}}},
 		"c": {"Kind": "mesh-gateway", "Service": "mesh", "Port": 8443, "TaggedAddresses": {"wan": {"Port": 9443}},
 		      "Proxy": {"Config": {"envoy_gateway_bind_tagged_addresses": true}}},
-		"d": {"Kind": "api-gateway", "Service": "api", "Port": 8443}
+		"d": {"Kind": "api-gateway", "Service": "api", "Port": 8443},
+		"e": {"Kind": "api-gateway", "Service": "api", "Port": 8443, "TaggedAddresses": {"lan": {"Port": 8443}},
+		      "Proxy": {"Config": {"envoy_gateway_no_default_bind": true, "envoy_gateway_bind_tagged_addresses": true}}}
 	}`
 	got, _, err := parseServices([]byte(body))
 	if err != nil {
@@ -105,7 +107,7 @@ func TestGatewaysListenOnTheirDefaultPortUnlessToldNotTo(t *testing.T) {
 	for _, p := range got {
 		ports = append(ports, p.Open)
 	}
-	if diff := cmp.Diff([][]uint16{{8443}, nil, {8443, 9443}, nil}, ports); diff != "" {
+	if diff := cmp.Diff([][]uint16{{8443}, nil, {8443, 9443}, nil, nil}, ports); diff != "" {
 		t.Errorf("ports (-want +got):\n%s", diff)
 	}
 }
