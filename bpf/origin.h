@@ -93,7 +93,7 @@ struct index_search {
  * of long-lived connections are. A full table ends the search. */
 static long index_try(__u32 round, struct index_search *search)
 {
-	long err;
+	int err; /* before Linux 6.4 the upper half of a map helper's result is not set */
 
 	search->key.index =
 		INDEX_FIRST + __sync_fetch_and_add(&search->budget->next, 1) % INDEX_COUNT;

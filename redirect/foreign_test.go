@@ -68,7 +68,7 @@ func (w *watcher) dials() {
 		}
 		timeout := unix.Timeval{Sec: 1}
 		_ = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout)
-		err = unix.Connect(fd, addr)
+		err = finishConnect(fd, unix.Connect(fd, addr), unix.EINTR)
 		peer, peerErr := unix.Getpeername(fd)
 		local, localErr := unix.Getsockname(fd)
 		w.say("connect %v: %v; getpeername %v %v; getsockname %v %v",
@@ -103,7 +103,7 @@ func (w *watcher) options() {
 		return
 	}
 	defer unix.Close(dialler)
-	w.say("connect to the listener: %v", unix.Connect(dialler, name))
+	w.say("connect to the listener: %v", finishConnect(dialler, unix.Connect(dialler, name), unix.EINTR))
 	accepted, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
 	if err != nil {
 		w.say("accept: %v", err)
@@ -170,7 +170,7 @@ func (w *watcher) datagrams() {
 		w.say("bind to 127.0.0.9:53: %v", unix.Bind(server, v4addr(127, 0, 0, 9, 53)))
 		mapped := &unix.SockaddrInet6{Addr: [16]byte{10: 0xff, 11: 0xff, 12: 127, 15: 9}, Port: 53}
 		if connected {
-			w.say("connect: %v", unix.Connect(client, mapped))
+			w.say("connect: %v", finishConnect(client, unix.Connect(client, mapped), unix.EINTR))
 			_, err = unix.Write(client, []byte("?"))
 		} else {
 			err = unix.Sendto(client, []byte("?"), 0, mapped)

@@ -151,7 +151,7 @@ func (h *socketHost) call(c socketCall) (result socketResult, err error) {
 	case "serve":
 		return result, h.serve(c.FD, c.Name)
 	case "connect":
-		return result, unix.Connect(c.FD, h.sockaddr(c.FD, c.Addr))
+		return result, finishConnect(c.FD, unix.Connect(c.FD, h.sockaddr(c.FD, c.Addr)), unix.EINTR)
 	case "disconnect":
 		return result, h.disconnect(c.FD)
 	case "send":

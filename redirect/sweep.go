@@ -54,14 +54,10 @@ func (d *Datapath) Sweep() (removed []Key, err error) {
 	err = d.paths.locked(func() error {
 		before, unreadable := d.paths.readRecords()
 		swept := d.sweep()
-		after, err := d.paths.readRecords()
 		for _, r := range before {
-			if !slices.ContainsFunc(after, func(left *record) bool { return left.Key == r.Key }) {
+			if _, gone := os.Lstat(d.paths.record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
 				removed = append(removed, r.Key)
 			}
-		}
-		if unreadable == nil {
-			unreadable = err
 		}
 		return errors.Join(unreadable, swept)
 	})
