@@ -23,10 +23,10 @@ import (
 // The agent's rhythm. Changes are seen at once where they can be watched; this
 // is for what cannot be, and for what was missed.
 const (
-	tick          = 2 * time.Second  // a look at the links
-	resync        = 60 * time.Second // everything anew
-	sweepInterval = 30 * time.Second
-	freeInterval  = 10 * time.Second
+	tick          = 2 * time.Second // a look at the links
+	resync        = 5 * time.Minute // everything anew
+	sweepInterval = 2 * time.Minute // or as soon as one is seen to be gone
+	freeInterval  = 20 * time.Second
 	checksPerTick = 4
 	storm         = 200 * time.Millisecond // between two passes at least
 )
@@ -178,7 +178,9 @@ func (a *Agent) pass(changed bool) {
 	if a.pins.Swap(false) {
 		a.checkUnhooked()
 	}
-	if changed || fresh || now.Sub(a.resynced) > resync || a.retryDue(now) {
+	// Before a sweep, so that a namespace that was replaced is taken over first.
+	sweeps := now.Sub(a.swept) > sweepInterval
+	if changed || fresh || sweeps || now.Sub(a.resynced) > resync || a.retryDue(now) {
 		if now.Sub(a.resynced) > resync {
 			for _, m := range a.subjects {
 				m.inode = 0
@@ -187,7 +189,7 @@ func (a *Agent) pass(changed bool) {
 		}
 		a.reconcile(now)
 	}
-	if now.Sub(a.swept) > sweepInterval {
+	if sweeps {
 		a.swept = now
 		a.sweep()
 	}
@@ -289,6 +291,7 @@ func (a *Agent) check(key redirect.Key) {
 	}
 	if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
 		a.subjects[key].inode = 0
+		a.swept = time.Time{}
 		a.hurry()
 		return
 	}

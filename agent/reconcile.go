@@ -209,6 +209,7 @@ func (a *Agent) add(s subject, m *memory, request redirect.Request, why string) 
 	case err == nil:
 		m.missing = time.Time{}
 		a.count(func(c *Counts) { c.Added++ })
+		a.notify("WATCHDOG=1") // a node full of allocations takes longer than one turn may
 		a.log.Info("workload added", "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "mode", string(request.Mode), "why", why)
 		a.hurry()
 		return StateManaged
@@ -278,7 +279,12 @@ func (a *Agent) forget(subjects []subject) {
 			m.cached = true
 			continue
 		}
-		if !m.cached || s.Known == nil || s.Known.Request.Mode == redirect.ModeTransparent {
+		if !m.cached || s.Known == nil {
+			continue
+		}
+		if s.Known.Request.Mode == redirect.ModeTransparent {
+			// Its DEL is the plugin's; where there was none, its namespace tells.
+			m.cached, a.swept = false, time.Time{}
 			continue
 		}
 		err := a.datapath.Remove(s.Key)

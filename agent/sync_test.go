@@ -160,6 +160,21 @@ func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
 	}
 }
 
+// An upstream's first instance comes later, on another node: nothing here tells.
+func TestFollowerFindsAVirtualIPThatComesLater(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.answers(say(200, oneProxy))
+	follower := fake.follow(t)
+	before := follower.eventually(t, "the proxy", inStep)
+	fake.mu.Lock()
+	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
+	fake.mu.Unlock()
+	after := follower.eventually(t, "the virtual IP", func(v view) bool { return len(v.Facts.VirtualIPs[service{Name: "api"}]) == 1 })
+	if after.Counts.Reads != before.Counts.Reads {
+		t.Errorf("%d bulk reads for it, want none", after.Counts.Reads-before.Counts.Reads)
+	}
+}
+
 func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(403, "Permission denied")
