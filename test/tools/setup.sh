@@ -100,7 +100,7 @@ setup_consul() {
 	is_pinned_consul "$binary" && return
 	say "$step: build Consul $CONSUL_VERSION, which takes minutes"
 	mkdir -p "${binary%/*}"
-	(cd "$root/test/tools/consul" && nice go build -p 1 -o "$binary.new" github.com/hashicorp/consul) || die "build Consul"
+	(cd "$root/test/tools/consul" && nice go build -o "$binary.new" github.com/hashicorp/consul) || die "build Consul"
 	is_pinned_consul "$binary.new" || die "what was built is not Consul $CONSUL_VERSION"
 	mv "$binary.new" "$binary"
 }

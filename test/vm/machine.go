@@ -164,7 +164,8 @@ func kernelComplaints(log string) ([]string, error) {
 		return nil, err
 	}
 	return slices.DeleteFunc(splat.FindAllString(string(text), -1), func(line string) bool {
-		return strings.Contains(line, "soft lockup") // an emulated processor that had to wait
+		// Those of the clock and the scheduler are an emulated processor's that had to wait.
+		return strings.Contains(line, "soft lockup") || strings.Contains(line, "kernel/time/") || strings.Contains(line, "kernel/sched/")
 	}), nil
 }
 

@@ -171,7 +171,8 @@ func TestTableGoesBetweenItsMarkers(t *testing.T) {
 
 func TestKernelComplaintsAreFound(t *testing.T) {
 	log := filepath.Join(t.TempDir(), "log")
-	write(t, log, "[ 1.0] Linux\n[ 2.0] WARNING: CPU: 1 PID: 7 at kernel/bpf/verifier.c:1 f+0x1\n[ 3.0] watchdog: BUG: soft lockup - CPU#0\n")
+	write(t, log, "[ 1.0] Linux\n[ 2.0] WARNING: CPU: 1 PID: 7 at kernel/bpf/verifier.c:1 f+0x1\n[ 3.0] watchdog: BUG: soft lockup - CPU#0\n"+
+		"[ 4.0] WARNING: kernel/time/hrtimer.c:1052 at hrtimer_forward+0xb2\n")
 	got, err := kernelComplaints(log)
 	if err != nil {
 		t.Fatal(err)
