@@ -26,8 +26,9 @@ const (
 	tick          = 2 * time.Second // a look at the links
 	resync        = 5 * time.Minute // everything anew
 	sweepInterval = 2 * time.Minute // or as soon as one is seen to be gone
-	freeInterval  = 20 * time.Second
-	checksPerTick = 4
+	freeInterval  = 30 * time.Second
+	checksPerTick = 4                      // of few workloads
+	fewWorkloads  = 64                     // of more it is half of that
 	storm         = 200 * time.Millisecond // between two passes at least
 )
 
@@ -262,7 +263,11 @@ func (a *Agent) checkSome() {
 		}
 	}
 	slices.SortFunc(keys, compareKeys)
-	for range min(checksPerTick, len(keys)) {
+	count := min(checksPerTick, len(keys))
+	if len(keys) > fewWorkloads {
+		count /= 2
+	}
+	for range count {
 		a.check(keys[a.nextTurn%len(keys)])
 		a.nextTurn++
 	}
