@@ -11,6 +11,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"strings"
@@ -162,23 +163,38 @@ func (c *consul) checks(ctx context.Context) (map[string][]uint16, error) {
 	return ports, nil
 }
 
-// node is the name of the agent's node.
-func (c *consul) node(ctx context.Context) (string, error) {
+// self is what the local Consul agent says of itself.
+type self struct {
+	Node string
+	// Loopback is where the proxies' listeners are that name no address: an
+	// agent that is bound to IPv6 puts them on ::1 alone (Consul 1.22).
+	Loopback netip.Addr
+}
+
+func (c *consul) self(ctx context.Context) (self, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.read)
 	defer cancel()
 	options, err := c.options(ctx)
 	if err != nil {
-		return "", err
+		return self{}, err
 	}
-	var self struct{ Config struct{ NodeName string } }
-	if _, err := c.client.Raw().Query("/v1/agent/self", &self, options); err != nil {
-		return "", fmt.Errorf("read node name from Consul: %w", brief(err))
+	var answer struct {
+		Config struct{ NodeName, BindAddr string }
 	}
-	if self.Config.NodeName == "" {
-		return "", errors.New("read node name from Consul: the answer has none")
+	if _, err := c.client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
+		return self{}, fmt.Errorf("read node name from Consul: %w", brief(err))
 	}
-	return self.Config.NodeName, nil
+	if answer.Config.NodeName == "" {
+		return self{}, errors.New("read node name from Consul: the answer has none")
+	}
+	found := self{Node: answer.Config.NodeName, Loopback: loopback4()}
+	if addr, err := netip.ParseAddr(answer.Config.BindAddr); err == nil && addr.Unmap().Is6() {
+		found.Loopback = netip.IPv6Loopback()
+	}
+	return found, nil
 }
+
+func loopback4() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
 
 // changed returns when the catalog's view of the node is no longer that of
 // index, or after some minutes all the same.

@@ -99,9 +99,10 @@ type registration struct {
 	}
 }
 
-// parseServices reads the bulk answer. A registration that cannot be read does
+// parseServices reads the bulk answer; loopback is where listeners are that name
+// no address. A registration that cannot be read does
 // not hide the others; problems has a line for each.
-func parseServices(body []byte) (proxies []proxy, problems []string, err error) {
+func parseServices(body []byte, loopback netip.Addr) (proxies []proxy, problems []string, err error) {
 	var raw map[string]json.RawMessage
 	if err := json.Unmarshal(body, &raw); err != nil {
 		return nil, nil, fmt.Errorf("read services from Consul: %w", err)
@@ -118,13 +119,13 @@ func parseServices(body []byte) (proxies []proxy, problems []string, err error) 
 		r.ID = id
 		switch r.Kind {
 		case kindSidecar, kindMesh, kindIngress, kindTerminating, kindAPI:
-			proxies = append(proxies, r.proxy())
+			proxies = append(proxies, r.proxy(loopback))
 		}
 	}
 	return proxies, problems, nil
 }
 
-func (r registration) proxy() proxy {
+func (r registration) proxy(loopback netip.Addr) proxy {
 	p := proxy{
 		ID: r.ID, Kind: r.Kind, AllocID: allocID(r.ID), ServiceID: r.Proxy.DestinationServiceID,
 		Self:        service{Name: r.Service, Namespace: r.Namespace, Partition: r.Partition},
@@ -170,7 +171,7 @@ func (r registration) proxy() proxy {
 			}
 			continue // defaults for all upstreams, or a Unix socket
 		}
-		listener, err := listenerOf(u.LocalBindAddress, port)
+		listener, err := listenerOf(u.LocalBindAddress, loopback, port)
 		if err != nil {
 			problem("upstream %s: %v", u.DestinationName, err)
 			continue
@@ -225,8 +226,8 @@ func allocID(id string) string {
 
 // listenerOf is where a task reaches an upstream's listener: by the loopback
 // address also where it listens on every address.
-func listenerOf(bind string, port uint16) (netip.AddrPort, error) {
-	addr := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+func listenerOf(bind string, loopback netip.Addr, port uint16) (netip.AddrPort, error) {
+	addr := loopback
 	if bind != "" {
 		var err error
 		if addr, err = netip.ParseAddr(bind); err != nil {
@@ -235,7 +236,7 @@ func listenerOf(bind string, port uint16) (netip.AddrPort, error) {
 	}
 	switch addr = addr.Unmap(); {
 	case addr == netip.IPv4Unspecified():
-		addr = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		addr = loopback4()
 	case addr == netip.IPv6Unspecified():
 		addr = netip.IPv6Loopback()
 	case !addr.IsLoopback():

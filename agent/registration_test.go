@@ -22,7 +22,7 @@ func TestParseServicesOfARealConsul(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, problems, err := parseServices(body)
+	got, problems, err := parseServices(body, loopback4())
 	if err != nil || len(problems) > 0 {
 		t.Fatalf("parse = %v, problems %v", err, problems)
 	}
@@ -65,7 +65,7 @@ func TestParseServicesKeepsWhatCanBeRead(t *testing.T) {
 		"none": {"Kind": "connect-proxy", "Port": -1},
 		"other": {"Kind": "typical"}
 	}`
-	got, problems, err := parseServices([]byte(body))
+	got, problems, err := parseServices([]byte(body), loopback4())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,7 +83,7 @@ func TestParseServicesKeepsWhatCanBeRead(t *testing.T) {
 
 func TestParseServicesRefusesWhatIsNoAnswer(t *testing.T) {
 	for _, body := range []string{"", "null", "[]", `"x"`, "<html>", `{"a":`} {
-		if got, _, err := parseServices([]byte(body)); err == nil {
+		if got, _, err := parseServices([]byte(body), loopback4()); err == nil {
 			t.Errorf("parse of %q = %v, want an error", body, got)
 		}
 	}
@@ -99,7 +99,7 @@ func TestGatewaysListenOnTheirDefaultPortUnlessToldNotTo(t *testing.T) {
 		"e": {"Kind": "api-gateway", "Service": "api", "Port": 8443, "TaggedAddresses": {"lan": {"Port": 8443}},
 		      "Proxy": {"Config": {"envoy_gateway_no_default_bind": true, "envoy_gateway_bind_tagged_addresses": true}}}
 	}`
-	got, _, err := parseServices([]byte(body))
+	got, _, err := parseServices([]byte(body), loopback4())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,5 +126,19 @@ func TestAllocIDComesFromNomadsServiceIDs(t *testing.T) {
 		if got := allocID(text); got != want {
 			t.Errorf("allocID(%q) = %q, want %q", text, got, want)
 		}
+	}
+}
+
+// An agent that is bound to IPv6 puts listeners without an address on ::1.
+func TestListenersWithoutAnAddressAreOnTheAgentsFamily(t *testing.T) {
+	const body = `{"a": {"Kind": "connect-proxy", "Port": 1, "Proxy": {"Upstreams": [
+		{"DestinationName": "open", "LocalBindPort": 9191}, {"DestinationName": "named", "LocalBindPort": 9292, "LocalBindAddress": "127.0.0.1"}]}}}`
+	got, _, err := parseServices([]byte(body), netip.IPv6Loopback())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []upstream{to("open", "[::1]:9191"), to("named", "127.0.0.1:9292")}
+	if diff := cmp.Diff(want, got[0].Upstreams, sameAddrs()); diff != "" {
+		t.Errorf("upstreams (-want +got):\n%s", diff)
 	}
 }

@@ -46,6 +46,7 @@ type follower struct {
 	view    view
 	waiting time.Time // since when the newest allocation waits for its registration; zero: none
 
+	self    self              // asked anew after a failure; Node is "" until it answered
 	digest  [sha256.Size]byte // of the last answer
 	lookups *lookups
 }
@@ -191,9 +192,11 @@ func (f *follower) watch(ctx context.Context) {
 	for ctx.Err() == nil {
 		err := func() (err error) {
 			if node == "" {
-				if node, err = f.consul.node(ctx); err != nil {
+				found, err := f.consul.self(ctx)
+				if err != nil {
 					return err
 				}
+				node = found.Node
 			}
 			began := index
 			if index, err = f.consul.changed(ctx, node, index); err != nil {
@@ -226,11 +229,17 @@ func (f *follower) read(ctx context.Context) bool {
 		f.failed(ctx, err)
 		return false
 	}
+	if f.self.Node == "" {
+		// Without an answer, as a token may forbid it, IPv4 is assumed.
+		if f.self, err = f.consul.self(ctx); err != nil {
+			f.self.Loopback = loopback4()
+		}
+	}
 	next := f.current()
-	digest := sha256.Sum256(append([]byte{boolByte(got.hidden)}, got.body...))
+	digest := sha256.Sum256(append([]byte{boolByte(got.hidden), boolByte(f.self.Loopback.Is6())}, got.body...))
 	fresh := digest != f.digest || !next.Ready
 	if fresh {
-		proxies, problems, err := parseServices(got.body)
+		proxies, problems, err := parseServices(got.body, f.self.Loopback)
 		if err != nil {
 			f.failed(ctx, err)
 			return false
@@ -266,6 +275,7 @@ func (f *follower) failed(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // the agent ends
 	}
+	f.self = self{}
 	f.mu.Lock()
 	was := f.view.InStep || f.view.Error == ""
 	if was {

@@ -271,8 +271,9 @@ func (a *meshAlloc) eventually(what string, check func(redirect.Overlay) bool) {
 	a.node.t.Helper()
 	test.Eventually(a.node.t, func() error {
 		known, err := a.known()
-		if err == nil && !check(known.Overlay) {
-			err = fmt.Errorf("overlay is %+v", known.Overlay)
+		// The record tells of a change before the kernel has all of it.
+		if err == nil && !(known.Complete && check(known.Overlay)) {
+			err = fmt.Errorf("overlay is %+v, in force: %v", known.Overlay, known.Complete)
 		}
 		return err
 	}, what)
