@@ -244,6 +244,9 @@ func (r *run) all(ctx context.Context, chosen []kernel, images []image, tests []
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			results[i], errs[i] = r.one(ctx, k, images[i], tests)
+			if errs[i] == nil {
+				errs[i] = r.again(ctx, k, images[i], tests, &results[i])
+			}
 		})
 	}
 	wg.Wait()

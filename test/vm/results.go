@@ -25,6 +25,7 @@ type packageResult struct {
 	name            string
 	passed, failed  []string // tests and subtests
 	skipped         []string
+	second          []string          // of passed: failed at first, and passed alone
 	tests, subtests int               // that ran
 	filtered        bool              // by -run: nothing to run is no failure
 	exit            *guestExit        // nil where the guest did not tell the end

@@ -28,9 +28,10 @@ func summarize(w io.Writer, chosen []kernel, results []kernelResult) error {
 	var failed []string
 	for i, k := range chosen {
 		r := &results[i]
-		var tests, subtests, skipped, bad int
+		var tests, subtests, skipped, bad, second int
 		for _, p := range r.packages {
 			tests, subtests, skipped, bad = tests+p.tests, subtests+p.subtests, skipped+len(p.skipped), bad+len(p.failed)
+			second += len(p.second)
 		}
 		verdict := "ok  "
 		if r.failed() {
@@ -41,8 +42,8 @@ func summarize(w io.Writer, chosen []kernel, results []kernelResult) error {
 		if k.refuse {
 			what = "tests of the refusal"
 		}
-		fmt.Fprintf(w, "%s\tkernel %-7s %-28s %3d %s, %d subtests, %d failed, %d skipped\t%.0fs\n",
-			verdict, k.name, r.image.release, tests, what, subtests, bad, skipped, r.took.Seconds())
+		fmt.Fprintf(w, "%s\tkernel %-7s %-28s %3d %s, %d subtests, %d failed, %d skipped, %d at a second run\t%.0fs\n",
+			verdict, k.name, r.image.release, tests, what, subtests, bad, skipped, second, r.took.Seconds())
 	}
 	if len(failed) > 0 {
 		return errors.New("failed on " + strings.Join(failed, ", "))
