@@ -272,7 +272,7 @@ func (a *meshAlloc) eventually(what string, check func(redirect.Overlay) bool) {
 	test.Eventually(a.node.t, func() error {
 		known, err := a.known()
 		// The record tells of a change before the kernel has all of it.
-		if err == nil && !(known.Complete && check(known.Overlay)) {
+		if err == nil && (!known.Complete || !check(known.Overlay)) {
 			err = fmt.Errorf("overlay is %+v, in force: %v", known.Overlay, known.Complete)
 		}
 		return err
