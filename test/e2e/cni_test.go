@@ -195,7 +195,7 @@ func TestBadCNIRequestLeavesNothingBehind(t *testing.T) {
 		"no previous result":     {add.configured(map[string]string{"prevResult": ""}), 7, "must be chained"},
 		"the plugin's namespace": {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/net"}), 8, "namespace"},
 		"a namespace gone":       {add.with(map[string]string{"CNI_NETNS": "/var/run/netns/gone"}), 8, "namespace"},
-		"not a namespace":        {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/mnt"}), cni.CodeDatapath, "/proc/self/ns/mnt"},
+		"not a namespace":        {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/mnt"}), 8, "/proc/self/ns/mnt"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			wantRefusal(t, a.run(t, tt.request), tt.code, add.id(), tt.part)
