@@ -96,7 +96,7 @@ func TestOutboundExclusions(t *testing.T) {
 	}
 }
 
-// Where two rules match, the first one in the order of DESIGN decides.
+// Where two rules match, the first one in the order of bpf/rules.h decides.
 func TestOutboundOrderOfRules(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
