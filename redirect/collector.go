@@ -188,14 +188,11 @@ func (c *Collector) collect(tables *tables, r *record, held []heldOrigin, excess
 	if len(held) == 0 {
 		return 0, nil
 	}
-	ns, err := openNamespace(r.NetNS)
+	ns, err := r.open()
 	if err != nil {
 		return 0, err
 	}
 	defer ns.Close()
-	if ns.cookie != r.Cookie {
-		return 0, ErrNetNSGone
-	}
 	inUse, err := ns.encodedInUse()
 	if err != nil {
 		return 0, err

@@ -185,7 +185,7 @@ func (d *Datapath) teardown(tables *tables, r *record) error {
 
 // removeRoutes removes the routes of a workload whose namespace still lives.
 func removeRoutes(r *record) error {
-	ns, err := openNamespace(r.NetNS)
+	ns, err := r.open()
 	if errors.Is(err, ErrNetNSGone) || errors.Is(err, ErrHostNetNS) {
 		return nil
 	}
@@ -193,9 +193,6 @@ func removeRoutes(r *record) error {
 		return err
 	}
 	defer ns.Close()
-	if ns.cookie != r.Cookie {
-		return nil
-	}
 	return ns.removeRoutes(r.desired())
 }
 
@@ -220,19 +217,15 @@ func (d *Datapath) check(key Key, netns string) (mended []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if netns == "" {
-		netns = r.NetNS
+	if netns != "" {
+		r.unwritten = r.NetNS != netns
+		r.NetNS = netns
 	}
-	ns, err := openNamespace(netns)
+	ns, err := r.open()
 	if err != nil {
 		return nil, err
 	}
 	defer ns.Close()
-	if ns.cookie != r.Cookie {
-		return nil, fmt.Errorf("namespace %s was replaced since ADD: %w", netns, ErrNetNSGone)
-	}
-	r.unwritten = r.NetNS != netns
-	r.NetNS = netns
 	loaded, err := d.load(false)
 	if err != nil {
 		return nil, err
@@ -254,9 +247,6 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 		if err != nil {
 			return err
 		}
-		if Merge(r.Request, overlay).Equal(r.desired()) && r.Complete {
-			return nil
-		}
 		if err := Merge(r.Request, overlay).Validate(); err != nil {
 			return err
 		}
@@ -265,14 +255,11 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 			return err
 		}
 		defer tables.Close()
-		ns, err := openNamespace(r.NetNS)
+		ns, err := r.open()
 		if err != nil {
 			return err
 		}
 		defer ns.Close()
-		if ns.cookie != r.Cookie {
-			return fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, ErrNetNSGone)
-		}
 		r.Overlay = overlay
 		_, err = d.ensure(tables, r, ns)
 		return err

@@ -121,11 +121,11 @@ func (d *Datapath) sweep() error {
 	owned := make(map[uint64]bool)
 	for _, r := range records {
 		owned[r.Cookie] = true
-		ns, err := openNamespace(r.NetNS)
+		ns, err := r.open()
 		if err == nil {
 			ns.Close()
 		}
-		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+		if errors.Is(err, ErrNetNSGone) {
 			problems = append(problems, d.remove(r.Key))
 		}
 	}

@@ -172,8 +172,8 @@ func (d *Datapath) renewLookups(pinned *tables) (did []string, err error) {
 	records, err := d.paths.readRecords()
 	problems := []error{err}
 	for _, r := range records {
-		ns, err := openNamespace(r.NetNS)
-		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+		ns, err := r.open()
+		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}
 		if err == nil {
@@ -202,8 +202,8 @@ func (d *Datapath) restore() (did []string, err error) {
 	defer pinned.Close()
 	problems := []error{unreadable}
 	for _, r := range records {
-		ns, err := openNamespace(r.NetNS)
-		if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+		ns, err := r.open()
+		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}
 		if err != nil {

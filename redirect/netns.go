@@ -65,6 +65,19 @@ func openNamespace(path string) (*namespace, error) {
 
 func (ns *namespace) Close() error { return ns.file.Close() }
 
+// open opens the namespace that the record was made for. ErrNetNSGone says
+// that it died, or that its path leads to another one by now.
+func (r *record) open() (*namespace, error) {
+	ns, err := openNamespace(r.NetNS)
+	if err != nil {
+		return nil, err
+	}
+	if ns.cookie != r.Cookie {
+		return nil, errors.Join(fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, ErrNetNSGone), ns.Close())
+	}
+	return ns, nil
+}
+
 // do runs action with the calling goroutine's thread inside the namespace. A
 // thread that cannot find its way back stays with the goroutine and ends with
 // it, so that no other goroutine ever runs in the wrong namespace.

@@ -289,8 +289,8 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 		}
 	}
 	status.Proxy.Listeners = len(listeners)
-	ns, err := openNamespace(r.NetNS)
-	if errors.Is(err, ErrNetNSGone) || err == nil && ns.cookie != r.Cookie {
+	ns, err := r.open()
+	if errors.Is(err, ErrNetNSGone) {
 		problem("run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
 		return nil
 	}
