@@ -11,12 +11,17 @@
 #	test   iptables, nftables, iproute2, a C compiler for the race detector
 #	envoy  Envoy                                      -> .tools/envoy/envoy
 #	consul Consul, built from test/tools/consul       -> .tools/bin/consul
+#	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
+#	cni    the reference CNI plugins                  -> .tools/cni
+#	docker Docker's engine, from Debian
 #	vm     qemu, and what reads and verifies packages of the archive
 set -euo pipefail
 
 readonly CLANG_MAJOR=14
 readonly ENVOY_VERSION=1.36.4
 readonly CONSUL_VERSION=1.22.2
+readonly NOMAD_VERSION=1.11.1
+readonly CNI_PLUGINS_VERSION=1.9.1
 readonly GOLANGCI_VERSION=2.15.0
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -105,12 +110,43 @@ setup_consul() {
 	mv "$binary.new" "$binary"
 }
 
+is_pinned_nomad() {
+	command -v "$1" >/dev/null && "$1" version 2>/dev/null | grep -q "^Nomad v$NOMAD_VERSION"
+}
+
+setup_nomad() {
+	is_pinned_nomad nomad && return
+	local binary=$tools/bin/nomad
+	is_pinned_nomad "$binary" && return
+	say "$step: build Nomad $NOMAD_VERSION, which takes minutes"
+	mkdir -p "${binary%/*}"
+	(cd "$root/test/tools/nomad" && nice go build -o "$binary.new" github.com/hashicorp/nomad) || die "build Nomad"
+	is_pinned_nomad "$binary.new" || die "what was built is not Nomad $NOMAD_VERSION"
+	mv "$binary.new" "$binary"
+}
+
+setup_cni() {
+	local directory=$tools/cni-$CNI_PLUGINS_VERSION name missing=()
+	for name in main/bridge main/loopback ipam/host-local meta/portmap meta/firewall; do
+		[[ -x $directory/${name#*/} ]] || missing+=("github.com/containernetworking/plugins/plugins/$name@v$CNI_PLUGINS_VERSION")
+	done
+	if ((${#missing[@]})); then
+		say "$step: build the reference CNI plugins $CNI_PLUGINS_VERSION"
+		GOBIN=$directory CGO_ENABLED=0 nice go install "${missing[@]}" || die "build the reference CNI plugins"
+	fi
+	ln -sfn "${directory##*/}" "$tools/cni"
+}
+
+setup_docker() {
+	packages docker.io
+}
+
 setup_vm() {
 	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
-	(($#)) || die "name the groups to set up: build lint test envoy consul vm"
+	(($#)) || die "name the groups to set up: build lint test envoy consul nomad cni docker vm"
 	command -v go >/dev/null || die "Go is not on PATH"
 	local group
 	for group in "$@"; do
