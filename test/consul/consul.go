@@ -6,6 +6,7 @@ package consul
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -51,13 +52,16 @@ func Find() (string, error) {
 
 // Server is a Consul server that is also the node's local agent.
 type Server struct {
-	Address string // of the HTTP API
+	Address string // of the HTTP API: host:port, or unix:// where it is in a namespace
 	XDS     string // the Unix socket that proxies in any namespace reach it by
+	DNS     uint16 // the port of its DNS, for UDP and TCP
 	Token   string // that its own requests carry; the management token with ACLs
+	TLS     TLS    // where WithTLS was asked for
 
 	tb     testing.TB
 	binary string
 	dir    string
+	netns  *test.NetNS // nil: the test's own
 	cmd    *exec.Cmd
 	ended  chan struct{}
 }
@@ -67,7 +71,7 @@ const ManagementToken = "8e3b0b4c-7d0a-4a52-9d3e-2f3a6f4c9a01"
 
 // Start runs a Consul that ends with the test. acls makes it refuse what no
 // token allows. Without a Consul on the machine the test is skipped.
-func Start(tb testing.TB, acls bool) *Server {
+func Start(tb testing.TB, acls bool, options ...Option) *Server {
 	tb.Helper()
 	binary, err := Find()
 	if err != nil {
@@ -78,23 +82,27 @@ func Start(tb testing.TB, acls bool) *Server {
 	ports := freePorts(tb, 5)
 	s.Address = fmt.Sprintf("127.0.0.1:%d", ports[0])
 	s.XDS = filepath.Join(s.dir, "xds.sock")
-	config := map[string]any{
+	s.DNS = uint16(ports[2])
+	config := settings{
 		"node_name": "node", "datacenter": "dc1", "server": true, "bootstrap_expect": 1, "log_level": "warn",
 		"data_dir": filepath.Join(s.dir, "data"), "bind_addr": "127.0.0.1", "client_addr": "127.0.0.1",
-		"addresses": map[string]string{"grpc": "unix://" + s.XDS}, "unix_sockets": map[string]string{"mode": "0777"},
-		"ports": map[string]int{
+		"addresses": settings{"grpc": "unix://" + s.XDS}, "unix_sockets": settings{"mode": "0777"},
+		"ports": settings{
 			"http": ports[0], "grpc": ports[1], "grpc_tls": -1, "dns": ports[2], "server": ports[3], "serf_lan": ports[4], "serf_wan": -1,
 		},
-		"connect":              map[string]any{"enabled": true},
-		"performance":          map[string]any{"raft_multiplier": 1},
+		"connect":              settings{"enabled": true},
+		"performance":          settings{"raft_multiplier": 1},
 		"disable_update_check": true, "leave_on_terminate": false,
 	}
 	if acls {
 		s.Token = ManagementToken
-		config["acl"] = map[string]any{
+		config["acl"] = settings{
 			"enabled": true, "default_policy": "deny",
-			"tokens": map[string]string{"initial_management": ManagementToken, "agent": ManagementToken},
+			"tokens": settings{"initial_management": ManagementToken, "agent": ManagementToken},
 		}
+	}
+	for _, option := range options {
+		option(s, config)
 	}
 	data, err := json.Marshal(config)
 	if err == nil {
@@ -120,7 +128,14 @@ func (s *Server) Restart() {
 	cmd := exec.Command(s.binary, "agent", "-config-file", filepath.Join(s.dir, "consul.json"))
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := cmd.Start(); err != nil {
+	start := cmd.Start
+	if s.netns != nil {
+		start = func() (err error) {
+			s.netns.Do(func() { err = cmd.Start() })
+			return err
+		}
+	}
+	if err := start(); err != nil {
 		s.tb.Fatalf("start Consul: %v", err)
 	}
 	ended := make(chan struct{})
@@ -226,14 +241,14 @@ func (s *Server) call(method, path string, value, answer any) error {
 		}
 		body = bytes.NewReader(data)
 	}
-	request, err := http.NewRequest(method, "http://"+s.Address+path, body)
+	request, err := http.NewRequest(method, "http://consul"+path, body)
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", method, path, err)
 	}
 	if s.Token != "" {
 		request.Header.Set("X-Consul-Token", s.Token)
 	}
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: s.dial}}
 	response, err := client.Do(request)
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", method, path, err)
@@ -250,6 +265,13 @@ func (s *Server) call(method, path string, value, answer any) error {
 		return fmt.Errorf("%s %s: %w", method, path, err)
 	}
 	return nil
+}
+
+func (s *Server) dial(ctx context.Context, _, _ string) (net.Conn, error) {
+	if path, ok := strings.CutPrefix(s.Address, "unix://"); ok {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}
+	return new(net.Dialer).DialContext(ctx, "tcp", s.Address)
 }
 
 // openDir is a directory that proxies of any user can reach.

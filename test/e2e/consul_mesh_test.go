@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,6 +16,9 @@ import (
 	"github.com/weirmesh/weir/test/envoy"
 	"github.com/weirmesh/weir/test/spawn"
 )
+
+// sidecarAdmin is where Envoy's administration is unless told otherwise.
+const sidecarAdmin = "127.0.0.2:19001"
 
 // startEnvoy runs the proxy as Nomad does: from the bootstrap that Consul makes
 // for its registration, with a user and a cgroup of its own.
@@ -32,7 +36,7 @@ func (a *meshAlloc) startEnvoy(proxyID string, more ...string) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	bootstrap := filepath.Join(dir, "bootstrap.json")
-	if err := os.WriteFile(bootstrap, a.node.consul.Bootstrap(proxyID, "127.0.0.2:19001", more...), 0o644); err != nil {
+	if err := os.WriteFile(bootstrap, a.node.consul.Bootstrap(proxyID, sidecarAdmin, more...), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Chmod(dir, 0o755); err != nil {
@@ -68,87 +72,110 @@ func (n *meshNode) intend(service, source, action string) {
 	n.consul.Put("/v1/config", object{"Kind": "service-intentions", "Name": service, "Sources": []object{{"Name": source, "Action": action}}})
 }
 
-// exchange dials anew and sends a word, which the server returns: Envoy's RBAC
-// filter judges the first bytes of a client, and these servers speak first.
-func (h held) exchange(target string) (server string, err error) {
-	name, at := time.Now().String(), netip.MustParseAddrPort(target)
-	greeting, err := h.say(name, at)
-	if err == nil {
-		_, err = h.say(name, at)
-	}
-	return servedBy(greeting), err
-}
-
-// wantServed waits until a dial is answered by the server; a mesh takes a moment to
-// follow a change.
-func wantServed(t *testing.T, task held, target, server string) {
-	t.Helper()
-	test.Eventually(t, func() error {
-		got, err := task.exchange(target)
-		if err == nil && got != server {
-			err = fmt.Errorf("answered by %q", got)
-		}
-		return err
-	}, fmt.Sprintf("%s to be answered by %q", target, server))
-}
-
-func wantRefused(t *testing.T, task held, target string) {
-	t.Helper()
-	test.Eventually(t, func() error {
-		if server, err := task.exchange(target); err == nil {
-			return fmt.Errorf("answered by %q", server)
-		}
-		return nil
-	}, target+" to be refused")
-}
-
 // Two allocations, each with the Envoy that Consul configures: an explicit
-// upstream by its port and by its virtual IP, and transparent_proxy without one,
-// all through mTLS and under Consul's intentions.
+// upstream by its port, by its virtual IP and by its name, and transparent_proxy
+// without one, all through mTLS and under Consul's intentions. The tasks'
+// resolver is Consul's own, asked by UDP and by TCP.
 func TestMeshOfConsulAndEnvoy(t *testing.T) {
-	n := newMeshNode(t, false)
-	n.outside.Do(func() {
-		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644); err != nil {
-			t.Error(err)
-		}
-	})
+	n := newConsulNode(t)
 	n.runAgent()
 
 	api := n.allocate("")
 	api.startEnvoy(api.register("api", object{"Port": 20001}))
 	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
 	virtual := netip.AddrPortFrom(n.virtualIP("api"), 80).String()
+	const name = "api.virtual.consul:80"
 
 	t.Run("an explicit upstream", func(t *testing.T) {
 		web := n.allocate("")
 		web.startEnvoy(web.register("web", object{"Port": 20002, "Proxy": object{"Upstreams": []object{{"DestinationName": "api", "LocalBindPort": 9191}}}}))
 		task := web.newHeld()
+		resolver := netip.AddrPortFrom(web.gate, n.consul.DNS)
 		n.intend("api", "web", "allow")
 		wantServed(t, task, "127.0.0.1:9191", server.Name)
 		web.eventually("the virtual IP", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 })
+		handshakes := api.handshakes(t)
+		steered := web.counted(t, redirect.ToUpstream)
 		wantServed(t, task, virtual, server.Name)
+		for _, network := range []string{"udp", "tcp"} {
+			wantServed(t, task.asking(network, resolver), name, server.Name)
+		}
+		if rose := web.counted(t, redirect.ToUpstream) - steered; rose < 3 {
+			t.Errorf("%d connections were sent to the upstream's listener, want 3", rose)
+		}
+		if rose := api.handshakes(t) - handshakes; rose < 1 {
+			t.Error("api's Envoy made no TLS handshake")
+		}
 		n.intend("api", "web", "deny")
-		wantRefused(t, task, "127.0.0.1:9191")
-		wantRefused(t, task, virtual)
+		for _, target := range []string{"127.0.0.1:9191", virtual} {
+			wantRefused(t, task, target)
+		}
+		for _, network := range []string{"udp", "tcp"} {
+			wantRefused(t, task.asking(network, resolver), name)
+		}
 	})
 
 	t.Run("transparent_proxy", func(t *testing.T) {
-		shop := n.allocate(`{"ProxyUserID":"101","ProxyInboundPort":0,"ProxyOutboundPort":15001}`)
+		gate := netip.AddrFrom4([4]byte{10, 88, byte(n.allocs + 1), 1})
+		shop := n.allocate(fmt.Sprintf(
+			`{"ProxyUserID":"101","ProxyInboundPort":0,"ProxyOutboundPort":15001,"ConsulDNSIP":%q,"ConsulDNSPort":%d}`, gate, n.consul.DNS))
 		sidecar := object{"Port": 20003, "Proxy": object{"Mode": "transparent"}}
 		shop.startEnvoy(shop.register("shop", sidecar))
 		task := shop.newHeld()
+		resolver := netip.AddrPortFrom(gate, 53) // as in the resolv.conf that Nomad writes
+		served := func() {
+			t.Helper()
+			wantServed(t, task, virtual, server.Name)
+			for _, network := range []string{"udp", "tcp"} {
+				before := shop.counted(t, redirect.ToDNS)
+				wantServed(t, task.asking(network, resolver), name, server.Name)
+				if shop.counted(t, redirect.ToDNS) == before {
+					t.Errorf("no question by %s was sent to Consul's resolver", network)
+				}
+			}
+		}
 		n.intend("api", "shop", "allow")
-		wantServed(t, task, virtual, server.Name)
-		outside := netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 1}), 7000).String()
+		handshakes := api.handshakes(t)
+		served()
+		if rose := api.handshakes(t) - handshakes; rose < 1 {
+			t.Error("api's Envoy made no TLS handshake")
+		}
+		outside := netip.AddrPortFrom(gate, 7000).String()
 		elsewhere := test.EchoProcess(t, test.Spec{NetNS: n.outside, UID: 1000, GID: 1000}, "tcp4", outside)
 		wantServed(t, task, outside, elsewhere.Name)
 		n.consul.Put("/v1/config", object{"Kind": "mesh", "TransparentProxy": object{"MeshDestinationsOnly": true}})
 		wantRefused(t, task, outside)
-		wantServed(t, task, virtual, server.Name)
+		served()
 		n.consul.Put("/v1/config", object{"Kind": "proxy-defaults", "Name": "global", "TransparentProxy": object{"OutboundListenerPort": 15009}})
 		shop.eventually("the outbound port to move", func(o redirect.Overlay) bool { return o.OutboundPort == 15009 })
-		wantServed(t, task, virtual, server.Name)
+		served()
 		n.intend("api", "shop", "deny")
 		wantRefused(t, task, virtual)
+		for _, network := range []string{"udp", "tcp"} {
+			wantRefused(t, task.asking(network, resolver), name)
+		}
+		n.consul.Put("/v1/config", object{"Kind": "mesh", "TransparentProxy": object{"MeshDestinationsOnly": false}})
+		wantServed(t, task, outside, elsewhere.Name)
 	})
+}
+
+// handshakes is how often the allocation's Envoy has proved to a client that came
+// from outside who it is, and the client to it.
+func (a *meshAlloc) handshakes(t *testing.T) int {
+	t.Helper()
+	return a.stat(t, "ssl.handshake")
+}
+
+// stat is a number that the allocation's Envoy counts for its public listener,
+// whose port in these tests begins with 2.
+func (a *meshAlloc) stat(t *testing.T, name string) (value int) {
+	t.Helper()
+	text, err := get(client(a.ns), "http://"+sidecarAdmin+"/stats?filter=^listener.[0-9.]*_2[0-9]*."+name+"$")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscanf(text[strings.LastIndex(text, " ")+1:], "%d", &value); err != nil {
+		t.Fatalf("Envoy has no number for %s: %q", name, text)
+	}
+	return value
 }

@@ -3,17 +3,13 @@
 package e2e
 
 import (
-	"bufio"
 	"bytes"
 	"context"
-	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -25,39 +21,6 @@ import (
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/consul"
 )
-
-// holdFunc names the process that holds connections open: see hold.
-const holdFunc = "e2e.hold"
-
-// holdRequest dials Target and keeps the connection under that name, or, where
-// it has it already, sends a word over it.
-type holdRequest struct{ Name, Target string }
-
-// newHold is what a process does that holds connections: the answer is what
-// the other side echoed.
-func newHold() func(holdRequest) (string, error) {
-	open := make(map[string]net.Conn)
-	return func(request holdRequest) (string, error) {
-		conn := open[request.Name]
-		if conn == nil {
-			var err error
-			if conn, err = net.DialTimeout("tcp", request.Target, 5*time.Second); err != nil {
-				return "", err
-			}
-			open[request.Name] = conn
-			line, err := bufio.NewReaderSize(conn, 4096).ReadString('\n')
-			return strings.TrimSpace(line), err
-		}
-		if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
-			return "", err
-		}
-		if _, err := fmt.Fprintln(conn, "still here"); err != nil {
-			return "", err
-		}
-		line, err := bufio.NewReader(conn).ReadString('\n')
-		return strings.TrimSpace(line), err
-	}
-}
 
 // meshNode is a node with a real Consul, a real libcni and an agent.
 type meshNode struct {
@@ -91,10 +54,33 @@ func (b *lockedBuffer) String() string {
 	return b.text.String()
 }
 
-func newMeshNode(t *testing.T, acls bool) *meshNode {
+// newMeshNode makes a node whose Consul is reached by TCP.
+func newMeshNode(t *testing.T, acls bool, options ...consul.Option) *meshNode {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
-	n := &meshNode{t: t, consul: consul.Start(t, acls), cgroup: test.NewCgroup(t), dir: t.TempDir(), log: &lockedBuffer{}, outside: test.NewNetNS(t)}
+	return makeMeshNode(t, test.NewNetNS(t), consul.Start(t, acls, options...))
+}
+
+// newConsulNode makes a node whose Consul is where a node's is: its DNS can be
+// asked by allocations, and it can check their health. The agent reaches it by a
+// Unix socket.
+func newConsulNode(t *testing.T) *meshNode {
+	t.Helper()
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	outside := test.NewNetNS(t)
+	return makeMeshNode(t, outside, consul.Start(t, false, consul.In(outside)))
+}
+
+func makeMeshNode(t *testing.T, outside *test.NetNS, server *consul.Server) *meshNode {
+	t.Helper()
+	n := &meshNode{t: t, consul: server, cgroup: test.NewCgroup(t), dir: t.TempDir(), log: &lockedBuffer{}, outside: outside}
+	n.outside.Do(func() {
+		for _, path := range []string{"/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv6/conf/all/forwarding"} {
+			if err := os.WriteFile(path, []byte("1"), 0o644); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 	n.config = agent.DefaultConfig()
 	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(n.dir, "state")
 	n.config.CgroupRoot = n.cgroup.Path
@@ -157,15 +143,20 @@ func (n *meshNode) status() (agent.Status, error) {
 	return agent.ReadStatus(ctx, n.config.StateDir)
 }
 
+// allocID is the ID of the node's allocation of that number.
+func allocID(number int) string { return fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", number) }
+
 // meshAlloc is one allocation of Nomad's.
 type meshAlloc struct {
-	node *meshNode
-	ns   *test.NetNS
-	id   string
-	addr netip.Addr
-	list *libcni.NetworkConfigList
-	rt   *libcni.RuntimeConf
-	cni  *libcni.CNIConfig
+	node  *meshNode
+	ns    *test.NetNS
+	id    string
+	addr  netip.Addr // IPv4; gate is the host's end
+	gate  netip.Addr
+	addr6 netip.Addr
+	list  *libcni.NetworkConfigList
+	rt    *libcni.RuntimeConf
+	cni   *libcni.CNIConfig
 }
 
 // allocate makes an allocation's namespace and calls libcni as Nomad does.
@@ -175,13 +166,18 @@ func (n *meshNode) allocate(mesh string, ports ...map[string]any) *meshAlloc {
 	n.t.Helper()
 	n.allocs++
 	a := &meshAlloc{
-		node: n, ns: test.NewNetNS(n.t), id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", n.allocs),
-		addr: netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 2}),
+		node: n, ns: test.NewNetNS(n.t), id: allocID(n.allocs),
+		addr: netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 2}), gate: netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 1}),
+		addr6: netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x88, 7: byte(n.allocs), 15: 2}),
+	}
+	both := func(v4, v6 netip.Addr) []netip.Prefix {
+		return []netip.Prefix{netip.PrefixFrom(v4, 24), netip.PrefixFrom(v6, 64)}
 	}
 	test.Veth(n.t,
-		test.VethEnd{NetNS: n.outside, Name: fmt.Sprintf("veth%d", n.allocs), Addrs: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 1}), 24)}},
-		test.VethEnd{NetNS: a.ns, Addrs: []netip.Prefix{netip.PrefixFrom(a.addr, 24)}, DefaultRoute: true})
-	result := fmt.Sprintf(`{"cniVersion":"0.4.0","interfaces":[{"name":"eth0","sandbox":%q}],"ips":[{"version":"4","interface":0,"address":"%s/24"}]}`, a.ns.Path, a.addr)
+		test.VethEnd{NetNS: n.outside, Name: fmt.Sprintf("veth%d", n.allocs), Addrs: both(a.gate, a.addr6.Prev())},
+		test.VethEnd{NetNS: a.ns, Addrs: both(a.addr, a.addr6), DefaultRoute: true})
+	result := fmt.Sprintf(`{"cniVersion":"0.4.0","interfaces":[{"name":"eth0","sandbox":%q}],"ips":[`+
+		`{"version":"4","interface":0,"address":"%s/24"},{"version":"6","interface":0,"address":"%s/64"}]}`, a.ns.Path, a.addr, a.addr6)
 	if err := os.WriteFile(a.ns.Path+".result", []byte(result), 0o600); err != nil {
 		n.t.Fatal(err)
 	}
@@ -310,26 +306,4 @@ func (n *meshNode) virtualIP(name string) (addr netip.Addr) {
 		return err
 	}, "a virtual IP")
 	return addr
-}
-
-// held is a task that keeps connections open.
-type held struct{ *test.Process }
-
-func (a *meshAlloc) newHeld() held {
-	a.node.t.Helper()
-	return held{test.Helper(a.node.t, a.spec(1000), holdFunc)}
-}
-
-func (h held) say(name string, target netip.AddrPort) (reply string, err error) {
-	err = h.Call(holdRequest{Name: name, Target: target.String()}, &reply)
-	return reply, err
-}
-
-// servedBy reads the name of the echo server in its greeting.
-func servedBy(greeting string) string {
-	var reply test.Reply
-	if json.Unmarshal([]byte(greeting), &reply) != nil {
-		return greeting
-	}
-	return reply.Server
 }

@@ -59,7 +59,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	first := test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9191")
 	second := test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9292")
 	task := web.newHeld()
-	target := netip.AddrPortFrom(virtual, 80)
+	target := netip.AddrPortFrom(virtual, 80).String()
 	if greeting, err := task.say("before", target); err != nil || servedBy(greeting) != first.Name {
 		t.Fatalf("dial of %s = %q, %v; want %q", target, greeting, err, first.Name)
 	}

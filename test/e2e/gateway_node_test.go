@@ -12,7 +12,6 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 	"time"
@@ -32,11 +31,6 @@ type gatewayNode struct{ *meshNode }
 
 func newGatewayNode(t *testing.T) gatewayNode {
 	n := newMeshNode(t, false)
-	n.outside.Do(func() {
-		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644); err != nil {
-			t.Error(err)
-		}
-	})
 	n.runAgent()
 	n.consul.Put("/v1/config", object{"Kind": "proxy-defaults", "Name": "global", "Config": object{"protocol": "http"}})
 	return gatewayNode{n}

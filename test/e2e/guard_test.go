@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"syscall"
 	"testing"
 
@@ -19,11 +18,6 @@ import (
 // a neighbour, while the proxy, mapped ports and expose paths stay reachable.
 func TestGuard(t *testing.T) {
 	n := newMeshNode(t, false)
-	n.outside.Do(func() {
-		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644); err != nil {
-			t.Error(err)
-		}
-	})
 	n.runAgent()
 	a := n.allocate("", map[string]any{"hostPort": 25000, "containerPort": 8081, "protocol": "tcp"})
 	neighbour := n.allocate("")

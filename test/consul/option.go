@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package consul
+
+import (
+	"fmt"
+	"os/exec"
+	"path/filepath"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// Option changes how a Consul runs.
+type Option func(*Server, settings)
+
+// settings are a block of Consul's configuration.
+type settings = map[string]any
+
+// In runs Consul in a namespace that stands for the host. Its DNS answers on
+// every address that the namespace has, its health checks go out from there,
+// and its HTTP API is a Unix socket: that reaches into every namespace.
+func In(ns *test.NetNS) Option {
+	return func(s *Server, config settings) {
+		s.netns = ns
+		s.Address = "unix://" + filepath.Join(s.dir, "http.sock")
+		addresses := config["addresses"].(settings)
+		addresses["http"], addresses["dns"] = s.Address, "0.0.0.0"
+	}
+}
+
+// TLS is Consul's HTTPS API and what a client needs for it.
+type TLS struct {
+	Address string // host:port
+	CA      string // file of the certificate that signed Consul's own
+	Cert    string // file of a certificate that Consul asks clients for
+	Key     string
+}
+
+// WithTLS opens an HTTPS API beside the other one, which answers only those who
+// show a certificate of its CA.
+func WithTLS() Option {
+	return func(s *Server, config settings) {
+		s.tb.Helper()
+		s.authority("ca", "create")
+		s.authority("cert", "create", "-server", "-dc", "dc1")
+		s.authority("cert", "create", "-client", "-dc", "dc1")
+		file := func(name string) string { return filepath.Join(s.dir, name) }
+		port := freePorts(s.tb, 1)[0]
+		s.TLS = TLS{
+			Address: fmt.Sprintf("127.0.0.1:%d", port), CA: file("consul-agent-ca.pem"),
+			Cert: file("dc1-client-consul-0.pem"), Key: file("dc1-client-consul-0-key.pem"),
+		}
+		config["ports"].(settings)["https"] = port
+		config["tls"] = settings{"https": settings{
+			"ca_file": s.TLS.CA, "cert_file": file("dc1-server-consul-0.pem"), "key_file": file("dc1-server-consul-0-key.pem"),
+			"verify_incoming": true,
+		}}
+	}
+}
+
+// authority calls Consul's own certificate authority, whose files are in the
+// server's directory.
+func (s *Server) authority(args ...string) {
+	s.tb.Helper()
+	cmd := exec.Command(s.binary, append([]string{"tls"}, args...)...)
+	cmd.Dir = s.dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		s.tb.Fatalf("consul tls %v: %v: %s", args, err, out)
+	}
+}
