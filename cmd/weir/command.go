@@ -21,12 +21,13 @@ import (
 
 // env is all that the program has of the world; tests give another one.
 type env struct {
-	ctx      context.Context
-	ui       cli.Ui
-	getenv   func(string) string
-	terminal bool // standard output is one
-	open     func(redirect.Paths) datapath
-	ask      func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
+	ctx        context.Context
+	ui         cli.Ui
+	getenv     func(string) string
+	terminal   bool // standard output is one
+	open       func(redirect.Paths) datapath
+	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
+	executable func() (string, error)                                           // this program's file
 }
 
 // datapath is what the commands need of redirect.Datapath.
@@ -34,6 +35,7 @@ type datapath interface {
 	Load() (redirect.LoadResult, error)
 	Unload() (removed []string, err error)
 	Status() (redirect.Status, error)
+	Known() ([]redirect.Known, error)
 	Workloads() ([]redirect.WorkloadStatus, error)
 	Verdicts() ([]redirect.WorkloadVerdicts, error)
 	Events(ctx context.Context, deliver func(redirect.Event) error) error

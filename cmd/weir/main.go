@@ -22,12 +22,13 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	_, notTerminal := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS)
 	code := run(os.Args[1:], env{
-		ctx:      ctx,
-		ui:       &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
-		getenv:   os.Getenv,
-		terminal: notTerminal == nil,
-		open:     func(paths redirect.Paths) datapath { return redirect.New(paths) },
-		ask:      agent.ReadStatus,
+		ctx:        ctx,
+		ui:         &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
+		getenv:     os.Getenv,
+		terminal:   notTerminal == nil,
+		open:       func(paths redirect.Paths) datapath { return redirect.New(paths) },
+		ask:        agent.ReadStatus,
+		executable: os.Executable,
 	})
 	stop()
 	os.Exit(code)
@@ -67,7 +68,7 @@ func run(args []string, world env) int {
 func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
-		newAgent, newLoad, newUnload, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
+		newAgent, newInstall, newUninstall, newLoad, newUnload, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

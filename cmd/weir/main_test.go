@@ -24,15 +24,18 @@ type node struct {
 	removed  []string
 	status   redirect.Status
 	list     []redirect.WorkloadStatus
+	known    []redirect.Known
 	verdicts []redirect.WorkloadVerdicts
 	events   []redirect.Event
 	agent    *agent.Status // nil: none runs
+	program  string        // the CLI's file
 	err      error
 }
 
 func (n *node) Load() (redirect.LoadResult, error)             { return n.load, n.err }
 func (n *node) Unload() ([]string, error)                      { return n.removed, n.err }
 func (n *node) Status() (redirect.Status, error)               { return n.status, n.err }
+func (n *node) Known() ([]redirect.Known, error)               { return n.known, n.err }
 func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
 func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
 func (n *node) Events(ctx context.Context, deliver func(redirect.Event) error) error {
@@ -77,6 +80,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return *n.agent, nil
 		},
+		executable: func() (string, error) { return n.program, nil },
 	})
 	return outcome{code: code, stdout: ui.OutputWriter.String(), stderr: ui.ErrorWriter.String()}
 }
@@ -101,7 +105,7 @@ func TestCalledAsThePlugin(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	got := try(t, &node{}, nil, "-help")
-	for _, name := range []string{"load", "unload", "status", "workloads", "verdicts", "events", "version"} {
+	for _, name := range []string{"install", "uninstall", "load", "unload", "status", "workloads", "verdicts", "events", "version"} {
 		if !strings.Contains(got.stdout, "\n    "+name+" ") {
 			t.Errorf("help does not list %s:\n%s", name, got.stdout)
 		}

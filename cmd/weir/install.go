@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/weirmesh/weir/deploy"
+)
+
+// installReport is what install and uninstall print as JSON.
+type installReport struct {
+	DryRun    bool         `json:"dry_run"`
+	Steps     deploy.Steps `json:"steps"`
+	Workloads []affected   `json:"workloads,omitempty"` // of an uninstallation: what loses its redirect
+	Kernel    []string     `json:"kernel,omitempty"`    // what was removed beside files
+	Remarks   []string     `json:"remarks,omitempty"`
+	Next      []string     `json:"next,omitempty"`
+}
+
+func newInstall(env env) *command {
+	c := newCommand(env, "install", "Put the plugin and all that belongs to it on this node", `  Puts the plugin into Nomad's cni_path as weir and as consul-cni, the conflists
+  into its cni_config_dir, this program, the systemd unit and a default
+  configuration to their places. Each file is replaced in one step. It may be run
+  again at any time, as for another version: what is in place stays, and an
+  existing configuration is never changed.
+
+  A consul-cni that is not Weir's is in the way: -replace keeps it aside, and
+  weir uninstall brings it back. Allocations that it redirected go on untouched.
+
+  The last installation's directories are the defaults of the next. A directory
+  given as "" leaves its part out. Where this program comes from a package, which
+  has the program, unit and configuration in their places, those are left out.`).withJSON()
+	node, layout := c.withNode()
+	plugin := c.flags.String("plugin", "", "`file` of weir-cni (default: beside this program, or in ../lib/weir)")
+	replace := c.flags.Bool("replace", false, "keep files of others that are in the way aside, as NAME.weir-saved")
+	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")
+	c.do = func() (int, error) {
+		source, packaged, err := c.source(*plugin)
+		if err != nil {
+			return 1, err
+		}
+		if packaged {
+			node.Layout.Bin, node.Layout.Units, node.Layout.Config = "", "", ""
+		}
+		if err := layout(); err != nil {
+			return 1, err
+		}
+		steps, err := node.PlanInstall(source, *replace)
+		if err != nil {
+			return 1, err
+		}
+		report := installReport{DryRun: *dryRun, Steps: steps, Remarks: node.Remarks()}
+		if !*dryRun {
+			report.Steps, err = steps.Run()
+			report.Next = afterInstall(node, report.Steps)
+		}
+		return 0, errors.Join(err, c.tellInstall(report))
+	}
+	return c
+}
+
+// withNode adds the flags that say where on a node things go. The function that
+// it returns applies them: flags over the last installation over the defaults.
+func (c *command) withNode() (node *deploy.Node, apply func() error) {
+	node = &deploy.Node{Layout: deploy.DefaultLayout()}
+	c.flags.StringVar(&node.Root, "root", "", "`directory` that is the node's / (for packaging and tests)")
+	fields := map[string]func(*deploy.Layout) *string{
+		"cni-path":       func(l *deploy.Layout) *string { return &l.CNIPath },
+		"cni-config-dir": func(l *deploy.Layout) *string { return &l.CNIConfig },
+		"bin-dir":        func(l *deploy.Layout) *string { return &l.Bin },
+		"unit-dir":       func(l *deploy.Layout) *string { return &l.Units },
+		"config-dir":     func(l *deploy.Layout) *string { return &l.Config },
+	}
+	for name, usage := range map[string]string{
+		"cni-path":       "`directory` of Nomad's cni_path",
+		"cni-config-dir": "`directory` that is Nomad's cni_config_dir",
+		"bin-dir":        "`directory` of this program",
+		"unit-dir":       "`directory` of the systemd unit",
+		"config-dir":     "`directory` of the agent's configuration",
+	} {
+		c.flags.String(name, "", fmt.Sprintf("%s (default %s)", usage, *fields[name](&node.Layout)))
+	}
+	return node, func() error {
+		manifest, err := node.ReadManifest()
+		if err != nil {
+			return err
+		}
+		if manifest != nil {
+			node.Layout = manifest.Layout
+		}
+		c.flags.Visit(func(f *flag.Flag) {
+			if field, ok := fields[f.Name]; ok {
+				*field(&node.Layout) = f.Value.String()
+			}
+		})
+		return node.Layout.Validate()
+	}
+}
+
+// source finds what to install. packaged says that this program lies where a
+// package puts it, which then owns all but Nomad's directories.
+func (c *command) source(plugin string) (source deploy.Source, packaged bool, err error) {
+	source.Version = version
+	if source.CLI, err = c.executable(); err != nil {
+		return source, false, fmt.Errorf("find this program: %w", err)
+	}
+	if source.CLI, err = filepath.EvalSymlinks(source.CLI); err != nil {
+		return source, false, fmt.Errorf("find this program: %w", err)
+	}
+	beside := filepath.Join(filepath.Dir(source.CLI), "weir-cni")
+	library := filepath.Join(filepath.Dir(source.CLI), "../lib/weir/weir-cni")
+	switch {
+	case plugin != "":
+		source.Plugin = plugin
+	case isFile(beside):
+		source.Plugin = beside
+	case isFile(library):
+		source.Plugin, packaged = library, true
+	default:
+		return source, false, fmt.Errorf("find the plugin: neither %s nor %s is there: name it with -plugin", beside, library)
+	}
+	return source, packaged, nil
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
+}
+
+// afterInstall is what is left for the operator.
+func afterInstall(node *deploy.Node, done deploy.Steps) (next []string) {
+	if !done.Changes() || node.Root != "" {
+		return nil
+	}
+	if node.Layout.CNIPath != "" {
+		next = append(next, "restart Nomad's client (from Nomad 1.11.2 on a SIGHUP will do): it looks at plugins when it starts; what runs goes on")
+	}
+	if node.Layout.Units != "" {
+		next = append(next, "systemctl daemon-reload && systemctl enable weir-agent && systemctl restart weir-agent")
+	}
+	return append(next, "weir status")
+}
+
+// tellInstall prints a report. What is in place already is told only where
+// nothing else is.
+func (c *command) tellInstall(report installReport) error {
+	if c.json {
+		if report.Steps == nil {
+			report.Steps = deploy.Steps{}
+		}
+		return c.printJSON(report)
+	}
+	would := ""
+	if report.DryRun {
+		would = "would "
+	}
+	for _, step := range report.Steps {
+		if step.Do == deploy.Keep {
+			c.ui.Output(step.String())
+		} else {
+			c.ui.Output(would + step.String())
+		}
+	}
+	for _, what := range report.Kernel {
+		c.ui.Output("removed " + what)
+	}
+	if !report.Steps.Changes() && len(report.Kernel) == 0 {
+		c.ui.Output("nothing to do")
+	}
+	for _, remark := range report.Remarks {
+		c.ui.Warn("note: " + remark)
+	}
+	if len(report.Next) > 0 {
+		c.ui.Output("next:\n  " + strings.Join(report.Next, "\n  "))
+	}
+	return nil
+}

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/deploy"
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// programs builds both programs, as `make build` does.
+func programs(t *testing.T, dir string) (weir string) {
+	t.Helper()
+	test.Need(t, test.Tool("go"))
+	build := exec.Command("go", "build", "-o", dir+"/", ".", "../weir-cni")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, out)
+	}
+	return filepath.Join(dir, "weir")
+}
+
+func TestInstallCommand(t *testing.T) {
+	n := &node{program: programs(t, t.TempDir())}
+	root := t.TempDir()
+	if err := os.MkdirAll(root+"/opt/cni/bin", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	foreign := "#!/bin/sh\necho consul-cni v1.5.0\n"
+	if err := os.WriteFile(root+"/opt/cni/bin/consul-cni", []byte(foreign), 0o755); err != nil {
+		t.Fatal(err)
+	}
+
+	got := try(t, n, nil, "install", "-root", root)
+	want(t, got, outcome{code: 1, stderr: "weir install: install /opt/cni/bin/consul-cni: another program's file is in the way: " +
+		"-replace keeps it as consul-cni.weir-saved\n"})
+
+	got = try(t, n, nil, "install", "-root", root, "-replace", "-dry-run", "-unit-dir", "")
+	for _, line := range []string{
+		"would create /opt/cni/bin/weir\n",
+		"would set aside /opt/cni/bin/consul-cni: kept as /opt/cni/bin/consul-cni.weir-saved\n",
+		"would link /opt/cni/bin/consul-cni: to weir; new allocations use Weir\n",
+	} {
+		if !strings.Contains(got.stdout, line) {
+			t.Errorf("install -dry-run does not say %q:\n%s%s", line, got.stdout, got.stderr)
+		}
+	}
+	if strings.Contains(got.stdout, "systemd") {
+		t.Errorf("the unit is installed although it was left out:\n%s", got.stdout)
+	}
+	if content, err := os.ReadFile(root + "/opt/cni/bin/consul-cni"); err != nil || string(content) != foreign {
+		t.Errorf("after -dry-run consul-cni is %q, %v", content, err)
+	}
+
+	got = try(t, n, nil, "install", "-root", root, "-replace", "-unit-dir", "", "-json")
+	var report installReport
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || !report.Steps.Changes() || report.DryRun {
+		t.Errorf("install -json = %+v, %v", got, err)
+	}
+	// Without -unit-dir: the last installation's directories are the defaults.
+	got = try(t, n, nil, "install", "-root", root)
+	if got.code != 0 || !strings.HasSuffix(got.stdout, "\nnothing to do\n") || strings.Contains(got.stdout, "systemd") {
+		t.Errorf("a second installation: %+v", got)
+	}
+
+	got = try(t, n, map[string]string{"WEIR_STATE_DIR": t.TempDir()}, "uninstall", "-root", root)
+	if line := "restore /opt/cni/bin/consul-cni: from /opt/cni/bin/consul-cni.weir-saved\n"; got.code != 0 || !strings.Contains(got.stdout, line) {
+		t.Errorf("uninstall: %+v", got)
+	}
+	if content, err := os.ReadFile(root + "/opt/cni/bin/consul-cni"); err != nil || string(content) != foreign {
+		t.Errorf("after the removal consul-cni is %q, %v", content, err)
+	}
+}
+
+// A program that lies where a package puts it leaves the package's files to it.
+func TestInstallFromAPackage(t *testing.T) {
+	prefix, root := t.TempDir(), t.TempDir()
+	for _, dir := range []string{"bin", "lib/weir"} {
+		if err := os.MkdirAll(filepath.Join(prefix, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n := &node{program: programs(t, filepath.Join(prefix, "bin"))}
+	if err := os.Rename(prefix+"/bin/weir-cni", prefix+"/lib/weir/weir-cni"); err != nil {
+		t.Fatal(err)
+	}
+	got := try(t, n, nil, "install", "-root", root, "-json")
+	var report installReport
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
+		t.Fatal(err, got)
+	}
+	for _, step := range report.Steps {
+		if strings.HasPrefix(step.Path, "/usr") || strings.HasPrefix(step.Path, "/etc") {
+			t.Errorf("it does %s", step)
+		}
+	}
+	if _, err := os.Stat(root + "/opt/cni/bin/weir"); err != nil {
+		t.Error(err)
+	}
+	n.program = filepath.Join(t.TempDir(), "weir")
+	if err := os.WriteFile(n.program, nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if got := try(t, n, nil, "install", "-root", root); got.code != 1 || !strings.Contains(got.stderr, "name it with -plugin") {
+		t.Errorf("without a plugin: %+v", got)
+	}
+}
+
+func TestUninstallRefuses(t *testing.T) {
+	test.Need(t, test.Root)
+	alive := test.NewNetNS(t)
+	environment := map[string]string{"WEIR_STATE_DIR": t.TempDir()}
+	record := func(id, netns string, mode redirect.Mode) redirect.Known {
+		return redirect.Known{
+			Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: netns,
+			Request: redirect.Request{Mode: mode, Job: redirect.Job{AllocID: id, ID: "demo", Group: "web"}},
+		}
+	}
+	n := &node{known: []redirect.Known{
+		record("0b5d0c1e", alive.Path, redirect.ModeTransparent),
+		record("1c6e1d2f", alive.Path, redirect.ModeDirect),
+		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), redirect.ModeTransparent),
+	}, removed: []string{"map origins"}}
+	root := t.TempDir()
+	plugin := root + "/opt/cni/bin/weir"
+	if err := os.MkdirAll(filepath.Dir(plugin), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile(filepath.Join(filepath.Dir(programs(t, t.TempDir())), "weir-cni"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(plugin, program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+
+	got := try(t, n, environment, "uninstall", "-root", root)
+	want(t, got, outcome{code: 1, stderr: `weir uninstall: 2 allocations run under Weir:
+  0b5d0c1e (job demo, group web)
+  1c6e1d2f (job demo, group web)
+With -force they run on, but of a transparent one ` + loseTransparent + `.
+With -force they run on, but of any other ` + loseGuard + `.
+Drain the node instead: nomad node drain -enable -self
+`})
+	got = try(t, n, environment, "uninstall", "-root", root, "-dry-run", "-json")
+	var report installReport
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || len(report.Workloads) != 2 || !report.DryRun {
+		t.Errorf("uninstall -dry-run -json = %+v, %v", got, err)
+	}
+	n.agent = &agent.Status{}
+	if got := try(t, n, environment, "uninstall", "-root", root, "-force"); got.code != 1 || !strings.Contains(got.stderr, "the agent runs") {
+		t.Errorf("while the agent runs: %+v", got)
+	}
+	if _, err := os.Stat(plugin); err != nil {
+		t.Fatalf("plugin after refusals: %v", err)
+	}
+
+	n.agent = nil
+	got = try(t, n, environment, "uninstall", "-root", root, "-force", "-json")
+	report = installReport{}
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
+		t.Fatal(err, got)
+	}
+	removed := false
+	for _, step := range report.Steps {
+		removed = removed || step.Path == "/opt/cni/bin/weir" && step.Do == deploy.Remove
+	}
+	if got.code != 0 || len(report.Workloads) != 2 || strings.Join(report.Kernel, " ") != "map origins" || !removed {
+		t.Errorf("uninstall -force = %+v", got)
+	}
+	if _, err := os.Stat(plugin); !os.IsNotExist(err) {
+		t.Errorf("plugin after the removal: %v", err)
+	}
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package deploy
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+)
+
+// manifestPath is where a node remembers what an installation put on it.
+const manifestPath = "/var/lib/weir/installed.json"
+
+// Manifest is what a node remembers of its installation. It is written before
+// the first change and again after the last.
+type Manifest struct {
+	Version string `json:"version"`
+	Layout  Layout `json:"layout"`
+	// Files has the digests that a file may have and be ours: one, or two
+	// while an installation runs or after one that stopped half way.
+	Files map[string][]string `json:"files"`
+	// Directories are those that the installation made.
+	Directories []string `json:"directories"`
+}
+
+// ReadManifest returns nil where there is no installation on record.
+func (n Node) ReadManifest() (*Manifest, error) {
+	data, err := os.ReadFile(n.on(manifestPath))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read manifest: %w", err)
+	}
+	m := new(Manifest)
+	if err := json.Unmarshal(data, m); err != nil {
+		return nil, fmt.Errorf("read manifest %s: %w", n.on(manifestPath), err)
+	}
+	return m, nil
+}
+
+func (n Node) writeManifest(m *Manifest) error {
+	data, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(n.on(manifestPath)), 0o755); err != nil {
+		return err
+	}
+	return replaceFile(n.on(manifestPath), append(data, '\n'), 0o644)
+}
+
+// has reports whether the installation on record put such a file there.
+func (m *Manifest) has(path, digest string) bool {
+	return m != nil && slices.Contains(m.Files[path], digest)
+}
+
+func (m *Manifest) knows(path string) bool { return m != nil && len(m.Files[path]) > 0 }
+
+func digestOf(content []byte) string {
+	sum := sha256.Sum256(content)
+	return hex.EncodeToString(sum[:])
+}
+
+// replaceFile writes a file in one step: a reader sees the old or the new one,
+// and a power failure leaves no half of either.
+func replaceFile(path string, content []byte, mode fs.FileMode) (err error) {
+	temporary, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".weir-new-")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, temporary.Close(), os.Remove(temporary.Name()))
+		}
+	}()
+	if _, err = temporary.Write(content); err != nil {
+		return err
+	}
+	if err = temporary.Chmod(mode); err != nil {
+		return err
+	}
+	if err = temporary.Sync(); err != nil {
+		return err
+	}
+	if err = os.Rename(temporary.Name(), path); err != nil {
+		return err
+	}
+	return temporary.Close()
+}
+
+// replaceLink puts a symbolic link in the place of whatever is at path, in one
+// step.
+func replaceLink(target, path string) error {
+	temporary := path + ".weir-new"
+	if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Symlink(target, temporary); err != nil {
+		return err
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return errors.Join(err, os.Remove(temporary))
+	}
+	return nil
+}
+
+// setAside gives what is at path a second name, in the place of what had that
+// name before. It never leaves path without a file.
+func setAside(path, saved string) error {
+	temporary := saved + ".weir-new"
+	if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Link(path, temporary); err != nil {
+		return err
+	}
+	// Renaming one name of a file to another of the same does nothing.
+	if err := os.Rename(temporary, saved); err != nil {
+		return errors.Join(err, os.Remove(temporary))
+	}
+	if err := os.Remove(temporary); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
