@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -13,76 +16,113 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
+// guarded is what a task binds in the allocation of TestGuard, and what the guard
+// makes of it.
+var guarded = []struct {
+	what, network string
+	port          uint16
+	open          bool // to everybody, whatever the guard
+}{
+	{"the proxy", "tcp", 20001, true},
+	{"a server on the proxy's port", "udp", 20001, false},
+	{"the application", "tcp", 8080, false},
+	{"the application", "udp", 8080, false},
+	{"one that binds IPv4 alone", "tcp4", 8088, false},
+	{"one that binds IPv4 alone", "udp4", 8088, false},
+	{"a mapped port", "tcp", 8081, true},
+	{"a mapped port", "udp", 8081, true},
+	{"an expose path", "tcp", 21500, true},
+	{"a server on an ephemeral port", "tcp", 40000, false},
+	{"a server on an ephemeral port", "udp", 40000, true}, // no reply can be told from it: a limit
+}
+
 // The guard of an allocation that no plugin was called for: what a task binds to
-// every address is counted in audit and refused in enforce, from the host as from
-// a neighbour, while the proxy, mapped ports and expose paths stay reachable.
+// every address is counted in audit and refused in enforce, by TCP and UDP, over
+// IPv4 and IPv6, from the host as from a neighbour, while the proxy, mapped ports
+// and expose paths stay reachable.
 func TestGuard(t *testing.T) {
 	n := newMeshNode(t, false)
 	n.runAgent()
 	a := n.allocate("", map[string]any{"hostPort": 25000, "containerPort": 8081, "protocol": "tcp"})
 	neighbour := n.allocate("")
-	const (
-		proxy, application, mapped, exposed, admin = 20001, 8080, 8081, 21500, 19000
-	)
-	servers := make(map[int]*test.ServerProcess)
-	for _, port := range []int{proxy, application, mapped, exposed, admin} {
-		servers[port] = test.EchoProcess(t, a.spec(1000), "tcp4", fmt.Sprintf("0.0.0.0:%d", port))
+	var servers []*test.ServerProcess
+	for _, bound := range guarded {
+		addr := "[::]"
+		if strings.HasSuffix(bound.network, "4") {
+			addr = "0.0.0.0"
+		}
+		servers = append(servers, test.EchoProcess(t, a.spec(1000), bound.network, fmt.Sprintf("%s:%d", addr, bound.port)))
 	}
 	register := func(guard string) {
-		a.register("api", object{"Port": proxy, "Meta": object{"weir-guard": guard}, "Proxy": object{
-			"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": exposed, "LocalPathPort": application}}}}})
+		a.register("api", object{"Port": 20001, "Meta": object{"weir-guard": guard}, "Proxy": object{
+			"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}})
 	}
-	guarded := func(t *testing.T, want redirect.Guard) {
+	// each dials everything from everywhere and returns how many dials went to
+	// what is not open.
+	each := func(t *testing.T, check func(t *testing.T, open bool, err error)) (closed uint64) {
 		t.Helper()
-		a.eventually("the guard", func(o redirect.Overlay) bool { return o.Guard == want })
-		if w, err := a.workload(); err != nil || w.Guard != want || len(w.Problems) > 0 {
-			t.Fatalf("the kernel has %+v, %v; want guard %s without problems", w, err, want)
-		}
-	}
-	dial := func(t *testing.T, from *test.NetNS, port int) error {
-		t.Helper()
-		answer, err := test.Ask(from, "tcp4", netip.AddrPortFrom(a.addr, uint16(port)).String())
-		if err == nil && answer.Server != servers[port].Name {
-			t.Errorf("port %d is answered by %q", port, answer.Server)
-		}
-		return err
-	}
-	from := map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns}
-
-	register("audit")
-	guarded(t, redirect.GuardAudit)
-	t.Run("audit", func(t *testing.T) {
-		for name, ns := range from {
-			before := a.counted(t, redirect.GuardAudited)
-			for port := range servers {
-				if err := dial(t, ns, port); err != nil {
-					t.Errorf("dial of port %d from %s: %v", port, name, err)
+		for from, ns := range map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns} {
+			for i, bound := range guarded {
+				for _, addr := range []netip.Addr{a.addr, a.addr6} {
+					if addr.Is6() && strings.HasSuffix(bound.network, "4") {
+						continue
+					}
+					target := netip.AddrPortFrom(addr, bound.port)
+					if !bound.open {
+						closed++
+					}
+					t.Run(fmt.Sprintf("%s at %s %s from %s", bound.what, bound.network, target, from), func(t *testing.T) {
+						answer, err := test.Ask(ns, bound.network, target.String())
+						if err == nil && answer.Server != servers[i].Name {
+							t.Errorf("answered by %q, want %q", answer.Server, servers[i].Name)
+						}
+						check(t, bound.open, err)
+					})
 				}
 			}
-			if rose := a.counted(t, redirect.GuardAudited) - before; rose != 2 {
-				t.Errorf("%d connections from %s were counted, want 2: the application's and the admin port's", rose, name)
+		}
+		return closed
+	}
+
+	register("audit")
+	a.wantGuard(t, redirect.GuardAudit)
+	t.Run("audit", func(t *testing.T) {
+		before := a.counted(t, redirect.GuardAudited)
+		closed := each(t, func(t *testing.T, _ bool, err error) {
+			if err != nil {
+				t.Errorf("dial: %v", err)
 			}
+		})
+		if rose := a.counted(t, redirect.GuardAudited) - before; rose != closed {
+			t.Errorf("%d connections and datagrams were counted, want %d", rose, closed)
 		}
 	})
 
 	register("enforce")
-	guarded(t, redirect.GuardEnforce)
+	a.wantGuard(t, redirect.GuardEnforce)
 	t.Run("enforce", func(t *testing.T) {
-		for name, ns := range from {
-			for _, port := range []int{proxy, mapped, exposed} {
-				if err := dial(t, ns, port); err != nil {
-					t.Errorf("dial of port %d from %s: %v", port, name, err)
-				}
+		before := a.counted(t, redirect.RefusedGuard)
+		ephemeral := a.counted(t, redirect.GuardEphemeral)
+		closed := each(t, func(t *testing.T, open bool, err error) {
+			if open && err != nil {
+				t.Errorf("dial: %v", err)
 			}
-			for _, port := range []int{application, admin} {
-				if err := dial(t, ns, port); !errors.Is(err, syscall.ECONNREFUSED) {
-					t.Errorf("dial of port %d from %s = %v, want ECONNREFUSED", port, name, err)
-				}
+			if !open && !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("dial: %v, want ECONNREFUSED", err)
 			}
+		})
+		if rose := a.counted(t, redirect.RefusedGuard) - before; rose != closed {
+			t.Errorf("%d connections and datagrams were counted as refused, want %d", rose, closed)
 		}
-		for _, address := range []string{"127.0.0.1", a.addr.String()} {
-			if _, err := test.NewClient(t, a.spec(1000)).Ask("tcp4", fmt.Sprintf("%s:%d", address, application)); err != nil {
-				t.Errorf("a task's own dial of %s: %v", address, err)
+		if rose := a.counted(t, redirect.GuardEphemeral) - ephemeral; rose != 4 {
+			t.Errorf("%d datagrams to an ephemeral port were counted, want 4", rose)
+		}
+		client := test.NewClient(t, a.spec(1000))
+		for _, network := range []string{"tcp", "udp"} {
+			for _, host := range []string{"127.0.0.1", "[::1]", a.addr.String(), "[" + a.addr6.String() + "]"} {
+				if _, err := client.Ask(network, host+":8080"); err != nil {
+					t.Errorf("a task's own dial of %s: %v", host, err)
+				}
 			}
 		}
 	})
@@ -91,6 +131,97 @@ func TestGuard(t *testing.T) {
 		register("off")
 		a.eventually("the node's own guard", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardAudit })
 	})
+}
+
+// Envoy's administration can stop it and shows its certificates. In enforce nobody
+// outside reaches it, bound to every address or to a loopback address of a
+// namespace that routes such addresses in from outside.
+func TestGuardOfEnvoysAdministration(t *testing.T) {
+	n := newMeshNode(t, false)
+	test.Need(t, test.Tool("ip"))
+	n.runAgent()
+	neighbour := n.allocate("")
+	for _, c := range []struct {
+		name, bind string
+		reached    func(a *meshAlloc) netip.AddrPort
+	}{
+		{"every address", "0.0.0.0:19000", func(a *meshAlloc) netip.AddrPort { return netip.AddrPortFrom(a.addr, 19000) }},
+		{"every address of both families", "[::]:19000", func(a *meshAlloc) netip.AddrPort { return netip.AddrPortFrom(a.addr6, 19000) }},
+		{"a loopback address", sidecarAdmin, func(a *meshAlloc) netip.AddrPort {
+			a.routeLoopback(t, neighbour)
+			return netip.MustParseAddrPort(sidecarAdmin)
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a := n.allocate("")
+			guard := func(guard redirect.Guard) (proxyID string) {
+				return a.register("web", object{"Port": 20002, "Meta": object{"weir-guard": guard}})
+			}
+			a.startEnvoy(guard(redirect.GuardAudit), "-admin-bind", c.bind)
+			a.wantGuard(t, redirect.GuardAudit)
+			admin := c.reached(a)
+			from := map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns}
+			for name, ns := range from {
+				test.Eventually(t, func() error {
+					_, err := ready(ns, admin)
+					return err
+				}, "administration to be reached in audit from "+name)
+			}
+			guard(redirect.GuardEnforce)
+			a.wantGuard(t, redirect.GuardEnforce)
+			for name, ns := range from {
+				before := a.counted(t, redirect.RefusedGuard)
+				if status, err := ready(ns, admin); !errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("administration from %s = %q, %v; want ECONNREFUSED", name, status, err)
+				}
+				if a.counted(t, redirect.RefusedGuard) == before {
+					t.Errorf("a dial from %s was not counted as refused", name)
+				}
+			}
+			if status, err := ready(a.ns, admin); err != nil || status != "LIVE" {
+				t.Errorf("administration from inside = %q, %v", status, err)
+			}
+		})
+	}
+}
+
+// routeLoopback makes Envoy's loopback address one that the host and a neighbour
+// reach in the allocation.
+func (a *meshAlloc) routeLoopback(t *testing.T, neighbour *meshAlloc) {
+	t.Helper()
+	addr := netip.MustParseAddrPort(sidecarAdmin).Addr().String()
+	for _, hop := range []struct {
+		ns  *test.NetNS
+		via netip.Addr
+	}{{a.node.outside, a.addr}, {neighbour.ns, neighbour.gate}, {a.ns, netip.Addr{}}} {
+		hop.ns.Do(func() {
+			for _, setting := range []string{"conf/all/route_localnet", "conf/default/route_localnet"} {
+				if err := os.WriteFile("/proc/sys/net/ipv4/"+setting, []byte("1"), 0o644); err != nil {
+					t.Error(err)
+				}
+			}
+			if !hop.via.IsValid() {
+				return
+			}
+			for _, args := range []string{
+				"rule add pref 100 lookup local", "rule del pref 0 lookup local", "rule add pref 10 to " + addr + " lookup 77",
+				"route add " + addr + " via " + hop.via.String() + " table 77",
+			} {
+				if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
+					t.Errorf("ip %s: %v: %s", args, err, out)
+				}
+			}
+		})
+	}
+}
+
+// wantGuard waits until the kernel has the guard.
+func (a *meshAlloc) wantGuard(t *testing.T, want redirect.Guard) {
+	t.Helper()
+	a.eventually("the guard", func(o redirect.Overlay) bool { return o.Guard == want })
+	if w, err := a.workload(); err != nil || w.Guard != want || len(w.Problems) > 0 {
+		t.Fatalf("the kernel has %+v, %v; want guard %s without problems", w, err, want)
+	}
 }
 
 // counted is how often a verdict was reached in the allocation.
