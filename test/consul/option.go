@@ -4,6 +4,7 @@ package consul
 
 import (
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"path/filepath"
 
@@ -16,12 +17,14 @@ type Option func(*Server, settings)
 // settings are a block of Consul's configuration.
 type settings = map[string]any
 
-// In runs Consul in a namespace that stands for the host. Its DNS answers on
-// every address that the namespace has, its health checks go out from there,
-// and its HTTP API is a Unix socket: that reaches into every namespace.
-func In(ns *test.NetNS) Option {
+// In runs Consul in a namespace that stands for the host and has the address,
+// which is the node's. Consul's DNS answers on every address of the namespace, its
+// health checks go out from there, and its HTTP API is a Unix socket: that
+// reaches into every namespace.
+func In(ns *test.NetNS, addr netip.Addr) Option {
 	return func(s *Server, config settings) {
 		s.netns = ns
+		config["bind_addr"] = addr.String()
 		s.Address = "unix://" + filepath.Join(s.dir, "http.sock")
 		addresses := config["addresses"].(settings)
 		addresses["http"], addresses["dns"] = s.Address, "0.0.0.0"

@@ -9,7 +9,9 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -66,9 +68,21 @@ func newMeshNode(t *testing.T, acls bool, options ...consul.Option) *meshNode {
 // Unix socket.
 func newConsulNode(t *testing.T) *meshNode {
 	t.Helper()
-	test.Need(t, test.Root, test.CgroupV2, test.BPF)
-	outside := test.NewNetNS(t)
-	return makeMeshNode(t, outside, consul.Start(t, false, consul.In(outside)))
+	test.Need(t, test.Root, test.CgroupV2, test.BPF, test.Tool("ip"))
+	nodeAddr, outside := netip.AddrFrom4([4]byte{10, 88, 0, 1}), test.NewNetNS(t)
+	ip(t, outside, "addr add %s dev lo", nodeAddr)
+	return makeMeshNode(t, outside, consul.Start(t, false, consul.In(outside, nodeAddr)))
+}
+
+// ip calls that command in the namespace.
+func ip(t *testing.T, ns *test.NetNS, format string, args ...any) {
+	t.Helper()
+	line := fmt.Sprintf(format, args...)
+	ns.Do(func() {
+		if out, err := exec.Command("ip", strings.Fields(line)...).CombinedOutput(); err != nil {
+			t.Errorf("ip %s: %v: %s", line, err, out)
+		}
+	})
 }
 
 func makeMeshNode(t *testing.T, outside *test.NetNS, server *consul.Server) *meshNode {
@@ -278,16 +292,23 @@ func (a *meshAlloc) eventually(what string, check func(redirect.Overlay) bool) {
 // object is JSON of Consul's.
 type object = map[string]any
 
-// service registers a service of the allocation with its sidecar, by the IDs
+// register registers a service of the allocation with its sidecar, by the IDs
 // that Nomad gives.
-func (a *meshAlloc) register(name string, sidecar object) (proxyID string) {
+func (a *meshAlloc) register(name string, sidecar object, checks ...object) (proxyID string) {
 	a.node.t.Helper()
-	id := fmt.Sprintf("_nomad-task-%s-group-g-%s-8080", a.id, name)
+	id := serviceID(a.id, name)
 	if sidecar["Address"] == nil {
 		sidecar["Address"] = a.addr.String()
 	}
-	a.node.consul.Register(object{"Name": name, "ID": id, "Address": a.addr.String(), "Port": 8080, "Connect": object{"SidecarService": sidecar}})
+	a.node.consul.Register(object{
+		"Name": name, "ID": id, "Address": a.addr.String(), "Port": 8080, "Checks": checks, "Connect": object{"SidecarService": sidecar},
+	})
 	return id + "-sidecar-proxy"
+}
+
+// serviceID is the ID that Nomad gives to a service.
+func serviceID(allocID, name string) string {
+	return fmt.Sprintf("_nomad-task-%s-group-g-%s-8080", allocID, name)
 }
 
 // virtualIP is the address by which the mesh knows the service.

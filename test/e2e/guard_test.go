@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -200,18 +199,14 @@ func (a *meshAlloc) routeLoopback(t *testing.T, neighbour *meshAlloc) {
 					t.Error(err)
 				}
 			}
-			if !hop.via.IsValid() {
-				return
-			}
-			for _, args := range []string{
-				"rule add pref 100 lookup local", "rule del pref 0 lookup local", "rule add pref 10 to " + addr + " lookup 77",
-				"route add " + addr + " via " + hop.via.String() + " table 77",
-			} {
-				if out, err := exec.Command("ip", strings.Fields(args)...).CombinedOutput(); err != nil {
-					t.Errorf("ip %s: %v: %s", args, err, out)
-				}
-			}
 		})
+		if !hop.via.IsValid() {
+			continue
+		}
+		ip(t, hop.ns, "rule add pref 100 lookup local")
+		ip(t, hop.ns, "rule del pref 0 lookup local")
+		ip(t, hop.ns, "rule add pref 10 to %s lookup 77", addr)
+		ip(t, hop.ns, "route add %s via %s table 77", addr, hop.via)
 	}
 }
 
