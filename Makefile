@@ -3,10 +3,10 @@ VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo 
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint test test-vm kernels demo bench clean
+.PHONY: help build generate lint test test-vm kernels demo bench bench-agent clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build bin/weir and bin/weir-cni, both static
 	$(GOBUILD) -o bin/weir ./cmd/weir
@@ -35,9 +35,13 @@ demo: build ## Show a redirected allocation on this machine, in namespaces of it
 	test/tools/setup.sh test envoy
 	go run ./test/demo
 
-bench: build ## Measure side by side with Consul's iptables rules (root)
-	test/tools/setup.sh test
+bench: build ## Measure side by side with Consul's iptables rules, and the agent (root)
+	test/tools/setup.sh test consul
 	test/bench/run.sh
+
+bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (root)
+	test/tools/setup.sh test consul
+	test/bench/run.sh -only agent
 
 clean: ## Remove what was built; the tools in .tools stay
 	rm -rf bin dist

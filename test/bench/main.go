@@ -28,7 +28,25 @@ type options struct {
 	json     string
 	engine   string
 	plugin   string
+	weir     string
+	consul   string
+	readme   string
 	revision string
+}
+
+// A part is the measurements of one table.
+type part struct {
+	name         string // of the table's marks in README.md
+	note         string // what a reader must know to judge it
+	measurements []measurement
+}
+
+func (b *bench) parts() []part {
+	all := append(b.traffic(), b.setups()...)
+	return []part{
+		{"bench", comparisonNote, append(all, b.memory(), b.unrelated())},
+		{"bench-agent", agentNote, []measurement{b.agent()}},
+	}
 }
 
 func main() {
@@ -39,13 +57,23 @@ func main() {
 		}
 		return
 	}
+	if filepath.Base(os.Args[0]) == interfaceName {
+		if err := interfacePlugin(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	var o options
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 21, with -quick 2)")
 	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
-	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign")
+	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign agent")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
 	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
 	flag.StringVar(&o.plugin, "plugin", "", "weir-cni")
+	flag.StringVar(&o.weir, "weir", "", "weir")
+	flag.StringVar(&o.consul, "consul", "", "consul")
+	flag.StringVar(&o.readme, "readme", "", "write the tables between their marks in this file too")
 	flag.StringVar(&o.revision, "revision", "unknown", "what is measured, for the table")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -67,7 +95,9 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 			o.rounds = 2
 		}
 	}
-	b := &bench{size: fullSizes(o.rounds), engine: o.engine, plugin: o.plugin, progress: stderr}
+	b := &bench{
+		size: fullSizes(o.rounds), engine: o.engine, plugin: o.plugin, weir: o.weir, consul: o.consul, progress: stderr,
+	}
 	if o.quick {
 		b.size = quickSizes(o.rounds)
 	}
@@ -80,26 +110,26 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	all := append(b.traffic(), b.setups()...)
-	chosen, err := choose(append(all, b.memory(), b.unrelated()), o.only)
+	chosen, err := choose(b.parts(), o.only)
 	if err != nil {
 		return err
 	}
-	var rows []row
-	for _, m := range chosen {
-		measured, err := b.measure(ctx, m)
-		if err != nil {
+	for i, p := range chosen {
+		var rows []row
+		for _, m := range p.measurements {
+			measured, err := b.measure(ctx, m)
+			if err != nil {
+				return err
+			}
+			rows = append(rows, measured...)
+		}
+		r := newReport(about, o.quick, rows)
+		r.Note = p.note
+		if err := r.publish(p, i == 0, o, stdout); err != nil {
 			return err
 		}
-		rows = append(rows, measured...)
 	}
-	r := newReport(about, o.quick, rows)
-	if o.json != "" {
-		if err := r.save(o.json); err != nil {
-			return fmt.Errorf("save samples: %w", err)
-		}
-	}
-	return r.markdown(stdout)
+	return nil
 }
 
 // prepare makes what all measurements share. undo takes it away, also when

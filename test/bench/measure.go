@@ -42,6 +42,8 @@ type bench struct {
 	program  string // this program, executable for everybody
 	engine   string // the program of ./engine
 	plugin   string // weir-cni
+	weir     string // weir
+	consul   string // consul; "": there is none
 	task     string // cgroup of clients
 	proxy    string // cgroup of servers
 	foreign  string // cgroup of processes that have nothing to do with Weir
@@ -65,6 +67,11 @@ type sizes struct {
 	engines     int           // the same of Consul's engine, which needs much more time for each
 	calls       int           // of getsockopt and getpeername
 	settle      time.Duration // at most, after each measurement
+	proxies     int           // of the agent's node
+	rest        time.Duration // of the agent after its start
+	minutes     int           // of calm
+	minute      time.Duration // how long each of those is
+	changes     int           // in Consul
 }
 
 func fullSizes(rounds int) sizes {
@@ -73,7 +80,8 @@ func fullSizes(rounds int) sizes {
 		connections: 4000, parallel: 1500,
 		churn: 60000, block: 4000, patience: 20 * time.Second,
 		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
-		settle: 500 * time.Millisecond,
+		settle:  500 * time.Millisecond,
+		proxies: 1000, rest: 10 * time.Second, minutes: 5, minute: time.Minute, changes: 25,
 	}
 }
 
@@ -84,7 +92,8 @@ func quickSizes(rounds int) sizes {
 		connections: 500, parallel: 500,
 		churn: 4000, block: 1000, patience: 10 * time.Second,
 		flow: 100 * time.Millisecond, workloads: 20, engines: 5, calls: 20000,
-		settle: 50 * time.Millisecond,
+		settle:  50 * time.Millisecond,
+		proxies: 20, rest: time.Second, minutes: 2, minute: 2 * time.Second, changes: 3,
 	}
 }
 
@@ -232,17 +241,25 @@ func checkOrigins(served serveReport, origin netip.AddrPort, redirected bool) er
 }
 
 // choose keeps the measurements that -only names, all when it names none.
-func choose(all []measurement, only string) ([]measurement, error) {
+func choose(all []part, only string) (chosen []part, err error) {
 	if only == "" {
 		return all, nil
 	}
-	var chosen []measurement
-	for name := range strings.SplitSeq(only, ",") {
-		i := slices.IndexFunc(all, func(m measurement) bool { return m.name == name })
-		if i < 0 {
-			return nil, fmt.Errorf("-only %s: no such measurement", name)
+	names := strings.Split(only, ",")
+	for _, p := range all {
+		p.measurements = slices.DeleteFunc(slices.Clone(p.measurements), func(m measurement) bool {
+			i := slices.Index(names, m.name)
+			if i >= 0 {
+				names = slices.Delete(names, i, i+1)
+			}
+			return i < 0
+		})
+		if len(p.measurements) > 0 {
+			chosen = append(chosen, p)
 		}
-		chosen = append(chosen, all[i])
+	}
+	if len(names) > 0 {
+		return nil, fmt.Errorf("-only %s: no such measurement", strings.Join(names, ","))
 	}
 	return chosen, nil
 }

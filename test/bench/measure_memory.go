@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 
 	"github.com/cilium/ebpf"
@@ -44,7 +45,7 @@ func (b *bench) memoryOnce(ctx context.Context, name string) (got figures, err e
 		count = b.size.engines
 	}
 	for range count {
-		s, err := newBareSite(b.netns, b.nextName())
+		s, err := newBareSite(b.netns, b.nextName(), netip.MustParseAddr(insideAddr))
 		if err != nil {
 			return nil, err
 		}

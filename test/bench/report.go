@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"strings"
 )
 
@@ -26,6 +27,7 @@ type report struct {
 	Machine machine       `json:"machine"`
 	Quick   bool          `json:"quick"`
 	Rows    []reportedRow `json:"rows"`
+	Note    string        `json:"-"` // what a reader must know to judge it
 }
 
 type reportedRow struct {
@@ -70,10 +72,65 @@ func (r report) save(path string) error {
 	return os.WriteFile(path, append(text, '\n'), 0o644)
 }
 
+// publish prints the table of a part, and writes it to where the options say.
+func (r report) publish(p part, first bool, o options, stdout io.Writer) error {
+	if o.json != "" {
+		path := o.json
+		if !first {
+			path += "." + p.name
+		}
+		if err := r.save(path); err != nil {
+			return fmt.Errorf("save samples: %w", err)
+		}
+	}
+	var table strings.Builder
+	if err := r.markdown(&table); err != nil {
+		return err
+	}
+	if !first {
+		table.WriteString("\n")
+	}
+	if _, err := io.WriteString(stdout, table.String()); err != nil {
+		return err
+	}
+	if o.readme == "" {
+		return nil
+	}
+	return replaceBetween(o.readme, "<!-- "+p.name+":begin -->\n", "<!-- "+p.name+":end -->", table.String())
+}
+
+// replaceBetween writes text between two marks of a file.
+func replaceBetween(path, begin, end, text string) error {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	before, rest, begins := strings.Cut(string(data), begin)
+	_, after, ends := strings.Cut(rest, end)
+	if !begins || !ends {
+		return fmt.Errorf("write table: %s has no %s and %s", path, strings.TrimSpace(begin), end)
+	}
+	return os.WriteFile(path, []byte(before+begin+text+end+after), 0o644)
+}
+
+// comparisonNote says what the figures of a comparison are worth.
+const comparisonNote = `
+Medians of all rounds; [a-b] is the range from the lower to the upper quartile. x1.05 is the median of the ratios to
+"direct" of the same round. "direct" dials the proxy itself, on a machine without Weir; "direct again" is the same, its
+ratio is the noise. "iptables-nft" is Consul's own engine, consul/sdk/iptables. A fresh network namespace for every
+measurement; variants in random order; the proxy asks for SO_ORIGINAL_DST on every accept and every answer was right.
+"within noise": the ratio is not under the lower quartile of "direct again", or not under 0.98 where that is lower.
+"added": what a redirect adds to the median of "direct", Weir's to iptables-nft's. For foreign sockets "direct" means
+that Weir is not loaded, "Weir" that it is.
+`
+
 // markdown writes the table, and under it what a reader must know to judge it.
+// A variant that no row has is left out.
 func (r report) markdown(w io.Writer) error {
 	var out strings.Builder
-	columns := []string{direct, directAgain, weir, consul}
+	columns := slices.DeleteFunc([]string{direct, directAgain, weir, consul}, func(column string) bool {
+		return !slices.ContainsFunc(r.Rows, func(row reportedRow) bool { return row.cell(column) != "" })
+	})
 	fmt.Fprintf(&out, "| | %s | to reach | reached |\n", strings.Join(columns, " | "))
 	fmt.Fprintf(&out, "|---|%s---|---|\n", strings.Repeat("---|", len(columns)))
 	for _, row := range r.Rows {
@@ -91,15 +148,7 @@ func (r report) markdown(w io.Writer) error {
 		}
 		fmt.Fprintf(&out, " %s | **%s**: %s |\n", row.Target.Goal, answer, row.Target.Figure)
 	}
-	fmt.Fprintf(&out, "\n%s\n\n%s", r.Machine, strings.TrimLeft(`
-Medians of all rounds; [a-b] is the range from the lower to the upper quartile. x1.05 is the median of the ratios to
-"direct" of the same round. "direct" dials the proxy itself, on a machine without Weir; "direct again" is the same, its
-ratio is the noise. "iptables-nft" is Consul's own engine, consul/sdk/iptables. A fresh network namespace for every
-measurement; variants in random order; the proxy asks for SO_ORIGINAL_DST on every accept and every answer was right.
-"within noise": the ratio is not under the lower quartile of "direct again", or not under 0.98 where that is lower.
-"added": what a redirect adds to the median of "direct", Weir's to iptables-nft's. For foreign sockets "direct" means
-that Weir is not loaded, "Weir" that it is.
-`, "\n"))
+	fmt.Fprintf(&out, "\n%s\n%s", r.Machine, r.Note)
 	if r.Quick {
 		out.WriteString("\nQuick run: it shows that everything can be measured, its figures mean nothing.\n")
 	}
@@ -116,6 +165,9 @@ func (r reportedRow) cell(column string) string {
 	if ratio, found := r.Ratios[column]; found {
 		return fmt.Sprintf("%s, x%.2f [%.2f-%.2f]", text, ratio.Median, ratio.Q1, ratio.Q3)
 	}
+	if absolute.N == 1 {
+		return text
+	}
 	return fmt.Sprintf("%s [%s-%s]", text, number(absolute.Q1), number(absolute.Q3))
 }
 
@@ -126,6 +178,8 @@ func number(value float64) string {
 		return fmt.Sprintf("%.0f", value)
 	case size >= 10:
 		return fmt.Sprintf("%.1f", value)
+	case value == math.Trunc(value):
+		return fmt.Sprintf("%.0f", value)
 	default:
 		return fmt.Sprintf("%.2f", value)
 	}

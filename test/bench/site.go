@@ -50,7 +50,7 @@ func newSite(dir, name string) (*site, error) {
 
 // newBareSite makes an allocation's namespace with nothing but lo, which has
 // the allocation's address: hundreds of veths would only add noise.
-func newBareSite(dir, name string) (*site, error) {
+func newBareSite(dir, name string, addr netip.Addr) (*site, error) {
 	s := &site{name: name, inside: filepath.Join(dir, name), outside: filepath.Join(dir, name+"-outside")}
 	err := newNetNS(s.inside)
 	if err == nil {
@@ -59,7 +59,7 @@ func newBareSite(dir, name string) (*site, error) {
 			if err != nil {
 				return fmt.Errorf("find lo: %w", err)
 			}
-			address := &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP(insideAddr), Mask: net.CIDRMask(32, 32)}}
+			address := &netlink.Addr{IPNet: &net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(32, 32)}}
 			return errors.Join(netlink.AddrAdd(lo, address), netlink.LinkSetUp(lo))
 		})
 	}

@@ -2,7 +2,10 @@
 
 package main
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // A verdict says whether a row reached what it was to reach.
 type verdict struct {
@@ -39,8 +42,8 @@ func atMost(limit float64, unit string) func(row) verdict {
 	return func(r row) verdict {
 		ours := summarize(r.Samples[weir]).Median
 		return verdict{
-			Goal:    fmt.Sprintf("at most %g %s", limit, unit),
-			Figure:  number(ours) + " " + unit,
+			Goal:    strings.TrimSpace(fmt.Sprintf("at most %g %s", limit, unit)),
+			Figure:  strings.TrimSpace(number(ours) + " " + unit),
 			Reached: ours <= limit,
 		}
 	}

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -84,7 +86,7 @@ func TestMarkdownShowsEveryRow(t *testing.T) {
 	for _, want := range []string{
 		"| connect p50 | 15.0 us [12.5-17.5] | 16.0 us, x1.08 [1.06-1.09] |",
 		"| added at most 0.2 of iptables-nft's | **yes**: +1.0 to +10.0 us, 0.10 |",
-		"| set-up |  |  | 1.00 ms [1.00-1.00] | 50.0 ms [50.0-50.0] | | |",
+		"| set-up |  |  | 1 ms | 50.0 ms | | |",
 		"test CPU",
 	} {
 		if !strings.Contains(out.String(), want) {
@@ -94,12 +96,50 @@ func TestMarkdownShowsEveryRow(t *testing.T) {
 }
 
 func TestChoose(t *testing.T) {
-	all := []measurement{{name: "connect"}, {name: "churn"}, {name: "memory"}}
-	chosen, err := choose(all, "memory,connect")
-	if err != nil || len(chosen) != 2 || chosen[0].name != "memory" {
-		t.Errorf("choose = %v, %v, want memory and connect", chosen, err)
+	all := []part{
+		{name: "bench", measurements: []measurement{{name: "connect"}, {name: "churn"}, {name: "memory"}}},
+		{name: "bench-agent", measurements: []measurement{{name: "agent"}}},
+	}
+	for _, test := range []struct{ only, want string }{
+		{"", "bench: connect churn memory; bench-agent: agent"},
+		{"memory,connect", "bench: connect memory"},
+		{"agent", "bench-agent: agent"},
+		{"agent,churn", "bench: churn; bench-agent: agent"},
+	} {
+		chosen, err := choose(all, test.only)
+		if err != nil {
+			t.Errorf("choose %q: %v", test.only, err)
+		}
+		var got []string
+		for _, p := range chosen {
+			names := p.name + ":"
+			for _, m := range p.measurements {
+				names += " " + m.name
+			}
+			got = append(got, names)
+		}
+		if strings.Join(got, "; ") != test.want {
+			t.Errorf("choose %q = %s, want %s", test.only, strings.Join(got, "; "), test.want)
+		}
 	}
 	if _, err := choose(all, "memroy"); err == nil {
 		t.Error("choose accepted a name that nothing has")
+	}
+}
+
+func TestReplaceBetween(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "page.md")
+	if err := os.WriteFile(file, []byte("before\n<!-- a:begin -->\nold\n<!-- a:end -->\nafter\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := replaceBetween(file, "<!-- a:begin -->\n", "<!-- a:end -->", "new\n"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(file)
+	if want := "before\n<!-- a:begin -->\nnew\n<!-- a:end -->\nafter\n"; err != nil || string(got) != want {
+		t.Errorf("file = %q, %v, want %q", got, err, want)
+	}
+	if err := replaceBetween(file, "<!-- b:begin -->\n", "<!-- b:end -->", "new\n"); err == nil {
+		t.Error("a table went into a file without its marks")
 	}
 }
