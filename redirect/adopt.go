@@ -24,13 +24,16 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 	if err != nil {
 		return nil, err
 	}
-	if proxy, err = tables.forgetAdopted(ns.cookie, proxy); err != nil {
-		return nil, err
-	}
 	sockets, err := ns.listening()
 	if err != nil {
 		return nil, err
 	}
+	type listener struct {
+		socket
+		roles, missing []bpfListenerRole
+	}
+	var listeners []listener
+	registered := false
 	for _, socket := range sockets {
 		roles := socket.roles(w)
 		if len(roles) == 0 || socket.uid != w.ProxyUID {
@@ -38,13 +41,22 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 		}
 		missing, err := tables.missingFrom(ns.cookie, roles, &w, socket.cookie)
 		if err != nil {
-			return adopted, err
+			return nil, err
 		}
+		registered = registered || len(missing) < len(roles)
+		listeners = append(listeners, listener{socket, roles, missing})
+	}
+	if !registered { // at these ports; at others it takes a walk to know
+		if proxy, err = tables.forgetAdopted(ns.cookie, proxy); err != nil {
+			return nil, err
+		}
+	}
+	for _, l := range listeners {
 		// A proxy whose row was lost is learned anew from what is registered.
-		if len(missing) == 0 && proxy != (bpfProxy{}) {
+		if len(l.missing) == 0 && proxy != (bpfProxy{}) {
 			continue
 		}
-		fd, cgroup, err := ns.copySocket(socket.inode, paths)
+		fd, cgroup, err := ns.copySocket(l.inode, paths)
 		if errors.Is(err, errNoOwner) {
 			continue // closed in between, or its owner is ending
 		}
@@ -55,7 +67,7 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 			unix.Close(fd)
 			continue // a second claimant
 		}
-		err = tables.enlist(ns.cookie, missing, &w, fd)
+		err = tables.enlist(ns.cookie, l.missing, &w, fd)
 		unix.Close(fd)
 		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
 		// and a proxy with more listeners than slots has enough of them there.
@@ -69,14 +81,14 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 			proxy.Cgroup = cgroup
 			proxy.Flags |= bpfProxyFlagPROXY_PINNED
 		}
-		for _, role := range roles {
+		for _, role := range l.roles {
 			proxy.Flags |= roleFlag(role)
 		}
 		if err := tables.put("proxies", ns.cookie, proxy, ebpf.UpdateAny); err != nil {
 			return adopted, err
 		}
 		adopted = append(adopted, fmt.Sprintf("listener %s taken in",
-			netip.AddrPortFrom(socket.addr, socket.port)))
+			netip.AddrPortFrom(l.addr, l.port)))
 	}
 	return adopted, nil
 }
