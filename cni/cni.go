@@ -4,8 +4,10 @@
 // Consul's own plugin, consul-cni, and turns each into a workload of package
 // redirect.
 //
-// It runs chained: behind a plugin that made the interface, whose result it
-// returns unchanged. What to do comes in CNI_ARGS, under the name
+// With a previous result it runs chained: behind a plugin that made the
+// interface, whose result it returns unchanged. Without one it is the main
+// plugin, and package network builds the allocation's network from the keys of
+// the reference bridge plugin. What to do comes in CNI_ARGS, under the name
 // CONSUL_IPTABLES_CONFIG or its twin CONSUL_NFTABLES_CONFIG, as Nomad writes
 // it for a transparent_proxy block. A job's author can write the same argument
 // himself, so it is untrusted: every field is checked, and nothing in it names
@@ -16,8 +18,8 @@
 // of CNI and nothing else; remarks for people go to stderr.
 //
 // Limitations of this version:
-//   - it must be chained; it builds no interface of its own, and refuses the
-//     configuration keys that ask for one;
+//   - of the reference bridge plugin it has no VLANs, no check of MAC
+//     addresses and no way to choose one; a key that asks for it is refused;
 //   - the keys weir.* in network.cni.args are not read: beside a request of
 //     Consul's they are noted, alone they are refused, never dropped silently;
 //   - users are numbers: a name would have to be looked up in the task's image;
@@ -37,7 +39,9 @@ import (
 	"github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -50,6 +54,16 @@ type Datapath interface {
 	Probe() error
 }
 
+// Network is what the plugin needs of *network.Network.
+type Network interface {
+	Add(network.Attachment) (result *current.Result, undo func() error, err error)
+	Check(a network.Attachment, previous *current.Result) (mended []string, err error)
+	Remove(network.Attachment) error
+	Owns(redirect.Key) bool
+	Collect(valid []redirect.Key, path string) (removed []redirect.Key, err error)
+	Probe(path string) error
+}
+
 // Plugin answers the commands of CNI. All its fields are needed.
 type Plugin struct {
 	// Open gives the data path whose state lies at the given paths.
@@ -59,6 +73,9 @@ type Plugin struct {
 	Paths redirect.Paths
 	// RedirectedByConsul reports whether Consul's own rules are in a namespace.
 	RedirectedByConsul func(netns string) (bool, error)
+	// Network gives the network of a configuration, whose records lie below the
+	// state directory.
+	Network func(config network.Config, stateDir string) Network
 	// AddressesIn lists the addresses that a namespace really has.
 	AddressesIn func(netns string) ([]netip.Addr, error)
 
@@ -66,9 +83,10 @@ type Plugin struct {
 	Stderr io.Writer // remarks
 }
 
-// Add redirects the allocation's namespace and prints the previous result. It
-// may be called again, also with a new namespace for an ID that is known.
-// When it fails, nothing of the allocation is left behind.
+// Add redirects the allocation's namespace and prints the result: the previous
+// one, or that of the network that it builds where there is none. It may be
+// called again, also with a new namespace for an ID that is known. When it
+// fails, nothing of the allocation is left behind.
 func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 	conf, err := parseConfig(cmd.StdinData)
 	if err != nil {
@@ -76,18 +94,39 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 	}
 	args := parseArgs(cmd.Args)
 	r := requester{job: args.job, containerID: cmd.ContainerID}
-	if conf.previous == nil {
-		return r.fail(types.ErrInvalidNetworkConfig, "prevResult: missing: this version of the plugin must be chained after an interface plugin")
-	}
 	mesh, err := r.mesh(args)
 	if err != nil {
 		return err
 	}
+	if conf.previous != nil {
+		if err := conf.refuseInterfaceKeys(); err != nil {
+			return err
+		}
+		return p.redirect(r, cmd, conf, mesh)
+	}
+	undo, err := p.build(r, cmd, conf)
+	if err != nil {
+		return err
+	}
+	if err := p.redirect(r, cmd, conf, mesh); err != nil {
+		if err := undo(); err != nil {
+			p.note(r, fmt.Sprintf("take the network back: %v", err))
+		}
+		return err
+	}
+	return nil
+}
+
+// redirect is the part of Add that a chained plugin has too.
+func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, mesh *meshConfig) error {
 	if mesh == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
 		}
-		return conf.previous.print(p.Stdout)
+		if err := conf.previous.print(p.Stdout); err != nil {
+			return r.failed("print result", err)
+		}
+		return nil
 	}
 	request, err := r.request(mesh, conf)
 	if err != nil {
@@ -114,7 +153,11 @@ func (p *Plugin) Del(cmd *skel.CmdArgs) error {
 		return err
 	}
 	r := requester{containerID: cmd.ContainerID}
-	if err := p.open(conf).Remove(keyOf(cmd)); err != nil {
+	err = p.open(conf).Remove(keyOf(cmd))
+	// The rules of a namespace go before its network, and the network goes
+	// also where they do not.
+	p.tearDown(r, cmd, conf)
+	if err != nil {
 		return r.failed("end redirection", err)
 	}
 	return nil
@@ -131,10 +174,13 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 		return err
 	}
 	args := parseArgs(cmd.Args)
+	r := requester{job: args.job, containerID: cmd.ContainerID}
+	if err := p.checkNetwork(r, cmd, conf); err != nil {
+		return err
+	}
 	if len(args.mesh) == 0 {
 		return nil
 	}
-	r := requester{job: args.job, containerID: cmd.ContainerID}
 	datapath := p.open(conf)
 	mended, err := datapath.Check(keyOf(cmd), cmd.Netns)
 	for _, what := range mended {
@@ -201,7 +247,12 @@ func (p *Plugin) Status(cmd *skel.CmdArgs) error {
 	if err := p.open(conf).Probe(); err != nil {
 		return types.NewError(types.ErrPluginNotAvailable, fmt.Sprintf("probe data path: %v", err), "")
 	}
-	return nil
+	// Without a previous result, which STATUS never has, only the keys tell
+	// whether the plugin is to build a network.
+	if !conf.wantsInterface() {
+		return nil
+	}
+	return p.probeNetwork(cmd, conf)
 }
 
 // GC ends the redirection of every attachment of the named network that is
@@ -217,6 +268,9 @@ func (p *Plugin) GC(cmd *skel.CmdArgs) error {
 		return err
 	}
 	removed, err := p.open(conf).Collect(conf.Name, valid)
+	if err := p.collectNetwork(cmd, conf, valid); err != nil {
+		return err
+	}
 	for _, key := range removed {
 		p.note(requester{containerID: key.ContainerID}, "collected: no longer a valid attachment of network "+conf.Name)
 	}

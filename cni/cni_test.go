@@ -92,7 +92,6 @@ func TestAddNeedsAPreviousResultWithAddresses(t *testing.T) {
 		prev string
 		part string
 	}{
-		"none":                  {`null`, "must be chained after an interface plugin"},
 		"no addresses":          {`{"cniVersion":"1.0.0","interfaces":[{"name":"eth0","sandbox":"/x"}]}`, "ips: none in the namespace"},
 		"on the host only":      {`{"cniVersion":"1.0.0","interfaces":[{"name":"br0"}],"ips":[{"interface":0,"address":"172.26.64.1/20"}]}`, "ips: none in the namespace"},
 		"loopback only":         {`{"cniVersion":"1.0.0","ips":[{"address":"127.0.0.1/8"},{"address":"::1/128"}]}`, "ips: none in the namespace"},

@@ -29,17 +29,8 @@ type netConf struct {
 	// settled on the other.
 	Attachments json.RawMessage `json:"cni.dev/attachments"`
 
-	previous *result // nil without a prevResult
-}
-
-// interfaceKeys are the keys of the reference bridge plugin. Whoever sets one
-// wants an interface made, which this version does not do.
-func interfaceKeys() []string {
-	return []string{
-		"bridge", "isGateway", "isDefaultGateway", "forceAddress", "ipMasq", "ipMasqBackend", "mtu", "hairpinMode",
-		"ipam", "promiscMode", "vlan", "vlanTrunk", "preserveDefaultVlan", "macspoofchk", "disableContainerInterface",
-		"enabledad", "portIsolation",
-	}
+	keys     map[string]json.RawMessage // all of them, as they came
+	previous *result                    // nil without a prevResult
 }
 
 // decodeConfig reads the configuration as DEL and GC need it: without a look
@@ -47,6 +38,9 @@ func interfaceKeys() []string {
 func decodeConfig(stdin []byte) (*netConf, error) {
 	conf := &netConf{}
 	if err := json.Unmarshal(stdin, conf); err != nil {
+		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("read network configuration: %v", err), "")
+	}
+	if err := json.Unmarshal(stdin, &conf.keys); err != nil {
 		return nil, types.NewError(types.ErrDecodingFailure, fmt.Sprintf("read network configuration: %v", err), "")
 	}
 	paths := []struct{ key, value string }{
@@ -60,29 +54,27 @@ func decodeConfig(stdin []byte) (*netConf, error) {
 	return conf, nil
 }
 
-// parseConfig reads and validates the whole configuration.
+// parseConfig reads the whole configuration, previous result included.
 func parseConfig(stdin []byte) (*netConf, error) {
 	conf, err := decodeConfig(stdin)
-	if err != nil {
-		return nil, err
-	}
-	var keys map[string]json.RawMessage
-	if err := json.Unmarshal(stdin, &keys); err != nil {
-		return nil, conf.refuse(types.ErrDecodingFailure, "read network configuration: %v", err)
-	}
-	for _, key := range interfaceKeys() {
-		if value, ok := keys[key]; ok && !empty(value) {
-			return nil, conf.refuse(types.ErrUnsupportedField, "%s: this version makes no interface: remove the key and chain the plugin after one that does", key)
-		}
-	}
-	if empty(conf.PrevResult) {
-		return conf, nil
+	if err != nil || empty(conf.PrevResult) {
+		return conf, err
 	}
 	conf.previous, err = parseResult(conf.PrevResult, conf.CNIVersion)
 	if err != nil {
 		return nil, conf.refuse(types.ErrDecodingFailure, "prevResult: %v", err)
 	}
 	return conf, nil
+}
+
+// refuseInterfaceKeys refuses what only the first plugin of a chain can do.
+func (c *netConf) refuseInterfaceKeys() error {
+	for _, key := range interfaceKeys() {
+		if !empty(c.keys[key]) {
+			return c.refuse(types.ErrUnsupportedField, "%s: behind another plugin none of the network is made: remove the key, or make this plugin the first of the chain", key)
+		}
+	}
+	return nil
 }
 
 func (c *netConf) refuse(code uint, format string, values ...any) error {

@@ -32,9 +32,6 @@ func TestBadConfiguration(t *testing.T) {
 		`{"cniVersion":"1.0.0","name":"n","pinDir":"weir"}`:                {types.ErrInvalidNetworkConfig, "pinDir"},
 		`{"cniVersion":"1.0.0","name":"n","stateDir":"../weir"}`:           {types.ErrInvalidNetworkConfig, "stateDir"},
 		`{"cniVersion":"1.0.0","name":"n","cgroupRoot":"x"}`:               {types.ErrInvalidNetworkConfig, "cgroupRoot"},
-		`{"cniVersion":"1.0.0","name":"n","bridge":"br0"}`:                 {types.ErrUnsupportedField, "bridge"},
-		`{"cniVersion":"1.0.0","name":"n","ipam":{"type":"host-local"}}`:   {types.ErrUnsupportedField, "ipam"},
-		`{"cniVersion":"1.0.0","name":"n","mtu":1500}`:                     {types.ErrUnsupportedField, "mtu"},
 		`{"cniVersion":"1.0.0","name":"n","prevResult":{"cniVersion":[]}}`: {types.ErrDecodingFailure, "prevResult"},
 		`x`: {types.ErrDecodingFailure, "configuration"},
 	} {

@@ -10,6 +10,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
 
+	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -27,6 +28,14 @@ const (
 	CodeIncompatible uint = 102
 	// CodeDatapath: a step in the kernel or in the state directory went wrong.
 	CodeDatapath uint = 103
+	// CodeNetwork: a step of building the network went wrong.
+	CodeNetwork uint = 104
+	// CodeForward: the node drops what it forwards, and the plugin cannot
+	// change that. Remedy: let the bridge through.
+	CodeForward uint = 105
+	// CodeMissing: a program that the network needs is not on the node.
+	// Remedy: install it.
+	CodeMissing uint = 106
 )
 
 // requester is who asked, for texts.
@@ -54,6 +63,15 @@ func (r requester) failed(step string, cause error) error {
 	return types.NewError(codeOf(cause), fmt.Sprintf("%s: %s: %v", r, step, cause), remedyFor(cause))
 }
 
+// failedNetwork is failed for a step of building the network.
+func (r requester) failedNetwork(step string, cause error) error {
+	code := codeOf(cause)
+	if code == CodeDatapath {
+		code = CodeNetwork
+	}
+	return types.NewError(code, fmt.Sprintf("%s: %s: %v", r, step, cause), remedyFor(cause))
+}
+
 func codeOf(err error) uint {
 	switch {
 	case errors.Is(err, redirect.ErrConsulRules):
@@ -62,6 +80,10 @@ func codeOf(err error) uint {
 		return CodeUnsupported
 	case errors.Is(err, redirect.ErrIncompatible):
 		return CodeIncompatible
+	case errors.Is(err, network.ErrForward):
+		return CodeForward
+	case errors.Is(err, network.ErrMissing):
+		return CodeMissing
 	case errors.Is(err, redirect.ErrHostNetNS), errors.Is(err, redirect.ErrNetNSGone):
 		return types.ErrInvalidNetNS
 	case errors.Is(err, redirect.ErrUnknown):
@@ -85,6 +107,12 @@ func remedyFor(err error) string {
 		return "use network mode bridge or cni/*: the host's own namespace is never redirected"
 	case errors.Is(err, redirect.ErrNetNSGone):
 		return "the namespace ended while the plugin ran; Nomad makes a new one"
+	case errors.Is(err, network.ErrForward):
+		return "let the bridge through in that chain, for instance with `iptables-legacy -I FORWARD -i weir0 -j ACCEPT` and the same with -o, or move the node to nftables"
+	case errors.Is(err, network.ErrMissing):
+		return "install what is named, and see that Nomad's cni_path leads to the plugins"
+	case errors.Is(err, network.ErrTaken):
+		return "name another bridge in the conflist, or remove what has the name or the address"
 	default:
 		return "`weir status` shows the state of the node"
 	}

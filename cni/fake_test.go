@@ -5,13 +5,17 @@ package cni
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -54,26 +58,78 @@ func (f *fakeDatapath) untouched() bool {
 	return len(f.added)+len(f.removed)+len(f.checked)+len(f.collected) == 0
 }
 
+// fakeNetwork records what it was asked for and answers as it was told.
+type fakeNetwork struct {
+	config   network.Config
+	stateDir string
+	calls    []string
+	previous *current.Result // of CHECK
+
+	owns                                           bool
+	addErr, undoErr, removeErr, checkErr, probeErr error
+	mended                                         []string
+}
+
+func (f *fakeNetwork) Add(a network.Attachment) (*current.Result, func() error, error) {
+	f.calls = append(f.calls, "ADD "+a.NetNS)
+	built := &current.Result{
+		CNIVersion: "1.1.0",
+		Interfaces: []*current.Interface{{Name: f.config.Bridge}, {Name: network.HostDevice(a.Key)}, {Name: a.Key.IfName, Sandbox: a.NetNS}},
+		IPs:        []*current.IPConfig{{Interface: current.Int(2), Address: net.IPNet{IP: net.IPv4(172, 26, 128, 2), Mask: net.CIDRMask(20, 32)}}},
+	}
+	return built, func() error {
+		f.calls = append(f.calls, "undo")
+		return f.undoErr
+	}, f.addErr
+}
+
+func (f *fakeNetwork) Check(_ network.Attachment, previous *current.Result) ([]string, error) {
+	f.calls, f.previous = append(f.calls, "CHECK"), previous
+	return f.mended, f.checkErr
+}
+
+func (f *fakeNetwork) Remove(network.Attachment) error {
+	f.calls = append(f.calls, "DEL")
+	return f.removeErr
+}
+
+func (f *fakeNetwork) Owns(redirect.Key) bool { return f.owns }
+
+func (f *fakeNetwork) Collect(valid []redirect.Key, _ string) ([]redirect.Key, error) {
+	f.calls = append(f.calls, fmt.Sprintf("GC %v", valid))
+	return nil, nil
+}
+
+func (f *fakeNetwork) Probe(string) error {
+	f.calls = append(f.calls, "STATUS")
+	return f.probeErr
+}
+
 // bench is a Plugin over a fakeDatapath, with what it printed.
 type bench struct {
 	Plugin
 	fake           *fakeDatapath
+	net            *fakeNetwork
 	stdout, stderr bytes.Buffer
 	consuls        bool
 	present        []netip.Addr
 }
 
 func newBench() *bench {
-	b := &bench{fake: &fakeDatapath{}, present: []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("172.26.64.2")}}
+	b := &bench{fake: &fakeDatapath{}, net: &fakeNetwork{}, present: []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("172.26.64.2")}}
 	b.Plugin = Plugin{
 		Open: func(paths redirect.Paths) Datapath {
 			b.fake.paths = paths
 			return b.fake
 		},
 		RedirectedByConsul: func(string) (bool, error) { return b.consuls, nil },
-		AddressesIn:        func(string) ([]netip.Addr, error) { return b.present, nil },
-		Stdout:             &b.stdout,
-		Stderr:             &b.stderr,
+		Network: func(config network.Config, stateDir string) Network {
+			b.net.config, b.net.stateDir = config, stateDir
+			return b.net
+		},
+		AddressesIn: func(string) ([]netip.Addr, error) { return b.present, nil },
+		Stdout:      &b.stdout,
+		Stderr:      &b.stderr,
 	}
 	return b
 }

@@ -51,11 +51,16 @@ func parseResult(raw json.RawMessage, confVersion string) (*result, error) {
 	return r, err
 }
 
+// ownResult is the result of a network that the plugin built itself.
+func ownResult(built *current.Result, confVersion string) *result {
+	return &result{parsed: built, want: confVersion}
+}
+
 // print writes the result in the configuration's version. Where that is the
 // result's own, it goes out byte for byte, with every key that this library
 // does not know.
 func (r *result) print(w io.Writer) error {
-	if r.version == r.want {
+	if r.raw != nil && r.version == r.want {
 		_, err := fmt.Fprintf(w, "%s\n", r.raw)
 		return err
 	}

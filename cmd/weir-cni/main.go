@@ -13,6 +13,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 
 	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -38,6 +39,7 @@ func main() {
 		Open:               func(paths redirect.Paths) cni.Datapath { return redirect.New(paths) },
 		Paths:              redirect.PathsFromEnv(os.Getenv),
 		RedirectedByConsul: redirect.RedirectedByConsul,
+		Network:            func(c network.Config, stateDir string) cni.Network { return network.New(c, stateDir) },
 		AddressesIn:        cni.AddressesIn,
 		Stdout:             os.Stdout,
 		Stderr:             os.Stderr,

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// HostLocal is the IPAM plugin that a network has unless its conflist names another.
+const HostLocal = "host-local"
+
+const portmap = "portmap"
+
+// need reports what of the programs that the network runs is not on the node.
+func (c *Config) need(path string) error {
+	plugins := []string{c.IPAM}
+	if c.PortMappings != nil {
+		plugins = append(plugins, portmap)
+		if _, err := exec.LookPath("nft"); err != nil {
+			return fmt.Errorf("nft, which the plugin portmap runs for host ports: %w: install nftables", ErrMissing)
+		}
+	}
+	for _, plugin := range plugins {
+		if _, err := find(plugin, path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func find(plugin, path string) (string, error) {
+	found, err := invoke.FindInPath(plugin, filepath.SplitList(path))
+	if err != nil {
+		return "", fmt.Errorf("plugin %q in CNI_PATH %q: %w: install the reference CNI plugins there", plugin, path, ErrMissing)
+	}
+	return found, nil
+}
+
+// call runs another plugin for the attachment. Its remarks go to stderr.
+func (r *record) call(command, plugin string, stdin []byte) (types.Result, error) {
+	program, err := find(plugin, r.Path)
+	if err != nil {
+		return nil, err
+	}
+	args := &invoke.Args{
+		Command: command, ContainerID: r.Key.ContainerID, NetNS: r.NetNS, IfName: r.Key.IfName,
+		PluginArgsStr: plainArgs(r.Args), Path: r.Path,
+	}
+	if command == "ADD" {
+		result, err := invoke.ExecPluginWithResult(context.Background(), program, stdin, args, nil)
+		if err != nil {
+			return nil, fmt.Errorf("%s %s: %w", plugin, command, err)
+		}
+		return result, nil
+	}
+	if err := invoke.ExecPluginWithoutResult(context.Background(), program, stdin, args, nil); err != nil {
+		return nil, fmt.Errorf("%s %s: %w", plugin, command, err)
+	}
+	return nil, nil
+}
+
+// plainArgs is CNI_ARGS as other plugins can read it: CNI's parser refuses a
+// value that holds another '='. Consul's config is not theirs to read.
+func plainArgs(text string) string {
+	kept := []string{"IgnoreUnknown=true"}
+	for pair := range strings.SplitSeq(text, ";") {
+		key, _, _ := strings.Cut(pair, "=")
+		if strings.Count(pair, "=") == 1 && key != "IgnoreUnknown" && !strings.HasPrefix(key, "CONSUL_") {
+			kept = append(kept, pair)
+		}
+	}
+	return strings.Join(kept, ";")
+}
+
+// lease takes addresses. A lease that the key still has, from before a reboot
+// or a crash, is given back first.
+func (r *record) lease() (*current.Result, error) {
+	leased, err := r.call("ADD", r.IPAM, r.Delegate)
+	if err != nil && !errors.Is(err, ErrMissing) {
+		if release := r.release(); release == nil {
+			var again error
+			if leased, again = r.call("ADD", r.IPAM, r.Delegate); again == nil {
+				err = nil
+			}
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("take an address: %w", err)
+	}
+	result, err := current.NewResultFromResult(leased)
+	if err != nil {
+		return nil, fmt.Errorf("take an address: result of %s: %w", r.IPAM, err)
+	}
+	if len(result.IPs) == 0 {
+		return nil, fmt.Errorf("take an address: %s gave none", r.IPAM)
+	}
+	return result, nil
+}
+
+func (r *record) release() error {
+	if _, err := r.call("DEL", r.IPAM, r.Delegate); err != nil {
+		return fmt.Errorf("give the address back: %w", err)
+	}
+	return nil
+}
+
+// checkLease takes a lost lease anew: with the address free, the next ADD
+// would give it to another.
+func (r *record) checkLease() (mended []string, err error) {
+	if _, err := r.call("CHECK", r.IPAM, r.Delegate); err == nil || !atLeast(r.CNIVersion, "0.4.0") {
+		return nil, nil
+	}
+	stdin, err := withAddresses(r.Delegate, r.Result)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := r.call("ADD", r.IPAM, stdin); err != nil {
+		return []string{fmt.Sprintf("the lease is lost and cannot be had again, the allocation keeps its address: %v", err)}, nil
+	}
+	return []string{"lease of " + r.Result.IPs[0].Address.IP.String()}, nil
+}
+
+// withAddresses asks in a configuration for the addresses of a result, as
+// host-local understands it.
+func withAddresses(stdin json.RawMessage, result *current.Result) ([]byte, error) {
+	var conf map[string]any
+	if err := json.Unmarshal(stdin, &conf); err != nil {
+		return nil, err
+	}
+	var ips []string
+	for _, ip := range result.IPs {
+		ips = append(ips, ip.Address.IP.String())
+	}
+	conf["args"] = map[string]any{"cni": map[string]any{"ips": ips}}
+	return json.Marshal(conf)
+}
+
+// collectLeases gives back the leases of host-local that belong to no valid
+// attachment: those whose record was lost.
+func (n *Network) collectLeases(valid []redirect.Key, path string) error {
+	if n.config.IPAM != HostLocal || n.config.LeaseDir == "" {
+		return nil
+	}
+	dir := filepath.Join(n.config.LeaseDir, n.config.Name)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("list leases: %w", err)
+	}
+	var problems []error
+	for _, entry := range entries {
+		data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
+		owner, ifName, ok := strings.Cut(strings.ReplaceAll(strings.TrimSpace(string(data)), "\r", ""), "\n")
+		key := redirect.Key{ContainerID: owner, IfName: ifName}
+		if err != nil || !ok || slices.Contains(valid, key) {
+			continue // the lock, the last address, or gone by now
+		}
+		r := &record{Config: n.config, Attachment: Attachment{Key: key, Path: path}}
+		problems = append(problems, r.release())
+	}
+	return errors.Join(problems...)
+}
+
+// portmapConfig is what the reference plugin portmap gets. Its iptables
+// backend is never used.
+func (r *record) portmapConfig() ([]byte, error) {
+	conf := map[string]any{
+		"cniVersion": r.CNIVersion, "name": r.Name, "type": portmap, "backend": "nftables", "snat": true,
+		"runtimeConfig": map[string]any{"portMappings": r.PortMappings},
+	}
+	if r.Result != nil {
+		previous, err := r.Result.GetAsVersion(r.CNIVersion)
+		if err != nil {
+			return nil, err
+		}
+		conf["prevResult"] = previous
+	}
+	return json.Marshal(conf)
+}
+
+func (r *record) portmap(command string) error {
+	stdin, err := r.portmapConfig()
+	if err == nil {
+		_, err = r.call(command, portmap, stdin)
+	}
+	return err
+}
+
+func (r *record) mapPorts() error {
+	if r.PortMappings == nil {
+		return nil
+	}
+	if err := r.portmap("ADD"); err != nil {
+		return fmt.Errorf("map host ports: %w", err)
+	}
+	return nil
+}
+
+func (r *record) unmapPorts() error {
+	if r.PortMappings == nil {
+		return nil
+	}
+	if err := r.portmap("DEL"); err != nil {
+		return fmt.Errorf("remove host ports: %w", err)
+	}
+	return nil
+}
+
+// checkPorts maps anew what is not complete. The plugin adds rules without a
+// look at those that are there, so they go first.
+func (r *record) checkPorts() (mended []string, err error) {
+	if r.PortMappings == nil || !atLeast(r.CNIVersion, "0.4.0") || r.portmap("CHECK") == nil {
+		return nil, nil
+	}
+	if err := errors.Join(r.unmapPorts(), r.mapPorts()); err != nil {
+		return nil, err
+	}
+	return []string{"host ports"}, nil
+}

@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// alias marks a bridge that the plugin made, and that Uninstall may remove.
+const alias = "made by weir"
+
+// HostDevice is the name of an attachment's device on the node: always the
+// same for the same key, so that it is found without a record.
+func HostDevice(key redirect.Key) string {
+	sum := sha256.Sum256([]byte(key.String()))
+	return "weir" + hex.EncodeToString(sum[:])[:unix.IFNAMSIZ-1-len("weir")]
+}
+
+func hasDevice(name string) bool {
+	there := false
+	_ = withHandle(func(h *netlink.Handle) error {
+		link, err := find1(h, name)
+		there = link != nil
+		return err
+	})
+	return there
+}
+
+// ensure makes the attachment what its result says, and tells what was missing.
+func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) {
+	err = n.locked(func() error {
+		return withHandle(func(h *netlink.Handle) error {
+			steps := []func() ([]string, error){
+				r.forwarding,
+				func() ([]string, error) { return r.ensureBridge(h) },
+				r.ensureRules,
+				func() ([]string, error) { return r.ensurePair(h, ns) },
+			}
+			for _, step := range steps {
+				did, err := step()
+				mended = append(mended, did...)
+				if err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return mended, err
+	}
+	did, err := r.configure(ns)
+	return append(mended, did...), err
+}
+
+// forwarding makes the node a router, where it is to be the gateway.
+func (r *record) forwarding() (mended []string, err error) {
+	if !r.Gateway {
+		return nil, nil
+	}
+	if r.hasFamily(netlink.FAMILY_V4) {
+		changed, err := sysctl("1", "ipv4", "ip_forward")
+		if err != nil {
+			return nil, err
+		}
+		if changed {
+			mended = append(mended, "ip_forward")
+		}
+	}
+	if r.hasFamily(netlink.FAMILY_V6) {
+		changed, err := ensureForwarding6()
+		if err != nil {
+			return mended, err
+		}
+		if changed {
+			mended = append(mended, "forwarding of IPv6")
+		}
+	}
+	return mended, nil
+}
+
+func ensureForwarding6() (changed bool, err error) {
+	on, err := isSysctl("1", "ipv6", "conf", "all", "forwarding")
+	if err != nil || on {
+		return false, err
+	}
+	if err := keepRouterAdvertisements(); err != nil {
+		return false, err
+	}
+	return sysctl("1", "ipv6", "conf", "all", "forwarding")
+}
+
+func (r *record) ensureBridge(h *netlink.Handle) (mended []string, err error) {
+	link, err := find1(h, r.Bridge)
+	if err != nil {
+		return nil, err
+	}
+	if link == nil {
+		if err := r.makeBridge(h); err != nil {
+			return nil, err
+		}
+		mended = append(mended, "bridge "+r.Bridge)
+		if link, err = h.LinkByName(r.Bridge); err != nil {
+			return mended, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
+		}
+	}
+	if link.Type() != "bridge" {
+		return mended, fmt.Errorf("bridge %s: a device of type %s has that name: %w", r.Bridge, link.Type(), ErrTaken)
+	}
+	if r.Promiscuous && link.Attrs().Promisc == 0 {
+		if err := h.SetPromiscOn(link); err != nil {
+			return mended, fmt.Errorf("set bridge %s promiscuous: %w", r.Bridge, err)
+		}
+	}
+	// A workload must not become the node's router by announcing itself.
+	if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "accept_ra"); err != nil {
+		return mended, err
+	}
+	if link.Attrs().Flags&net.FlagUp == 0 {
+		if err := h.LinkSetUp(link); err != nil {
+			return mended, fmt.Errorf("set bridge %s up: %w", r.Bridge, err)
+		}
+	}
+	if !r.Gateway {
+		return mended, nil
+	}
+	did, err := r.ensureGateways(h, link)
+	return append(mended, did...), err
+}
+
+// makeBridge makes the bridge with an address of its own: one that takes its
+// ports' would change it as they come and go.
+func (r *record) makeBridge(h *netlink.Handle) error {
+	address := make(net.HardwareAddr, 6)
+	if _, err := rand.Read(address); err != nil {
+		return err
+	}
+	address[0] = address[0]&^1 | 2 // one station, locally administered
+	bridge := &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs()}
+	bridge.Name, bridge.HardwareAddr, bridge.MTU = r.Bridge, address, r.MTU
+	if r.MTU == 0 {
+		bridge.MTU = nodeMTU(h)
+	}
+	if err := h.LinkAdd(bridge); err != nil {
+		if errors.Is(err, unix.EEXIST) { // made by another plugin meanwhile
+			return nil
+		}
+		return fmt.Errorf("make bridge %s: %w", r.Bridge, err)
+	}
+	if err := h.LinkSetAlias(bridge, alias); err != nil {
+		return fmt.Errorf("mark bridge %s: %w", r.Bridge, err)
+	}
+	return nil
+}
+
+func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (mended []string, err error) {
+	if r.hasFamily(netlink.FAMILY_V6) {
+		if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "disable_ipv6"); err != nil {
+			return nil, err
+		}
+	}
+	present, err := h.AddrList(bridge, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", r.Bridge, err)
+	}
+	for _, ip := range r.Result.IPs {
+		want := &net.IPNet{IP: ip.Gateway, Mask: ip.Address.Mask}
+		if hasAddress(present, want) {
+			continue
+		}
+		for _, other := range present {
+			if !other.Contains(want.IP) && !want.Contains(other.IP) {
+				continue
+			}
+			if !r.ForceAddress {
+				return mended, fmt.Errorf("bridge %s has address %s, the gateway is to be %s: set forceAddress to replace it: %w",
+					r.Bridge, other.IPNet, want, ErrTaken)
+			}
+			if err := h.AddrDel(bridge, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+				return mended, fmt.Errorf("remove address %s from %s: %w", other.IPNet, r.Bridge, err)
+			}
+		}
+		if err := addAddress(h, bridge, want); err != nil {
+			return mended, err
+		}
+		mended = append(mended, fmt.Sprintf("gateway %s on %s", want, r.Bridge))
+	}
+	return mended, nil
+}
+
+// ensurePair makes the pair of devices, one end in the namespace, the other a
+// port of the bridge.
+func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (mended []string, err error) {
+	bridge, err := h.LinkByName(r.Bridge)
+	if err != nil {
+		return nil, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
+	}
+	name := HostDevice(r.Key)
+	host, err := find1(h, name)
+	if err != nil {
+		return nil, err
+	}
+	inside := 0 // index of the device in the namespace
+	var mac net.HardwareAddr
+	err = ns.do(func(h *netlink.Handle) error {
+		link, err := find1(h, r.Key.IfName)
+		if link != nil {
+			inside, mac = link.Attrs().Index, link.Attrs().HardwareAddr
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if host != nil && (inside == 0 || host.Attrs().ParentIndex != inside) {
+		if err := h.LinkDel(host); err != nil { // of a namespace that is no longer this key's
+			return nil, fmt.Errorf("remove stale device %s: %w", name, err)
+		}
+		host = nil
+	}
+	if host == nil && inside != 0 {
+		return nil, fmt.Errorf("make %s: the namespace has a device of that name: %w", r.Key.IfName, ErrTaken)
+	}
+	if host == nil {
+		if host, mac, err = r.makePair(h, ns, name); err != nil {
+			return nil, err
+		}
+		mended = append(mended, "interface "+r.Key.IfName)
+	}
+	if host.Attrs().MasterIndex != bridge.Attrs().Index {
+		if err := h.LinkSetMaster(host, bridge); err != nil {
+			return mended, fmt.Errorf("make %s a port of bridge %s: %w", name, r.Bridge, err)
+		}
+		mended = append(mended, "port "+name+" of bridge "+r.Bridge)
+	}
+	if r.Hairpin {
+		if err := h.LinkSetHairpin(host, true); err != nil {
+			return mended, fmt.Errorf("set hairpin mode on %s: %w", name, err)
+		}
+	}
+	if r.Isolated {
+		if err := h.LinkSetIsolated(host, true); err != nil {
+			return mended, fmt.Errorf("isolate port %s: %w", name, err)
+		}
+	}
+	if host.Attrs().Flags&net.FlagUp == 0 {
+		if err := h.LinkSetUp(host); err != nil {
+			return mended, fmt.Errorf("set %s up: %w", name, err)
+		}
+	}
+	r.Result.Interfaces[atHost].Mac = host.Attrs().HardwareAddr.String()
+	r.Result.Interfaces[atBridge].Mac = bridge.Attrs().HardwareAddr.String()
+	r.Result.Interfaces[atAllocation].Mac = mac.String()
+	return mended, nil
+}
+
+func (r *record) makePair(h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {
+	mtu := r.MTU
+	if mtu == 0 {
+		mtu = nodeMTU(h)
+	}
+	veth := &netlink.Veth{
+		LinkAttrs:     netlink.NewLinkAttrs(),
+		PeerName:      r.Key.IfName,
+		PeerNamespace: netlink.NsFd(int(ns.file.Fd())),
+		PeerMTU:       uint32(mtu),
+	}
+	veth.Name, veth.MTU = name, mtu
+	if err := h.LinkAdd(veth); err != nil {
+		return nil, nil, fmt.Errorf("make %s and %s: %w", name, r.Key.IfName, err)
+	}
+	host, err := h.LinkByName(name)
+	if err != nil {
+		return nil, nil, fmt.Errorf("find %s: %w", name, err)
+	}
+	var mac net.HardwareAddr
+	err = ns.do(func(h *netlink.Handle) error {
+		device, err := h.LinkByName(r.Key.IfName)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", r.Key.IfName, err)
+		}
+		mac = device.Attrs().HardwareAddr
+		return nil
+	})
+	return host, mac, err
+}
+
+// removeDevices removes the pair, and the rules when the bridge has lost its
+// last port.
+func (n *Network) removeDevices(r *record) error {
+	return n.locked(func() error {
+		return withHandle(func(h *netlink.Handle) error {
+			host, err := find1(h, HostDevice(r.Key))
+			if err != nil {
+				return err
+			}
+			if host != nil {
+				if err := h.LinkDel(host); err != nil && !errors.Is(err, unix.ENODEV) {
+					return fmt.Errorf("remove device %s: %w", host.Attrs().Name, err)
+				}
+			}
+			if r.Bridge == "" {
+				return nil
+			}
+			ports, err := portsOf(h, r.Bridge)
+			if err != nil || ports > 0 {
+				return err
+			}
+			return removeRules(r.Bridge)
+		})
+	})
+}
+
+func portsOf(h *netlink.Handle, bridge string) (count int, err error) {
+	link, err := find1(h, bridge)
+	if err != nil || link == nil {
+		return 0, err
+	}
+	links, err := h.LinkList()
+	if err != nil {
+		return 0, fmt.Errorf("list devices: %w", err)
+	}
+	for _, port := range links {
+		if port.Attrs().MasterIndex == link.Attrs().Index {
+			count++
+		}
+	}
+	return count, nil
+}

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// States of a connection that belongs to one that was let in: as bits of
+// nftables' ct state, and of the match conntrack of iptables, which knows
+// DNAT for one.
+const (
+	ctEstablished, ctRelated           = 1 << 1, 1 << 2
+	xtEstablished, xtRelated, xtStatus = 1 << 1, 1 << 2, 1 << 7
+)
+
+// ensureForward lets the bridge's traffic through every chain that would else
+// drop it: a forward chain with policy drop, as Docker leaves it, or one that
+// ends in drop or reject for all. What an allocation sends passes; what comes
+// to it passes if it answers, or came by a host port.
+func (r *record) ensureForward(conn *nftables.Conn) (mended []string, err error) {
+	if !r.Gateway {
+		return nil, nil
+	}
+	if err := r.refuseLegacyDrop(); err != nil {
+		return nil, err
+	}
+	chains, err := listChains(conn)
+	if err != nil {
+		return nil, err
+	}
+	for _, chain := range chains {
+		if !r.concerns(chain) {
+			continue
+		}
+		did, err := r.accept(conn, chain, chains)
+		mended = append(mended, did...)
+		if err != nil {
+			return mended, err
+		}
+	}
+	return mended, nil
+}
+
+// concerns reports a chain that sees what the network forwards.
+func (r *record) concerns(chain *nftables.Chain) bool {
+	if chain.Hooknum == nil || *chain.Hooknum != *nftables.ChainHookForward {
+		return false
+	}
+	switch chain.Table.Family {
+	case nftables.TableFamilyINet:
+		return true
+	case nftables.TableFamilyIPv4:
+		return r.hasFamily(netlink.FAMILY_V4)
+	case nftables.TableFamilyIPv6:
+		return r.hasFamily(netlink.FAMILY_V6)
+	default:
+		return false
+	}
+}
+
+func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (mended []string, err error) {
+	rules, err := rulesOf(conn, chain.Table, chain)
+	if err != nil {
+		return nil, err
+	}
+	drops := chain.Policy != nil && *chain.Policy == nftables.ChainPolicyDrop
+	if !drops && (len(rules) == 0 || !endsAll(rules[len(rules)-1])) {
+		return nil, nil
+	}
+	place := chain
+	iptables := isIptables(chain)
+	if iptables {
+		// Docker keeps this chain for what is not its own, and never empties it.
+		i := slices.IndexFunc(all, func(c *nftables.Chain) bool {
+			return c.Name == "DOCKER-USER" && c.Table.Name == chain.Table.Name && c.Table.Family == chain.Table.Family
+		})
+		if i >= 0 && jumpsTo(rules, "DOCKER-USER") {
+			place = all[i]
+			if rules, err = rulesOf(conn, place.Table, place); err != nil {
+				return nil, err
+			}
+		}
+	}
+	wanted := accepts(r.Bridge, iptables)
+	wanted = slices.DeleteFunc(wanted, func(w rule) bool { return hasRule(rules, w.comment) })
+	for _, w := range wanted {
+		added := &nftables.Rule{Table: place.Table, Chain: place, Exprs: w.exprs, UserData: comment(w.comment)}
+		switch {
+		case place == chain:
+			conn.InsertRule(added) // before what drops
+		case len(rules) > 0 && isReturn(rules[len(rules)-1]):
+			added.Position = rules[len(rules)-1].Handle // after the operator's own rules
+			conn.InsertRule(added)
+		default:
+			conn.AddRule(added)
+		}
+		mended = append(mended, "rule "+w.comment+" in "+chainName(place))
+	}
+	if len(wanted) == 0 {
+		return nil, nil
+	}
+	if err := conn.Flush(); err != nil {
+		return nil, fmt.Errorf("let bridge %s through %s, which drops: %w: %w", r.Bridge, chainName(place), ErrForward, err)
+	}
+	return mended, nil
+}
+
+// accepts are the rules, in the form that iptables-nft lists or in that of nft.
+func accepts(bridge string, iptables bool) []rule {
+	out := device(expr.MetaKeyIIFNAME, bridge, expr.CmpOpEq)
+	in := device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpEq)
+	verdict := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}}
+	list := []rule{{"weir: out of " + bridge, slices.Concat(out, verdict)}}
+	if iptables {
+		info := &xt.ConntrackMtinfo3{ConntrackMtinfo2: xt.ConntrackMtinfo2{
+			ConntrackMtinfoBase: xt.ConntrackMtinfoBase{MatchFlags: uint16(xt.ConntrackState | xt.ConntrackStateAlias)},
+			StateMask:           xtEstablished | xtRelated | xtStatus,
+		}}
+		known := []expr.Any{&expr.Match{Name: "conntrack", Rev: 3, Info: info}}
+		return append(list, rule{"weir: into " + bridge, slices.Concat(in, known, verdict)})
+	}
+	return append(list,
+		rule{"weir: answers into " + bridge, slices.Concat(in, conntrack(expr.CtKeySTATE, ctEstablished|ctRelated), verdict)},
+		rule{"weir: host ports into " + bridge, slices.Concat(in, conntrack(expr.CtKeySTATUS, ctStatusDNAT), verdict)})
+}
+
+// isIptables reports a chain that iptables-nft manages.
+func isIptables(chain *nftables.Chain) bool {
+	return chain.Table.Name == "filter" && chain.Name == "FORWARD" && chain.Table.Family != nftables.TableFamilyINet
+}
+
+// mayHoldAccept reports a chain in which accept puts rules.
+func mayHoldAccept(chain *nftables.Chain) bool {
+	return chain.Name == "DOCKER-USER" || chain.Hooknum != nil && *chain.Hooknum == *nftables.ChainHookForward
+}
+
+// endsAll reports a rule that matches everything and lets nothing through.
+func endsAll(rule *nftables.Rule) bool {
+	ends := false
+	for _, e := range rule.Exprs {
+		switch e := e.(type) {
+		case *expr.Counter, *expr.Log:
+		case *expr.Verdict:
+			ends = e.Kind == expr.VerdictDrop
+		case *expr.Reject:
+			ends = true
+		case *expr.Target:
+			ends = e.Name == "REJECT" || e.Name == "DROP"
+		default:
+			return false
+		}
+	}
+	return ends
+}
+
+func isReturn(rule *nftables.Rule) bool {
+	for _, e := range rule.Exprs {
+		switch e := e.(type) {
+		case *expr.Counter:
+		case *expr.Verdict:
+			return e.Kind == expr.VerdictReturn
+		default:
+			return false
+		}
+	}
+	return false
+}
+
+func jumpsTo(rules []*nftables.Rule, chain string) bool {
+	return slices.ContainsFunc(rules, func(rule *nftables.Rule) bool {
+		return slices.ContainsFunc(rule.Exprs, func(e expr.Any) bool {
+			verdict, ok := e.(*expr.Verdict)
+			return ok && verdict.Kind == expr.VerdictJump && verdict.Chain == chain
+		})
+	})
+}
+
+// probeForward reports a drop that Add would refuse, without a change.
+func (n *Network) probeForward() error {
+	r := &record{Config: n.config}
+	if !r.Gateway {
+		return nil
+	}
+	return r.refuseLegacyDrop()
+}
+
+// refuseLegacyDrop finds a FORWARD chain of the older iptables that drops. Its
+// rules cannot be changed one at a time, so this is left to the operator.
+func (r *record) refuseLegacyDrop() error {
+	for _, legacy := range []legacyTables{legacy4(), legacy6()} {
+		drops, err := legacy.dropsForward(r.Bridge)
+		if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOPROTOOPT) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if drops {
+			return fmt.Errorf("the FORWARD chain of %s-legacy has policy DROP and no rule for bridge %s: %w", legacy.command, r.Bridge, ErrForward)
+		}
+	}
+	return nil
+}

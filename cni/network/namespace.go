@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// namespace is an allocation's open network namespace.
+type namespace struct {
+	file   *os.File
+	cookie uint64
+}
+
+// openNamespace opens a namespace. The host's and the caller's own are refused.
+func openNamespace(path string) (*namespace, error) {
+	file, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("open namespace %s: %w", path, redirect.ErrNetNSGone)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open namespace: %w", err)
+	}
+	// By descriptor: the path may lead elsewhere by now.
+	cookie, err := redirect.Cookie(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("namespace %s: %w", path, err), file.Close())
+	}
+	return &namespace{file: file, cookie: cookie}, nil
+}
+
+func (ns *namespace) Close() error { return ns.file.Close() }
+
+// do runs action with the calling goroutine's thread inside the namespace and
+// a netlink socket of it. A thread that cannot find its way back stays with the
+// goroutine and ends with it.
+func (ns *namespace) do(action func(*netlink.Handle) error) error {
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("open own namespace: %w", err)
+	}
+	defer home.Close()
+	if err := unix.Setns(int(ns.file.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter namespace %s: %w", ns.file.Name(), err)
+	}
+	err = withHandle(action)
+	if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+		return errors.Join(err, fmt.Errorf("leave namespace %s: %w", ns.file.Name(), back))
+	}
+	runtime.UnlockOSThread()
+	return err
+}
+
+// withHandle gives action one netlink socket of the thread's namespace.
+func withHandle(action func(*netlink.Handle) error) error {
+	handle, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer handle.Close()
+	return action(handle)
+}
+
+// has reports whether a device of that name is in the namespace.
+func (ns *namespace) has(device string) (there bool, err error) {
+	err = ns.do(func(h *netlink.Handle) error {
+		link, err := find1(h, device)
+		there = link != nil
+		return err
+	})
+	return there, err
+}
+
+// find1 returns nil where there is no such device.
+func find1(h *netlink.Handle, name string) (netlink.Link, error) {
+	link, err := h.LinkByName(name)
+	var none netlink.LinkNotFoundError
+	if errors.As(err, &none) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find device %s: %w", name, err)
+	}
+	return link, nil
+}
+
+// sysctl sets a key of the thread's namespace and reports whether it differed.
+// A key that does not exist, as on a node without IPv6, is left alone.
+func sysctl(value string, key ...string) (changed bool, err error) {
+	path := filepath.Join(append([]string{"/proc/sys/net"}, key...)...)
+	now, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("read sysctl: %w", err)
+	}
+	if strings.TrimSpace(string(now)) == value {
+		return false, nil
+	}
+	if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
+		return false, fmt.Errorf("set sysctl to %s: %w", value, err)
+	}
+	return true, nil
+}
+
+// configure brings lo and the interface into the state that the result
+// describes, inside the namespace.
+func (r *record) configure(ns *namespace) (mended []string, err error) {
+	err = ns.do(func(h *netlink.Handle) error {
+		lo, err := h.LinkByIndex(1)
+		if err != nil {
+			return fmt.Errorf("find lo: %w", err)
+		}
+		device, err := h.LinkByName(r.Key.IfName)
+		if err != nil {
+			return fmt.Errorf("find %s: %w", r.Key.IfName, err)
+		}
+		// With hairpin on, the device hears its own duplicate address
+		// detection; and nobody on the bridge may announce a router.
+		for _, key := range []string{"accept_dad", "accept_ra"} {
+			if _, err := sysctl("0", "ipv6", "conf", r.Key.IfName, key); err != nil {
+				return err
+			}
+		}
+		if r.hasFamily(netlink.FAMILY_V6) {
+			if _, err := sysctl("0", "ipv6", "conf", r.Key.IfName, "disable_ipv6"); err != nil {
+				return err
+			}
+		}
+		for _, link := range []netlink.Link{lo, device} {
+			if link.Attrs().Flags&net.FlagUp != 0 {
+				continue
+			}
+			if err := h.LinkSetUp(link); err != nil {
+				return fmt.Errorf("set %s up: %w", link.Attrs().Name, err)
+			}
+			mended = append(mended, link.Attrs().Name+" was down")
+		}
+		addrs, err := r.setAddresses(h, device)
+		if err != nil {
+			return err
+		}
+		routes, err := r.setRoutes(h, device)
+		mended = append(append(mended, addrs...), routes...)
+		return err
+	})
+	return mended, err
+}
+
+func (r *record) setAddresses(h *netlink.Handle, device netlink.Link) (mended []string, err error) {
+	present, err := h.AddrList(device, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses of %s: %w", r.Key.IfName, err)
+	}
+	for _, ip := range r.Result.IPs {
+		if hasAddress(present, &ip.Address) {
+			continue
+		}
+		if err := addAddress(h, device, &ip.Address); err != nil {
+			return mended, err
+		}
+		mended = append(mended, "address "+ip.Address.String())
+	}
+	return mended, nil
+}
+
+func hasAddress(present []netlink.Addr, want *net.IPNet) bool {
+	for _, addr := range present {
+		if addr.IPNet.String() == want.String() {
+			return true
+		}
+	}
+	return false
+}
+
+// addAddress adds an address that may be used at once.
+func addAddress(h *netlink.Handle, device netlink.Link, ip *net.IPNet) error {
+	addr := &netlink.Addr{IPNet: ip}
+	if ip.IP.To4() == nil {
+		addr.Flags = unix.IFA_F_NODAD
+	}
+	if err := h.AddrAdd(device, addr); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add address %s to %s: %w", ip, device.Attrs().Name, err)
+	}
+	return nil
+}
+
+// setRoutes adds what is missing of the result's routes. A gateway that is in
+// none of the interface's subnets is reached on the link, as point-to-point
+// networks have it.
+func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (mended []string, err error) {
+	for _, want := range r.Result.Routes {
+		gateway := want.GW
+		if gateway == nil {
+			gateway = r.gateway(want.Dst.IP.To4() != nil)
+		}
+		route := &netlink.Route{LinkIndex: device.Attrs().Index, Dst: &want.Dst, Gw: gateway, MTU: want.MTU, AdvMSS: want.AdvMSS, Priority: want.Priority}
+		if want.Table != nil {
+			route.Table = *want.Table
+		}
+		if want.Scope != nil {
+			route.Scope = netlink.Scope(*want.Scope)
+		}
+		if gateway != nil && !r.onLink(gateway) {
+			route.Flags = int(netlink.FLAG_ONLINK)
+		}
+		err := h.RouteAdd(route)
+		if errors.Is(err, unix.EEXIST) {
+			continue
+		}
+		if err != nil {
+			return mended, fmt.Errorf("add route %s by %s: %w", want.Dst.String(), gateway, err)
+		}
+		mended = append(mended, "route "+want.Dst.String()+" by "+gateway.String())
+	}
+	return mended, nil
+}
+
+func (r *record) onLink(ip net.IP) bool {
+	for _, own := range r.Result.IPs {
+		if own.Address.Contains(ip) {
+			return true
+		}
+	}
+	return false
+}
+
+// nodeMTU is that of the device with the node's default route, so that nothing
+// is sent that has to be cut; 0 where there is none.
+func nodeMTU(h *netlink.Handle) int {
+	_, everywhere, _ := net.ParseCIDR("0.0.0.0/0")
+	routes, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: everywhere}, netlink.RT_FILTER_DST)
+	if err != nil {
+		return 0
+	}
+	for _, route := range routes {
+		if link, err := h.LinkByIndex(route.LinkIndex); err == nil {
+			return link.Attrs().MTU
+		}
+	}
+	return 0
+}
+
+// keepRouterAdvertisements lets a node that forwards IPv6 from now on still
+// hear its routers: the kernel ends that with accept_ra 1 otherwise, and the
+// node's own default route with it.
+func keepRouterAdvertisements() error {
+	keys, err := filepath.Glob("/proc/sys/net/ipv6/conf/*/accept_ra")
+	if err != nil {
+		return err
+	}
+	for _, key := range keys {
+		now, err := os.ReadFile(key)
+		if err != nil {
+			continue // the device went away
+		}
+		if n, err := strconv.Atoi(strings.TrimSpace(string(now))); err != nil || n != 1 {
+			continue
+		}
+		if err := os.WriteFile(key, []byte("2"), 0o644); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("set sysctl to 2: %w", err)
+		}
+	}
+	return nil
+}
+
+func isSysctl(value string, key ...string) (bool, error) {
+	now, err := os.ReadFile(filepath.Join(append([]string{"/proc/sys/net"}, key...)...))
+	if errors.Is(err, fs.ErrNotExist) {
+		return true, nil // nothing to set
+	}
+	if err != nil {
+		return false, fmt.Errorf("read sysctl: %w", err)
+	}
+	return strings.TrimSpace(string(now)) == value, nil
+}

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package network builds an allocation's network in one process, as the
+// reference plugins loopback, bridge and firewall do together: a bridge, a veth
+// pair, lo, addresses, routes, masquerading, and an accept where the node drops
+// what it forwards. Everything of it goes by netlink; the only commands are the
+// IPAM plugin, and the reference plugin portmap where the allocation has host
+// ports.
+//
+// Each step looks before it acts, so that the same code builds, builds again
+// after a crash, and mends what CHECK finds missing.
+package network
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+var (
+	// ErrForward: the node drops what it forwards, in a way that the plugin
+	// must not change by itself.
+	ErrForward = errors.New("the node drops forwarded traffic")
+	// ErrMissing: a program that the network needs is not on the node.
+	ErrMissing = errors.New("not found")
+	// ErrTaken: a device of that name exists and is somebody else's.
+	ErrTaken = errors.New("in use by another")
+)
+
+// Config is a network as its conflist describes it.
+type Config struct {
+	Name       string `json:"name"`
+	CNIVersion string `json:"cni_version"`
+
+	Bridge       string `json:"bridge"`
+	MTU          int    `json:"mtu"` // 0: that of the node's default route
+	Gateway      bool   `json:"gateway"`
+	DefaultRoute *bool  `json:"default_route"` // nil: where the IPAM plugin names no route
+	ForceAddress bool   `json:"force_address"`
+	Masquerade   bool   `json:"masquerade"`
+	Hairpin      bool   `json:"hairpin"`
+	Promiscuous  bool   `json:"promiscuous"`
+	Isolated     bool   `json:"isolated"`
+
+	IPAM         string          `json:"ipam"`      // the plugin's name
+	Delegate     json.RawMessage `json:"delegate"`  // the configuration that the IPAM plugin gets
+	LeaseDir     string          `json:"lease_dir"` // of host-local; "" where that is not known
+	DNS          types.DNS       `json:"dns"`
+	PortMappings json.RawMessage `json:"port_mappings,omitempty"` // nil: none
+}
+
+// Attachment is one allocation's place in a network, as CNI names it.
+type Attachment struct {
+	Key   redirect.Key `json:"key"`
+	NetNS string       `json:"netns"`
+	Args  string       `json:"args"` // CNI_ARGS
+	Path  string       `json:"path"` // CNI_PATH, where other plugins are found
+}
+
+// Network makes and removes attachments. It holds no state of its own: what it
+// made is in the kernel and in the records below the state directory.
+type Network struct {
+	config   Config
+	stateDir string
+}
+
+// New returns the network. Nothing is opened or changed.
+func New(config Config, stateDir string) *Network {
+	if stateDir == "" {
+		stateDir = redirect.DefaultStateDir
+	}
+	return &Network{config: config, stateDir: stateDir}
+}
+
+// Add makes the attachment and returns its result. The same call twice is
+// once; a known key with another namespace gives up all of the old one. A call
+// that fails leaves nothing of its own behind. undo takes back what this call
+// made, and nothing that was there before it.
+func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, err error) {
+	if err := n.config.need(a.Path); err != nil {
+		return nil, nil, err
+	}
+	ns, err := openNamespace(a.NetNS)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer ns.Close()
+	old, err := n.readRecord(a.Key)
+	switch {
+	case errors.Is(err, redirect.ErrUnknown):
+	case err != nil:
+		return nil, nil, err
+	case old.Complete && old.Cookie == ns.cookie:
+		old.NetNS, old.Path = a.NetNS, a.Path
+		if _, err := n.ensure(old, ns); err != nil {
+			return nil, nil, err
+		}
+		return old.Result, func() error { return nil }, n.writeRecord(old)
+	default:
+		if a.Path != "" {
+			old.Path = a.Path
+		}
+		if err := n.teardown(old); err != nil {
+			return nil, nil, fmt.Errorf("give up the old network of the same ID: %w", err)
+		}
+	}
+	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie}
+	undo = func() error { return n.teardown(r) }
+	if err := n.build(r, ns); err != nil {
+		return nil, nil, errors.Join(err, undo())
+	}
+	return r.Result, undo, nil
+}
+
+// build makes everything, and writes the record before the first change.
+func (n *Network) build(r *record, ns *namespace) error {
+	if err := n.writeRecord(r); err != nil {
+		return err
+	}
+	leased, err := r.lease()
+	if err != nil {
+		return err
+	}
+	if r.Result, err = r.result(leased); err != nil {
+		return err
+	}
+	if _, err := n.ensure(r, ns); err != nil {
+		return err
+	}
+	if err := r.mapPorts(); err != nil {
+		return err
+	}
+	r.Complete = true
+	return n.writeRecord(r)
+}
+
+// Check verifies the attachment and mends what it can in place; the texts say
+// what. previous is the result that the runtime kept, for where the record is
+// lost; it may be nil. redirect.ErrNetNSGone says that the namespace is not the
+// one that was built.
+func (n *Network) Check(a Attachment, previous *current.Result) (mended []string, err error) {
+	ns, err := openNamespace(a.NetNS)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	r, err := n.readRecord(a.Key)
+	if errors.Is(err, redirect.ErrUnknown) {
+		if r, err = n.restore(a, previous, ns); err == nil {
+			mended = append(mended, "the record of the network was lost; written anew from the previous result")
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if !r.Complete {
+		return nil, fmt.Errorf("network of %s was never finished: %w", a.Key, redirect.ErrNetNSGone)
+	}
+	if r.Cookie != ns.cookie {
+		return nil, fmt.Errorf("namespace %s was replaced since ADD: %w", a.NetNS, redirect.ErrNetNSGone)
+	}
+	r.NetNS, r.Path = a.NetNS, a.Path
+	did, err := n.ensure(r, ns)
+	mended = append(mended, did...)
+	if err != nil {
+		return mended, err
+	}
+	did, err = r.checkLease()
+	mended = append(mended, did...)
+	if err != nil {
+		return mended, err
+	}
+	did, err = r.checkPorts()
+	return append(mended, did...), errors.Join(err, n.writeRecord(r))
+}
+
+// restore makes a record from what the runtime still knows. The interface must
+// be in the namespace: an empty namespace has nothing to restore.
+func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace) (*record, error) {
+	if previous == nil {
+		return nil, fmt.Errorf("network of %s: its record is lost, and there is no previous result: %w", a.Key, redirect.ErrUnknown)
+	}
+	there, err := ns.has(a.Key.IfName)
+	if err != nil {
+		return nil, err
+	}
+	if !there {
+		return nil, fmt.Errorf("namespace %s has no %s: %w", a.NetNS, a.Key.IfName, redirect.ErrNetNSGone)
+	}
+	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie, Complete: true}
+	r.Result, err = r.result(previous)
+	return r, err
+}
+
+// Remove takes the attachment away, as far as it gets; it asks neither for the
+// namespace nor for a record. What it could not do comes back, and stays in
+// the record for a later Collect or Add of the same key.
+func (n *Network) Remove(a Attachment) error {
+	r, unknown := n.readRecord(a.Key)
+	if unknown != nil {
+		r = &record{Config: n.config, Attachment: a}
+	}
+	if a.Path != "" {
+		r.Path = a.Path
+	}
+	if r.PortMappings == nil {
+		r.PortMappings = n.config.PortMappings
+	}
+	err := n.teardown(r)
+	if err != nil && unknown == nil {
+		r.Complete = false
+		err = errors.Join(err, n.writeRecord(r))
+	}
+	return err
+}
+
+// teardown undoes build. The record goes last, and only when nothing is left.
+func (n *Network) teardown(r *record) error {
+	err := errors.Join(r.unmapPorts(), n.removeDevices(r), r.release())
+	if err != nil {
+		return err
+	}
+	return n.removeRecord(r.Key)
+}
+
+// Owns reports whether anything of the attachment is on the node.
+func (n *Network) Owns(key redirect.Key) bool {
+	_, err := n.readRecord(key)
+	return !errors.Is(err, redirect.ErrUnknown) || hasDevice(HostDevice(key))
+}
+
+// Collect removes the network's attachments that are not in valid, and the
+// leases of host-local that belong to none of them.
+func (n *Network) Collect(valid []redirect.Key, path string) (removed []redirect.Key, err error) {
+	records, err := n.readRecords()
+	problems := []error{err}
+	for _, r := range records {
+		if r.Name != n.config.Name || slices.Contains(valid, r.Key) {
+			continue
+		}
+		if path != "" {
+			r.Path = path
+		}
+		if err := n.teardown(r); err != nil {
+			problems = append(problems, fmt.Errorf("remove network of %s: %w", r.Key, err))
+			continue
+		}
+		removed = append(removed, r.Key)
+	}
+	return removed, errors.Join(append(problems, n.collectLeases(valid, path))...)
+}
+
+// Probe reports whether an Add would find what it needs on the node.
+func (n *Network) Probe(path string) error {
+	if err := n.config.need(path); err != nil {
+		return err
+	}
+	return n.probeForward()
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// record is what the node remembers of one attachment: with what it was made,
+// so that it can be removed without any help from the runtime.
+type record struct {
+	Config
+	Attachment
+	Cookie   uint64          `json:"cookie,string"`
+	BootID   string          `json:"boot_id"`
+	Complete bool            `json:"complete"`
+	Result   *current.Result `json:"result,omitempty"`
+}
+
+func (n *Network) records() string { return filepath.Join(n.stateDir, "networks") }
+
+func (n *Network) recordPath(key redirect.Key) string {
+	return filepath.Join(n.records(), key.String()+".json")
+}
+
+// readRecord returns redirect.ErrUnknown where there is none. One of an earlier
+// boot is never complete: its namespace is gone, its lease may not be.
+func (n *Network) readRecord(key redirect.Key) (*record, error) {
+	return readRecordFile(n.recordPath(key))
+}
+
+func readRecordFile(path string) (*record, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, redirect.ErrUnknown
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read record: %w", err)
+	}
+	r := new(record)
+	if err := json.Unmarshal(data, r); err != nil {
+		// Written in one step, so this is no half of one. What it stood for
+		// is found by its key.
+		return nil, fmt.Errorf("read record %s: %w: %w", path, redirect.ErrUnknown, err)
+	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	r.Complete = r.Complete && r.BootID == boot && r.Result != nil
+	return r, nil
+}
+
+func (n *Network) writeRecord(r *record) (err error) {
+	if r.BootID, err = bootID(); err != nil {
+		return err
+	}
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	if err := os.MkdirAll(n.records(), 0o700); err != nil {
+		return fmt.Errorf("create record directory: %w", err)
+	}
+	path := n.recordPath(r.Key)
+	if err := os.WriteFile(path+".tmp", append(data, '\n'), 0o600); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	if err := os.Rename(path+".tmp", path); err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	return nil
+}
+
+func (n *Network) removeRecord(key redirect.Key) error {
+	for _, path := range []string{n.recordPath(key) + ".tmp", n.recordPath(key)} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove record: %w", err)
+		}
+	}
+	return nil
+}
+
+// readRecords returns every record that can be read, and what could not be.
+func (n *Network) readRecords() ([]*record, error) {
+	entries, err := os.ReadDir(n.records())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list records: %w", err)
+	}
+	var records []*record
+	var problems []error
+	for _, entry := range entries {
+		if !strings.HasSuffix(entry.Name(), ".json") {
+			continue
+		}
+		r, err := readRecordFile(filepath.Join(n.records(), entry.Name()))
+		if err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		records = append(records, r)
+	}
+	return records, errors.Join(problems...)
+}
+
+// locked runs action while no other process changes what attachments share:
+// the bridge, its ports, and the rules for it.
+func (n *Network) locked(action func() error) error {
+	if err := os.MkdirAll(n.stateDir, 0o700); err != nil {
+		return fmt.Errorf("create state directory: %w", err)
+	}
+	path := filepath.Join(n.stateDir, "network.lock")
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("open lock: %w", err)
+	}
+	defer file.Close()
+	for {
+		err = unix.Flock(int(file.Fd()), unix.LOCK_EX)
+		if !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("take lock %s: %w", path, err)
+	}
+	return action()
+}
+
+func bootID() (string, error) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", fmt.Errorf("read boot ID: %w", err)
+	}
+	return strings.TrimSpace(string(id)), nil
+}
