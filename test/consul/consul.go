@@ -220,6 +220,14 @@ func (s *Server) Get(path string, value any) {
 	}
 }
 
+// Delete removes what the HTTP API has at the path.
+func (s *Server) Delete(path string) {
+	s.tb.Helper()
+	if err := s.call(http.MethodDelete, path, nil, nil); err != nil {
+		s.tb.Fatal(err)
+	}
+}
+
 // Register registers a service, as Nomad does, with the local agent.
 func (s *Server) Register(service any) {
 	s.tb.Helper()

@@ -9,13 +9,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
-	"github.com/weirmesh/weir/test/consul"
 )
 
 // meshRequest is what Nomad sends to the plugin of a transparent_proxy block with
@@ -199,53 +197,6 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		web.register("web", sidecar(9393, nil))
 		web.eventually("a change seen by the new agent", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9393 })
 	})
-}
-
-// A token that may not read the node is told from a node without proxies, and
-// one that is replaced is taken up without a restart.
-func TestConsulTokenIsReplaced(t *testing.T) {
-	n := newMeshNode(t, true)
-	var weak struct{ SecretID string }
-	n.consul.Post("/v1/acl/token", object{"Description": "reads nothing"}, &weak)
-	n.config.Consul.TokenFile = filepath.Join(n.dir, "token")
-	writeToken := func(token string) {
-		t.Helper()
-		if err := os.WriteFile(n.config.Consul.TokenFile, []byte(token), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	writeToken(weak.SecretID)
-	api := n.allocate("")
-	api.register("api", object{"Port": 20001})
-	n.runAgent()
-	test.Eventually(t, func() error {
-		if status, err := n.status(); err != nil || !status.Consul.InStep || !status.Consul.Hidden {
-			return fmt.Errorf("consul is %+v, %v", status.Consul, err)
-		}
-		return nil
-	}, "the weak token to be told")
-	if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
-		t.Errorf("api = %v, want it unknown to a token that reads nothing", err)
-	}
-
-	writeToken(consul.ManagementToken)
-	api.eventually("the new token to be used", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
-	test.Eventually(t, func() error {
-		if n.mustStatus(t).Consul.Hidden {
-			return errors.New("services still count as hidden")
-		}
-		return nil
-	}, "the new token to be told")
-
-	writeToken("00000000-dead-beef-0000-000000000000")
-	n.consul.Register(object{"Name": "bystander", "ID": "bystander", "Port": 1})
-	n.wantInStep(t, false)
-	if status := n.mustStatus(t); !strings.Contains(status.Consul.Error, "ACL not found") {
-		t.Errorf("error = %q, want Consul's own words", status.Consul.Error)
-	}
-	api.eventually("the last known state to stay", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
-	writeToken(consul.ManagementToken)
-	n.wantInStep(t, true)
 }
 
 func (n *meshNode) mustStatus(t *testing.T) agent.Status {

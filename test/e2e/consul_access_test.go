@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+	"github.com/weirmesh/weir/test/consul"
+)
+
+// agentPolicy is what deploy/weir.d/weir.hcl says that the agent's token needs.
+const agentPolicy = `
+	node_prefix "" { policy = "read" }
+	agent_prefix "" { policy = "read" }
+	service_prefix "" { policy = "read" }`
+
+// aclToken is a token of Consul's.
+type aclToken struct{ AccessorID, SecretID string }
+
+// newToken makes a token with the policies of those names.
+func (n *meshNode) newToken(policies ...string) (token aclToken) {
+	n.t.Helper()
+	list := []object{}
+	for _, name := range policies {
+		list = append(list, object{"Name": name})
+	}
+	n.consul.Post("/v1/acl/token", object{"Policies": list}, &token)
+	return token
+}
+
+// A token that may not read the node is told from a node without proxies; one
+// that is replaced is taken up without a restart; one that Consul revokes leaves
+// the last good state and open connections as they are.
+func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
+	n := newMeshNode(t, true)
+	n.consul.Put("/v1/acl/policy", object{"Name": "weir", "Rules": agentPolicy})
+	n.config.Consul.TokenFile = filepath.Join(n.dir, "token")
+	writeToken := func(token aclToken) {
+		t.Helper()
+		if err := os.WriteFile(n.config.Consul.TokenFile, []byte(token.SecretID), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeToken(n.newToken())
+	api, web, edge := n.allocate(""), n.allocate(""), n.allocate("")
+	api.register("api", object{"Port": 20001})
+	upstream := func(port int) {
+		web.register("web", object{"Port": 20002, "Proxy": object{"Upstreams": []object{{"DestinationName": "api", "LocalBindPort": port}}}})
+	}
+	upstream(9191)
+	n.consul.Put("/v1/config", object{"Kind": "ingress-gateway", "Name": "ingress", "Listeners": []object{
+		{"Port": 9090, "Protocol": "tcp", "Services": []object{{"Name": "api"}}}}})
+	edge.registerGateway("ingress", "ingress", nil)
+	n.runAgent()
+	test.Eventually(t, func() error {
+		if status, err := n.status(); err != nil || !status.Consul.InStep || !status.Consul.Hidden {
+			return fmt.Errorf("consul is %+v, %v", status.Consul, err)
+		}
+		return nil
+	}, "the weak token to be told")
+	if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+		t.Errorf("api = %v, want it unknown to a token that reads nothing", err)
+	}
+
+	// Everything that the agent asks for is allowed by the policy.
+	first := n.newToken("weir")
+	writeToken(first)
+	api.eventually("the new token to be used", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
+	web.eventually("the virtual IP", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 })
+	edge.eventually("the gateway's listener", func(o redirect.Overlay) bool { return slices.Contains(o.ExcludeInboundPorts, 9090) })
+	test.Eventually(t, func() error {
+		status := n.mustStatus(t)
+		if status.Consul.Hidden {
+			return errors.New("services still count as hidden")
+		}
+		for _, w := range status.Workloads {
+			if !w.InStep || len(w.Problems) > 0 {
+				return fmt.Errorf("%s has problems %q", w.ID, w.Problems)
+			}
+		}
+		return nil
+	}, "the new token to be told")
+
+	virtual := netip.AddrPortFrom(n.virtualIP("api"), 80).String()
+	test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9191")
+	second := test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9292")
+	task := web.newHeld()
+	if _, err := task.say("open", virtual); err != nil {
+		t.Fatal(err)
+	}
+	n.consul.Delete("/v1/acl/token/" + first.AccessorID)
+	upstream(9292)
+	n.wantInStep(t, false)
+	if status := n.mustStatus(t); !strings.Contains(status.Consul.Error, "ACL not found") {
+		t.Errorf("error = %q, want Consul's own words", status.Consul.Error)
+	}
+	if known, err := web.known(); err != nil || len(known.Overlay.Upstreams) != 1 || known.Overlay.Upstreams[0].Listener.Port() != 9191 {
+		t.Errorf("web's overlay is %+v, %v; want the last good one", known.Overlay, err)
+	}
+	if word, err := task.say("open", ""); err != nil || word != "still here" {
+		t.Errorf("the open connection says %q, %v", word, err)
+	}
+
+	writeToken(n.newToken("weir"))
+	n.wantInStep(t, true)
+	web.eventually("what changed meanwhile", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292 })
+	if greeting, err := task.say("new", virtual); err != nil || servedBy(greeting) != second.Name {
+		t.Errorf("a new connection = %q, %v; want %q", greeting, err, second.Name)
+	}
+	if word, err := task.say("open", ""); err != nil || word != "still here" {
+		t.Errorf("the open connection says %q, %v", word, err)
+	}
+}
+
+// A Consul whose API is HTTPS alone for all but this test, and asks for a
+// certificate: what is missing is told in words, and nothing is learned without.
+func TestConsulIsReachedByTLS(t *testing.T) {
+	n := newMeshNode(t, true, consul.WithTLS())
+	api := n.allocate("")
+	port := 20000
+	good := *n.config.Consul
+	good.Token, good.SSL, good.Address = n.consul.Token, true, n.consul.TLS.Address
+	good.CAFile, good.CertFile, good.KeyFile = n.consul.TLS.CA, n.consul.TLS.Cert, n.consul.TLS.Key
+	for _, c := range []struct {
+		name string
+		edit func()
+		want string // what the agent says; empty: it is in step
+	}{
+		{"no certificate of its own", func() { n.config.Consul.CertFile, n.config.Consul.KeyFile = "", "" }, "certificate required"},
+		{"no CA", func() { n.config.Consul.CAFile = "" }, "signed by unknown authority"},
+		{"another server's name", func() { n.config.Consul.ServerName = "server.dc2.consul" }, "not server.dc2.consul"},
+		{"no TLS", func() { n.config.Consul.SSL = false }, "HTTP request to an HTTPS server"},
+		{"all of it", func() {}, ""},
+		{"the server's name", func() { n.config.Consul.ServerName = "server.dc1.consul" }, ""},
+		{"by URL", func() { n.config.Consul.SSL, n.config.Consul.Address = false, "https://"+good.Address }, ""},
+		{"not verified", func() { n.config.Consul.CAFile, n.config.Consul.VerifySSL = "", false }, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			config := good
+			n.config.Consul = &config
+			c.edit()
+			port++
+			api.register("api", object{"Port": port})
+			n.runAgent()
+			defer n.stop()
+			if c.want != "" {
+				test.Eventually(t, func() error {
+					status, err := n.status()
+					if err == nil && (status.Consul.InStep || !strings.Contains(status.Consul.Error, c.want)) {
+						err = fmt.Errorf("in step %v: %q, want %q", status.Consul.InStep, status.Consul.Error, c.want)
+					}
+					return err
+				}, "the failure to be told")
+				if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+					t.Errorf("api is %v, want it unknown", err)
+				}
+				return
+			}
+			api.eventually("the registration", func(o redirect.Overlay) bool { return o.InboundPort == uint16(port) })
+			port++
+			api.register("api", object{"Port": port})
+			api.eventually("a change", func(o redirect.Overlay) bool { return o.InboundPort == uint16(port) })
+		})
+	}
+}
