@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -177,7 +178,11 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 			continue
 		}
 		p.Upstreams = append(p.Upstreams, upstream{
-			Of:       service{Name: u.DestinationName, Namespace: u.DestinationNamespace, Partition: u.DestinationPartition},
+			Of: service{
+				Name:      u.DestinationName,
+				Namespace: cmp.Or(u.DestinationNamespace, r.Namespace), // as Consul reads it
+				Partition: cmp.Or(u.DestinationPartition, r.Partition),
+			},
 			Listener: listener,
 			Remote:   u.DestinationPeer != "" || u.Datacenter != "" && u.Datacenter != r.Datacenter || u.DestinationType == "prepared_query",
 		})
