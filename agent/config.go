@@ -66,9 +66,12 @@ type ProxyConfig struct {
 	DefaultUID uint32 `hcl:"default_uid,optional"`
 }
 
-// CNIConfig says where the node keeps the results of CNI.
+// CNIConfig says where the node keeps the results of CNI, and what the plugin
+// lets a job decide. The plugin reads the latter by itself.
 type CNIConfig struct {
-	CacheDir string `hcl:"cache_dir,optional"`
+	CacheDir         string   `hcl:"cache_dir,optional"`
+	JobArgs          []string `hcl:"job_args,optional"`
+	ConsulExclusions bool     `hcl:"consul_exclusions,optional"`
 }
 
 // TelemetryConfig says where metrics and health are shown.
@@ -79,13 +82,15 @@ type TelemetryConfig struct {
 // DefaultConfig is the configuration of a node whose files say nothing.
 func DefaultConfig() Config {
 	return Config{
-		PinDir:    redirect.DefaultPinDir,
-		StateDir:  redirect.DefaultStateDir,
-		LogLevel:  "info",
-		Consul:    &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
-		Guard:     &GuardConfig{Default: string(redirect.GuardAudit)},
-		Proxy:     &ProxyConfig{DefaultUID: 101},
-		CNI:       &CNIConfig{CacheDir: "/var/lib/cni"},
+		PinDir:   redirect.DefaultPinDir,
+		StateDir: redirect.DefaultStateDir,
+		LogLevel: "info",
+		Consul:   &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
+		Guard:    &GuardConfig{Default: string(redirect.GuardAudit)},
+		Proxy:    &ProxyConfig{DefaultUID: 101},
+		CNI: &CNIConfig{
+			CacheDir: "/var/lib/cni", JobArgs: []string{"mode", "guard", "inbound-port", "outbound-port"}, ConsulExclusions: true,
+		},
 		Telemetry: &TelemetryConfig{},
 	}
 }

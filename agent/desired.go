@@ -54,14 +54,15 @@ func desire(s subject, known facts, node policy) wish {
 		if p.isGateway() {
 			mode = redirect.ModeGateway
 		}
-		guard = stronger(guard, p.Guard)
+		guard = redirect.Stronger(guard, p.Guard)
 		w.Problems = append(w.Problems, p.Problems...)
 	}
 	switch {
-	case s.Known == nil && s.Mesh != "":
+	case s.Known == nil && s.asked():
 		return w // the plugin's, whose request comes first
 	case s.Known != nil:
 		mode = s.Known.Request.Mode
+		guard = redirect.Stronger(guard, s.Known.Request.Guard)
 		if mode == redirect.ModeTransparent && !transparent {
 			w.Problems = append(w.Problems, "it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
 		}
@@ -153,14 +154,4 @@ func firstListeners(list []redirect.Upstream) []redirect.Upstream {
 func guardStrength(guard redirect.Guard) (strength int, known bool) {
 	strength = slices.Index([]redirect.Guard{redirect.GuardOff, redirect.GuardAudit, redirect.GuardEnforce}, guard)
 	return strength, strength >= 0
-}
-
-// stronger is the stronger of the node's guard and what a job asks for: a job
-// never weakens it.
-func stronger(node, job redirect.Guard) redirect.Guard {
-	n, _ := guardStrength(node)
-	if j, known := guardStrength(job); known && j > n {
-		return job
-	}
-	return node
 }

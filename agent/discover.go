@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
@@ -26,7 +27,12 @@ type attachment struct {
 	Addresses []netip.Addr
 	Ports     []portMapping
 	Mesh      string // Consul's redirection config as Nomad sent it; "" for none
+	JobArgs   bool   // the job has arguments of Weir's own in network.cni.args
 }
+
+// asked reports an attachment that a plugin of ours was called for, to put it
+// under Weir.
+func (a attachment) asked() bool { return a.Mesh != "" || a.JobArgs }
 
 // portMapping is a port of the host that leads into the namespace.
 type portMapping struct {
@@ -86,6 +92,8 @@ func parseCache(data []byte) (a attachment, ok bool, err error) {
 			a.Job.AllocID = arg[1]
 		case "CONSUL_IPTABLES_CONFIG", "CONSUL_NFTABLES_CONFIG":
 			a.Mesh = arg[1]
+		default:
+			a.JobArgs = a.JobArgs || strings.HasPrefix(arg[0], "weir.")
 		}
 	}
 	for _, ip := range entry.Result.IPs {

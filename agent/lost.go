@@ -43,6 +43,9 @@ func unnamedPorts(mesh string) (count int) {
 // what libcni remembers of its ADD. It takes plain numbers alone: what the
 // plugin reads beyond that is refused, never guessed at.
 func lostRequest(a attachment) (*redirect.Request, error) {
+	if a.JobArgs {
+		return nil, fmt.Errorf("restore request of allocation %s: it has arguments weir.*, which the plugin alone reads: restart the Nomad client, whose CHECK restores it, or stop the allocation", a.Job.AllocID)
+	}
 	var config meshConfig
 	if err := json.Unmarshal([]byte(a.Mesh), &config); err != nil {
 		return nil, fmt.Errorf("read request of allocation %s: %w", a.Job.AllocID, err)

@@ -133,7 +133,7 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 			return a.add(s, m, request, "namespace was replaced: taken over")
 		}
 		return StateManaged
-	case s.Mesh != "":
+	case s.asked():
 		if m.view.State == StateConsul && now.Sub(m.looked) < resync {
 			return StateConsul
 		}

@@ -3,6 +3,7 @@
 package cni
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 
@@ -26,7 +27,7 @@ type argument struct{ key, value string }
 type arguments struct {
 	job  redirect.Job
 	mesh []argument // under one of Consul's two names, in order of appearance
-	own  []string   // keys that begin with weir.
+	own  []argument // keys that begin with weir., sorted
 }
 
 // parseArgs reads CNI_ARGS as Nomad writes it. It is lenient where CNI's own
@@ -55,10 +56,15 @@ func parseArgs(text string) arguments {
 			args.mesh = append(args.mesh, argument{key, value})
 		default:
 			if strings.HasPrefix(key, ownPrefix) {
-				args.own = append(args.own, key)
+				args.own = append(args.own, argument{key, value})
 			}
 		}
 	}
-	slices.Sort(args.own)
+	slices.SortFunc(args.own, func(a, b argument) int {
+		return cmp.Or(strings.Compare(a.key, b.key), strings.Compare(a.value, b.value))
+	})
 	return args
 }
+
+// none reports arguments that ask for nothing.
+func (a arguments) none() bool { return len(a.mesh)+len(a.own) == 0 }

@@ -23,7 +23,7 @@ func TestParseArgs(t *testing.T) {
 		"CONSUL_IPTABLES_CONFIG={\"a\":\"b=c\"};CONSUL_NFTABLES_CONFIG=": {
 			mesh: []argument{{iptablesArg, `{"a":"b=c"}`}, {nftablesArg, ""}},
 		},
-		"weir.mode=x;weir.=;weird=y": {own: []string{"weir.", "weir.mode"}},
+		"weir.mode=x;weir.=;weird=y": {own: []argument{{"weir.", ""}, {"weir.mode", "x"}}},
 		// Names are as exact as Nomad's; CNI gives blanks no meaning.
 		" NOMAD_JOB_ID=j;nomad_job_id=j": {},
 	} {

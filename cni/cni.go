@@ -9,10 +9,12 @@
 // plugin, and package network builds the allocation's network from the keys of
 // the reference bridge plugin. What to do comes in CNI_ARGS, under the name
 // CONSUL_IPTABLES_CONFIG or its twin CONSUL_NFTABLES_CONFIG, as Nomad writes
-// it for a transparent_proxy block. A job's author can write the same argument
-// himself, so it is untrusted: every field is checked, and nothing in it names
-// a path. The namespace comes from CNI_NETNS alone. An allocation without the
-// argument passes through untouched.
+// it for a transparent_proxy block, or under keys weir.*, as a job's author
+// writes them in network.cni.args. He can write Consul's argument himself too, so
+// all of it is untrusted: every field is checked, and nothing in it names a
+// path. The operator's policy says which keys of ours a job may set. The
+// namespace comes from CNI_NETNS alone. An allocation without any of these
+// arguments passes through untouched.
 //
 // The plugin never talks to Consul or to the agent. stdout carries the answer
 // of CNI and nothing else; remarks for people go to stderr.
@@ -20,8 +22,6 @@
 // Limitations of this version:
 //   - of the reference bridge plugin it has no VLANs, no check of MAC
 //     addresses and no way to choose one; a key that asks for it is refused;
-//   - the keys weir.* in network.cni.args are not read: beside a request of
-//     Consul's they are noted, alone they are refused, never dropped silently;
 //   - users are numbers: a name would have to be looked up in the task's image;
 //   - ports are numbers and ranges "low:high", never the names of services;
 //   - CIDRs are addresses and prefixes, never host names or netmasks;
@@ -64,13 +64,17 @@ type Network interface {
 	Probe(path string) error
 }
 
-// Plugin answers the commands of CNI. All its fields are needed.
+// Plugin answers the commands of CNI. All its fields are needed but Paths and
+// ConfigDir.
 type Plugin struct {
 	// Open gives the data path whose state lies at the given paths.
 	Open func(redirect.Paths) Datapath
 	// Paths are the paths that the environment sets; they win over the
 	// configuration's.
 	Paths redirect.Paths
+	// ConfigDir is where the operator's policy lies, as the environment says;
+	// empty leaves it to the configuration and to DefaultConfigDir.
+	ConfigDir string
 	// RedirectedByConsul reports whether Consul's own rules are in a namespace.
 	RedirectedByConsul func(netns string) (bool, error)
 	// Network gives the network of a configuration, whose records lie below the
@@ -94,7 +98,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 	}
 	args := parseArgs(cmd.Args)
 	r := requester{job: args.job, containerID: cmd.ContainerID}
-	mesh, err := r.mesh(args)
+	request, err := p.request(r, args, conf)
 	if err != nil {
 		return err
 	}
@@ -102,13 +106,13 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 		if err := conf.refuseInterfaceKeys(); err != nil {
 			return err
 		}
-		return p.redirect(r, cmd, conf, mesh)
+		return p.redirect(r, cmd, conf, request)
 	}
 	undo, err := p.build(r, cmd, conf)
 	if err != nil {
 		return err
 	}
-	if err := p.redirect(r, cmd, conf, mesh); err != nil {
+	if err := p.redirect(r, cmd, conf, request); err != nil {
 		if err := undo(); err != nil {
 			p.note(r, fmt.Sprintf("take the network back: %v", err))
 		}
@@ -118,8 +122,8 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 }
 
 // redirect is the part of Add that a chained plugin has too.
-func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, mesh *meshConfig) error {
-	if mesh == nil {
+func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request *redirect.Request) error {
+	if request == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
 		}
@@ -128,18 +132,17 @@ func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, mesh *m
 		}
 		return nil
 	}
-	request, err := r.request(mesh, conf)
+	attachment, err := r.attachment(cmd, conf, *request)
 	if err != nil {
 		return err
 	}
-	key := keyOf(cmd)
 	datapath := p.open(conf)
-	if err := datapath.Add(redirect.Attachment{Key: key, NetNS: cmd.Netns, Request: request}); err != nil {
+	if err := datapath.Add(attachment); err != nil {
 		return r.failed("redirect namespace "+cmd.Netns, err)
 	}
 	p.note(r, request.Notes...)
 	if err := conf.previous.print(p.Stdout); err != nil {
-		return r.failed("print result", errors.Join(err, datapath.Remove(key)))
+		return r.failed("print result", errors.Join(err, datapath.Remove(attachment.Key)))
 	}
 	return nil
 }
@@ -178,7 +181,7 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 	if err := p.checkNetwork(r, cmd, conf); err != nil {
 		return err
 	}
-	if len(args.mesh) == 0 {
+	if args.none() {
 		return nil
 	}
 	datapath := p.open(conf)
@@ -211,14 +214,14 @@ func (p *Plugin) restore(r requester, cmd *skel.CmdArgs, args arguments, datapat
 	if err != nil {
 		return err
 	}
-	mesh, err := r.mesh(args)
-	if err != nil {
-		return err
-	}
 	if conf.previous == nil {
 		return r.fail(types.ErrUnknownContainer, "prevResult: missing: the record of this allocation is lost and cannot be restored without it")
 	}
-	request, err := r.request(mesh, conf)
+	request, err := p.request(r, args, conf)
+	if err != nil {
+		return err
+	}
+	attachment, err := r.attachment(cmd, conf, *request)
 	if err != nil {
 		return err
 	}
@@ -226,12 +229,12 @@ func (p *Plugin) restore(r requester, cmd *skel.CmdArgs, args arguments, datapat
 	if err != nil {
 		return r.failed("list addresses in "+cmd.Netns, err)
 	}
-	for _, addr := range request.Addresses {
+	for _, addr := range attachment.Request.Addresses {
 		if !slices.Contains(present, addr) {
 			return r.fail(types.ErrInvalidNetNS, fmt.Sprintf("address %s is not in %s: the namespace is not the one that ADD was given", addr, cmd.Netns))
 		}
 	}
-	if err := datapath.Add(redirect.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Request: request}); err != nil {
+	if err := datapath.Add(attachment); err != nil {
 		return r.failed("restore redirection", err)
 	}
 	p.note(r, "mended: the record was lost; redirected anew from CNI_ARGS and prevResult")

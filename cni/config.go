@@ -22,6 +22,7 @@ type netConf struct {
 	PinDir     string `json:"pinDir"`
 	StateDir   string `json:"stateDir"`
 	CgroupRoot string `json:"cgroupRoot"`
+	policyConf
 
 	PrevResult json.RawMessage `json:"prevResult"`
 	Valid      json.RawMessage `json:"cni.dev/valid-attachments"`

@@ -122,6 +122,7 @@ func newBench() *bench {
 			b.fake.paths = paths
 			return b.fake
 		},
+		ConfigDir:          "/proc/self/no-configuration",
 		RedirectedByConsul: func(string) (bool, error) { return b.consuls, nil },
 		Network: func(config network.Config, stateDir string) Network {
 			b.net.config, b.net.stateDir = config, stateDir

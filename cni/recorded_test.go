@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
@@ -71,7 +72,6 @@ func wantRecorded() map[string]redirect.Request {
 	set(expose)
 
 	args := recordedJob("j6", "ee8aa653-e793-9cd2-b37b-030d92dc7227", "meshy", "172.28.64.2", 20936)
-	args.Notes = []string{`argument "weir.mode": not read by this version`}
 	set(args)
 
 	customPort := recordedJob("j8", "e8ee781c-cb27-915e-1b9d-518d1093201f", "nomad", "172.26.64.19", 0)
@@ -87,6 +87,7 @@ func TestRecordedRequests(t *testing.T) {
 		for i, record := range list {
 			t.Run(fmt.Sprintf("%s %d %s", scenario, i, record.Command), func(t *testing.T) {
 				b := newBench()
+				record = withMode(t, scenario, record)
 				cmd := record.call()
 				switch record.Command {
 				case "ADD":
@@ -120,6 +121,25 @@ func TestRecordedRequests(t *testing.T) {
 			t.Errorf("no recorded ADD of %s", alloc)
 		}
 	}
+}
+
+// withMode is the record with a mode that there is. Whoever recorded it asked
+// for mode x, to see that a job's arguments arrive; that is refused.
+func withMode(t *testing.T, scenario string, record recorded) recorded {
+	args := record.Env["CNI_ARGS"]
+	if !strings.Contains(args, "weir.mode=x") {
+		return record
+	}
+	if record.Command == "ADD" {
+		b := newBench()
+		wantError(t, b.Add(record.call()), types.ErrInvalidEnvironmentVariables, record.call().ContainerID, `weir.mode="x"`)
+		if !b.fake.untouched() || b.stdout.Len() != 0 {
+			t.Errorf("%s: left behind: %+v, stdout %q", scenario, b.fake, b.stdout.String())
+		}
+	}
+	record.Env = maps.Clone(record.Env)
+	record.Env["CNI_ARGS"] = strings.Replace(args, "weir.mode=x", "weir.mode=transparent", 1)
+	return record
 }
 
 func testRecordedAdd(t *testing.T, b *bench, scenario string, record recorded, want map[string]redirect.Request) {

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/weirmesh/weir/redirect"
@@ -31,17 +32,11 @@ type meshConfig struct {
 	ExcludeOutboundPorts json.RawMessage
 	ExcludeOutboundCIDRs json.RawMessage
 	ExcludeUIDs          json.RawMessage
-
-	notes []string
 }
 
 // mesh is Consul's config in the arguments, or nil when they have none.
 func (r requester) mesh(args arguments) (*meshConfig, error) {
 	if len(args.mesh) == 0 {
-		if len(args.own) > 0 {
-			return nil, r.fail(types.ErrInvalidEnvironmentVariables, fmt.Sprintf(
-				"CNI_ARGS: %s: this version redirects for a transparent_proxy block alone", quote(args.own[0])))
-		}
 		return nil, nil
 	}
 	first := args.mesh[0]
@@ -55,41 +50,74 @@ func (r requester) mesh(args arguments) (*meshConfig, error) {
 	if err := json.Unmarshal([]byte(first.value), mesh); err != nil {
 		return nil, r.fail(types.ErrDecodingFailure, fmt.Sprintf("%s: want a JSON object: %v", first.key, err))
 	}
-	for _, key := range args.own {
-		mesh.notes = append(mesh.notes, fmt.Sprintf("argument %s: not read by this version", quote(key)))
-	}
 	return mesh, nil
 }
 
-// request is the workload that the allocation asks for. Its errors name the
-// allocation and the field.
-func (r requester) request(mesh *meshConfig, conf *netConf) (redirect.Request, error) {
-	request := redirect.Request{Network: conf.Name, Job: r.job, Mode: redirect.ModeTransparent, Notes: mesh.notes}
+// request is the workload that the allocation asks for: by Consul's config, by
+// the job's own arguments, or by both, where the second add to the first; nil
+// where it asks for nothing. It has no addresses yet. Its errors name the
+// allocation and the field or the key.
+func (p *Plugin) request(r requester, args arguments, conf *netConf) (*redirect.Request, error) {
+	if args.none() {
+		return nil, nil
+	}
+	mesh, err := r.mesh(args)
+	if err != nil {
+		return nil, err
+	}
+	asked := jobRequest{Request: redirect.Request{Network: conf.Name, Job: r.job}, consul: mesh != nil}
+	if mesh != nil {
+		if err := mesh.decode(&asked.Request); err != nil {
+			return nil, r.fail(types.ErrInvalidEnvironmentVariables, err.Error())
+		}
+	}
+	if len(args.own) > 0 || asked.excludesOutbound() {
+		operator, err := readPolicy(conf.policyConf, p.ConfigDir)
+		if err != nil {
+			return nil, r.fail(types.ErrInvalidNetworkConfig, fmt.Sprintf("read the operator's policy: %v", err))
+		}
+		if err := asked.withJobArgs(args.own, mesh, operator); err != nil {
+			return nil, r.fail(types.ErrInvalidEnvironmentVariables, err.Error())
+		}
+	}
+	request := asked.finish(mesh)
+	return &request, nil
+}
+
+// attachment is the request for the namespace of a call, with the addresses
+// that the result names.
+func (r requester) attachment(cmd *skel.CmdArgs, conf *netConf, request redirect.Request) (redirect.Attachment, error) {
 	var err error
 	if request.Addresses, err = conf.previous.addresses(); err != nil {
-		return redirect.Request{}, r.fail(types.ErrInvalidNetworkConfig, fmt.Sprintf("prevResult: %v", err))
+		return redirect.Attachment{}, r.fail(types.ErrInvalidNetworkConfig, fmt.Sprintf("prevResult: %v", err))
 	}
+	return redirect.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Request: request}, nil
+}
+
+// decode fills a request with what the config says.
+func (m *meshConfig) decode(request *redirect.Request) error {
+	request.Mode = redirect.ModeTransparent
 	fields := []struct {
 		name   string
 		value  json.RawMessage
 		decode func(json.RawMessage, *redirect.Request) error
 	}{
-		{"ProxyUserID", mesh.ProxyUserID, decodeProxyUID},
-		{"ProxyInboundPort", mesh.ProxyInboundPort, decodeInboundPort},
-		{"ProxyOutboundPort", mesh.ProxyOutboundPort, decodeOutboundPort},
-		{"ConsulDNSIP", mesh.ConsulDNSIP, decodeDNSAddress},
-		{"ConsulDNSPort", mesh.ConsulDNSPort, decodeDNSPort},
-		{"ExcludeInboundPorts", mesh.ExcludeInboundPorts, decodeExcludedInbound},
-		{"ExcludeOutboundPorts", mesh.ExcludeOutboundPorts, decodeExcludedOutbound},
-		{"ExcludeOutboundCIDRs", mesh.ExcludeOutboundCIDRs, decodeExcludedCIDRs},
-		{"ExcludeUIDs", mesh.ExcludeUIDs, decodeExcludedUIDs},
+		{"ProxyUserID", m.ProxyUserID, decodeProxyUID},
+		{"ProxyInboundPort", m.ProxyInboundPort, decodeInboundPort},
+		{"ProxyOutboundPort", m.ProxyOutboundPort, decodeOutboundPort},
+		{"ConsulDNSIP", m.ConsulDNSIP, decodeDNSAddress},
+		{"ConsulDNSPort", m.ConsulDNSPort, decodeDNSPort},
+		{"ExcludeInboundPorts", m.ExcludeInboundPorts, decodeExcludedInbound},
+		{"ExcludeOutboundPorts", m.ExcludeOutboundPorts, decodeExcludedOutbound},
+		{"ExcludeOutboundCIDRs", m.ExcludeOutboundCIDRs, decodeExcludedCIDRs},
+		{"ExcludeUIDs", m.ExcludeUIDs, decodeExcludedUIDs},
 	}
 	for _, field := range fields {
-		if err := field.decode(field.value, &request); err != nil {
-			return redirect.Request{}, r.fail(types.ErrInvalidEnvironmentVariables, fmt.Sprintf("%s: %s: %v", mesh.argument, field.name, err))
+		if err := field.decode(field.value, request); err != nil {
+			return fmt.Errorf("%s: %s: %w", m.argument, field.name, err)
 		}
 	}
-	return request, nil
+	return nil
 }
 
 func decodeProxyUID(raw json.RawMessage, request *redirect.Request) error {
@@ -108,9 +136,6 @@ func decodeInboundPort(raw json.RawMessage, request *redirect.Request) error {
 	port, err := decodePort(raw)
 	if err != nil {
 		return err
-	}
-	if port == 0 {
-		request.Notes = append(request.Notes, "ProxyInboundPort 0: the request does not name the proxy's inbound listener; inbound connections are refused until it is known")
 	}
 	request.InboundPort = port
 	return nil

@@ -152,17 +152,6 @@ func TestBothArgumentNames(t *testing.T) {
 	}
 }
 
-func TestOwnArguments(t *testing.T) {
-	b := newBench()
-	wantError(t, b.Add(call("weir.mode=transparent;NOMAD_ALLOC_ID="+allocID, confJSON)), types.ErrInvalidEnvironmentVariables, allocID, "weir.mode")
-	if err := b.Add(call("weir.mode=x;"+meshArgs, confJSON)); err != nil {
-		t.Fatal(err)
-	}
-	if !strings.Contains(b.stderr.String(), `"weir.mode": not read`) {
-		t.Errorf("stderr %q: want a remark on weir.mode", b.stderr.String())
-	}
-}
-
 // Every field, each kind of nonsense: an error of CNI that names the
 // allocation and the field, and nothing left behind.
 func TestBadFields(t *testing.T) {

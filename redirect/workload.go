@@ -51,6 +51,18 @@ const (
 	GuardEnforce Guard = "enforce" // nothing
 )
 
+// Stronger is the stronger of two guards: a job never weakens the operator's.
+// "" is GuardOff. A guard that there is not comes out, for Validate to refuse.
+func Stronger(a, b Guard) Guard {
+	order := []Guard{GuardOff, GuardAudit, GuardEnforce}
+	for _, guard := range []Guard{a, b} {
+		if guard != "" && !slices.Contains(order, guard) {
+			return guard
+		}
+	}
+	return order[max(0, slices.Index(order, a), slices.Index(order, b))]
+}
+
 // Job names the Nomad job that a workload belongs to, for people.
 type Job struct {
 	Region    string `json:"region,omitempty"`
@@ -80,6 +92,7 @@ type Request struct {
 	InboundPort  uint16 `json:"inbound_port"` // 0: not known yet; inbound is refused by name until it is
 	OutboundPort uint16 `json:"outbound_port"`
 	DNS          DNS    `json:"dns,omitzero"`
+	Guard        Guard  `json:"guard,omitempty"` // the least that the overlay's may be
 
 	ExcludeInboundPorts  []uint16       `json:"exclude_inbound_ports,omitempty"`
 	ExcludeOutboundPorts []uint16       `json:"exclude_outbound_ports,omitempty"`
@@ -155,7 +168,7 @@ func Merge(request Request, overlay Overlay) Workload {
 		ExcludeOutboundPorts: sorted(slices.Clone(request.ExcludeOutboundPorts)),
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
-		Guard:                overlay.Guard,
+		Guard:                Stronger(request.Guard, overlay.Guard),
 		Budget:               request.Budget,
 	}
 	for _, cidr := range request.ExcludeOutboundCIDRs {
@@ -189,9 +202,6 @@ func Merge(request Request, overlay Overlay) Workload {
 	}
 	if w.Budget == 0 {
 		w.Budget = DefaultBudget
-	}
-	if w.Guard == "" {
-		w.Guard = GuardOff
 	}
 	for i, addr := range w.Addresses {
 		w.Addresses[i] = addr.Unmap()

@@ -38,6 +38,7 @@ func main() {
 	plugin := cni.Plugin{
 		Open:               func(paths redirect.Paths) cni.Datapath { return redirect.New(paths) },
 		Paths:              redirect.PathsFromEnv(os.Getenv),
+		ConfigDir:          os.Getenv("WEIR_CONFIG_DIR"),
 		RedirectedByConsul: redirect.RedirectedByConsul,
 		Network:            func(c network.Config, stateDir string) cni.Network { return network.New(c, stateDir) },
 		AddressesIn:        cni.AddressesIn,

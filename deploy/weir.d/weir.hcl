@@ -42,9 +42,15 @@ proxy {
   # default_uid = 101
 }
 
-# Where libcni keeps its results; the agent reads cache_dir/results.
+# Where libcni keeps its results; the agent reads cache_dir/results. The other keys
+# are read by the plugin, from /etc/weir.d, and only for jobs that they concern:
+# which arguments weir.* a job may set, these and no others, and whether a
+# transparent_proxy block may exclude outbound ports, CIDRs and UIDs. A network's
+# own configuration (jobArgs, consulExclusions) wins over both.
 cni {
-  # cache_dir = "/var/lib/cni"
+  # cache_dir         = "/var/lib/cni"
+  # job_args          = ["mode", "guard", "inbound-port", "outbound-port"]
+  # consul_exclusions = true
 }
 
 # Prometheus at /metrics, health at /health.

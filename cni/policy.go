@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package cni
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/gohcl"
+	"github.com/hashicorp/hcl/v2/hclparse"
+)
+
+// DefaultConfigDir is where the agent has its configuration. The plugin reads
+// the operator's policy there too: Nomad makes the network configuration of
+// its bridge mode itself, so it has no place for a key of ours.
+const DefaultConfigDir = "/etc/weir.d"
+
+// defaultProxyUID is the UID of Envoy where nobody says otherwise, as the
+// agent and Nomad have it.
+const defaultProxyUID = 101
+
+// policy is what the operator lets the author of a job decide.
+type policy struct {
+	jobArgs          []string // keys that a job may set, without their prefix
+	consulExclusions bool     // a transparent_proxy block may exclude outbound traffic
+	proxyUID         uint32   // of a proxy whose job does not say
+	source           string   // where jobArgs come from
+}
+
+// defaultPolicy lets a job put itself into the mesh and strengthen the guard,
+// and lets it take nothing out of the mesh. What a transparent_proxy block
+// says stays as it is with Consul's own plugin.
+func defaultPolicy() policy {
+	return policy{
+		jobArgs: []string{"mode", "guard", "inbound-port", "outbound-port"}, consulExclusions: true,
+		proxyUID: defaultProxyUID, source: "the default",
+	}
+}
+
+// policyConf are the keys of the network configuration that carry a policy.
+// They stay undecoded until an ADD needs them: a DEL never fails for them.
+type policyConf struct {
+	JobArgs          json.RawMessage `json:"jobArgs"`
+	ConsulExclusions json.RawMessage `json:"consulExclusions"`
+	ConfigDir        json.RawMessage `json:"configDir"`
+}
+
+// policyFile is what the plugin reads of a file of the agent's. All else in it
+// is the agent's to check.
+type policyFile struct {
+	CNI *struct {
+		JobArgs          []string `hcl:"job_args,optional"`
+		ConsulExclusions *bool    `hcl:"consul_exclusions,optional"`
+		Rest             hcl.Body `hcl:",remain"`
+	} `hcl:"cni,block"`
+	Proxy *struct {
+		DefaultUID *uint32  `hcl:"default_uid,optional"`
+		Rest       hcl.Body `hcl:",remain"`
+	} `hcl:"proxy,block"`
+	Rest hcl.Body `hcl:",remain"`
+}
+
+// readPolicy is the default, overridden by the files in the configuration
+// directory in lexical order, and then by the network configuration. What
+// cannot be read is an error and not the default: an operator may have
+// forbidden in it what the default allows. dir is what the environment says;
+// it wins over the key configDir.
+func readPolicy(conf policyConf, dir string) (policy, error) {
+	p := defaultPolicy()
+	if dir == "" {
+		text, err := decodeText(conf.ConfigDir)
+		if err != nil {
+			return p, fmt.Errorf("configDir: %w", err)
+		}
+		if dir = text; dir == "" {
+			dir = DefaultConfigDir
+		}
+	}
+	if !filepath.IsAbs(dir) {
+		return p, fmt.Errorf("configDir %s: want an absolute path", quote(dir))
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*.hcl"))
+	if err != nil {
+		return p, fmt.Errorf("list %s: %w", dir, err)
+	}
+	slices.Sort(files)
+	for _, file := range files {
+		if err := p.readFile(file); err != nil {
+			return p, err
+		}
+	}
+	if !empty(conf.JobArgs) {
+		if p.jobArgs, err = decodeList(conf.JobArgs); err != nil {
+			return p, fmt.Errorf("jobArgs: %w", err)
+		}
+		p.source = "jobArgs of the network configuration"
+	}
+	if !empty(conf.ConsulExclusions) {
+		if p.consulExclusions, err = decode[bool](conf.ConsulExclusions, "true or false"); err != nil {
+			return p, fmt.Errorf("consulExclusions: %w", err)
+		}
+	}
+	for _, name := range p.jobArgs {
+		if !slices.ContainsFunc(jobArgs(), func(arg jobArg) bool { return arg.name == name }) {
+			return p, fmt.Errorf("%s: %s: want names of %s", p.source, quote(name), jobArgNames())
+		}
+	}
+	return p, nil
+}
+
+func (p *policy) readFile(path string) error {
+	parsed, problems := hclparse.NewParser().ParseHCLFile(path)
+	var file policyFile
+	if !problems.HasErrors() {
+		problems = gohcl.DecodeBody(parsed.Body, nil, &file)
+	}
+	if problems.HasErrors() {
+		return errors.New(problems.Errs()[0].Error())
+	}
+	if file.CNI != nil && file.CNI.JobArgs != nil {
+		p.jobArgs, p.source = file.CNI.JobArgs, "job_args of "+path
+	}
+	if file.CNI != nil && file.CNI.ConsulExclusions != nil {
+		p.consulExclusions = *file.CNI.ConsulExclusions
+	}
+	if file.Proxy != nil && file.Proxy.DefaultUID != nil {
+		p.proxyUID = *file.Proxy.DefaultUID
+	}
+	return nil
+}
+
+// allow refuses the first argument that a job may not set.
+func (p policy) allow(args []argument) error {
+	for _, arg := range args {
+		if slices.Contains(p.jobArgs, strings.TrimPrefix(arg.key, ownPrefix)) {
+			continue
+		}
+		allowed := "none"
+		if len(p.jobArgs) > 0 {
+			allowed = strings.Join(p.jobArgs, ", ")
+		}
+		return fmt.Errorf("%s: the operator of this node does not let a job set it; allowed by %s: %s", arg.key, p.source, allowed)
+	}
+	return nil
+}
