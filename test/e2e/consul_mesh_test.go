@@ -146,9 +146,15 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 		n.consul.Put("/v1/config", object{"Kind": "mesh", "TransparentProxy": object{"MeshDestinationsOnly": true}})
 		wantRefused(t, task, outside)
 		served()
-		n.consul.Put("/v1/config", object{"Kind": "proxy-defaults", "Name": "global", "TransparentProxy": object{"OutboundListenerPort": 15009}})
+		if server, err := task.say("open", virtual); err != nil {
+			t.Errorf("dial: %q, %v", server, err)
+		}
+		n.consul.Put("/v1/config", object{"Kind": "service-defaults", "Name": "shop", "TransparentProxy": object{"OutboundListenerPort": 15009}})
 		shop.eventually("the outbound port to move", func(o redirect.Overlay) bool { return o.OutboundPort == 15009 })
 		served()
+		if word, err := task.say("open", virtual); err != nil || word != "still here" {
+			t.Errorf("the open connection says %q, %v", word, err)
+		}
 		n.intend("api", "shop", "deny")
 		wantRefused(t, task, virtual)
 		for _, network := range []string{"udp", "tcp"} {

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
@@ -62,8 +65,15 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		t.Fatalf("dial of %s = %q, %v; want %q", target, greeting, err, first.Name)
 	}
 
+	stillOpen := func(t *testing.T) {
+		t.Helper()
+		if word, err := task.say("before", target); err != nil || word != "still here" {
+			t.Errorf("the open connection says %q, %v", word, err)
+		}
+	}
+
 	t.Run("no change, no write", func(t *testing.T) {
-		before, record := n.mustStatus(t), web.recordInfo(t)
+		before, record, rows := n.mustStatus(t), web.recordInfo(t), n.rows(t)
 		web.node.consul.Register(object{"Name": "bystander", "ID": "bystander", "Port": 1})
 		test.Eventually(t, func() error {
 			if now := n.mustStatus(t); now.Consul.Counts.Reads <= before.Consul.Counts.Reads {
@@ -77,6 +87,27 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		if !os.SameFile(record, web.recordInfo(t)) {
 			t.Error("the record was replaced")
 		}
+		if diff := cmp.Diff(rows, n.rows(t)); diff != "" {
+			t.Errorf("rows in the kernel (-before +after):\n%s", diff)
+		}
+	})
+
+	t.Run("an upstream is added", func(t *testing.T) {
+		db := n.allocate("")
+		db.register("db", object{"Port": 20005})
+		rows := n.rows(t)
+		web.register("web", sidecar(9191, object{"Upstreams": []object{
+			{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "db", "LocalBindPort": 9494}}}))
+		web.eventually("the second upstream", func(o redirect.Overlay) bool { return len(o.Upstreams) == 2 })
+		third := test.EchoProcess(t, web.spec(101), "tcp4", "127.0.0.1:9494")
+		at := netip.AddrPortFrom(n.virtualIP("db"), 5432).String()
+		if greeting, err := task.say("db", at); err != nil || servedBy(greeting) != third.Name {
+			t.Errorf("dial of %s = %q, %v; want %q", at, greeting, err, third.Name)
+		}
+		if cmp.Equal(rows, n.rows(t)) {
+			t.Error("rows in the kernel are the same after a change: they tell nothing")
+		}
+		stillOpen(t)
 	})
 
 	t.Run("the upstream's port moves", func(t *testing.T) {
@@ -85,23 +116,36 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		if greeting, err := task.say("after", target); err != nil || servedBy(greeting) != second.Name {
 			t.Errorf("dial of %s = %q, %v; want %q", target, greeting, err, second.Name)
 		}
-		if word, err := task.say("before", target); err != nil || word != "still here" {
-			t.Errorf("the open connection says %q, %v", word, err)
-		}
+		stillOpen(t)
 	})
 
 	t.Run("an expose path is added", func(t *testing.T) {
 		web.register("web", sidecar(9292, object{"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}))
 		web.eventually("the path's port to be open", func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, []uint16{8181, 21500}) })
+		path := test.EchoProcess(t, web.spec(1000), "tcp4", "0.0.0.0:21500")
+		if answer, err := test.Ask(n.outside, "tcp4", web.at(21500).String()); err != nil || answer.Server != path.Name {
+			t.Errorf("dial of the path's port = %+v, %v; want %q", answer, err, path.Name)
+		}
+		stillOpen(t)
 	})
 
-	t.Run("proxy-defaults move the outbound listener", func(t *testing.T) {
-		n.consul.Put("/v1/config", object{"Kind": "proxy-defaults", "Name": "global", "TransparentProxy": object{"OutboundListenerPort": 15009}})
-		web.eventually("the port", func(o redirect.Overlay) bool { return o.OutboundPort == 15009 })
-		if w, err := web.workload(); err != nil || w.Proxy.Outbound != 15009 {
-			t.Errorf("the kernel has outbound port %d, %v; want 15009", w.Proxy.Outbound, err)
-		}
-	})
+	for _, moves := range []struct {
+		what, kind, name string
+		port             uint16
+	}{{"proxy-defaults", "proxy-defaults", "global", 15009}, {"service-defaults", "service-defaults", "web", 15010}} {
+		t.Run(moves.what+" move the outbound listener", func(t *testing.T) {
+			n.consul.Put("/v1/config", object{"Kind": moves.kind, "Name": moves.name, "TransparentProxy": object{"OutboundListenerPort": moves.port}})
+			web.eventually("the port", func(o redirect.Overlay) bool { return o.OutboundPort == moves.port })
+			if w, err := web.workload(); err != nil || w.Proxy.Outbound != moves.port {
+				t.Errorf("the kernel has outbound port %d, %v; want %d", w.Proxy.Outbound, err, moves.port)
+			}
+			outbound := test.EchoProcess(t, web.spec(101), "tcp4", fmt.Sprintf("127.0.0.1:%d", moves.port))
+			if greeting, err := task.say(moves.what, "198.51.100.7:80"); err != nil || servedBy(greeting) != outbound.Name {
+				t.Errorf("a dial = %q, %v; want %q", greeting, err, outbound.Name)
+			}
+			stillOpen(t)
+		})
+	}
 
 	t.Run("a job strengthens the guard", func(t *testing.T) {
 		api.register("api", object{"Port": 20001, "Meta": object{"weir-guard": "enforce"}})
@@ -125,8 +169,9 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		if err != nil || !redirect.Merge(after.Request, after.Overlay).Equal(redirect.Merge(before.Request, before.Overlay)) {
 			t.Errorf("the workload changed to %+v, %v", after.Overlay, err)
 		}
-		if word, err := task.say("before", target); err != nil || word != "still here" {
-			t.Errorf("the open connection says %q, %v", word, err)
+		stillOpen(t)
+		if greeting, err := task.say("deregistered", target); err != nil || servedBy(greeting) != second.Name {
+			t.Errorf("dial of %s = %q, %v; want %q", target, greeting, err, second.Name)
 		}
 	})
 
@@ -197,6 +242,21 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		web.register("web", sidecar(9393, nil))
 		web.eventually("a change seen by the new agent", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9393 })
 	})
+}
+
+// rows are what the kernel has of all workloads but counters, map by map.
+func (n *meshNode) rows(t *testing.T) map[string]string {
+	t.Helper()
+	test.Need(t, test.Tool("bpftool"))
+	rows := make(map[string]string)
+	for _, name := range []string{"workloads", "configs", "exclusions", "addresses", "cidrs"} {
+		out, err := exec.Command("bpftool", "-j", "map", "dump", "pinned", filepath.Join(n.config.PinDir, "maps", name)).Output()
+		if err != nil {
+			t.Fatalf("dump map %s: %v", name, err)
+		}
+		rows[name] = string(out)
+	}
+	return rows
 }
 
 func (n *meshNode) mustStatus(t *testing.T) agent.Status {
