@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -54,16 +55,23 @@ func (a *allocation) addr() netip.Addr {
 
 func (a *allocation) key() redirect.Key { return redirect.Key{ContainerID: a.id, IfName: "eth0"} }
 
-// newFleet makes so many allocations, every second one with transparent_proxy.
-// close takes away also those of a fleet that did not come to its end.
+// newFleet makes so many allocations, the last quarter with transparent_proxy:
+// Consul works out the upstreams of each of those anew for each service that
+// comes. close takes away also a fleet that did not come to its end.
 func (b *bench) newFleet(ctx context.Context, consul *consulServer, dir string, count int) (*fleet, error) {
 	f := &fleet{bench: b, consul: consul, dir: dir}
 	if err := f.prepareCNI(); err != nil {
 		return f, err
 	}
+	// Else each transparent proxy has every service as an upstream, and Consul
+	// works for minutes.
+	deny := object{"Kind": "service-intentions", "Name": "*", "Sources": []object{{"Name": "*", "Action": "deny"}}}
+	if err := consul.call(ctx, http.MethodPut, "/v1/config", deny, nil); err != nil {
+		return f, err
+	}
 	for number := range count {
 		f.list = append(f.list, &allocation{
-			number: number, id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", number), transparent: number%2 == 0, upstream: 9000,
+			number: number, id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", number), transparent: number >= count-count/4, upstream: 9000,
 		})
 	}
 	makers, ctx := errgroup.WithContext(ctx)
@@ -101,12 +109,12 @@ func (f *fleet) place(ctx context.Context, a *allocation) (err error) {
 	if err := f.register(ctx, a); err != nil {
 		return err
 	}
-	spec := serveSpec{Listen: []netip.AddrPort{netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(a.inbound()))}, Origin: addrPort(remote)}
+	listen := []netip.AddrPort{netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(a.inbound()))}
 	if a.transparent {
-		spec.Listen = append(spec.Listen, addrPort(proxyOut))
+		listen = append(listen, addrPort(proxyOut))
 	}
 	// Under the run's context, not the group's, which ends with the group.
-	a.proxy, err = startWorker(context.WithoutCancel(ctx), f.bench.program, place{netns: a.site.inside, uid: proxyUID, cgroup: f.bench.proxy}, "serve", spec)
+	a.proxy, err = startWorker(context.WithoutCancel(ctx), f.bench.program, place{netns: a.site.inside, uid: proxyUID, cgroup: f.bench.proxy}, "hold", listen)
 	return err
 }
 

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/weirmesh/weir/redirect"
@@ -50,7 +51,7 @@ func (b *bench) parts() []part {
 }
 
 func main() {
-	if len(os.Args) == 3 && (os.Args[1] == "serve" || os.Args[1] == "dial") {
+	if len(os.Args) == 3 && slices.Contains([]string{"serve", "dial", "hold"}, os.Args[1]) {
 		if err := runWorker(os.Args[1], os.Args[2]); err != nil {
 			fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[1], err)
 			os.Exit(1)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"os"
 	"os/exec"
 	"runtime/debug"
@@ -32,8 +33,8 @@ type worker struct {
 	answers *json.Decoder
 }
 
-// startWorker starts a server (serveSpec) or a client (dialSpec) in its place
-// and waits until it is ready.
+// startWorker starts a server (serveSpec), a client (dialSpec) or a holder of
+// listeners ([]netip.AddrPort) in its place and waits until it is ready.
 func startWorker(ctx context.Context, program string, at place, kind string, spec any) (*worker, error) {
 	text, err := json.Marshal(spec)
 	if err != nil {
@@ -128,8 +129,29 @@ func runWorker(kind, text string) error {
 			return err
 		}
 		return dial(spec, os.Stdin, os.Stdout)
+	case "hold":
+		var spec []netip.AddrPort
+		if err := json.Unmarshal([]byte(text), &spec); err != nil {
+			return err
+		}
+		return hold(spec, os.Stdin, os.Stdout)
 	}
-	return fmt.Errorf("worker %q: want serve or dial", kind)
+	return fmt.Errorf("worker %q: want serve, dial or hold", kind)
+}
+
+// hold listens and costs nothing more until control ends: of these there are
+// hundreds at a time.
+func hold(addrs []netip.AddrPort, control io.Reader, out io.Writer) error {
+	for _, addr := range addrs {
+		if _, err := listen(addr); err != nil {
+			return err
+		}
+	}
+	if err := json.NewEncoder(out).Encode(addrs); err != nil {
+		return err
+	}
+	_, err := io.Copy(io.Discard, control)
+	return err
 }
 
 // cpuList is the CPUs that this process may use.
