@@ -19,11 +19,12 @@ type subject struct {
 	Proxies []proxy         // of the allocation, sorted by ID
 }
 
-// facts are what proxies have in common, looked up for them.
+// facts are what proxies have in common, looked up for them. What was not
+// answered yet is not there, and is no reason to take anything back.
 type facts struct {
 	VirtualIPs   map[service][]netip.Addr
 	GatewayPorts map[gateway][]uint16
-	CheckPorts   map[string][]uint16 // by service ID
+	CheckPorts   map[string][]uint16 // by service ID; nil: not answered yet
 	Unanswered   map[service]string  // why there is no answer, or none newer
 }
 
@@ -92,7 +93,10 @@ func desire(s subject, known facts, node policy) wish {
 			open = append(open, known.CheckPorts[p.ServiceID]...)
 			open = append(open, known.CheckPorts[p.ID]...)
 		}
-		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known)...)
+		if s.Known != nil && known.lacksPorts(p) {
+			open = append(open, s.Known.Overlay.ExcludeInboundPorts...)
+		}
+		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known, s.Known)...)
 		if why := known.Unanswered[p.Self]; why != "" && p.isGateway() {
 			w.Problems = append(w.Problems, why)
 		}
@@ -114,11 +118,25 @@ func desire(s subject, known facts, node policy) wish {
 	return w
 }
 
-// upstreams are the explicit upstreams of a proxy that have a virtual IP.
-func upstreams(p proxy, known facts) []redirect.Upstream {
+// lacksPorts reports whether some of the proxy's listeners are not known yet.
+func (f facts) lacksPorts(p proxy) bool {
+	_, answered := f.GatewayPorts[p.entry()]
+	return !answered && (p.Kind == kindIngress || p.Kind == kindAPI) || p.ExposeCheck && f.CheckPorts == nil
+}
+
+// upstreams are the explicit upstreams of a proxy that have a virtual IP: the
+// one on record until Consul has answered.
+func upstreams(p proxy, known facts, record *redirect.Known) []redirect.Upstream {
 	var list []redirect.Upstream
 	for _, u := range p.Upstreams {
-		addresses := known.VirtualIPs[u.Of]
+		addresses, answered := known.VirtualIPs[u.Of]
+		if !answered && record != nil {
+			for _, before := range record.Overlay.Upstreams {
+				if before.Name == u.Of.Name {
+					addresses = append(addresses, before.Addresses...)
+				}
+			}
+		}
 		if u.Remote || len(addresses) == 0 {
 			continue
 		}

@@ -26,6 +26,12 @@ func onRecord(mode redirect.Mode) *redirect.Known {
 	return &redirect.Known{Key: found().Key, Request: redirect.Request{Mode: mode}, Complete: true}
 }
 
+func recorded(overlay redirect.Overlay) *redirect.Known {
+	known := onRecord(redirect.ModeDirect)
+	known.Overlay = overlay
+	return known
+}
+
 func sidecar(change ...func(*proxy)) proxy {
 	p := proxy{ID: "web-sidecar-proxy", Kind: kindSidecar, AllocID: allocation, ServiceID: "web", Inbound: 20001}
 	for _, edit := range change {
@@ -179,6 +185,37 @@ func TestDesire(t *testing.T) {
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
 				Problems: []string{"forbidden"},
 			},
+		},
+		{
+			name: "what Consul has not answered yet stays as it is on record",
+			subject: subject{
+				attachment: attachment{Key: found().Key},
+				Known: recorded(redirect.Overlay{ExcludeInboundPorts: []uint16{8181}, Upstreams: []redirect.Upstream{
+					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
+					{Name: "cache", Addresses: addrs("240.0.0.2"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
+					{Name: "gone", Addresses: addrs("240.0.0.3"), Listener: netip.MustParseAddrPort("127.0.0.1:7000")},
+				}}),
+				Proxies: []proxy{sidecar(func(p *proxy) {
+					p.ExposeCheck = true
+					p.Upstreams = []upstream{to("api", "127.0.0.1:9292"), to("cache", "127.0.0.1:6379")}
+				})}},
+			facts:  facts{VirtualIPs: map[service][]netip.Addr{{Name: "cache"}: nil}},
+			policy: audit,
+			want: wish{Overlay: &redirect.Overlay{
+				InboundPort: 20001, ExcludeInboundPorts: []uint16{8181}, Guard: redirect.GuardAudit,
+				Upstreams: []redirect.Upstream{{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9292")}},
+			}},
+		},
+		{
+			name: "listeners of a gateway that Consul has not answered yet stay open",
+			subject: subject{
+				attachment: attachment{Key: found().Key},
+				Known:      recorded(redirect.Overlay{ExcludeInboundPorts: []uint16{8181}}),
+				Proxies: []proxy{sidecar(func(p *proxy) {
+					p.Kind, p.Inbound, p.Self = kindAPI, 0, service{Name: "gateway"}
+				})}},
+			policy: audit,
+			want:   wish{Overlay: &redirect.Overlay{ExcludeInboundPorts: []uint16{8181}, Guard: redirect.GuardAudit}},
 		},
 		{
 			name: "a job strengthens the guard",

@@ -26,10 +26,11 @@ type lookups struct {
 
 // lookup is one question.
 type lookup[T any] struct {
-	answer T
-	why    string    // there is no answer
-	next   time.Time // when to ask again
-	tries  int       // in a row without an answer
+	answer   T
+	answered bool      // once at least: nothing is an answer too
+	why      string    // there is no answer
+	next     time.Time // when to ask again
+	tries    int       // in a row without an answer
 }
 
 const (
@@ -70,7 +71,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		if due(question.next) {
 			texts, err := l.consul.virtualIPs(ctx, of)
 			answer := parseAddresses(texts)
-			changed := err == nil && !slices.Equal(answer, question.answer) || (err != nil) != (question.why != "")
+			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why != "")
 			question.settle(l.now(), answer, err, len(answer) > 0)
 			moved, failed = moved || changed, failed || !concernsOne(err)
 		}
@@ -83,7 +84,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		}
 		if due(question.next) {
 			answer, err := l.consul.gatewayPorts(ctx, of)
-			changed := err == nil && !slices.Equal(answer, question.answer) || (err != nil) != (question.why != "")
+			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why != "")
 			question.settle(l.now(), answer, err, len(answer) > 0)
 			question.next = earlier(question.next, l.now().Add(listenerInterval))
 			moved, failed = moved || changed, failed || !concernsOne(err)
@@ -91,7 +92,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	}
 	if checks && due(l.checks.next) {
 		answer, err := l.consul.checks(ctx)
-		changed := err == nil && !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16])
+		changed := err == nil && (!l.checks.answered || !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16]))
 		l.checks.settle(l.now(), answer, err, len(answer) > 0)
 		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
 		moved = moved || changed
@@ -131,7 +132,7 @@ func sooner(a, b time.Time) time.Time {
 func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
 	q.why = ""
 	if err == nil {
-		q.answer = answer
+		q.answer, q.answered = answer, true
 	} else {
 		q.why = err.Error()
 	}
@@ -143,20 +144,25 @@ func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
 	q.tries++
 }
 
-// known copies the answers, which the view keeps.
+// known copies the answers, which the view keeps. A question that was never
+// answered is not in it.
 func (l *lookups) known() facts {
 	known := facts{
 		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
 		Unanswered: make(map[service]string),
 	}
 	for of, question := range l.virtual {
-		known.VirtualIPs[of] = question.answer
+		if question.answered {
+			known.VirtualIPs[of] = question.answer
+		}
 		if question.why != "" {
 			known.Unanswered[of] = question.why
 		}
 	}
 	for of, question := range l.gateways {
-		known.GatewayPorts[of] = question.answer
+		if question.answered {
+			known.GatewayPorts[of] = question.answer
+		}
 		if question.why != "" {
 			known.Unanswered[of.service] = question.why
 		}

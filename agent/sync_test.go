@@ -183,6 +183,19 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	if why := got.Facts.Unanswered[service{Name: "api"}]; !strings.Contains(why, "403") || !strings.Contains(why, "api") {
 		t.Errorf("why = %q, want the service and 403", why)
 	}
+	if addrs, answered := got.Facts.VirtualIPs[service{Name: "api"}]; answered {
+		t.Errorf("a refusal passes for the answer %v: what is on record would go", addrs)
+	}
+}
+
+func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.chain = say(200, `{"Chain":{}}`)
+	fake.answers(say(200, oneProxy))
+	fake.follow(t).eventually(t, "an answer without a virtual IP", func(v view) bool {
+		addrs, answered := v.Facts.VirtualIPs[service{Name: "api"}]
+		return answered && len(addrs) == 0
+	})
 }
 
 func TestTempo(t *testing.T) {
