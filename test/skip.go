@@ -46,6 +46,9 @@ func (r Requirement) Missing() error {
 		return knownFilesystem("bpf")
 	case IOUring:
 		return makeRing()
+	case CNIPlugins:
+		_, err := findPlugins()
+		return err
 	}
 	if name, ok := strings.CutPrefix(string(r), "tool "); ok {
 		_, err := exec.LookPath(name)

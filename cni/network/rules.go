@@ -13,7 +13,6 @@ import (
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -252,28 +251,4 @@ func conntrack(key expr.CtKey, bits uint32) []expr.Any {
 		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
 	}
-}
-
-// Uninstall removes the rules and the bridge of a network that has no more
-// attachments, and says what it removed. A bridge that the plugin did not make,
-// or that has ports, stays.
-func Uninstall(bridge string) (removed []string, err error) {
-	if err := removeRules(bridge); err != nil {
-		return nil, err
-	}
-	err = withHandle(func(h *netlink.Handle) error {
-		link, err := find1(h, bridge)
-		if err != nil || link == nil || link.Attrs().Alias != alias {
-			return err
-		}
-		if ports, err := portsOf(h, bridge); err != nil || ports > 0 {
-			return err
-		}
-		if err := h.LinkDel(link); err != nil {
-			return fmt.Errorf("remove bridge %s: %w", bridge, err)
-		}
-		removed = append(removed, "bridge "+bridge)
-		return nil
-	})
-	return removed, err
 }
