@@ -36,7 +36,7 @@ demo: build ## Show a redirected allocation on this machine, in namespaces of it
 	go run ./test/demo
 
 bench: build ## Measure side by side with Consul's iptables rules, and the agent (root)
-	test/tools/setup.sh test consul
+	test/tools/setup.sh test consul cni
 	test/bench/run.sh
 
 bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (root)

@@ -31,6 +31,7 @@ type options struct {
 	plugin   string
 	weir     string
 	consul   string
+	plugins  string
 	readme   string
 	revision string
 }
@@ -46,6 +47,7 @@ func (b *bench) parts() []part {
 	all := append(b.traffic(), b.setups()...)
 	return []part{
 		{"bench", comparisonNote, append(all, b.memory(), b.unrelated())},
+		{"bench-storm", stormNote, []measurement{b.storm()}},
 		{"bench-agent", agentNote, []measurement{b.agent()}},
 	}
 }
@@ -68,12 +70,13 @@ func main() {
 	var o options
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 21, with -quick 2)")
 	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
-	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign agent")
+	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign storm agent")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
 	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
 	flag.StringVar(&o.plugin, "plugin", "", "weir-cni")
 	flag.StringVar(&o.weir, "weir", "", "weir")
 	flag.StringVar(&o.consul, "consul", "", "consul")
+	flag.StringVar(&o.plugins, "cni", "", "directory of the reference CNI plugins")
 	flag.StringVar(&o.readme, "readme", "", "write the tables between their marks in this file too")
 	flag.StringVar(&o.revision, "revision", "unknown", "what is measured, for the table")
 	flag.Parse()
@@ -97,7 +100,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 		}
 	}
 	b := &bench{
-		size: fullSizes(o.rounds), engine: o.engine, plugin: o.plugin, weir: o.weir, consul: o.consul, progress: stderr,
+		size: fullSizes(o.rounds), engine: o.engine, plugin: o.plugin, weir: o.weir, consul: o.consul, plugins: o.plugins, progress: stderr,
 	}
 	if o.quick {
 		b.size = quickSizes(o.rounds)

@@ -44,6 +44,7 @@ type bench struct {
 	plugin   string // weir-cni
 	weir     string // weir
 	consul   string // consul; "": there is none
+	plugins  string // directory of the reference CNI plugins
 	task     string // cgroup of clients
 	proxy    string // cgroup of servers
 	foreign  string // cgroup of processes that have nothing to do with Weir
@@ -67,6 +68,7 @@ type sizes struct {
 	engines     int           // the same of Consul's engine, which needs much more time for each
 	calls       int           // of getsockopt and getpeername
 	settle      time.Duration // at most, after each measurement
+	storm       int           // allocations that start at once
 	proxies     int           // of the agent's node
 	rest        time.Duration // of the agent after its start
 	minutes     int           // of calm
@@ -80,8 +82,8 @@ func fullSizes(rounds int) sizes {
 		connections: 4000, parallel: 1500,
 		churn: 60000, block: 4000, patience: 20 * time.Second,
 		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
-		settle:  500 * time.Millisecond,
-		proxies: 1000, rest: 10 * time.Second, minutes: 5, minute: time.Minute, changes: 25,
+		settle: 500 * time.Millisecond,
+		storm:  100, proxies: 1000, rest: 10 * time.Second, minutes: 5, minute: time.Minute, changes: 25,
 	}
 }
 
@@ -92,8 +94,8 @@ func quickSizes(rounds int) sizes {
 		connections: 500, parallel: 500,
 		churn: 4000, block: 1000, patience: 10 * time.Second,
 		flow: 100 * time.Millisecond, workloads: 20, engines: 5, calls: 20000,
-		settle:  50 * time.Millisecond,
-		proxies: 20, rest: time.Second, minutes: 2, minute: 2 * time.Second, changes: 3,
+		settle: 50 * time.Millisecond,
+		storm:  3, proxies: 20, rest: time.Second, minutes: 2, minute: 2 * time.Second, changes: 3,
 	}
 }
 

@@ -35,4 +35,4 @@ echo 'building the benchmark' >&2
 
 revision=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
 unshare --mount "$built/bench" -engine "$built/engine" -plugin "$root/bin/weir-cni" -weir "$root/bin/weir" -consul "$consul" \
-	-revision "$revision" "$@"
+	-cni "$root/.tools/cni" -revision "$revision" "$@"

@@ -51,11 +51,11 @@ func TestTargets(t *testing.T) {
 			map[string][]float64{weir: {1.6}}, false, "1.60 ms",
 		},
 		{
-			"fast enough", timesFaster(5),
+			"fast enough", timesFaster(5, "the engine alone"),
 			map[string][]float64{weir: {4}, consul: {60}}, true, "15.0 times",
 		},
 		{
-			"not fast enough", timesFaster(5),
+			"not fast enough", timesFaster(5, "the engine alone"),
 			map[string][]float64{weir: {20}, consul: {60}}, false, "3.0 times",
 		},
 	} {

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Engine is the least process that does what consul-cni does to a namespace:
-// it takes CONSUL_IPTABLES_CONFIG out of CNI_ARGS and hands it to Consul's own
-// engine. consul-cni does more than this, so a plugin that beats the engine
-// beats consul-cni.
+// it takes CONSUL_IPTABLES_CONFIG out of CNI_ARGS, hands it to Consul's own
+// engine and passes the previous result on. consul-cni does more than this, so a
+// plugin that beats the engine beats consul-cni. Like consul-cni it does nothing
+// at DEL.
 package main
 
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
@@ -24,8 +24,12 @@ func main() {
 }
 
 func run() error {
-	if _, err := io.Copy(io.Discard, os.Stdin); err != nil {
+	var network struct{ PrevResult json.RawMessage }
+	if err := json.NewDecoder(os.Stdin).Decode(&network); err != nil {
 		return fmt.Errorf("read network configuration: %w", err)
+	}
+	if os.Getenv("CNI_COMMAND") != "ADD" {
+		return nil
 	}
 	for arg := range strings.SplitSeq(os.Getenv("CNI_ARGS"), ";") {
 		text, found := strings.CutPrefix(arg, "CONSUL_IPTABLES_CONFIG=")
@@ -37,7 +41,11 @@ func run() error {
 			return fmt.Errorf("parse CONSUL_IPTABLES_CONFIG: %w", err)
 		}
 		config.NetNS = os.Getenv("CNI_NETNS")
-		return iptables.Setup(config, false)
+		if err := iptables.Setup(config, false); err != nil {
+			return err
+		}
+		_, err := os.Stdout.Write(network.PrevResult)
+		return err
 	}
 	return fmt.Errorf("find CONSUL_IPTABLES_CONFIG: CNI_ARGS has none")
 }

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/vishvananda/netlink"
+)
+
+// storm measures all that CNI does for many allocations that start at once:
+// Nomad has one lock for the node, so they wait for each other. Weir builds the
+// namespace itself, beside the plugins of Nomad's bridge mode with one at their
+// end that calls Consul's engine.
+func (b *bench) storm() measurement {
+	count := fmt.Sprintf("%d allocations: ", b.size.storm)
+	return measurement{
+		name: "storm", about: fmt.Sprintf("all of CNI for %d allocations", b.size.storm), rounds: b.size.heavy,
+		variants: []string{weir, consul},
+		rows: []row{
+			{ID: "storm.all", Name: count + "all of CNI, one after the other, wall", Unit: "s", target: timesFaster(10, "the reference chain")},
+			{ID: "storm.add", Name: count + "one ADD, median", Unit: "ms"},
+			{ID: "storm.slowest", Name: count + "the slowest ADD", Unit: "ms"},
+			{ID: "storm.cpu", Name: count + "CPU of an ADD, with children", Unit: "ms"},
+			{ID: "storm.del", Name: count + "one DEL, median", Unit: "ms"},
+		},
+		begin: b.load, end: b.unload, run: b.stormOnce,
+	}
+}
+
+// stormNote says what the figures of a storm are worth.
+const stormNote = `
+Whole namespaces by libcni, without host ports, under one lock as in Nomad; a namespace of its own stands for the node.
+"Weir" is the plugin alone in cni/weir: bridge, veth, addresses by host-local, routes, masquerading, redirect. "iptables-nft"
+is Nomad's bridge mode: the reference plugins loopback, bridge with host-local and ipMasq, firewall, portmap, and after them
+a plugin that does nothing but call Consul's own iptables engine, as consul-cni does.
+`
+
+// A cniNode is a namespace that stands for a node, and its network.
+type cniNode struct {
+	bench *bench
+	dir   string
+	netns string
+	list  *libcni.NetworkConfigList
+	cni   *libcni.CNIConfig
+}
+
+func (b *bench) newCNINode(variant string) (*cniNode, error) {
+	dir, err := os.MkdirTemp(filepath.Dir(b.netns), "storm-")
+	if err != nil {
+		return nil, err
+	}
+	n := &cniNode{bench: b, dir: dir, netns: filepath.Join(b.netns, filepath.Base(dir))}
+	bin := filepath.Join(dir, "bin")
+	if err := os.Mkdir(bin, 0o755); err != nil {
+		return nil, err
+	}
+	err = errors.Join(
+		os.Symlink(b.plugin, filepath.Join(bin, "weir")),
+		os.Symlink(b.engine, filepath.Join(bin, "engine")))
+	if err != nil {
+		return nil, err
+	}
+	conf, err := json.Marshal(object{"cniVersion": "0.4.0", "name": "bench", "plugins": n.plugins(variant)})
+	if err != nil {
+		return nil, err
+	}
+	if n.list, err = libcni.ConfListFromBytes(conf); err != nil {
+		return nil, fmt.Errorf("read network configuration: %w", err)
+	}
+	n.cni = libcni.NewCNIConfigWithCacheDir([]string{bin, b.plugins}, filepath.Join(dir, "cache"), nil)
+	if err := newNetNS(n.netns); err != nil {
+		return nil, err
+	}
+	return n, inNetNS(n.netns, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("find lo: %w", err)
+		}
+		return netlink.LinkSetUp(lo)
+	})
+}
+
+// plugins is the list that Nomad 1.11 makes for bridge mode, or the one of
+// deploy/weir.conflist.
+func (n *cniNode) plugins(variant string) []object {
+	ipam := object{
+		"type": "host-local", "ranges": [][]object{{{"subnet": "172.26.64.0/20"}}}, "routes": []object{{"dst": "0.0.0.0/0"}},
+		"dataDir": filepath.Join(n.dir, "leases"),
+	}
+	ports := object{"portMappings": true}
+	if variant == weir {
+		return []object{{
+			"type": "weir", "bridge": "weir", "isGateway": true, "ipMasq": true, "hairpinMode": true, "ipam": ipam, "capabilities": ports,
+			"pinDir": n.bench.paths.PinDir, "stateDir": n.bench.paths.StateDir,
+		}}
+	}
+	return []object{
+		{"type": "loopback"},
+		{"type": "bridge", "bridge": "nomad", "ipMasq": true, "isGateway": true, "forceAddress": true, "hairpinMode": false, "ipam": ipam},
+		{"type": "firewall", "backend": "iptables", "iptablesAdminChainName": "NOMAD-ADMIN"},
+		{"type": "portmap", "capabilities": ports, "snat": true},
+		{"type": "engine"},
+	}
+}
+
+// runtime is what Nomad hands to libcni for an allocation with transparent_proxy.
+func (n *cniNode) runtime(s *site) (*libcni.RuntimeConf, error) {
+	mesh, err := json.Marshal(engineConfig(s))
+	if err != nil {
+		return nil, err
+	}
+	return &libcni.RuntimeConf{
+		ContainerID: s.name, NetNS: s.inside, IfName: "eth0",
+		Args: [][2]string{
+			{"IgnoreUnknown", "true"}, {"NOMAD_REGION", "global"}, {"NOMAD_NAMESPACE", "default"}, {"NOMAD_JOB_ID", "bench"},
+			{"NOMAD_GROUP_NAME", "bench"}, {"NOMAD_ALLOC_ID", s.name}, {"CONSUL_IPTABLES_CONFIG", string(mesh)},
+		},
+	}, nil
+}
+
+// call runs ADD or DEL of an allocation from within the node and takes the time.
+func (n *cniNode) call(ctx context.Context, s *site, add bool) (wall, cpu time.Duration, err error) {
+	conf, err := n.runtime(s)
+	if err != nil {
+		return 0, 0, err
+	}
+	err = inNetNS(n.netns, func() error {
+		wall, cpu, err = spent(func() error {
+			if !add {
+				return n.cni.DelNetworkList(ctx, n.list, conf)
+			}
+			_, err := n.cni.AddNetworkList(ctx, n.list, conf)
+			return err
+		})
+		return err
+	})
+	return wall, cpu, err
+}
+
+func (b *bench) stormOnce(ctx context.Context, variant string) (got figures, err error) {
+	n, err := b.newCNINode(variant)
+	if err != nil {
+		return nil, err
+	}
+	var sites []*site
+	defer func() {
+		for _, s := range sites {
+			err = errors.Join(err, s.close())
+		}
+		err = errors.Join(err, removeNetNS(n.netns), b.settle(ctx))
+	}()
+	for range b.size.storm {
+		s := &site{name: b.nextName()}
+		s.inside, s.outside = filepath.Join(b.netns, s.name), filepath.Join(b.netns, s.name+"-outside")
+		if err := newNetNS(s.inside); err != nil {
+			return nil, err
+		}
+		sites = append(sites, s)
+	}
+	var adds, deletions []float64
+	var all, cpu time.Duration
+	for _, s := range sites {
+		wall, spent, err := n.call(ctx, s, true)
+		if err != nil {
+			return nil, fmt.Errorf("add %s: %w", s.name, err)
+		}
+		adds, all, cpu = append(adds, millis(wall)), all+wall, cpu+spent
+	}
+	for _, s := range []*site{sites[0], sites[len(sites)-1]} {
+		if err := b.prove(ctx, s); err != nil {
+			return nil, err
+		}
+	}
+	for _, s := range sites {
+		wall, _, err := n.call(ctx, s, false)
+		if err != nil {
+			return nil, fmt.Errorf("delete %s: %w", s.name, err)
+		}
+		deletions = append(deletions, millis(wall))
+	}
+	return figures{
+		"storm.all": all.Seconds(), "storm.add": summarize(adds).Median, "storm.slowest": slices.Max(adds),
+		"storm.cpu": millis(cpu) / float64(len(sites)), "storm.del": summarize(deletions).Median,
+	}, nil
+}
