@@ -46,6 +46,7 @@ type Agent struct {
 	datapath *redirect.Datapath
 	origins  *redirect.Collector
 	follower *follower // nil: Consul is not to be asked
+	docker   *docker   // nil: Docker is not to be asked
 	cache    *cache
 	watcher  *watcher
 	wake     chan struct{}
@@ -91,6 +92,9 @@ func New(config Config, options Options) (*Agent, error) {
 		}
 		a.follower = newFollower(consul, a.hurry)
 	}
+	if config.Docker.Socket != "" {
+		a.docker = newDocker(config.Docker.Socket, a.hurry)
+	}
 	return a, nil
 }
 
@@ -112,7 +116,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, did := range loaded.Did {
 		a.log.Info("data path", "did", did)
 	}
-	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir)...); err != nil {
+	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir, a.config.CNI.NetNSDir)...); err != nil {
 		return err
 	}
 	a.mu.Lock()
@@ -135,6 +139,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	})
 	if a.follower != nil {
 		background.Go(func() { a.follower.run(ctx) })
+	}
+	if a.docker != nil {
+		background.Go(func() { a.docker.run(ctx) })
 	}
 	a.loop(ctx)
 	cancel()

@@ -33,6 +33,7 @@ type Config struct {
 	Guard      *GuardConfig     `hcl:"guard,block"`
 	Proxy      *ProxyConfig     `hcl:"proxy,block"`
 	CNI        *CNIConfig       `hcl:"cni,block"`
+	Docker     *DockerConfig    `hcl:"docker,block"`
 	Telemetry  *TelemetryConfig `hcl:"telemetry,block"`
 }
 
@@ -70,8 +71,14 @@ type ProxyConfig struct {
 // lets a job decide. The plugin reads the latter by itself.
 type CNIConfig struct {
 	CacheDir         string   `hcl:"cache_dir,optional"`
+	NetNSDir         string   `hcl:"netns_dir,optional"` // where Nomad makes namespaces
 	JobArgs          []string `hcl:"job_args,optional"`
 	ConsulExclusions bool     `hcl:"consul_exclusions,optional"`
+}
+
+// DockerConfig says where Docker's engine API is. A node need not have it.
+type DockerConfig struct {
+	Socket string `hcl:"socket,optional"` // empty: Docker is not asked
 }
 
 // TelemetryConfig says where metrics and health are shown.
@@ -89,8 +96,10 @@ func DefaultConfig() Config {
 		Guard:    &GuardConfig{Default: string(redirect.GuardAudit)},
 		Proxy:    &ProxyConfig{DefaultUID: 101},
 		CNI: &CNIConfig{
-			CacheDir: "/var/lib/cni", JobArgs: []string{"mode", "guard", "inbound-port", "outbound-port"}, ConsulExclusions: true,
+			CacheDir: "/var/lib/cni", NetNSDir: "/var/run/netns",
+			JobArgs: []string{"mode", "guard", "inbound-port", "outbound-port"}, ConsulExclusions: true,
 		},
+		Docker:    &DockerConfig{Socket: "/var/run/docker.sock"},
 		Telemetry: &TelemetryConfig{},
 	}
 }
@@ -191,13 +200,15 @@ func (c Config) Validate() error {
 	wrong := func(key, value, want string) {
 		problems = append(problems, fmt.Errorf("%s = %q: want %s", key, value, want))
 	}
-	for key, path := range map[string]string{"pin_dir": c.PinDir, "state_dir": c.StateDir, "cni.cache_dir": c.CNI.CacheDir} {
+	for key, path := range map[string]string{"pin_dir": c.PinDir, "state_dir": c.StateDir, "cni.cache_dir": c.CNI.CacheDir, "cni.netns_dir": c.CNI.NetNSDir} {
 		if !filepath.IsAbs(path) {
 			wrong(key, path, "an absolute path")
 		}
 	}
-	if c.CgroupRoot != "" && !filepath.IsAbs(c.CgroupRoot) {
-		wrong("cgroup_root", c.CgroupRoot, "an absolute path")
+	for key, path := range map[string]string{"cgroup_root": c.CgroupRoot, "docker.socket": c.Docker.Socket} {
+		if path != "" && !filepath.IsAbs(path) {
+			wrong(key, path, "an absolute path, or nothing")
+		}
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
 		wrong("log_level", c.LogLevel, "debug, info, warn or error")

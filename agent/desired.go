@@ -15,6 +15,7 @@ import (
 type subject struct {
 	attachment
 	Cached  bool            // libcni knows it
+	Live    bool            // Nomad or Docker have its namespace
 	Known   *redirect.Known // nil: not on record
 	Proxies []proxy         // of the allocation, sorted by ID
 }

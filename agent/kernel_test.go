@@ -41,11 +41,14 @@ func newNode(t *testing.T) *node {
 	n := &node{t: t, config: DefaultConfig(), fake: newFakeConsul(t)}
 	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(dir, "state")
 	n.config.CgroupRoot, n.config.CNI.CacheDir = test.NewCgroup(t).Path, filepath.Join(dir, "cni")
+	n.config.CNI.NetNSDir, n.config.Docker.Socket = filepath.Join(dir, "netns"), ""
 	n.config.Consul.Address, n.config.Consul.Watch = n.fake.URL, false
 	n.config.Telemetry.Listen = "127.0.0.1:0"
 	n.Datapath = redirect.New(n.config.Paths())
-	if err := os.MkdirAll(filepath.Join(n.config.CNI.CacheDir, "results"), 0o700); err != nil {
-		t.Fatal(err)
+	for _, needed := range []string{filepath.Join(n.config.CNI.CacheDir, "results"), n.config.CNI.NetNSDir} {
+		if err := os.MkdirAll(needed, 0o700); err != nil {
+			t.Fatal(err)
+		}
 	}
 	t.Cleanup(func() {
 		if _, err := n.Unload(); err != nil {
@@ -77,10 +80,25 @@ func (n *node) run() {
 // cached writes a result of libcni's.
 func (n *node) cached(id, netns, mesh string) {
 	n.t.Helper()
+	n.result(id, netns, mesh)
+}
+
+// cachedWith is cached for a plain job, with the addresses that the plugins gave.
+func (n *node) cachedWith(id, netns string, addresses ...string) {
+	n.t.Helper()
+	n.result(id, netns, "", addresses...)
+}
+
+func (n *node) result(id, netns, mesh string, addresses ...string) {
+	n.t.Helper()
+	ips := []any{}
+	for _, address := range addresses {
+		ips = append(ips, map[string]any{"interface": 0, "address": address})
+	}
 	entry := map[string]any{
 		"kind": "cniCacheV1", "containerId": id, "ifName": "eth0", "networkName": "nomad", "netns": netns,
 		"cniArgs": [][2]string{{"NOMAD_ALLOC_ID", id}, {"CONSUL_IPTABLES_CONFIG", mesh}},
-		"result":  map[string]any{"interfaces": []any{map[string]any{"name": "eth0", "sandbox": netns}}},
+		"result":  map[string]any{"interfaces": []any{map[string]any{"name": "eth0", "sandbox": netns}}, "ips": ips},
 	}
 	data, err := json.Marshal(entry)
 	if err != nil {

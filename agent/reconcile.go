@@ -20,6 +20,7 @@ type memory struct {
 	view     WorkloadView
 	born     time.Time // when it was first seen
 	cached   bool      // libcni knew it in the last pass
+	ended    time.Time // when libcni forgot it; zero: it did not
 	fresh    bool      // this pass made its record, and the next one reads it
 	inode    uint64    // of its namespace when last seen to be the one of cookie; 0: not seen
 	cookie   uint64    // ... on record
@@ -53,18 +54,35 @@ func (a *Agent) reconcile(now time.Time) {
 		unreadable = append(unreadable, consul.Problems...)
 		a.tellConsul(consul)
 	}
+	spaces, err := findNamespaces(a.config.CNI.NetNSDir, a.containers())
+	if err != nil {
+		unreadable = append(unreadable, err.Error())
+	}
+	if problem := a.containers().Error; problem != "" {
+		unreadable = append(unreadable, problem)
+	}
 	a.tellUnreadable(unreadable)
-	subjects := gather(cached, known, consul)
+	subjects := gather(cached, known, spaces, consul)
+	a.watcher.more = directoriesOf(subjects)
 	for _, s := range subjects {
 		a.settle(s, consul, now)
 	}
-	a.forget(subjects)
+	a.forget(subjects, now)
 	a.awaitRegistration(subjects, now)
 	a.publish(consul, strays(subjects, consul))
 }
 
-// gather joins what libcni, the records and Consul know, sorted by key.
-func gather(cached map[redirect.Key]attachment, known []redirect.Known, consul view) []subject {
+// containers is what Docker knows.
+func (a *Agent) containers() containers {
+	if a.docker == nil {
+		return containers{}
+	}
+	return a.docker.current()
+}
+
+// gather joins what libcni, the records, the makers of namespaces and Consul
+// know, sorted by key.
+func gather(cached map[redirect.Key]attachment, known []redirect.Known, spaces namespaces, consul view) []subject {
 	subjects := make(map[redirect.Key]*subject)
 	for key, found := range cached {
 		subjects[key] = &subject{attachment: found, Cached: true}
@@ -78,6 +96,16 @@ func gather(cached map[redirect.Key]attachment, known []redirect.Known, consul v
 			subjects[k.Key] = s
 		}
 		s.Known = &known[i]
+	}
+	allocations := make(map[string]bool)
+	for _, s := range subjects {
+		allocations[s.Job.AllocID] = true
+		s.NetNS, s.Live = spaces.of(s.Job.AllocID, s.NetNS)
+	}
+	for _, found := range spaces.others(allocations) {
+		if len(consul.of(found)) > 0 { // else nothing says that it is in the mesh
+			subjects[found.Key] = &subject{attachment: found, Live: true}
+		}
 	}
 	list := make([]subject, 0, len(subjects))
 	for _, key := range slices.SortedFunc(maps.Keys(subjects), compareKeys) {
@@ -126,13 +154,7 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 	switch {
 	case s.Known != nil:
 		m.missing = time.Time{}
-		if s.Cached && a.replaced(s, m) {
-			request := s.Known.Request
-			request.Addresses = s.Addresses
-			m.fresh = true
-			return a.add(s, m, request, "namespace was replaced: taken over")
-		}
-		return StateManaged
+		return a.follow(s, m, now)
 	case s.asked():
 		if m.view.State == StateConsul && now.Sub(m.looked) < resync {
 			return StateConsul
@@ -164,10 +186,40 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 		}
 		m.fresh = true
 		return a.add(s, m, *request, "record was lost: made anew")
+	case wanted.Add != nil && !s.Cached && now.Sub(m.ended) < recordGrace:
+		return m.view.State // it is on its way out
 	case wanted.Add != nil:
 		return a.add(s, m, *wanted.Add, "found without a plugin")
 	}
 	return StateOutside
+}
+
+// follow keeps a workload on record in step with its namespace: another one
+// under the same ID is guarded at once, with the addresses that it has by then.
+func (a *Agent) follow(s subject, m *memory, now time.Time) State {
+	request := s.Known.Request
+	replaced := (s.Cached || s.Live) && a.replaced(s, m)
+	unnamed := s.Cached && len(request.Addresses) == 0 && len(s.Addresses) > 0
+	if !replaced && !unnamed {
+		if inodeOf(s.Known.NetNS) == 0 && now.Sub(a.swept) > tick {
+			a.swept = time.Time{} // it died
+		}
+		return StateManaged
+	}
+	addresses, err := there(s.NetNS, s.Addresses)
+	a.note(m, "namespace", err)
+	if err != nil || !replaced && len(addresses) == 0 {
+		return StateManaged
+	}
+	request.Addresses = addresses
+	if request.Mode != redirect.ModeTransparent && s.Cached {
+		request.Network, request.Job = s.Network, s.Job
+	}
+	m.fresh = true
+	if replaced {
+		return a.add(s, m, request, "namespace was replaced: taken over")
+	}
+	return a.add(s, m, request, "its addresses are known now")
 }
 
 // replaced reports whether the namespace on record is not the one that libcni
@@ -272,14 +324,18 @@ func (a *Agent) retryDue(now time.Time) bool {
 
 // forget drops what is gone. An attachment that no plugin of ours will be
 // called for at DEL ends when libcni forgets it.
-func (a *Agent) forget(subjects []subject) {
+func (a *Agent) forget(subjects []subject, now time.Time) {
 	for _, s := range subjects {
 		m := a.subjects[s.Key]
 		if s.Cached {
-			m.cached = true
+			m.cached, m.ended = true, time.Time{}
 			continue
 		}
-		if !m.cached || s.Known == nil {
+		if m.cached && m.ended.IsZero() {
+			m.ended = now
+		}
+		// One that lives on without libcni's file keeps what it has until it dies.
+		if !m.cached || s.Known == nil || s.Live {
 			continue
 		}
 		if s.Known.Request.Mode == redirect.ModeTransparent {

@@ -217,14 +217,8 @@ func (r registration) binds() []uint16 {
 func allocID(id string) string {
 	const length = 36
 	rest, found := strings.CutPrefix(id, "_nomad-task-")
-	if !found || len(rest) <= length || rest[length] != '-' {
+	if !found || len(rest) <= length || rest[length] != '-' || !isAllocID(rest[:length]) {
 		return ""
-	}
-	for i, c := range rest[:length] {
-		dash := i == 8 || i == 13 || i == 18 || i == 23
-		if dash != (c == '-') || !dash && !strings.ContainsRune("0123456789abcdef", c) {
-			return ""
-		}
 	}
 	return rest[:length]
 }

@@ -16,7 +16,8 @@ import (
 // watcher tells when something changes in a few directories. One that is not
 // there yet is waited for in the nearest one above it.
 type watcher struct {
-	dirs []string
+	dirs []string // always
+	more []string // as long as they are of use
 	fs   *fsnotify.Watcher
 }
 
@@ -33,6 +34,11 @@ func newWatcher(dirs ...string) (*watcher, error) {
 func (w *watcher) ensure() (fresh bool, err error) {
 	watched := w.fs.WatchList()
 	var wanted []string
+	for _, dir := range w.more {
+		if isDir(dir) {
+			wanted = append(wanted, dir)
+		}
+	}
 	for _, dir := range w.dirs {
 		for !isDir(dir) && dir != filepath.Dir(dir) {
 			dir = filepath.Dir(dir)

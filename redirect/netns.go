@@ -131,6 +131,17 @@ func Cookie(path string) (uint64, error) {
 	return ns.cookie, nil
 }
 
+// Addresses returns what is assigned to the devices of the namespace at path,
+// but for lo.
+func Addresses(path string) ([]netip.Addr, error) {
+	ns, err := openNamespace(path)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	return ns.addresses()
+}
+
 // ephemeral reads the range of ports that the kernel chooses from.
 func (ns *namespace) ephemeral() (ports PortRange, err error) {
 	err = ns.do(func() error {

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// What Nomad's Docker driver gives its containers.
+const (
+	allocLabel  = "com.hashicorp.nomad.alloc_id"
+	pausePrefix = "nomad_init_" // of the container that holds an allocation's namespace
+)
+
+// containers is what Docker knows of Nomad's containers.
+type containers struct {
+	NetNS map[string]string // the namespace that a running pause container holds, by allocation ID
+	Tasks map[string]string // name of the task, by container ID
+	Error string            // why it may be old; empty where there is no Docker
+}
+
+// docker follows Docker's engine API: its events are the trigger, the list of
+// containers is the truth. When Docker restarts a pause container, the
+// allocation gets another namespace at another path, of which nobody else tells.
+type docker struct {
+	client  *http.Client
+	changed func()
+
+	mu   sync.Mutex
+	view containers
+
+	namespaces map[string]string // of pause containers, by container ID, asked once for each start
+}
+
+const (
+	dockerPatience = 10 * time.Second
+	dockerRetry    = 2 * time.Second
+	dockerLimit    = 64 << 20 // bytes of an answer
+)
+
+func newDocker(socket string, changed func()) *docker {
+	return &docker{
+		changed: changed, namespaces: make(map[string]string),
+		client: &http.Client{Transport: &http.Transport{
+			MaxConnsPerHost: 2, ResponseHeaderTimeout: dockerPatience,
+			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				return (&net.Dialer{Timeout: dockerPatience}).DialContext(ctx, "unix", socket)
+			},
+		}},
+	}
+}
+
+// current is the view as it is now. Its maps are never written again.
+func (d *docker) current() containers {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.view
+}
+
+// run follows Docker until ctx ends. A node without Docker costs one connect
+// in a while.
+func (d *docker) run(ctx context.Context) {
+	for {
+		err := d.follow(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		text := ""
+		if !errors.Is(err, fs.ErrNotExist) {
+			text = errorText(err)
+		}
+		d.mu.Lock()
+		told := d.view.Error == text
+		d.view.Error = text
+		d.mu.Unlock()
+		if !told {
+			d.changed()
+		}
+		if _, alive := pause(ctx, dockerRetry, nil); !alive {
+			return
+		}
+	}
+}
+
+// follow reads everything once and again after each event, and returns when
+// Docker does not answer any more.
+func (d *docker) follow(ctx context.Context) error {
+	stream, err := d.get(ctx, "/events", map[string][]string{
+		"type": {"container"}, "event": {"start", "die", "destroy"}, "label": {allocLabel},
+	})
+	if err != nil {
+		return err
+	}
+	defer stream.Close()
+	clear(d.namespaces)
+	if err := d.read(ctx); err != nil {
+		return err
+	}
+	events := json.NewDecoder(stream)
+	for {
+		var event struct{ Actor struct{ ID string } }
+		if err := events.Decode(&event); err != nil {
+			return fmt.Errorf("follow Docker: %w", err)
+		}
+		delete(d.namespaces, event.Actor.ID)
+		if err := d.read(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// read lists the containers and asks for the namespaces that are not known yet.
+func (d *docker) read(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, dockerPatience)
+	defer cancel()
+	var list []struct {
+		ID     string `json:"Id"`
+		Names  []string
+		State  string
+		Labels map[string]string
+	}
+	if err := d.ask(ctx, "/containers/json", map[string][]string{"label": {allocLabel}}, &list); err != nil {
+		return err
+	}
+	next := containers{NetNS: make(map[string]string), Tasks: make(map[string]string)}
+	known := make(map[string]string)
+	for _, c := range list {
+		id := c.Labels[allocLabel]
+		if len(c.Names) == 0 || !isAllocID(id) {
+			continue
+		}
+		name := strings.TrimPrefix(c.Names[0], "/")
+		if !strings.HasPrefix(name, pausePrefix) {
+			next.Tasks[c.ID] = strings.TrimSuffix(name, "-"+id)
+			continue
+		}
+		if c.State != "running" {
+			continue
+		}
+		netns, asked := d.namespaces[c.ID]
+		if !asked {
+			var answer struct {
+				NetworkSettings struct{ SandboxKey string }
+			}
+			err := d.ask(ctx, "/containers/"+c.ID+"/json", nil, &answer)
+			if errors.Is(err, errNoContainer) {
+				continue // it ended
+			}
+			if err != nil {
+				return err
+			}
+			netns = answer.NetworkSettings.SandboxKey
+		}
+		if known[c.ID] = netns; netns != "" {
+			next.NetNS[id] = netns
+		}
+	}
+	d.namespaces = known
+	d.mu.Lock()
+	same := maps.Equal(d.view.NetNS, next.NetNS) && maps.Equal(d.view.Tasks, next.Tasks) && d.view.Error == ""
+	d.view = next
+	d.mu.Unlock()
+	if !same {
+		d.changed()
+	}
+	return nil
+}
+
+var errNoContainer = errors.New("no such container")
+
+func (d *docker) ask(ctx context.Context, path string, filters map[string][]string, answer any) error {
+	body, err := d.get(ctx, path, filters)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(io.LimitReader(body, dockerLimit)).Decode(answer); err != nil {
+		return fmt.Errorf("ask Docker for %s: %w", path, err)
+	}
+	return nil
+}
+
+func (d *docker) get(ctx context.Context, path string, filters map[string][]string) (io.ReadCloser, error) {
+	if filters != nil {
+		text, err := json.Marshal(filters)
+		if err != nil {
+			return nil, fmt.Errorf("ask Docker for %s: %w", path, err)
+		}
+		path += "?filters=" + url.QueryEscape(string(text))
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker"+path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("ask Docker for %s: %w", path, err)
+	}
+	response, err := d.client.Do(request)
+	if err != nil {
+		return nil, fmt.Errorf("ask Docker: %w", err)
+	}
+	switch response.StatusCode {
+	case http.StatusOK:
+		return response.Body, nil
+	case http.StatusNotFound:
+		err = errNoContainer
+	default:
+		err = errors.New(response.Status)
+	}
+	return nil, errors.Join(fmt.Errorf("ask Docker for %s: %w", path, err), response.Body.Close())
+}
+
+// containerOf finds the ID of a container in the path of its cgroup, whatever
+// the driver: "/docker/<id>", "docker-<id>.scope", "libpod-<id>.scope".
+func containerOf(cgroup string) string {
+	const length = 64
+	for _, part := range slices.Backward(strings.Split(cgroup, "/")) {
+		part = strings.TrimSuffix(part, ".scope")
+		if i := strings.LastIndexByte(part, '-'); i >= 0 {
+			part = part[i+1:]
+		}
+		if len(part) == length && strings.Trim(part, "0123456789abcdef") == "" {
+			return part
+		}
+	}
+	return ""
+}

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// namespaces are where allocations live now, by allocation ID, as those say who
+// make namespaces: Docker for its pause containers, Nomad for all else. libcni
+// remembers only where an allocation lived when it was added.
+type namespaces struct {
+	docker map[string]string
+	nomad  map[string]string
+}
+
+// findNamespaces asks nobody: Docker's part is at hand, Nomad's is a directory.
+func findNamespaces(dir string, docker containers) (namespaces, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return namespaces{}, fmt.Errorf("list namespaces: %w", err)
+	}
+	found := namespaces{docker: docker.NetNS, nomad: make(map[string]string)}
+	for _, entry := range entries {
+		if isAllocID(entry.Name()) {
+			found.nomad[entry.Name()] = filepath.Join(dir, entry.Name())
+		}
+	}
+	return found, nil
+}
+
+// of returns where an allocation lives now. recorded is where it was added;
+// Docker knows better, Nomad gives the same path again.
+func (n namespaces) of(id, recorded string) (path string, live bool) {
+	if path, live = n.docker[id]; live {
+		return path, true
+	}
+	path, live = n.nomad[id]
+	if !live || !isNamespace(path) || recorded != "" && recorded != path && isNamespace(recorded) {
+		return recorded, false
+	}
+	return path, true
+}
+
+// others are the allocations with a living namespace that are not among these.
+func (n namespaces) others(known map[string]bool) (list []attachment) {
+	for _, source := range []map[string]string{n.docker, n.nomad} {
+		for id := range source {
+			if known[id] {
+				continue
+			}
+			known[id] = true
+			if path, live := n.of(id, ""); live {
+				list = append(list, attachment{
+					Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: path, Job: redirect.Job{AllocID: id},
+				})
+			}
+		}
+	}
+	return list
+}
+
+// isNamespace reports whether a namespace is mounted there: what is left of one
+// that died is an empty file.
+func isNamespace(path string) bool {
+	var stat unix.Statfs_t
+	return unix.Statfs(path, &stat) == nil && stat.Type == unix.NSFS_MAGIC
+}
+
+// there keeps those addresses that the namespace has: one that Docker made anew
+// has none before Nomad adds it again.
+func there(netns string, addresses []netip.Addr) ([]netip.Addr, error) {
+	assigned, err := redirect.Addresses(netns)
+	if err != nil {
+		return nil, err
+	}
+	return slices.DeleteFunc(slices.Clone(addresses), func(addr netip.Addr) bool { return !slices.Contains(assigned, addr) }), nil
+}
+
+// mostDirectories bounds how many directories of namespaces are watched; a node
+// has one or two.
+const mostDirectories = 16
+
+// directoriesOf are the directories in which the subjects' namespaces come and go.
+func directoriesOf(subjects []subject) (dirs []string) {
+	for _, s := range subjects {
+		dir := filepath.Dir(s.NetNS)
+		if s.NetNS != "" && !strings.HasPrefix(dir, "/proc") && !slices.Contains(dirs, dir) && len(dirs) < mostDirectories {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
+}
+
+// isAllocID reports whether text has the form of an allocation's ID.
+func isAllocID(text string) bool {
+	if len(text) != 36 {
+		return false
+	}
+	for i, c := range text {
+		dash := i == 8 || i == 13 || i == 18 || i == 23
+		if dash != (c == '-') || !dash && !strings.ContainsRune("0123456789abcdef", c) {
+			return false
+		}
+	}
+	return true
+}

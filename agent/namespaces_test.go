@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// mounted makes a namespace where Nomad makes an allocation's, and returns what
+// Nomad does to end it.
+func (n *node) mounted(id string, ns *test.NetNS) (end func()) {
+	n.t.Helper()
+	path := filepath.Join(n.config.CNI.NetNSDir, id)
+	writeFile(n.t, path, "")
+	if err := unix.Mount(ns.Path, path, "", unix.MS_BIND, ""); err != nil {
+		n.t.Fatalf("mount namespace: %v", err)
+	}
+	done := false
+	end = func() {
+		if done {
+			return
+		}
+		done = true
+		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
+			n.t.Errorf("unmount namespace: %v", err)
+		}
+		if err := os.Remove(path); err != nil {
+			n.t.Error(err)
+		}
+	}
+	n.t.Cleanup(end)
+	return end
+}
+
+// A namespace that libcni does not know, as after somebody cleaned its cache, is
+// found where Nomad makes it, guarded, and forgotten when it ends.
+func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
+	n := newNode(t)
+	n.fake.answers(registered(numbered(1), numbered(2)))
+	n.run()
+	n.eventually(numbered(1), StateUnprotected) // registered, and nowhere to be found
+	ns := test.NewNetNS(t)
+	began := time.Now()
+	end := n.mounted(numbered(1), ns)
+	n.eventually(numbered(1), StateManaged)
+	if took := time.Since(began); took > time.Second {
+		t.Errorf("noticed after %s, want within a second", took)
+	}
+	n.wantCookie(ns.Cookie())
+	n.mounted("not-an-allocation", ns)
+
+	began = time.Now()
+	end()
+	n.eventually(numbered(1), StateUnprotected)
+	if took := time.Since(began); took > 3*tick {
+		t.Errorf("its end was noticed after %s, want within seconds", took)
+	}
+	if list, err := n.Known(); err != nil || len(list) > 0 {
+		t.Errorf("on record: %+v, %v; want nothing", list, err)
+	}
+}
+
+// Cleaning libcni's cache must not open an allocation that runs.
+func TestAgentKeepsTheGuardOfAnAllocationWhoseResultIsGone(t *testing.T) {
+	n := newNode(t)
+	ns := test.NewNetNS(t)
+	n.mounted(numbered(1), ns)
+	n.cached(numbered(1), filepath.Join(n.config.CNI.NetNSDir, numbered(1)), "")
+	n.cached(numbered(2), test.NewNetNS(t).Path, "")
+	n.fake.answers(registered(numbered(1), numbered(2)))
+	n.run()
+	n.eventually(numbered(1), StateManaged)
+	n.eventually(numbered(2), StateManaged)
+	for i := range 2 {
+		if err := os.Remove(filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+numbered(i+1)+"-eth0")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.eventually(numbered(2), StateUnprotected) // of it nobody has a namespace any more
+	n.wantCookie(ns.Cookie())
+}
+
+// A namespace that is made anew has no address until Nomad adds it again: it is
+// guarded before, and its addresses are taken in when they come.
+func TestAgentGuardsAReplacedNamespaceBeforeItHasAnAddress(t *testing.T) {
+	n := newNode(t)
+	own := netip.MustParsePrefix("10.77.0.2/24")
+	first, second, outside := test.NewNetNS(t), test.NewNetNS(t), test.NewNetNS(t)
+	test.Veth(t, test.VethEnd{NetNS: first, Addrs: []netip.Prefix{own}}, test.VethEnd{NetNS: outside, Name: "first"})
+	id := numbered(1)
+	path := filepath.Join(n.config.CNI.NetNSDir, id)
+	end := n.mounted(id, first)
+	n.cachedWith(id, path, own.String())
+	n.fake.answers(registered(id))
+	n.run()
+	n.eventually(id, StateManaged)
+	n.wantAddresses(own.Addr())
+	end()
+	n.mounted(id, second)
+	n.wantCookie(second.Cookie())
+	n.wantAddresses()
+	test.Veth(t, test.VethEnd{NetNS: second, Addrs: []netip.Prefix{own}}, test.VethEnd{NetNS: outside, Name: "second"})
+	n.cachedWith(id, path, own.String()) // as libcni does at the end of every ADD
+	n.wantAddresses(own.Addr())
+}
+
+func (n *node) wantAddresses(want ...netip.Addr) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		list, err := n.Known()
+		if err != nil || len(list) != 1 {
+			return fmt.Errorf("on record: %+v, %v; want one", list, err)
+		}
+		if diff := cmp.Diff(want, list[0].Request.Addresses, sameAddrs()); len(want)+len(list[0].Request.Addresses) > 0 && diff != "" {
+			return fmt.Errorf("addresses (-want +got):\n%s", diff)
+		}
+		return nil
+	}, "the addresses to be on record")
+}
+
+func TestNamespacesOf(t *testing.T) {
+	test.Need(t, test.Root)
+	ns := test.NewNetNS(t)
+	dir := t.TempDir()
+	gone := filepath.Join(dir, "gone")
+	empty := writeFile(t, filepath.Join(dir, "empty"), "")
+	for _, c := range []struct {
+		name     string
+		from     namespaces
+		recorded string
+		want     string
+		live     bool
+	}{
+		{"nobody has it", namespaces{}, gone, gone, false},
+		{"Docker knows better", namespaces{docker: map[string]string{"a": "/new"}}, ns.Path, "/new", true},
+		{"Nomad has it where it was added", namespaces{nomad: map[string]string{"a": ns.Path}}, ns.Path, ns.Path, true},
+		{"Nomad has it, where it was added is gone", namespaces{nomad: map[string]string{"a": ns.Path}}, gone, ns.Path, true},
+		{"only an empty file is left", namespaces{nomad: map[string]string{"a": empty}}, gone, gone, false},
+		{"two that live: where it was added counts", namespaces{nomad: map[string]string{"a": ns.Path}}, "/proc/self/ns/net", "/proc/self/ns/net", false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if path, live := c.from.of("a", c.recorded); path != c.want || live != c.live {
+				t.Errorf("namespace = %s, %v; want %s, %v", path, live, c.want, c.live)
+			}
+		})
+	}
+	if list := (namespaces{docker: map[string]string{"a": ns.Path, "b": ns.Path}}).others(map[string]bool{"a": true}); len(list) != 1 ||
+		list[0].Key != (redirect.Key{ContainerID: "b", IfName: "eth0"}) || list[0].NetNS != ns.Path {
+		t.Errorf("others = %+v, want b alone", list)
+	}
+}
