@@ -164,3 +164,34 @@ func (f *follower) eventually(t *testing.T, what string, ok func(view) bool) vie
 	}, what)
 	return last
 }
+
+// newFakeDocker is no Docker. It has one pause container and one task, and
+// stands in for one that comes and goes without a dockerd to start.
+func newFakeDocker(t *testing.T, socket string) *httptest.Server {
+	t.Helper()
+	pause, task := strings.Repeat("a", 64), strings.Repeat("b", 64)
+	label := fmt.Sprintf(`"Labels":{%q:%q}`, allocLabel, numbered(1))
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /events", func(w http.ResponseWriter, r *http.Request) {
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	})
+	mux.Handle("GET /containers/json", say(200, fmt.Sprintf(`[{"Id":%q,"Names":["/nomad_init_%s"],"State":"running",%s},
+		{"Id":%q,"Names":["/connect-proxy-web-%s"],"State":"running",%s}]`, pause, numbered(1), label, task, numbered(1), label)))
+	mux.Handle("GET /containers/"+pause+"/json", say(200, `{"NetworkSettings":{"SandboxKey":"/first"}}`))
+	listener, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(mux)
+	server.Listener = listener
+	server.Start()
+	t.Cleanup(func() { endServer(server) })
+	return server
+}
+
+// endServer ends requests too that never answer.
+func endServer(server *httptest.Server) {
+	server.CloseClientConnections()
+	server.Close()
+}

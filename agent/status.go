@@ -30,6 +30,7 @@ type Status struct {
 	Alive     time.Time      `json:"alive"`     // the loop's last turn
 	DataPath  string         `json:"data_path"` // what is wrong with it; empty: nothing
 	Telemetry string         `json:"telemetry"` // where metrics and health are shown; empty: nowhere
+	Docker    string         `json:"docker"`    // why what is known of containers may be old; empty: nothing
 	Consul    ConsulStatus   `json:"consul"`
 	Counts    Counts         `json:"counts"`
 	Workloads []WorkloadView `json:"workloads"`
@@ -165,6 +166,7 @@ func (a *Agent) publish(consul view, more []WorkloadView) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.status.Workloads = list
+	a.status.Docker = a.containers().Error
 	a.status.Consul = ConsulStatus{
 		Enabled: a.follower != nil, Address: a.config.Consul.Address, InStep: consul.InStep, Since: consul.Since,
 		Error: consul.Error, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,

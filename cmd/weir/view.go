@@ -33,6 +33,9 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 func (c *command) renderAgent(view agent.Status, now time.Time) string {
 	var text, below strings.Builder
 	fmt.Fprintln(&text, c.consulLine(view.Consul, now))
+	if view.Docker != "" {
+		fmt.Fprintln(&text, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
+	}
 	rows := [][]string{{"ID", "JOB", "STATE", "KIND", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
 	for _, w := range view.Workloads {
 		var kinds, upstreams []string

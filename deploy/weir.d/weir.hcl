@@ -42,15 +42,23 @@ proxy {
   # default_uid = 101
 }
 
-# Where libcni keeps its results; the agent reads cache_dir/results. The other keys
+# Where libcni keeps its results, of which the agent reads cache_dir/results, and
+# where Nomad makes the namespaces of all drivers but Docker's. The other keys
 # are read by the plugin, from /etc/weir.d, and only for jobs that they concern:
 # which arguments weir.* a job may set, these and no others, and whether a
 # transparent_proxy block may exclude outbound ports, CIDRs and UIDs. A network's
 # own configuration (jobArgs, consulExclusions) wins over both.
 cni {
   # cache_dir         = "/var/lib/cni"
+  # netns_dir         = "/var/run/netns"
   # job_args          = ["mode", "guard", "inbound-port", "outbound-port"]
   # consul_exclusions = true
+}
+
+# Docker's engine API: which namespace a pause container has now, and which task a
+# container is. "" asks nobody; a node without Docker needs nothing.
+docker {
+  # socket = "/var/run/docker.sock"
 }
 
 # Prometheus at /metrics, health at /health.
