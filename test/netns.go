@@ -22,6 +22,7 @@ type NetNS struct {
 
 	tb     testing.TB
 	handle netns.NsHandle
+	ended  bool
 }
 
 // NewNetNS makes a network namespace with lo up.
@@ -59,24 +60,36 @@ func NewBareNetNS(tb testing.TB) *NetNS {
 	}
 	done := make(chan error, 1)
 	go onThrownAwayThread(func() { done <- bindNewNetNS(path) })
-	if err := <-done; err != nil {
+	if err = <-done; err != nil {
 		tb.Fatalf("make netns: %v", err)
 	}
-	tb.Cleanup(func() {
-		if err := unix.Unmount(path, unix.MNT_DETACH); err != nil {
-			tb.Errorf("unmount netns: %v", err)
-		}
-	})
-	handle, err := netns.GetFromPath(path)
-	if err != nil {
+	ns := &NetNS{Path: path, tb: tb, handle: netns.None()}
+	tb.Cleanup(ns.End)
+	if ns.handle, err = netns.GetFromPath(path); err != nil {
 		tb.Fatalf("open netns: %v", err)
 	}
-	tb.Cleanup(func() {
-		if err := handle.Close(); err != nil {
-			tb.Errorf("close netns: %v", err)
+	return ns
+}
+
+// End gives the namespace up before the test ends: it dies as soon as nothing
+// runs in it.
+func (ns *NetNS) End() {
+	ns.tb.Helper()
+	if ns.ended {
+		return
+	}
+	ns.ended = true
+	if err := unix.Unmount(ns.Path, unix.MNT_DETACH); err != nil {
+		ns.tb.Errorf("unmount netns: %v", err)
+	}
+	if err := os.Remove(ns.Path); err != nil && !os.IsNotExist(err) {
+		ns.tb.Errorf("remove netns: %v", err)
+	}
+	if ns.handle.IsOpen() {
+		if err := ns.handle.Close(); err != nil {
+			ns.tb.Errorf("close netns: %v", err)
 		}
-	})
-	return &NetNS{Path: path, tb: tb, handle: handle}
+	}
 }
 
 // Do runs f on the caller's goroutine with its thread inside the namespace.
