@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -116,7 +117,9 @@ func gather(cached map[redirect.Key]attachment, known []redirect.Known, spaces n
 	return list
 }
 
-func compareKeys(a, b redirect.Key) int { return strings.Compare(a.String(), b.String()) }
+func compareKeys(a, b redirect.Key) int {
+	return cmp.Or(strings.Compare(a.ContainerID, b.ContainerID), strings.Compare(a.IfName, b.IfName))
+}
 
 // settle brings one attachment to what is wished for it. What goes wrong
 // concerns it alone and is tried again.

@@ -82,12 +82,12 @@ func (c *Collector) run() (freed int, err error) {
 		return 0, err
 	}
 	defer tables.Close()
-	records, err := c.datapath.paths.readRecords()
-	if err != nil {
+	excess, err := pressed(tables)
+	if err != nil || len(excess) == 0 && len(c.condemned) == 0 {
 		return 0, err
 	}
-	excess, err := pressed(tables, records)
-	if err != nil || len(excess) == 0 && len(c.condemned) == 0 {
+	records, err := c.datapath.paths.readRecords()
+	if err != nil {
 		return 0, err
 	}
 	held, err := readHeld(tables)
@@ -107,28 +107,43 @@ func (c *Collector) run() (freed int, err error) {
 	return freed, errors.Join(problems...)
 }
 
-// pressed returns how many origins each workload should give up.
-func pressed(tables *tables, records []*record) (map[uint64]int, error) {
-	excess := make(map[uint64]int)
-	total, limit := 0, 0
+// pressed returns how many origins each workload should give up. It reads the
+// tables alone: a node full of calm workloads costs a few system calls.
+func pressed(tables *tables) (map[uint64]int, error) {
 	table, err := tables.table("origins")
 	if err != nil {
 		return nil, err
 	}
-	limit = int(table.MaxEntries())
-	for _, r := range records {
-		held, err := tables.held(r.Cookie)
+	limit := int(table.MaxEntries())
+	held := make(map[uint64]uint32) // both counts may have gone round
+	if err := walk(tables, "budgets", func(cookie uint64, row bpfBudget) { held[cookie] += row.Used }); err != nil {
+		return nil, err
+	}
+	if err := walk(tables, "releases", func(cookie uint64, released uint32) { held[cookie] -= released }); err != nil {
+		return nil, err
+	}
+	excess := make(map[uint64]int)
+	total := 0
+	for cookie, count := range held {
+		if total += int(count); count == 0 {
+			continue
+		}
+		generation, err := tables.generation(cookie)
 		if err != nil {
 			return nil, err
 		}
-		total += int(held)
-		if over := int(held) - int(r.desired().Budget)/2; over > 0 {
-			excess[r.Cookie] = over
+		var config bpfConfig
+		found, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config)
+		if err != nil {
+			return nil, err
+		}
+		if over := int(count) - int(config.Budget)/2; found && over > 0 {
+			excess[cookie] = over
 		}
 	}
 	if total > limit/2 {
-		for _, r := range records {
-			excess[r.Cookie] = limit
+		for cookie := range held {
+			excess[cookie] = limit
 		}
 	}
 	return excess, nil

@@ -67,10 +67,14 @@ func bootID() (string, error) {
 // readRecord returns ErrUnknown where there is no record, or only one of an
 // earlier boot.
 func (p Paths) readRecord(key Key) (*record, error) {
-	return p.readRecordFile(p.record(key))
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
+	return readRecordFile(p.record(key), boot)
 }
 
-func (p Paths) readRecordFile(path string) (*record, error) {
+func readRecordFile(path, boot string) (*record, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, ErrUnknown
@@ -81,10 +85,6 @@ func (p Paths) readRecordFile(path string) (*record, error) {
 	r := new(record)
 	if err := json.Unmarshal(data, r); err != nil {
 		return nil, fmt.Errorf("read record %s: %w: %w", path, errUnreadable, err)
-	}
-	boot, err := bootID()
-	if err != nil {
-		return nil, err
 	}
 	if r.BootID != boot {
 		return nil, ErrUnknown
@@ -131,13 +131,17 @@ func (p Paths) readRecords() ([]*record, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list records: %w", err)
 	}
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
 	var records []*record
 	var problems []error
 	for _, entry := range entries {
 		if !strings.HasSuffix(entry.Name(), ".json") {
 			continue
 		}
-		r, err := p.readRecordFile(filepath.Join(p.workloads(), entry.Name()))
+		r, err := readRecordFile(filepath.Join(p.workloads(), entry.Name()), boot)
 		switch {
 		case errors.Is(err, ErrUnknown):
 		case err != nil:
