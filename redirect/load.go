@@ -59,7 +59,13 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 		return result, err
 	}
 	defer pinned.Close()
-	return d.upgrade(pinned, root, renew)
+	repinned, err := d.repin()
+	if err != nil {
+		return LoadResult{Did: repinned}, err
+	}
+	result, err = d.upgrade(pinned, root, renew)
+	result.Changed, result.Did = result.Changed || len(repinned) > 0, append(repinned, result.Did...)
+	return result, err
 }
 
 // loadFresh builds everything beside the live directory, the workloads on

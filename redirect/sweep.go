@@ -8,6 +8,8 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/cilium/ebpf/link"
 )
 
 // Known is what the node's record says of a workload: who asked for what. What
@@ -74,6 +76,17 @@ func (d *Datapath) Unhooked() (keys []Key, err error) {
 		}
 	}
 	return keys, err
+}
+
+// Hooked reports whether the lookup program of a namespace, which its cookie
+// names, is pinned and in force: two system calls, without the lock.
+func (d *Datapath) Hooked(cookie uint64) bool {
+	pinned, err := link.LoadPinnedLink(d.paths.lookup(cookie), nil)
+	if err != nil {
+		return false
+	}
+	defer pinned.Close()
+	return lookupInode(pinned) != 0
 }
 
 // Directories are where a change by somebody else can be seen: records, pinned

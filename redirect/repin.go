@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// mapNames are the node's tables, each pinned under its name.
+func mapNames() []string {
+	return []string{
+		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions", "indexes",
+		"listeners", "origins", "proxies", "releases", "verdicts", "workloads",
+	}
+}
+
+// repin pins those tables again whose pin somebody removed. The programs in
+// force hold every table that they use, with its rows, so nothing is lost. A
+// node without the table that tells its layout is one that is not loaded.
+func (d *Datapath) repin() (did []string, err error) {
+	var lost []string
+	for _, name := range mapNames() {
+		if _, err := os.Lstat(filepath.Join(d.paths.maps(), name)); errors.Is(err, fs.ErrNotExist) {
+			lost = append(lost, name)
+		}
+	}
+	if len(lost) == 0 || slices.Contains(lost, "control") {
+		return nil, nil
+	}
+	for _, name := range programNames() {
+		found, err := d.repinFrom(d.paths.link(name), lost)
+		if err != nil {
+			return did, err
+		}
+		for _, name := range found {
+			did = append(did, "pin of map "+name+" put back")
+			lost = slices.DeleteFunc(lost, func(other string) bool { return other == name })
+		}
+	}
+	if len(lost) > 0 {
+		return did, fmt.Errorf("pin maps again: no program in force has %v: run 'weir unload', then 'weir load', and restart the allocations", lost)
+	}
+	return did, nil
+}
+
+// repinFrom pins the lost tables that the program of a link uses.
+func (d *Datapath) repinFrom(pin string, lost []string) (found []string, err error) {
+	pinned, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pin maps again: %w", err)
+	}
+	defer pinned.Close()
+	info, err := pinned.Info()
+	if err != nil {
+		return nil, fmt.Errorf("pin maps again: %w", err)
+	}
+	program, err := ebpf.NewProgramFromID(info.Program)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // it is detached
+	}
+	if err != nil {
+		return nil, fmt.Errorf("pin maps again: %w", err)
+	}
+	defer program.Close()
+	details, err := program.Info()
+	if err != nil {
+		return nil, fmt.Errorf("pin maps again: %w", err)
+	}
+	ids, _ := details.MapIDs()
+	for _, id := range ids {
+		name, err := d.repinMap(id, lost)
+		if err != nil {
+			return found, err
+		}
+		if name != "" {
+			found = append(found, name)
+		}
+	}
+	return found, nil
+}
+
+func (d *Datapath) repinMap(id ebpf.MapID, lost []string) (name string, err error) {
+	table, err := ebpf.NewMapFromID(id)
+	if err != nil {
+		return "", fmt.Errorf("pin maps again: %w", err)
+	}
+	defer table.Close()
+	info, err := table.Info()
+	if err != nil {
+		return "", fmt.Errorf("pin maps again: %w", err)
+	}
+	if !slices.Contains(lost, info.Name) {
+		return "", nil
+	}
+	if err := table.Pin(filepath.Join(d.paths.maps(), info.Name)); err != nil {
+		return "", fmt.Errorf("pin map %s again: %w", info.Name, err)
+	}
+	return info.Name, nil
+}

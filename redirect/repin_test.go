@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+func TestMapNamesAreThoseOfTheObject(t *testing.T) {
+	spec, err := loadBpf()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for name := range spec.Maps {
+		want = append(want, name)
+	}
+	slices.Sort(want)
+	if diff := cmp.Diff(want, mapNames()); diff != "" {
+		t.Errorf("names (-want +got):\n%s", diff)
+	}
+}
+
+// A pin that somebody removed comes back with the table and its rows: a fresh
+// table would give indexes a second time that open connections carry.
+func TestMendPutsBackPinsOfMaps(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.startProxy()
+	a.works()
+	before := kernelObjects(t, n.Datapath)
+	rows := rowCounts(t, n.Datapath)
+	for _, name := range mapNames() {
+		if name == "control" { // without it the node is not loaded
+			continue
+		}
+		if err := os.Remove(filepath.Join(n.paths.maps(), name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	did, err := n.Mend()
+	if err != nil || !strings.Contains(strings.Join(did, "\n"), "pin of map origins put back") {
+		t.Fatalf("mend = %q, %v; want the pins put back", did, err)
+	}
+	if diff := cmp.Diff(before.maps, kernelObjects(t, n.Datapath).maps); diff != "" {
+		t.Errorf("other tables are pinned (-before +after):\n%s", diff)
+	}
+	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
+		t.Errorf("rows (-before +after):\n%s", diff)
+	}
+	if did, err := n.Mend(); err != nil || len(did) > 0 {
+		t.Errorf("mend again = %q, %v; want nothing done", did, err)
+	}
+	a.works()
+}
