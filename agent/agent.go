@@ -11,7 +11,6 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +28,7 @@ const (
 	freeInterval  = 30 * time.Second
 	checksPerTick = 4                      // of few workloads
 	fewWorkloads  = 64                     // of more it is half of that
+	hooksPerTick  = 128                    // lookup programs looked at
 	storm         = 200 * time.Millisecond // between two passes at least
 )
 
@@ -60,7 +60,9 @@ type Agent struct {
 	inStep   bool // as last told
 	hidden   bool // ... too
 	broken   string
-	nextTurn int // of the round of checks
+	managed  []redirect.Key // under Weir as of the last pass, sorted
+	nextTurn int            // of the round of checks
+	nextHook int            // of the round of looks at lookup programs
 	resynced time.Time
 	swept    time.Time
 	freed    time.Time
@@ -261,22 +263,23 @@ func (a *Agent) free() {
 }
 
 // checkSome verifies a few workloads, so that all have their turn whatever
-// their number.
+// their number, and of more whether somebody detached their lookup program,
+// which costs little.
 func (a *Agent) checkSome() {
-	keys := make([]redirect.Key, 0, len(a.subjects))
-	for key, m := range a.subjects {
-		if m.view.State == StateManaged {
-			keys = append(keys, key)
-		}
-	}
-	slices.SortFunc(keys, compareKeys)
-	count := min(checksPerTick, len(keys))
-	if len(keys) > fewWorkloads {
+	count := min(checksPerTick, len(a.managed))
+	if len(a.managed) > fewWorkloads {
 		count /= 2
 	}
 	for range count {
-		a.check(keys[a.nextTurn%len(keys)])
+		a.check(a.managed[a.nextTurn%len(a.managed)])
 		a.nextTurn++
+	}
+	for range min(hooksPerTick, len(a.managed)) {
+		key := a.managed[a.nextHook%len(a.managed)]
+		a.nextHook++
+		if m := a.subjects[key]; m != nil && m.hook != 0 && !a.datapath.Hooked(m.hook) {
+			a.check(key)
+		}
 	}
 }
 
@@ -296,6 +299,9 @@ func (a *Agent) checkUnhooked() {
 }
 
 func (a *Agent) check(key redirect.Key) {
+	if a.subjects[key] == nil {
+		return // it went meanwhile
+	}
 	mended, err := a.datapath.Check(key, "")
 	a.count(func(c *Counts) { c.Mended += uint64(len(mended)) })
 	for _, what := range mended {

@@ -25,6 +25,7 @@ type memory struct {
 	fresh    bool      // this pass made its record, and the next one reads it
 	inode    uint64    // of its namespace when last seen to be the one of cookie; 0: not seen
 	cookie   uint64    // ... on record
+	hook     uint64    // cookie of the namespace whose lookup program should be in force; 0: none
 	looked   time.Time // for Consul's own rules
 	missing  time.Time // since when its record is missing; zero: it is not
 	retry    time.Time // when to try again what went wrong; zero: nothing did
@@ -148,7 +149,10 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	if next.State != m.view.State && next.State != StateOutside {
 		a.log.Info("workload "+string(next.State), "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "problems", problems)
 	}
-	m.view = next
+	m.view, m.hook = next, 0
+	if state == StateManaged && s.Known != nil {
+		m.hook = s.Known.Cookie
+	}
 }
 
 // place sees to it that a mesh allocation is under Weir and under the right

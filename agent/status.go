@@ -153,9 +153,14 @@ func strays(subjects []subject, consul view) (lines []WorkloadView) {
 // publish shows the outcome of a pass.
 func (a *Agent) publish(consul view, more []WorkloadView) {
 	var list []WorkloadView
+	a.managed = a.managed[:0]
 	for _, key := range slices.SortedFunc(maps.Keys(a.subjects), compareKeys) {
-		if v := a.subjects[key].view; v.State != StateOutside {
+		v := a.subjects[key].view
+		if v.State != StateOutside {
 			list = append(list, v)
+		}
+		if v.State == StateManaged {
+			a.managed = append(a.managed, key)
 		}
 	}
 	list = append(list, more...)

@@ -13,7 +13,7 @@
 #	consul Consul, built from test/tools/consul       -> .tools/bin/consul
 #	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
 #	cni    the reference CNI plugins                  -> .tools/cni
-#	docker Docker's engine, from Debian
+#	docker Docker's engine and a static busybox, from Debian
 #	vm     qemu, and what reads and verifies packages of the archive
 set -euo pipefail
 
@@ -138,7 +138,7 @@ setup_cni() {
 }
 
 setup_docker() {
-	packages docker.io
+	packages docker.io busybox-static
 }
 
 setup_vm() {

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+const transparentMesh = `{"ProxyUserID":"101","ProxyInboundPort":20001,"ProxyOutboundPort":15001}`
+
+// transparent puts an allocation under Weir as the plugin does.
+func (n *node) transparent(id string) (ns *test.NetNS, key redirect.Key) {
+	n.t.Helper()
+	ns, key = test.NewNetNS(n.t), redirect.Key{ContainerID: id, IfName: "eth0"}
+	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
+		Network: "nomad", Job: redirect.Job{AllocID: id}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+	}})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.cached(id, ns.Path, transparentMesh)
+	return ns, key
+}
+
+// Whatever somebody takes away while the agent runs is noticed within seconds,
+// put back, counted and told.
+func TestAgentMendsWhatSomebodyTookAway(t *testing.T) {
+	n := newNode(t)
+	test.Need(t, test.Tool("bpftool"))
+	n.config.CgroupRoot = filepath.Join(test.NewCgroup(t).Path, "root")
+	n.Datapath = redirect.New(n.config.Paths())
+	mkdir := func() error { return os.Mkdir(n.config.CgroupRoot, 0o755) }
+	if err := mkdir(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(n.config.CgroupRoot); err != nil {
+			t.Error(err)
+		}
+	})
+	id := numbered(1)
+	ns, key := n.transparent(id)
+	n.fake.answers(registered(id))
+	n.run()
+	n.eventually(id, StateManaged)
+
+	pin := func(parts ...string) string { return filepath.Join(append([]string{n.config.PinDir}, parts...)...) }
+	lookup := pin("lookups", fmt.Sprint(ns.Cookie()))
+	detach := func(pin string) error {
+		out, err := exec.Command("bpftool", "link", "detach", "pinned", pin).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("bpftool: %w: %s", err, out)
+		}
+		return nil
+	}
+	for _, c := range []struct {
+		name   string
+		damage func() error
+	}{
+		{"a program's link detached", func() error { return detach(pin("links", "weir_connect4")) }},
+		{"a program's pin removed", func() error { return os.Remove(pin("links", "weir_getsockopt")) }},
+		{"the lookup program detached", func() error { return detach(lookup) }},
+		{"the lookup program's pin removed", func() error { return os.Remove(lookup) }},
+		{"a map's pin removed", func() error { return os.Remove(pin("maps", "origins")) }},
+		{"all pins removed", func() error { return os.RemoveAll(n.config.PinDir) }},
+		{"the cgroup root replaced", func() error { return errors.Join(os.Remove(n.config.CgroupRoot), mkdir()) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			before := n.agent.Status().Counts.Mended
+			if err := c.damage(); err != nil {
+				t.Fatal(err)
+			}
+			began := time.Now()
+			test.Eventually(t, func() error {
+				if now := n.agent.Status().Counts.Mended; now == before {
+					return errors.New("nothing was mended")
+				}
+				return n.whole(key)
+			}, "the node to be whole")
+			if took := time.Since(began); took > 3*tick {
+				t.Errorf("mended after %s, want within seconds", took)
+			}
+		})
+	}
+
+	t.Run("the cgroup root is gone for a while", func(t *testing.T) {
+		if err := os.Remove(n.config.CgroupRoot); err != nil {
+			t.Fatal(err)
+		}
+		test.Eventually(t, func() error {
+			if healthy, why := n.agent.Status().Healthy(time.Now()); healthy || !strings.Contains(why, "cgroup root") {
+				return fmt.Errorf("healthy %v: %q", healthy, why)
+			}
+			return nil
+		}, "the loss to be told")
+		if err := mkdir(); err != nil {
+			t.Fatal(err)
+		}
+		test.Eventually(t, func() error {
+			if healthy, why := n.agent.Status().Healthy(time.Now()); !healthy {
+				return errors.New(why)
+			}
+			return n.whole(key)
+		}, "the node to be whole")
+	})
+
+	t.Run("the record removed", func(t *testing.T) {
+		before := n.agent.Status().Counts.Added
+		if err := os.RemoveAll(filepath.Join(n.config.StateDir, "workloads")); err != nil {
+			t.Fatal(err)
+		}
+		test.Eventually(t, func() error {
+			if now := n.agent.Status().Counts.Added; now == before {
+				return errors.New("the record was not made anew")
+			}
+			return n.whole(key)
+		}, "the node to be whole")
+	})
+}
+
+// whole reports what is wrong with the node, by a look of its own.
+func (n *node) whole(key redirect.Key) error {
+	status, err := n.Datapath.Status()
+	if err != nil {
+		return err
+	}
+	if !status.Healthy() || status.Workloads != 1 {
+		return fmt.Errorf("%d workloads, problems %v", status.Workloads, status.Problems)
+	}
+	known, err := n.Known()
+	if err != nil {
+		return err
+	}
+	if len(known) != 1 || known[0].Key != key || known[0].Request.Mode != redirect.ModeTransparent && known[0].Request.Mode != "" {
+		return fmt.Errorf("on record: %+v, want %s alone", known, key)
+	}
+	return nil
+}
