@@ -5,6 +5,7 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"os"
 	"strings"
@@ -130,6 +131,69 @@ func TestGuard(t *testing.T) {
 		register("off")
 		a.eventually("the node's own guard", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardAudit })
 	})
+}
+
+// In a transparent allocation the proxy takes what comes by TCP, whatever the
+// guard: nobody outside reaches a task, or Envoy's administration, past it. UDP is
+// the guard's, and what the job excludes stays open.
+func TestGuardOfATransparentAllocation(t *testing.T) {
+	n := newMeshNode(t, false)
+	n.runAgent()
+	a := n.allocate(`{"ProxyUserID":"101","ProxyInboundPort":0,"ProxyOutboundPort":15001,"ExcludeInboundPorts":["8081"]}`)
+	neighbour := n.allocate("")
+	register := func(guard redirect.Guard) (proxyID string) {
+		return a.register("web", object{"Port": 20002, "Meta": object{"weir-guard": guard}, "Proxy": object{"Mode": "transparent"}})
+	}
+	a.startEnvoy(register(redirect.GuardAudit), "-admin-bind", "0.0.0.0:19000")
+	const application, excluded, admin = 8080, 8081, 19000
+	for _, network := range []string{"tcp", "udp"} {
+		for _, port := range []int{application, excluded} {
+			test.EchoProcess(t, a.spec(1000), network, fmt.Sprintf("[::]:%d", port))
+		}
+	}
+	test.Eventually(t, func() error { return dials(n.outside, a.at(20002)) }, "Envoy to listen")
+	for _, guard := range []redirect.Guard{redirect.GuardAudit, redirect.GuardEnforce} {
+		register(guard)
+		a.wantGuard(t, guard)
+		for from, ns := range map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns} {
+			t.Run(fmt.Sprintf("%s, from %s", guard, from), func(t *testing.T) {
+				for _, port := range []uint16{application, admin} {
+					before := a.counted(t, redirect.Inbound)
+					// The proxy hangs up on who speaks no TLS; a task would greet.
+					if status, err := ready(ns, a.at(port)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+						t.Errorf("port %d answers %q, %v; want it to be the proxy, which hangs up", port, status, err)
+					}
+					if a.counted(t, redirect.Inbound) == before {
+						t.Errorf("no connection to port %d went to the proxy", port)
+					}
+				}
+				// Consul's Envoy listens on IPv4 alone.
+				before := a.counted(t, redirect.RefusedInboundNoProxy)
+				if _, err := test.Ask(ns, "tcp", netip.AddrPortFrom(a.addr6, application).String()); !errors.Is(err, syscall.ECONNREFUSED) {
+					t.Errorf("dial of the application by IPv6 = %v, want ECONNREFUSED", err)
+				}
+				if rose := a.counted(t, redirect.RefusedInboundNoProxy) - before; rose != 1 {
+					t.Errorf("%d connections were counted as refused without a proxy, want 1", rose)
+				}
+				for _, addr := range []netip.Addr{a.addr, a.addr6} {
+					for _, network := range []string{"tcp", "udp"} {
+						if _, err := test.Ask(ns, network, netip.AddrPortFrom(addr, excluded).String()); err != nil {
+							t.Errorf("%s dial of the excluded port at %s: %v", network, addr, err)
+						}
+					}
+					verdict := map[redirect.Guard]redirect.Verdict{redirect.GuardAudit: redirect.GuardAudited, redirect.GuardEnforce: redirect.RefusedGuard}[guard]
+					before := a.counted(t, verdict)
+					_, err := test.Ask(ns, "udp", netip.AddrPortFrom(addr, application).String())
+					if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (guard == redirect.GuardEnforce) || !refused && err != nil {
+						t.Errorf("datagram to the application at %s: %v", addr, err)
+					}
+					if rose := a.counted(t, verdict) - before; rose != 1 {
+						t.Errorf("%d datagrams were counted as %s, want 1", rose, verdict)
+					}
+				}
+			})
+		}
+	}
 }
 
 // Envoy's administration can stop it and shows its certificates. In enforce nobody
