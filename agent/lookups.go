@@ -99,13 +99,13 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	}
 	l.due = time.Time{}
 	for _, question := range l.virtual {
-		l.due = sooner(l.due, question.next)
+		l.due = sooner(l.due, question.turn(l.now()))
 	}
 	for _, question := range l.gateways {
-		l.due = sooner(l.due, question.next)
+		l.due = sooner(l.due, question.turn(l.now()))
 	}
 	if checks {
-		l.due = sooner(l.due, l.checks.next)
+		l.due = sooner(l.due, l.checks.turn(l.now()))
 	}
 	if failed { // whoever comes next would fare no better
 		l.due = l.now().Add(listenerInterval)
@@ -126,6 +126,14 @@ func sooner(a, b time.Time) time.Time {
 		return b
 	}
 	return earlier(a, b)
+}
+
+// turn is when to ask: now where it was never asked, for want of a turn.
+func (q *lookup[T]) turn(now time.Time) time.Time {
+	if q.next.IsZero() {
+		return now
+	}
+	return q.next
 }
 
 // settle takes the answer in and says when to ask again.

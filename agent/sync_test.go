@@ -188,6 +188,24 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	}
 }
 
+// Questions that had no turn in the first round have theirs at once, not at the
+// next bulk read.
+func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
+	const count = 2*lookupsAtOnce + 10
+	fake := newFakeConsul(t)
+	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
+	var upstreams []string
+	for i := range count {
+		upstreams = append(upstreams, fmt.Sprintf(`{"DestinationName": "api-%d", "LocalBindPort": %d}`, i, 1000+i))
+	}
+	fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
+		"Proxy": {"Upstreams": [%s]}}}`, allocation, strings.Join(upstreams, ","))))
+	got := fake.follow(t).eventually(t, "all virtual IPs", func(v view) bool { return len(v.Facts.VirtualIPs) == count })
+	if got.Counts.Reads != 1 {
+		t.Errorf("%d bulk reads for it, want one", got.Counts.Reads)
+	}
+}
+
 func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{}}`)
