@@ -49,6 +49,7 @@ type Agent struct {
 	docker   *docker   // nil: Docker is not to be asked
 	cache    *cache
 	watcher  *watcher
+	resting  time.Duration // between two runs of origins
 	wake     chan struct{}
 	pins     atomic.Bool // something changed among the pins since the last pass
 
@@ -78,6 +79,7 @@ func New(config Config, options Options) (*Agent, error) {
 		config: config, log: options.Log, notify: options.Notify,
 		datapath: redirect.New(config.Paths()),
 		cache:    &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
+		resting:  freeInterval,
 		wake:     make(chan struct{}, 1),
 		subjects: make(map[redirect.Key]*memory),
 		reported: make(map[string]bool),
@@ -203,7 +205,7 @@ func (a *Agent) pass(changed bool) {
 		a.swept = now
 		a.sweep()
 	}
-	if now.Sub(a.freed) > freeInterval {
+	if now.Sub(a.freed) > a.resting {
 		a.freed = now
 		a.free()
 	}

@@ -59,11 +59,14 @@ func newNode(t *testing.T) *node {
 }
 
 // run starts the agent; it ends with the test.
-func (n *node) run() {
+func (n *node) run(change ...func(*Agent)) {
 	n.t.Helper()
 	instance, err := New(n.config, Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
 	if err != nil {
 		n.t.Fatal(err)
+	}
+	for _, edit := range change {
+		edit(instance)
 	}
 	n.agent = instance
 	ctx, cancel := context.WithCancel(context.Background())

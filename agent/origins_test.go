@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// A workload goes through several times its budget of destinations while the
+// agent runs and connections stay open: no refusal, no wrong origin, and what
+// an open connection carries stays its own.
+func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
+	n := newNode(t)
+	n.config.CgroupRoot = "" // the test itself dials
+	n.Datapath = redirect.New(n.config.Paths())
+	budget := max(uint32(test.Scale(2048)), 128)
+	ns := test.NewNetNS(t)
+	key := redirect.Key{ContainerID: numbered(1), IfName: "eth0"}
+	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
+		Network: "nomad", Job: redirect.Job{AllocID: numbered(1)}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001, Budget: budget,
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.cached(numbered(1), ns.Path, transparentMesh)
+	n.fake.answers(registered(numbered(1)))
+	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: test.NewCgroup(t), UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
+	n.run(func(a *Agent) { // without the rests, which are minutes
+		a.resting, a.origins.Rest, a.origins.Grace = 0, 0, 0
+	})
+	n.eventually(numbered(1), StateManaged)
+
+	dial := func(origin netip.AddrPort) (conn *net.TCPConn) {
+		t.Helper()
+		ns.Do(func() {
+			made, err := net.Dial("tcp4", origin.String())
+			if err != nil {
+				t.Fatalf("dial %s: %v", origin, err)
+			}
+			conn = made.(*net.TCPConn)
+		})
+		var reply test.Reply
+		if err := json.NewDecoder(conn).Decode(&reply); err != nil {
+			t.Fatalf("read the proxy's reply: %v", err)
+		}
+		if reply.Origin != origin {
+			t.Fatalf("dial %s: the proxy saw origin %s", origin, reply.Origin)
+		}
+		return conn
+	}
+	long := make(map[netip.AddrPort]*net.TCPConn)
+	for i := range byte(16) {
+		origin := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, i + 1}), 80)
+		long[origin] = dial(origin)
+		t.Cleanup(func() { long[origin].Close() })
+	}
+	for i := range 4 * budget {
+		conn := dial(netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, byte(i >> 16), byte(i >> 8), byte(i)}), 8080))
+		if err := conn.SetLinger(0); err != nil { // TIME_WAIT would carry the index for a minute
+			t.Fatal(err)
+		}
+		conn.Close()
+		if i%(budget/4) == 0 {
+			n.eventuallyHolds(key, budget*3/4)
+		}
+	}
+	for _, w := range n.verdicts(key) {
+		if w.Counts[redirect.RefusedBudget.String()]+w.Counts[redirect.RefusedTable.String()] > 0 {
+			t.Errorf("verdicts: %v, want no refusal", w.Counts)
+		}
+	}
+	if freed := n.agent.Status().Counts.Freed; freed < uint64(3*budget) {
+		t.Errorf("%d indexes were given back, want nearly all of %d", freed, 4*budget)
+	}
+	for origin, conn := range long {
+		if got := peerOf(t, conn); got != origin {
+			t.Errorf("getpeername of a connection to %s says %s", origin, got)
+		}
+		dial(origin).Close()
+	}
+}
+
+// eventuallyHolds waits until the workload holds no more than most origins. It
+// asks the agent to look, which on a quiet node it does every other second.
+func (n *node) eventuallyHolds(key redirect.Key, most uint32) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		n.agent.hurry()
+		list, err := n.Workloads()
+		if err != nil {
+			return err
+		}
+		for _, w := range list {
+			if w.Key == key && w.Origins > most {
+				return fmt.Errorf("it holds %d origins", w.Origins)
+			}
+		}
+		return nil
+	}, "origins to be given back")
+}
+
+func (n *node) verdicts(key redirect.Key) (found []redirect.WorkloadVerdicts) {
+	n.t.Helper()
+	list, err := n.Verdicts()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, w := range list {
+		if w.Key == key {
+			found = append(found, w)
+		}
+	}
+	if len(found) != 1 {
+		n.t.Fatalf("verdicts of %d workloads, want one", len(found))
+	}
+	return found
+}
+
+// peerOf asks the kernel now; the library remembers what it was told once.
+func peerOf(t *testing.T, conn *net.TCPConn) (peer netip.AddrPort) {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = raw.Control(func(fd uintptr) {
+		addr, err := unix.Getpeername(int(fd))
+		if err != nil {
+			t.Errorf("getpeername: %v", err)
+		} else if four, ok := addr.(*unix.SockaddrInet4); ok {
+			peer = netip.AddrPortFrom(netip.AddrFrom4(four.Addr), uint16(four.Port))
+		}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return peer
+}
