@@ -130,6 +130,7 @@ func (r *record) ensureBridge(h *netlink.Handle) (mended []string, err error) {
 		if err := h.LinkSetUp(link); err != nil {
 			return mended, fmt.Errorf("set bridge %s up: %w", r.Bridge, err)
 		}
+		mended = append(mended, r.Bridge+" was down")
 	}
 	if !r.Gateway {
 		return mended, nil
@@ -257,6 +258,7 @@ func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (mended []string, 
 		if err := h.LinkSetUp(host); err != nil {
 			return mended, fmt.Errorf("set %s up: %w", name, err)
 		}
+		mended = append(mended, name+" was down")
 	}
 	r.Result.Interfaces[atHost].Mac = host.Attrs().HardwareAddr.String()
 	r.Result.Interfaces[atBridge].Mac = bridge.Attrs().HardwareAddr.String()
