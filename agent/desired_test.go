@@ -225,6 +225,25 @@ func TestDesire(t *testing.T) {
 			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
 		},
 		{
+			name: "a job strengthens the guard by the plugin",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: func() *redirect.Known {
+				known := onRecord(redirect.ModeDirect)
+				known.Request.Guard = redirect.GuardEnforce
+				return known
+			}(), Proxies: []proxy{sidecar()}},
+			policy: audit,
+			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+		},
+		{
+			name: "a plugin was asked by the job's own arguments, but its record is not there",
+			subject: subject{attachment: func() attachment {
+				a := found()
+				a.JobArgs = true
+				return a
+			}(), Proxies: []proxy{sidecar(transparent)}},
+			policy: audit,
+		},
+		{
 			name: "a job does not weaken the guard",
 			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect),
 				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardOff })}},
@@ -273,6 +292,11 @@ func TestLostRequestIsThatOfNomad(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got, sameAddrs(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)
+	}
+	own := a
+	own.JobArgs = true
+	if got, err := lostRequest(own); err == nil {
+		t.Errorf("request of a job with arguments of its own = %+v, want an error", got)
 	}
 	for _, mesh := range []string{`x`, `{}`, `{"ProxyUserID":"envoy"}`, `{"ProxyUserID":"1","ExcludeOutboundCIDRs":["ten"]}`, `{"ProxyUserID":"1","ExcludeUIDs":["-1"]}`} {
 		a.Mesh = mesh

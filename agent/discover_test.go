@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -48,6 +49,18 @@ func TestParseCache(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got, sameAddrs()); diff != "" {
 		t.Errorf("attachment (-want +got):\n%s", diff)
+	}
+}
+
+// A job's own arguments are the plugin's: the agent knows that there are some.
+func TestParseCacheSeesJobArguments(t *testing.T) {
+	text := strings.Replace(cachedResult, `["IgnoreUnknown","true"]`, `["IgnoreUnknown","true"],["weir.mode","transparent"]`, 1)
+	got, ok, err := parseCache([]byte(text))
+	if err != nil || !ok || !got.JobArgs {
+		t.Errorf("parse = %+v, %v, %v; want an attachment with arguments of its own", got, ok, err)
+	}
+	if got, _, _ := parseCache([]byte(cachedResult)); got.JobArgs {
+		t.Error("arguments of Nomad's and Consul's count as the job's own")
 	}
 }
 

@@ -39,6 +39,16 @@ func TestMerge(t *testing.T) {
 			overlay: Overlay{InboundPort: 4, OutboundPort: 5, Guard: GuardAudit},
 			want:    Workload{Mode: ModeTransparent, InboundPort: 4, OutboundPort: 5, Budget: 3, Guard: GuardAudit},
 		},
+		"the request's guard is the least": {
+			request: Request{Mode: ModeDirect, Guard: GuardEnforce},
+			overlay: Overlay{Guard: GuardAudit},
+			want:    Workload{Mode: ModeDirect, OutboundPort: DefaultOutboundPort, Guard: GuardEnforce, Budget: DefaultBudget},
+		},
+		"the request's guard weakens nothing": {
+			request: Request{Mode: ModeDirect, Guard: GuardAudit},
+			overlay: Overlay{Guard: GuardEnforce},
+			want:    Workload{Mode: ModeDirect, OutboundPort: DefaultOutboundPort, Guard: GuardEnforce, Budget: DefaultBudget},
+		},
 		"lists are sorted and without duplicates": {
 			request: Request{
 				ExcludeInboundPorts: []uint16{9, 7, 9}, ExcludeOutboundPorts: []uint16{3, 1, 3, 2}, ExcludeUIDs: []uint32{70000, 0, 70000},
@@ -198,5 +208,15 @@ func TestEqual(t *testing.T) {
 	}
 	if !validWorkload().Equal(validWorkload()) {
 		t.Error("a workload is not equal to itself")
+	}
+}
+
+// A guard that there is not must not come out as none.
+func TestMergeKeepsAWrongGuardForValidate(t *testing.T) {
+	if err := Merge(Request{Guard: GuardEnforce}, Overlay{Guard: "maybe"}).Validate(); err == nil {
+		t.Error("an overlay with a wrong guard passes")
+	}
+	if err := Merge(Request{Guard: "maybe"}, Overlay{Guard: GuardEnforce}).Validate(); err == nil {
+		t.Error("a request with a wrong guard passes")
 	}
 }

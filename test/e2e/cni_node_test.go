@@ -225,7 +225,8 @@ type cniAllocation struct {
 	id          string
 	recorded    string // the namespace's path in the requests
 	addr        netip.Addr
-	routes      []string // before it was redirected
+	gateway     netip.Addr // of the outside
+	routes      []string   // before it was redirected
 	proxies     map[string]*test.ServerProcess
 	client      *test.Client
 }
@@ -244,7 +245,8 @@ func (n *cniNode) allocate(t *testing.T, add cniRequest) *cniAllocation {
 		node: n, ns: test.NewNetNS(t), outside: test.NewNetNS(t),
 		id: add.id(), recorded: add.Env["CNI_NETNS"], addr: addr.Addr(),
 	}
-	gateway := netip.PrefixFrom(netip.MustParseAddr(previous.IPs[0].Gateway), addr.Bits())
+	a.gateway = netip.MustParseAddr(previous.IPs[0].Gateway)
+	gateway := netip.PrefixFrom(a.gateway, addr.Bits())
 	test.Veth(t,
 		test.VethEnd{NetNS: a.outside, Addrs: []netip.Prefix{gateway}},
 		test.VethEnd{NetNS: a.ns, Addrs: []netip.Prefix{addr}, DefaultRoute: true})
