@@ -290,7 +290,7 @@ func (asked *jobRequest) exclusions(value, what string) ([]string, error) {
 			return nil, fmt.Errorf("%s: want a name of letters, digits, - and _ before the @", quote(item))
 		}
 		if text == "" {
-			return nil, fmt.Errorf("%s: want a list value, name@value, ...", quote(item))
+			return nil, fmt.Errorf("%s: want items value or name@value, separated by commas", quote(item))
 		}
 		list, shown = append(list, text), append(shown, item)
 	}
