@@ -24,6 +24,7 @@ type fakeConsul struct {
 	mu          sync.Mutex
 	services    http.HandlerFunc
 	chain       http.HandlerFunc
+	checks      http.HandlerFunc
 	tokens      []string // of the bulk reads
 	asked       map[string]int
 	connections map[net.Conn]bool
@@ -32,7 +33,7 @@ type fakeConsul struct {
 
 func newFakeConsul(t *testing.T) *fakeConsul {
 	t.Helper()
-	f := &fakeConsul{services: say(200, "{}"), chain: say(200, `{"Chain":{}}`), asked: make(map[string]int), connections: make(map[net.Conn]bool)}
+	f := &fakeConsul{services: say(200, "{}"), chain: say(200, `{"Chain":{}}`), checks: say(200, "{}"), asked: make(map[string]int), connections: make(map[net.Conn]bool)}
 	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(f.serve))
 	f.Config.ConnState = func(conn net.Conn, state http.ConnState) {
 		f.mu.Lock()
@@ -65,6 +66,8 @@ func (f *fakeConsul) serve(w http.ResponseWriter, r *http.Request) {
 		answer = untilGone // nothing ever changes
 	case strings.HasPrefix(path, "/v1/discovery-chain/"):
 		answer = f.chain
+	case path == "/v1/agent/checks":
+		answer = f.checks
 	}
 	f.mu.Unlock()
 	answer(w, r)

@@ -21,6 +21,7 @@ type lookups struct {
 	virtual  map[service]*lookup[[]netip.Addr]
 	gateways map[gateway]*lookup[[]uint16]
 	checks   lookup[map[string][]uint16]
+	exposed  []string  // services whose checks were asked for
 	due      time.Time // when the next question is; zero: there is none
 }
 
@@ -90,10 +91,14 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 			moved, failed = moved || changed, failed || !concernsOne(err)
 		}
 	}
-	if checks && due(l.checks.next) {
+	if !slices.Equal(checks, l.exposed) {
+		l.exposed, l.checks.next, l.checks.tries = checks, time.Time{}, 0
+	}
+	if len(checks) > 0 && due(l.checks.next) {
 		answer, err := l.consul.checks(ctx)
 		changed := err == nil && (!l.checks.answered || !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16]))
-		l.checks.settle(l.now(), answer, err, len(answer) > 0)
+		missing := func(id string) bool { return len(answer[id]) == 0 }
+		l.checks.settle(l.now(), answer, err, !slices.ContainsFunc(checks, missing))
 		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
 		moved = moved || changed
 	}
@@ -104,7 +109,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	for _, question := range l.gateways {
 		l.due = sooner(l.due, question.turn(l.now()))
 	}
-	if checks {
+	if len(checks) > 0 {
 		l.due = sooner(l.due, l.checks.turn(l.now()))
 	}
 	if failed { // whoever comes next would fare no better
@@ -178,8 +183,9 @@ func (l *lookups) known() facts {
 	return known
 }
 
-// questions are what the proxies need to be asked, sorted.
-func questions(byAllocation map[string][]proxy) (services []service, gateways []gateway, checks bool) {
+// questions are what the proxies need to be asked, sorted. checks are the
+// services whose checks are exposed.
+func questions(byAllocation map[string][]proxy) (services []service, gateways []gateway, checks []string) {
 	wanted, listening := make(map[service]bool), make(map[gateway]bool)
 	for _, list := range byAllocation {
 		for _, p := range list {
@@ -191,7 +197,9 @@ func questions(byAllocation map[string][]proxy) (services []service, gateways []
 			if p.Kind == kindIngress || p.Kind == kindAPI {
 				listening[p.entry()] = true
 			}
-			checks = checks || p.ExposeCheck
+			if p.ExposeCheck {
+				checks = append(checks, p.ServiceID)
+			}
 		}
 	}
 	order := func(a, b service) int {
@@ -199,5 +207,6 @@ func questions(byAllocation map[string][]proxy) (services []service, gateways []
 	}
 	services = slices.SortedFunc(maps.Keys(wanted), order)
 	gateways = slices.SortedFunc(maps.Keys(listening), func(a, b gateway) int { return order(a.service, b.service) })
+	slices.Sort(checks)
 	return services, gateways, checks
 }
