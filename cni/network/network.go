@@ -106,16 +106,30 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 		if a.Path != "" {
 			old.Path = a.Path
 		}
-		if err := n.teardown(old); err != nil {
+		// What was never finished may be such that it cannot be undone in
+		// full either; what matters of it comes up again below.
+		if err := n.teardown(old); err != nil && old.Complete {
 			return nil, nil, fmt.Errorf("give up the old network of the same ID: %w", err)
 		}
 	}
 	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie}
-	undo = func() error { return n.teardown(r) }
 	if err := n.build(r, ns); err != nil {
-		return nil, nil, errors.Join(err, undo())
+		return nil, nil, errors.Join(err, n.rollBack(r))
 	}
-	return r.Result, undo, nil
+	return r.Result, func() error { return n.teardown(r) }, nil
+}
+
+// rollBack undoes a build that failed. Another plugin that refused its ADD
+// refuses its DEL as likely, and has nothing then to be kept on record.
+func (n *Network) rollBack(r *record) error {
+	if err := r.unmapPorts(); err != nil && r.mapped {
+		return errors.Join(err, n.removeDevices(r), r.release())
+	}
+	r.PortMappings = nil
+	if err := r.release(); err != nil && r.leased {
+		return errors.Join(err, n.removeDevices(r))
+	}
+	return errors.Join(n.removeDevices(r), n.removeRecord(r.Key))
 }
 
 // build makes everything, and writes the record before the first change.
@@ -127,6 +141,7 @@ func (n *Network) build(r *record, ns *namespace) error {
 	if err != nil {
 		return err
 	}
+	r.leased = true
 	if r.Result, err = r.result(leased); err != nil {
 		return err
 	}
@@ -136,7 +151,7 @@ func (n *Network) build(r *record, ns *namespace) error {
 	if err := r.mapPorts(); err != nil {
 		return err
 	}
-	r.Complete = true
+	r.Complete, r.mapped = true, true
 	return n.writeRecord(r)
 }
 

@@ -26,6 +26,8 @@ type record struct {
 	BootID   string          `json:"boot_id"`
 	Complete bool            `json:"complete"`
 	Result   *current.Result `json:"result,omitempty"`
+
+	leased, mapped bool // by this call
 }
 
 func (n *Network) records() string { return filepath.Join(n.stateDir, "networks") }
