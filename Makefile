@@ -3,10 +3,10 @@ VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo 
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint test test-vm kernels demo bench bench-agent clean
+.PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build bin/weir and bin/weir-cni, both static
 	$(GOBUILD) -o bin/weir ./cmd/weir
@@ -22,6 +22,9 @@ lint: ## Check formatting, imports between packages, file sizes and common mista
 
 test: ## Run all tests; as root those that need the kernel too
 	test/run.sh
+
+e2e: ## Run real job files on a whole node: Nomad, Consul, Docker, Envoy (root)
+	test/run-e2e.sh
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels
 	test/tools/setup.sh vm

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package nomad runs real job files on a whole real node: see test/nomad.
+package nomad
+
+import (
+	"testing"
+
+	"github.com/weirmesh/weir/test/nomad"
+)
+
+// TestNode runs the cases that leave the node as they found it, on one node. A
+// case is a function of a file beside this one.
+func TestNode(t *testing.T) {
+	node := nomad.Start(t, nomad.Options{})
+	for _, each := range []struct {
+		name string
+		test func(*testing.T, *nomad.Node)
+	}{
+		{"Fingerprint", fingerprint},
+		{"TransparentDocker", transparentDocker},
+		{"TransparentExec", transparentExec},
+		{"Exclusions", exclusions},
+	} {
+		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
+	}
+	if !t.Failed() {
+		node.ExpectNothingLeft()
+	}
+}

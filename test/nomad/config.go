@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package nomad
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"path/filepath"
+	"slices"
+	"time"
+)
+
+const consulConfig = `
+node_name            = "node"
+server               = true
+bootstrap_expect     = 1
+data_dir             = "/var/lib/consul"
+bind_addr            = %q
+client_addr          = "127.0.0.1"
+disable_update_check = true
+leave_on_terminate   = false
+log_level            = "info"
+addresses {
+  dns = %q
+}
+ports {
+  grpc     = 8502
+  grpc_tls = -1
+}
+connect {
+  enabled = true
+}
+performance {
+  raft_multiplier = 1
+}
+%s
+`
+
+// The server has ports of its own: the client has the usual ones.
+const serverConfig = `
+name                 = "server"
+data_dir             = "/var/lib/nomad-server"
+bind_addr            = %q
+disable_update_check = true
+addresses {
+  http = "0.0.0.0"
+}
+ports {
+  http = 14646
+  rpc  = 14647
+  serf = 14648
+}
+consul {
+  address             = "127.0.0.1:8500"
+  server_auto_join    = false
+  server_service_name = "nomad-server"
+}
+server {
+  enabled          = true
+  bootstrap_expect = 1
+  raft_multiplier  = 1
+  heartbeat_grace  = "60s"
+  %s
+}
+`
+
+const clientConfig = `
+name                 = "node"
+data_dir             = "/var/lib/nomad"
+bind_addr            = %q
+disable_update_check = true
+addresses {
+  http = "0.0.0.0"
+}
+consul {
+  address          = "127.0.0.1:8500"
+  grpc_address     = "127.0.0.1:8502"
+  client_auto_join = false
+}
+client {
+  enabled           = true
+  servers           = [%q]
+  network_interface = "eth0"
+  cni_path          = "/opt/cni/bin"
+  cni_config_dir    = "/opt/cni/config"
+  cpu_total_compute = 100000
+  memory_total_mb   = 64000
+  gc_interval       = "1h"
+  max_kill_timeout  = "30s"
+  options = {
+    "fingerprint.denylist" = "env_aws,env_gce,env_azure,env_digitalocean"
+  }
+  chroot_env {
+    "/opt/task" = "/"
+  }
+  meta {
+    "connect.sidecar_image" = "envoy:node"
+    "connect.gateway_image" = "envoy:node"
+  }
+  %s
+}
+plugin "docker" {
+  config {
+    infra_image = "pause:node"
+    gc {
+      image = false
+    }
+    volumes {
+      enabled = true
+    }
+  }
+}
+plugin "raw_exec" {
+  config {
+    enabled = true
+  }
+}
+`
+
+func (n *Node) writeConfigs() {
+	n.tb.Helper()
+	dns := n.options.ConsulDNS
+	if dns == "" {
+		dns = NodeAddress
+	}
+	n.Write("/etc/consul.d/consul.hcl", fmt.Sprintf(consulConfig, NodeAddress, dns, n.options.Consul), 0o600)
+	n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, NodeAddress, n.options.Server), 0o600)
+	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, NodeAddress, NodeAddress+":14647", n.options.Client), 0o600)
+	n.Write("/etc/weir.d/weir.hcl", "log_level = \"debug\"\n"+n.options.Agent+"\n", 0o600)
+}
+
+func (n *Node) defineDaemons() {
+	daemon := func(name string, ready func() error, args ...string) *Daemon {
+		return &Daemon{
+			Name: name, machine: n.machine, args: args, ready: ready, patient: 60 * time.Second,
+			log: filepath.Join(n.machine.dir, "log", name+".log"),
+		}
+	}
+	n.Consul = daemon("consul", n.consulReady, "consul", "agent", "-config-dir", "/etc/consul.d")
+	n.Server = daemon("nomad-server", n.serverReady, "nomad", "agent", "-config", "/etc/nomad.d/server.hcl")
+	n.Nomad = daemon("nomad", n.clientReady, "nomad", "agent", "-config", "/etc/nomad.d/client.hcl")
+	if !n.options.NoAgent {
+		n.Agent = daemon("weir", n.agentReady, "weir", "agent", "-config", "/etc/weir.d")
+	}
+	if n.options.NoDocker {
+		return
+	}
+	args := []string{"dockerd", "--storage-driver=overlay2", "--bridge=none", "--ip6tables=false"}
+	if !n.options.DockerRules {
+		args = append(args, "--iptables=false")
+	} else {
+		args = slices.DeleteFunc(args, func(arg string) bool { return arg == "--bridge=none" })
+	}
+	n.Docker = daemon("docker", n.dockerReady, args...)
+}
+
+// daemons are those that the node has, in the order of their start.
+func (n *Node) daemons() []*Daemon {
+	return slices.DeleteFunc([]*Daemon{n.Consul, n.Docker, n.Server, n.Nomad, n.Agent}, func(d *Daemon) bool { return d == nil })
+}
+
+func (n *Node) consulReady() error {
+	var nodes []any
+	if err := n.api.consul.get("/v1/catalog/nodes", &nodes); err != nil {
+		return err
+	}
+	if len(nodes) == 0 {
+		return errors.New("the catalog has no node")
+	}
+	return nil
+}
+
+// serverReady waits for the keys too: a client that registers before is turned
+// away and tries again after 15 seconds.
+func (n *Node) serverReady() error {
+	var keys []struct{ State string }
+	if err := n.api.server.get("/v1/operator/keyring/keys", &keys); err != nil {
+		return err
+	}
+	if len(keys) == 0 {
+		return errors.New("the keyring is empty")
+	}
+	return nil
+}
+
+func (n *Node) clientReady() error {
+	attributes, err := n.attributes()
+	if err != nil {
+		return err
+	}
+	if attributes.Status != "ready" {
+		return fmt.Errorf("the client is %q", attributes.Status)
+	}
+	drivers := []string{"exec", "raw_exec"}
+	if n.Docker != nil {
+		drivers = append(drivers, "docker")
+	}
+	for _, name := range drivers {
+		if driver := attributes.Drivers[name]; !driver.Healthy {
+			return fmt.Errorf("driver %s: %s", name, driver.HealthDescription)
+		}
+	}
+	if attributes.Attributes["unique.consul.name"] == "" {
+		return errors.New("the client has not found Consul")
+	}
+	return nil
+}
+
+// attributes is what the servers know of the client, by the client's own API.
+func (n *Node) attributes() (node clientNode, err error) {
+	var self struct {
+		Stats struct {
+			Client struct {
+				ID string `json:"node_id"`
+			} `json:"client"`
+		} `json:"stats"`
+	}
+	if err := n.api.nomad.get("/v1/agent/self", &self); err != nil {
+		return node, err
+	}
+	return node, n.api.nomad.get("/v1/node/"+self.Stats.Client.ID, &node)
+}
+
+type clientNode struct {
+	ID         string
+	Status     string
+	Attributes map[string]string
+	Drivers    map[string]struct {
+		Healthy           bool
+		HealthDescription string
+	}
+}
+
+// Attributes are the client's node attributes.
+func (n *Node) Attributes() map[string]string {
+	n.tb.Helper()
+	node, err := n.attributes()
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	return node.Attributes
+}
+
+func (n *Node) dockerReady() error { return n.api.dockerCall("GET", "/_ping", nil) }
+
+func (n *Node) agentReady() error {
+	conn, err := net.Dial("unix", n.Path("/run/weir/agent.sock"))
+	if err != nil {
+		return err
+	}
+	return conn.Close()
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package nomad
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Job is a job that was given to Nomad.
+type Job struct {
+	ID string
+
+	node *Node
+	want map[string]int // group -> count
+}
+
+// jobPatience is how long a job's allocations may take to run and pass checks.
+const jobPatience = 90 * time.Second
+
+// Run gives a job file to Nomad, waits until its allocations run and their
+// services pass all checks, and stops it when the test ends. Variables are pairs of
+// a name and a value.
+func (n *Node) Run(file string, variables ...string) *Job {
+	n.tb.Helper()
+	job := n.Submit(file, variables...)
+	job.Await()
+	return job
+}
+
+// Submit is Run that does not wait.
+func (n *Node) Submit(file string, variables ...string) *Job {
+	n.tb.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	var values strings.Builder
+	for pair := range slices.Chunk(variables, 2) {
+		fmt.Fprintf(&values, "%s = %q\n", pair[0], pair[1])
+	}
+	var parsed map[string]any
+	err = n.api.nomad.call(http.MethodPost, "/v1/jobs/parse", map[string]any{"JobHCL": string(text), "Variables": values.String(), "Canonicalize": true}, &parsed)
+	if err != nil {
+		n.tb.Fatalf("read job %s: %v", filepath.Base(file), err)
+	}
+	job := &Job{ID: parsed["ID"].(string), node: n, want: make(map[string]int)}
+	groups, _ := parsed["TaskGroups"].([]any)
+	for _, each := range groups {
+		group := each.(map[string]any)
+		count, _ := group["Count"].(float64)
+		job.want[group["Name"].(string)] = int(count)
+	}
+	n.tb.Cleanup(func() { job.purge() })
+	if err := n.api.nomad.call(http.MethodPut, "/v1/jobs", map[string]any{"Job": parsed}, nil); err != nil {
+		n.tb.Fatalf("submit job %s: %v", filepath.Base(file), err)
+	}
+	return job
+}
+
+// Await waits until as many allocations as the job wants run and pass all checks.
+// An allocation that fails ends the test at once.
+func (j *Job) Await() {
+	j.node.tb.Helper()
+	began := time.Now()
+	eventually(j.node.tb, jobPatience, func() error {
+		j.node.tb.Helper()
+		list, err := j.allocs()
+		if err != nil {
+			return err
+		}
+		running := make(map[string]int)
+		for _, a := range list {
+			switch {
+			case a.DesiredStatus != "run":
+			case a.ClientStatus == "failed":
+				j.node.tb.Fatalf("allocation %s of %s failed:\n%s", a.ID, j.ID, a.events())
+			case a.ClientStatus == "running":
+				running[a.Group]++
+			}
+		}
+		for group, count := range j.want {
+			if running[group] < count {
+				return fmt.Errorf("group %s: %d of %d run: %s", group, running[group], count, j.placement())
+			}
+		}
+		return j.checksPass(list)
+	}, "job "+j.ID)
+	j.node.tb.Logf("node: job %s is up after %s", j.ID, time.Since(began).Round(time.Millisecond))
+}
+
+// placement tells why allocations are not there.
+func (j *Job) placement() string {
+	var evaluations []struct{ FailedTGAllocs map[string]map[string]any }
+	if err := j.node.api.nomad.get("/v1/job/"+j.ID+"/evaluations", &evaluations); err != nil {
+		return err.Error()
+	}
+	var told strings.Builder
+	for _, e := range evaluations {
+		for group, why := range e.FailedTGAllocs {
+			fmt.Fprintf(&told, "%s cannot be placed: filtered %v, exhausted %v; ", group, why["ConstraintFiltered"], why["DimensionExhausted"])
+		}
+	}
+	return told.String()
+}
+
+// checksPass looks at the services that Nomad registered for the allocations. A
+// group without services has none to look at.
+func (j *Job) checksPass(list []*Alloc) error {
+	var checks map[string]struct{ Name, ServiceID, Status, Output string }
+	if err := j.node.api.consul.get("/v1/agent/checks", &checks); err != nil {
+		return err
+	}
+	var bad []error
+	for _, check := range checks {
+		for _, a := range list {
+			if a.DesiredStatus == "run" && strings.Contains(check.ServiceID, a.ID) && check.Status != "passing" {
+				bad = append(bad, fmt.Errorf("check %q of %s is %s: %s", check.Name, check.ServiceID, check.Status, check.Output))
+			}
+		}
+	}
+	return errors.Join(bad...)
+}
+
+// Allocs are the job's allocations that Nomad wants to run, the newest first.
+func (j *Job) Allocs() []*Alloc {
+	j.node.tb.Helper()
+	list, err := j.allocs()
+	if err != nil {
+		j.node.tb.Fatal(err)
+	}
+	return slices.DeleteFunc(list, func(a *Alloc) bool { return a.DesiredStatus != "run" })
+}
+
+// Alloc is the only allocation of a group that Nomad wants to run.
+func (j *Job) Alloc(group string) *Alloc {
+	j.node.tb.Helper()
+	list := slices.DeleteFunc(j.Allocs(), func(a *Alloc) bool { return a.Group != group })
+	if len(list) != 1 {
+		j.node.tb.Fatalf("job %s has %d allocations of group %s, want 1", j.ID, len(list), group)
+	}
+	return list[0]
+}
+
+func (j *Job) allocs() ([]*Alloc, error) {
+	var list []*Alloc
+	if err := j.node.api.nomad.get("/v1/job/"+j.ID+"/allocations", &list); err != nil {
+		return nil, err
+	}
+	slices.SortFunc(list, func(a, b *Alloc) int { return int(b.CreateIndex) - int(a.CreateIndex) })
+	for _, a := range list {
+		a.node = j.node
+	}
+	return list, nil
+}
+
+// Stop stops the job and waits until its allocations are gone from the node.
+func (j *Job) Stop() {
+	j.node.tb.Helper()
+	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID, nil, nil); err != nil {
+		j.node.tb.Fatalf("stop job %s: %v", j.ID, err)
+	}
+	eventually(j.node.tb, jobPatience, j.gone, "end of job "+j.ID)
+}
+
+func (j *Job) gone() error {
+	list, err := j.allocs()
+	if err != nil {
+		return err
+	}
+	for _, a := range list {
+		if a.ClientStatus == "running" || a.ClientStatus == "pending" {
+			return fmt.Errorf("allocation %s is still %s", a.ID, a.ClientStatus)
+		}
+	}
+	return nil
+}
+
+// purge stops the job and makes Nomad forget it. Nomad may be down by then.
+func (j *Job) purge() {
+	if !j.node.Nomad.Running() || !j.node.Server.Running() {
+		return
+	}
+	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID, nil, nil); err != nil {
+		j.node.tb.Errorf("stop job %s: %v", j.ID, err)
+		return
+	}
+	eventually(j.node.tb, jobPatience, j.gone, "end of job "+j.ID)
+	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID+"?purge=true", nil, nil); err != nil {
+		j.node.tb.Errorf("purge job %s: %v", j.ID, err)
+	}
+}

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package nomad
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/test"
+	"github.com/weirmesh/weir/test/nomad/wire"
+	"github.com/weirmesh/weir/test/spawn"
+)
+
+// Options says how a node differs from the usual one. The zero value is a node
+// with Weir in the place of consul-cni and its agent running.
+type Options struct {
+	// Plugin is the file of this machine that is consul-cni; Weir's where empty.
+	Plugin string
+	// NoAgent leaves Weir's agent out, NoDocker Docker.
+	NoAgent, NoDocker bool
+	// DockerRules lets Docker write its own rules and set FORWARD to DROP.
+	DockerRules bool
+	// ConsulDNS is the address of Consul's DNS; NodeAddress where empty.
+	ConsulDNS string
+	// Client, Server, Consul and Agent are more HCL for the client block and the
+	// server block of Nomad, for Consul and for Weir's agent.
+	Client, Server, Consul, Agent string
+}
+
+// Node is a running node. The test that [Start] was given owns it; others use it
+// by [Node.For].
+type Node struct {
+	// Consul, Docker, Server, Nomad (the client) and Agent (Weir's) can each be
+	// stopped, killed and started again.
+	Consul, Docker, Server, Nomad, Agent *Daemon
+
+	tb      testing.TB
+	options Options
+	machine *machine
+	api     *clients
+	ids     *identities
+}
+
+// identities are what a node leaves its name on, in trees that it shares with the
+// machine.
+type identities struct{ allocs, containers map[string]bool }
+
+// Start starts a node that ends with the test. Without root or one of the
+// programs the test is skipped.
+func Start(tb testing.TB, options Options) *Node {
+	tb.Helper()
+	test.Need(tb, test.Root, test.CgroupV2, test.BPF, test.Tool("nsenter"), test.Tool("iptables"))
+	if !options.NoDocker {
+		test.Need(tb, test.Tool("dockerd"))
+	}
+	began := time.Now()
+	parts := findParts(tb)
+	n := &Node{tb: tb, options: options, ids: &identities{allocs: make(map[string]bool), containers: make(map[string]bool)}}
+	tb.Cleanup(func() { n.removeCgroups() })
+	n.machine = newMachine(tb, parts.tools())
+	tb.Cleanup(func() {
+		if tb.Failed() {
+			n.report()
+		}
+		n.rememberIdentities()
+	})
+	n.machine.start(tb)
+	n.api = newClients(n)
+	n.furnish(parts)
+	n.defineDaemons()
+	n.startDaemons(func() {
+		if !options.NoDocker {
+			n.makeImages()
+		}
+	})
+	tb.Logf("node: up after %s", time.Since(began).Round(time.Millisecond))
+	return n
+}
+
+// For is the node for another test, such as a subtest: it fails and logs there,
+// and what that test runs on the node ends with it.
+func (n *Node) For(tb testing.TB) *Node {
+	other := *n
+	other.tb = tb
+	tb.Cleanup(func() {
+		if tb.Failed() {
+			other.report()
+		}
+	})
+	return &other
+}
+
+func (n *Node) startDaemons(meanwhile func()) {
+	n.tb.Helper()
+	began := time.Now()
+	// Together: each takes a second or two, and only the client needs others.
+	n.Consul.Launch(n.tb)
+	n.Server.Launch(n.tb)
+	if n.Docker != nil {
+		n.Docker.Launch(n.tb)
+		n.Docker.AwaitReady(n.tb)
+	}
+	meanwhile()
+	n.Consul.AwaitReady(n.tb)
+	n.Server.AwaitReady(n.tb)
+	n.Nomad.Launch(n.tb)
+	if n.Agent != nil {
+		n.Agent.Start(n.tb)
+	}
+	n.Nomad.AwaitReady(n.tb)
+	n.tb.Logf("node: all services are ready after %s", time.Since(began).Round(time.Millisecond))
+}
+
+// Reboot takes the power away and boots: what lies on the disk stays (the data of
+// Consul, Nomad and Docker, /var/lib/cni, /etc, /opt), the rest goes (processes,
+// namespaces, /run, /tmp, the bpffs and with it every program of Weir's).
+func (n *Node) Reboot() {
+	n.tb.Helper()
+	n.rememberIdentities()
+	n.machine.cut(n.tb)
+	n.machine.start(n.tb)
+	n.startDaemons(func() {})
+}
+
+// Path is where the test sees a file of the node. The name must not lead through
+// an absolute symbolic link, as /var/run/... does: write /run/...
+func (n *Node) Path(name string) string { return n.machine.path(name) }
+
+// NetNS is the node's own network namespace, Neighbour that of a machine on the
+// same network, at NeighbourAddress.
+func (n *Node) NetNS() *test.NetNS     { return n.machine.net }
+func (n *Node) Neighbour() *test.NetNS { return n.machine.neighbour }
+
+// Write makes a file of the node.
+func (n *Node) Write(name, text string, mode os.FileMode) {
+	n.tb.Helper()
+	path := n.Path(name)
+	err := os.MkdirAll(filepath.Dir(path), 0o755)
+	if err == nil {
+		err = os.WriteFile(path, []byte(text), mode)
+	}
+	if err != nil {
+		n.tb.Fatalf("write %s: %v", name, err)
+	}
+}
+
+// InstallPlugin puts a file of this machine into the node's cni_path under the
+// given names, as an operator does: the new file is renamed over the old one.
+// Nomad reads versions when its client starts.
+func (n *Node) InstallPlugin(file string, names ...string) {
+	n.tb.Helper()
+	for _, name := range names {
+		target := n.Path(filepath.Join("/opt/cni/bin", name))
+		err := copyFile(file, target+".new", 0o755)
+		if err == nil {
+			err = os.Rename(target+".new", target)
+		}
+		if err != nil {
+			n.tb.Fatalf("install plugin %s: %v", name, err)
+		}
+	}
+}
+
+// Command runs a program inside the node and returns what it wrote. A failure
+// fails the test.
+func (n *Node) Command(name string, args ...string) string {
+	n.tb.Helper()
+	out, err := n.Try(name, args...)
+	if err != nil {
+		n.tb.Fatal(err)
+	}
+	return out
+}
+
+// Try is Command for programs that may fail: the error carries what the program
+// wrote to standard error.
+func (n *Node) Try(name string, args ...string) (string, error) {
+	return n.output(n.machine.command(n.tb.Context(), name, args...))
+}
+
+func (n *Node) output(cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := n.machine.run(cmd); err != nil {
+		return "", fmt.Errorf("run %q: %w", cmd.Args, err)
+	}
+	err := cmd.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return stdout.String(), &CommandError{Code: exit.ExitCode(), Text: stderr.String(), Args: cmd.Args}
+	}
+	return stdout.String(), err
+}
+
+// CommandError is a program that ended with a code other than 0.
+type CommandError struct {
+	Code int
+	Text string // what it wrote to standard error
+	Args []string
+}
+
+func (e *CommandError) Error() string {
+	return fmt.Sprintf("run %q: code %d: %s", e.Args, e.Code, e.Text)
+}
+
+// Get asks a URL, as a process of this machine in one of the node's namespaces.
+func (n *Node) Get(from *test.NetNS, target string) (outcome wire.Outcome) {
+	n.tb.Helper()
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: spawn.Dialer(from.Path)}}
+	response, err := client.Get(target)
+	if err != nil {
+		return outcome.Fail(err)
+	}
+	defer response.Body.Close()
+	outcome.Status = response.StatusCode
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		return outcome.Fail(err)
+	}
+	return outcome.Told(text)
+}
+
+// AddNeighbourAddress gives the neighbour one more address, until the node ends.
+func (n *Node) AddNeighbourAddress(address string) string {
+	n.tb.Helper()
+	if out, err := exec.Command("nsenter", "--net="+n.machine.neighbour.Path, "--", "ip", "address", "replace", address+"/24", "dev", "eth0").CombinedOutput(); err != nil {
+		n.tb.Fatalf("add address of the neighbour: %v: %s", err, out)
+	}
+	return address
+}

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: MPL-2.0
+#
+# Real job files on whole nodes: Nomad, Consul, Docker, Envoy and the reference CNI
+# plugins, all real, in namespaces of their own. Wants root. With CI set a skip is a
+# failure. Arguments go to "go test", such as -run 'TestNode/Exclusions'.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+((EUID == 0)) || { echo 'a node needs root' >&2; exit 1; }
+test/tools/setup.sh test envoy consul nomad cni docker
+
+# Progress is told as it goes: a node that hangs shows where.
+exec go test -count=1 -v -timeout 30m "$@" ./test/e2e/nomad
