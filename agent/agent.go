@@ -28,7 +28,7 @@ const (
 	freeInterval  = 30 * time.Second
 	checksPerTick = 4                      // of few workloads
 	fewWorkloads  = 64                     // of more it is half of that
-	hooksPerTick  = 128                    // lookup programs looked at
+	looksPerTick  = 128                    // workloads, see lookSome
 	storm         = 200 * time.Millisecond // between two passes at least
 )
 
@@ -63,7 +63,7 @@ type Agent struct {
 	broken   string
 	managed  []redirect.Key // under Weir as of the last pass, sorted
 	nextTurn int            // of the round of checks
-	nextHook int            // of the round of looks at lookup programs
+	nextLook int            // of the round of looks
 	resynced time.Time
 	swept    time.Time
 	freed    time.Time
@@ -211,6 +211,7 @@ func (a *Agent) pass(changed bool) {
 	}
 	if !changed {
 		a.checkSome()
+		a.lookSome()
 	}
 	a.mu.Lock()
 	a.status.Alive = time.Now()
@@ -265,8 +266,7 @@ func (a *Agent) free() {
 }
 
 // checkSome verifies a few workloads, so that all have their turn whatever
-// their number, and of more whether somebody detached their lookup program,
-// which costs little.
+// their number.
 func (a *Agent) checkSome() {
 	count := min(checksPerTick, len(a.managed))
 	if len(a.managed) > fewWorkloads {
@@ -275,13 +275,6 @@ func (a *Agent) checkSome() {
 	for range count {
 		a.check(a.managed[a.nextTurn%len(a.managed)])
 		a.nextTurn++
-	}
-	for range min(hooksPerTick, len(a.managed)) {
-		key := a.managed[a.nextHook%len(a.managed)]
-		a.nextHook++
-		if m := a.subjects[key]; m != nil && m.hook != 0 && !a.datapath.Hooked(m.hook) {
-			a.check(key)
-		}
 	}
 }
 

@@ -27,6 +27,8 @@ type memory struct {
 	cookie   uint64    // ... on record
 	hook     uint64    // cookie of the namespace whose lookup program should be in force; 0: none
 	looked   time.Time // for Consul's own rules
+	claimant claimant  // whom the kernel took for the proxy when that was last looked at
+	proxies  []proxy   // as Consul had them in the last pass
 	missing  time.Time // since when its record is missing; zero: it is not
 	retry    time.Time // when to try again what went wrong; zero: nothing did
 	failures int
@@ -140,8 +142,12 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
 		problems = append(problems, m.errors[step])
 	}
+	if m.claimant.problem != "" {
+		problems = append(problems, m.claimant.problem)
+	}
 	next := describe(s, state, wanted, problems, consul.Facts)
 	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero()
+	next.Task, m.proxies = m.claimant.task, s.Proxies
 	next.Since = m.view.Since
 	if next.InStep != m.view.InStep || next.State != m.view.State {
 		next.Since = now

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -19,7 +20,7 @@ import (
 // of an adopted allocation, after lost maps, or on a port that Consul named
 // only later. adopt takes such listeners in from user space, under the same
 // identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6).
-func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []string, err error) {
+func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []uint64) (adopted []string, err error) {
 	proxy, err := tables.proxyState(ns.cookie)
 	if err != nil {
 		return nil, err
@@ -67,6 +68,10 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload) (adopted []st
 			unix.Close(fd)
 			continue // a second claimant
 		}
+		if slices.Contains(strangers, cgroup) {
+			unix.Close(fd)
+			continue
+		}
 		err = tables.enlist(ns.cookie, l.missing, &w, fd)
 		unix.Close(fd)
 		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
@@ -113,6 +118,14 @@ func (t *tables) forgetAdopted(cookie uint64, proxy bpfProxy) (bpfProxy, error) 
 		return proxy, err
 	}
 	return bpfProxy{}, t.put("proxies", cookie, bpfProxy{}, ebpf.UpdateAny)
+}
+
+// forgetProxy takes every listener of the workload out, and the proxy with them.
+func (t *tables) forgetProxy(cookie uint64) error {
+	if err := t.evict(cookie, 0, 0); err != nil {
+		return err
+	}
+	return t.put("proxies", cookie, bpfProxy{}, ebpf.UpdateAny)
 }
 
 // anyListener reports whether a listener on whatever port is registered.

@@ -51,7 +51,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		}
 		if before.Complete && !samePorts(before.Applied, workload) {
 			// Those that wait at the new ports already, before anybody is sent there.
-			if _, err := adopt(tables, d.paths, ns, workload); err != nil {
+			if _, err := adopt(tables, d.paths, ns, workload, r.Strangers); err != nil {
 				return changed, err
 			}
 		}
@@ -67,7 +67,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 	if attached {
 		changed = append(changed, "lookup program attached")
 	}
-	adopted, err := adopt(tables, d.paths, ns, workload)
+	adopted, err := adopt(tables, d.paths, ns, workload, r.Strangers)
 	if err != nil {
 		return changed, err
 	}

@@ -32,6 +32,9 @@ type record struct {
 	Found []netip.Addr `json:"found,omitempty"`
 	// Ephemeral is the namespace's range of ports for the replies to its own datagrams.
 	Ephemeral PortRange `json:"ephemeral"`
+	// Strangers are cgroups under the proxy's UID that are known not to be the
+	// proxy's: their listeners are not taken in.
+	Strangers []uint64 `json:"strangers,omitempty"`
 	// IPv6 says that the encoded IPv6 range is routed in the namespace.
 	IPv6 bool `json:"ipv6"`
 	// Complete says that the kernel's rows are those of Applied and no others.

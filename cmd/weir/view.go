@@ -36,7 +36,7 @@ func (c *command) renderAgent(view agent.Status, now time.Time) string {
 	if view.Docker != "" {
 		fmt.Fprintln(&text, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
 	}
-	rows := [][]string{{"ID", "JOB", "STATE", "KIND", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
+	rows := [][]string{{"ID", "JOB", "STATE", "KIND", "TASK", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
 	for _, w := range view.Workloads {
 		var kinds, upstreams []string
 		for _, p := range w.Proxies {
@@ -46,7 +46,7 @@ func (c *command) renderAgent(view agent.Status, now time.Time) string {
 			upstreams = append(upstreams, fmt.Sprintf("%s=%s", u.Name, u.Listener))
 		}
 		rows = append(rows, []string{
-			short(w.ID), orDash(w.Job), string(w.State), orDash(strings.Join(kinds, " ")), orDash(string(w.Guard)), inStep(w),
+			short(w.ID), orDash(w.Job), string(w.State), orDash(strings.Join(kinds, " ")), orDash(w.Task), orDash(string(w.Guard)), inStep(w),
 			now.Sub(w.Since).Round(time.Second).String(), orDash(strings.Join(upstreams, " ")), orDash(strings.Trim(fmt.Sprint(w.Open), "[]")),
 		})
 		if len(w.Problems) == 0 {

@@ -31,8 +31,8 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	got := try(t, n, nil, "workloads")
 	for _, want := range []string{
 		"agent: in step with Consul at 127.0.0.1:8500 for 1m0s\n",
-		"0b5d0c1e  demo  managed      connect-proxy  audit  in step         1m0s   api=127.0.0.1:9191  8081 21500\n",
-		"1c6e1d2f  -     unprotected  -              -      not registered  1m0s   -                   -\n",
+		"0b5d0c1e  demo  managed      connect-proxy  -     audit  in step         1m0s   api=127.0.0.1:9191  8081 21500\n",
+		"1c6e1d2f  -     unprotected  -              -     -      not registered  1m0s   -                   -\n",
 		"\n  it runs in host networking\n",
 	} {
 		if !strings.Contains(got.stdout, want) {

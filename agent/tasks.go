@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// claimant is who the kernel takes for a workload's proxy.
+type claimant struct {
+	cgroup  uint64
+	task    string // "": no task of Nomad's can be told from its cgroup
+	problem string
+	tries   int       // in which it was not told to be the proxy or not to be
+	next    time.Time // when to look again; zero: it is known
+}
+
+// firstDoubt is when a claimant that cannot be told is looked at again; it
+// doubles each time.
+const firstDoubt = 5 * time.Second
+
+// taskOf names the task that a cgroup belongs to: by the allocation's scope,
+// as the drivers with cgroups of Nomad's have it, or by the container.
+func taskOf(cgroup, alloc string, known containers) string {
+	for part := range strings.SplitSeq(cgroup, "/") {
+		if task, found := strings.CutPrefix(strings.TrimSuffix(part, ".scope"), alloc+"."); found && alloc != "" {
+			return task
+		}
+	}
+	return known.Tasks[containerOf(cgroup)]
+}
+
+// task is what Nomad names the task that it injects for the proxy, unless the
+// job gives it a name; "" where the job has a task of its own for it.
+func (p proxy) task() string {
+	switch p.Kind {
+	case kindSidecar:
+		return "connect-proxy-" + strings.TrimSuffix(p.Self.Name, "-sidecar-proxy")
+	case kindMesh, kindIngress, kindTerminating:
+		return "connect-" + strings.TrimSuffix(p.Kind, "-gateway") + "-" + p.Self.Name
+	}
+	return ""
+}
+
+// injected are the names of the proxies' tasks. Nomad may add a suffix.
+func injected(task string, proxies []proxy) bool {
+	return slices.ContainsFunc(proxies, func(p proxy) bool {
+		name := p.task()
+		return name != "" && (task == name || strings.HasPrefix(task, name+"-"))
+	})
+}
+
+// confirm compares whom the kernel took for the workload's proxy with the task
+// that it should be. The kernel takes the first that listens under the proxy's
+// UID. Another task is ruled out only where the proxy's own is seen to run
+// beside it: a job may name the proxy's task as it likes.
+func (a *Agent) confirm(key redirect.Key, m *memory, cgroup uint64) {
+	path, err := redirect.CgroupPath(cgroup)
+	if errors.Is(err, fs.ErrNotExist) {
+		return // it ended; the next one is learned
+	}
+	a.note(m, "proxy", err)
+	if err != nil {
+		return
+	}
+	found := claimant{cgroup: cgroup, task: taskOf(path, m.view.ID, a.containers())}
+	if found.task == "" || !injected(found.task, m.proxies) {
+		found.tries = m.claimant.tries + 1
+		found.next = time.Now().Add(firstDoubt << min(found.tries, 10))
+	}
+	if found.task != "" && !found.next.IsZero() && a.runsBeside(m) {
+		err := a.datapath.Distrust(key, cgroup)
+		a.note(m, "proxy", err)
+		if err == nil {
+			found.problem = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
+			a.count(func(c *Counts) { c.Mended++ })
+			a.log.Warn("workload's proxy learned anew", "workload", key.String(), "task", found.task, "cgroup", path)
+			found = claimant{problem: found.problem}
+		}
+	} else {
+		found.problem = m.claimant.problem // what happened stays told
+	}
+	m.claimant = found
+	a.hurry()
+}
+
+// runsBeside reports whether a task that Nomad injected for the proxy runs in
+// the workload's namespace.
+func (a *Agent) runsBeside(m *memory) bool {
+	paths, err := redirect.CgroupsIn(m.view.NetNS)
+	if err != nil {
+		return false
+	}
+	known := a.containers()
+	return slices.ContainsFunc(paths, func(path string) bool {
+		return injected(taskOf(path, m.view.ID, known), m.proxies)
+	})
+}
+
+// lookSome looks at a part of the workloads under Weir, which costs little:
+// whether somebody detached their lookup program, and who their proxy is.
+func (a *Agent) lookSome() {
+	var cookies []uint64
+	turn := make(map[redirect.Key]*memory)
+	for range min(looksPerTick, len(a.managed)) {
+		key := a.managed[a.nextLook%len(a.managed)]
+		a.nextLook++
+		if m := a.subjects[key]; m != nil && m.hook != 0 {
+			turn[key] = m
+			cookies = append(cookies, m.hook)
+		}
+	}
+	proxies, err := a.datapath.ProxyCgroups(cookies)
+	if err != nil {
+		return // the data path is on its way back
+	}
+	now := time.Now()
+	for key, m := range turn {
+		if !a.datapath.Hooked(m.hook) {
+			a.check(key)
+		}
+		doubt := !m.claimant.next.IsZero() && now.After(m.claimant.next)
+		if cgroup := proxies[m.hook]; cgroup != 0 && (cgroup != m.claimant.cgroup || doubt) {
+			a.confirm(key, m, cgroup)
+		}
+	}
+}

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// ProxyCgroups returns the IDs of the cgroups in which the kernel has seen the
+// proxies of these namespaces, by cookie; those not seen yet are left out. One
+// map read each, without the lock.
+func (d *Datapath) ProxyCgroups(cookies []uint64) (map[uint64]uint64, error) {
+	tables, err := openTables(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	found := make(map[uint64]uint64)
+	for _, cookie := range cookies {
+		proxy, err := tables.proxyState(cookie)
+		if err != nil {
+			return nil, err
+		}
+		if proxy.Cgroup != 0 {
+			found[cookie] = proxy.Cgroup
+		}
+	}
+	return found, nil
+}
+
+// CgroupPath returns the path of a cgroup below the root of the hierarchy, as
+// /proc/<pid>/cgroup has it. It wraps os.ErrNotExist where the cgroup is gone.
+func CgroupPath(id uint64) (string, error) {
+	const kernfs = 0xfe // FILEID_KERNFS: a handle is the ID itself (Linux 5.5)
+	root, err := findCgroupRoot("/proc/self/mountinfo")
+	if err != nil {
+		return "", err
+	}
+	mount, err := os.Open(root)
+	if err != nil {
+		return "", fmt.Errorf("open cgroup root: %w", err)
+	}
+	defer mount.Close()
+	fd, err := unix.OpenByHandleAt(int(mount.Fd()), unix.NewFileHandle(kernfs, binary.NativeEndian.AppendUint64(nil, id)), unix.O_PATH|unix.O_CLOEXEC)
+	if errors.Is(err, unix.ESTALE) {
+		return "", fmt.Errorf("open cgroup %d: %w", id, os.ErrNotExist)
+	}
+	if err != nil {
+		return "", fmt.Errorf("open cgroup %d: %w", id, err)
+	}
+	defer unix.Close(fd)
+	path, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return "", fmt.Errorf("name cgroup %d: %w", id, err)
+	}
+	if path, err = filepath.Rel(root, path); err != nil {
+		return "", fmt.Errorf("name cgroup %d: %w", id, err)
+	}
+	return "/" + path, nil
+}
+
+// CgroupsIn returns the cgroups of the processes in the namespace at path, each
+// once. It walks all processes of the node.
+func CgroupsIn(netns string) (paths []string, err error) {
+	ns, err := openNamespace(netns)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	processes, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	for _, process := range processes {
+		var pid int
+		if _, err := fmt.Sscan(process.Name(), &pid); err != nil || !ns.holds(pid) {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join("/proc", process.Name(), "cgroup"))
+		if err != nil {
+			continue // it ended
+		}
+		for line := range strings.Lines(string(data)) {
+			if path, found := strings.CutPrefix(strings.TrimSpace(line), "0::"); found && !slices.Contains(paths, path) {
+				paths = append(paths, path)
+			}
+		}
+	}
+	return paths, nil
+}
+
+// Distrust takes the place of the proxy from a cgroup that is known not to be
+// the proxy's, for as long as the workload is under Weir, and learns the proxy
+// anew from the listeners of others. Where there are none yet, connections are
+// refused until the proxy listens.
+func (d *Datapath) Distrust(key Key, cgroup uint64) error {
+	err := d.paths.locked(func() error {
+		r, err := d.paths.readRecord(key)
+		if err != nil {
+			return err
+		}
+		ns, err := r.open()
+		if err != nil {
+			return err
+		}
+		defer ns.Close()
+		tables, err := openTables(d.paths.maps())
+		if err != nil {
+			return err
+		}
+		defer tables.Close()
+		if !slices.Contains(r.Strangers, cgroup) {
+			r.Strangers = append(r.Strangers, cgroup)
+		}
+		if err := d.paths.writeRecord(r); err != nil {
+			return err
+		}
+		proxy, err := tables.proxyState(r.Cookie)
+		if err != nil || proxy.Cgroup != cgroup {
+			return err
+		}
+		if err := tables.forgetProxy(r.Cookie); err != nil {
+			return err
+		}
+		_, err = d.ensure(tables, r, ns)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("distrust cgroup %d of workload %s: %w", cgroup, key, err)
+	}
+	return nil
+}
