@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -53,9 +54,12 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	ns := test.NewNetNS(t)
 	began := time.Now()
 	end := n.mounted(numbered(1), ns)
-	n.eventually(numbered(1), StateManaged)
+	view := n.eventually(numbered(1), StateManaged)
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("noticed after %s, want within a second", took)
+	}
+	if len(view.Problems) != 1 || !strings.Contains(view.Problems[0], "ports that its job maps are not known") {
+		t.Errorf("problems = %q, want that the mapped ports are not known", view.Problems)
 	}
 	n.wantCookie(ns.Cookie())
 	n.mounted("not-an-allocation", ns)

@@ -142,6 +142,9 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
 		problems = append(problems, m.errors[step])
 	}
+	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
+		problems = append(problems, "libcni has no result of it: the ports that its job maps are not known")
+	}
 	if m.claimant.problem != "" {
 		problems = append(problems, m.claimant.problem)
 	}

@@ -130,7 +130,7 @@ func TestAgentMendsWhatSomebodyTookAway(t *testing.T) {
 
 // whole reports what is wrong with the node, by a look of its own.
 func (n *node) whole(key redirect.Key) error {
-	status, err := n.Datapath.Status()
+	status, err := n.Status()
 	if err != nil {
 		return err
 	}
