@@ -126,7 +126,7 @@ func TestNetworkOfThePluginsOwn(t *testing.T) {
 	}
 }
 
-func TestOwnNetworkInEveryCNIVersion(t *testing.T) {
+func TestOwnNetworkInEveryVersion(t *testing.T) {
 	n := newNetworkNode(t)
 	for _, version := range cni.Versions().SupportedVersions() {
 		ns := test.NewBareNetNS(t)
