@@ -5,13 +5,16 @@ package main
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/weirmesh/weir/redirect"
 )
 
 func newStatus(env env) *command {
 	c := newCommand(env, "status", "Say whether this node's data path is healthy", `  Says in its first line whether the data path is healthy. Where it is not, it
-  goes on with what is wrong and what to do about it.
+  goes on with what is wrong and what to do about it. Where the agent runs, its
+  last lines say how it stands to Consul and Docker, what it mended since it
+  began, and how many allocations of the mesh are not under Weir.
 
   The exit code is 0 when all is well and 1 when something is wrong, which
   includes that nothing is loaded.`).withPaths().withJSON()
@@ -27,7 +30,11 @@ func newStatus(env env) *command {
 		if c.json {
 			return code, c.printJSON(status)
 		}
-		c.ui.Output(c.renderStatus(status))
+		text := c.renderStatus(status)
+		if view, running := c.agent(); running {
+			text += "\n\n" + c.summary(view, time.Now())
+		}
+		c.ui.Output(text)
 		return code, nil
 	}
 	return c

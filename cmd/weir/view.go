@@ -32,10 +32,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 // renderAgent shows the agent's view of the node's allocations.
 func (c *command) renderAgent(view agent.Status, now time.Time) string {
 	var text, below strings.Builder
-	fmt.Fprintln(&text, c.consulLine(view.Consul, now))
-	if view.Docker != "" {
-		fmt.Fprintln(&text, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
-	}
+	fmt.Fprintln(&text, c.summary(view, now))
 	rows := [][]string{{"ID", "JOB", "STATE", "KIND", "TASK", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
 	for _, w := range view.Workloads {
 		var kinds, upstreams []string
@@ -61,6 +58,28 @@ func (c *command) renderAgent(view agent.Status, now time.Time) string {
 		text.WriteString(table("", rows))
 	}
 	return strings.TrimRight(text.String(), "\n") + strings.TrimRight(below.String(), "\n")
+}
+
+// summary is the agent's view in a few lines, without the allocations.
+func (c *command) summary(view agent.Status, now time.Time) string {
+	lines := []string{c.consulLine(view.Consul, now)}
+	if view.Docker != "" {
+		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
+	}
+	unprotected := 0
+	for _, w := range view.Workloads {
+		if w.State == agent.StateUnprotected {
+			unprotected++
+		}
+	}
+	if unprotected > 0 {
+		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))
+	}
+	if counts := view.Counts; counts.Mended+counts.Swept > 0 {
+		lines = append(lines, fmt.Sprintf("agent: %s since it began, %s forgotten whose namespace died",
+			countOf(int(counts.Mended), "repair"), countOf(int(counts.Swept), "workload")))
+	}
+	return strings.Join(lines, "\n")
 }
 
 // inStep says how the kernel stands to what Consul has registered.

@@ -52,6 +52,26 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	}
 }
 
+func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
+	view := &agent.Status{
+		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500"}, Docker: "dial: no answer",
+		Counts:    agent.Counts{Mended: 3, Swept: 1},
+		Workloads: []agent.WorkloadView{{State: agent.StateUnprotected}, {State: agent.StateManaged}},
+	}
+	got := try(t, &node{agent: view}, nil, "status").stdout
+	for _, want := range []string{
+		"\nagent: asking Consul at 127.0.0.1:8500\n", "agent: Docker's containers may be other ones by now: dial: no answer\n",
+		"agent: 1 allocation of the mesh not under Weir, see 'weir workloads'\n", "agent: 3 repairs since it began, 1 workload forgotten whose namespace died\n",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("output lacks %q:\n%s", want, got)
+		}
+	}
+	if got := try(t, &node{}, nil, "status").stdout; strings.Contains(got, "agent:") {
+		t.Errorf("output speaks of an agent where none runs:\n%s", got)
+	}
+}
+
 func TestConsulLine(t *testing.T) {
 	now := time.Now()
 	for _, c := range []struct {
