@@ -41,7 +41,7 @@ func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) 
 	err = n.locked(func() error {
 		return withHandle(func(h *netlink.Handle) error {
 			steps := []func() ([]string, error){
-				r.forwarding,
+				func() ([]string, error) { return r.forwarding(h) },
 				func() ([]string, error) { return r.ensureBridge(h) },
 				r.ensureRules,
 				func() ([]string, error) { return r.ensurePair(h, ns) },
@@ -64,7 +64,7 @@ func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) 
 }
 
 // forwarding makes the node a router, where it is to be the gateway.
-func (r *record) forwarding() (mended []string, err error) {
+func (r *record) forwarding(h *netlink.Handle) (mended []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
@@ -78,7 +78,7 @@ func (r *record) forwarding() (mended []string, err error) {
 		}
 	}
 	if r.hasFamily(netlink.FAMILY_V6) {
-		changed, err := ensureForwarding6()
+		changed, err := ensureForwarding6(h)
 		if err != nil {
 			return mended, err
 		}
@@ -89,12 +89,12 @@ func (r *record) forwarding() (mended []string, err error) {
 	return mended, nil
 }
 
-func ensureForwarding6() (changed bool, err error) {
+func ensureForwarding6(h *netlink.Handle) (changed bool, err error) {
 	on, err := isSysctl("1", "ipv6", "conf", "all", "forwarding")
 	if err != nil || on {
 		return false, err
 	}
-	if err := keepRouterAdvertisements(); err != nil {
+	if err := keepRouterAdvertisements(h); err != nil {
 		return false, err
 	}
 	return sysctl("1", "ipv6", "conf", "all", "forwarding")

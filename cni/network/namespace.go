@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -259,23 +258,26 @@ func nodeMTU(h *netlink.Handle) int {
 }
 
 // keepRouterAdvertisements lets a node that forwards IPv6 from now on still
-// hear its routers: the kernel ends that with accept_ra 1 otherwise, and the
-// node's own default route with it.
-func keepRouterAdvertisements() error {
-	keys, err := filepath.Glob("/proc/sys/net/ipv6/conf/*/accept_ra")
+// hear the routers that it has its routes from: with accept_ra 1 the kernel
+// ends that, and the node's own default route with it. Other devices stay deaf.
+func keepRouterAdvertisements(h *netlink.Handle) error {
+	routes, err := h.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Protocol: unix.RTPROT_RA}, netlink.RT_FILTER_PROTOCOL)
 	if err != nil {
-		return err
+		return fmt.Errorf("list routes of IPv6: %w", err)
 	}
-	for _, key := range keys {
-		now, err := os.ReadFile(key)
+	for _, route := range routes {
+		link, err := h.LinkByIndex(route.LinkIndex)
 		if err != nil {
-			continue // the device went away
+			continue // the device went away, and its routes with it
 		}
-		if n, err := strconv.Atoi(strings.TrimSpace(string(now))); err != nil || n != 1 {
-			continue
+		heard, err := isSysctl("1", "ipv6", "conf", link.Attrs().Name, "accept_ra")
+		if err != nil {
+			return err
 		}
-		if err := os.WriteFile(key, []byte("2"), 0o644); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("set sysctl to 2: %w", err)
+		if heard {
+			if _, err := sysctl("2", "ipv6", "conf", link.Attrs().Name, "accept_ra"); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

@@ -290,3 +290,18 @@ func TestUninstall(t *testing.T) {
 		}
 	})
 }
+
+// The kernel stops to listen to routers when it becomes one itself; the node
+// must not lose its own way out by that.
+func TestForwardingKeepsTheNodesOwnRouter(t *testing.T) {
+	n := newNode(t)
+	n.run(t, "sh", "-ec", `sysctl -qw net.ipv6.conf.all.forwarding=0 net.ipv6.conf.uplink.accept_ra=1
+		ip link add deaf type bridge; sysctl -qw net.ipv6.conf.deaf.accept_ra=1
+		ip -6 route del default; ip -6 route add default via 2001:db8::2 dev uplink proto ra`)
+	t.Cleanup(func() { n.run(t, "ip", "link", "del", "deaf") })
+	n.added(t, "a")
+	got := n.run(t, "sysctl", "-n", "net.ipv6.conf.all.forwarding", "net.ipv6.conf.uplink.accept_ra", "net.ipv6.conf.deaf.accept_ra", "net.ipv6.conf.default.accept_ra", "net.ipv6.conf.weir0.accept_ra")
+	if got != "1\n2\n1\n1\n0\n" {
+		t.Errorf("forwarding, accept_ra of uplink, another device, new ones, the bridge: %q: want 1, 2, 1, 1, 0", got)
+	}
+}
