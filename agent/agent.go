@@ -30,6 +30,7 @@ const (
 	fewWorkloads  = 64                     // of more it is half of that
 	looksPerTick  = 128                    // workloads, see lookSome
 	storm         = 200 * time.Millisecond // between two passes at least
+	moment        = 5 * time.Millisecond   // ... where libcni has not yet written all
 )
 
 // Options are what the agent has of its process beside the configuration.
@@ -168,7 +169,12 @@ func (a *Agent) loop(ctx context.Context) {
 			return
 		case <-a.wake:
 			a.pass(true)
-			if _, alive := pause(ctx, storm, nil); !alive {
+			rest := storm
+			if a.cache.halfway {
+				rest = moment
+				a.hurry()
+			}
+			if _, alive := pause(ctx, rest, nil); !alive {
 				return
 			}
 		case <-clock.C:

@@ -115,9 +115,14 @@ func parseCache(data []byte) (a attachment, ok bool, err error) {
 
 // cache reads libcni's results and keeps what has not changed since.
 type cache struct {
-	dir  string
-	seen map[string]cachedFile
+	dir     string
+	seen    map[string]cachedFile
+	halfway bool // libcni was writing a file when they were last read
 }
+
+// beingWritten is the age up to which a file that cannot be read counts as half
+// of one: libcni writes in place.
+const beingWritten = 200 * time.Millisecond
 
 type cachedFile struct {
 	size       int64
@@ -136,6 +141,7 @@ func (c *cache) read() (found map[redirect.Key]attachment, problems []string, er
 	}
 	found = make(map[redirect.Key]attachment)
 	fresh := make(map[string]cachedFile, len(entries))
+	c.halfway = false
 	for _, entry := range entries {
 		info, err := entry.Info()
 		if err != nil || !info.Mode().IsRegular() {
@@ -146,7 +152,9 @@ func (c *cache) read() (found map[redirect.Key]attachment, problems []string, er
 			file = readCacheFile(filepath.Join(c.dir, entry.Name()), info)
 		}
 		fresh[entry.Name()] = file
-		if file.problem != "" {
+		if age := time.Since(file.modified); file.problem != "" && age >= 0 && age < beingWritten {
+			c.halfway = true
+		} else if file.problem != "" {
 			problems = append(problems, file.problem)
 		}
 		if file.ok {
@@ -174,8 +182,8 @@ func readCacheFile(path string, info fs.FileInfo) cachedFile {
 		file.attachment, file.ok, err = parseCache(data)
 	}
 	if err != nil {
-		// Nomad writes in place: it may be half of one. What follows changes
-		// its time, and it is read again.
+		// It may be half of one. What follows changes its time, and it is read
+		// again.
 		file.problem = fmt.Sprintf("CNI result %s: %v", path, err)
 	}
 	return file

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -98,13 +99,25 @@ func TestCacheReadsChangesAndTellsOfDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	path := writeFile(t, filepath.Join(c.dir, "nomad-b412-eth0"), cachedResult[:200])
-	if found, problems, err := c.read(); err != nil || len(found) != 0 || len(problems) != 1 {
-		t.Fatalf("read of half a file = %v, %v, %v; want one problem", found, problems, err)
+	if found, problems, err := c.read(); err != nil || len(found)+len(problems) != 0 || !c.halfway {
+		t.Fatalf("read of a file that is being written = %v, %v, %v, halfway %v; want to be told so", found, problems, err, c.halfway)
+	}
+	for _, age := range []time.Duration{time.Minute, -time.Minute} { // a clock may be set back
+		then := time.Now().Add(-age)
+		if err := os.Chtimes(path, then, then); err != nil {
+			t.Fatal(err)
+		}
+		if found, problems, err := c.read(); err != nil || len(found) != 0 || len(problems) != 1 || c.halfway {
+			t.Fatalf("read of half a file = %v, %v, %v, halfway %v; want one problem", found, problems, err, c.halfway)
+		}
 	}
 	writeFile(t, path, cachedResult)
 	found, problems, err := c.read()
 	if err != nil || len(found) != 1 || len(problems) != 0 {
 		t.Fatalf("read of the whole file = %v, %v, %v; want one attachment", found, problems, err)
+	}
+	if c.halfway {
+		t.Error("a whole file counts as half of one")
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
