@@ -18,21 +18,22 @@ import (
 
 // memory is what the loop remembers of an attachment.
 type memory struct {
-	view     WorkloadView
-	born     time.Time // when it was first seen
-	cached   bool      // libcni knew it in the last pass
-	ended    time.Time // when libcni forgot it; zero: it did not
-	fresh    bool      // this pass made its record, and the next one reads it
-	inode    uint64    // of its namespace when last seen to be the one of cookie; 0: not seen
-	cookie   uint64    // ... on record
-	hook     uint64    // cookie of the namespace whose lookup program should be in force; 0: none
-	looked   time.Time // for Consul's own rules
-	claimant claimant  // whom the kernel took for the proxy when that was last looked at
-	proxies  []proxy   // as Consul had them in the last pass
-	missing  time.Time // since when its record is missing; zero: it is not
-	retry    time.Time // when to try again what went wrong; zero: nothing did
-	failures int
-	errors   map[string]string // by step
+	view      WorkloadView
+	born      time.Time           // when it was first seen
+	cached    bool                // libcni knew it in the last pass
+	ended     time.Time           // when libcni forgot it; zero: it did not
+	fresh     bool                // this pass made its record, and the next one reads it
+	inode     uint64              // of its namespace when last seen to be the one of cookie; 0: not seen
+	cookie    uint64              // ... on record
+	hook      uint64              // cookie of the namespace whose lookup program should be in force; 0: none
+	looked    time.Time           // for Consul's own rules
+	claimants map[uint64]claimant // whom the kernel took for its proxies when that was last looked at, by cgroup
+	stranger  string              // what was said of the last one that was none
+	proxies   []proxy             // as Consul had them in the last pass
+	missing   time.Time           // since when its record is missing; zero: it is not
+	retry     time.Time           // when to try again what went wrong; zero: nothing did
+	failures  int
+	errors    map[string]string // by step
 }
 
 // recordGrace is how long a record may be missing before it counts as lost:
@@ -145,12 +146,12 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
 		problems = append(problems, "libcni has no result of it: the ports that its job maps are not known")
 	}
-	if m.claimant.problem != "" {
-		problems = append(problems, m.claimant.problem)
+	if m.stranger != "" {
+		problems = append(problems, m.stranger)
 	}
 	next := describe(s, state, wanted, problems, consul.Facts)
 	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero()
-	next.Task, m.proxies = m.claimant.task, s.Proxies
+	next.Task, m.proxies = m.tasks(), s.Proxies
 	next.Since = m.view.Since
 	if next.InStep != m.view.InStep || next.State != m.view.State {
 		next.Since = now

@@ -68,7 +68,7 @@ type WorkloadView struct {
 	NetNS     string         `json:"netns"`
 	State     State          `json:"state"`
 	Mode      redirect.Mode  `json:"mode,omitempty"`
-	Task      string         `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup; empty: not known
+	Task      string         `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
 	Guard     redirect.Guard `json:"guard,omitempty"`
 	InStep    bool           `json:"in_step"` // its registration in Consul is what the kernel has
 	Since     time.Time      `json:"since"`   // of State and InStep

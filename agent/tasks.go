@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -13,13 +14,11 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// claimant is who the kernel takes for a workload's proxy.
+// claimant is who the kernel takes for a proxy of a workload.
 type claimant struct {
-	cgroup  uint64
-	task    string // "": no task of Nomad's can be told from its cgroup
-	problem string
-	tries   int       // in which it was not told to be the proxy or not to be
-	next    time.Time // when to look again; zero: it is known
+	task  string    // "": no task of Nomad's can be told from its cgroup
+	tries int       // in which it was not told to be the proxy or not to be
+	next  time.Time // when to look again; zero: it is known
 }
 
 // firstDoubt is when a claimant that cannot be told is looked at again; it
@@ -70,38 +69,56 @@ func (a *Agent) confirm(key redirect.Key, m *memory, cgroup uint64) {
 	if err != nil {
 		return
 	}
-	found := claimant{cgroup: cgroup, task: taskOf(path, m.view.ID, a.containers())}
+	found := claimant{task: taskOf(path, m.view.ID, a.containers())}
 	if found.task == "" || !injected(found.task, m.proxies) {
-		found.tries = m.claimant.tries + 1
+		found.tries = m.claimants[cgroup].tries + 1
 		found.next = time.Now().Add(firstDoubt << min(found.tries, 10))
 	}
 	if found.task != "" && !found.next.IsZero() && a.runsBeside(m) {
 		err := a.datapath.Distrust(key, cgroup)
 		a.note(m, "proxy", err)
 		if err == nil {
-			found.problem = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
+			m.stranger = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
 			a.count(func(c *Counts) { c.Mended++ })
 			a.log.Warn("workload's proxy learned anew", "workload", key.String(), "task", found.task, "cgroup", path)
-			found = claimant{problem: found.problem}
+			delete(m.claimants, cgroup)
+			a.hurry()
+			return
 		}
-	} else {
-		found.problem = m.claimant.problem // what happened stays told
 	}
-	m.claimant = found
+	if m.claimants == nil {
+		m.claimants = make(map[uint64]claimant)
+	}
+	m.claimants[cgroup] = found
 	a.hurry()
 }
 
-// runsBeside reports whether a task that Nomad injected for the proxy runs in
-// the workload's namespace.
+// tasks names those that the kernel took for proxies.
+func (m *memory) tasks() string {
+	var names []string
+	for _, c := range m.claimants {
+		if c.task != "" {
+			names = append(names, c.task)
+		}
+	}
+	slices.Sort(names)
+	return strings.Join(slices.Compact(names), ", ")
+}
+
+// runsBeside reports whether a task that Nomad injected for the proxy, for each
+// where there are several, runs in the workload's namespace.
 func (a *Agent) runsBeside(m *memory) bool {
 	paths, err := redirect.CgroupsIn(m.view.NetNS)
 	if err != nil {
 		return false
 	}
 	known := a.containers()
-	return slices.ContainsFunc(paths, func(path string) bool {
-		return injected(taskOf(path, m.view.ID, known), m.proxies)
-	})
+	missing := func(p proxy) bool {
+		return !slices.ContainsFunc(paths, func(path string) bool {
+			return injected(taskOf(path, m.view.ID, known), []proxy{p})
+		})
+	}
+	return len(m.proxies) > 0 && !slices.ContainsFunc(m.proxies, missing)
 }
 
 // lookSome looks at a part of the workloads under Weir, which costs little:
@@ -126,9 +143,12 @@ func (a *Agent) lookSome() {
 		if !a.datapath.Hooked(m.hook) {
 			a.check(key)
 		}
-		doubt := !m.claimant.next.IsZero() && now.After(m.claimant.next)
-		if cgroup := proxies[m.hook]; cgroup != 0 && (cgroup != m.claimant.cgroup || doubt) {
-			a.confirm(key, m, cgroup)
+		maps.DeleteFunc(m.claimants, func(cgroup uint64, _ claimant) bool { return !slices.Contains(proxies[m.hook], cgroup) })
+		for _, cgroup := range proxies[m.hook] {
+			known, seen := m.claimants[cgroup]
+			if !seen || !known.next.IsZero() && now.After(known.next) {
+				a.confirm(key, m, cgroup)
+			}
 		}
 	}
 }

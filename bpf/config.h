@@ -17,41 +17,52 @@ enum config_flag {
 	CONFIG_IPV6 = 1 << 7,        /* the encoded IPv6 range is routed to lo in this namespace */
 	CONFIG_AUDIT = 1 << 8,       /* the guard counts what it would refuse */
 	CONFIG_ENFORCE = 1 << 9,     /* the guard refuses */
+	CONFIG_PROXIES = 1 << 10,    /* there are proxies beside the first */
 };
 
 /* One generation of a workload's configuration. Never changed in place. */
 struct config {
 	enum config_flag flags;
-	__u32 proxy_uid; /* UID of the proxy as the plugin was told */
-	__u32 budget;    /* origin addresses that the workload may hold */
-	__u16 outbound_port;
-	__u16 inbound_port; /* 0: not known yet */
+	__u32 proxy_uid;     /* UID of the proxies as the plugin was told */
+	__u32 budget;        /* origin addresses that the workload may hold */
+	__u16 outbound_port; /* of the first proxy, which has all that no other owns */
+	__u16 inbound_port;  /* 0: not known yet */
 	struct addr dns_addr;
 	__u16 dns_port;
 	__u16 ephemeral_first; /* the namespace's ip_local_port_range */
 	__u16 ephemeral_last;
-	__u16 pad;
+	__u8 seat;  /* of the first proxy */
+	__u8 seats; /* of all proxies, a bit for each */
 };
 
+/* What a port or a UID means to a workload. */
 enum exclusion_kind {
 	EXCLUSION_PORT_OUT = 1,
+	/* The value is 0, or the inbound port of the proxy that the port belongs to
+	 * instead of to the first. */
 	EXCLUSION_PORT_IN = 2,
 	EXCLUSION_UID = 3,
+	/* Not excluded: the port of a listener of a proxy beside the first. The
+	 * value is its seat and LISTENS_OUTBOUND. */
+	EXCLUSION_NONE = 4,
 };
+#define LISTENS_OUTBOUND (1 << 8)
 
 enum address_kind {
 	ADDRESS_OWN = 1,      /* the workload's own: traffic to it stays local */
 	ADDRESS_UPSTREAM = 2, /* an upstream's virtual IP: goes to its listener */
+	ADDRESS_PROXY = 3,    /* a virtual IP that a proxy beside the first owns */
 };
 
 /* What one address means to a workload. */
 struct address {
 	enum address_kind kind;
-	__u16 port; /* of the upstream's listener */
-	__u16 pad;
+	__u16 port; /* of the upstream's listener; the proxy's outbound port */
+	__u16 seat; /* of the proxy */
 	struct addr listener;
 };
 
 #define DNS_PORT 53
+#define SEATS 8 /* as many proxies has a workload at most */
 
 #endif

@@ -96,27 +96,34 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 static __always_inline bool from_inside(const struct view *view, const struct addr *local,
 					const struct addr *remote)
 {
-	struct address_key key = {
-		.cookie = view->cookie,
-		.generation = view->generation,
-		.addr = *remote,
-	};
 	struct address *address;
 
 	if (addr_equal(local, remote) || addr_is_local(remote))
 		return true;
-	address = bpf_map_lookup_elem(&addresses, &key);
+	address = view_address(view, remote);
 	return address && address->kind == ADDRESS_OWN;
+}
+
+/* The outbound port of the proxy that owns the origin of an index, or 0 for the
+ * first. The rows in force say so, not what was interned: an owner may change,
+ * an index stays. */
+static __always_inline __u16 owner(const struct view *view, __u32 index)
+{
+	struct index_key key = { .cookie = view->cookie, .index = index };
+	struct addr *origin = bpf_map_lookup_elem(&indexes, &key);
+	struct address *address = origin ? view_address(view, origin) : NULL;
+
+	return address && address->kind == ADDRESS_PROXY ? address->port : 0;
 }
 
 /* What may come in beside the proxy's listener and the excluded ports. A
  * datagram to an ephemeral port may be the reply to one from here, and this
  * hook cannot tell: it is let in, and counted. */
 static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struct config *config,
-					  __u16 port)
+					  __u16 port, __u16 inbound_port)
 {
 	if (ctx->protocol == IPPROTO_TCP) {
-		if (port == config->inbound_port)
+		if (port == inbound_port)
 			return VERDICT_DIRECT;
 	} else if (port >= config->ephemeral_first && port <= config->ephemeral_last) {
 		return VERDICT_GUARD_EPHEMERAL;
@@ -137,6 +144,7 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 	bool tcp = ctx->protocol == IPPROTO_TCP;
 	__u16 port = ctx->local_port;
 	bool encoded;
+	__u16 inbound_port;
 	__u32 index;
 
 	barrier_var(blurred); /* nor clang */
@@ -148,6 +156,8 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 		if (!config)
 			return VERDICT_REFUSED_TABLE;
 		port = config->outbound_port;
+		if (config->flags & CONFIG_PROXIES)
+			port = owner(view, index) ?: port;
 	} else {
 		/* It would bring the proxy another connection's origin. */
 		if (encoded)
@@ -161,20 +171,27 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 			return VERDICT_DIRECT;
 		if (from_inside(view, local, remote))
 			return VERDICT_LOCAL;
-		if ((config->flags & CONFIG_PORTS_IN) &&
-		    view_excludes(view, EXCLUSION_PORT_IN, port))
-			return VERDICT_INBOUND_EXCLUDED;
+		inbound_port = config->inbound_port;
+		if (config->flags & CONFIG_PORTS_IN) {
+			__u32 *row = view_row(view, EXCLUSION_PORT_IN, port);
+
+			if (row && !*row)
+				return VERDICT_INBOUND_EXCLUDED;
+			if (row)
+				inbound_port = *row;
+		}
 		if (!tcp)
-			return guard(ctx, config, port);
-		if (!config->inbound_port)
+			return guard(ctx, config, port, inbound_port);
+		if (!inbound_port)
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
-		port = config->inbound_port;
+		port = inbound_port;
 	}
 	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * blurred + is_ipv6(ctx), port))
-		return blurred ? VERDICT_REDIRECTED : VERDICT_INBOUND;
+		return VERDICT_INBOUND - blurred * (VERDICT_INBOUND - VERDICT_REDIRECTED);
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
-	return blurred ? VERDICT_REFUSED_NO_PROXY : VERDICT_REFUSED_INBOUND_NO_PROXY;
+	return VERDICT_REFUSED_INBOUND_NO_PROXY -
+	       blurred * (VERDICT_REFUSED_INBOUND_NO_PROXY - VERDICT_REFUSED_NO_PROXY);
 }
 
 /* The same verdict, but any verdict to the verifier: it would otherwise walk

@@ -88,7 +88,14 @@ enum proxy_flag {
 	PROXY_PINNED = 1 << 3,   /* user space set the cgroup; the kernel does not learn another */
 };
 
-/* Who the proxy of a workload is, as far as the kernel has seen. */
+/* A proxy keeps its seat while the ports and the order of proxies change. */
+struct proxy_key {
+	__u64 cookie;
+	__u32 seat;
+	__u32 pad;
+};
+
+/* Who a proxy of a workload is, as far as the kernel has seen. */
 struct proxy {
 	__u64 cgroup;    /* of the proxy; 0: not known yet, its UID alone decides */
 	__u32 listeners; /* that this cgroup has open now */
@@ -136,7 +143,8 @@ struct listener_key {
 struct binder {
 	__u64 cgroup;
 	__u32 uid;
-	__u32 flags; /* BINDER_REGISTERED */
+	__u16 flags; /* BINDER_REGISTERED */
+	__u16 seat;  /* of the proxy that it is registered for */
 };
 #define BINDER_REGISTERED 1
 
@@ -227,8 +235,8 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_WORKLOADS);
-	__type(key, __u64);
+	__uint(max_entries, 2 * MAX_WORKLOADS);
+	__type(key, struct proxy_key);
 	__type(value, struct proxy);
 } proxies SEC(".maps");
 

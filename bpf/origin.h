@@ -23,13 +23,19 @@ struct view {
  * misses in `configs` and is read again. */
 static __always_inline bool view_open(struct view *view, __u64 cookie)
 {
+	int try = 0;
+
 	view->cookie = cookie;
 	view->generation = 0;
 	view->config = NULL;
-	for (int try = 0; try < GENERATION_TRIES; try++) {
-		struct workload *workload = bpf_map_lookup_elem(&workloads, &cookie);
+	/* Not unrolled: each namespace has a program of its own with this in it. */
+#pragma clang loop unroll(disable)
+	do {
 		struct config_key key = { .cookie = cookie };
+		struct workload *workload;
 
+		barrier_var(try); /* nor begun outside of the loop */
+		workload = bpf_map_lookup_elem(&workloads, &cookie);
 		if (!workload)
 			return try > 0;
 		key.generation = *(volatile __u64 *)&workload->generation;
@@ -38,12 +44,13 @@ static __always_inline bool view_open(struct view *view, __u64 cookie)
 			view->generation = key.generation;
 			return true;
 		}
-	}
+	} while (++try < GENERATION_TRIES);
 	return true;
 }
 
-static __always_inline bool view_excludes(const struct view *view, enum exclusion_kind kind,
-					  __u32 value)
+/* What a port or a UID means to the workload; NULL: nothing. */
+static __always_inline __u32 *view_row(const struct view *view, enum exclusion_kind kind,
+				       __u32 value)
 {
 	struct exclusion_key key = {
 		.cookie = view->cookie,
@@ -52,7 +59,26 @@ static __always_inline bool view_excludes(const struct view *view, enum exclusio
 		.value = value,
 	};
 
-	return bpf_map_lookup_elem(&exclusions, &key) != NULL;
+	return bpf_map_lookup_elem(&exclusions, &key);
+}
+
+static __always_inline bool view_excludes(const struct view *view, enum exclusion_kind kind,
+					  __u32 value)
+{
+	return view_row(view, kind, value) != NULL;
+}
+
+/* What an address means to the workload; NULL: nothing. */
+static __always_inline struct address *view_address(const struct view *view,
+						    const struct addr *addr)
+{
+	struct address_key key = {
+		.cookie = view->cookie,
+		.generation = view->generation,
+		.addr = *addr,
+	};
+
+	return bpf_map_lookup_elem(&addresses, &key);
 }
 
 static __always_inline bool view_excludes_cidr(const struct view *view, const struct addr *addr)

@@ -332,16 +332,15 @@ __noinline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view *view)
 {
 	struct addr local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
-	bool outbound = ctx->local_port == view->config->outbound_port;
-	bool inbound = ctx->local_port == view->config->inbound_port;
-	bool take4 = true, take6 = false;
+	bool outbound, take4 = true, take6 = false;
 	__u64 cookie = view->cookie;
 	struct bpf_sock *sk = ctx->sk;
 	struct binder *binder;
 	struct proxy *proxy;
+	__u32 seat;
 	int err = 0;
 
-	if ((!outbound && !inbound) || !sk)
+	if (!sk || !is_proxy_port(view, ctx->local_port, &seat, &outbound))
 		return;
 	if (ctx->family == AF_INET6) {
 		local = ADDR_OF_CTX(ctx->local_ip6);
@@ -355,7 +354,7 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 		count(cookie, VERDICT_REFUSED_LISTENER_ADDRESS);
 		return;
 	}
-	proxy = bpf_map_lookup_elem(&proxies, &cookie);
+	proxy = proxy_at(cookie, seat);
 	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	if (!proxy || !binder || binder->uid != view->config->proxy_uid || !claim(proxy, binder)) {
 		count(cookie, VERDICT_REFUSED_LISTENER_IDENTITY);
@@ -373,6 +372,7 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 		__sync_fetch_and_or((__u32 *)&proxy->flags,
 				    (take4 ? PROXY_LISTENS4 : 0) | (take6 ? PROXY_LISTENS6 : 0));
 	binder->flags |= BINDER_REGISTERED;
+	binder->seat = seat;
 	__sync_fetch_and_add(&proxy->listeners, 1);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	count(cookie, VERDICT_LISTENER);
@@ -380,17 +380,19 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 
 static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)
 {
-	struct proxy *proxy = bpf_map_lookup_elem(&proxies, &cookie);
 	struct bpf_sock *sk = ctx->sk;
 	struct binder *binder;
+	struct proxy *proxy;
 
-	if (!proxy || !sk)
+	if (!sk)
 		return;
 	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	if (!binder || !(binder->flags & BINDER_REGISTERED))
 		return;
 	binder->flags &= ~BINDER_REGISTERED;
-	if (proxy->listeners)
+	proxy = proxy_at(cookie, binder->seat);
+	/* The seat may be another's by now. */
+	if (proxy && proxy->cgroup == binder->cgroup && proxy->listeners)
 		__sync_fetch_and_add(&proxy->listeners, -1);
 }
 

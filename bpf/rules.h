@@ -19,13 +19,19 @@ struct dial {
 	__u64 cgroup;
 };
 
+static __always_inline struct proxy *proxy_at(__u64 cookie, __u32 seat)
+{
+	struct proxy_key key = { .cookie = cookie, .seat = seat };
+
+	return bpf_map_lookup_elem(&proxies, &key);
+}
+
 /* The proxy is the UID that the plugin was told and, once its listeners have
  * shown it, the cgroup they live in: a task that runs under the proxy's UID
  * elsewhere stays in the mesh. */
-static __always_inline bool is_proxy(const struct view *view, struct proxy *proxy, __u32 uid,
-				     __u64 cgroup)
+static __always_inline bool is_proxy(struct proxy *proxy, bool proxy_uid, __u64 cgroup)
 {
-	if (uid != view->config->proxy_uid) {
+	if (!proxy_uid) {
 		if (proxy && proxy->cgroup == cgroup && !(proxy->flags & PROXY_SHARED))
 			__sync_fetch_and_or((__u32 *)&proxy->flags, PROXY_SHARED);
 		return false;
@@ -33,18 +39,57 @@ static __always_inline bool is_proxy(const struct view *view, struct proxy *prox
 	return !proxy || !proxy->cgroup || proxy->cgroup == cgroup;
 }
 
+/* Likewise where there are several: a cgroup that has not shown itself may be
+ * any. Global, for the verifier to walk the seats once. */
+__noinline int is_any_proxy(__u64 cookie, __u32 seats, __u32 proxy_uid, __u64 cgroup)
+{
+	int found = 0;
+
+	for (__u32 seat = 0; seat < SEATS; seat++) {
+		barrier_var(seat); /* a counter on the stack is unbounded to the verifier */
+		if (seats >> seat & 1 && is_proxy(proxy_at(cookie, seat), proxy_uid, cgroup))
+			found = 1;
+	}
+	return found;
+}
+
+/* Whether a proxy of the workload listens on the port; its seat, and whether
+ * that is for what goes out. */
+static __always_inline bool is_proxy_port(const struct view *view, __u32 port, __u32 *seat,
+					  bool *outbound)
+{
+	const struct config *config = view->config;
+	__u32 *row;
+
+	*seat = config->seat;
+	*outbound = port == config->outbound_port;
+	if (!port)
+		return false;
+	if (*outbound || port == config->inbound_port)
+		return true;
+	if (!(config->flags & CONFIG_PROXIES))
+		return false;
+	row = view_row(view, EXCLUSION_NONE, port);
+	if (!row)
+		return false;
+	*seat = *row & (LISTENS_OUTBOUND - 1);
+	*outbound = *row & LISTENS_OUTBOUND;
+	return true;
+}
+
 /* A socket under the proxy's UID that binds one of the proxy's ports while the
  * proxy listens elsewhere. SO_REUSEPORT goes by UID alone: the kernel would
  * hand it a part of the proxy's connections. */
 static __always_inline bool is_rival(const struct view *view, __u32 port, __u32 uid, __u64 cgroup)
 {
-	__u64 cookie = view->cookie;
 	struct proxy *proxy;
+	bool outbound;
+	__u32 seat;
 
-	if (!view->config || uid != view->config->proxy_uid || !port ||
-	    (port != view->config->outbound_port && port != view->config->inbound_port))
+	if (!view->config || uid != view->config->proxy_uid ||
+	    !is_proxy_port(view, port, &seat, &outbound))
 		return false;
-	proxy = bpf_map_lookup_elem(&proxies, &cookie);
+	proxy = proxy_at(view->cookie, seat);
 	return proxy && proxy->listeners && proxy->cgroup != cgroup;
 }
 
@@ -139,7 +184,7 @@ static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *
  * port stays. A family that the proxy cannot take is refused: it must never
  * pass the mesh. While no listener was seen, IPv4 is assumed, as in Consul. */
 static __always_inline enum verdict encode(struct bpf_sock *sk, const struct view *view,
-					   struct proxy *proxy, struct dial *dial)
+					   struct proxy *proxy, __u16 port, struct dial *dial)
 {
 	__u32 listens = proxy ? proxy->flags & (PROXY_LISTENS4 | PROXY_LISTENS6) : 0;
 	enum verdict refusal = VERDICT_REFUSED_TABLE;
@@ -153,7 +198,6 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 	}
 	if (listens == (PROXY_LISTENS4 | PROXY_LISTENS6)) {
 		/* Both were seen, perhaps at different times: ask what is there now. */
-		__u16 port = view->config->outbound_port;
 		bool six = listening(view->cookie, LISTENER_OUTBOUND6, port);
 
 		if (six && use6 && !addr_is_mapped(&dial->origin))
@@ -183,16 +227,12 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 static __always_inline enum verdict decide(struct bpf_sock *sk, const struct view *view,
 					   struct dial *dial)
 {
-	__u64 cookie = view->cookie;
-	struct address_key key = {
-		.cookie = view->cookie,
-		.generation = view->generation,
-		.addr = dial->origin,
-	};
 	struct addr source = source_of(sk, dial);
 	struct address *address;
 	struct proxy *proxy;
+	bool proxy_uid;
 	__u32 index;
+	__u16 port;
 
 	if (!view->config)
 		return VERDICT_REFUSED_TABLE;
@@ -207,17 +247,26 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 		dial->destination_port = view->config->dns_port;
 		return VERDICT_DNS;
 	}
-	proxy = bpf_map_lookup_elem(&proxies, &cookie);
-	if (is_proxy(view, proxy, dial->uid, dial->cgroup))
+	proxy = proxy_at(view->cookie, view->config->seat);
+	port = view->config->outbound_port;
+	proxy_uid = dial->uid == view->config->proxy_uid;
+	if (view->config->flags & CONFIG_PROXIES) {
+		if (is_any_proxy(view->cookie, view->config->seats, proxy_uid, dial->cgroup))
+			return VERDICT_PROXY;
+	} else if (is_proxy(proxy, proxy_uid, dial->cgroup)) {
 		return VERDICT_PROXY;
+	}
 	if ((view->config->flags & CONFIG_UIDS) && view_excludes(view, EXCLUSION_UID, dial->uid))
 		return VERDICT_UID_EXCLUDED;
 	if (addr_is_local(&dial->origin))
 		return VERDICT_LOCAL;
-	address = bpf_map_lookup_elem(&addresses, &key);
+	address = view_address(view, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
 		return VERDICT_LOCAL;
-	if (address) {
+	if (address && address->kind == ADDRESS_PROXY) {
+		proxy = proxy_at(view->cookie, address->seat);
+		port = address->port;
+	} else if (address) {
 		dial->destination = address->listener;
 		dial->destination_port = address->port;
 		return VERDICT_UPSTREAM;
@@ -232,7 +281,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	/* The proxy is on lo; such a socket cannot send there. */
 	if (sk->bound_dev_if)
 		return VERDICT_REFUSED_DEVICE;
-	return encode(sk, view, proxy, dial);
+	return encode(sk, view, proxy, port, dial);
 }
 
 /* A connected IPv6 socket passes every write to an IPv4 peer through here once

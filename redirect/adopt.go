@@ -21,9 +21,11 @@ import (
 // only later. adopt takes such listeners in from user space, under the same
 // identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6).
 func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []uint64) (adopted []string, err error) {
-	proxy, err := tables.proxyState(ns.cookie)
-	if err != nil {
-		return nil, err
+	proxies, registered := make(map[uint8]bpfProxy), make(map[uint8]bool)
+	for i := range w.all() {
+		if proxies[w.seat(i)], err = tables.proxyState(ns.cookie, w.seat(i)); err != nil {
+			return nil, err
+		}
 	}
 	sockets, err := ns.listening()
 	if err != nil {
@@ -31,28 +33,33 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []u
 	}
 	type listener struct {
 		socket
+		at             proxyPort
 		roles, missing []bpfListenerRole
 	}
 	var listeners []listener
-	registered := false
 	for _, socket := range sockets {
-		roles := socket.roles(w)
+		at, roles := socket.roles(w)
 		if len(roles) == 0 || socket.uid != w.ProxyUID {
 			continue
 		}
-		missing, err := tables.missingFrom(ns.cookie, roles, &w, socket.cookie)
+		missing, err := tables.missingFrom(ns.cookie, roles, at.port, socket.cookie)
 		if err != nil {
 			return nil, err
 		}
-		registered = registered || len(missing) < len(roles)
-		listeners = append(listeners, listener{socket, roles, missing})
+		registered[at.seat] = registered[at.seat] || len(missing) < len(roles)
+		listeners = append(listeners, listener{socket, at, roles, missing})
 	}
-	if !registered { // at these ports; at others it takes a walk to know
-		if proxy, err = tables.forgetAdopted(ns.cookie, proxy); err != nil {
+	for seat, proxy := range proxies {
+		if registered[seat] {
+			continue
+		}
+		// None is at these ports; at others it takes a walk to know.
+		if proxies[seat], err = tables.forgetAdopted(ns.cookie, seat, proxy, w); err != nil {
 			return nil, err
 		}
 	}
 	for _, l := range listeners {
+		proxy := proxies[l.at.seat]
 		// A proxy whose row was lost is learned anew from what is registered.
 		if len(l.missing) == 0 && proxy != (bpfProxy{}) {
 			continue
@@ -72,7 +79,7 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []u
 			unix.Close(fd)
 			continue
 		}
-		err = tables.enlist(ns.cookie, l.missing, &w, fd)
+		err = tables.enlist(ns.cookie, l.missing, l.at.port, fd)
 		unix.Close(fd)
 		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
 		// and a proxy with more listeners than slots has enough of them there.
@@ -89,9 +96,10 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []u
 		for _, role := range l.roles {
 			proxy.Flags |= roleFlag(role)
 		}
-		if err := tables.put("proxies", ns.cookie, proxy, ebpf.UpdateAny); err != nil {
+		if err := tables.put("proxies", proxyKey(ns.cookie, l.at.seat), proxy, ebpf.UpdateAny); err != nil {
 			return adopted, err
 		}
+		proxies[l.at.seat] = proxy
 		adopted = append(adopted, fmt.Sprintf("listener %s taken in",
 			netip.AddrPortFrom(l.addr, l.port)))
 	}
@@ -110,26 +118,39 @@ func roleFlag(role bpfListenerRole) bpfProxyFlag {
 
 // forgetAdopted lets the kernel learn a proxy anew once the one that user space
 // took in has no listener left. The kernel does not count those, so it waits.
-func (t *tables) forgetAdopted(cookie uint64, proxy bpfProxy) (bpfProxy, error) {
+func (t *tables) forgetAdopted(cookie uint64, seat uint8, proxy bpfProxy, w Workload) (bpfProxy, error) {
 	if proxy.Flags&bpfProxyFlagPROXY_PINNED == 0 {
 		return proxy, nil
 	}
-	if any, err := t.anyListener(cookie); err != nil || any {
+	if any, err := t.anyListener(cookie, seat, w); err != nil || any {
 		return proxy, err
 	}
-	return bpfProxy{}, t.put("proxies", cookie, bpfProxy{}, ebpf.UpdateAny)
+	return bpfProxy{}, t.put("proxies", proxyKey(cookie, seat), bpfProxy{}, ebpf.UpdateAny)
 }
 
-// forgetProxy takes every listener of the workload out, and the proxy with them.
-func (t *tables) forgetProxy(cookie uint64) error {
-	if err := t.evict(cookie, 0, 0); err != nil {
+// forgetProxy takes every listener of the proxies in these seats out, and the
+// proxies with them.
+func (t *tables) forgetProxy(cookie uint64, seats []uint8, w Workload) error {
+	var kept []proxyPort
+	for _, port := range w.ports() {
+		if !slices.Contains(seats, port.seat) {
+			kept = append(kept, port)
+		}
+	}
+	if err := t.evict(cookie, kept); err != nil {
 		return err
 	}
-	return t.put("proxies", cookie, bpfProxy{}, ebpf.UpdateAny)
+	for _, seat := range seats {
+		if err := t.put("proxies", proxyKey(cookie, seat), bpfProxy{}, ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-// anyListener reports whether a listener on whatever port is registered.
-func (t *tables) anyListener(cookie uint64) (bool, error) {
+// anyListener reports whether a listener is registered on whatever port that is
+// not another proxy's.
+func (t *tables) anyListener(cookie uint64, seat uint8, w Workload) (bool, error) {
 	table, err := t.table("listeners")
 	if err != nil {
 		return false, err
@@ -138,7 +159,10 @@ func (t *tables) anyListener(cookie uint64) (bool, error) {
 	var socket uint64
 	rows := table.Iterate()
 	for rows.Next(&key, &socket) {
-		if key.Cookie == cookie {
+		if key.Cookie != cookie {
+			continue
+		}
+		if port, ok := w.portOf(key.Port); !ok || port.seat == seat {
 			return true, nil
 		}
 	}
@@ -148,9 +172,9 @@ func (t *tables) anyListener(cookie uint64) (bool, error) {
 	return false, nil
 }
 
-func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, w *Workload, socket uint64) (missing []bpfListenerRole, err error) {
+func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, port uint16, socket uint64) (missing []bpfListenerRole, err error) {
 	for _, role := range roles {
-		slots, err := t.registered(cookie, role, w)
+		slots, err := t.registered(cookie, role, port)
 		if err != nil {
 			return nil, err
 		}
@@ -166,11 +190,11 @@ func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, w *Workload
 }
 
 // enlist puts a socket into the first free slot of each role.
-func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, w *Workload, fd int) error {
+func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, port uint16, fd int) error {
 	for _, role := range roles {
 		var err error
 		for slot := range uint16(listenerSlots) {
-			err = t.put("listeners", listenerKey(cookie, role, slot, w), uint64(fd), ebpf.UpdateNoExist)
+			err = t.put("listeners", listenerKey(cookie, role, port, slot), uint64(fd), ebpf.UpdateNoExist)
 			if !errors.Is(err, ebpf.ErrKeyExist) {
 				break
 			}

@@ -22,7 +22,7 @@ type bpfAddress struct {
 	_        structs.HostLayout
 	Kind     bpfAddressKind
 	Port     uint16
-	Pad      uint16
+	Seat     uint16
 	Listener bpfAddr
 }
 
@@ -38,13 +38,15 @@ type bpfAddressKind uint32
 const (
 	bpfAddressKindADDRESS_OWN      bpfAddressKind = 1
 	bpfAddressKindADDRESS_UPSTREAM bpfAddressKind = 2
+	bpfAddressKindADDRESS_PROXY    bpfAddressKind = 3
 )
 
 type bpfBinder struct {
 	_      structs.HostLayout
 	Cgroup uint64
 	Uid    uint32
-	Flags  uint32
+	Flags  uint16
+	Seat   uint16
 }
 
 type bpfBudget struct {
@@ -71,7 +73,8 @@ type bpfConfig struct {
 	DnsPort        uint16
 	EphemeralFirst uint16
 	EphemeralLast  uint16
-	Pad            uint16
+	Seat           uint8
+	Seats          uint8
 }
 
 type bpfConfigFlag uint32
@@ -87,6 +90,7 @@ const (
 	bpfConfigFlagCONFIG_IPV6        bpfConfigFlag = 128
 	bpfConfigFlagCONFIG_AUDIT       bpfConfigFlag = 256
 	bpfConfigFlagCONFIG_ENFORCE     bpfConfigFlag = 512
+	bpfConfigFlagCONFIG_PROXIES     bpfConfigFlag = 1024
 )
 
 type bpfConfigKey struct {
@@ -144,6 +148,7 @@ const (
 	bpfExclusionKindEXCLUSION_PORT_OUT bpfExclusionKind = 1
 	bpfExclusionKindEXCLUSION_PORT_IN  bpfExclusionKind = 2
 	bpfExclusionKindEXCLUSION_UID      bpfExclusionKind = 3
+	bpfExclusionKindEXCLUSION_NONE     bpfExclusionKind = 4
 )
 
 type bpfIndexKey struct {
@@ -198,6 +203,13 @@ const (
 	bpfProxyFlagPROXY_SHARED   bpfProxyFlag = 4
 	bpfProxyFlagPROXY_PINNED   bpfProxyFlag = 8
 )
+
+type bpfProxyKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Seat   uint32
+	Pad    uint32
+}
 
 type bpfVerdict uint32
 

@@ -41,6 +41,8 @@ func (a *alloc) dropRow(t *testing.T, name string) {
 		err = dropIf[bpfCidrKey, uint32](tables, name, func(bpfCidrKey) bool { return true })
 	case "listeners":
 		err = dropIf[bpfListenerKey, uint64](tables, name, func(k bpfListenerKey) bool { return k.Cookie == cookie })
+	case "proxies":
+		err = tables.dropSeats(cookie, ^uint8(0))
 	default:
 		err = tables.drop(name, cookie)
 	}

@@ -260,7 +260,9 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 			return err
 		}
 		defer ns.Close()
+		before := r.desired()
 		r.Overlay = overlay
+		r.Seats = before.seats(Merge(r.Request, overlay))
 		_, err = d.ensure(tables, r, ns)
 		return err
 	})

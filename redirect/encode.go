@@ -22,6 +22,8 @@ var (
 const (
 	listenerSlots = 64 // LISTENER_SLOTS
 	indexFirst    = 1  // INDEX_FIRST
+
+	listensOutbound = 1 << 8 // LISTENS_OUTBOUND
 )
 
 func encodeAddr(addr netip.Addr) (row bpfAddr) {
@@ -67,7 +69,7 @@ func decodeIndex(addr netip.Addr) (index uint32, encoded bool) {
 // rows is one generation of a workload, ready to be written.
 type rows struct {
 	config     bpfConfig
-	exclusions []bpfExclusionKey
+	exclusions map[bpfExclusionKey]uint32
 	addresses  map[bpfAddressKey]bpfAddress
 	cidrs      map[bpfCidrKey]uint32 // the family that the prefix was written in
 }
@@ -84,17 +86,45 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 
 			EphemeralFirst: w.Ephemeral.First,
 			EphemeralLast:  w.Ephemeral.Last,
+
+			Seat:  w.seat(0),
+			Seats: w.takenSeats(),
 		},
-		addresses: make(map[bpfAddressKey]bpfAddress),
-		cidrs:     make(map[bpfCidrKey]uint32),
+		exclusions: make(map[bpfExclusionKey]uint32),
+		addresses:  make(map[bpfAddressKey]bpfAddress),
+		cidrs:      make(map[bpfCidrKey]uint32),
 	}
 	flag := func(set bool, bit bpfConfigFlag) {
 		if set {
 			r.config.Flags |= bit
 		}
 	}
-	exclude := func(kind bpfExclusionKind, value uint32) {
-		r.exclusions = append(r.exclusions, bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value})
+	mean := func(kind bpfExclusionKind, value, meaning uint32) {
+		r.exclusions[bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}] = meaning
+	}
+	exclude := func(kind bpfExclusionKind, value uint32) { mean(kind, value, 0) }
+	// What comes later overwrites: the last proxy first, then what goes before any proxy.
+	for i := len(w.Proxies) - 1; i >= 0; i-- {
+		p, seat := w.Proxies[i], uint32(w.seat(i+1))
+		for _, addr := range p.VirtualIPs {
+			r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{
+				Kind: bpfAddressKindADDRESS_PROXY, Port: p.OutboundPort, Seat: uint16(seat),
+			}
+		}
+		for _, port := range p.ServicePorts {
+			mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(port), uint32(p.InboundPort))
+		}
+		if p.OutboundPort != 0 {
+			mean(bpfExclusionKindEXCLUSION_NONE, uint32(p.OutboundPort), seat|listensOutbound)
+		}
+		if p.InboundPort != 0 {
+			mean(bpfExclusionKindEXCLUSION_NONE, uint32(p.InboundPort), seat)
+		}
+	}
+	for _, p := range w.all() {
+		if p.InboundPort != 0 && len(w.Proxies) > 0 {
+			mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(p.InboundPort), uint32(p.InboundPort))
+		}
 	}
 	for _, port := range w.ExcludeOutboundPorts {
 		exclude(bpfExclusionKindEXCLUSION_PORT_OUT, uint32(port))
@@ -125,7 +155,8 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	encodeDNS(w.DNS, &r.config)
 	flag(w.Mode == ModeTransparent, bpfConfigFlagCONFIG_TRANSPARENT)
 	flag(len(w.ExcludeOutboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_OUT)
-	flag(len(w.ExcludeInboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_IN)
+	flag(len(w.Proxies) > 0, bpfConfigFlagCONFIG_PROXIES)
+	flag(len(w.ExcludeInboundPorts)+len(w.Proxies) > 0, bpfConfigFlagCONFIG_PORTS_IN)
 	flag(len(w.ExcludeUIDs) > 0, bpfConfigFlagCONFIG_UIDS)
 	flag(len(w.ExcludeOutboundCIDRs) > 0, bpfConfigFlagCONFIG_CIDRS)
 	flag(ipv6, bpfConfigFlagCONFIG_IPV6)

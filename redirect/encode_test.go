@@ -130,12 +130,12 @@ func TestEncodeRows(t *testing.T) {
 				bpfConfigFlagCONFIG_IPV6 | bpfConfigFlagCONFIG_ENFORCE,
 			ProxyUid: 4_000_000_000, Budget: 99, OutboundPort: 15001, InboundPort: 20000,
 			DnsAddr: encodeAddr(netip.MustParseAddr("10.0.0.53")), DnsPort: 8600,
-			EphemeralFirst: 32768, EphemeralLast: 60999,
+			EphemeralFirst: 32768, EphemeralLast: 60999, Seats: 1,
 		},
-		exclusions: []bpfExclusionKey{
-			exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 1), exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 65535),
-			exclusion(bpfExclusionKindEXCLUSION_PORT_IN, 8080),
-			exclusion(bpfExclusionKindEXCLUSION_UID, 0), exclusion(bpfExclusionKindEXCLUSION_UID, 70000),
+		exclusions: map[bpfExclusionKey]uint32{
+			exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 1): 0, exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 65535): 0,
+			exclusion(bpfExclusionKindEXCLUSION_PORT_IN, 8080): 0,
+			exclusion(bpfExclusionKindEXCLUSION_UID, 0):        0, exclusion(bpfExclusionKindEXCLUSION_UID, 70000): 0,
 		},
 		addresses: map[bpfAddressKey]bpfAddress{
 			// An address that is both stays the workload's own.
@@ -169,6 +169,7 @@ func TestEncodeFlags(t *testing.T) {
 		"ports out":   {func(w *Workload) { w.ExcludeOutboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_OUT},
 		"ports in":    {func(w *Workload) { w.ExcludeInboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_IN},
 		"CIDRs":       {func(w *Workload) { w.ExcludeOutboundCIDRs = prefixes("::/0") }, false, bpfConfigFlagCONFIG_CIDRS},
+		"two proxies": {func(w *Workload) { w.Proxies = []Sidecar{{InboundPort: 1}} }, false, bpfConfigFlagCONFIG_PROXIES | bpfConfigFlagCONFIG_PORTS_IN},
 		"audit":       {func(w *Workload) { w.Guard = GuardAudit }, false, bpfConfigFlagCONFIG_AUDIT},
 		"enforce":     {func(w *Workload) { w.Guard = GuardEnforce }, false, bpfConfigFlagCONFIG_ENFORCE},
 	} {
@@ -200,6 +201,76 @@ func TestEncodeDNS(t *testing.T) {
 		if got.Flags != tc.flags || got.DnsAddr != encodeAddr(netip.MustParseAddr(tc.addr)) || got.DnsPort != tc.port {
 			t.Errorf("%+v: flags %#x, %s port %d; want %#x, %s port %d",
 				tc.dns, got.Flags, decodeAddr(got.DnsAddr), got.DnsPort, tc.flags, tc.addr, tc.port)
+		}
+	}
+}
+
+// Of two that claim the same, the former proxy has it; before any proxy come
+// what is excluded, upstreams and the workload's own addresses.
+func TestEncodeProxies(t *testing.T) {
+	const cookie, generation = 7, 8
+	w := Workload{
+		Mode: ModeTransparent, InboundPort: 20000, OutboundPort: 15001, ExcludeInboundPorts: []uint16{9000},
+		Addresses: addrs("10.9.1.2"), Seats: []uint8{2, 0, 5},
+		Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.9"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
+		Proxies: []Sidecar{
+			{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080, 9000}, VirtualIPs: addrs("240.0.0.1", "240.0.0.9")},
+			{Service: "web", InboundPort: 20002, ServicePorts: []uint16{8080, 20000, 8081}},
+		},
+	}
+	exclusion := func(kind bpfExclusionKind, value uint32) bpfExclusionKey {
+		return bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}
+	}
+	const in, none = bpfExclusionKindEXCLUSION_PORT_IN, bpfExclusionKindEXCLUSION_NONE
+	got := encodeRows(w, cookie, generation, false)
+	if diff := cmp.Diff(map[bpfExclusionKey]uint32{
+		exclusion(in, 9000): 0, exclusion(in, 8080): 20001, exclusion(in, 8081): 20002,
+		exclusion(in, 20000): 20000, exclusion(in, 20001): 20001, exclusion(in, 20002): 20002,
+		exclusion(none, 15002): 0 | listensOutbound, exclusion(none, 20001): 0, exclusion(none, 20002): 5,
+	}, got.exclusions); diff != "" {
+		t.Errorf("exclusions (-want +got):\n%s", diff)
+	}
+	kinds := make(map[string]bpfAddressKind)
+	for key, row := range got.addresses {
+		kinds[decodeAddr(key.Addr).String()] = row.Kind
+		if row.Kind == bpfAddressKindADDRESS_PROXY && (row.Port != 15002 || row.Seat != 0) {
+			t.Errorf("the owner of %s is at port %d in seat %d", decodeAddr(key.Addr), row.Port, row.Seat)
+		}
+	}
+	if diff := cmp.Diff(map[string]bpfAddressKind{
+		"10.9.1.2": bpfAddressKindADDRESS_OWN, "240.0.0.9": bpfAddressKindADDRESS_UPSTREAM, "240.0.0.1": bpfAddressKindADDRESS_PROXY,
+	}, kinds); diff != "" {
+		t.Errorf("addresses (-want +got):\n%s", diff)
+	}
+	if got.config.Seat != 2 || got.config.Seats != 1<<2|1<<0|1<<5 {
+		t.Errorf("seat %d of %#b", got.config.Seat, got.config.Seats)
+	}
+}
+
+// A proxy keeps its seat for as long as it can be recognised.
+func TestSeats(t *testing.T) {
+	of := func(seats []uint8, list ...Sidecar) Workload {
+		return Workload{Service: list[0].Service, InboundPort: list[0].InboundPort, OutboundPort: list[0].OutboundPort, Proxies: list[1:], Seats: seats}
+	}
+	api, web, db := Sidecar{Service: "api", InboundPort: 1, OutboundPort: 2}, Sidecar{Service: "web", InboundPort: 3, OutboundPort: 4}, Sidecar{Service: "db", InboundPort: 5, OutboundPort: 6}
+	moved := Sidecar{Service: "web", InboundPort: 13, OutboundPort: 14}
+	for name, tc := range map[string]struct {
+		before, after Workload
+		want          []uint8
+	}{
+		"the same":                        {of(nil, api, web), of(nil, api, web), nil},
+		"another comes before it":         {of(nil, web), of(nil, api, web), []uint8{1, 0}},
+		"and goes again":                  {of([]uint8{1, 0}, api, web), of(nil, web), nil},
+		"the first goes":                  {of(nil, api, web), of(nil, web), []uint8{1}},
+		"a vacant seat is not warm":       {of(nil, api, web), of(nil, db, web), []uint8{2, 1}},
+		"both ports move":                 {of(nil, api, web), of(nil, moved, api), []uint8{1, 0}},
+		"the only one":                    {of(nil, Sidecar{OutboundPort: 15001}), of(nil, moved), nil},
+		"by a port, while it has no name": {of(nil, Sidecar{OutboundPort: 4}), of(nil, api, web), []uint8{1, 0}},
+		"all seats were taken": {
+			of([]uint8{0, 1, 2, 3, 4, 5, 6, 7}, api, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}), of(nil, web, api), []uint8{1, 0}},
+	} {
+		if got := tc.before.seats(tc.after); !cmp.Equal(got, tc.want, cmpopts.EquateEmpty()) {
+			t.Errorf("%s: seats %v, want %v", name, got, tc.want)
 		}
 	}
 }

@@ -98,7 +98,7 @@ func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workl
 	}
 	waitForReaders()
 	if !before.Complete || old == 0 {
-		return tables.dropStale(r.Cookie)
+		return tables.dropStale(r.Cookie, &workload)
 	}
 	if err := tables.dropRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
 		return err
@@ -106,11 +106,10 @@ func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workl
 	if samePorts(before.Applied, workload) {
 		return nil
 	}
-	return tables.evict(r.Cookie, workload.OutboundPort, workload.InboundPort)
-}
-
-func samePorts(a, b Workload) bool {
-	return a.OutboundPort == b.OutboundPort && a.InboundPort == b.InboundPort
+	return errors.Join(
+		tables.evict(r.Cookie, workload.ports()),
+		tables.dropSeats(r.Cookie, before.Applied.takenSeats()&^workload.takenSeats()),
+	)
 }
 
 // sweep removes what belongs to namespaces that died: their records, and the

@@ -15,22 +15,33 @@ import (
 )
 
 // ProxyCgroups returns the IDs of the cgroups in which the kernel has seen the
-// proxies of these namespaces, by cookie; those not seen yet are left out. One
-// map read each, without the lock.
-func (d *Datapath) ProxyCgroups(cookies []uint64) (map[uint64]uint64, error) {
+// proxies of these namespaces, by cookie; those not seen yet are left out. A few
+// map reads each, without the lock.
+func (d *Datapath) ProxyCgroups(cookies []uint64) (map[uint64][]uint64, error) {
 	tables, err := openTables(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
-	found := make(map[uint64]uint64)
+	found := make(map[uint64][]uint64)
 	for _, cookie := range cookies {
-		proxy, err := tables.proxyState(cookie)
+		generation, err := tables.generation(cookie)
 		if err != nil {
 			return nil, err
 		}
-		if proxy.Cgroup != 0 {
-			found[cookie] = proxy.Cgroup
+		var config bpfConfig
+		if _, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil {
+			return nil, err
+		}
+		err = eachSeat(cookie, config.Seats, func(key bpfProxyKey) error {
+			proxy, err := tables.proxyState(cookie, uint8(key.Seat))
+			if proxy.Cgroup != 0 && !slices.Contains(found[cookie], proxy.Cgroup) {
+				found[cookie] = append(found[cookie], proxy.Cgroup)
+			}
+			return err
+		})
+		if err != nil {
+			return nil, err
 		}
 	}
 	return found, nil
@@ -123,11 +134,21 @@ func (d *Datapath) Distrust(key Key, cgroup uint64) error {
 		if err := d.paths.writeRecord(r); err != nil {
 			return err
 		}
-		proxy, err := tables.proxyState(r.Cookie)
-		if err != nil || proxy.Cgroup != cgroup {
-			return err
+		w := r.desired()
+		var seats []uint8
+		for i := range w.all() {
+			proxy, err := tables.proxyState(r.Cookie, w.seat(i))
+			if err != nil {
+				return err
+			}
+			if proxy.Cgroup == cgroup {
+				seats = append(seats, w.seat(i))
+			}
 		}
-		if err := tables.forgetProxy(r.Cookie); err != nil {
+		if len(seats) == 0 {
+			return nil
+		}
+		if err := tables.forgetProxy(r.Cookie, seats, w); err != nil {
 			return err
 		}
 		_, err = d.ensure(tables, r, ns)

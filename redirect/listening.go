@@ -126,27 +126,24 @@ func parseSocket(message []byte) (s socket, err error) {
 }
 
 // roles is the test that weir_sockops makes on a new listener: which roles of
-// the workload's proxy it can serve.
-func (s socket) roles(w Workload) (roles []bpfListenerRole) {
-	outbound := s.port == w.OutboundPort
-	if !outbound && s.port != w.InboundPort {
-		return nil
+// the workload's proxies it can serve, and on which port of theirs.
+func (s socket) roles(w Workload) (port proxyPort, roles []bpfListenerRole) {
+	port, ok := w.portOf(s.port)
+	if !ok {
+		return port, nil
 	}
 	mapped := s.addr.Is4() || s.addr.Is4In6()
 	take4 := mapped || s.addr.IsUnspecified() && !s.v6only
 	addr := s.addr.Unmap()
-	if outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
-		return nil
+	if port.outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
+		return port, nil
 	}
-	four, six := bpfListenerRoleLISTENER_INBOUND4, bpfListenerRoleLISTENER_INBOUND6
-	if outbound {
-		four, six = bpfListenerRoleLISTENER_OUTBOUND4, bpfListenerRoleLISTENER_OUTBOUND6
-	}
+	four, six := port.roles()
 	if take4 {
 		roles = append(roles, four)
 	}
 	if !mapped {
 		roles = append(roles, six)
 	}
-	return roles
+	return port, roles
 }

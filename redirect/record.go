@@ -37,6 +37,8 @@ type record struct {
 	Strangers []uint64 `json:"strangers,omitempty"`
 	// IPv6 says that the encoded IPv6 range is routed in the namespace.
 	IPv6 bool `json:"ipv6"`
+	// Seats are those of the proxies that Overlay names.
+	Seats []uint8 `json:"seats,omitempty"`
 	// Complete says that the kernel's rows are those of Applied and no others.
 	Complete bool `json:"complete"`
 	// Applied is the workload that the rows in force were made from.
@@ -49,6 +51,7 @@ type record struct {
 func (r *record) desired() Workload {
 	w := Merge(r.Request, r.Overlay)
 	w.Ephemeral = r.Ephemeral
+	w.Seats = r.Seats
 	for _, addr := range r.Found {
 		if !slices.Contains(w.Addresses, addr) {
 			w.Addresses = append(w.Addresses, addr)

@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"errors"
+	"fmt"
 	"net/netip"
 	"syscall"
 	"testing"
@@ -11,8 +12,251 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// Two services with a plain sidecar each: both proxies run under one UID, each
-// in a cgroup of its own.
+// The second proxy's ports, what it owns, and an address that nobody owns.
+const (
+	secondOutbound = 15002
+	secondInbound  = 20001
+	secondService  = 8081
+	secondVIP      = "240.0.0.2"
+	nobodysVIP     = "240.0.0.9"
+)
+
+// several is an allocation with two services: all proxies run under one UID,
+// each in a cgroup of its own.
+type several struct {
+	*alloc
+	secondCg                *test.Cgroup
+	outbound2nd, inbound2nd *test.ServerProcess
+}
+
+func newSeveral(t *testing.T) *several {
+	t.Helper()
+	a := newNode(t).newAlloc()
+	a.add()
+	s := &several{alloc: a, secondCg: test.NewCgroup(t)}
+	s.set(s.overlay())
+	return s
+}
+
+func (s *several) overlay() Overlay {
+	return Overlay{Service: "api", Proxies: []Sidecar{{
+		Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
+		ServicePorts: []uint16{secondService}, VirtualIPs: addrs(secondVIP),
+	}}}
+}
+
+// turned is the same two proxies in the other order.
+func (s *several) turned() Overlay {
+	return Overlay{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound, Proxies: []Sidecar{{
+		Service: "api", InboundPort: inboundPort, OutboundPort: outboundPort,
+	}}}
+}
+
+func (s *several) set(overlay Overlay) {
+	s.node.t.Helper()
+	if err := s.node.SetOverlay(s.key, overlay); err != nil {
+		s.node.t.Fatal(err)
+	}
+}
+
+func (s *several) startSecond() {
+	s.node.t.Helper()
+	s.outbound2nd = s.serve(proxyUID, s.secondCg, "tcp4", fmt.Sprintf("127.0.0.1:%d", secondOutbound))
+	s.inbound2nd = s.serve(proxyUID, s.secondCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", secondInbound))
+}
+
+// goesTo fails the test unless a task's connection to the address is redirected
+// to the proxy, which is told the address.
+func (s *several) goesTo(addr string, proxy *test.ServerProcess) {
+	t := s.node.t
+	t.Helper()
+	origin := netip.AddrPortFrom(netip.MustParseAddr(addr), 80)
+	moved := s.rose(func() {
+		answer, err := s.ask("tcp4", origin.String())
+		if err != nil || answer.Server != proxy.Name || answer.Origin != origin || answer.To != origin {
+			t.Errorf("dial %s: %+v, %v; want %q, which is told so", origin, answer, err, proxy.Name)
+		}
+	})
+	verdictsAre(t, moved, map[Verdict]uint64{Redirected: 1})
+}
+
+// identities fails the test unless all proxies are told so.
+func (s *several) identities(want Identity, cgroups ...uint64) {
+	t := s.node.t
+	t.Helper()
+	status := s.status()
+	got := append([]ProxyStatus{status.Proxy}, status.Sidecars...)
+	if len(got) != len(cgroups) || len(status.Problems) > 0 {
+		t.Errorf("proxies %+v, problems %v; want %d and none", got, status.Problems, len(cgroups))
+		return
+	}
+	for i, cgroup := range cgroups {
+		if got[i].Cgroup != cgroup || got[i].Identity != want {
+			t.Errorf("proxy %d: %+v, want identity %q and cgroup %d", i, got[i], want, cgroup)
+		}
+	}
+}
+
+func TestSeveralProxies(t *testing.T) {
+	s := newSeveral(t)
+	s.startProxy()
+	s.startSecond()
+	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
+	for range 2 {
+		s.goesTo(nobodysVIP, s.outbound)
+		s.goesTo(secondVIP, s.outbound2nd)
+	}
+	for port, proxy := range map[uint16]*test.ServerProcess{
+		inboundPort: s.inbound, secondInbound: s.inbound2nd, secondService: s.inbound2nd, 8080: s.inbound, secondOutbound: s.inbound,
+	} {
+		s.arrives(s.v4, port, proxy.Name, true)
+	}
+	// One that is away does not send its connections to the other.
+	s.outbound2nd.Stop()
+	s.inbound2nd.Stop()
+	s.refused(s.v4, secondService)
+	moved := s.rose(func() {
+		if _, err := s.ask("tcp4", secondVIP+":80"); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("dial what a stopped proxy owns: %v, want connection refused", err)
+		}
+	})
+	verdictsAre(t, moved, map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1})
+	s.goesTo(nobodysVIP, s.outbound)
+	s.secondCg = test.NewCgroup(t)
+	s.startSecond()
+	s.goesTo(secondVIP, s.outbound2nd)
+	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
+}
+
+func TestSeveralProxiesIdentity(t *testing.T) {
+	s := newSeveral(t)
+	remote := test.Echo(t, s.node.remote, "tcp4", "0.0.0.0:80")
+	s.startProxy()
+	// The second has not shown itself: it may be whoever has the UID.
+	s.identities(IdentityUID, s.proxyCg.ID, 0)
+	s.dials(proxyUID, s.secondCg, remote.Name, Proxy)
+	s.startSecond()
+	for range 2 {
+		s.dials(proxyUID, s.proxyCg, remote.Name, Proxy)
+		s.dials(proxyUID, s.secondCg, remote.Name, Proxy)
+		s.dials(proxyUID, s.taskCg, s.outbound.Name, Redirected)
+		s.dials(taskUID, s.taskCg, s.outbound.Name, Redirected)
+	}
+	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
+	// Neither a task nor the other proxy gets a part of a proxy's connections.
+	for _, cgroup := range []*test.Cgroup{s.taskCg, s.proxyCg} {
+		rival := s.sockets(proxyUID, cgroup)
+		for _, addr := range []string{"[::1]:15002", "[::1]:20001"} {
+			moved := s.rose(func() {
+				if _, err := rival.listen("rival", addr, 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
+					t.Errorf("listen on %s beside the second proxy: %v, want address in use", addr, err)
+				}
+			})
+			verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+		}
+	}
+	// A task that shares the second proxy's cgroup makes its UID decide there.
+	s.dials(taskUID, s.secondCg, s.outbound.Name, Redirected)
+	if got := s.status().Sidecars[0].Identity; got != IdentityUID {
+		t.Errorf("a proxy that shares its cgroup is told by %q", got)
+	}
+}
+
+// The order of proxies, and who owns an address, change under open listeners
+// and interned origins.
+func TestSeveralProxiesChange(t *testing.T) {
+	s := newSeveral(t)
+	remote := test.Echo(t, s.node.remote, "tcp4", "0.0.0.0:80")
+	s.startProxy()
+	s.startSecond()
+	s.goesTo(secondVIP, s.outbound2nd)
+	s.goesTo(nobodysVIP, s.outbound)
+	before := s.origins(t)
+	s.set(s.turned())
+	s.identities(IdentityCgroup, s.secondCg.ID, s.proxyCg.ID)
+	s.goesTo(nobodysVIP, s.outbound2nd)
+	s.goesTo(secondVIP, s.outbound2nd)
+	s.arrives(s.v4, 8080, s.inbound2nd.Name, true)
+	s.arrives(s.v4, inboundPort, s.inbound.Name, true)
+	// One owner after another.
+	turned := s.turned()
+	turned.Proxies[0].VirtualIPs = addrs(nobodysVIP)
+	s.set(turned)
+	s.goesTo(nobodysVIP, s.outbound)
+	if after := s.origins(t); after != before {
+		t.Errorf("%d origins are held, %d before anything changed", after, before)
+	}
+	s.dials(proxyUID, s.proxyCg, remote.Name, Proxy)
+	s.dials(proxyUID, s.taskCg, s.outbound2nd.Name, Redirected)
+	// The one that goes leaves nothing, and comes back as one that is not known.
+	s.set(Overlay{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound})
+	s.identities(IdentityCgroup, s.secondCg.ID)
+	s.goesTo(nobodysVIP, s.outbound2nd)
+	s.arrives(s.v4, inboundPort, s.inbound2nd.Name, true)
+	s.dials(proxyUID, s.proxyCg, s.outbound2nd.Name, Redirected)
+	s.set(turned)
+	s.identities(IdentityCgroup, s.secondCg.ID, s.proxyCg.ID) // by its listeners, which are taken in
+	s.goesTo(nobodysVIP, s.outbound)
+	s.arrives(s.v4, inboundPort, s.inbound.Name, true)
+	s.inbound.Stop()
+	s.outbound.Stop()
+	s.proxyCg = test.NewCgroup(t)
+	if _, err := s.node.Check(s.key, s.Path); err != nil {
+		t.Fatal(err)
+	}
+	s.startProxy()
+	s.identities(IdentityCgroup, s.secondCg.ID, s.proxyCg.ID)
+}
+
+// A proxy whose listeners are older than Consul's news of it.
+func TestSeveralProxiesOpenedBefore(t *testing.T) {
+	a := newNode(t).newAlloc()
+	a.add()
+	s := &several{alloc: a, secondCg: test.NewCgroup(t)}
+	s.startProxy()
+	s.startSecond()
+	s.goesTo(secondVIP, s.outbound)
+	s.set(s.overlay())
+	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
+	s.goesTo(secondVIP, s.outbound2nd)
+	s.arrives(s.v4, secondService, s.inbound2nd.Name, true)
+	mended, err := s.node.Check(s.key, s.Path)
+	if err != nil || len(mended) > 0 {
+		t.Errorf("check: %v, mended %q", err, mended)
+	}
+	for _, table := range []string{"proxies", "exclusions", "addresses", "listeners"} {
+		s.dropRow(t, table)
+		if mended, err := s.node.Check(s.key, s.Path); err != nil || len(mended) == 0 {
+			t.Errorf("check without %s: %v, mended %q", table, err, mended)
+		}
+		s.goesTo(secondVIP, s.outbound2nd)
+		s.arrives(s.v4, secondInbound, s.inbound2nd.Name, true)
+		s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
+	}
+}
+
+// What families a proxy takes is its own matter.
+func TestSeveralProxiesFamilies(t *testing.T) {
+	s := newSeveral(t)
+	s.startProxy()
+	six := s.serve(proxyUID, s.secondCg, "tcp6", fmt.Sprintf("[::1]:%d", secondOutbound))
+	s.goesTo(nobodysVIP, s.outbound)
+	moved := s.rose(func() {
+		if _, err := s.ask("tcp4", secondVIP+":80"); !errors.Is(err, syscall.ENETUNREACH) {
+			t.Errorf("dial by IPv4 what a proxy on IPv6 owns: %v, want network unreachable", err)
+		}
+	})
+	verdictsAre(t, moved, map[Verdict]uint64{RefusedFamily: 1})
+	overlay := s.overlay()
+	overlay.Proxies[0].VirtualIPs = addrs("fd00::2")
+	s.set(overlay)
+	if answer, err := s.ask("tcp6", "[fd00::2]:80"); err != nil || answer.Server != six.Name || answer.Origin.String() != "[fd00::2]:80" {
+		t.Errorf("dial by IPv6: %+v, %v; want %q", answer, err, six.Name)
+	}
+}
+
+// Plain sidecars under an enforcing guard: each one's port, each one's
+// upstreams, and nothing else.
 func TestSeveralPlainProxies(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
@@ -21,7 +265,8 @@ func TestSeveralPlainProxies(t *testing.T) {
 		return Upstream{Name: name, Addresses: addrs(vip), Listener: netip.MustParseAddrPort(listener)}
 	}
 	if err := n.SetOverlay(a.key, Overlay{
-		Guard: GuardEnforce, InboundPort: inboundPort, ExcludeInboundPorts: []uint16{20001},
+		Guard: GuardEnforce, Service: "api", InboundPort: inboundPort,
+		Proxies:   []Sidecar{{Service: "web", InboundPort: secondInbound}},
 		Upstreams: []Upstream{upstream("db", "240.0.0.1", "127.0.0.1:9191"), upstream("cache", "240.0.0.2", "127.0.0.1:9292")},
 	}); err != nil {
 		t.Fatal(err)
@@ -30,14 +275,14 @@ func TestSeveralPlainProxies(t *testing.T) {
 	first := []*test.ServerProcess{a.serve(proxyUID, a.proxyCg, "tcp4", "0.0.0.0:20000"), a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")}
 	other := []*test.ServerProcess{a.serve(proxyUID, second, "tcp4", "0.0.0.0:20001"), a.serve(proxyUID, second, "tcp4", "127.0.0.1:9292")}
 	app := a.serve(taskUID, a.taskCg, "tcp4", "0.0.0.0:8080")
-	for addr, want := range map[string]string{
-		addrPort(a.v4, 20000): first[0].Name,
-		addrPort(a.v4, 20001): other[0].Name,
-	} {
-		if answer, err := test.Ask(n.remote, "tcp4", addr); err != nil || answer.Server != want {
-			t.Errorf("%s from outside: %q answers, %v; want %q", addr, answer.Server, err, want)
+	moved := a.rose(func() {
+		for addr, want := range map[string]string{addrPort(a.v4, inboundPort): first[0].Name, addrPort(a.v4, secondInbound): other[0].Name} {
+			if answer, err := test.Ask(n.remote, "tcp4", addr); err != nil || answer.Server != want {
+				t.Errorf("%s from outside: %q answers, %v; want %q", addr, answer.Server, err, want)
+			}
 		}
-	}
+	})
+	verdictsAre(t, moved, map[Verdict]uint64{}) // a proxy's port is no exclusion
 	if _, err := test.Ask(n.remote, "tcp4", addrPort(a.v4, 8080)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("the application from outside: %v, want connection refused", err)
 	}
@@ -48,4 +293,9 @@ func TestSeveralPlainProxies(t *testing.T) {
 			t.Errorf("%s from a task: %q answers, %v; want %q", addr, answer.Server, err, want)
 		}
 	}
+	// Neither proxy's own connections are anybody's business.
+	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+	a.dials(proxyUID, second, remote.Name, Proxy)
+	a.dials(proxyUID, a.taskCg, remote.Name, Direct)
 }

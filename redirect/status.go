@@ -180,6 +180,7 @@ const (
 
 // ProxyStatus is what the node knows of a workload's proxy.
 type ProxyStatus struct {
+	Service   string   `json:"service,omitempty"` // whose sidecar it is, where that is known
 	UID       uint32   `json:"uid"`
 	Cgroup    uint64   `json:"cgroup"` // ID; 0: not known yet
 	Identity  Identity `json:"identity"`
@@ -190,20 +191,21 @@ type ProxyStatus struct {
 
 // WorkloadStatus is the state of one workload.
 type WorkloadStatus struct {
-	Key       Key          `json:"key"`
-	ID        string       `json:"id"` // allocation ID
-	Job       string       `json:"job"`
-	Group     string       `json:"group"`
-	NetNS     string       `json:"netns"`
-	Cookie    uint64       `json:"cookie,string"`
-	Mode      Mode         `json:"mode"`
-	Guard     Guard        `json:"guard"`
-	Addresses []netip.Addr `json:"addresses"`
-	Proxy     ProxyStatus  `json:"proxy"`
-	Origins   uint32       `json:"origins"` // destination addresses held
-	Budget    uint32       `json:"budget"`  // ... of so many
-	Notes     []string     `json:"notes"`
-	Problems  []Problem    `json:"problems"`
+	Key       Key           `json:"key"`
+	ID        string        `json:"id"` // allocation ID
+	Job       string        `json:"job"`
+	Group     string        `json:"group"`
+	NetNS     string        `json:"netns"`
+	Cookie    uint64        `json:"cookie,string"`
+	Mode      Mode          `json:"mode"`
+	Guard     Guard         `json:"guard"`
+	Addresses []netip.Addr  `json:"addresses"`
+	Proxy     ProxyStatus   `json:"proxy"`              // the first one
+	Sidecars  []ProxyStatus `json:"sidecars,omitempty"` // the others
+	Origins   uint32        `json:"origins"`            // destination addresses held
+	Budget    uint32        `json:"budget"`             // ... of so many
+	Notes     []string      `json:"notes"`
+	Problems  []Problem     `json:"problems"`
 }
 
 // Workloads returns every workload on record, sorted by key. A record that
@@ -245,7 +247,6 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
 		NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Addresses: w.Addresses,
-		Proxy:  ProxyStatus{UID: w.ProxyUID, Inbound: w.InboundPort, Outbound: w.OutboundPort, Identity: IdentityUID},
 		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []Problem{},
 	}
 	if status.ID == "" {
@@ -254,19 +255,17 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 	problem := func(remedy, what string, args ...any) {
 		status.Problems = append(status.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
 	}
-	proxy, err := tables.proxyState(r.Cookie)
-	if err != nil {
-		return status, err
-	}
+	var err error
 	if status.Origins, err = tables.held(r.Cookie); err != nil {
 		return status, err
 	}
-	status.Proxy.Cgroup = proxy.Cgroup
-	switch {
-	case proxy.Flags&bpfProxyFlagPROXY_SHARED != 0:
+	proxies, shared, err := tables.proxyStatus(r.Cookie, w)
+	if err != nil {
+		return status, err
+	}
+	status.Proxy, status.Sidecars = proxies[0], proxies[1:]
+	if shared {
 		status.Notes = append(status.Notes, "proxy and tasks share a cgroup: the UID alone tells them apart, a task under the proxy's UID is not redirected")
-	case proxy.Cgroup != 0:
-		status.Proxy.Identity = IdentityCgroup
 	}
 	if err := d.inspect(tables, r, w, &status, problem); err != nil {
 		return status, err
@@ -277,18 +276,10 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 // inspect compares the kernel with the record.
 func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *WorkloadStatus, problem func(remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
-	listeners := make(map[uint64]bool)
-	served := make(map[bpfListenerRole]bool)
-	for _, role := range listenerRoles() {
-		slots, err := tables.registered(r.Cookie, role, &w)
-		if err != nil {
-			return err
-		}
-		for _, cookie := range slots {
-			listeners[cookie], served[role] = true, true
-		}
+	served, err := tables.served(r.Cookie, w)
+	if err != nil {
+		return err
 	}
-	status.Proxy.Listeners = len(listeners)
 	ns, err := r.open()
 	if errors.Is(err, ErrNetNSGone) {
 		problem("run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
@@ -329,8 +320,9 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 		return err
 	}
 	for _, s := range sockets {
-		unserved := func(role bpfListenerRole) bool { return !served[role] }
-		if s.uid == w.ProxyUID && slices.ContainsFunc(s.roles(w), unserved) {
+		port, roles := s.roles(w)
+		unserved := func(role bpfListenerRole) bool { return !served[listenerKey(r.Cookie, role, port.port, 0)] }
+		if s.uid == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
 			problem("run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
 				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.addr, s.port))
 		}

@@ -65,12 +65,15 @@ func damages() []damage {
 		{"IPv4 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, encodedPrefix4) }},
 		{"IPv6 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, encodedPrefix6) }},
 	}
-	for _, name := range []string{"workloads", "budgets", "proxies", "verdicts"} {
+	for _, name := range []string{"workloads", "budgets", "verdicts"} {
 		list = append(list, damage{"row in " + name, "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.drop(name, a.Cookie()) })
 		}})
 	}
 	list = append(list,
+		damage{"row in proxies", "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.dropSeats(a.Cookie(), 1) })
+		}},
 		damage{"row in configs", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
 				return tables.drop("configs", bpfConfigKey{Cookie: a.Cookie(), Generation: generation})

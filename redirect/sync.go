@@ -48,8 +48,8 @@ func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool) error {
 
 // putRows writes a generation that is not in force yet.
 func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
-	for _, key := range fresh.exclusions {
-		if err := m.put("exclusions", key, uint32(1), ebpf.UpdateAny); err != nil {
+	for key, meaning := range fresh.exclusions {
+		if err := m.put("exclusions", key, meaning, ebpf.UpdateAny); err != nil {
 			return err
 		}
 	}
@@ -66,22 +66,27 @@ func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
 	if err := m.put("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, fresh.config, ebpf.UpdateAny); err != nil {
 		return err
 	}
-	return m.ensureShared(cookie)
+	return m.ensureShared(cookie, fresh.config.Seats)
 }
 
 // ensureShared makes the rows that the programs write to. They outlive every
 // generation, so what is there stays.
-func (m *tables) ensureShared(cookie uint64) error {
+func (m *tables) ensureShared(cookie uint64, seats uint8) error {
 	budget, released, err := m.recount(cookie)
 	if err != nil {
 		return err
 	}
-	for name, row := range map[string]any{"budgets": budget, "proxies": bpfProxy{}, "verdicts": bpfVerdictCounts{}, "releases": released} {
+	for name, row := range map[string]any{"budgets": budget, "verdicts": bpfVerdictCounts{}, "releases": released} {
 		if err := m.put(name, cookie, row, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return err
 		}
 	}
-	return nil
+	return eachSeat(cookie, seats, func(key bpfProxyKey) error {
+		if err := m.put("proxies", key, bpfProxy{}, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			return err
+		}
+		return nil
+	})
 }
 
 // hasRows reports whether the rows in force are exactly those of w.
@@ -95,9 +100,9 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 	if found, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil || !found || config != want.config {
 		return false, err
 	}
-	for _, key := range want.exclusions {
+	for key, meaning := range want.exclusions {
 		var row uint32
-		if found, err := m.get("exclusions", key, &row); err != nil || !found {
+		if found, err := m.get("exclusions", key, &row); err != nil || !found || row != meaning {
 			return false, err
 		}
 	}
@@ -113,7 +118,17 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 			return false, err
 		}
 	}
-	for name, row := range map[string]any{"budgets": new(bpfBudget), "proxies": new(bpfProxy), "verdicts": new(bpfVerdictCounts), "releases": new(uint32)} {
+	missing := false
+	err = eachSeat(cookie, want.config.Seats, func(key bpfProxyKey) error {
+		var row bpfProxy
+		found, err := m.get("proxies", key, &row)
+		missing = missing || !found
+		return err
+	})
+	if err != nil || missing {
+		return false, err
+	}
+	for name, row := range map[string]any{"budgets": new(bpfBudget), "verdicts": new(bpfVerdictCounts), "releases": new(uint32)} {
 		if found, err := m.get(name, cookie, row); err != nil || !found {
 			return false, err
 		}
@@ -160,7 +175,7 @@ func (m *tables) recount(cookie uint64) (budget bpfBudget, released uint32, err 
 }
 
 func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
-	for _, key := range stale.exclusions {
+	for key := range stale.exclusions {
 		if err := m.drop("exclusions", key); err != nil {
 			return err
 		}
@@ -178,16 +193,18 @@ func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
 	return m.drop("configs", bpfConfigKey{Cookie: cookie, Generation: generation})
 }
 
-// dropStale removes every generation of the workload but the one in force. It
-// walks the tables, and is for what a killed process left behind.
-func (m *tables) dropStale(cookie uint64) error {
+// dropStale removes every generation of the workload but the one in force,
+// which is w's, or none. It walks the tables, and is for what a killed process
+// left behind.
+func (m *tables) dropStale(cookie uint64, w *Workload) error {
 	current, err := m.generation(cookie)
 	if err != nil {
 		return err
 	}
-	var config bpfConfig
-	if _, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: current}, &config); err != nil {
-		return err
+	var ports []proxyPort
+	vacant := ^uint8(0)
+	if w != nil {
+		ports, vacant = w.ports(), ^w.takenSeats()
 	}
 	scope := encodeCIDR(encodedPrefix4, cookie, current).Scope
 	return errors.Join(
@@ -197,7 +214,8 @@ func (m *tables) dropStale(cookie uint64) error {
 			return [2]uint32(k.Scope[:2]) == [2]uint32(scope[:2]) && k.Scope != scope
 		}),
 		dropIf[bpfConfigKey, bpfConfig](m, "configs", func(k bpfConfigKey) bool { return k.Cookie == cookie && k.Generation != current }),
-		m.evict(cookie, config.OutboundPort, config.InboundPort),
+		m.evict(cookie, ports),
+		m.dropSeats(cookie, vacant),
 	)
 }
 
@@ -214,7 +232,7 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 	if applied != nil && generation != 0 {
 		err = m.dropRows(encodeRows(*applied, cookie, generation, true), cookie, generation)
 	} else {
-		err = m.dropStale(cookie)
+		err = m.dropStale(cookie, nil)
 	}
 	if err != nil {
 		return err
@@ -225,12 +243,15 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 	if err := m.eraseOrigins(cookie); err != nil {
 		return err
 	}
-	for _, name := range []string{"verdicts", "proxies", "budgets", "releases"} {
+	for _, name := range []string{"verdicts", "budgets", "releases"} {
 		if err := m.drop(name, cookie); err != nil {
 			return err
 		}
 	}
-	return nil
+	if applied == nil || generation == 0 {
+		return nil // dropStale has
+	}
+	return m.dropSeats(cookie, applied.takenSeats())
 }
 
 // eraseOrigins removes a dead workload's origins. Its indexes were given out
@@ -266,52 +287,6 @@ func (m *tables) eraseOrigins(cookie uint64) error {
 	return nil
 }
 
-// listenerRoles are all roles, outbound first.
-func listenerRoles() []bpfListenerRole {
-	return []bpfListenerRole{
-		bpfListenerRoleLISTENER_OUTBOUND4, bpfListenerRoleLISTENER_OUTBOUND6,
-		bpfListenerRoleLISTENER_INBOUND4, bpfListenerRoleLISTENER_INBOUND6,
-	}
-}
-
-// eraseListeners takes the sockets out that are still open. They leave by
-// themselves when they close, so the proxy's row says whether there are any.
-func (m *tables) eraseListeners(cookie uint64, applied *Workload) error {
-	var proxy bpfProxy
-	if found, err := m.get("proxies", cookie, &proxy); err != nil || found && proxy.Cgroup == 0 {
-		return err
-	}
-	if applied == nil {
-		return m.evict(cookie, 0, 0)
-	}
-	for _, role := range listenerRoles() {
-		for slot := range uint16(listenerSlots) {
-			if err := m.drop("listeners", listenerKey(cookie, role, slot, applied)); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-// evict takes the listeners out that live on at other ports than these. It
-// walks the table, which has a few rows a workload.
-func (m *tables) evict(cookie uint64, outbound, inbound uint16) error {
-	w := Workload{OutboundPort: outbound, InboundPort: inbound}
-	return dropIf[bpfListenerKey, uint64](m, "listeners", func(k bpfListenerKey) bool {
-		return k.Cookie == cookie && k != listenerKey(cookie, k.Role, k.Slot, &w)
-	})
-}
-
-// listenerKey is the key of a listener that serves the role in w.
-func listenerKey(cookie uint64, role bpfListenerRole, slot uint16, w *Workload) bpfListenerKey {
-	key := bpfListenerKey{Cookie: cookie, Role: role, Port: w.InboundPort, Slot: slot}
-	if role == bpfListenerRoleLISTENER_OUTBOUND4 || role == bpfListenerRoleLISTENER_OUTBOUND6 {
-		key.Port = w.OutboundPort
-	}
-	return key
-}
-
 // Barrier is how a change waits for programs that still read the old rows.
 type Barrier string
 
@@ -344,29 +319,4 @@ func waitForReaders() {
 		}
 	}
 	time.Sleep(100 * time.Millisecond)
-}
-
-// proxyState is what the kernel learned of a workload's proxy.
-func (m *tables) proxyState(cookie uint64) (bpfProxy, error) {
-	var proxy bpfProxy
-	if _, err := m.get("proxies", cookie, &proxy); err != nil {
-		return proxy, err
-	}
-	return proxy, nil
-}
-
-// registered returns the cookies of the sockets that hold a role's slots in w.
-func (m *tables) registered(cookie uint64, role bpfListenerRole, w *Workload) (map[uint16]uint64, error) {
-	slots := make(map[uint16]uint64)
-	for slot := range uint16(listenerSlots) {
-		var socket uint64
-		found, err := m.get("listeners", listenerKey(cookie, role, slot, w), &socket)
-		if err != nil {
-			return nil, fmt.Errorf("read listeners: %w", err)
-		}
-		if found {
-			slots[slot] = socket
-		}
-	}
-	return slots, nil
 }

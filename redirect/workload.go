@@ -129,6 +129,12 @@ type Overlay struct {
 	ExcludeInboundPorts []uint16   `json:"exclude_inbound_ports,omitempty"` // added to the request's
 	Upstreams           []Upstream `json:"upstreams,omitempty"`
 	Guard               Guard      `json:"guard,omitempty"` // "" is GuardOff
+
+	// Service is that of the first proxy, which the ports above are of and
+	// which has all that no other owns. Proxies are the others, in order: of
+	// two that claim the same, the former has it.
+	Service string    `json:"service,omitempty"`
+	Proxies []Sidecar `json:"proxies,omitempty"`
 }
 
 // Workload is the desired state of one network namespace: Request and Overlay
@@ -148,6 +154,9 @@ type Workload struct {
 	Guard                Guard
 	Budget               uint32
 	Ephemeral            PortRange
+	Service              string
+	Proxies              []Sidecar
+	Seats                []uint8 // of all proxies, the first one's first; nil: in their order
 }
 
 // PortRange is a namespace's ip_local_port_range, both ends included.
@@ -170,6 +179,10 @@ func Merge(request Request, overlay Overlay) Workload {
 		Addresses:            slices.Clone(request.Addresses),
 		Guard:                Stronger(request.Guard, overlay.Guard),
 		Budget:               request.Budget,
+		Service:              overlay.Service,
+	}
+	for _, proxy := range overlay.Proxies {
+		w.Proxies = append(w.Proxies, proxy.clone())
 	}
 	for _, cidr := range request.ExcludeOutboundCIDRs {
 		w.ExcludeOutboundCIDRs = append(w.ExcludeOutboundCIDRs, cidr.Masked())
@@ -227,6 +240,9 @@ func (w Workload) Validate() error {
 	if w.InboundPort == w.OutboundPort {
 		return fmt.Errorf("inbound port %d: the proxy's outbound listener has it too", w.InboundPort)
 	}
+	if err := w.validateProxies(); err != nil {
+		return err
+	}
 	if w.Budget > MaxBudget {
 		return fmt.Errorf("budget %d: a workload has at most %d origin addresses", w.Budget, MaxBudget)
 	}
@@ -264,7 +280,8 @@ func (w Workload) Equal(other Workload) bool {
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&
 		slices.Equal(w.ExcludeOutboundCIDRs, other.ExcludeOutboundCIDRs) &&
 		slices.Equal(w.ExcludeUIDs, other.ExcludeUIDs) &&
-		slices.Equal(w.Addresses, other.Addresses) &&
+		slices.Equal(w.Addresses, other.Addresses) && w.Service == other.Service &&
+		slices.Equal(w.Seats, other.Seats) && slices.EqualFunc(w.Proxies, other.Proxies, Sidecar.equal) &&
 		slices.EqualFunc(w.Upstreams, other.Upstreams, func(a, b Upstream) bool {
 			return a.Name == b.Name && a.Listener == b.Listener && slices.Equal(a.Addresses, b.Addresses)
 		})

@@ -121,7 +121,17 @@ func validWorkload() Workload {
 		ProxyUID: 101, InboundPort: 20000, DNS: DNS{Port: 8600}, ExcludeInboundPorts: []uint16{1},
 		ExcludeOutboundPorts: []uint16{2}, ExcludeOutboundCIDRs: prefixes("10.0.0.0/8"), ExcludeUIDs: []uint32{3},
 		Addresses: addrs("10.9.1.2", "fd09::2"),
-	}, Overlay{Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}})
+	}, Overlay{Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
+		Proxies: []Sidecar{{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080}, VirtualIPs: addrs("240.0.0.6")}}})
+}
+
+// sidecar edits the workload's second proxy.
+func sidecar(edit func(*Sidecar)) func(*Workload) {
+	return func(w *Workload) {
+		list := []Sidecar{w.Proxies[0]}
+		edit(&list[0])
+		w.Proxies = list
+	}
 }
 
 func TestValidate(t *testing.T) {
@@ -156,6 +166,12 @@ func TestValidate(t *testing.T) {
 		{`upstream "db"`, listener("127.200.0.1:9191")}, // the encoded range
 		{`upstream "db"`, upstream(func(u *Upstream) { u.Listener = netip.AddrPort{} })},
 		{`upstream "db"`, upstream(func(u *Upstream) { u.Addresses = []netip.Addr{{}} })},
+		{"port 20000", sidecar(func(p *Sidecar) { p.InboundPort = 20000 })},
+		{"port 15001", sidecar(func(p *Sidecar) { p.OutboundPort = 15001 })},
+		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.OutboundPort = 0 })},
+		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.InboundPort = 0 })},
+		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.VirtualIPs = addrs("::") })},
+		{"9 proxies", func(w *Workload) { w.Proxies = make([]Sidecar, MaxProxies) }},
 	} {
 		w := validWorkload()
 		tc.edit(&w)
@@ -199,6 +215,14 @@ func TestEqual(t *testing.T) {
 			w.Upstreams = []Upstream{{Name: "db", Addresses: w.Upstreams[0].Addresses, Listener: netip.MustParseAddrPort("127.0.0.1:1")}}
 		},
 		"ephemeral ports": func(w *Workload) { w.Ephemeral.Last++ },
+		"service":         func(w *Workload) { w.Service = "web" },
+		"no sidecar":      func(w *Workload) { w.Proxies = nil },
+		"seats":           func(w *Workload) { w.Seats = []uint8{1, 0} },
+		"sidecar":         sidecar(func(p *Sidecar) { p.Service = "x" }),
+		"sidecar's in":    sidecar(func(p *Sidecar) { p.InboundPort++ }),
+		"sidecar's out":   sidecar(func(p *Sidecar) { p.OutboundPort++ }),
+		"service port":    sidecar(func(p *Sidecar) { p.ServicePorts = nil }),
+		"owned VIP":       sidecar(func(p *Sidecar) { p.VirtualIPs = nil }),
 	} {
 		w := validWorkload()
 		edit(&w)

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+)
+
+// MaxProxies is how many proxies a workload has at most.
+const MaxProxies = 8 // SEATS
+
+// Sidecar is a proxy of a workload beside its first one: that of another service
+// of the group. All of them run under the same UID, and the workload's
+// upstreams are those of all.
+type Sidecar struct {
+	Service      string       `json:"service"` // whose sidecar it is
+	InboundPort  uint16       `json:"inbound_port,omitempty"`
+	OutboundPort uint16       `json:"outbound_port,omitempty"` // 0: nothing is redirected to it
+	ServicePorts []uint16     `json:"service_ports,omitempty"` // a connection to one from outside is this proxy's
+	VirtualIPs   []netip.Addr `json:"virtual_ips,omitempty"`   // a connection to one from inside is this proxy's
+}
+
+func (p Sidecar) clone() Sidecar {
+	p.ServicePorts = sorted(slices.Clone(p.ServicePorts))
+	p.VirtualIPs = slices.Clone(p.VirtualIPs)
+	for i, addr := range p.VirtualIPs {
+		p.VirtualIPs[i] = addr.Unmap()
+	}
+	slices.SortFunc(p.VirtualIPs, netip.Addr.Compare)
+	p.VirtualIPs = slices.Compact(p.VirtualIPs)
+	return p
+}
+
+func (p Sidecar) equal(other Sidecar) bool {
+	return p.Service == other.Service && p.InboundPort == other.InboundPort && p.OutboundPort == other.OutboundPort &&
+		slices.Equal(p.ServicePorts, other.ServicePorts) && slices.Equal(p.VirtualIPs, other.VirtualIPs)
+}
+
+// all returns every proxy of the workload, the first one first.
+func (w Workload) all() []Sidecar {
+	first := Sidecar{Service: w.Service, InboundPort: w.InboundPort, OutboundPort: w.OutboundPort}
+	return append([]Sidecar{first}, w.Proxies...)
+}
+
+func (w Workload) validateProxies() error {
+	proxies := w.all()
+	if len(proxies) > MaxProxies {
+		return fmt.Errorf("%d proxies: a workload has at most %d", len(proxies), MaxProxies)
+	}
+	taken := make(map[uint16]bool)
+	for _, p := range w.ports() {
+		if taken[p.port] {
+			return fmt.Errorf("port %d: two listeners of its proxies have it", p.port)
+		}
+		taken[p.port] = true
+	}
+	for _, p := range w.Proxies {
+		if p.InboundPort == 0 && len(p.ServicePorts) > 0 || p.OutboundPort == 0 && len(p.VirtualIPs) > 0 {
+			return fmt.Errorf("proxy of %q: it has no listener for what it owns", p.Service)
+		}
+		for _, addr := range p.VirtualIPs {
+			if !addr.IsValid() || addr.IsUnspecified() {
+				return fmt.Errorf("proxy of %q: address %q: not a virtual IP", p.Service, addr)
+			}
+		}
+	}
+	return nil
+}
+
+// A seat is where the kernel keeps what it learned of a proxy. A proxy keeps
+// its seat for as long as it can be recognised, whatever the order of proxies.
+
+// seat is that of the i-th proxy.
+func (w Workload) seat(i int) uint8 {
+	if i < len(w.Seats) {
+		return w.Seats[i]
+	}
+	return uint8(i)
+}
+
+// takenSeats has a bit for each seat.
+func (w Workload) takenSeats() (bits uint8) {
+	for i := range w.all() {
+		bits |= 1 << w.seat(i)
+	}
+	return bits
+}
+
+// seats are those of next's proxies, where w is what was before: a proxy is
+// recognised by its service, else by a port, else as the only one.
+func (w Workload) seats(next Workload) []uint8 {
+	before, after := w.all(), next.all()
+	seats := make([]int, len(after))
+	for i := range seats {
+		seats[i] = -1
+	}
+	recognise := func(same func(a, b Sidecar) bool) {
+		for i, p := range after {
+			for j, q := range before {
+				if seat := int(w.seat(j)); seats[i] < 0 && same(p, q) && !slices.Contains(seats, seat) {
+					seats[i] = seat
+				}
+			}
+		}
+	}
+	shared := func(a, b uint16) bool { return a != 0 && a == b }
+	recognise(func(a, b Sidecar) bool { return a.Service != "" && a.Service == b.Service })
+	recognise(func(a, b Sidecar) bool { return shared(a.OutboundPort, b.OutboundPort) })
+	recognise(func(a, b Sidecar) bool { return shared(a.InboundPort, b.InboundPort) })
+	recognise(func(_, _ Sidecar) bool { return len(before) == 1 && len(after) == 1 })
+	known, inOrder := w.takenSeats(), true
+	// What is new sits where nobody sat, as long as there is room.
+	for _, vacant := range []func(seat int) bool{
+		func(seat int) bool { return known>>seat&1 == 0 },
+		func(int) bool { return true },
+	} {
+		for seat := range MaxProxies {
+			if i := slices.Index(seats, -1); i >= 0 && vacant(seat) && !slices.Contains(seats, seat) {
+				seats[i] = seat
+			}
+		}
+	}
+	result := make([]uint8, len(seats))
+	for i, seat := range seats {
+		result[i] = uint8(max(seat, 0))
+		inOrder = inOrder && seat == i
+	}
+	if inOrder {
+		return nil
+	}
+	return result
+}
+
+// proxyPort is where a listener of a proxy is.
+type proxyPort struct {
+	port     uint16
+	seat     uint8
+	outbound bool
+}
+
+// ports are all ports of the workload's proxies, outbound before inbound.
+func (w Workload) ports() (list []proxyPort) {
+	for i, p := range w.all() {
+		if p.OutboundPort != 0 {
+			list = append(list, proxyPort{p.OutboundPort, w.seat(i), true})
+		}
+		if p.InboundPort != 0 {
+			list = append(list, proxyPort{p.InboundPort, w.seat(i), false})
+		}
+	}
+	return list
+}
+
+// portOf returns the proxy's port of that number.
+func (w Workload) portOf(number uint16) (found proxyPort, ok bool) {
+	ports := w.ports()
+	i := slices.IndexFunc(ports, func(p proxyPort) bool { return p.port == number })
+	if i < 0 {
+		return found, false
+	}
+	return ports[i], true
+}
+
+// roles are those of a listener on the port, by family.
+func (p proxyPort) roles() (four, six bpfListenerRole) {
+	if p.outbound {
+		return bpfListenerRoleLISTENER_OUTBOUND4, bpfListenerRoleLISTENER_OUTBOUND6
+	}
+	return bpfListenerRoleLISTENER_INBOUND4, bpfListenerRoleLISTENER_INBOUND6
+}
+
+func samePorts(a, b Workload) bool { return slices.Equal(a.ports(), b.ports()) }
