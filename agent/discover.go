@@ -135,13 +135,13 @@ type cachedFile struct {
 // read returns every attachment of an allocation, by key, and what could not
 // be read. A directory that is not there is a node without allocations.
 func (c *cache) read() (found map[redirect.Key]attachment, problems []string, err error) {
+	c.halfway = false
 	entries, err := os.ReadDir(c.dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, fmt.Errorf("list CNI results: %w", err)
 	}
 	found = make(map[redirect.Key]attachment)
 	fresh := make(map[string]cachedFile, len(entries))
-	c.halfway = false
 	for _, entry := range entries {
 		info, err := entry.Info()
 		if err != nil || !info.Mode().IsRegular() {
