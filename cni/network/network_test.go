@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
@@ -113,6 +114,29 @@ func TestResult(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("result (-want +got):\n%s", diff)
+	}
+}
+
+// Whatever is bound or dialled right after ADD finds its address usable.
+func TestAddressesAreUsableAtOnce(t *testing.T) {
+	n := newNode(t)
+	a, _ := n.added(t, "a")
+	for name, ns := range map[string]*test.NetNS{bridge: n.ns, "eth0": a.ns} {
+		ns.Do(func() {
+			link, err := netlink.LinkByName(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			addrs, err := netlink.AddrList(link, netlink.FAMILY_V6)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, addr := range addrs {
+				if addr.IP.IsGlobalUnicast() && addr.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_NODAD) != unix.IFA_F_NODAD {
+					t.Errorf("%s of %s: flags %x: want it without duplicate address detection", addr.IPNet, name, addr.Flags)
+				}
+			}
+		})
 	}
 }
 
