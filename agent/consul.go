@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -14,6 +15,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -234,6 +236,40 @@ func (c *consul) virtualIPs(ctx context.Context, of service) ([]string, error) {
 		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, brief(err))
 	}
 	return append(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs...), nil
+}
+
+// intentions are those that allow a service, named by itself, to dial another:
+// one bulk read.
+func (c *consul) intentions(ctx context.Context) (allowed []intention, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.read)
+	defer cancel()
+	options, err := c.options(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var list []struct {
+		SourceName, SourceNS, SourcePartition, SourcePeer string
+		DestinationName, DestinationNS                    string
+		DestinationPartition, Action                      string
+		Permissions                                       []struct{ Action string }
+	}
+	if _, err := c.client.Raw().Query("/v1/connect/intentions", &list, options); err != nil {
+		return nil, fmt.Errorf("read intentions from Consul: %w", brief(err))
+	}
+	const any = "*"
+	for _, i := range list {
+		if i.Action != "allow" && len(i.Permissions) == 0 || i.SourcePeer != "" || i.SourceName == any || i.DestinationName == any {
+			continue
+		}
+		allowed = append(allowed, intention{
+			Source:      named(i.SourceName, i.SourceNS, i.SourcePartition),
+			Destination: named(i.DestinationName, i.DestinationNS, i.DestinationPartition),
+		})
+	}
+	slices.SortFunc(allowed, func(a, b intention) int {
+		return cmp.Or(compareServices(a.Source, b.Source), compareServices(a.Destination, b.Destination))
+	})
+	return slices.Compact(allowed), nil
 }
 
 // gatewayPorts are the ports on which a gateway's configuration entry makes it

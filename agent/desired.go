@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"net/netip"
 	"slices"
 	"strings"
@@ -27,6 +28,8 @@ type facts struct {
 	GatewayPorts map[gateway][]uint16
 	CheckPorts   map[string][]uint16 // by service ID; nil: not answered yet
 	Unanswered   map[service]string  // why there is no answer, or none newer
+	Intentions   []intention         // asked where transparent proxies share an allocation
+	NoIntentions string              // why there is no answer, or none newer
 }
 
 // policy is the operator's part.
@@ -78,16 +81,10 @@ func desire(s subject, known facts, node policy) wish {
 		}
 	}
 	overlay := redirect.Overlay{Guard: guard}
+	proxies := inOrder(s.Proxies)
+	w.Problems = append(w.Problems, sidecars(&overlay, proxies, mode, known)...)
 	var open []uint16
-	for _, p := range s.Proxies {
-		if p.Inbound != 0 && overlay.InboundPort == 0 {
-			overlay.InboundPort = p.Inbound
-		} else if p.Inbound != 0 {
-			open = append(open, p.Inbound)
-		}
-		if p.Outbound != 0 && mode == redirect.ModeTransparent {
-			overlay.OutboundPort = p.Outbound
-		}
+	for _, p := range proxies {
 		open = append(open, p.Open...)
 		open = append(open, known.GatewayPorts[p.entry()]...)
 		if p.ExposeCheck {
@@ -112,7 +109,9 @@ func desire(s subject, known facts, node policy) wish {
 	} else {
 		open = append(open, s.mappedPorts()...)
 	}
-	open = slices.DeleteFunc(open, func(port uint16) bool { return port == overlay.InboundPort })
+	open = slices.DeleteFunc(open, func(port uint16) bool {
+		return port == overlay.InboundPort || slices.ContainsFunc(overlay.Proxies, func(p redirect.Sidecar) bool { return p.InboundPort == port })
+	})
 	overlay.ExcludeInboundPorts = sortedPorts(open)
 	overlay.Upstreams = firstListeners(overlay.Upstreams)
 	w.Overlay = &overlay
@@ -143,18 +142,18 @@ func upstreams(p proxy, known facts, record *redirect.Known) []redirect.Upstream
 		}
 		list = append(list, redirect.Upstream{Name: u.Of.Name, Addresses: slices.Clone(addresses), Listener: u.Listener})
 	}
+	slices.SortFunc(list, byListener)
 	return list
 }
 
-// firstListeners sorts upstreams and gives a virtual IP that several have to
-// the first: the kernel has one row for an address.
+func byListener(a, b redirect.Upstream) int {
+	return cmp.Or(strings.Compare(a.Name, b.Name), a.Listener.Compare(b.Listener))
+}
+
+// firstListeners gives a virtual IP that several upstreams have to the first,
+// and sorts the upstreams: the kernel has one row for an address. Those of a
+// former proxy come first, those of one proxy by their listeners.
 func firstListeners(list []redirect.Upstream) []redirect.Upstream {
-	slices.SortFunc(list, func(a, b redirect.Upstream) int {
-		if c := strings.Compare(a.Name, b.Name); c != 0 {
-			return c
-		}
-		return a.Listener.Compare(b.Listener)
-	})
 	taken := make(map[netip.Addr]bool)
 	var kept []redirect.Upstream
 	for _, u := range list {
@@ -166,6 +165,7 @@ func firstListeners(list []redirect.Upstream) []redirect.Upstream {
 			kept = append(kept, u)
 		}
 	}
+	slices.SortFunc(kept, byListener)
 	return kept
 }
 

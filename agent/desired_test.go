@@ -153,14 +153,14 @@ func TestDesire(t *testing.T) {
 			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) { p.Upstreams = []upstream{to("cache", "127.0.0.1:6379")} }),
 				sidecar(func(p *proxy) {
-					p.ID, p.Inbound, p.Upstreams = "z", 20002, []upstream{to("api", "127.0.0.1:9191")}
+					p.ID, p.Service, p.Inbound, p.Upstreams = "z", "z", 20002, []upstream{to("api", "127.0.0.1:9191")}
 				}),
 			}},
 			facts: facts{VirtualIPs: map[service][]netip.Addr{
 				{Name: "api"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2", "10.1.1.1")}},
 			policy: audit,
 			want: wish{Overlay: &redirect.Overlay{
-				InboundPort: 20001, ExcludeInboundPorts: []uint16{20002}, Guard: redirect.GuardAudit,
+				InboundPort: 20001, Service: "web", Proxies: []redirect.Sidecar{{Service: "z", InboundPort: 20002}}, Guard: redirect.GuardAudit,
 				Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 					{Name: "cache", Addresses: addrs("240.0.0.2", "10.1.1.1"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},

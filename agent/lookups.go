@@ -21,6 +21,7 @@ type lookups struct {
 	virtual  map[service]*lookup[[]netip.Addr]
 	gateways map[gateway]*lookup[[]uint16]
 	checks   lookup[map[string][]uint16]
+	allowed  lookup[[]intention]
 	exposed  []string  // services whose checks were asked for
 	due      time.Time // when the next question is; zero: there is none
 }
@@ -52,9 +53,6 @@ func newLookups(consul *consul) *lookups {
 // whether any of it moved. An error ends the pass, but for one that concerns
 // the question alone; what was known stays.
 func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) (known facts, moved bool) {
-	services, gateways, checks := questions(byAllocation)
-	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool { return !slices.Contains(services, of) })
-	maps.DeleteFunc(l.gateways, func(of gateway, _ *lookup[[]uint16]) bool { return !slices.Contains(gateways, of) })
 	left, failed := lookupsAtOnce, false
 	due := func(next time.Time) bool {
 		if failed || left == 0 || l.now().Before(next) {
@@ -63,6 +61,17 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		left--
 		return true
 	}
+	compete := competing(byAllocation)
+	if compete && due(l.allowed.next) {
+		answer, err := l.consul.intentions(ctx)
+		moved = err == nil && (!l.allowed.answered || !slices.Equal(answer, l.allowed.answer)) || (err != nil) != (l.allowed.why != "")
+		l.allowed.settle(l.now(), answer, err, len(answer) > 0)
+		l.allowed.next = earlier(l.allowed.next, l.now().Add(listenerInterval))
+		failed = !concernsOne(err)
+	}
+	services, gateways, checks := questions(byAllocation, l.allowed.answer)
+	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool { return !slices.Contains(services, of) })
+	maps.DeleteFunc(l.gateways, func(of gateway, _ *lookup[[]uint16]) bool { return !slices.Contains(gateways, of) })
 	for _, of := range services {
 		question := l.virtual[of]
 		if question == nil {
@@ -108,6 +117,9 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	}
 	for _, question := range l.gateways {
 		l.due = sooner(l.due, question.turn(l.now()))
+	}
+	if compete {
+		l.due = sooner(l.due, l.allowed.turn(l.now()))
 	}
 	if len(checks) > 0 {
 		l.due = sooner(l.due, l.checks.turn(l.now()))
@@ -162,7 +174,7 @@ func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
 func (l *lookups) known() facts {
 	known := facts{
 		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
-		Unanswered: make(map[service]string),
+		Unanswered: make(map[service]string), Intentions: l.allowed.answer, NoIntentions: l.allowed.why,
 	}
 	for of, question := range l.virtual {
 		if question.answered {
@@ -185,7 +197,7 @@ func (l *lookups) known() facts {
 
 // questions are what the proxies need to be asked, sorted. checks are the
 // services whose checks are exposed.
-func questions(byAllocation map[string][]proxy) (services []service, gateways []gateway, checks []string) {
+func questions(byAllocation map[string][]proxy, intentions []intention) (services []service, gateways []gateway, checks []string) {
 	wanted, listening := make(map[service]bool), make(map[gateway]bool)
 	for _, list := range byAllocation {
 		for _, p := range list {
@@ -202,11 +214,15 @@ func questions(byAllocation map[string][]proxy) (services []service, gateways []
 			}
 		}
 	}
-	order := func(a, b service) int {
-		return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name, b.Partition+"/"+b.Namespace+"/"+b.Name)
+	for _, of := range dialled(byAllocation, intentions) {
+		wanted[of] = true
 	}
-	services = slices.SortedFunc(maps.Keys(wanted), order)
-	gateways = slices.SortedFunc(maps.Keys(listening), func(a, b gateway) int { return order(a.service, b.service) })
+	services = slices.SortedFunc(maps.Keys(wanted), compareServices)
+	gateways = slices.SortedFunc(maps.Keys(listening), func(a, b gateway) int { return compareServices(a.service, b.service) })
 	slices.Sort(checks)
 	return services, gateways, checks
+}
+
+func compareServices(a, b service) int {
+	return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name, b.Partition+"/"+b.Namespace+"/"+b.Name)
 }

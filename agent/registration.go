@@ -49,6 +49,8 @@ type proxy struct {
 	Address     netip.Addr // as registered
 	Self        service    // the proxy itself, for a gateway
 	ServiceID   string     // the service that it is the sidecar of
+	Service     string     // ... its name
+	Local       uint16     // ... its port in the namespace; 0: not known
 	Transparent bool
 	Inbound     uint16   // 0 for a gateway
 	Outbound    uint16   // 0 where Consul does not say
@@ -82,11 +84,13 @@ type registration struct {
 	Meta                 map[string]string
 	TaggedAddresses      map[string]struct{ Port int }
 	Proxy                struct {
-		DestinationServiceID string
-		Mode                 string
-		TransparentProxy     struct{ OutboundListenerPort int }
-		Config               map[string]json.RawMessage
-		Upstreams            []struct {
+		DestinationServiceID   string
+		DestinationServiceName string
+		LocalServicePort       int
+		Mode                   string
+		TransparentProxy       struct{ OutboundListenerPort int }
+		Config                 map[string]json.RawMessage
+		Upstreams              []struct {
 			DestinationType, DestinationNamespace, DestinationPartition string
 			DestinationPeer, DestinationName, Datacenter                string
 			LocalBindAddress, LocalBindSocketPath                       string
@@ -131,8 +135,9 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 		ID: r.ID, Kind: r.Kind, AllocID: allocID(r.ID), ServiceID: r.Proxy.DestinationServiceID,
 		Self:        service{Name: r.Service, Namespace: r.Namespace, Partition: r.Partition},
 		Transparent: r.Kind == kindSidecar && r.Proxy.Mode == "transparent",
-		ExposeCheck: r.Proxy.Expose.Checks,
+		ExposeCheck: r.Proxy.Expose.Checks, Service: r.Proxy.DestinationServiceName,
 	}
+	p.Local, _ = portNumber(r.Proxy.LocalServicePort)
 	p.Address, _ = netip.ParseAddr(r.Address) // a name is no address of an allocation
 	problem := func(text string, args ...any) { p.Problems = append(p.Problems, fmt.Sprintf(text, args...)) }
 	own, hasOwn := portNumber(r.Port)

@@ -32,7 +32,7 @@ func TestParseServicesOfARealConsul(t *testing.T) {
 	want := []proxy{
 		{
 			ID: web + "-sidecar-proxy", Kind: kindSidecar, AllocID: "11111111-2222-3333-4444-555555555555",
-			Self: service{Name: "web-sidecar-proxy"}, ServiceID: web, Inbound: 20001, Open: []uint16{9102, 21500},
+			Self: service{Name: "web-sidecar-proxy"}, ServiceID: web, Service: "web", Local: 20000, Inbound: 20001, Open: []uint16{9102, 21500},
 			Upstreams: []upstream{{Of: service{Name: "api"}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
 		},
 		{
@@ -41,7 +41,7 @@ func TestParseServicesOfARealConsul(t *testing.T) {
 		},
 		{
 			ID: db + "-sidecar-proxy", Kind: kindSidecar, AllocID: "33333333-2222-3333-4444-555555555555",
-			Self: service{Name: "db-sidecar-proxy"}, ServiceID: db, Transparent: true, Inbound: 25000, Outbound: 15009, ExposeCheck: true,
+			Self: service{Name: "db-sidecar-proxy"}, ServiceID: db, Service: "db", Local: 5432, Transparent: true, Inbound: 25000, Outbound: 15009, ExposeCheck: true,
 			Upstreams: []upstream{
 				{Of: service{Name: "cache"}, Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
 				{Of: service{Name: "far"}, Listener: netip.MustParseAddrPort("127.0.0.1:7000"), Remote: true},
@@ -51,7 +51,7 @@ func TestParseServicesOfARealConsul(t *testing.T) {
 				`meta weir-guard = "everything": want off, audit or enforce`,
 			},
 		},
-		{ID: "api-sidecar-proxy", Kind: kindSidecar, Self: service{Name: "api-sidecar-proxy"}, ServiceID: "api", Inbound: 21000},
+		{ID: "api-sidecar-proxy", Kind: kindSidecar, Self: service{Name: "api-sidecar-proxy"}, ServiceID: "api", Service: "api", Local: 8081, Inbound: 21000},
 	}
 	if diff := cmp.Diff(want, got, sameAddrs()); diff != "" {
 		t.Errorf("proxies (-want +got):\n%s", diff)

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// intention is one that allows a service, named by itself, to dial another.
+type intention struct{ Source, Destination service }
+
+// named is a service as an intention names it, where the free edition has a
+// namespace "default".
+func named(name, namespace, partition string) service {
+	const standard = "default"
+	if namespace == standard {
+		namespace = ""
+	}
+	if partition == standard {
+		partition = ""
+	}
+	return service{Name: name, Namespace: namespace, Partition: partition}
+}
+
+// names reports whether the source is the proxy's service.
+func (i intention) names(p proxy) bool {
+	of := p.service()
+	return i.Source == named(of.Name, of.Namespace, of.Partition)
+}
+
+// inOrder sorts the proxies of an allocation by the names of their services:
+// the order in which they own what several claim.
+func inOrder(proxies []proxy) []proxy {
+	proxies = slices.Clone(proxies)
+	slices.SortStableFunc(proxies, func(a, b proxy) int {
+		return cmp.Or(cmp.Compare(a.service().Name, b.service().Name), cmp.Compare(a.ID, b.ID))
+	})
+	return proxies
+}
+
+// service is that whose sidecar the proxy is, or the gateway itself.
+func (p proxy) service() service {
+	of := p.Self
+	of.Name = cmp.Or(p.Service, p.ServiceID, of.Name)
+	return of
+}
+
+// transparent are the sidecars that take what no rule exempts.
+func transparent(proxies []proxy) []proxy {
+	return slices.DeleteFunc(inOrder(proxies), func(p proxy) bool { return !p.Transparent })
+}
+
+// outbound is where Consul puts the listener.
+func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, redirect.DefaultOutboundPort) }
+
+// sidecars tells the overlay who the proxies of the workload are. proxies are in order.
+func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts) (problems []string) {
+	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound == 0 })
+	if len(proxies) == 0 {
+		return nil
+	}
+	redirected := mode == redirect.ModeTransparent
+	if i := slices.IndexFunc(proxies, func(p proxy) bool { return p.Transparent }); redirected && i > 0 {
+		// Without a listener for what goes out it cannot be the first.
+		first := proxies[i]
+		proxies = slices.Insert(slices.Delete(proxies, i, i+1), 0, first)
+	}
+	first := proxies[0]
+	o.InboundPort = first.Inbound
+	if redirected && first.Transparent {
+		o.OutboundPort = first.Outbound
+	}
+	if len(proxies) == 1 {
+		return nil
+	}
+	o.Service = first.service().Name
+	owners := known.owners(proxies)
+	services := map[uint16]bool{first.Local: true}
+	ports := map[uint16]proxy{first.Inbound: first}
+	if redirected {
+		ports[first.outbound()] = first
+	}
+	take := func(port uint16, p proxy, what, remedy string) bool {
+		if other, taken := ports[port]; taken {
+			problems = append(problems, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already: %s",
+				what, p.service().Name, port, other.service().Name, remedy))
+			return false
+		}
+		ports[port] = p
+		return true
+	}
+	for _, p := range proxies[1:] {
+		if len(o.Proxies) == redirect.MaxProxies-1 {
+			problems = append(problems, fmt.Sprintf("service %s: a workload has at most %d proxies, and it has more: it gets no connections",
+				p.service().Name, redirect.MaxProxies))
+			continue
+		}
+		if !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {
+			continue
+		}
+		next := redirect.Sidecar{Service: p.service().Name, InboundPort: p.Inbound}
+		if redirected {
+			if p.Local != 0 && !services[p.Local] {
+				services[p.Local] = true
+				next.ServicePorts = []uint16{p.Local}
+			}
+			if p.Transparent && take(p.outbound(), p, "outbound", "set transparent_proxy.outbound_listener_port of one of them, for example in its service-defaults") {
+				next.OutboundPort = p.outbound()
+				next.VirtualIPs = owners[p.ID]
+			}
+		}
+		o.Proxies = append(o.Proxies, next)
+	}
+	if known.NoIntentions != "" && len(transparent(proxies)) > 1 {
+		problems = append(problems, known.NoIntentions)
+	}
+	return problems
+}
+
+// owners gives each virtual IP to the first transparent proxy that an intention
+// names as allowed to dial its service. Who is not named owns nothing: that is
+// the first proxy's.
+func (f facts) owners(proxies []proxy) map[string][]netip.Addr {
+	owned, taken := make(map[string][]netip.Addr), make(map[netip.Addr]bool)
+	for _, p := range transparent(proxies) {
+		for _, allowed := range f.Intentions {
+			if !allowed.names(p) {
+				continue
+			}
+			for _, addr := range f.VirtualIPs[allowed.Destination] {
+				if !taken[addr] {
+					taken[addr] = true
+					owned[p.ID] = append(owned[p.ID], addr)
+				}
+			}
+		}
+	}
+	return owned
+}
+
+// dialled are the services that intentions allow the transparent proxies of
+// groups with several to dial, by name.
+func dialled(byAllocation map[string][]proxy, intentions []intention) (services []service) {
+	for alloc, list := range byAllocation {
+		list = transparent(list)
+		if alloc == "" || len(list) < 2 {
+			continue
+		}
+		for _, allowed := range intentions {
+			if slices.ContainsFunc(list, allowed.names) {
+				services = append(services, allowed.Destination)
+			}
+		}
+	}
+	return services
+}
+
+// competing reports whether proxies of one allocation compete for virtual IPs:
+// those of no allocation are not known to share one.
+func competing(byAllocation map[string][]proxy) bool {
+	for alloc, list := range byAllocation {
+		if alloc != "" && len(transparent(list)) > 1 {
+			return true
+		}
+	}
+	return false
+}

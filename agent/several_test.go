@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+func of(name string, inbound uint16, change ...func(*proxy)) proxy {
+	return sidecar(append([]func(*proxy){func(p *proxy) { p.ID, p.Service, p.ServiceID, p.Inbound = name+"-proxy", name, name, inbound }}, change...)...)
+}
+
+func transparentAt(outbound, local uint16) func(*proxy) {
+	return func(p *proxy) { p.Transparent, p.Outbound, p.Local = true, outbound, local }
+}
+
+// Whose is what, where a group has several sidecars.
+func TestDesireOfSeveralSidecars(t *testing.T) {
+	dials := func(source, destination string) intention { return intention{service{Name: source}, service{Name: destination}} }
+	known := facts{
+		VirtualIPs: map[service][]netip.Addr{
+			{Name: "db"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2"), {Name: "both"}: addrs("240.0.0.3"),
+		},
+		Intentions: []intention{dials("api", "both"), dials("web", "both"), dials("web", "db"), dials("api", "cache"), dials("other", "cache")},
+	}
+	second := redirect.Sidecar{Service: "web", InboundPort: 20002, OutboundPort: 15002, ServicePorts: []uint16{8081}, VirtualIPs: addrs("240.0.0.1")}
+	for name, c := range map[string]struct {
+		mode    redirect.Mode
+		proxies []proxy
+		want    redirect.Overlay
+		problem string
+	}{
+		"the first by the service's name, whatever the order": {
+			mode:    redirect.ModeTransparent,
+			proxies: []proxy{of("web", 20002, transparentAt(15002, 8081)), of("api", 20001, transparentAt(0, 8080))},
+			want:    redirect.Overlay{InboundPort: 20001, Service: "api", Proxies: []redirect.Sidecar{second}},
+		},
+		"one port for two services is the first one's": {
+			mode:    redirect.ModeTransparent,
+			proxies: []proxy{of("api", 20001, transparentAt(15001, 8080)), of("web", 20002, transparentAt(15002, 8080))},
+			want: redirect.Overlay{InboundPort: 20001, OutboundPort: 15001, Service: "api", Proxies: []redirect.Sidecar{
+				{Service: "web", InboundPort: 20002, OutboundPort: 15002, VirtualIPs: addrs("240.0.0.1")}}},
+		},
+		"a plain sidecar beside a transparent one is not the first": {
+			mode:    redirect.ModeTransparent,
+			proxies: []proxy{of("api", 20001), of("web", 20002, transparentAt(15001, 0))},
+			want: redirect.Overlay{InboundPort: 20002, OutboundPort: 15001, Service: "web", Proxies: []redirect.Sidecar{
+				{Service: "api", InboundPort: 20001}}},
+		},
+		"one outbound port for two proxies": {
+			mode:    redirect.ModeTransparent,
+			proxies: []proxy{of("api", 20001, transparentAt(0, 0)), of("web", 20002, transparentAt(15001, 8081))},
+			want: redirect.Overlay{InboundPort: 20001, Service: "api", Proxies: []redirect.Sidecar{
+				{Service: "web", InboundPort: 20002, ServicePorts: []uint16{8081}}}},
+			problem: "outbound listener of service web: port 15001 is that of service api already",
+		},
+		"one inbound port for two proxies": {
+			mode:    redirect.ModeDirect,
+			proxies: []proxy{of("api", 20001), of("web", 20001)},
+			want:    redirect.Overlay{InboundPort: 20001, Service: "api"},
+			problem: "inbound listener of service web: port 20001 is that of service api already",
+		},
+		"an upstream of both is the first proxy's": {
+			mode: redirect.ModeDirect,
+			proxies: []proxy{
+				of("web", 20002, func(p *proxy) { p.Upstreams = []upstream{to("db", "127.0.0.1:1")} }),
+				of("api", 20001, func(p *proxy) { p.Upstreams = []upstream{to("db", "127.0.0.1:2")} }),
+			},
+			want: redirect.Overlay{InboundPort: 20001, Service: "api", Proxies: []redirect.Sidecar{{Service: "web", InboundPort: 20002}},
+				Upstreams: []redirect.Upstream{{Name: "db", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:2")}}},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := subject{attachment: attachment{Key: found().Key}, Known: onRecord(c.mode), Proxies: c.proxies}
+			got := desire(s, known, policy{Guard: redirect.GuardOff})
+			c.want.Guard = redirect.GuardOff
+			if diff := cmp.Diff(&c.want, got.Overlay, sameAddrs()); diff != "" {
+				t.Errorf("overlay (-want +got):\n%s", diff)
+			}
+			if told := strings.Join(got.Problems, "\n"); c.problem == "" && told != "" || !strings.Contains(told, c.problem) {
+				t.Errorf("problems %q, want %q", told, c.problem)
+			}
+			if err := redirect.Merge(s.Known.Request, *got.Overlay).Validate(); err != nil {
+				t.Errorf("the data path would refuse it: %v", err)
+			}
+		})
+	}
+}
+
+func TestDesireOfTooManySidecars(t *testing.T) {
+	s := subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect)}
+	for i := range redirect.MaxProxies + 1 {
+		s.Proxies = append(s.Proxies, of(fmt.Sprintf("service-%d", i), uint16(20000+i)))
+	}
+	got := desire(s, facts{}, policy{Guard: redirect.GuardOff})
+	if len(got.Overlay.Proxies) != redirect.MaxProxies-1 || len(got.Problems) != 1 || !strings.Contains(got.Problems[0], "service-8") {
+		t.Errorf("%d further proxies, problems %q", len(got.Overlay.Proxies), got.Problems)
+	}
+}
+
+// Intentions are asked only where somebody needs them, and then the virtual IPs
+// of what they name.
+func TestWhoIsAskedForSeveralSidecars(t *testing.T) {
+	intentions := []intention{{service{Name: "web"}, service{Name: "db"}}, {service{Name: "other"}, service{Name: "cache"}}}
+	one := map[string][]proxy{"a": {of("web", 1, transparentAt(0, 0)), of("api", 2)}, "b": {of("api", 3, transparentAt(0, 0))}}
+	two := map[string][]proxy{"a": {of("web", 1, transparentAt(0, 0)), of("api", 2, transparentAt(0, 0))}}
+	if competing(one) || !competing(two) {
+		t.Errorf("compete: %t and %t, want false and true", competing(one), competing(two))
+	}
+	if services, _, _ := questions(one, intentions); len(services) != 0 {
+		t.Errorf("asked for %v, want nothing", services)
+	}
+	services, _, _ := questions(two, intentions)
+	if diff := cmp.Diff([]service{{Name: "db"}}, services); diff != "" {
+		t.Errorf("asked for (-want +got):\n%s", diff)
+	}
+}
