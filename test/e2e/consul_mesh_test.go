@@ -54,7 +54,7 @@ func (a *meshAlloc) startEnvoy(proxyID string, more ...string) {
 	})
 	process, err := spawn.Start(spawn.Spec{
 		Binary: binary, Args: []string{"-c", bootstrap, "--disable-hot-restart", "--concurrency", "1", "--log-level", "warn"},
-		NetNS: a.ns.Path, Cgroup: a.node.cgroup.Child(t, fmt.Sprintf("envoy-%s", a.id)).Path, UID: 101, Dir: dir, Stdout: log, Stderr: log,
+		NetNS: a.ns.Path, Cgroup: a.node.cgroup.Child(t, "envoy-"+proxyID).Path, UID: 101, Dir: dir, Stdout: log, Stderr: log,
 	})
 	if err != nil {
 		t.Fatal(err)
