@@ -28,7 +28,7 @@ type facts struct {
 	GatewayPorts map[gateway][]uint16
 	CheckPorts   map[string][]uint16 // by service ID; nil: not answered yet
 	Unanswered   map[service]string  // why there is no answer, or none newer
-	Intentions   []intention         // asked where transparent proxies share an allocation
+	Intentions   []intention         // asked where transparent proxies share an allocation; nil: not answered yet
 	NoIntentions string              // why there is no answer, or none newer
 }
 
@@ -82,7 +82,7 @@ func desire(s subject, known facts, node policy) wish {
 	}
 	overlay := redirect.Overlay{Guard: guard}
 	proxies := inOrder(s.Proxies)
-	w.Problems = append(w.Problems, sidecars(&overlay, proxies, mode, known)...)
+	w.Problems = append(w.Problems, sidecars(&overlay, proxies, mode, known, s.Known)...)
 	var open []uint16
 	for _, p := range proxies {
 		open = append(open, p.Open...)

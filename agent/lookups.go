@@ -174,7 +174,10 @@ func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
 func (l *lookups) known() facts {
 	known := facts{
 		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
-		Unanswered: make(map[service]string), Intentions: l.allowed.answer, NoIntentions: l.allowed.why,
+		Unanswered: make(map[service]string), NoIntentions: l.allowed.why,
+	}
+	if l.allowed.answered {
+		known.Intentions = append([]intention{}, l.allowed.answer...)
 	}
 	for of, question := range l.virtual {
 		if question.answered {

@@ -59,7 +59,7 @@ func transparent(proxies []proxy) []proxy {
 func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, redirect.DefaultOutboundPort) }
 
 // sidecars tells the overlay who the proxies of the workload are. proxies are in order.
-func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts) (problems []string) {
+func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts, record *redirect.Known) (problems []string) {
 	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound == 0 })
 	if len(proxies) == 0 {
 		return nil
@@ -79,7 +79,7 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 		return nil
 	}
 	o.Service = first.service().Name
-	owners := known.owners(proxies)
+	owners := known.owners(proxies, record)
 	services := map[uint16]bool{first.Local: true}
 	ports := map[uint16]proxy{first.Inbound: first}
 	if redirected {
@@ -124,23 +124,40 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 
 // owners gives each virtual IP to the first transparent proxy that an intention
 // names as allowed to dial its service. Who is not named owns nothing: that is
-// the first proxy's.
-func (f facts) owners(proxies []proxy) map[string][]netip.Addr {
+// the first proxy's. Until Consul has answered, those on record stay.
+func (f facts) owners(proxies []proxy, record *redirect.Known) map[string][]netip.Addr {
 	owned, taken := make(map[string][]netip.Addr), make(map[netip.Addr]bool)
-	for _, p := range transparent(proxies) {
-		for _, allowed := range f.Intentions {
-			if !allowed.names(p) {
-				continue
-			}
-			for _, addr := range f.VirtualIPs[allowed.Destination] {
-				if !taken[addr] {
-					taken[addr] = true
-					owned[p.ID] = append(owned[p.ID], addr)
-				}
+	take := func(p proxy, list []netip.Addr) {
+		for _, addr := range list {
+			if !taken[addr] {
+				taken[addr] = true
+				owned[p.ID] = append(owned[p.ID], addr)
 			}
 		}
 	}
+	for _, p := range transparent(proxies) {
+		answered := f.Intentions != nil
+		for _, allowed := range f.Intentions {
+			if allowed.names(p) {
+				list, known := f.VirtualIPs[allowed.Destination]
+				take(p, list)
+				answered = answered && known
+			}
+		}
+		if !answered && record != nil {
+			take(p, onRecordOf(p, record.Overlay))
+		}
+	}
 	return owned
+}
+
+// onRecordOf are the virtual IPs that the proxy owned so far.
+func onRecordOf(p proxy, before redirect.Overlay) []netip.Addr {
+	i := slices.IndexFunc(before.Proxies, func(q redirect.Sidecar) bool { return q.Service == p.service().Name })
+	if i < 0 {
+		return nil
+	}
+	return before.Proxies[i].VirtualIPs
 }
 
 // dialled are the services that intentions allow the transparent proxies of

@@ -5,6 +5,7 @@ package agent
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -23,7 +24,9 @@ func transparentAt(outbound, local uint16) func(*proxy) {
 
 // Whose is what, where a group has several sidecars.
 func TestDesireOfSeveralSidecars(t *testing.T) {
-	dials := func(source, destination string) intention { return intention{service{Name: source}, service{Name: destination}} }
+	dials := func(source, destination string) intention {
+		return intention{service{Name: source}, service{Name: destination}}
+	}
 	known := facts{
 		VirtualIPs: map[service][]netip.Addr{
 			{Name: "db"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2"), {Name: "both"}: addrs("240.0.0.3"),
@@ -120,5 +123,28 @@ func TestWhoIsAskedForSeveralSidecars(t *testing.T) {
 	services, _, _ := questions(two, intentions)
 	if diff := cmp.Diff([]service{{Name: "db"}}, services); diff != "" {
 		t.Errorf("asked for (-want +got):\n%s", diff)
+	}
+}
+
+// An agent that has just started takes nothing from a proxy that Consul's answer
+// will give back.
+func TestOwnedVirtualIPsStayUntilConsulHasAnswered(t *testing.T) {
+	s := subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{
+		of("api", 20001, transparentAt(15001, 0)), of("web", 20002, transparentAt(15002, 0))}}
+	s.Known.Overlay.Proxies = []redirect.Sidecar{{Service: "web", VirtualIPs: addrs("240.0.0.1")}}
+	named := []intention{{service{Name: "web"}, service{Name: "db"}}}
+	for name, c := range map[string]struct {
+		known facts
+		want  []netip.Addr
+	}{
+		"nothing is answered":           {facts{}, addrs("240.0.0.1")},
+		"the virtual IP is not":         {facts{Intentions: named}, addrs("240.0.0.1")},
+		"all is":                        {facts{Intentions: named, VirtualIPs: map[service][]netip.Addr{{Name: "db"}: addrs("240.0.0.2")}}, addrs("240.0.0.2")},
+		"all is, and it owns no longer": {facts{Intentions: []intention{}}, nil},
+	} {
+		got := desire(s, c.known, policy{Guard: redirect.GuardOff}).Overlay.Proxies
+		if len(got) != 1 || !slices.Equal(got[0].VirtualIPs, c.want) {
+			t.Errorf("%s: %+v, want %v", name, got, c.want)
+		}
 	}
 }

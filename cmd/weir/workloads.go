@@ -52,6 +52,11 @@ func (c *command) renderWorkloads(list []redirect.WorkloadStatus) string {
 			fmt.Sprint(w.Proxy.UID), string(w.Proxy.Identity), port(w.Proxy.Inbound), port(w.Proxy.Outbound),
 			fmt.Sprint(w.Proxy.Listeners), fmt.Sprintf("%d of %d", w.Origins, w.Budget),
 		})
+		for _, p := range w.Sidecars {
+			rows = append(rows, []string{
+				"", "", "+ " + p.Service, "", fmt.Sprint(p.UID), string(p.Identity), port(p.Inbound), port(p.Outbound), fmt.Sprint(p.Listeners), "",
+			})
+		}
 		if len(w.Problems)+len(w.Notes) == 0 {
 			continue
 		}

@@ -13,8 +13,9 @@ func TestWorkloads(t *testing.T) {
 		{
 			Key: redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: redirect.ModeTransparent,
-			Proxy:   redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
-			Origins: 12, Budget: 65536,
+			Proxy:    redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
+			Sidecars: []redirect.ProxyStatus{{Service: "api", UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20001, Listeners: 1}},
+			Origins:  12, Budget: 65536,
 		},
 		{
 			Key: redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: redirect.ModeTransparent,
@@ -25,6 +26,7 @@ func TestWorkloads(t *testing.T) {
 	}}
 	want(t, try(t, n, nil, "workloads"), outcome{stdout: `ID        JOB   GROUP  MODE         PROXY UID  IDENTITY  INBOUND  OUTBOUND  LISTENERS  ORIGINS
 0b5d0c1e  demo  web    transparent  101        cgroup    20000    15001     4          12 of 65536
+                + api               101        cgroup    20001    -         1
 1c6e1d2f  -     -      transparent  101        uid       -        15001     0          0 of 65536
 
 1c6e1d2f
