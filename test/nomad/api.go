@@ -129,8 +129,12 @@ func (n *Node) Intend(source, destination, action string) {
 func (n *Node) ConfigEntry(entry map[string]any) {
 	n.tb.Helper()
 	n.ConsulPut("/v1/config", entry)
+	name := entry["Name"]
+	if name == nil {
+		name = entry["Kind"] // there is one of that kind, and it must not be named
+	}
 	n.tb.Cleanup(func() {
-		path := fmt.Sprintf("/v1/config/%s/%s", entry["Kind"], entry["Name"])
+		path := fmt.Sprintf("/v1/config/%s/%s", entry["Kind"], name)
 		if err := n.api.consul.call(http.MethodDelete, path, nil, nil); err != nil {
 			n.tb.Errorf("take back config entry: %v", err)
 		}

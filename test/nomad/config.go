@@ -127,6 +127,9 @@ func (n *Node) writeConfigs() {
 	n.Write("/etc/consul.d/consul.hcl", fmt.Sprintf(consulConfig, NodeAddress, dns, n.options.Consul), 0o600)
 	n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, NodeAddress, n.options.Server), 0o600)
 	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, NodeAddress, NodeAddress+":14647", n.options.Client), 0o600)
+	if n.options.NoWeir {
+		return
+	}
 	n.Write("/etc/weir.d/weir.hcl", "log_level = \"debug\"\n"+n.options.Agent+"\n", 0o600)
 }
 
@@ -140,7 +143,7 @@ func (n *Node) defineDaemons() {
 	n.Consul = daemon("consul", n.consulReady, "consul", "agent", "-config-dir", "/etc/consul.d")
 	n.Server = daemon("nomad-server", n.serverReady, "nomad", "agent", "-config", "/etc/nomad.d/server.hcl")
 	n.Nomad = daemon("nomad", n.clientReady, "nomad", "agent", "-config", "/etc/nomad.d/client.hcl")
-	if !n.options.NoAgent {
+	if !n.options.NoAgent && !n.options.NoWeir {
 		n.Agent = daemon("weir", n.agentReady, "weir", "agent", "-config", "/etc/weir.d")
 	}
 	if n.options.NoDocker {

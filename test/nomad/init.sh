@@ -29,8 +29,12 @@ mkdir -p "$root/var/lib/docker"
 mount --bind "$directory/docker" "$root/var/lib/docker"
 mkdir -p "$root/opt/tools"
 for tool; do
-	touch "$root/opt/tools/${tool##*/}"
-	mount --bind "$tool" "$root/opt/tools/${tool##*/}"
+	name=${tool##*/}
+	# Its directory, and not the file: libcontainer runs Nomad by an overlay over that
+	# directory, in which a file mounted alone would not be seen.
+	mkdir -p "$root/opt/tools/of-$name"
+	mount --bind "${tool%/*}" "$root/opt/tools/of-$name"
+	ln -sf "of-$name/$name" "$root/opt/tools/$name"
 done
 mkdir "$root/run/machine"
 cd "$root"

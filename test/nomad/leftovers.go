@@ -40,6 +40,8 @@ func (n *Node) leftFiles() error {
 		{"CNI result", "/var/lib/cni/results/*", "^$"},
 		{"pinned program", "/sys/fs/bpf/weir/lookups/*", "^$"},
 		{"record", "/run/weir/workloads/*", "^$"},
+		{"record of a network", "/run/weir/networks/*", "^$"},
+		{"IP lease", "/run/weir/leases/*/*", `^(lock|last_reserved_ip\.\d+)$`},
 	} {
 		// The node's names, not ours: a link on the way would lead to our own.
 		files, err := filepath.Glob(n.Path(place.pattern))
@@ -96,6 +98,9 @@ func (n *Node) leftRules() error {
 	var problems []error
 	ofAllocation := regexp.MustCompile(allocIDPattern + "|" + chainPattern)
 	for line := range strings.Lines(rules) {
+		if strings.HasPrefix(line, "table inet weir ") {
+			problems = append(problems, fmt.Errorf("rules of networks: %s", strings.TrimSpace(line)))
+		}
 		if ofAllocation.MatchString(line) {
 			problems = append(problems, fmt.Errorf("rule: %s", strings.TrimSpace(line)))
 		}

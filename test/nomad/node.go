@@ -24,8 +24,12 @@ import (
 type Options struct {
 	// Plugin is the file of this machine that is consul-cni; Weir's where empty.
 	Plugin string
-	// NoAgent leaves Weir's agent out, NoDocker Docker.
-	NoAgent, NoDocker bool
+	// NoAgent leaves Weir's agent out, NoDocker Docker, NoWeir all of Weir but its
+	// programs in /opt/tools.
+	NoAgent, NoDocker, NoWeir bool
+	// Conflists are files of this machine that the client finds in its
+	// cni_config_dir, beside those that Weir installs.
+	Conflists []string
 	// DockerRules lets Docker write its own rules and set FORWARD to DROP.
 	DockerRules bool
 	// ConsulDNS is the address of Consul's DNS; NodeAddress where empty.

@@ -59,7 +59,9 @@ func findParts(tb testing.TB) parts {
 }
 
 // tools are what the node has in /opt/tools.
-func (p parts) tools() []string { return []string{p.nomad, p.consul, p.envoy, p.app, p.weir} }
+func (p parts) tools() []string {
+	return []string{p.nomad, p.consul, p.envoy, p.app, p.weir, p.plugin}
+}
 
 func moduleRoot(tb testing.TB) string {
 	tb.Helper()
@@ -98,7 +100,7 @@ const (
 func (n *Node) furnish(p parts) {
 	n.tb.Helper()
 	// What this machine may have there is none of the node's.
-	for _, dir := range []string{"/opt/cni", "/etc/cni", "/var/lib/cni", "/etc/docker", "/etc/nomad.d", "/etc/consul.d", "/etc/weir.d", "/var/lib/nomad", "/var/lib/consul"} {
+	for _, dir := range []string{"/opt/cni", "/etc/cni", "/var/lib/cni", "/etc/docker", "/etc/nomad.d", "/etc/consul.d", "/etc/weir.d", "/var/lib/weir", "/var/lib/nomad", "/var/lib/consul"} {
 		if err := os.RemoveAll(n.Path(dir)); err != nil {
 			n.tb.Fatalf("furnish the node: %v", err)
 		}
@@ -135,11 +137,14 @@ func (n *Node) furnish(p parts) {
 	for _, file := range reference {
 		n.InstallPlugin(file, filepath.Base(file))
 	}
-	if n.options.Plugin != "" {
+	switch {
+	case n.options.Plugin != "":
 		n.InstallPlugin(n.options.Plugin, "consul-cni")
-	} else {
-		n.InstallPlugin(p.plugin, "weir")
-		if err := os.Symlink("weir", n.Path("/opt/cni/bin/consul-cni")); err != nil {
+	case !n.options.NoWeir:
+		n.Command("weir", "install") // as an operator does
+	}
+	for _, file := range n.options.Conflists {
+		if err := copyFile(file, n.Path(filepath.Join("/opt/cni/config", filepath.Base(file))), 0o644); err != nil {
 			n.tb.Fatalf("furnish the node: %v", err)
 		}
 	}

@@ -3,6 +3,7 @@
 package nomad
 
 import (
+	"context"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -15,7 +16,8 @@ func (n *Node) report() {
 	var told strings.Builder
 	if n.machine.boot != nil {
 		for _, args := range [][]string{{"weir", "status"}, {"weir", "workloads"}, {"weir", "verdicts"}} {
-			out, err := n.Try(args[0], args[1:]...)
+			// The test's own context has ended by now.
+			out, err := n.output(n.machine.command(context.Background(), args[0], args[1:]...))
 			fmt.Fprintf(&told, "== %s (%v)\n%s\n", strings.Join(args, " "), err, out)
 		}
 		var list []*Alloc

@@ -36,7 +36,7 @@ func serveNeighbour(t *testing.T, n *nomad.Node, addresses ...string) {
 // exclusions runs a job that names each kind of exclusion. The mesh lets nothing
 // out that it does not know: what is answered from outside went past the proxy.
 func exclusions(t *testing.T, n *nomad.Node) {
-	n.ConfigEntry(map[string]any{"Kind": "mesh", "Name": "mesh", "TransparentProxy": map[string]any{"MeshDestinationsOnly": true}})
+	n.ConfigEntry(map[string]any{"Kind": "mesh", "TransparentProxy": map[string]any{"MeshDestinationsOnly": true}})
 	serveNeighbour(t, n, ":80", ":9099")
 	other := n.AddNeighbourAddress("10.99.0.3")
 	speaksHTTP(n, "excl-server")

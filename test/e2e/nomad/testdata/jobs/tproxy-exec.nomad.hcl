@@ -82,7 +82,7 @@ job "tproxy-exec" {
     }
     task "web" {
       driver = "exec"
-      user   = "root"
+      user   = "app"
       config {
         command = "app"
         args    = ["serve", ":8080"]
