@@ -299,3 +299,24 @@ func TestSeveralPlainProxies(t *testing.T) {
 	a.dials(proxyUID, second, remote.Name, Proxy)
 	a.dials(proxyUID, a.taskCg, remote.Name, Direct)
 }
+
+// The listeners of a proxy that is gone from Consul close when another one sits
+// in its seat: they are not that one's.
+func TestSeveralProxiesSeatIsTakenOver(t *testing.T) {
+	s := newSeveral(t)
+	s.startProxy()
+	s.startSecond()
+	s.set(Overlay{})
+	s.set(Overlay{Service: "api", Proxies: []Sidecar{{Service: "db", InboundPort: 20003, OutboundPort: 15003}}})
+	third := test.NewCgroup(t)
+	s.serve(proxyUID, third, "tcp4", "127.0.0.1:15003")
+	s.serve(proxyUID, third, "tcp4", "0.0.0.0:20003")
+	s.identities(IdentityCgroup, s.proxyCg.ID, third.ID)
+	s.outbound2nd.Stop()
+	s.inbound2nd.Stop()
+	rival := s.sockets(proxyUID, s.taskCg)
+	if _, err := rival.listen("rival", "[::1]:15003", 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("listen beside the third proxy: %v, want address in use", err)
+	}
+	s.identities(IdentityCgroup, s.proxyCg.ID, third.ID)
+}
