@@ -42,9 +42,9 @@ enum exclusion_kind {
 	 * instead of to the first. */
 	EXCLUSION_PORT_IN = 2,
 	EXCLUSION_UID = 3,
-	/* Not excluded: the port of a listener of a proxy beside the first. The
-	 * value is its seat and LISTENS_OUTBOUND. */
-	EXCLUSION_NONE = 4,
+	/* No exclusion: the port of a listener of a proxy beside the first. The
+	 * value is its seat and, for what goes out, LISTENS_OUTBOUND. */
+	EXCLUSION_LISTENER = 4,
 };
 #define LISTENS_OUTBOUND (1 << 8)
 

@@ -186,7 +186,7 @@ struct event {
  *   workloads   user space    every hook    DEL, or its namespace is gone
  *   configs     user space    every hook    a newer generation is in force
  *   exclusions, addresses, cidrs            as configs
- *   proxies     the kernel    connect       as workloads
+ *   proxies     the kernel    connect       as workloads; a seat with its proxy
  *   budgets, origins, indexes the kernel    as workloads; origins by the collector
  *   listeners   sockops       sk_lookup     the socket closes
  *   releases    the collector connect       as workloads

@@ -69,7 +69,7 @@ static __always_inline bool is_proxy_port(const struct view *view, __u32 port, _
 		return true;
 	if (!(config->flags & CONFIG_PROXIES))
 		return false;
-	row = view_row(view, EXCLUSION_NONE, port);
+	row = view_row(view, EXCLUSION_LISTENER, port);
 	if (!row)
 		return false;
 	*seat = *row & (LISTENS_OUTBOUND - 1);

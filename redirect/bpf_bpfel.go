@@ -148,7 +148,7 @@ const (
 	bpfExclusionKindEXCLUSION_PORT_OUT bpfExclusionKind = 1
 	bpfExclusionKindEXCLUSION_PORT_IN  bpfExclusionKind = 2
 	bpfExclusionKindEXCLUSION_UID      bpfExclusionKind = 3
-	bpfExclusionKindEXCLUSION_NONE     bpfExclusionKind = 4
+	bpfExclusionKindEXCLUSION_LISTENER bpfExclusionKind = 4
 )
 
 type bpfIndexKey struct {

@@ -115,10 +115,10 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(port), uint32(p.InboundPort))
 		}
 		if p.OutboundPort != 0 {
-			mean(bpfExclusionKindEXCLUSION_NONE, uint32(p.OutboundPort), seat|listensOutbound)
+			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), seat|listensOutbound)
 		}
 		if p.InboundPort != 0 {
-			mean(bpfExclusionKindEXCLUSION_NONE, uint32(p.InboundPort), seat)
+			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.InboundPort), seat)
 		}
 	}
 	for _, p := range w.all() {

@@ -221,12 +221,12 @@ func TestEncodeProxies(t *testing.T) {
 	exclusion := func(kind bpfExclusionKind, value uint32) bpfExclusionKey {
 		return bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}
 	}
-	const in, none = bpfExclusionKindEXCLUSION_PORT_IN, bpfExclusionKindEXCLUSION_NONE
+	const in, listener = bpfExclusionKindEXCLUSION_PORT_IN, bpfExclusionKindEXCLUSION_LISTENER
 	got := encodeRows(w, cookie, generation, false)
 	if diff := cmp.Diff(map[bpfExclusionKey]uint32{
 		exclusion(in, 9000): 0, exclusion(in, 8080): 20001, exclusion(in, 8081): 20002,
 		exclusion(in, 20000): 20000, exclusion(in, 20001): 20001, exclusion(in, 20002): 20002,
-		exclusion(none, 15002): 0 | listensOutbound, exclusion(none, 20001): 0, exclusion(none, 20002): 5,
+		exclusion(listener, 15002): 0 | listensOutbound, exclusion(listener, 20001): 0, exclusion(listener, 20002): 5,
 	}, got.exclusions); diff != "" {
 		t.Errorf("exclusions (-want +got):\n%s", diff)
 	}
