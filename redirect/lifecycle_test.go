@@ -13,6 +13,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/cilium/ebpf"
+
 	"github.com/weirmesh/weir/test"
 )
 
@@ -243,11 +245,19 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 			full(r)
 			r.ExcludeUIDs = many
 		}},
-		{"the last table is not there", func(t *testing.T, n *node, _ *alloc, r *Request) {
+		{"the last table is another one", func(t *testing.T, n *node, _ *alloc, r *Request) {
 			full(r)
-			// Back in place when the test looks at what is left.
-			held := filepath.Join(n.paths.PinDir, "held")
-			if err := os.Rename(filepath.Join(n.paths.maps(), "workloads"), held); err != nil {
+			// The true one is back in place when the test looks at what is left.
+			pin, held := filepath.Join(n.paths.maps(), "workloads"), filepath.Join(n.paths.PinDir, "held")
+			if err := os.Rename(pin, held); err != nil {
+				t.Fatal(err)
+			}
+			other, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer other.Close()
+			if err := other.Pin(pin); err != nil {
 				t.Fatal(err)
 			}
 		}},
