@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -152,6 +154,33 @@ func (a *Alloc) NetNS(task string) string {
 	return fmt.Sprintf("/proc/%d/ns/net", a.PID(task))
 }
 
+// Port is a port of the allocation's network by its label: the node's, and the one
+// inside.
+func (a *Alloc) Port(label string) (host, inside uint16) {
+	a.node.tb.Helper()
+	var told struct {
+		AllocatedResources struct {
+			Shared struct {
+				Ports []struct {
+					Label     string
+					Value, To uint16
+				}
+			}
+		}
+	}
+	a.node.NomadGet("/v1/allocation/"+a.ID, &told)
+	for _, port := range told.AllocatedResources.Shared.Ports {
+		if port.Label == label {
+			if port.To == 0 {
+				port.To = port.Value
+			}
+			return port.Value, port.To
+		}
+	}
+	a.node.tb.Fatalf("allocation %s of %s/%s has no port %q", a.ID, a.JobID, a.Group, label)
+	panic("unreachable")
+}
+
 // Env is the environment of a task's process.
 func (a *Alloc) Env(task string) map[string]string {
 	a.node.tb.Helper()
@@ -275,4 +304,19 @@ func (a *Alloc) Envoy(task, service, path string) string {
 		a.node.tb.Fatalf("ask Envoy of %s: %v", service, err)
 	}
 	return string(text)
+}
+
+// EnvoyStat is the sum of the proxy's counters and gauges whose names match a
+// regular expression.
+func (a *Alloc) EnvoyStat(task, service, pattern string) (sum uint64) {
+	a.node.tb.Helper()
+	for line := range strings.Lines(a.Envoy(task, service, "/stats?filter="+url.QueryEscape(pattern))) {
+		name, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		number, err := strconv.ParseUint(value, 10, 64)
+		if err != nil {
+			a.node.tb.Fatalf("read Envoy's %s: %v", name, err)
+		}
+		sum += number
+	}
+	return sum
 }

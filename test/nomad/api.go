@@ -129,13 +129,18 @@ func (n *Node) Intend(source, destination, action string) {
 func (n *Node) ConfigEntry(entry map[string]any) {
 	n.tb.Helper()
 	n.ConsulPut("/v1/config", entry)
-	name := entry["Name"]
-	if name == nil {
-		name = entry["Kind"] // there is one of that kind, and it must not be named
+	name, named := entry["Name"].(string)
+	if !named {
+		name = entry["Kind"].(string) // there is one of that kind, and it must not be named
 	}
+	n.DropConfigEntry(entry["Kind"].(string), name)
+}
+
+// DropConfigEntry takes a config entry back when the test ends. Nomad writes those
+// of gateways, and leaves them.
+func (n *Node) DropConfigEntry(kind, name string) {
 	n.tb.Cleanup(func() {
-		path := fmt.Sprintf("/v1/config/%s/%s", entry["Kind"], name)
-		if err := n.api.consul.call(http.MethodDelete, path, nil, nil); err != nil {
+		if err := n.api.consul.call(http.MethodDelete, "/v1/config/"+kind+"/"+name, nil, nil); err != nil {
 			n.tb.Errorf("take back config entry: %v", err)
 		}
 	})

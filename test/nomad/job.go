@@ -81,7 +81,7 @@ func (j *Job) Await() {
 			case a.DesiredStatus != "run":
 			case a.ClientStatus == "failed":
 				j.node.tb.Fatalf("allocation %s of %s failed:\n%s", a.ID, j.ID, a.events())
-			case a.ClientStatus == "running":
+			case a.up():
 				running[a.Group]++
 			}
 		}
@@ -93,6 +93,16 @@ func (j *Job) Await() {
 		return j.checksPass(list)
 	}, "job "+j.ID)
 	j.node.tb.Logf("node: job %s is up after %s", j.ID, time.Since(began).Round(time.Millisecond))
+}
+
+// up tells that every task runs: an allocation runs for Nomad once one of them does.
+func (a *Alloc) up() bool {
+	for _, task := range a.TaskStates {
+		if task.State != "running" && (task.State != "dead" || task.Failed) {
+			return false
+		}
+	}
+	return a.ClientStatus == "running"
 }
 
 // placement tells why allocations are not there.

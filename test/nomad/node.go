@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -239,4 +240,17 @@ func (n *Node) AddNeighbourAddress(address string) string {
 		n.tb.Fatalf("add address of the neighbour: %v: %s", err, out)
 	}
 	return address
+}
+
+// RouteNeighbour lets the neighbour reach allocations by their own addresses: it
+// gets a route to the subnet by the node, until the node ends.
+func (n *Node) RouteNeighbour(subnet string) {
+	n.tb.Helper()
+	by := NodeAddress
+	if strings.Contains(subnet, ":") {
+		by = NodeAddress6
+	}
+	if out, err := exec.Command("nsenter", "--net="+n.machine.neighbour.Path, "--", "ip", "route", "replace", subnet, "via", by).CombinedOutput(); err != nil {
+		n.tb.Fatalf("add route of the neighbour: %v: %s", err, out)
+	}
 }

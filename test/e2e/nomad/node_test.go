@@ -21,6 +21,7 @@ func TestNode(t *testing.T) {
 		{"TransparentDocker", transparentDocker},
 		{"TransparentExec", transparentExec},
 		{"Exclusions", exclusions},
+		{"Gateways", gateways},
 	} {
 		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
 	}

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package nomad
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/test"
+	"github.com/weirmesh/weir/test/nomad"
+	"github.com/weirmesh/weir/test/nomad/wire"
+	"github.com/weirmesh/weir/test/spawn"
+)
+
+const allocations4 = "172.26.64.0/20" // of Nomad's bridge
+
+// gateways runs the gateways that Nomad injects. All but the one on the node's own
+// network ask for the guard.
+func gateways(t *testing.T, n *nomad.Node) {
+	speaksHTTP(n, "gw-api")
+	n.DropConfigEntry("ingress-gateway", "gw-ingress")
+	n.DropConfigEntry("ingress-gateway", "gw-host")
+	n.DropConfigEntry("terminating-gateway", "gw-exit")
+	serveNeighbour(t, n, nomad.NeighbourAddress+":7070")
+	n.RouteNeighbour(allocations4)
+	n.ConsulPut("/v1/catalog/register", map[string]any{
+		"Node": "outside", "Address": nomad.NeighbourAddress, "Service": map[string]any{"Service": "gw-legacy", "Port": 7070},
+	})
+	t.Cleanup(func() { n.ConsulPut("/v1/catalog/deregister", map[string]any{"Node": "outside"}) })
+	job := n.Run("testdata/jobs/gateway-bridge.nomad.hcl")
+	api, web, ingress, exit, mesh := job.Alloc("api"), job.Alloc("web"), job.Alloc("ingress"), job.Alloc("exit"), job.Alloc("mesh")
+
+	t.Run("Ingress", func(t *testing.T) {
+		wantGateway(t, ingress)
+		for _, url := range []string{"http://" + nomad.NodeAddress + ":9080/", "http://" + ingress.Workload().Addresses[0] + ":9080/"} {
+			var got wire.Outcome
+			test.Eventually(t, func() error {
+				got = n.Get(n.Neighbour(), url)
+				return wantOK(got)
+			}, "GET "+url+" from the neighbour")
+			wantMesh(t, got, api, "gw-ingress")
+		}
+		wantGuarded(t, n, ingress, web)
+	})
+
+	t.Run("Terminating", func(t *testing.T) {
+		wantGateway(t, exit)
+		const task, stat = "connect-terminating-gw-exit", "cluster.gw-legacy..*upstream_cx_total"
+		url := "http://" + web.Env("web")["NOMAD_UPSTREAM_ADDR_gw_legacy"] + "/"
+		web.EventuallyGet("web", url, nil)
+		before := exit.EnvoyStat(task, "gw-exit", stat)
+		got := web.Get("web", url)
+		if got.Reply == nil || got.Reply.Task != "neighbour" || !strings.HasPrefix(got.Reply.Remote, nomad.NodeAddress+":") {
+			t.Errorf("got %s, want an answer of the neighbour", got)
+		}
+		if after := exit.EnvoyStat(task, "gw-exit", stat); after != before+1 {
+			t.Errorf("connections of the gateway to the service: %d, then %d, want one more", before, after)
+		}
+		// Its administration is bound to every address.
+		if got := exit.Get(task, fmt.Sprintf("http://%s:19000/ready", exit.Workload().Addresses[0])); got.Status != 200 {
+			t.Errorf("the gateway's administration from inside: %s, want 200", got)
+		}
+		wantGuarded(t, n, exit, web)
+	})
+
+	t.Run("Mesh", func(t *testing.T) {
+		wantGateway(t, mesh)
+		for _, label := range []string{"wan", "connect-mesh-gw-mesh-lan"} {
+			port, _ := mesh.Port(label)
+			client := peer(t, n, "gw-web", "gw-api")
+			var got wire.Outcome
+			test.Eventually(t, func() error {
+				got = askPeer(client, fmt.Sprintf("https://%s:%d/", nomad.NodeAddress, port))
+				return wantOK(got)
+			}, label+" of the mesh gateway to pass a connection on")
+			wantMesh(t, got, api, "gw-web")
+		}
+		wantGuarded(t, n, mesh, web)
+	})
+
+	t.Run("HostNetwork", func(t *testing.T) {
+		host := job.Alloc("host")
+		var got wire.Outcome
+		test.Eventually(t, func() error {
+			got = n.Get(n.Neighbour(), "http://"+nomad.NodeAddress+":9081/")
+			return wantOK(got)
+		}, "the gateway on the node's own network to answer")
+		wantMesh(t, got, api, "gw-host")
+		if list := n.Workloads(); slices.ContainsFunc(list, func(w nomad.Workload) bool { return w.ID == host.ID }) {
+			t.Errorf("workloads are %+v, want none for %s, which has no namespace of its own", list, host.ID)
+		}
+	})
+}
+
+// wantOK is an error where no task answered.
+func wantOK(got wire.Outcome) error {
+	if !got.OK() || got.Reply == nil {
+		return fmt.Errorf("got %s", got)
+	}
+	return nil
+}
+
+// wantGateway waits until the agent knows an allocation for a gateway whose job
+// asks for the guard.
+func wantGateway(t *testing.T, a *nomad.Alloc) {
+	t.Helper()
+	w := a.EventuallyWorkload("the guard of "+a.Group, func(w nomad.Workload) bool { return w.Guard == "enforce" })
+	if w.Mode != "gateway" || len(w.Problems) > 0 || w.Agent == nil || len(w.Agent.Problems) > 0 {
+		t.Errorf("workload of %s is %+v, want a gateway without problems", a.Group, w)
+	}
+}
+
+// wantGuarded fails where somebody outside reaches Envoy's administration, or any
+// port but a listener's.
+func wantGuarded(t *testing.T, n *nomad.Node, a, neighbour *nomad.Alloc) {
+	t.Helper()
+	for _, port := range []int{19000, 19001, 8080} {
+		wantRefused(t, n, a, neighbour, fmt.Sprintf("http://%s:%d/ready", a.Workload().Addresses[0], port))
+	}
+}
+
+// wantRefused asks from the node, from a neighbour on the bridge and from one on
+// the node's network, and fails where the guard does not refuse.
+func wantRefused(t *testing.T, n *nomad.Node, a, neighbour *nomad.Alloc, url string) {
+	t.Helper()
+	for from, got := range fromOutside(n, neighbour, url) {
+		var outcome wire.Outcome
+		grown := counted(a, func() { outcome = got() })
+		if outcome.Errno != syscall.ECONNREFUSED || grown["refused_guard"] != 1 {
+			t.Errorf("GET %s from %s: %s, verdicts grew by %v; want a refusal by the guard", url, from, outcome, grown)
+		}
+	}
+}
+
+// fromOutside are the places outside an allocation, and how to ask from there.
+func fromOutside(n *nomad.Node, neighbour *nomad.Alloc, url string) map[string]func() wire.Outcome {
+	return map[string]func() wire.Outcome{
+		"the node":                      func() wire.Outcome { return n.Get(n.NetNS(), url) },
+		"a neighbour on the bridge":     func() wire.Outcome { return neighbour.Get(neighbour.Group, url) },
+		"a machine on the same network": func() wire.Outcome { return n.Get(n.Neighbour(), url) },
+	}
+}
+
+// peer is an HTTP client on the neighbour that speaks as the proxy of a service in
+// another datacenter does: with its own certificate, and with trust in nobody but
+// the service that it asks for.
+func peer(t *testing.T, n *nomad.Node, source, target string) *http.Client {
+	t.Helper()
+	var roots struct {
+		TrustDomain string
+		Roots       []struct{ RootCert string }
+	}
+	n.ConsulGet("/v1/agent/connect/ca/roots", &roots)
+	pool := x509.NewCertPool()
+	for _, root := range roots.Roots {
+		pool.AppendCertsFromPEM([]byte(root.RootCert))
+	}
+	var leaf struct{ CertPEM, PrivateKeyPEM string }
+	n.ConsulGet("/v1/agent/connect/ca/leaf/"+source, &leaf)
+	certificate, err := tls.X509KeyPair([]byte(leaf.CertPEM), []byte(leaf.PrivateKeyPEM))
+	if err != nil {
+		t.Fatalf("read certificate of %s: %v", source, err)
+	}
+	config := &tls.Config{
+		ServerName: target + ".default.dc1.internal." + roots.TrustDomain, Certificates: []tls.Certificate{certificate},
+		InsecureSkipVerify: true, // the name is no DNS name: VerifyConnection looks at it
+		VerifyConnection: func(state tls.ConnectionState) error {
+			other := state.PeerCertificates[0]
+			if _, err := other.Verify(x509.VerifyOptions{Roots: pool}); err != nil {
+				return err
+			}
+			if len(other.URIs) != 1 || !strings.HasSuffix(other.URIs[0].Path, "/svc/"+target) {
+				return fmt.Errorf("the other end is %v, want service %s", other.URIs, target)
+			}
+			return nil
+		},
+	}
+	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true, TLSClientConfig: config, DialContext: spawn.Dialer(n.Neighbour().Path),
+	}}
+}
+
+func askPeer(client *http.Client, url string) (outcome wire.Outcome) {
+	response, err := client.Get(url)
+	if err != nil {
+		return outcome.Fail(err)
+	}
+	defer response.Body.Close()
+	outcome.Status = response.StatusCode
+	text, err := io.ReadAll(response.Body)
+	if err != nil {
+		return outcome.Fail(err)
+	}
+	return outcome.Told(text)
+}
