@@ -86,6 +86,9 @@ func (l Layout) Validate() error {
 type Node struct {
 	Root   string // "" is the machine's own; what is above it is never touched
 	Layout Layout
+	// ManifestDir is where it remembers its installation; DefaultManifestDir
+	// where it is empty.
+	ManifestDir string
 }
 
 // on is where a path of the node lies in the caller's file system.

@@ -112,7 +112,7 @@ func (p *planner) add(do Action, path, why string, run func() error) {
 // record writes, before anything is changed, what the node will have. The
 // step is filled in last, when all that is known.
 func (p *planner) record() {
-	p.add(Create, manifestPath, "remembers what was installed", func() error {
+	p.add(Create, p.node.manifestPath(), "remembers what was installed", func() error {
 		for _, f := range p.written {
 			digest := digestOf(f.content)
 			if !slices.Contains(p.next.Files[f.path], digest) {
@@ -127,7 +127,7 @@ func (p *planner) record() {
 // that ends the installation.
 func (p *planner) finish() {
 	for i, step := range p.steps {
-		if step.Path != manifestPath {
+		if step.Path != p.node.manifestPath() {
 			continue
 		}
 		rest := slices.Concat(p.steps[:i], p.steps[i+1:])
@@ -140,7 +140,7 @@ func (p *planner) finish() {
 		}
 		break
 	}
-	p.steps = append(p.steps, Step{Do: Replace, Path: manifestPath, Why: "the installation is complete", run: func() error {
+	p.steps = append(p.steps, Step{Do: Replace, Path: p.node.manifestPath(), Why: "the installation is complete", run: func() error {
 		for _, f := range p.written {
 			p.next.Files[f.path] = []string{digestOf(f.content)}
 		}

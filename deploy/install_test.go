@@ -248,7 +248,7 @@ func TestInstallStopsAfterAnyStep(t *testing.T) {
 			t.Errorf("stopped before %q: %v", steps[stop], err)
 		}
 		for path, now := range n.tree(t) {
-			if now != after[path] && now != before[path] && path != manifestPath {
+			if now != after[path] && now != before[path] && path != n.manifestPath() {
 				t.Errorf("stopped before %q: %s is %.80q", steps[stop], path, now)
 			}
 		}

@@ -3,6 +3,7 @@
 package deploy
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -14,8 +15,11 @@ import (
 	"slices"
 )
 
-// manifestPath is where a node remembers what an installation put on it.
-const manifestPath = "/var/lib/weir/installed.json"
+// DefaultManifestDir is where a node remembers what an installation put on it.
+const DefaultManifestDir = "/var/lib/weir"
+
+func (n Node) manifestDir() string  { return cmp.Or(n.ManifestDir, DefaultManifestDir) }
+func (n Node) manifestPath() string { return filepath.Join(n.manifestDir(), "installed.json") }
 
 // Manifest is what a node remembers of its installation. It is written before
 // the first change and again after the last.
@@ -31,7 +35,7 @@ type Manifest struct {
 
 // ReadManifest returns nil where there is no installation on record.
 func (n Node) ReadManifest() (*Manifest, error) {
-	data, err := os.ReadFile(n.on(manifestPath))
+	data, err := os.ReadFile(n.on(n.manifestPath()))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -40,7 +44,7 @@ func (n Node) ReadManifest() (*Manifest, error) {
 	}
 	m := new(Manifest)
 	if err := json.Unmarshal(data, m); err != nil {
-		return nil, fmt.Errorf("read manifest %s: %w", n.on(manifestPath), err)
+		return nil, fmt.Errorf("read manifest %s: %w", n.on(n.manifestPath()), err)
 	}
 	return m, nil
 }
@@ -50,10 +54,10 @@ func (n Node) writeManifest(m *Manifest) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(n.on(manifestPath)), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(n.on(n.manifestPath())), 0o755); err != nil {
 		return err
 	}
-	return replaceFile(n.on(manifestPath), append(data, '\n'), 0o644)
+	return replaceFile(n.on(n.manifestPath()), append(data, '\n'), 0o644)
 }
 
 // has reports whether the installation on record put such a file there.

@@ -71,9 +71,9 @@ func (n Node) PlanRemoval() (Removal, error) {
 			r.Rest = append(r.Rest, n.removal(enabled, "the unit was enabled"))
 		}
 	}
-	made := []string{filepath.Dir(manifestPath)}
+	made := []string{n.manifestDir()}
 	if manifest != nil {
-		r.Rest = append(r.Rest, n.removal(manifestPath, ""))
+		r.Rest = append(r.Rest, n.removal(n.manifestPath(), ""))
 		made = append(made, manifest.Directories...)
 	}
 	r.Rest = append(r.Rest, n.removeDirectories(made)...)

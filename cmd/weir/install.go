@@ -70,6 +70,7 @@ func newInstall(env env) *command {
 func (c *command) withNode() (node *deploy.Node, apply func() error) {
 	node = &deploy.Node{Layout: deploy.DefaultLayout()}
 	c.flags.StringVar(&node.Root, "root", "", "`directory` that is the node's / (for packaging and tests)")
+	c.flags.StringVar(&node.ManifestDir, "manifest-dir", "", "`directory` that remembers the installation (default "+deploy.DefaultManifestDir+")")
 	fields := map[string]func(*deploy.Layout) *string{
 		"cni-path":       func(l *deploy.Layout) *string { return &l.CNIPath },
 		"cni-config-dir": func(l *deploy.Layout) *string { return &l.CNIConfig },
