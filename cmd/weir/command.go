@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/cli"
 
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -28,6 +29,9 @@ type env struct {
 	open       func(redirect.Paths) datapath
 	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
 	executable func() (string, error)                                           // this program's file
+
+	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
+	removeNetworks func(stateDir string) (removed []string, err error)
 }
 
 // datapath is what the commands need of redirect.Datapath.
@@ -127,11 +131,14 @@ func (c *command) datapath() datapath {
 
 // agent asks the instance's agent for its view; ok is false where none answers.
 func (c *command) agent() (view agent.Status, ok bool) {
-	paths := c.paths.Or(redirect.PathsFromEnv(c.getenv)).Or(redirect.Paths{StateDir: redirect.DefaultStateDir})
 	ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
 	defer cancel()
-	view, err := c.ask(ctx, paths.StateDir)
+	view, err := c.ask(ctx, c.stateDir())
 	return view, err == nil
+}
+
+func (c *command) stateDir() string {
+	return c.paths.Or(redirect.PathsFromEnv(c.getenv)).Or(redirect.Paths{StateDir: redirect.DefaultStateDir}).StateDir
 }
 
 // printJSON prints one value.

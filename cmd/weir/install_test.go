@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
@@ -128,7 +129,11 @@ func TestUninstallRefuses(t *testing.T) {
 		record("0b5d0c1e", alive.Path, redirect.ModeTransparent),
 		record("1c6e1d2f", alive.Path, redirect.ModeDirect),
 		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), redirect.ModeTransparent),
-	}, removed: []string{"map origins"}}
+	}, removed: []string{"map origins"}, bridges: []string{"bridge weir0"}, networks: []cni.Attached{
+		{Key: redirect.Key{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
+		{Key: redirect.Key{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: redirect.Job{ID: "plain", Group: "web"}},
+		{Key: redirect.Key{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
+	}}
 	root := t.TempDir()
 	plugin := root + "/opt/cni/bin/weir"
 	if err := os.MkdirAll(filepath.Dir(plugin), 0o755); err != nil {
@@ -143,16 +148,18 @@ func TestUninstallRefuses(t *testing.T) {
 	}
 
 	got := try(t, n, environment, "uninstall", "-root", root)
-	want(t, got, outcome{code: 1, stderr: `weir uninstall: 2 allocations run under Weir:
+	want(t, got, outcome{code: 1, stderr: `weir uninstall: 3 allocations run under Weir:
   0b5d0c1e (job demo, group web)
   1c6e1d2f (job demo, group web)
+  3e801f41 (job plain, group web)
 With -force they run on, but of a transparent one ` + loseTransparent + `.
 With -force they run on, but of any other ` + loseGuard + `.
+With -force they run on, but of one without a mesh ` + loseNetwork + `.
 Drain the node instead: nomad node drain -enable -self
 `})
 	got = try(t, n, environment, "uninstall", "-root", root, "-dry-run", "-json")
 	var report installReport
-	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || len(report.Workloads) != 2 || !report.DryRun {
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || len(report.Workloads) != 3 || !report.DryRun {
 		t.Errorf("uninstall -dry-run -json = %+v, %v", got, err)
 	}
 	n.agent = &agent.Status{}
@@ -173,7 +180,7 @@ Drain the node instead: nomad node drain -enable -self
 	for _, step := range report.Steps {
 		removed = removed || step.Path == "/opt/cni/bin/weir" && step.Do == deploy.Remove
 	}
-	if got.code != 0 || len(report.Workloads) != 2 || strings.Join(report.Kernel, " ") != "map origins" || !removed {
+	if got.code != 0 || len(report.Workloads) != 3 || strings.Join(report.Kernel, ", ") != "map origins, bridge weir0" || !removed {
 		t.Errorf("uninstall -force = %+v", got)
 	}
 	if _, err := os.Stat(plugin); !os.IsNotExist(err) {

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -29,6 +30,9 @@ func main() {
 		open:       func(paths redirect.Paths) datapath { return redirect.New(paths) },
 		ask:        agent.ReadStatus,
 		executable: os.Executable,
+
+		networks:       cni.Networks,
+		removeNetworks: cni.RemoveNetworks,
 	})
 	stop()
 	os.Exit(code)

@@ -14,6 +14,7 @@ import (
 	"github.com/hashicorp/cli"
 
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -29,6 +30,8 @@ type node struct {
 	events   []redirect.Event
 	agent    *agent.Status // nil: none runs
 	program  string        // the CLI's file
+	networks []cni.Attached
+	bridges  []string // that are removed with the networks
 	err      error
 }
 
@@ -81,6 +84,9 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			return *n.agent, nil
 		},
 		executable: func() (string, error) { return n.program, nil },
+
+		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
+		removeNetworks: func(string) ([]string, error) { return n.bridges, n.err },
 	})
 	return outcome{code: code, stdout: ui.OutputWriter.String(), stderr: ui.ErrorWriter.String()}
 }

@@ -3,11 +3,13 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/weirmesh/weir/deploy"
@@ -19,7 +21,8 @@ import (
 const (
 	loseTransparent = "new connections of its tasks do not reach Envoy any more: virtual addresses and Consul's DNS stop " +
 		"answering, all else goes past the mesh, and its ports take connections from outside without Envoy"
-	loseGuard = "its ports take connections from outside that the guard counted or refused"
+	loseGuard   = "its ports take connections from outside that the guard counted or refused"
+	loseNetwork = "Nomad can no longer check or end its network, whose device, address and host ports stay behind"
 )
 
 // affected is an allocation that runs and that an uninstallation strips.
@@ -95,6 +98,11 @@ func (c *command) uninstall(plan deploy.Removal, force bool, report *installRepo
 	if err != nil {
 		return err
 	}
+	networks, err := c.removeNetworks(c.stateDir())
+	report.Kernel = append(report.Kernel, networks...)
+	if err != nil {
+		return err
+	}
 	done, err = plan.Rest.Run()
 	report.Steps = append(report.Steps, done...)
 	return errors.Join(err, c.removeStateDir())
@@ -103,32 +111,42 @@ func (c *command) uninstall(plan deploy.Removal, force bool, report *installRepo
 // removeStateDir removes the lock, the last of what a data path leaves. What
 // else is in the directory is somebody else's.
 func (c *command) removeStateDir() error {
-	paths := c.paths.Or(redirect.PathsFromEnv(c.getenv)).Or(redirect.Paths{StateDir: redirect.DefaultStateDir})
-	if err := os.Remove(filepath.Join(paths.StateDir, "lock")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	dir := c.stateDir()
+	if err := os.Remove(filepath.Join(dir, "lock")); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove lock: %w", err)
 	}
-	_ = os.Remove(paths.StateDir) // not empty: it is not only ours
+	_ = os.Remove(dir) // not empty: it is not only ours
 	return nil
 }
 
-// affected are the allocations on record whose namespace lives. A record that
-// cannot be read comes back in the error.
+// affected are the allocations on record whose namespace lives: those that are
+// redirected or guarded, then those that only have their network from the plugin.
+// A record that cannot be read comes back in the error.
 func (c *command) affected() (list []affected, err error) {
 	known, err := c.datapath().Known()
 	for _, k := range known {
 		if _, gone := redirect.Cookie(k.NetNS); errors.Is(gone, redirect.ErrNetNSGone) {
 			continue
 		}
-		a := affected{ID: k.Request.Job.AllocID, Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: loseGuard}
-		if a.ID == "" {
-			a.ID = k.Key.ContainerID
+		a := affected{
+			ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: loseGuard,
 		}
 		if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
 			a.Loses = loseTransparent
 		}
 		list = append(list, a)
 	}
-	return list, err
+	networks, unread := c.networks(c.stateDir())
+	for _, n := range networks {
+		redirected := func(k redirect.Known) bool { return k.Key == n.Key }
+		if _, gone := redirect.Cookie(n.NetNS); errors.Is(gone, redirect.ErrNetNSGone) || slices.ContainsFunc(known, redirected) {
+			continue
+		}
+		list = append(list, affected{
+			ID: cmp.Or(n.Job.AllocID, n.Key.ContainerID), Job: n.Job.ID, Group: n.Job.Group, Loses: loseNetwork,
+		})
+	}
+	return list, errors.Join(err, unread)
 }
 
 func (a affected) String() string {
@@ -154,8 +172,11 @@ func refusal(list []affected) error {
 		if !losses[a.Loses] {
 			losses[a.Loses] = true
 			kind := "a transparent one"
-			if a.Loses == loseGuard {
+			switch a.Loses {
+			case loseGuard:
 				kind = "any other"
+			case loseNetwork:
+				kind = "one without a mesh"
 			}
 			fmt.Fprintf(&text, "With -force they run on, but of %s %s.\n", kind, a.Loses)
 		}

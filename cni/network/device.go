@@ -339,35 +339,3 @@ func portsOf(h *netlink.Handle, bridge string) (count int, err error) {
 	}
 	return count, nil
 }
-
-// Uninstall removes the bridges that the plugin made, with the rules for them,
-// and says what it removed. A bridge that has ports still serves allocations,
-// and stays; so does one that an operator made.
-func Uninstall(stateDir string) (removed []string, err error) {
-	err = New(Config{}, stateDir).locked(func() error {
-		return withHandle(func(h *netlink.Handle) error {
-			links, err := h.LinkList()
-			if err != nil {
-				return fmt.Errorf("list devices: %w", err)
-			}
-			for _, link := range links {
-				name := link.Attrs().Name
-				if link.Type() != "bridge" || link.Attrs().Alias != alias {
-					continue
-				}
-				if ports, err := portsOf(h, name); err != nil || ports > 0 {
-					return err
-				}
-				if err := removeRules(name); err != nil {
-					return err
-				}
-				if err := h.LinkDel(link); err != nil {
-					return fmt.Errorf("remove bridge %s: %w", name, err)
-				}
-				removed = append(removed, "bridge "+name)
-			}
-			return nil
-		})
-	})
-	return removed, err
-}

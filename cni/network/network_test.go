@@ -299,12 +299,18 @@ func TestUninstall(t *testing.T) {
 	if err := n.remove(a); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.MkdirAll(n.stateDir+"/leases/weir", 0o755); err != nil { // where the default configuration has them
+		t.Fatal(err)
+	}
 	n.ns.Do(func() {
-		if removed, err := Uninstall(n.stateDir); err != nil || !slices.Equal(removed, []string{"bridge " + bridge}) {
-			t.Errorf("removed %q, %v: want the bridge", removed, err)
+		if removed, err := Uninstall(n.stateDir); err != nil || !slices.Equal(removed, []string{"bridge " + bridge, "directory " + n.stateDir + "/networks", "directory " + n.stateDir + "/leases"}) {
+			t.Errorf("removed %q, %v: want the bridge, records and leases", removed, err)
 		}
 		if hasDevice(bridge) {
 			t.Error("the bridge is still there")
+		}
+		if left, err := os.ReadDir(n.stateDir); err != nil || len(left) > 0 {
+			t.Errorf("left in the state directory: %v, %v: want nothing", left, err)
 		}
 	})
 	n.run(t, "ip", "link", "add", bridge, "type", "bridge")

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package cni
+
+import (
+	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Attached is an allocation whose network the plugin built.
+type Attached struct {
+	Key   redirect.Key
+	Job   redirect.Job
+	NetNS string // path
+}
+
+// Networks lists the networks on record, those of ended namespaces too. What
+// of them cannot be read comes back in the error, beside the rest.
+func Networks(stateDir string) ([]Attached, error) {
+	attachments, err := network.Attachments(stateDir)
+	list := make([]Attached, 0, len(attachments))
+	for _, a := range attachments {
+		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, NetNS: a.NetNS})
+	}
+	return list, err
+}
+
+// RemoveNetworks removes from the node what no allocation that runs needs any
+// more of the networks that the plugin built, and says what it removed.
+func RemoveNetworks(stateDir string) (removed []string, err error) {
+	return network.Uninstall(stateDir)
+}
