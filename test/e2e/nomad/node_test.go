@@ -22,6 +22,7 @@ func TestNode(t *testing.T) {
 		{"TransparentExec", transparentExec},
 		{"Exclusions", exclusions},
 		{"Gateways", gateways},
+		{"GuardedUpstreams", guardedUpstreams},
 	} {
 		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
 	}
