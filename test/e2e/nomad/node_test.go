@@ -23,6 +23,8 @@ func TestNode(t *testing.T) {
 		{"Exclusions", exclusions},
 		{"Gateways", gateways},
 		{"GuardedUpstreams", guardedUpstreams},
+		{"EnvoyUID", envoyUID},
+		{"SilentProxy", silentProxy},
 	} {
 		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
 	}
