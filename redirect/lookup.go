@@ -9,7 +9,6 @@ import (
 	"os"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 )
 
@@ -20,39 +19,11 @@ const cookieMarker = 0x574549524e53434b
 // an immediate of the instructions, so there is no map for it, and no BTF is
 // loaded: both would cost every workload memory and its ADD time.
 func newLookup(m *tables, cookie uint64) (*ebpf.Program, error) {
-	spec, err := loadLookup()
+	code, license, err := lookupCode(m, cookie)
 	if err != nil {
 		return nil, fmt.Errorf("read lookup program: %w", err)
 	}
-	program := spec.Programs["weir_lookup"]
-	bare := make(asm.Instructions, 0, len(program.Instructions))
-	marked := 0
-	for _, ins := range program.Instructions {
-		plain := asm.Instruction{OpCode: ins.OpCode, Dst: ins.Dst, Src: ins.Src, Offset: ins.Offset, Constant: ins.Constant}
-		switch {
-		case ins.IsLoadFromMap():
-			table, err := m.table(ins.Reference())
-			if err != nil {
-				return nil, err
-			}
-			plain = asm.LoadMapPtr(ins.Dst, table.FD())
-		case ins.OpCode.IsDWordLoad() && ins.Constant == cookieMarker:
-			plain.Constant = int64(cookie)
-			marked++
-		}
-		bare = append(bare, plain)
-	}
-	if marked != 1 {
-		return nil, fmt.Errorf("read lookup program: marker of the cookie found %d times", marked)
-	}
-	bare[0] = bare[0].WithSymbol("weir_lookup")
-	loaded, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Name:         "weir_lookup",
-		Type:         ebpf.SkLookup,
-		AttachType:   ebpf.AttachSkLookup,
-		License:      program.License,
-		Instructions: bare,
-	})
+	loaded, err := loadCode(code, license)
 	if err != nil {
 		return nil, fmt.Errorf("load lookup program: %w", err)
 	}

@@ -11,7 +11,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
-	"github.com/cilium/ebpf/rlimit"
 )
 
 // requirement is one kernel feature, asked of the kernel itself: distributions
@@ -81,9 +80,6 @@ func requirements() []requirement {
 // loads nothing that stays. The error wraps ErrUnsupported and names each
 // missing feature, what it is for, and the first kernel that has it.
 func Probe() error {
-	if err := rlimit.RemoveMemlock(); err != nil {
-		return fmt.Errorf("raise memlock limit: %w", err)
-	}
 	return probe(requirements())
 }
 
