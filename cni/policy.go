@@ -4,15 +4,10 @@ package cni
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"github.com/hashicorp/hcl/v2"
-	"github.com/hashicorp/hcl/v2/gohcl"
-	"github.com/hashicorp/hcl/v2/hclparse"
 )
 
 // DefaultConfigDir is where the agent has its configuration. The plugin reads
@@ -48,21 +43,6 @@ type policyConf struct {
 	JobArgs          json.RawMessage `json:"jobArgs"`
 	ConsulExclusions json.RawMessage `json:"consulExclusions"`
 	ConfigDir        json.RawMessage `json:"configDir"`
-}
-
-// policyFile is what the plugin reads of a file of the agent's. All else in it
-// is the agent's to check.
-type policyFile struct {
-	CNI *struct {
-		JobArgs          []string `hcl:"job_args,optional"`
-		ConsulExclusions *bool    `hcl:"consul_exclusions,optional"`
-		Rest             hcl.Body `hcl:",remain"`
-	} `hcl:"cni,block"`
-	Proxy *struct {
-		DefaultUID *uint32  `hcl:"default_uid,optional"`
-		Rest       hcl.Body `hcl:",remain"`
-	} `hcl:"proxy,block"`
-	Rest hcl.Body `hcl:",remain"`
 }
 
 // readPolicy is the default, overridden by the files in the configuration
@@ -111,27 +91,6 @@ func readPolicy(conf policyConf, dir string) (policy, error) {
 		}
 	}
 	return p, nil
-}
-
-func (p *policy) readFile(path string) error {
-	parsed, problems := hclparse.NewParser().ParseHCLFile(path)
-	var file policyFile
-	if !problems.HasErrors() {
-		problems = gohcl.DecodeBody(parsed.Body, nil, &file)
-	}
-	if problems.HasErrors() {
-		return errors.New(problems.Errs()[0].Error())
-	}
-	if file.CNI != nil && file.CNI.JobArgs != nil {
-		p.jobArgs, p.source = file.CNI.JobArgs, "job_args of "+path
-	}
-	if file.CNI != nil && file.CNI.ConsulExclusions != nil {
-		p.consulExclusions = *file.CNI.ConsulExclusions
-	}
-	if file.Proxy != nil && file.Proxy.DefaultUID != nil {
-		p.proxyUID = *file.Proxy.DefaultUID
-	}
-	return nil
 }
 
 // allow refuses the first argument that a job may not set.

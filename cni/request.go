@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -272,20 +273,21 @@ func parseUID(text string) (uint32, error) {
 // left out, into a sorted list that names every port once. Its cost does not
 // depend on how much the ranges overlap.
 func parsePorts(list []string) ([]uint16, error) {
-	var opened [math.MaxUint16 + 2]int // ranges that begin at a port, less those that ended before it
+	type span struct{ low, high uint16 }
+	spans := make([]span, 0, len(list))
 	for _, text := range list {
 		low, high, err := parsePortRange(text)
 		if err != nil {
 			return nil, err
 		}
-		opened[low]++
-		opened[int(high)+1]--
+		spans = append(spans, span{low, high})
 	}
+	slices.SortFunc(spans, func(a, b span) int { return int(a.low) - int(b.low) })
 	var ports []uint16
-	within := 0
-	for port := 1; port <= math.MaxUint16; port++ {
-		if within += opened[port]; within > 0 {
-			ports = append(ports, uint16(port))
+	next := 1 // the lowest port that is not in ports yet
+	for _, s := range spans {
+		for next = max(next, int(s.low)); next <= int(s.high); next++ {
+			ports = append(ports, uint16(next))
 		}
 	}
 	return ports, nil
