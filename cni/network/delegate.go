@@ -3,7 +3,6 @@
 package network
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,21 +13,23 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/containernetworking/cni/pkg/invoke"
-	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/weirmesh/weir/redirect"
 )
 
-// HostLocal is the IPAM plugin that a network has unless its conflist names another.
+// HostLocal is the IPAM plugin that a network has unless its conflist names
+// another. It is the only one that is not run but linked in.
 const HostLocal = "host-local"
 
 const portmap = "portmap"
 
 // need reports what of the programs that the network runs is not on the node.
 func (c *Config) need(path string) error {
-	plugins := []string{c.IPAM}
+	var plugins []string
+	if c.IPAM != HostLocal {
+		plugins = append(plugins, c.IPAM)
+	}
 	if c.PortMappings != nil {
 		plugins = append(plugins, portmap)
 		if _, err := exec.LookPath("nft"); err != nil {
@@ -41,37 +42,6 @@ func (c *Config) need(path string) error {
 		}
 	}
 	return nil
-}
-
-func find(plugin, path string) (string, error) {
-	found, err := invoke.FindInPath(plugin, filepath.SplitList(path))
-	if err != nil {
-		return "", fmt.Errorf("plugin %q in CNI_PATH %q: %w: install the reference CNI plugins there", plugin, path, ErrMissing)
-	}
-	return found, nil
-}
-
-// call runs another plugin for the attachment. Its remarks go to stderr.
-func (r *record) call(command, plugin string, stdin []byte) (types.Result, error) {
-	program, err := find(plugin, r.Path)
-	if err != nil {
-		return nil, err
-	}
-	args := &invoke.Args{
-		Command: command, ContainerID: r.Key.ContainerID, NetNS: r.NetNS, IfName: r.Key.IfName,
-		PluginArgsStr: plainArgs(r.Args), Path: r.Path,
-	}
-	if command == "ADD" {
-		result, err := invoke.ExecPluginWithResult(context.Background(), program, stdin, args, nil)
-		if err != nil {
-			return nil, fmt.Errorf("%s %s: %w", plugin, command, err)
-		}
-		return result, nil
-	}
-	if err := invoke.ExecPluginWithoutResult(context.Background(), program, stdin, args, nil); err != nil {
-		return nil, fmt.Errorf("%s %s: %w", plugin, command, err)
-	}
-	return nil, nil
 }
 
 // plainArgs is CNI_ARGS as other plugins can read it: CNI's parser refuses a

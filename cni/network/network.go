@@ -3,9 +3,9 @@
 // Package network builds an allocation's network in one process, as the
 // reference plugins loopback, bridge and firewall do together: a bridge, a veth
 // pair, lo, addresses, routes, masquerading, and an accept where the node drops
-// what it forwards. Everything of it goes by netlink; the only commands are the
-// IPAM plugin, and the reference plugin portmap where the allocation has host
-// ports.
+// what it forwards. Everything of it goes by netlink, and host-local is linked
+// in; the only commands are another IPAM plugin, and the reference plugin portmap
+// where the allocation has host ports.
 //
 // Each step looks before it acts, so that the same code builds, builds again
 // after a crash, and mends what CHECK finds missing.

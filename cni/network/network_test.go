@@ -200,6 +200,7 @@ func TestDelWithoutAnything(t *testing.T) {
 
 func TestDelKeepsForLaterWhatItCouldNotDo(t *testing.T) {
 	n := newNode(t)
+	n.fakeIPAM(t, `{"cniVersion":"1.0.0","ips":[{"address":"10.77.0.2/24"}]}`)
 	a, _ := n.added(t, "a")
 	path := a.Path
 	a.Path = "/nowhere"

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -106,9 +105,6 @@ func TestHostPortsMoveToANewNamespace(t *testing.T) {
 func TestHostPortsNeedProgramsBeforeAnythingIsMade(t *testing.T) {
 	n := newNode(t).mapped(8080, 80)
 	only := t.TempDir()
-	if err := os.Symlink(filepath.Join(n.path, "host-local"), filepath.Join(only, "host-local")); err != nil {
-		t.Fatal(err)
-	}
 	a := n.allocation(t, "a")
 	a.Path = only
 	_, err := n.add(a)
@@ -135,9 +131,6 @@ func TestHostPortsNeedProgramsBeforeAnythingIsMade(t *testing.T) {
 func TestNoHostPortsNoPortmap(t *testing.T) {
 	n := newNode(t)
 	only := t.TempDir()
-	if err := os.Symlink(filepath.Join(n.path, "host-local"), filepath.Join(only, "host-local")); err != nil {
-		t.Fatal(err)
-	}
 	n.path = only
 	n.added(t, "a")
 	if rules := n.run(t, "nft", "list", "ruleset"); strings.Contains(rules, "cni_hostport") {

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// script is another plugin, as a shell script in a CNI_PATH of its own.
+func script(t *testing.T, body string) *record {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "script"), []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return &record{Attachment: Attachment{
+		Key: redirect.Key{ContainerID: "alloc", IfName: "eth7"}, NetNS: "/run/netns/alloc", Path: "/nowhere:" + dir,
+		Args: "NOMAD_ALLOC_ID=alloc;CONSUL_IPTABLES_CONFIG={}",
+	}}
+}
+
+func TestPluginGetsItsRequest(t *testing.T) {
+	t.Setenv("CNI_COMMAND", "GC")
+	t.Setenv("CNI_ARGS", "of=another")
+	r := script(t, `[ "$CNI_COMMAND $CNI_CONTAINERID $CNI_IFNAME $CNI_NETNS" = "DEL alloc eth7 /run/netns/alloc" ] || exit 3
+[ "$CNI_ARGS" = "IgnoreUnknown=true;NOMAD_ALLOC_ID=alloc" ] || exit 4
+[ "$CNI_PATH" = "`+"$(dirname $0 | sed s,^,/nowhere:,)"+`" ] || exit 5
+[ "$(cat)" = '{"name":"weir"}' ] || exit 6`)
+	if _, err := r.call("DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPluginsResult(t *testing.T) {
+	const config = `{"cniVersion":"0.4.0","name":"weir"}`
+	for name, tt := range map[string]struct{ prints, part string }{
+		"of another version":       {`{"cniVersion":"1.0.0","ips":[{"address":"10.0.0.2/24"}]}`, ""},
+		"of an early version":      {`{"cniVersion":"0.2.0","ip4":{"ip":"10.0.0.2/24"}}`, ""},
+		"of the request's version": {`{"ips":[{"version":"4","address":"10.0.0.2/24"}]}`, ""},
+		"nothing":                  {``, "result"},
+		"null":                     {`null`, "there is none"},
+		"of no known version":      {`{"cniVersion":"9.0.0"}`, "9.0.0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			leased, err := script(t, "cat >/dev/null; echo '"+tt.prints+"'").call("ADD", "script", []byte(config))
+			if tt.part != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.part) {
+					t.Errorf("%v: want %q", err, tt.part)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			result, err := current.NewResultFromResult(leased)
+			if err != nil || len(result.IPs) != 1 || result.IPs[0].Address.String() != "10.0.0.2/24" {
+				t.Errorf("%v, %v: want 10.0.0.2/24", result, err)
+			}
+		})
+	}
+}
+
+func TestPluginsErrorComesThrough(t *testing.T) {
+	_, err := script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`).call("ADD", "script", nil)
+	var said *types.Error
+	if !errors.As(err, &said) || said.Code != 11 || !strings.Contains(err.Error(), "script ADD: no room") {
+		t.Errorf("%v: want the plugin's own error", err)
+	}
+	_, err = script(t, `echo gone wrong >&2; exit 1`).call("ADD", "script", nil)
+	if err == nil || !strings.Contains(err.Error(), "gone wrong") {
+		t.Errorf("%v: want what it wrote on stderr", err)
+	}
+}
+
+func TestPluginIsFoundByName(t *testing.T) {
+	r := script(t, "exit 0")
+	for _, name := range []string{"", "other", "../" + filepath.Base(strings.TrimPrefix(r.Path, "/nowhere:")) + "/script", "."} {
+		if program, err := find(name, r.Path); !errors.Is(err, ErrMissing) {
+			t.Errorf("%q: found %q, %v: want ErrMissing", name, program, err)
+		}
+	}
+}

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// leaseBench has the linked host-local and the reference program on one directory.
+type leaseBench struct {
+	t      *testing.T
+	dir    string
+	config []byte
+}
+
+func newLeaseBench(t *testing.T, ipam map[string]any) *leaseBench {
+	t.Helper()
+	b := &leaseBench{t: t, dir: t.TempDir()}
+	ipam["type"], ipam["dataDir"] = HostLocal, b.dir
+	config, err := json.Marshal(map[string]any{"cniVersion": "1.0.0", "name": "weir", "type": "weir", "ipam": ipam})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.config = config
+	return b
+}
+
+func ranges(subnets ...string) (sets [][]map[string]string) {
+	for _, subnet := range subnets {
+		sets = append(sets, []map[string]string{{"subnet": subnet}})
+	}
+	return sets
+}
+
+func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
+	r := &record{Attachment: Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, Args: args}}
+	result, err := r.call(command, HostLocal, b.config)
+	if err != nil || result == nil {
+		return nil, err
+	}
+	return result.(*current.Result), nil
+}
+
+func (b *leaseBench) program(command, id, args string) (*current.Result, error) {
+	out, err := run(filepath.Join(test.CNIPath(b.t), HostLocal), b.config, "CNI_COMMAND="+command, "CNI_CONTAINERID="+id,
+		"CNI_IFNAME=eth0", "CNI_NETNS=/nowhere", "CNI_PATH=/nowhere", "CNI_ARGS="+args)
+	if err != nil || command != "ADD" {
+		return nil, err
+	}
+	result, err := decodeResult(b.config, out)
+	if err != nil {
+		return nil, err
+	}
+	return result.(*current.Result), nil
+}
+
+func (b *leaseBench) files() map[string]string {
+	files := make(map[string]string)
+	paths, err := filepath.Glob(filepath.Join(b.dir, "weir", "*"))
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		files[filepath.Base(path)] = string(text)
+	}
+	return files
+}
+
+// The same calls to both leave the same files and give the same answers.
+func TestLinkedHostLocalIsTheProgram(t *testing.T) {
+	resolv := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(resolv, []byte("# no\nnameserver 192.0.2.53\nnameserver 2001:db8::53\nsearch a b\noptions ndots:5\ndomain c\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ipam := func() map[string]any {
+		return map[string]any{
+			"ranges": ranges("10.9.0.0/24", "fd09::/64"), "resolvConf": resolv,
+			"routes": []map[string]any{{"dst": "0.0.0.0/0"}, {"dst": "10.0.0.0/8", "gw": "10.9.0.9"}},
+		}
+	}
+	linked, program := newLeaseBench(t, ipam()), newLeaseBench(t, ipam())
+	for _, step := range []struct{ command, id, args string }{
+		{"ADD", "a", ""}, {"ADD", "b", ""}, {"ADD", "b", ""}, {"CHECK", "a", ""}, {"CHECK", "c", ""}, {"DEL", "a", ""}, {"DEL", "a", ""},
+		{"ADD", "d", "IP=10.9.0.77"}, {"ADD", "e", "IP=10.9.0.77"}, {"ADD", "f", "IP=10.10.0.1"}, {"ADD", "g", ""},
+	} {
+		got, gotErr := linked.linked(step.command, step.id, step.args)
+		want, wantErr := program.program(step.command, step.id, step.args)
+		if (gotErr == nil) != (wantErr == nil) {
+			t.Errorf("%v: %v: want %v", step, gotErr, wantErr)
+		}
+		if got != nil && want != nil {
+			got.CNIVersion = want.CNIVersion // of the form, which the program wrote and the linked one never had
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("%v: result (-program +linked):\n%s", step, diff)
+		}
+		if diff := cmp.Diff(program.files(), linked.files()); diff != "" {
+			t.Errorf("%v: files (-program +linked):\n%s", step, diff)
+		}
+	}
+}
+
+func TestLeasesChangeHands(t *testing.T) {
+	b := newLeaseBench(t, map[string]any{"ranges": ranges("10.9.0.0/24")})
+	step := func(command, id string, call func(string, string, string) (*current.Result, error), want string) {
+		t.Helper()
+		result, err := call(command, id, "")
+		if err != nil {
+			t.Fatalf("%s %s: %v", command, id, err)
+		}
+		if want != "" && strings.Join(addresses(result), " ") != want {
+			t.Errorf("%s %s: %v: want %s", command, id, addresses(result), want)
+		}
+	}
+	step("ADD", "a", b.program, "10.9.0.2")
+	step("ADD", "b", b.linked, "10.9.0.3")
+	step("ADD", "c", b.program, "10.9.0.4")
+	step("CHECK", "a", b.linked, "")
+	step("CHECK", "b", b.program, "")
+	step("DEL", "a", b.linked, "")
+	step("DEL", "b", b.program, "")
+	if _, err := b.linked("CHECK", "b", ""); err == nil {
+		t.Error("CHECK of a lease that the program gave back: want an error")
+	}
+	step("DEL", "c", b.linked, "")
+	for name := range b.files() {
+		if strings.HasPrefix(name, "10.9.") {
+			t.Errorf("lease %s is left", name)
+		}
+	}
+}
+
+// Of two families an allocation gets both, or none.
+func TestLeaseOfHalfIsGivenBack(t *testing.T) {
+	b := newLeaseBench(t, map[string]any{"ranges": ranges("10.9.0.0/24", "10.8.0.0/30")})
+	if _, err := b.linked("ADD", "first", ""); err != nil {
+		t.Fatal(err)
+	}
+	before := b.files()
+	if _, err := b.linked("ADD", "second", ""); err == nil || !strings.Contains(err.Error(), "range 1") {
+		t.Errorf("%v: want to hear that the second range is full", err)
+	}
+	after := b.files()
+	delete(before, "last_reserved_ip.0") // goes on
+	delete(after, "last_reserved_ip.0")
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Errorf("files (-before +after):\n%s", diff)
+	}
+}
