@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"syscall"
@@ -98,6 +99,33 @@ func gateways(t *testing.T, n *nomad.Node) {
 			t.Errorf("workloads are %+v, want none for %s, which has no namespace of its own", list, host.ID)
 		}
 	})
+}
+
+// apiGateway runs the gateway that Nomad has no block for, on a node whose own word
+// is to guard. Its task asks Consul by the network.
+func apiGateway(t *testing.T, n *nomad.Node, server, neighbour *nomad.Alloc, service string) {
+	const both = "127.0.0.1 " + nomad.NodeAddress
+	n.Write("/etc/consul.d/network.hcl", fmt.Sprintf("addresses {\n  http = %q\n  grpc = %q\n}\n", both, both), 0o600)
+	n.Consul.Restart(t)
+	n.ConfigEntry(map[string]any{"Kind": "api-gateway", "Name": "gw-http", "Listeners": []any{
+		map[string]any{"Name": "http", "Port": 9701, "Protocol": "http"}}})
+	n.ConfigEntry(map[string]any{"Kind": "http-route", "Name": "gw-http",
+		"Parents": []any{map[string]any{"Kind": "api-gateway", "Name": "gw-http"}},
+		"Rules":   []any{map[string]any{"Services": []any{map[string]any{"Name": service}}}}})
+	a := n.Run("testdata/jobs/gateway-api.nomad.hcl").Alloc("gateway")
+	wantGateway(t, a)
+	var got wire.Outcome
+	test.Eventually(t, func() error {
+		got = n.Get(n.Neighbour(), "http://"+nomad.NodeAddress+":9701/")
+		return wantOK(got)
+	}, "the API gateway to answer")
+	wantMesh(t, got, server, "gw-http")
+	admin := fmt.Sprintf("http://%s:19000/ready", address(t, a, netip.Addr.Is4))
+	inside := &test.NetNS{Path: n.Path("/run/netns/" + a.ID)}
+	if got := n.Get(inside, admin); got.Status != 200 {
+		t.Errorf("the gateway's administration from inside: %s, want 200", got)
+	}
+	wantRefused(t, n, a, neighbour, admin)
 }
 
 // wantOK is an error where no task answered.

@@ -192,6 +192,8 @@ func TestIPv6(t *testing.T) {
 		}
 	})
 
+	t.Run("APIGateway", func(t *testing.T) { apiGateway(t, n.For(t), server, plain, "v6-server") })
+
 	job.Stop()
 	if !t.Failed() {
 		n.ExpectNothingLeft()
