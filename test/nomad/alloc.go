@@ -40,8 +40,8 @@ type Alloc struct {
 	node *Node
 }
 
-// events is what Nomad says happened to the allocation's tasks.
-func (a *Alloc) events() string {
+// Events is what Nomad says happened to the allocation's tasks.
+func (a *Alloc) Events() string {
 	var told strings.Builder
 	for task, state := range a.TaskStates {
 		for _, event := range state.Events {

@@ -80,7 +80,7 @@ func (j *Job) Await() {
 			switch {
 			case a.DesiredStatus != "run":
 			case a.ClientStatus == "failed":
-				j.node.tb.Fatalf("allocation %s of %s failed:\n%s", a.ID, j.ID, a.events())
+				j.node.tb.Fatalf("allocation %s of %s failed:\n%s", a.ID, j.ID, a.Events())
 			case a.up():
 				running[a.Group]++
 			}

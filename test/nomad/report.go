@@ -25,7 +25,7 @@ func (n *Node) report() {
 			fmt.Fprintf(&told, "== allocations: %v\n", err)
 		}
 		for _, a := range list {
-			fmt.Fprintf(&told, "== allocation %s of %s: %s, wanted: %s\n%s", a.ID, a.JobID, a.ClientStatus, a.DesiredStatus, a.events())
+			fmt.Fprintf(&told, "== allocation %s of %s: %s, wanted: %s\n%s", a.ID, a.JobID, a.ClientStatus, a.DesiredStatus, a.Events())
 		}
 	}
 	logs, _ := filepath.Glob(filepath.Join(n.machine.dir, "upper/var/lib/nomad/alloc/*/alloc/logs/*.std*.0"))

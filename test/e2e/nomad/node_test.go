@@ -12,7 +12,7 @@ import (
 // TestNode runs the cases that leave the node as they found it, on one node. A
 // case is a function of a file beside this one.
 func TestNode(t *testing.T) {
-	node := nomad.Start(t, nomad.Options{})
+	node := nomad.Start(t, nomad.Options{Conflists: []string{"testdata/weir6.conflist"}})
 	for _, each := range []struct {
 		name string
 		test func(*testing.T, *nomad.Node)
@@ -25,6 +25,11 @@ func TestNode(t *testing.T) {
 		{"GuardedUpstreams", guardedUpstreams},
 		{"EnvoyUID", envoyUID},
 		{"SilentProxy", silentProxy},
+		{"CNIWeirDocker", cniWeirDocker},
+		{"CNIWeirArgs", cniWeirArgs},
+		{"CNIWeirSix", cniWeirSix},
+		{"CNIWeirPair", cniWeirPair},
+		{"CNIWeirTwo", cniWeirTwo},
 	} {
 		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
 	}

@@ -1,0 +1,95 @@
+# The exec driver, and the mesh by the job's own arguments instead of a
+# transparent_proxy block. "client" takes a port and a CIDR out of the mesh, which
+# needs the operator's word. Without the block Nomad does not point DNS at Consul: the
+# job does, and has the resolver's port by an argument.
+
+job "cniweir-args" {
+  group "server" {
+    network {
+      mode = "cni/weir"
+      cni {
+        args = {
+          "weir.mode"         = "transparent"
+          "weir.inbound-port" = "${NOMAD_PORT_connect_proxy_cniweir_server}"
+          "weir.guard"        = "enforce"
+        }
+      }
+    }
+    service {
+      name = "cniweir-server"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+        }
+        sidecar_task {
+          driver = "exec"
+          user   = "envoy"
+          config {
+            command = "envoy"
+            args    = ["-c", "${NOMAD_SECRETS_DIR}/envoy_bootstrap.json", "--disable-hot-restart", "--concurrency", "1"]
+          }
+        }
+      }
+    }
+    task "server" {
+      driver = "exec"
+      user   = "app"
+      config {
+        command = "app"
+        args    = ["serve", ":8080"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+
+  group "client" {
+    network {
+      mode = "cni/weir"
+      dns {
+        servers = ["10.99.0.2"]
+      }
+      cni {
+        args = {
+          "weir.mode"                   = "transparent"
+          "weir.inbound-port"           = "${NOMAD_PORT_connect_proxy_cniweir_client}"
+          "weir.dns"                    = "10.99.0.2:8600"
+          "weir.exclude-outbound-ports" = "backup@9099"
+          "weir.exclude-outbound-cidrs" = "lan@10.99.0.4/32"
+        }
+      }
+    }
+    service {
+      name = "cniweir-client"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+        }
+        sidecar_task {
+          driver = "exec"
+          user   = "envoy"
+          config {
+            command = "envoy"
+            args    = ["-c", "${NOMAD_SECRETS_DIR}/envoy_bootstrap.json", "--disable-hot-restart", "--concurrency", "1"]
+          }
+        }
+      }
+    }
+    task "client" {
+      driver = "exec"
+      user   = "app"
+      config {
+        command = "app"
+        args    = ["serve", ":8080"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+}
