@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo 
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent clean
+.PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: build ## Measure side by side with Consul's iptables rules, and the agent
 bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (root)
 	test/tools/setup.sh test consul
 	test/bench/run.sh -only agent
+
+package: build ## Make a Debian package and a tarball in dist/
+	deploy/package.sh bin dist
 
 clean: ## Remove what was built; the tools in .tools stay
 	rm -rf bin dist

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if ((EUID == 0)); then
-	test/tools/setup.sh test envoy consul cni docker
+	test/tools/setup.sh test envoy consul cni docker package
 	mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
 fi
 export PATH=$PWD/.tools/envoy:$PATH

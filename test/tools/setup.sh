@@ -141,12 +141,21 @@ setup_docker() {
 	packages docker.io busybox-static
 }
 
+setup_package() {
+	local binary=$tools/bin/nfpm
+	[[ $binary -nt $root/test/tools/nfpm/go.mod ]] && return
+	say "$step: build nfpm"
+	mkdir -p "${binary%/*}"
+	(cd "$root/test/tools/nfpm" && nice go build -o "$binary.new" github.com/goreleaser/nfpm/v2/cmd/nfpm) || die "build nfpm"
+	mv "$binary.new" "$binary"
+}
+
 setup_vm() {
 	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
-	(($#)) || die "name the groups to set up: build lint test envoy consul nomad cni docker vm"
+	(($#)) || die "name the groups to set up: build lint test envoy consul nomad cni docker package vm"
 	command -v go >/dev/null || die "Go is not on PATH"
 	local group
 	for group in "$@"; do
