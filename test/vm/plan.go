@@ -30,7 +30,7 @@ type suiteOfTests struct {
 var suites = []suiteOfTests{
 	{dir: "test"},
 	{dir: "redirect"},
-	{dir: "cni"},
+	{dir: "cni", data: "deploy/weir.d"},
 	{dir: "test/e2e", run: "CNI", data: "cni/testdata"}, // the walk of the plugin; the others want a real Envoy
 	{dir: "test/vm/refuse", tags: "refuse", refused: true},
 }
