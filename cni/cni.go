@@ -48,6 +48,7 @@ import (
 // Datapath is what the plugin needs of *redirect.Datapath.
 type Datapath interface {
 	Add(redirect.Attachment) error
+	Prepare(netns string) *redirect.Prepared
 	Remove(redirect.Key) error
 	Check(key redirect.Key, netns string) (mended []string, err error)
 	Collect(network string, valid []redirect.Key) (removed []redirect.Key, err error)
@@ -106,13 +107,18 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 		if err := conf.refuseInterfaceKeys(); err != nil {
 			return err
 		}
-		return p.redirect(r, cmd, conf, request)
+		return p.redirect(r, cmd, conf, request, nil)
+	}
+	var prepared *redirect.Prepared
+	if request != nil {
+		prepared = p.open(conf).Prepare(cmd.Netns)
+		defer prepared.Close()
 	}
 	undo, err := p.build(r, cmd, conf)
 	if err != nil {
 		return err
 	}
-	if err := p.redirect(r, cmd, conf, request); err != nil {
+	if err := p.redirect(r, cmd, conf, request, prepared); err != nil {
 		if err := undo(); err != nil {
 			p.note(r, fmt.Sprintf("take the network back: %v", err))
 		}
@@ -122,7 +128,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 }
 
 // redirect is the part of Add that a chained plugin has too.
-func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request *redirect.Request) error {
+func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request *redirect.Request, prepared *redirect.Prepared) error {
 	if request == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
@@ -136,6 +142,7 @@ func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request
 	if err != nil {
 		return err
 	}
+	attachment.Prepared = prepared
 	datapath := p.open(conf)
 	if err := datapath.Add(attachment); err != nil {
 		return r.failed("redirect namespace "+cmd.Netns, err)

@@ -37,6 +37,8 @@ func (f *fakeDatapath) Add(a redirect.Attachment) error {
 	return f.addErr
 }
 
+func (f *fakeDatapath) Prepare(string) *redirect.Prepared { return nil }
+
 func (f *fakeDatapath) Remove(key redirect.Key) error {
 	f.removed = append(f.removed, key)
 	return f.removeErr

@@ -28,6 +28,8 @@ type Attachment struct {
 	Key     Key
 	NetNS   string // path of the namespace
 	Request Request
+
+	Prepared *Prepared // by Prepare of that namespace; nil: nothing
 }
 
 // Add puts a namespace under Weir: when it returns nil, every connection of
@@ -63,6 +65,7 @@ func (d *Datapath) add(a Attachment) error {
 		return err
 	}
 	defer tables.Close()
+	tables.prepared = a.Prepared
 	boot, err := bootID()
 	if err != nil {
 		return err

@@ -19,6 +19,9 @@ const cookieMarker = 0x574549524e53434b
 // an immediate of the instructions, so there is no map for it, and no BTF is
 // loaded: both would cost every workload memory and its ADD time.
 func newLookup(m *tables, cookie uint64) (*ebpf.Program, error) {
+	if program := m.prepared.take(m, cookie); program != nil {
+		return program, nil
+	}
 	code, license, err := lookupCode(m, cookie)
 	if err != nil {
 		return nil, fmt.Errorf("read lookup program: %w", err)

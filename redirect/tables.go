@@ -23,6 +23,8 @@ const layout = 2
 type tables struct {
 	dir  string
 	open map[string]*ebpf.Map
+
+	prepared *Prepared // a lookup program that may be there already
 }
 
 // openTables opens the tables of a loaded node, or returns ErrNotLoaded or
