@@ -3,12 +3,21 @@
 package nomad
 
 import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
+	"net/http"
+	"net/netip"
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/nomad"
@@ -19,11 +28,12 @@ import (
 // itself runs on every client, and takes it off again.
 func TestSystemJob(t *testing.T) {
 	n := nomad.Start(t, nomad.Options{NoWeir: true})
+	speaksHTTP(n, "install-front", "install-back")
 	const attribute = "plugins.cni.version.consul-cni"
 	if version := n.Attributes()[attribute]; version != "" {
 		t.Fatalf("a node without Weir has %s %s", attribute, version)
 	}
-	system := n.Run("../../../deploy/weir.nomad.hcl", "weir_dir", "/opt/tools/of-weir")
+	system := n.Run("../../../deploy/weir.nomad.hcl", "artifact", serveArchive(t, n))
 	if version := n.Attributes()[attribute]; version != "" {
 		t.Errorf("Nomad sees the plugin, %s %s, before its client is restarted: deploy/weir.nomad.hcl says that it does not", attribute, version)
 	}
@@ -40,14 +50,11 @@ func TestSystemJob(t *testing.T) {
 		t.Errorf("the agent is process %s after the restart of Nomad's client, it was %s", now, agent)
 	}
 
-	speaksHTTP(n, "install-front", "install-back")
 	job := n.Run("testdata/jobs/install.nomad.hcl")
 	front, back := job.Alloc("front"), job.Alloc("back")
 	meshed := func() {
 		t.Helper()
-		const path = ".virtual.consul/"
-		wantMesh(t, front.EventuallyGet("front", "http://install-back"+path, nil), back, "install-front")
-		wantMesh(t, back.EventuallyGet("back", "http://install-front"+path, nil), front, "install-back")
+		wantEachOther(t, front, back)
 	}
 	meshed()
 
@@ -91,6 +98,69 @@ func TestSystemJob(t *testing.T) {
 	if links := n.Command("ip", "-brief", "link", "show", "type", "bridge"); strings.Contains(links, "weir") {
 		t.Errorf("weir uninstall left a bridge: %s", links)
 	}
+}
+
+// wantEachOther has the two groups of install.nomad.hcl ask each other.
+func wantEachOther(t *testing.T, front, back *nomad.Alloc) {
+	t.Helper()
+	const path = ".virtual.consul/"
+	wantMesh(t, front.EventuallyGet("front", "http://install-back"+path, nil), back, "install-front")
+	wantMesh(t, back.EventuallyGet("back", "http://install-front"+path, nil), front, "install-back")
+}
+
+// cniWeirChained runs the conflist of deploy/ with the reference plugins.
+func cniWeirChained(t *testing.T, n *nomad.Node) {
+	meshAlone(n)
+	serveNeighbour(t, n, ":80")
+	speaksHTTP(n, "install-front", "install-back")
+	job := n.Run("testdata/jobs/install.nomad.hcl", "network", "cni/weir-chained")
+	front, back := job.Alloc("front"), job.Alloc("back")
+	wantEachOther(t, front, back)
+	if addresses := back.Workload().Addresses; len(addresses) == 0 || !netip.MustParsePrefix("172.26.112.0/20").Contains(netip.MustParseAddr(addresses[0])) {
+		t.Errorf("addresses are %q, want one of 172.26.112.0/20", addresses)
+	}
+	var got wire.Outcome
+	grown := counted(back, func() { got = back.Get("back", "http://"+nomad.NeighbourAddress+"/") })
+	if got.Reply != nil || grown["redirected"] != 1 {
+		t.Errorf("it dials past the mesh: %s, verdicts %v", got, grown)
+	}
+	wantWorkload(back, "transparent", "audit")
+}
+
+// serveArchive offers Weir's programs as the system job fetches them, from a
+// neighbour of the node, until the test ends.
+func serveArchive(t *testing.T, n *nomad.Node) (url string) {
+	var packed bytes.Buffer
+	digest := sha256.New()
+	compressed := gzip.NewWriter(io.MultiWriter(&packed, digest))
+	archive := tar.NewWriter(compressed)
+	for _, name := range []string{"weir", "weir-cni"} {
+		program, err := os.ReadFile(n.Path("/opt/tools/of-weir/" + name))
+		if err == nil {
+			err = archive.WriteHeader(&tar.Header{Name: "weir/" + name, Mode: 0o755, Size: int64(len(program))})
+		}
+		if err == nil {
+			_, err = archive.Write(program)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(archive.Close(), compressed.Close()); err != nil {
+		t.Fatal(err)
+	}
+	var listener net.Listener
+	var err error
+	n.Neighbour().Do(func() { listener, err = net.Listen("tcp", nomad.NeighbourAddress+":8000") })
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.ServeContent(w, r, "weir.tar.gz", time.Time{}, bytes.NewReader(packed.Bytes()))
+	})}
+	go func() { _ = server.Serve(listener) }() // until it is closed
+	t.Cleanup(func() { server.Close() })
+	return fmt.Sprintf("http://%s/weir.tar.gz?checksum=sha256:%x", listener.Addr(), digest.Sum(nil))
 }
 
 // answered tells that an application answered without its proxy.

@@ -30,6 +30,7 @@ func TestNode(t *testing.T) {
 		{"CNIWeirSix", cniWeirSix},
 		{"CNIWeirPair", cniWeirPair},
 		{"CNIWeirTwo", cniWeirTwo},
+		{"CNIWeirChained", cniWeirChained},
 	} {
 		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
 	}

@@ -1,5 +1,10 @@
 # What an operator runs first on a node that has just got Weir: one transparent group
-# on Nomad's own bridge, one on the network that the plugin builds.
+# on Nomad's own bridge, one on a network of deploy/.
+variable "network" {
+  type    = string
+  default = "cni/weir"
+}
+
 job "install" {
   group "front" {
     network {
@@ -32,7 +37,7 @@ job "install" {
 
   group "back" {
     network {
-      mode = "cni/weir"
+      mode = var.network
     }
     service {
       name = "install-back"
