@@ -192,7 +192,7 @@ func TestBadCNIRequestLeavesNothingBehind(t *testing.T) {
 		"port beyond range":      {args(`23435`, `65536`), 4, "ProxyInboundPort"},
 		"CIDR":                   {args(`"ExcludeOutboundCIDRs":null`, `"ExcludeOutboundCIDRs":["10/8"]`), 4, "ExcludeOutboundCIDRs"},
 		"no JSON":                {args(`{`, `[`), 6, "CONSUL_IPTABLES_CONFIG"},
-		"no IPAM plugin":         {add.with(map[string]string{"CNI_PATH": "/nowhere"}).configured(map[string]string{"prevResult": ""}), cni.CodeMissing, "host-local"},
+		"no IPAM plugin":         {add.configured(map[string]string{"prevResult": "", "ipam": `{"type":"no-such-ipam"}`}), cni.CodeMissing, "no-such-ipam"},
 		"the plugin's namespace": {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/net"}), 8, "namespace"},
 		"a namespace gone":       {add.with(map[string]string{"CNI_NETNS": "/var/run/netns/gone"}), 8, "namespace"},
 		"not a namespace":        {add.with(map[string]string{"CNI_NETNS": "/proc/self/ns/mnt"}), 8, "/proc/self/ns/mnt"},
