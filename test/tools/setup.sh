@@ -8,7 +8,7 @@
 #
 #	build  the pinned clang, kernel headers, make
 #	lint   golangci-lint                              -> .tools/bin
-#	test   iptables, nftables, iproute2, bpftool, a C compiler for the race detector
+#	test   iptables, nftables, iproute2, systemd, bpftool, a C compiler for the race detector
 #	envoy  Envoy                                      -> .tools/envoy/envoy
 #	consul Consul, built from test/tools/consul       -> .tools/bin/consul
 #	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
@@ -68,7 +68,7 @@ setup_lint() {
 }
 
 setup_test() {
-	packages iptables nftables iproute2 bpftool util-linux gcc libc6-dev
+	packages iptables nftables iproute2 bpftool util-linux systemd gcc libc6-dev
 }
 
 is_pinned_envoy() {
