@@ -128,11 +128,15 @@ setup_nomad() {
 setup_cni() {
 	local directory=$tools/cni-$CNI_PLUGINS_VERSION name missing=()
 	for name in main/bridge main/loopback ipam/host-local meta/portmap meta/firewall; do
-		[[ -x $directory/${name#*/} ]] || missing+=("github.com/containernetworking/plugins/plugins/$name@v$CNI_PLUGINS_VERSION")
+		# Nomad asks the version, and calls CHECK of 1.3.0 and newer alone.
+		[[ -x $directory/${name#*/} && $("$directory/${name#*/}" 2>&1) == *" v$CNI_PLUGINS_VERSION"* ]] ||
+			missing+=("github.com/containernetworking/plugins/plugins/$name@v$CNI_PLUGINS_VERSION")
 	done
 	if ((${#missing[@]})); then
 		say "$step: build the reference CNI plugins $CNI_PLUGINS_VERSION"
-		GOBIN=$directory CGO_ENABLED=0 nice go install "${missing[@]}" || die "build the reference CNI plugins"
+		GOBIN=$directory CGO_ENABLED=0 nice go install \
+			-ldflags "-X github.com/containernetworking/plugins/pkg/utils/buildversion.BuildVersion=v$CNI_PLUGINS_VERSION" \
+			"${missing[@]}" || die "build the reference CNI plugins"
 	fi
 	ln -sfn "${directory##*/}" "$tools/cni"
 }
