@@ -62,8 +62,10 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 		t.Errorf("problems = %q, want that the mapped ports are not known", view.Problems)
 	}
 	n.wantCookie(ns.Cookie())
-	n.mounted("not-an-allocation", ns)
+	also := n.mounted("not-an-allocation", ns)
 
+	also()
+	ns.End()
 	began = time.Now()
 	end()
 	n.eventually(numbered(1), StateUnprotected)

@@ -35,8 +35,9 @@ type Attachment struct {
 // Add puts a namespace under Weir: when it returns nil, every connection of
 // that namespace follows the rules. It loads the programs if the node has none
 // and attaches again what was detached. The same call twice is once; a known
-// key with another namespace gives up the old one; a failed call leaves
-// nothing behind. It asks nobody: neither Consul nor the agent need to run.
+// key with another namespace gives up the old one, or leaves it as it is where
+// its path is gone and it lives on; a failed call leaves nothing behind. It
+// asks nobody: neither Consul nor the agent need to run.
 func (d *Datapath) Add(a Attachment) error {
 	if err := Merge(a.Request, Overlay{}).Validate(); err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
@@ -79,8 +80,10 @@ func (d *Datapath) add(a Attachment) error {
 	case err != nil:
 		return err
 	case r.Cookie != ns.cookie:
-		if err := d.teardown(tables, r); err != nil {
-			return err
+		if !d.outlived(r) {
+			if err := d.teardown(tables, r); err != nil {
+				return err
+			}
 		}
 		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
 			return err
@@ -106,6 +109,17 @@ func (d *Datapath) add(a Attachment) error {
 	// A running allocation keeps the redirect that it has: taking it away
 	// would open what an ADD that failed half way left closed.
 	return err
+}
+
+// outlived reports whether a namespace is alive although the path on record does
+// not lead to it any more: tasks run in it, as in that of a pause container which
+// Docker restarted. They stay redirected until the last of them ends.
+func (d *Datapath) outlived(r *record) bool {
+	ns, err := r.open()
+	if err == nil {
+		ns.Close()
+	}
+	return errors.Is(err, ErrNetNSGone) && d.Hooked(r.Cookie)
 }
 
 // takeOver returns the record to work on where there is none for the key. A

@@ -124,7 +124,7 @@ func (d *Datapath) sweep() error {
 		if err == nil {
 			ns.Close()
 		}
-		if errors.Is(err, ErrNetNSGone) {
+		if errors.Is(err, ErrNetNSGone) && !d.Hooked(r.Cookie) {
 			problems = append(problems, d.remove(r.Key))
 		}
 	}

@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -74,7 +75,7 @@ func TestSweepForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
 	if removed, err := n.Sweep(); err != nil || len(removed) > 0 {
 		t.Fatalf("sweep among the living = %v, %v; want nothing", removed, err)
 	}
-	// Another namespace under the path: the one on record is gone for good.
+	// Another namespace under the path: nothing leads to the one on record any more.
 	replacement := test.NewNetNS(t)
 	path := filepath.Join(t.TempDir(), "netns")
 	if err := os.Symlink(a.Path, path); err != nil {
@@ -89,10 +90,17 @@ func TestSweepForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
 	if err := os.Symlink(replacement.Path, path); err != nil {
 		t.Fatal(err)
 	}
-	removed, err := n.Sweep()
-	if diff := cmp.Diff([]Key{a.key}, removed); err != nil || diff != "" {
-		t.Errorf("sweep, %v (-want +got):\n%s", err, diff)
+	if removed, err := n.Sweep(); err != nil || len(removed) > 0 {
+		t.Fatalf("sweep while the namespace lives on without its path = %v, %v; want nothing", removed, err)
 	}
+	a.End()
+	test.Eventually(t, func() error {
+		removed, err := n.Sweep()
+		if diff := cmp.Diff([]Key{a.key}, removed); err != nil || diff != "" {
+			return fmt.Errorf("sweep, %w (-want +got):\n%s", err, diff)
+		}
+		return nil
+	}, "the dead namespace to be swept")
 	if list, err := n.Known(); err != nil || len(list) != 1 || list[0].Key != b.key {
 		t.Errorf("known = %+v, %v; want the living one", list, err)
 	}

@@ -55,7 +55,7 @@ func (m *tables) table(name string) (*ebpf.Map, error) {
 	}
 	table, err := ebpf.LoadPinnedMap(filepath.Join(m.dir, name), nil)
 	if err != nil {
-		return nil, fmt.Errorf("open map %s: %w", name, err)
+		return nil, fmt.Errorf("open map %s: %w", filepath.Join(m.dir, name), err)
 	}
 	m.open[name] = table
 	return table, nil
