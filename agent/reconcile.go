@@ -171,6 +171,7 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 	switch {
 	case s.Known != nil:
 		m.missing = time.Time{}
+		a.note(m, "record", nil)
 		return a.follow(s, m, now)
 	case s.asked():
 		if m.view.State == StateConsul && now.Sub(m.looked) < resync {
@@ -221,6 +222,7 @@ func (a *Agent) follow(s subject, m *memory, now time.Time) State {
 		if inodeOf(s.Known.NetNS) == 0 && now.Sub(a.swept) > tick {
 			a.swept = time.Time{} // it died
 		}
+		a.note(m, "namespace", nil)
 		return StateManaged
 	}
 	addresses, err := there(s.NetNS, s.Addresses)

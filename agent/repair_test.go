@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -126,6 +127,32 @@ func TestAgentMendsWhatSomebodyTookAway(t *testing.T) {
 			return n.whole(key)
 		}, "the node to be whole")
 	})
+}
+
+// After a reboot libcni knows an allocation from before, whose record comes when
+// Nomad adds it anew.
+func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
+	n := newNode(t)
+	id, ns := numbered(1), test.NewNetNS(t)
+	n.fake.answers(registered(id))
+	n.cached(id, ns.Path, transparentMesh)
+	n.run()
+	if found := n.eventually(id, StateUnprotected); !slices.Contains(found.Problems, errRecordMissing.Error()) {
+		t.Errorf("problems are %q, want the missing record", found.Problems)
+	}
+	err := n.Add(redirect.Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: redirect.Request{
+		Network: "nomad", Job: redirect.Job{AllocID: id}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	test.Eventually(t, func() error {
+		found := n.eventually(id, StateManaged)
+		if len(found.Problems) > 0 || !found.InStep {
+			return fmt.Errorf("in step: %t, problems %q", found.InStep, found.Problems)
+		}
+		return nil
+	}, "the allocation to be in step without problems")
 }
 
 // whole reports what is wrong with the node, by a look of its own.
