@@ -101,13 +101,14 @@ func (n *Node) containerID(name string) (string, error) {
 	return "", fmt.Errorf("no container %s", name)
 }
 
-// PID is the first process of a task, as this machine counts.
-func (a *Alloc) PID(task string) int {
+// PID is the first process of a task, as this machine counts. A task that starts
+// is waited for.
+func (a *Alloc) PID(task string) (pid int) {
 	a.node.tb.Helper()
-	pid, err := a.pid(task)
-	if err != nil {
-		a.node.tb.Fatal(err)
-	}
+	eventually(a.node.tb, 10*time.Second, func() (err error) {
+		pid, err = a.pid(task)
+		return err
+	}, "process of "+task)
 	return pid
 }
 
@@ -202,6 +203,17 @@ func (a *Alloc) Env(task string) map[string]string {
 // exec" can be had by [Node.Command].
 func (a *Alloc) Exec(task string, args ...string) (string, error) {
 	a.node.tb.Helper()
+	var stdout, stderr strings.Builder
+	cmd := a.command(task, &stdout, &stderr, args)
+	if err := cmd.Wait(); err != nil {
+		return stdout.String(), fmt.Errorf("run %q in task %s: %w: %s", args, task, err, stderr.String())
+	}
+	return stdout.String(), nil
+}
+
+// command starts a program as a process of the task.
+func (a *Alloc) command(task string, stdout, stderr io.Writer, args []string) *exec.Cmd {
+	a.node.tb.Helper()
 	pid, group := a.PID(task), a.Cgroup(task)
 	info, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
 	if err != nil {
@@ -224,12 +236,11 @@ func (a *Alloc) Exec(task string, args ...string) (string, error) {
 	}
 	cmd.Env = append(cmd.Env, "PATH=/usr/local/bin:/bin:/usr/bin:/opt/tools")
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: fd}
-	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("run %q in task %s: %w: %s", args, task, err, stderr.String())
+	cmd.Stdout, cmd.Stderr = stdout, stderr
+	if err := cmd.Start(); err != nil {
+		a.node.tb.Fatalf("run %q in task %s: %v", args, task, err)
 	}
-	return stdout.String(), nil
+	return cmd
 }
 
 // App runs the test program in a task and returns what came of it: see

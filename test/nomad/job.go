@@ -21,6 +21,10 @@ type Job struct {
 	want map[string]int // group -> count
 }
 
+// For is the job for another test, as [Node.For] gives it the node. It still ends
+// with the test that ran it.
+func (j *Job) For(n *Node) *Job { return &Job{ID: j.ID, node: n, want: j.want} }
+
 // jobPatience is how long a job's allocations may take to run and pass checks.
 const jobPatience = 90 * time.Second
 

@@ -4,7 +4,8 @@
 // it takes CONSUL_IPTABLES_CONFIG out of CNI_ARGS, hands it to Consul's own
 // engine and passes the previous result on. consul-cni does more than this, so a
 // plugin that beats the engine beats consul-cni. Like consul-cni it does nothing
-// at DEL.
+// at DEL and CHECK, and tells its version where no command is given: the tests of
+// a real Nomad have it in the place of consul-cni.
 package main
 
 import (
@@ -23,7 +24,14 @@ func main() {
 	}
 }
 
+// version is one that Nomad's constraint on consul-cni is content with.
+const version = "v1.4.2"
+
 func run() error {
+	if os.Getenv("CNI_COMMAND") == "" {
+		_, err := fmt.Println(version, "Consul's iptables engine, for tests")
+		return err
+	}
 	var network struct{ PrevResult json.RawMessage }
 	if err := json.NewDecoder(os.Stdin).Decode(&network); err != nil {
 		return fmt.Errorf("read network configuration: %w", err)

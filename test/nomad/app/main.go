@@ -8,7 +8,7 @@
 //	app get URL                asks once and prints an Outcome
 //	app dial NETWORK ADDRESS   connects, or asks by datagram, and prints an Outcome
 //	app lookup NAME            prints the addresses of a name
-//	app loop URL FILE [EVERY]  asks on and on; a line of FILE for each Outcome
+//	app loop URL FILE [EVERY]  asks until FILE is gone; a line of it for each Outcome
 //	app pause                  does nothing until it is told to end
 //
 // -uid N before the word changes the user first. A refusal is an Outcome, not a
@@ -18,6 +18,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -195,6 +196,7 @@ func lookup(name string) (outcome wire.Outcome) {
 }
 
 // loop writes each line at once: what reads it may kill this process at any time.
+// It ends when the file has another name or none.
 func loop(url, name string, more []string) error {
 	every := 50 * time.Millisecond
 	if len(more) > 0 {
@@ -211,6 +213,9 @@ func loop(url, name string, more []string) error {
 	lines := json.NewEncoder(file)
 	client := &http.Client{Timeout: patience}
 	for range time.Tick(every) {
+		if _, err := os.Stat(name); errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
 		if err := lines.Encode(get(client, url)); err != nil {
 			return err
 		}
