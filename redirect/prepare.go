@@ -4,7 +4,11 @@ package redirect
 
 import (
 	"maps"
+	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -22,8 +26,29 @@ type Prepared struct {
 
 // Prepare begins with what an Add of the namespace takes longest for, the
 // verifier, while the caller does something else. The result belongs into the
-// Attachment, and is closed in any case. An error shows up at the Add.
+// Attachment, and is closed in any case. An error shows up at the Add. Without a
+// processor to spare it is nil: two threads that wait for each other finish later
+// than one then.
 func (d *Datapath) Prepare(netns string) *Prepared {
+	if !processorToSpare() {
+		return nil
+	}
+	return d.prepare(netns)
+}
+
+// processorToSpare reports whether fewer tasks run now than there are processors.
+func processorToSpare() bool {
+	text, err := os.ReadFile("/proc/loadavg")
+	fields := strings.Fields(string(text)) // "0.20 0.18 0.12 1/80 11206": running/all
+	if err != nil || len(fields) < 4 {
+		return false
+	}
+	running, _, _ := strings.Cut(fields[3], "/")
+	count, err := strconv.Atoi(running)
+	return err == nil && count < runtime.NumCPU()
+}
+
+func (d *Datapath) prepare(netns string) *Prepared {
 	p := &Prepared{done: make(chan struct{})}
 	go func() {
 		defer close(p.done)

@@ -14,7 +14,7 @@ import (
 // prepared waits for the program and returns its number in the kernel.
 func (a *alloc) prepared(t *testing.T) (*Prepared, uint32) {
 	t.Helper()
-	p := a.node.Prepare(a.Path)
+	p := a.node.prepare(a.Path)
 	t.Cleanup(p.Close)
 	<-p.done
 	if p.program == nil {
@@ -95,7 +95,7 @@ func TestPreparedProgramThatNobodyTakesEnds(t *testing.T) {
 func TestPrepareWithoutAnything(t *testing.T) {
 	d := unloadedDatapath(t)
 	for _, path := range []string{"/proc/self/ns/net", "/nowhere"} {
-		p := d.Prepare(path)
+		p := d.prepare(path)
 		<-p.done
 		if p.program != nil {
 			t.Errorf("%s: a program was prepared", path)
