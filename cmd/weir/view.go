@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
 	"strings"
 	"time"
 
@@ -17,6 +18,8 @@ type seenWorkload struct {
 	Agent *agent.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
 }
 
+// withAgent joins the workloads with the agent's view of them. Those that
+// Consul's own rules redirect, from before Weir, follow as the agent sees them.
 func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload {
 	views := make(map[redirect.Key]*agent.WorkloadView)
 	for i, w := range view.Workloads {
@@ -25,6 +28,14 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	seen := make([]seenWorkload, 0, len(list))
 	for _, w := range list {
 		seen = append(seen, seenWorkload{WorkloadStatus: w, Agent: views[w.Key]})
+	}
+	for i, w := range view.Workloads {
+		if w.State == agent.StateConsul {
+			seen = append(seen, seenWorkload{Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
+				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NetNS: w.NetNS,
+				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []redirect.Problem{},
+			}})
+		}
 	}
 	return seen
 }
@@ -66,11 +77,17 @@ func (c *command) summary(view agent.Status, now time.Time) string {
 	if view.Docker != "" {
 		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
 	}
-	unprotected := 0
+	unprotected, consuls := 0, 0
 	for _, w := range view.Workloads {
-		if w.State == agent.StateUnprotected {
+		switch w.State {
+		case agent.StateUnprotected:
 			unprotected++
+		case agent.StateConsul:
+			consuls++
 		}
+	}
+	if consuls > 0 {
+		lines = append(lines, fmt.Sprintf("agent: %s redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each", countOf(consuls, "allocation")))
 	}
 	if unprotected > 0 {
 		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))

@@ -52,6 +52,31 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	}
 }
 
+// Allocations from before Weir are listed as what they are.
+func TestAllocationsOfConsulsOwnRules(t *testing.T) {
+	view := &agent.Status{Workloads: []agent.WorkloadView{{
+		Key: redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: agent.StateConsul, Since: time.Now(),
+	}}}
+	n := &node{agent: view}
+	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each\n"
+	for _, args := range []string{"status", "workloads"} {
+		if got := try(t, n, nil, args); !strings.Contains(got.stdout+"\n", summary) {
+			t.Errorf("%s lacks %q:\n%s", args, summary, got.stdout)
+		}
+	}
+	if got := try(t, n, nil, "workloads"); !strings.Contains(got.stdout, "1c6e1d2f  demo  consul ") {
+		t.Errorf("workloads does not list it:\n%s", got.stdout)
+	}
+	var list []struct {
+		ID    string
+		Agent *agent.WorkloadView
+	}
+	got := try(t, n, nil, "workloads", "-json")
+	if err := json.Unmarshal([]byte(got.stdout), &list); err != nil || len(list) != 1 || list[0].ID != "1c6e1d2f" || list[0].Agent.State != agent.StateConsul {
+		t.Errorf("JSON = %s, %v; want the allocation", got.stdout, err)
+	}
+}
+
 func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
 	view := &agent.Status{
 		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500"}, Docker: "dial: no answer",
