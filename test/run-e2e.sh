@@ -3,7 +3,8 @@
 #
 # Real job files on whole nodes: Nomad, Consul, Docker, Envoy and the reference CNI
 # plugins, all real, in namespaces of their own. Wants root. With CI set a skip is a
-# failure. Arguments go to "go test", such as -run 'TestNode/Exclusions'.
+# failure. Arguments go to "go test", such as -run 'TestNode/Exclusions'. WEIR_STORM
+# is how many allocations TestStorm starts at once, 30 where it is not set.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

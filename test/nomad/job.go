@@ -25,8 +25,15 @@ type Job struct {
 // with the test that ran it.
 func (j *Job) For(n *Node) *Job { return &Job{ID: j.ID, node: n, want: j.want} }
 
-// jobPatience is how long a job's allocations may take to run and pass checks.
-const jobPatience = 90 * time.Second
+// patience is how long a job's allocations may take to run and pass checks, or to
+// end.
+func (j *Job) patience() time.Duration {
+	patience := 90 * time.Second
+	for _, count := range j.want {
+		patience += time.Duration(count) * time.Second
+	}
+	return patience
+}
 
 // Run gives a job file to Nomad, waits until its allocations run and their
 // services pass all checks, and stops it when the test ends. Variables are pairs of
@@ -73,7 +80,7 @@ func (n *Node) Submit(file string, variables ...string) *Job {
 func (j *Job) Await() {
 	j.node.tb.Helper()
 	began := time.Now()
-	eventually(j.node.tb, jobPatience, func() error {
+	eventually(j.node.tb, j.patience(), func() error {
 		j.node.tb.Helper()
 		list, err := j.allocs()
 		if err != nil {
@@ -180,7 +187,7 @@ func (j *Job) Stop() {
 	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID, nil, nil); err != nil {
 		j.node.tb.Fatalf("stop job %s: %v", j.ID, err)
 	}
-	eventually(j.node.tb, jobPatience, j.gone, "end of job "+j.ID)
+	eventually(j.node.tb, j.patience(), j.gone, "end of job "+j.ID)
 }
 
 func (j *Job) gone() error {
@@ -205,7 +212,7 @@ func (j *Job) purge() {
 		j.node.tb.Errorf("stop job %s: %v", j.ID, err)
 		return
 	}
-	eventually(j.node.tb, jobPatience, j.gone, "end of job "+j.ID)
+	eventually(j.node.tb, j.patience(), j.gone, "end of job "+j.ID)
 	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID+"?purge=true", nil, nil); err != nil {
 		j.node.tb.Errorf("purge job %s: %v", j.ID, err)
 	}

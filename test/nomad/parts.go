@@ -46,16 +46,23 @@ func findParts(tb testing.TB) parts {
 			test.Need(tb, test.Tool(file)) // run test/tools/setup.sh nomad cni
 		}
 	}
-	built := tb.TempDir()
+	built := Build(tb, ".", "./test/nomad/app", "./cmd/weir", "./cmd/weir-cni")
 	p.app, p.weir, p.plugin = filepath.Join(built, "app"), filepath.Join(built, "weir"), filepath.Join(built, "weir-cni")
-	for file, source := range map[string]string{p.app: "./test/nomad/app", p.weir: "./cmd/weir", p.plugin: "./cmd/weir-cni"} {
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", file, source)
-		cmd.Dir, cmd.Env = root, append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			tb.Fatalf("build %s: %v: %s", source, err, out)
-		}
-	}
 	return p
+}
+
+// Build builds programs of this repository, static, and returns the directory that
+// they are in. Their sources are given as seen from the directory of their module,
+// that as seen from the repository's root.
+func Build(tb testing.TB, module string, sources ...string) string {
+	tb.Helper()
+	dir := tb.TempDir()
+	cmd := exec.Command("go", append([]string{"build", "-trimpath", "-ldflags", "-s -w", "-o", dir + "/"}, sources...)...)
+	cmd.Dir, cmd.Env = filepath.Join(moduleRoot(tb), module), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		tb.Fatalf("build %q: %v: %s", sources, err, out)
+	}
+	return dir
 }
 
 // tools are what the node has in /opt/tools.

@@ -23,6 +23,16 @@ type Reply struct {
 	ClientCert string `json:"client_cert,omitempty"`
 }
 
+// Call is one run of a CNI plugin, as test/nomad/stopwatch timed it.
+type Call struct {
+	Plugin    string        `json:"plugin"`
+	Command   string        `json:"command"`
+	Container string        `json:"container"`
+	Start     time.Time     `json:"start"`
+	Took      time.Duration `json:"took"`
+	Code      int           `json:"code"`
+}
+
 // Outcome is what came of one attempt of a client.
 type Outcome struct {
 	At   time.Time     `json:"at"`

@@ -1,0 +1,54 @@
+# Many allocations that start at once. The sidecar is a stand-in that sleeps, and so is
+# the task: Nomad ends a group that has no task but a sidecar.
+variable "mode" {
+  type = string
+}
+
+variable "count" {
+  type = number
+}
+
+job "storm" {
+  group "storm" {
+    count = var.count
+    network {
+      mode = var.mode
+    }
+    service {
+      name = "storm"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+          proxy {
+            transparent_proxy {}
+          }
+        }
+        sidecar_task {
+          driver = "raw_exec"
+          config {
+            command = "app"
+            args    = ["pause"]
+          }
+          kill_timeout   = "5s"
+          shutdown_delay = "0s"
+          resources {
+            cpu    = 50
+            memory = 64
+          }
+        }
+      }
+    }
+    task "storm" {
+      driver = "raw_exec"
+      config {
+        command = "app"
+        args    = ["pause"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+}
