@@ -11,6 +11,9 @@ variable "count" {
 job "storm" {
   group "storm" {
     count = var.count
+    ephemeral_disk {
+      size = 10 # 300 MiB are the default, which no node has a hundred times
+    }
     network {
       mode = var.mode
     }
@@ -32,6 +35,10 @@ job "storm" {
           }
           kill_timeout   = "5s"
           shutdown_delay = "0s"
+          logs {
+            max_files     = 1
+            max_file_size = 1
+          }
           resources {
             cpu    = 50
             memory = 64
@@ -44,6 +51,10 @@ job "storm" {
       config {
         command = "app"
         args    = ["pause"]
+      }
+      logs {
+        max_files     = 1
+        max_file_size = 1
       }
       resources {
         cpu    = 50
