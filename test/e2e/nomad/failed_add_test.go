@@ -50,6 +50,8 @@ func TestFailedAdd(t *testing.T) {
 		inject func(*nomad.Node) (mend func())
 		want   []string // in Nomad's event
 	}{
+		{"NoPortmap", command("mv /opt/cni/bin/portmap /opt/", "mv /opt/portmap /opt/cni/bin/"), []string{"portmap", "cni_path"}},
+		{"LeasesReadOnly", command("mkdir -p /run/weir/leases && mount -t tmpfs -o ro none /run/weir/leases", "umount /run/weir/leases"), []string{"/run/weir/leases", "read-only"}},
 		{"PortmapFails", func(n *nomad.Node) func() { return breakPlugin(n, "portmap", always) }, []string{"injected failure of portmap"}},
 		{"NoBridge", command("ip link del weir; ip link add weir type veth peer name weirp", "ip link del weir"), []string{"bridge weir: a device of type veth has that name"}},
 		{"PinsReadOnly", command("mount -o remount,ro /sys/fs/bpf", "mount -o remount,rw /sys/fs/bpf"), []string{"/sys/fs/bpf", "read-only"}},
