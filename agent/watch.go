@@ -11,6 +11,7 @@ import (
 	"slices"
 
 	"github.com/fsnotify/fsnotify"
+	"golang.org/x/sys/unix"
 )
 
 // watcher tells when something changes in a few directories. One that is not
@@ -56,7 +57,8 @@ func (w *watcher) ensure() (fresh bool, err error) {
 	}
 	for _, dir := range watched {
 		if !slices.Contains(wanted, dir) {
-			if err := w.fs.Remove(dir); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) {
+			// The kernel may have ended the watch already, with the directory.
+			if err := w.fs.Remove(dir); err != nil && !errors.Is(err, fsnotify.ErrNonExistentWatch) && !errors.Is(err, unix.EINVAL) {
 				return fresh, fmt.Errorf("stop watching %s: %w", dir, err)
 			}
 		}

@@ -42,21 +42,27 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 	if diff := cmp.Diff([]Key{stale.key}, removed); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}
-	list, err := n.Workloads()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var keys []Key
-	for _, w := range list {
-		keys = append(keys, w.Key)
-	}
-	if !slices.Equal(keys, []Key{live.key, foreign.key}) {
-		t.Errorf("workloads = %v, want %v", keys, []Key{live.key, foreign.key})
-	}
+	// The kernel destroys a namespace a moment after its last reference.
+	test.Eventually(t, func() error {
+		if _, err := n.Collect("nomad", []Key{live.key}); err != nil {
+			return err
+		}
+		list, err := n.Workloads()
+		if err != nil {
+			return err
+		}
+		var keys []Key
+		for _, w := range list {
+			keys = append(keys, w.Key)
+		}
+		if !slices.Equal(keys, []Key{live.key, foreign.key}) {
+			return fmt.Errorf("workloads = %v, want %v", keys, []Key{live.key, foreign.key})
+		}
+		return nil
+	}, "the dead to be collected")
 	stale.free()
 	live.startProxy()
 	live.works()
-	// The kernel destroys a namespace a moment after its last reference.
 	test.Eventually(t, func() error {
 		if _, err := n.Collect("nomad", []Key{live.key}); err != nil {
 			return err
