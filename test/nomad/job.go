@@ -134,19 +134,51 @@ func (j *Job) placement() string {
 // checksPass looks at the services that Nomad registered for the allocations. A
 // group without services has none to look at.
 func (j *Job) checksPass(list []*Alloc) error {
-	var checks map[string]struct{ Name, ServiceID, Status, Output string }
+	var checks map[string]consulCheck
 	if err := j.node.api.consul.get("/v1/agent/checks", &checks); err != nil {
 		return err
 	}
 	var bad []error
 	for _, check := range checks {
-		for _, a := range list {
-			if a.DesiredStatus == "run" && strings.Contains(check.ServiceID, a.ID) && check.Status != "passing" {
-				bad = append(bad, fmt.Errorf("check %q of %s is %s: %s", check.Name, check.ServiceID, check.Status, check.Output))
+		if isOf(check.ServiceID, list) && check.Status != "passing" {
+			bad = append(bad, fmt.Errorf("check %q of %s is %s: %s", check.Name, check.ServiceID, check.Status, check.Output))
+		}
+	}
+	if len(bad) > 0 {
+		return errors.Join(bad...)
+	}
+	return j.catalogPasses(list)
+}
+
+// catalogPasses looks at what the mesh knows of the same checks. A check that
+// passes while Consul's agent still tells the servers of its service is taken for
+// told, and the servers learn of it at the agent's next full report, a minute
+// later. The check is made to change once more.
+func (j *Job) catalogPasses(list []*Alloc) error {
+	var catalog []consulCheck
+	if err := j.node.api.consul.get("/v1/health/node/node", &catalog); err != nil {
+		return err
+	}
+	var bad []error
+	for _, check := range catalog {
+		if !isOf(check.ServiceID, list) || check.Status == "passing" {
+			continue
+		}
+		bad = append(bad, fmt.Errorf("check %q of %s is %s in the catalog", check.Name, check.ServiceID, check.Status))
+		service := strings.TrimSuffix(check.ServiceID, "-sidecar-proxy")
+		for _, enable := range []string{"true", "false"} {
+			if err := j.node.api.consul.call(http.MethodPut, "/v1/agent/service/maintenance/"+service+"?enable="+enable, nil, nil); err != nil {
+				return err
 			}
 		}
 	}
 	return errors.Join(bad...)
+}
+
+type consulCheck struct{ Name, ServiceID, Status, Output string }
+
+func isOf(service string, list []*Alloc) bool {
+	return slices.ContainsFunc(list, func(a *Alloc) bool { return a.DesiredStatus == "run" && strings.Contains(service, a.ID) })
 }
 
 // Allocs are the job's allocations that Nomad wants to run, the newest first.
@@ -184,6 +216,7 @@ func (j *Job) allocs() ([]*Alloc, error) {
 // Stop stops the job and waits until its allocations are gone from the node.
 func (j *Job) Stop() {
 	j.node.tb.Helper()
+	j.node.rememberIdentities()
 	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID, nil, nil); err != nil {
 		j.node.tb.Fatalf("stop job %s: %v", j.ID, err)
 	}
@@ -203,16 +236,14 @@ func (j *Job) gone() error {
 	return nil
 }
 
-// purge stops the job and makes Nomad forget it. Nomad may be down by then.
+// purge stops the job and makes Nomad forget it. Nobody waits for the end of its
+// allocations: Nomad gives their sidecars seconds to drain, in which the next test
+// can start. Nomad may be down by then.
 func (j *Job) purge() {
+	j.node.rememberIdentities()
 	if !j.node.Nomad.Running() || !j.node.Server.Running() {
 		return
 	}
-	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID, nil, nil); err != nil {
-		j.node.tb.Errorf("stop job %s: %v", j.ID, err)
-		return
-	}
-	eventually(j.node.tb, j.patience(), j.gone, "end of job "+j.ID)
 	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID+"?purge=true", nil, nil); err != nil {
 		j.node.tb.Errorf("purge job %s: %v", j.ID, err)
 	}

@@ -16,17 +16,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ExpectNothingLeft waits until the node holds nothing of allocations any more: no
-// namespace, interface, bridge port, firewall rule, IP lease, CNI result, pin,
-// record, cgroup or process. All jobs must have been stopped.
+// ExpectNothingLeft waits until the node holds nothing of allocations any more. All
+// jobs must have been stopped.
 func (n *Node) ExpectNothingLeft() {
 	n.tb.Helper()
-	if err := n.api.nomad.call("PUT", "/v1/system/gc", nil, nil); err != nil {
-		n.tb.Fatalf("collect garbage: %v", err)
+	n.rememberIdentities()
+	if len(n.ids.allocs) == 0 {
+		n.tb.Error("no allocation has run: nothing can be left")
 	}
-	eventually(n.tb, 30*time.Second, func() error {
-		return errors.Join(n.leftFiles(), n.leftLinks(), n.leftRules(), n.leftWorkloads(), n.leftProcesses(), n.leftCgroups())
-	}, "nothing to be left")
+	eventually(n.tb, 90*time.Second, n.Leftovers, "nothing to be left")
+}
+
+// Leftovers is an error that names each namespace, interface, bridge port, firewall
+// rule, IP lease, CNI result, pin, record, cgroup and process of allocations.
+func (n *Node) Leftovers() error {
+	n.rememberIdentities()
+	return errors.Join(n.leftFiles(), n.leftLinks(), n.leftRules(), n.leftWorkloads(), n.leftProcesses(), n.leftCgroups())
 }
 
 // leftFiles looks at directories in which each file is an allocation's.

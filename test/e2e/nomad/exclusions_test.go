@@ -110,4 +110,15 @@ func exclusions(t *testing.T, n *nomad.Node) {
 			t.Errorf("a neighbour on the bridge reached the application: %s", got)
 		}
 	})
+
+	// What TestNode looks for at its end must be there now.
+	left := fmt.Sprint(n.Leftovers())
+	for _, what := range []string{
+		"network namespace of Docker: ", "interface: veth", "rule: ", "IP lease: ", "CNI result: ",
+		"pinned program: ", "record: ", "workloads: ", "process ", "cgroup: ",
+	} {
+		if !strings.Contains(left, what) {
+			t.Errorf("leftovers of a running job do not name its %q: %s", what, left)
+		}
+	}
 }
