@@ -51,32 +51,41 @@ func (a *Alloc) Events() string {
 	return told.String()
 }
 
-// Cgroup is the cgroup-v2 directory of a task; it works while Nomad is down.
+// Cgroup is the cgroup-v2 directory of a task; it works while Nomad is down. With
+// raw_exec on a machine with v1 controllers it is that of Nomad itself.
 func (a *Alloc) Cgroup(task string) string {
 	a.node.tb.Helper()
-	dir, err := a.cgroup(task)
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", a.PID(task)))
 	if err != nil {
 		a.node.tb.Fatal(err)
 	}
-	return dir
+	for line := range strings.Lines(string(text)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			return filepath.Join(test.CgroupRoot(a.node.tb), strings.TrimSpace(path))
+		}
+	}
+	a.node.tb.Fatalf("task %s of %s is in no cgroup of v2: %s", task, a.ID, text)
+	panic("unreachable")
 }
 
-// cgroup looks where the drivers put their groups, with and without systemd.
-func (a *Alloc) cgroup(task string) (string, error) {
-	root := test.CgroupRoot(a.node.tb)
+// group looks where the drivers put their groups, with and without systemd, and in
+// hierarchies of v1 where there is none in v2.
+func (a *Alloc) group(task string) (string, error) {
 	patterns := []string{
 		"nomad/" + a.ID + "." + task, "nomad.slice/*/" + a.ID + "." + task + ".scope",
 	}
 	if id, err := a.node.containerID(task + "-" + a.ID); err == nil {
 		patterns = append(patterns, "docker/"+id, "system.slice/docker-"+id+".scope")
 	}
-	for _, pattern := range patterns {
-		found, err := filepath.Glob(filepath.Join(root, pattern))
-		if err != nil {
-			return "", err
-		}
-		if len(found) == 1 {
-			return found[0], nil
+	for _, root := range []string{test.CgroupRoot(a.node.tb), "/sys/fs/cgroup/freezer"} {
+		for _, pattern := range patterns {
+			found, err := filepath.Glob(filepath.Join(root, pattern))
+			if err != nil {
+				return "", err
+			}
+			if len(found) == 1 {
+				return found[0], nil
+			}
 		}
 	}
 	return "", fmt.Errorf("task %s of %s has no cgroup at %q", task, a.ID, patterns)
@@ -113,7 +122,7 @@ func (a *Alloc) PID(task string) (pid int) {
 }
 
 func (a *Alloc) pid(task string) (int, error) {
-	dir, err := a.cgroup(task)
+	dir, err := a.group(task)
 	if err != nil {
 		return 0, err
 	}

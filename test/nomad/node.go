@@ -236,7 +236,11 @@ func (n *Node) Get(from *test.NetNS, target string) (outcome wire.Outcome) {
 // AddNeighbourAddress gives the neighbour one more address, until the node ends.
 func (n *Node) AddNeighbourAddress(address string) string {
 	n.tb.Helper()
-	if out, err := exec.Command("nsenter", "--net="+n.machine.neighbour.Path, "--", "ip", "address", "replace", address+"/24", "dev", "eth0").CombinedOutput(); err != nil {
+	args := []string{"--net=" + n.machine.neighbour.Path, "--", "ip", "address", "replace", address + "/24", "dev", "eth0"}
+	if strings.Contains(address, ":") {
+		args = []string{"--net=" + n.machine.neighbour.Path, "--", "ip", "address", "replace", address + "/64", "dev", "eth0", "nodad"}
+	}
+	if out, err := exec.Command("nsenter", args...).CombinedOutput(); err != nil {
 		n.tb.Fatalf("add address of the neighbour: %v: %s", err, out)
 	}
 	return address

@@ -146,6 +146,18 @@ func TestIPv6(t *testing.T) {
 		})
 	}
 
+	t.Run("ExcludedCIDR", func(t *testing.T) {
+		n := n.For(t)
+		target := "[" + n.AddNeighbourAddress("fd00:99::3") + "]:80"
+		seen := listenOnNeighbour(t, n, target)
+		var got wire.Outcome
+		grown := counted(client, func() { got = client.App("client", "dial", "tcp6", target) })
+		own := address(t, client, netip.Addr.Is6)
+		if came := seen(); got.Error != "" || grown["cidr_excluded"] != 1 || len(came) != 1 || !strings.HasPrefix(got.From, "["+own+"]") {
+			t.Errorf("got %s, verdicts grew by %v, the neighbour saw %v; want the task's own connection there, cidr_excluded 1", got, grown, came)
+		}
+	})
+
 	t.Run("In", func(t *testing.T) {
 		for _, each := range []struct {
 			a       *nomad.Alloc

@@ -149,9 +149,9 @@ func transparentDocker(t *testing.T, n *nomad.Node) {
 
 // transparentExec is the same with the exec driver, beside explicit upstreams.
 func transparentExec(t *testing.T, n *nomad.Node) {
-	speaksHTTP(n, "exec-api", "exec-web", "exec-old")
+	speaksHTTP(n, "exec-api", "exec-web", "exec-old", "exec-raw")
 	job := n.Run("testdata/jobs/tproxy-exec.nomad.hcl")
-	api, web, old := job.Alloc("api"), job.Alloc("web"), job.Alloc("old")
+	api, web, old, raw := job.Alloc("api"), job.Alloc("web"), job.Alloc("old"), job.Alloc("raw")
 	const url = "http://exec-api.virtual.consul/hello"
 	got := web.EventuallyGet("web", url, func(got wire.Outcome) error {
 		if got.Reply == nil || !strings.HasPrefix(got.From, "127.0.0.1:") {
@@ -169,6 +169,33 @@ func transparentExec(t *testing.T, n *nomad.Node) {
 				t.Errorf("NOMAD_UPSTREAM_ADDR_exec_api of %s is %q, want 127.0.0.1:9191", task, address)
 			}
 			wantMesh(t, a.EventuallyGet(task, "http://"+address+"/", nil), api, "exec-"+task)
+		}
+	})
+
+	t.Run("Intention", func(t *testing.T) {
+		n := n.For(t)
+		address := "http://" + old.Env("old")["NOMAD_UPSTREAM_ADDR_exec_api"] + "/"
+		n.Intend("exec-old", "exec-api", "deny")
+		old.EventuallyGet("old", address, func(got wire.Outcome) error {
+			if got.Status != 403 {
+				return fmt.Errorf("got %s, want 403 by the server's proxy", got)
+			}
+			return nil
+		})
+		wantMesh(t, web.Get("web", url), api, "exec-web")
+	})
+
+	t.Run("RawExec", func(t *testing.T) {
+		got := raw.EventuallyGet("raw", url, nil)
+		wantMesh(t, got, api, "exec-raw")
+		wantVirtual(t, got)
+		// With v1 controllers beside cgroup v2 raw_exec puts all into one group of v2.
+		identity := "cgroup"
+		if raw.Cgroup("raw") == raw.Cgroup("connect-proxy-exec-raw") {
+			identity = "uid"
+		}
+		if w := raw.Workload(); w.Proxy.Identity != identity || w.Mode != "transparent" || len(w.Problems) > 0 {
+			t.Errorf("workload is %+v, want transparent, identity by %s, no problems", w, identity)
 		}
 	})
 

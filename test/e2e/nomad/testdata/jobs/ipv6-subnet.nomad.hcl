@@ -11,7 +11,9 @@ job "ipv6-subnet" {
         sidecar_service {
           disable_default_tcp_check = true
           proxy {
-            transparent_proxy {}
+            transparent_proxy {
+              exclude_outbound_cidrs = ["fd00:99::3/128"]
+            }
           }
         }
       }

@@ -1,6 +1,7 @@
 # Transparent proxy with the exec driver: "api" is bound to loopback and has a health
 # check that only Envoy's exposed path can answer; "web" dials it by virtual name and
-# has an explicit upstream beside; "old" is a plain connect job with an upstream.
+# has an explicit upstream beside; "raw" does it with raw_exec; "old" is a plain connect
+# job with an upstream.
 job "tproxy-exec" {
   group "api" {
     network {
@@ -127,6 +128,46 @@ job "tproxy-exec" {
       config {
         command = "app"
         args    = ["serve", "127.0.0.1:8080"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+
+  group "raw" {
+    network {
+      mode = "bridge"
+    }
+    service {
+      name = "exec-raw"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+          proxy {
+            transparent_proxy {}
+          }
+        }
+        sidecar_task {
+          driver = "raw_exec"
+          user   = "envoy"
+          config {
+            command = "/opt/tools/envoy"
+            args    = ["-c", "${NOMAD_SECRETS_DIR}/envoy_bootstrap.json", "--disable-hot-restart", "--concurrency", "1"]
+            # Nomad's bootstrap names Consul's socket by a path from there.
+            work_dir = "${NOMAD_ALLOC_DIR}/.."
+          }
+        }
+      }
+    }
+    task "raw" {
+      driver = "raw_exec"
+      user   = "app"
+      config {
+        command = "/opt/tools/app"
+        args    = ["serve", ":8080"]
       }
       resources {
         cpu    = 50
