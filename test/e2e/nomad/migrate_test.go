@@ -109,7 +109,13 @@ func TestMigration(t *testing.T) {
 	}
 	fresh.wantWorks(t)
 	fresh.job.Stop()
-	n.Command("weir", "uninstall")
+	// Nomad ends an allocation's network a moment after its tasks.
+	test.Eventually(t, func() error {
+		if out, err := n.Try("weir", "uninstall"); err != nil {
+			return fmt.Errorf("weir uninstall: %w: %s", err, out)
+		}
+		return nil
+	}, "weir to be uninstalled")
 	want, err := os.ReadFile(engine)
 	if err != nil {
 		t.Fatal(err)
