@@ -232,6 +232,14 @@ func (j *Job) gone() error {
 		if a.ClientStatus == "running" || a.ClientStatus == "pending" {
 			return fmt.Errorf("allocation %s is still %s", a.ID, a.ClientStatus)
 		}
+		// Nomad calls it complete before its network is taken down.
+		files, err := filepath.Glob(j.node.Path("/var/lib/cni/results/*" + a.ID + "*"))
+		if err != nil {
+			return err
+		}
+		if len(files) > 0 {
+			return fmt.Errorf("allocation %s still has its network: %s", a.ID, files)
+		}
 	}
 	return nil
 }
