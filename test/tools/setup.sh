@@ -71,9 +71,14 @@ setup_test() {
 	packages iptables nftables iproute2 bpftool util-linux systemd gcc libc6-dev
 }
 
-is_pinned_envoy() {
-	command -v "$1" >/dev/null && "$1" --version 2>/dev/null | grep -q "/$ENVOY_VERSION/"
+# says PROGRAM ARGUMENT PATTERN reports a program that runs and whose answer matches.
+# All of the answer is read first: a reader that stops early would end it with SIGPIPE.
+says() {
+	local answer
+	command -v "$1" >/dev/null && answer=$("$1" "$2" 2>/dev/null) && [[ $answer == $3 ]]
 }
+
+is_pinned_envoy() { says "$1" --version "*/$ENVOY_VERSION/*"; }
 
 setup_envoy() {
 	is_pinned_envoy envoy && return
@@ -95,9 +100,7 @@ setup_envoy() {
 	mv "$binary.new" "$binary"
 }
 
-is_pinned_consul() {
-	command -v "$1" >/dev/null && "$1" version 2>/dev/null | grep -q "^Consul v$CONSUL_VERSION"
-}
+is_pinned_consul() { says "$1" version "Consul v$CONSUL_VERSION"$'\n*'; }
 
 setup_consul() {
 	is_pinned_consul consul && return
@@ -110,9 +113,7 @@ setup_consul() {
 	mv "$binary.new" "$binary"
 }
 
-is_pinned_nomad() {
-	command -v "$1" >/dev/null && "$1" version 2>/dev/null | grep -q "^Nomad v$NOMAD_VERSION"
-}
+is_pinned_nomad() { says "$1" version "Nomad v$NOMAD_VERSION"*; }
 
 setup_nomad() {
 	is_pinned_nomad nomad && return
