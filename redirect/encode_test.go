@@ -250,10 +250,16 @@ func TestEncodeProxies(t *testing.T) {
 // A proxy keeps its seat for as long as it can be recognised.
 func TestSeats(t *testing.T) {
 	of := func(seats []uint8, list ...Sidecar) Workload {
-		return Workload{Service: list[0].Service, InboundPort: list[0].InboundPort, OutboundPort: list[0].OutboundPort, Proxies: list[1:], Seats: seats}
+		return Workload{Mode: ModeTransparent, Service: list[0].Service, InboundPort: list[0].InboundPort, OutboundPort: list[0].OutboundPort, Proxies: list[1:], Seats: seats}
 	}
 	api, web, db := Sidecar{Service: "api", InboundPort: 1, OutboundPort: 2}, Sidecar{Service: "web", InboundPort: 3, OutboundPort: 4}, Sidecar{Service: "db", InboundPort: 5, OutboundPort: 6}
 	moved := Sidecar{Service: "web", InboundPort: 13, OutboundPort: 14}
+	plain := func(list ...Sidecar) Workload {
+		list[0].OutboundPort = DefaultOutboundPort // as Merge leaves it
+		w := of(nil, list...)
+		w.Mode = ModeDirect
+		return w
+	}
 	for name, tc := range map[string]struct {
 		before, after Workload
 		want          []uint8
@@ -266,6 +272,8 @@ func TestSeats(t *testing.T) {
 		"both ports move":                 {of(nil, api, web), of(nil, moved, api), []uint8{1, 0}},
 		"the only one":                    {of(nil, Sidecar{OutboundPort: 15001}), of(nil, moved), nil},
 		"by a port, while it has no name": {of(nil, Sidecar{OutboundPort: 4}), of(nil, api, web), []uint8{1, 0}},
+		"by the port that means something": {
+			plain(Sidecar{InboundPort: 3}), plain(Sidecar{Service: "api", InboundPort: 1}, Sidecar{Service: "web", InboundPort: 3}), []uint8{1, 0}},
 		"all seats were taken": {
 			of([]uint8{0, 1, 2, 3, 4, 5, 6, 7}, api, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}), of(nil, web, api), []uint8{1, 0}},
 	} {

@@ -71,6 +71,9 @@ func (w *watcher) dials() {
 		err = finishConnect(fd, unix.Connect(fd, addr), unix.EINTR)
 		peer, peerErr := unix.Getpeername(fd)
 		local, localErr := unix.Getsockname(fd)
+		if err != nil {
+			local = nil // what a refused socket is called depends on whether a signal met its connect
+		}
 		w.say("connect %v: %v; getpeername %v %v; getsockname %v %v",
 			shown(addr), err, shown(peer), peerErr, withoutPort(local), localErr)
 		w.original(fmt.Sprintf("dialler of %v", shown(addr)), fd)

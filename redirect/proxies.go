@@ -107,7 +107,10 @@ func (w Workload) seats(next Workload) []uint8 {
 	}
 	shared := func(a, b uint16) bool { return a != 0 && a == b }
 	recognise(func(a, b Sidecar) bool { return a.Service != "" && a.Service == b.Service })
-	recognise(func(a, b Sidecar) bool { return shared(a.OutboundPort, b.OutboundPort) })
+	// Where nothing is redirected the port is the default of whoever is first.
+	if w.Mode == ModeTransparent && next.Mode == ModeTransparent {
+		recognise(func(a, b Sidecar) bool { return shared(a.OutboundPort, b.OutboundPort) })
+	}
 	recognise(func(a, b Sidecar) bool { return shared(a.InboundPort, b.InboundPort) })
 	recognise(func(_, _ Sidecar) bool { return len(before) == 1 && len(after) == 1 })
 	known, inOrder := w.takenSeats(), true
