@@ -3,7 +3,7 @@ VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo 
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent package clean
+.PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent tools package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ test-vm: build ## Run the kernel tests in VMs with Debian's kernels
 kernels: ## Measure the programs on each kernel and write the table of README.md
 	test/tools/setup.sh vm
 	go run ./test/vm -report
+
+tools: ## Install and build what tests and demo run: Envoy, Consul, Nomad, CNI plugins, Docker
+	test/tools/setup.sh build lint test envoy consul nomad cni docker package
 
 demo: build ## Show a redirected allocation on this machine, in namespaces of its own (root)
 	test/tools/setup.sh test envoy

@@ -96,7 +96,7 @@ func (a *allocation) cniStdin() ([]byte, error) {
 				map[string]any{"name": ifName, "sandbox": a.netns},
 			},
 			"ips": []any{map[string]any{
-				"version": "4", "interface": 2, "address": a.address.String(), "gateway": "172.26.64.1",
+				"version": "4", "interface": 2, "address": a.address.String(), "gateway": gateway,
 			}},
 			"routes": []any{map[string]any{"dst": "0.0.0.0/0"}},
 			"dns":    map[string]any{},
@@ -146,6 +146,33 @@ func (a *allocation) startProxy(ctx context.Context, binary string) (err error) 
 		NetNS: a.netns, Cgroup: filepath.Join(a.cgroup, "connect-proxy"), UID: proxyUID, Dir: a.proxyDir(),
 	})
 	return err
+}
+
+// serviceID is the ID that Nomad gives to the allocation's service.
+func (a *allocation) serviceID() string {
+	return fmt.Sprintf("_nomad-task-%s-group-%s-%s-%d", a.id, a.group, a.group, servicePort)
+}
+
+// startSidecar starts the Envoy that gets its configuration from Consul.
+func (a *allocation) startSidecar(binary, bootstrap string) error {
+	file := filepath.Join(a.proxyDir(), "consul.json")
+	if err := os.WriteFile(file, []byte(bootstrap), 0o644); err != nil {
+		return fmt.Errorf("start sidecar: %w", err)
+	}
+	log, err := os.Create(filepath.Join(a.proxyDir(), "sidecar.log"))
+	if err != nil {
+		return fmt.Errorf("start sidecar: %w", err)
+	}
+	defer log.Close()
+	sidecar, err := spawn.Start(spawn.Spec{
+		Binary: binary, Args: []string{"-c", file, "--disable-hot-restart", "--concurrency", "1", "--log-level", "warn"},
+		NetNS: a.netns, Cgroup: filepath.Join(a.cgroup, "connect-proxy"), UID: proxyUID, Dir: a.proxyDir(), Stdout: log, Stderr: log,
+	})
+	if err != nil {
+		return err
+	}
+	a.tasks = append(a.tasks, sidecar)
+	return nil
 }
 
 // task describes a program of the demo's own as a task of the allocation.

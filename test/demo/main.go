@@ -3,13 +3,14 @@
 // Command demo shows what Weir does to one connection, on real parts: two
 // allocations made by calling the plugin as Nomad calls it, a real Envoy in
 // each, a plain HTTP service in the one and a plain HTTP client in the other.
+// Where a Consul is at hand, it takes both over into its mesh, with weir agent.
 //
-// It needs root, bin/weir-cni and an Envoy (make demo gets both). It touches
+// It needs root, bin/weir, bin/weir-cni and an Envoy (make demo gets them). It touches
 // nothing of the machine's own network, has its own place for pins, records
 // and cgroups, and removes all of it. It ends with an error unless every step
 // goes as expected.
 //
-//	go run ./test/demo [-plugin bin/weir-cni] [-envoy path]
+//	go run ./test/demo [-weir bin/weir] [-plugin bin/weir-cni] [-envoy path] [-consul path]
 package main
 
 import (
@@ -25,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	consulserver "github.com/weirmesh/weir/test/consul"
 	"github.com/weirmesh/weir/test/envoy"
 )
 
@@ -52,6 +54,8 @@ func run(args []string) error {
 	}
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
 	plugin := flags.String("plugin", "bin/weir-cni", "the plugin's `path`")
+	weir := flags.String("weir", "bin/weir", "the `path` of weir")
+	server := flags.String("consul", "", "Consul's `path`; below .tools or on PATH where it is not given")
 	proxy := flags.String("envoy", "", "Envoy's `path`; on PATH or below .tools where it is not given")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -62,7 +66,7 @@ func run(args []string) error {
 	if os.Geteuid() != 0 {
 		return errors.New("namespaces, cgroups and eBPF need root: run it with sudo")
 	}
-	tools, err := findTools(*plugin, *proxy)
+	tools, err := findTools(tools{weir: *weir, plugin: *plugin, envoy: *proxy, consul: *server})
 	if err != nil {
 		return err
 	}
@@ -73,24 +77,37 @@ func run(args []string) error {
 	return show(ctx, newPrinter(os.Stdout, os.Getenv), tools)
 }
 
-// tools are the two programs that the demo does not bring itself.
+// tools are the programs that the demo does not bring itself.
 type tools struct {
+	weir   string
 	plugin string
 	envoy  string
+	consul string // empty: there is none
 }
 
-func findTools(plugin, proxy string) (tools, error) {
-	plugin, err := filepath.Abs(plugin)
-	if err != nil {
-		return tools{}, fmt.Errorf("find plugin: %w", err)
+// findTools makes the paths absolute and finds those that were not given.
+func findTools(given tools) (found tools, err error) {
+	for _, program := range []struct {
+		given string
+		found *string
+	}{{given.weir, &found.weir}, {given.plugin, &found.plugin}} {
+		if *program.found, err = filepath.Abs(program.given); err != nil {
+			return tools{}, fmt.Errorf("find program: %w", err)
+		}
+		if _, err := os.Stat(*program.found); err != nil {
+			return tools{}, fmt.Errorf("find program: %w: run make build", err)
+		}
 	}
-	if _, err := os.Stat(plugin); err != nil {
-		return tools{}, fmt.Errorf("find plugin: %w: run make build", err)
-	}
-	if proxy == "" {
-		if proxy, err = envoy.Find(); err != nil {
+	found.envoy, found.consul = given.envoy, given.consul
+	if found.envoy == "" {
+		if found.envoy, err = envoy.Find(); err != nil {
 			return tools{}, err
 		}
 	}
-	return tools{plugin: plugin, envoy: proxy}, nil
+	if found.consul == "" {
+		if found.consul, err = consulserver.Find(); err != nil && !errors.Is(err, consulserver.ErrNotInstalled) {
+			return tools{}, err
+		}
+	}
+	return found, nil
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -26,6 +27,7 @@ const (
 	lockFile   = "/run/weir-demo.lock"
 	groupName  = "weir-demo" // below the cgroup-v2 root
 	bridgeName = "nomad"
+	gateway    = "172.26.64.1" // the bridge's address: the node's own for its allocations
 )
 
 var errBusy = errors.New("another demo is running on this machine")
@@ -37,6 +39,8 @@ type node struct {
 	cgroup string // directory of the demo's group
 	lock   *os.File
 	allocs []*allocation
+
+	programs []*spawn.Process // beside the allocations' own
 }
 
 // newNode clears what an earlier run has left and makes the stage.
@@ -83,8 +87,42 @@ func (n *node) build() error {
 		if err := netlink.LinkAdd(bridge); err != nil {
 			return fmt.Errorf("add bridge: %w", err)
 		}
-		return up(bridge, netip.MustParsePrefix("172.26.64.1/20"))
+		return up(bridge, netip.MustParsePrefix(gateway+"/20"))
 	})
+}
+
+// start starts a program of the node's own. What it writes goes to a log.
+func (n *node) start(name string, spec spawn.Spec) (*spawn.Process, error) {
+	log, err := os.Create(filepath.Join(runDir, name+".log"))
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	defer log.Close()
+	spec.Stdout, spec.Stderr = log, log
+	process, err := spawn.Start(spec)
+	if err != nil {
+		return nil, err
+	}
+	n.programs = append(n.programs, process)
+	return process, nil
+}
+
+// showLogs prints the ends of the logs, for whoever has to find out.
+func (n *node) showLogs(p *printer) {
+	const lines = 8
+	logs, _ := filepath.Glob(filepath.Join(runDir, "*.log"))
+	more, _ := filepath.Glob(filepath.Join(runDir, "*", "*.log"))
+	for _, path := range append(logs, more...) {
+		text, err := os.ReadFile(path)
+		if err != nil || len(text) == 0 {
+			continue
+		}
+		p.note("%s ends with:", path)
+		all := strings.Split(strings.TrimSpace(string(text)), "\n")
+		for _, line := range all[max(0, len(all)-lines):] {
+			fmt.Fprintf(p.out, "     %s\n", line)
+		}
+	}
 }
 
 // connect joins an allocation's namespace to the bridge, as Nomad's own
@@ -131,7 +169,7 @@ func (n *node) connect(a *allocation) error {
 		if err := up(eth0, a.address); err != nil {
 			return err
 		}
-		route := &netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: net.ParseIP("172.26.64.1")}
+		route := &netlink.Route{LinkIndex: eth0.Attrs().Index, Gw: net.ParseIP(gateway)}
 		if err := netlink.RouteAdd(route); err != nil {
 			return fmt.Errorf("add route: %w", err)
 		}
@@ -193,6 +231,9 @@ func (n *node) clear() error {
 	var errs []error
 	for _, a := range n.allocs {
 		errs = append(errs, a.stop())
+	}
+	for _, program := range n.programs {
+		errs = append(errs, program.Stop(10*time.Second))
 	}
 	if _, err := datapath().Unload(); err != nil {
 		errs = append(errs, fmt.Errorf("unload: %w", err))

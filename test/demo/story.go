@@ -27,6 +27,11 @@ func show(ctx context.Context, p *printer, tools tools) (err error) {
 	}
 	fmt.Fprintln(p.out, "Two allocations of a service mesh on a network of their own, and one connection between")
 	fmt.Fprintln(p.out, "them. Nothing of this machine's own network is touched.")
+	if tools.consul == "" {
+		p.note("No Consul is on PATH or built: what it brings about is left out. `make tools` builds one.")
+	} else {
+		p.note("A real Consul joins later: %s", tools.consul)
+	}
 	story := &story{printer: p, tools: tools, node: node}
 	err = story.tell(ctx)
 	if ctx.Err() != nil {
@@ -34,6 +39,7 @@ func show(ctx context.Context, p *printer, tools tools) (err error) {
 	}
 	if err != nil {
 		fmt.Fprintf(p.out, "\n%s\n", p.paint(red, "the demo cannot go on; cleaning up"))
+		node.showLogs(p)
 	} else {
 		err = story.leave(ctx)
 	}
@@ -52,12 +58,21 @@ type story struct {
 	node  *node
 	web   *allocation // dials
 	api   *allocation // serves
+
+	// Those of the second part, with a real Consul.
+	consul  *consul
+	agent   *spawn.Process
+	virtual netip.AddrPort // of api
 }
 
 func (s *story) tell(ctx context.Context) error {
-	for _, step := range []func(context.Context) error{
+	steps := []func(context.Context) error{
 		s.makeAllocations, s.startPrograms, s.connect, s.noRules, s.stopProxy, s.restartProxy,
-	} {
+	}
+	if s.tools.consul != "" {
+		steps = append(steps, s.joinMesh, s.dialByVirtualIP, s.movePort)
+	}
+	for _, step := range steps {
 		if err := step(ctx); err != nil {
 			return err
 		}
