@@ -33,18 +33,6 @@ func wantReply(t *testing.T, got wire.Outcome, a *nomad.Alloc) {
 	}
 }
 
-// eventuallyGet asks from one of the node's namespaces until somebody answers.
-func eventuallyGet(t *testing.T, n *nomad.Node, from *test.NetNS, url string) (got wire.Outcome) {
-	t.Helper()
-	test.Eventually(t, func() error {
-		if got = n.Get(from, url); got.Reply == nil {
-			return fmt.Errorf("got %s", got)
-		}
-		return nil
-	}, "GET "+url)
-	return got
-}
-
 // askUDP sends a datagram from one of the node's namespaces.
 func askUDP(from *test.NetNS, address string) (got wire.Outcome) {
 	from.Do(func() {
@@ -81,9 +69,8 @@ func cniWeirDocker(t *testing.T, n *nomad.Node) {
 	meshAlone(n)
 	serveNeighbour(t, n, ":80")
 	speaksHTTP(n, "cniweir-api")
-	n.DropConfigEntry("ingress-gateway", "cniweir-door") // before the protocol goes
 	job := n.Run("testdata/jobs/cniweir-docker.nomad.hcl")
-	api, shop, web, door := job.Alloc("api"), job.Alloc("shop"), job.Alloc("web"), job.Alloc("door")
+	api, shop, web := job.Alloc("api"), job.Alloc("shop"), job.Alloc("web")
 
 	t.Run("Network", func(t *testing.T) {
 		for _, a := range job.Allocs() {
@@ -119,13 +106,6 @@ func cniWeirDocker(t *testing.T, n *nomad.Node) {
 	t.Run("Upstream", func(t *testing.T) {
 		address := web.Env("web")["NOMAD_UPSTREAM_ADDR_cniweir_api"]
 		wantMesh(t, web.EventuallyGet("web", "http://"+address+"/", nil), api, "cniweir-web")
-	})
-
-	t.Run("IngressGateway", func(t *testing.T) {
-		wantMesh(t, eventuallyGet(t, n, n.Neighbour(), "http://"+nomad.NodeAddress+":28084/"), api, "cniweir-door")
-		if w := door.Workload(); w.Mode != "gateway" || len(w.Problems) > 0 {
-			t.Errorf("workload is %+v, want a gateway without problems", w)
-		}
 	})
 
 	wantWorkload(web, "direct", "enforce")

@@ -21,74 +21,21 @@ import (
 	"github.com/weirmesh/weir/test/spawn"
 )
 
-const allocations4 = "172.26.64.0/20" // of Nomad's bridge
+// The allocations' subnets, in Nomad's bridge mode and of deploy/weir.conflist.
+const (
+	allocations4      = "172.26.64.0/20"
+	allocationsOfCNI4 = "172.26.96.0/20"
+)
 
-// gateways runs the gateways that Nomad injects. All but the one on the node's own
-// network ask for the guard.
+// gateways runs the gateways that Nomad injects, in bridge mode and on the node's own
+// network.
 func gateways(t *testing.T, n *nomad.Node) {
-	speaksHTTP(n, "gw-api")
-	n.DropConfigEntry("ingress-gateway", "gw-ingress")
-	n.DropConfigEntry("ingress-gateway", "gw-host")
-	n.DropConfigEntry("terminating-gateway", "gw-exit")
-	serveNeighbour(t, n, nomad.NeighbourAddress+":7070")
-	n.RouteNeighbour(allocations4)
-	n.ConsulPut("/v1/catalog/register", map[string]any{
-		"Node": "outside", "Address": nomad.NeighbourAddress, "Service": map[string]any{"Service": "gw-legacy", "Port": 7070},
-	})
-	t.Cleanup(func() { n.ConsulPut("/v1/catalog/deregister", map[string]any{"Node": "outside"}) })
-	job := n.Run("testdata/jobs/gateway-bridge.nomad.hcl")
-	api, web, ingress, exit, mesh := job.Alloc("api"), job.Alloc("web"), job.Alloc("ingress"), job.Alloc("exit"), job.Alloc("mesh")
-
-	t.Run("Ingress", func(t *testing.T) {
-		wantGateway(t, ingress)
-		for _, url := range []string{"http://" + nomad.NodeAddress + ":9080/", "http://" + ingress.Workload().Addresses[0] + ":9080/"} {
-			var got wire.Outcome
-			test.Eventually(t, func() error {
-				got = n.Get(n.Neighbour(), url)
-				return wantOK(got)
-			}, "GET "+url+" from the neighbour")
-			wantMesh(t, got, api, "gw-ingress")
-		}
-		wantGuarded(t, n, ingress, web)
-	})
-
-	t.Run("Terminating", func(t *testing.T) {
-		wantGateway(t, exit)
-		const task, stat = "connect-terminating-gw-exit", "cluster.gw-legacy..*upstream_cx_total"
-		url := "http://" + web.Env("web")["NOMAD_UPSTREAM_ADDR_gw_legacy"] + "/"
-		web.EventuallyGet("web", url, nil)
-		before := exit.EnvoyStat(task, "gw-exit", stat)
-		got := web.Get("web", url)
-		if got.Reply == nil || got.Reply.Task != "neighbour" || !strings.HasPrefix(got.Reply.Remote, nomad.NodeAddress+":") {
-			t.Errorf("got %s, want an answer of the neighbour", got)
-		}
-		if after := exit.EnvoyStat(task, "gw-exit", stat); after != before+1 {
-			t.Errorf("connections of the gateway to the service: %d, then %d, want one more", before, after)
-		}
-		// Its administration is bound to every address.
-		if got := exit.Get(task, fmt.Sprintf("http://%s:19000/ready", exit.Workload().Addresses[0])); got.Status != 200 {
-			t.Errorf("the gateway's administration from inside: %s, want 200", got)
-		}
-		wantGuarded(t, n, exit, web)
-	})
-
-	t.Run("Mesh", func(t *testing.T) {
-		wantGateway(t, mesh)
-		for _, label := range []string{"wan", "connect-mesh-gw-mesh-lan"} {
-			port, _ := mesh.Port(label)
-			client := peer(t, n, "gw-web", "gw-api")
-			var got wire.Outcome
-			test.Eventually(t, func() error {
-				got = askPeer(client, fmt.Sprintf("https://%s:%d/", nomad.NodeAddress, port))
-				return wantOK(got)
-			}, label+" of the mesh gateway to pass a connection on")
-			wantMesh(t, got, api, "gw-web")
-		}
-		wantGuarded(t, n, mesh, web)
-	})
+	api := gatewaysIn(t, n, "gw", "bridge", "9080", allocations4)
 
 	t.Run("HostNetwork", func(t *testing.T) {
-		host := job.Alloc("host")
+		n := n.For(t)
+		n.DropConfigEntry("ingress-gateway", "gw-host")
+		host := n.Run("testdata/jobs/gateway-host.nomad.hcl").Alloc("host")
 		var got wire.Outcome
 		test.Eventually(t, func() error {
 			got = n.Get(n.Neighbour(), "http://"+nomad.NodeAddress+":9081/")
@@ -101,31 +48,110 @@ func gateways(t *testing.T, n *nomad.Node) {
 	})
 }
 
-// apiGateway runs the gateway that Nomad has no block for, on a node whose own word
-// is to guard. Its task asks Consul by the network.
-func apiGateway(t *testing.T, n *nomad.Node, server, neighbour *nomad.Alloc, service string) {
+// cniWeirGateways runs them on the network that the plugin builds.
+func cniWeirGateways(t *testing.T, n *nomad.Node) {
+	gatewaysIn(t, n, "cgw", "cni/weir", "9082", allocationsOfCNI4)
+}
+
+// gatewaysIn runs a gateway of each kind in a network mode, each of which asks for the
+// guard, and returns the service behind them.
+func gatewaysIn(t *testing.T, n *nomad.Node, id, mode, door, subnet string) *nomad.Alloc {
+	speaksHTTP(n, id+"-api")
+	n.DropConfigEntry("ingress-gateway", id+"-ingress")
+	n.DropConfigEntry("terminating-gateway", id+"-exit")
+	serveNeighbour(t, n, nomad.NeighbourAddress+":7070")
+	n.RouteNeighbour(subnet)
+	n.ConsulPut("/v1/catalog/register", map[string]any{
+		"Node": "outside", "Address": nomad.NeighbourAddress, "Service": map[string]any{"Service": id + "-legacy", "Port": 7070},
+	})
+	t.Cleanup(func() { n.ConsulPut("/v1/catalog/deregister", map[string]any{"Node": "outside"}) })
+	job := n.Run("testdata/jobs/gateways.nomad.hcl", "id", id, "mode", mode, "door", door)
+	api, web, ingress, exit, mesh := job.Alloc("api"), job.Alloc("web"), job.Alloc("ingress"), job.Alloc("exit"), job.Alloc("mesh")
+
+	t.Run("Ingress", func(t *testing.T) {
+		wantGateway(t, ingress)
+		for _, url := range []string{"http://" + nomad.NodeAddress + ":" + door + "/", "http://" + ingress.Workload().Addresses[0] + ":" + door + "/"} {
+			var got wire.Outcome
+			test.Eventually(t, func() error {
+				got = n.Get(n.Neighbour(), url)
+				return wantOK(got)
+			}, "GET "+url+" from the neighbour")
+			wantMesh(t, got, api, id+"-ingress")
+		}
+		wantGuarded(t, n, ingress, web)
+	})
+
+	t.Run("Terminating", func(t *testing.T) {
+		wantGateway(t, exit)
+		task, stat := "connect-terminating-"+id+"-exit", "cluster."+id+"-legacy..*upstream_cx_total"
+		url := "http://" + web.Env("web")["NOMAD_UPSTREAM_ADDR_"+id+"_legacy"] + "/"
+		web.EventuallyGet("web", url, nil)
+		before := exit.EnvoyStat(task, id+"-exit", stat)
+		got := web.Get("web", url)
+		if got.Reply == nil || got.Reply.Task != "neighbour" || !strings.HasPrefix(got.Reply.Remote, nomad.NodeAddress+":") {
+			t.Errorf("got %s, want an answer of the neighbour", got)
+		}
+		if after := exit.EnvoyStat(task, id+"-exit", stat); after != before+1 {
+			t.Errorf("connections of the gateway to the service: %d, then %d, want one more", before, after)
+		}
+		// Its administration is bound to every address.
+		if got := exit.Get(task, fmt.Sprintf("http://%s:19000/ready", exit.Workload().Addresses[0])); got.Status != 200 {
+			t.Errorf("the gateway's administration from inside: %s, want 200", got)
+		}
+		wantGuarded(t, n, exit, web)
+	})
+
+	t.Run("Mesh", func(t *testing.T) {
+		wantGateway(t, mesh)
+		for _, label := range []string{"wan", "connect-mesh-" + id + "-mesh-lan"} {
+			port, _ := mesh.Port(label)
+			client := peer(t, n, id+"-web", id+"-api")
+			var got wire.Outcome
+			test.Eventually(t, func() error {
+				got = askPeer(client, fmt.Sprintf("https://%s:%d/", nomad.NodeAddress, port))
+				return wantOK(got)
+			}, label+" of the mesh gateway to pass a connection on")
+			wantMesh(t, got, api, id+"-web")
+		}
+		wantGuarded(t, n, mesh, web)
+	})
+	return api
+}
+
+// apiGateways runs the gateway that Nomad has no block for, in both modes, on a node
+// whose own word is to guard. Its task asks Consul by the network.
+func apiGateways(t *testing.T, n *nomad.Node, server, neighbour *nomad.Alloc, service string) {
 	const both = "127.0.0.1 " + nomad.NodeAddress
 	n.Write("/etc/consul.d/network.hcl", fmt.Sprintf("addresses {\n  http = %q\n  grpc = %q\n}\n", both, both), 0o600)
 	n.Consul.Restart(t)
-	n.ConfigEntry(map[string]any{"Kind": "api-gateway", "Name": "gw-http", "Listeners": []any{
-		map[string]any{"Name": "http", "Port": 9701, "Protocol": "http"}}})
-	n.ConfigEntry(map[string]any{"Kind": "http-route", "Name": "gw-http",
-		"Parents": []any{map[string]any{"Kind": "api-gateway", "Name": "gw-http"}},
-		"Rules":   []any{map[string]any{"Services": []any{map[string]any{"Name": service}}}}})
-	a := n.Run("testdata/jobs/gateway-api.nomad.hcl").Alloc("gateway")
-	wantGateway(t, a)
-	var got wire.Outcome
-	test.Eventually(t, func() error {
-		got = n.Get(n.Neighbour(), "http://"+nomad.NodeAddress+":9701/")
-		return wantOK(got)
-	}, "the API gateway to answer")
-	wantMesh(t, got, server, "gw-http")
-	admin := fmt.Sprintf("http://%s:19000/ready", address(t, a, netip.Addr.Is4))
-	inside := &test.NetNS{Path: n.Path("/run/netns/" + a.ID)}
-	if got := n.Get(inside, admin); got.Status != 200 {
-		t.Errorf("the gateway's administration from inside: %s, want 200", got)
+	n.RouteNeighbour(allocationsOfCNI4)
+	for _, each := range []struct {
+		name, id, mode string
+		door           int
+	}{{"Bridge", "gw-http", "bridge", 9701}, {"CNIWeir", "cgw-http", "cni/weir", 9702}} {
+		t.Run(each.name, func(t *testing.T) {
+			n := n.For(t)
+			n.ConfigEntry(map[string]any{"Kind": "api-gateway", "Name": each.id, "Listeners": []any{
+				map[string]any{"Name": "http", "Port": each.door, "Protocol": "http"}}})
+			n.ConfigEntry(map[string]any{"Kind": "http-route", "Name": each.id,
+				"Parents": []any{map[string]any{"Kind": "api-gateway", "Name": each.id}},
+				"Rules":   []any{map[string]any{"Services": []any{map[string]any{"Name": service}}}}})
+			a := n.Run("testdata/jobs/gateway-api.nomad.hcl", "id", each.id, "mode", each.mode, "door", fmt.Sprint(each.door)).Alloc("gateway")
+			wantGateway(t, a)
+			var got wire.Outcome
+			test.Eventually(t, func() error {
+				got = n.Get(n.Neighbour(), fmt.Sprintf("http://%s:%d/", nomad.NodeAddress, each.door))
+				return wantOK(got)
+			}, "the API gateway to answer")
+			wantMesh(t, got, server, each.id)
+			admin := fmt.Sprintf("http://%s:19000/ready", address(t, a, netip.Addr.Is4))
+			inside := &test.NetNS{Path: n.Path("/run/netns/" + a.ID)}
+			if got := n.Get(inside, admin); got.Status != 200 {
+				t.Errorf("the gateway's administration from inside: %s, want 200", got)
+			}
+			wantRefused(t, n, a, neighbour, admin)
+		})
 	}
-	wantRefused(t, n, a, neighbour, admin)
 }
 
 // wantOK is an error where no task answered.

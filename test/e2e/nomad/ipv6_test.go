@@ -204,7 +204,7 @@ func TestIPv6(t *testing.T) {
 		}
 	})
 
-	t.Run("APIGateway", func(t *testing.T) { apiGateway(t, n.For(t), server, plain, "v6-server") })
+	t.Run("APIGateways", func(t *testing.T) { apiGateways(t, n.For(t), server, plain, "v6-server") })
 
 	job.Stop()
 	if !t.Failed() {

@@ -26,6 +26,7 @@ func TestNode(t *testing.T) {
 		{"EnvoyUID", envoyUID},
 		{"SilentProxy", silentProxy},
 		{"CNIWeirDocker", cniWeirDocker},
+		{"CNIWeirGateways", cniWeirGateways},
 		{"CNIWeirArgs", cniWeirArgs},
 		{"CNIWeirSix", cniWeirSix},
 		{"CNIWeirPair", cniWeirPair},

@@ -1,6 +1,6 @@
 # Docker on the network that the plugin builds: "api" is transparent and has a static
 # host port, "shop" dials it by virtual name, "web" is a plain connect job with an
-# upstream, host ports of both kinds and the guard, and "door" is an ingress gateway.
+# upstream, host ports of both kinds and the guard.
 job "cniweir-docker" {
   group "api" {
     network {
@@ -101,34 +101,6 @@ job "cniweir-docker" {
       resources {
         cpu    = 50
         memory = 64
-      }
-    }
-  }
-
-  group "door" {
-    network {
-      mode = "cni/weir"
-      port "entry" {
-        static = 28084
-        to     = 28084
-      }
-    }
-    service {
-      name = "cniweir-door"
-      port = "entry"
-      connect {
-        gateway {
-          ingress {
-            listener {
-              port     = 28084
-              protocol = "http"
-              service {
-                name  = "cniweir-api"
-                hosts = ["*"]
-              }
-            }
-          }
-        }
       }
     }
   }

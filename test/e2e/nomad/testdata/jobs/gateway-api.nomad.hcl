@@ -1,12 +1,18 @@
 # An API gateway as HashiCorp's guide runs one: a plain job whose task registers itself.
 # Its administration is bound to every address.
+variable "id" {}
+variable "mode" {}
+variable "door" {}
+
 job "gateway-api" {
+  id = "gateway-${var.id}"
+
   group "gateway" {
     network {
-      mode = "bridge"
+      mode = var.mode
       port "http" {
-        static = 9701
-        to     = 9701
+        static = var.door
+        to     = var.door
       }
     }
     task "gateway" {
@@ -14,8 +20,8 @@ job "gateway-api" {
       config {
         command = "/opt/tools/consul"
         args = [
-          "connect", "envoy", "-gateway=api", "-register", "-service=gw-http", "-deregister-after-critical=10s",
-          "-address={{ GetInterfaceIP \"eth0\" }}:9701", "-admin-bind=0.0.0.0:19000", "-ignore-envoy-compatibility",
+          "connect", "envoy", "-gateway=api", "-register", "-service=${var.id}", "-deregister-after-critical=10s",
+          "-address={{ GetInterfaceIP \"eth0\" }}:${var.door}", "-admin-bind=0.0.0.0:19000", "-ignore-envoy-compatibility",
           "-http-addr=http://10.99.0.2:8500", "-grpc-addr=http://10.99.0.2:8502", "-envoy-binary=/opt/tools/envoy",
           "--", "--concurrency", "1",
         ]

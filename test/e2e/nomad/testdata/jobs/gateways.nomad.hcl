@@ -1,18 +1,24 @@
-# Each kind of gateway that Nomad injects, in bridge mode, a service behind them and one
-# that dials a service outside the mesh; and an ingress gateway on the node's own
-# network. Envoy's administration of "exit" is bound to every address.
-job "gateway-bridge" {
+# Each kind of gateway that Nomad injects, in a network mode, a service behind them and
+# one that dials a service outside the mesh. Envoy's administration of "exit" is bound
+# to every address.
+variable "id" {}
+variable "mode" {}
+variable "door" {}
+
+job "gateways" {
+  id = var.id
+
   group "ingress" {
     network {
-      mode = "bridge"
+      mode = var.mode
       port "inbound" {
-        static = 9080
-        to     = 9080
+        static = var.door
+        to     = var.door
       }
     }
     service {
-      name = "gw-ingress"
-      port = "9080"
+      name = "${var.id}-ingress"
+      port = var.door
       meta {
         weir-guard = "enforce"
       }
@@ -21,10 +27,10 @@ job "gateway-bridge" {
           proxy {}
           ingress {
             listener {
-              port     = 9080
+              port     = var.door
               protocol = "http"
               service {
-                name  = "gw-api"
+                name  = "${var.id}-api"
                 hosts = ["*"]
               }
             }
@@ -36,10 +42,10 @@ job "gateway-bridge" {
 
   group "exit" {
     network {
-      mode = "bridge"
+      mode = var.mode
     }
     service {
-      name = "gw-exit"
+      name = "${var.id}-exit"
       meta {
         weir-guard = "enforce"
       }
@@ -48,7 +54,7 @@ job "gateway-bridge" {
           proxy {}
           terminating {
             service {
-              name = "gw-legacy"
+              name = "${var.id}-legacy"
             }
           }
         }
@@ -67,11 +73,11 @@ job "gateway-bridge" {
 
   group "mesh" {
     network {
-      mode = "bridge"
+      mode = var.mode
       port "wan" {}
     }
     service {
-      name = "gw-mesh"
+      name = "${var.id}-mesh"
       port = "wan"
       meta {
         weir-guard = "enforce"
@@ -85,40 +91,12 @@ job "gateway-bridge" {
     }
   }
 
-  group "host" {
-    network {
-      mode = "host"
-      port "inbound" {
-        static = 9081
-      }
-    }
-    service {
-      name = "gw-host"
-      port = "inbound"
-      connect {
-        gateway {
-          proxy {}
-          ingress {
-            listener {
-              port     = 9081
-              protocol = "http"
-              service {
-                name  = "gw-api"
-                hosts = ["*"]
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-
   group "api" {
     network {
-      mode = "bridge"
+      mode = var.mode
     }
     service {
-      name = "gw-api"
+      name = "${var.id}-api"
       port = "8080"
       connect {
         sidecar_service {
@@ -141,17 +119,17 @@ job "gateway-bridge" {
 
   group "web" {
     network {
-      mode = "bridge"
+      mode = var.mode
     }
     service {
-      name = "gw-web"
+      name = "${var.id}-web"
       port = "8080"
       connect {
         sidecar_service {
           disable_default_tcp_check = true
           proxy {
             upstreams {
-              destination_name = "gw-legacy"
+              destination_name = "${var.id}-legacy"
               local_bind_port  = 9501
             }
           }
