@@ -48,7 +48,7 @@ type ConsulConfig struct {
 	Partition  string `hcl:"partition,optional"`
 	SSL        bool   `hcl:"ssl,optional"`
 	VerifySSL  bool   `hcl:"verify_ssl,optional"`
-	CAFile     string `hcl:"ca_file,optional"`
+	CAFile     string `hcl:"ca_file,optional"` // read again, as the next three, for each connection
 	CAPath     string `hcl:"ca_path,optional"`
 	CertFile   string `hcl:"cert_file,optional"`
 	KeyFile    string `hcl:"key_file,optional"`

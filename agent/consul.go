@@ -37,7 +37,8 @@ type patience struct {
 func defaultPatience() patience { return patience{read: 10 * time.Second, block: 5 * time.Minute} }
 
 // consul asks the local Consul agent. It is bounded in time, bytes and
-// connections, and reads the token's file anew for each request.
+// connections, and reads the token's file anew for each request, the files of
+// TLS for each connection.
 type consul struct {
 	client *api.Client
 	config ConsulConfig
@@ -56,21 +57,28 @@ func newConsul(config ConsulConfig, patience patience) (*consul, error) {
 	if config.SSL && scheme != "unix" {
 		scheme = "https"
 	}
+	dialer := &net.Dialer{Timeout: patience.read}
 	transport := &http.Transport{
 		MaxConnsPerHost: connections, MaxIdleConnsPerHost: connections,
-		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: patience.read,
-		DialContext: (&net.Dialer{Timeout: patience.read}).DialContext,
+		IdleConnTimeout: 90 * time.Second, DialContext: dialer.DialContext,
 	}
 	conf := &api.Config{Address: rest, Scheme: scheme, Namespace: config.Namespace, Partition: config.Partition}
 	switch scheme {
 	case "unix":
 		transport.DialContext = func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{Timeout: patience.read}).DialContext(ctx, "unix", rest)
+			return dialer.DialContext(ctx, "unix", rest)
 		}
 		conf.Address, conf.Scheme = "consul.sock", "http"
 	case "https":
-		if transport.TLSClientConfig, err = clientTLS(config, rest); err != nil {
+		if _, err := clientTLS(config, rest); err != nil {
 			return nil, fmt.Errorf("configure Consul: %w", err)
+		}
+		transport.DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conf, err := clientTLS(config, address)
+			if err != nil {
+				return nil, err
+			}
+			return (&tls.Dialer{NetDialer: dialer, Config: conf}).DialContext(ctx, network, address)
 		}
 	}
 	c := &consul{config: config, patience: patience}
@@ -84,15 +92,21 @@ func newConsul(config ConsulConfig, patience patience) (*consul, error) {
 	return c, nil
 }
 
+// clientTLS reads the certificates as they are now. Whoever replaces them needs
+// to tell nobody: what cannot be read half way is read again at the next try.
 func clientTLS(config ConsulConfig, address string) (*tls.Config, error) {
 	name := config.ServerName
 	if name == "" {
 		name = address
 	}
-	return api.SetupTLSConfig(&api.TLSConfig{
+	conf, err := api.SetupTLSConfig(&api.TLSConfig{
 		Address: name, CAFile: config.CAFile, CAPath: config.CAPath, CertFile: config.CertFile, KeyFile: config.KeyFile,
 		InsecureSkipVerify: !config.VerifySSL,
 	})
+	if err != nil {
+		return nil, fmt.Errorf("read certificates for Consul: %w", err)
+	}
+	return conf, nil
 }
 
 // options are those of every request. The token is read anew: whoever

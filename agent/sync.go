@@ -277,14 +277,14 @@ func (f *follower) failed(ctx context.Context, err error) {
 	}
 	f.self = self{}
 	f.mu.Lock()
-	was := f.view.InStep || f.view.Error == ""
-	if was {
+	if f.view.InStep || f.view.Error == "" {
 		f.view.InStep, f.view.Since = false, time.Now()
 	}
+	news := f.view.Error != err.Error()
 	f.view.Error = err.Error()
 	f.view.Counts.Failures++
 	f.mu.Unlock()
-	if was {
+	if news {
 		f.changed()
 	}
 }

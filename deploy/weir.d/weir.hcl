@@ -21,7 +21,7 @@ consul {
   # partition       = ""
   # ssl             = false
   # verify_ssl      = true
-  # ca_file         = ""
+  # ca_file         = ""                 # the four files are read anew for each connection
   # ca_path         = ""
   # cert_file       = ""
   # key_file        = ""

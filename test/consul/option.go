@@ -5,6 +5,7 @@ package consul
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"os/exec"
 	"path/filepath"
 
@@ -44,9 +45,7 @@ type TLS struct {
 func WithTLS() Option {
 	return func(s *Server, config settings) {
 		s.tb.Helper()
-		s.authority("ca", "create")
-		s.authority("cert", "create", "-server", "-dc", "dc1")
-		s.authority("cert", "create", "-client", "-dc", "dc1")
+		s.authority(s.dir)
 		file := func(name string) string { return filepath.Join(s.dir, name) }
 		port := freePorts(s.tb, 1)[0]
 		s.TLS = TLS{
@@ -61,13 +60,39 @@ func WithTLS() Option {
 	}
 }
 
-// authority calls Consul's own certificate authority, whose files are in the
-// server's directory.
-func (s *Server) authority(args ...string) {
+// RenewTLS gives the HTTPS API another authority and certificates of its: from
+// the next Restart on, nothing that the former one signed is trusted. TLS has
+// the same files with another content.
+func (s *Server) RenewTLS() {
 	s.tb.Helper()
-	cmd := exec.Command(s.binary, append([]string{"tls"}, args...)...)
-	cmd.Dir = s.dir
-	if out, err := cmd.CombinedOutput(); err != nil {
-		s.tb.Fatalf("consul tls %v: %v: %s", args, err, out)
+	dir := s.tb.TempDir()
+	s.authority(dir)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		s.tb.Fatalf("renew certificates: %v", err)
+	}
+	for _, entry := range entries {
+		data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(s.dir, entry.Name()), data, 0o600)
+		}
+		if err != nil {
+			s.tb.Fatalf("renew certificates: %v", err)
+		}
+	}
+}
+
+// authority makes a certificate authority in dir by Consul's own command, and
+// certificates of it for the server and for a client.
+func (s *Server) authority(dir string) {
+	s.tb.Helper()
+	for _, args := range [][]string{
+		{"ca", "create"}, {"cert", "create", "-server", "-dc", "dc1"}, {"cert", "create", "-client", "-dc", "dc1"},
+	} {
+		cmd := exec.Command(s.binary, append([]string{"tls"}, args...)...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			s.tb.Fatalf("consul tls %v: %v: %s", args, err, out)
+		}
 	}
 }

@@ -153,13 +153,7 @@ func TestConsulIsReachedByTLS(t *testing.T) {
 			n.runAgent()
 			defer n.stop()
 			if c.want != "" {
-				test.Eventually(t, func() error {
-					status, err := n.status()
-					if err == nil && (status.Consul.InStep || !strings.Contains(status.Consul.Error, c.want)) {
-						err = fmt.Errorf("in step %v: %q, want %q", status.Consul.InStep, status.Consul.Error, c.want)
-					}
-					return err
-				}, "the failure to be told")
+				n.tellsOfConsul(c.want)
 				if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
 					t.Errorf("api is %v, want it unknown", err)
 				}
@@ -171,4 +165,71 @@ func TestConsulIsReachedByTLS(t *testing.T) {
 			api.eventually("a change", func(o redirect.Overlay) bool { return o.InboundPort == uint16(port) })
 		})
 	}
+}
+
+// tellsOfConsul waits until the agent says why it is not in step.
+func (n *meshNode) tellsOfConsul(want string) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		status, err := n.status()
+		if err == nil && (status.Consul.InStep || !strings.Contains(status.Consul.Error, want)) {
+			err = fmt.Errorf("in step %v: %q, want %q", status.Consul.InStep, status.Consul.Error, want)
+		}
+		return err
+	}, "the failure to be told")
+}
+
+// The agent takes new certificates up as they are replaced, file by file, and
+// says meanwhile what is missing; also when Consul comes back with another
+// authority, and what the former one signed is worth nothing. It is never restarted.
+func TestConsulCertificatesAreReplaced(t *testing.T) {
+	n := newMeshNode(t, true, consul.WithTLS())
+	config := n.config.Consul
+	config.Token, config.SSL, config.Address = n.consul.Token, true, n.consul.TLS.Address
+	own := func(name string) string { return filepath.Join(n.dir, name) }
+	config.CAFile, config.CertFile, config.KeyFile = own("ca.pem"), own("cert.pem"), own("key.pem")
+	replace := func(file, by string) {
+		t.Helper()
+		data, err := os.ReadFile(by)
+		if err == nil {
+			err = os.WriteFile(file, data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	replaceAll := func() {
+		t.Helper()
+		replace(config.CAFile, n.consul.TLS.CA)
+		replace(config.CertFile, n.consul.TLS.Cert)
+		replace(config.KeyFile, n.consul.TLS.Key)
+	}
+	replaceAll()
+	api := n.allocate("")
+	renew := func() {
+		t.Helper()
+		n.consul.Stop()
+		n.consul.RenewTLS()
+		n.consul.Restart()
+	}
+	renew()
+	api.register("api", object{"Port": 20001})
+	n.runAgent()
+	n.tellsOfConsul("signed by unknown authority")
+	replace(config.CAFile, n.consul.TLS.CA)
+	replace(config.CertFile, n.consul.TLS.Cert)
+	n.tellsOfConsul("private key does not match public key")
+	replace(config.KeyFile, n.consul.TLS.Key)
+	n.wantInStep(t, true)
+	api.eventually("the registration", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
+
+	renew()
+	api.register("api", object{"Port": 20002})
+	n.tellsOfConsul("signed by unknown authority")
+	if known, err := api.known(); err != nil || known.Overlay.InboundPort != 20001 {
+		t.Errorf("api's overlay is %+v, %v; want the last good one", known.Overlay, err)
+	}
+	replaceAll()
+	n.wantInStep(t, true)
+	api.eventually("what changed meanwhile", func(o redirect.Overlay) bool { return o.InboundPort == 20002 })
 }
