@@ -300,6 +300,10 @@ func (a *meshAlloc) register(name string, sidecar object, checks ...object) (pro
 	if sidecar["Address"] == nil {
 		sidecar["Address"] = a.addr.String()
 	}
+	if sidecar["Checks"] == nil {
+		// In place of Consul's own, which dials the proxy from wherever Consul is.
+		sidecar["Checks"] = []object{{"Name": "alias of " + name, "AliasService": id}}
+	}
 	a.node.consul.Register(object{
 		"Name": name, "ID": id, "Address": a.addr.String(), "Port": 8080, "Checks": checks, "Connect": object{"SidecarService": sidecar},
 	})
