@@ -155,21 +155,21 @@ func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request
 }
 
 // Del ends the redirection of the allocation. It needs neither CNI_ARGS nor a
-// previous result nor a namespace, and it succeeds when there is nothing left
-// to end.
+// previous result nor a namespace, and it does not fail for what it cannot undo:
+// a runtime that hears an error does not ask the plugins before this one to give
+// back what is theirs. What is left is told, and ends with the namespace.
 func (p *Plugin) Del(cmd *skel.CmdArgs) error {
 	conf, err := decodeConfig(cmd.StdinData)
 	if err != nil {
 		return err
 	}
 	r := requester{containerID: cmd.ContainerID}
-	err = p.open(conf).Remove(keyOf(cmd))
 	// The rules of a namespace go before its network, and the network goes
 	// also where they do not.
-	p.tearDown(r, cmd, conf)
-	if err != nil {
-		return r.failed("end redirection", err)
+	if err := p.open(conf).Remove(keyOf(cmd)); err != nil {
+		p.note(r, fmt.Sprintf("end redirection: %v", err))
 	}
+	p.tearDown(r, cmd, conf)
 	return nil
 }
 
