@@ -129,15 +129,15 @@ func TestErrorsOfTheDatapath(t *testing.T) {
 		{redirect.ErrIncompatible, CodeIncompatible},
 		{redirect.ErrHostNetNS, types.ErrInvalidNetNS},
 		{redirect.ErrNetNSGone, types.ErrInvalidNetNS},
+		{redirect.ErrFull, CodeDatapath},
 		{syscall.EAGAIN, types.ErrTryAgainLater},
 		{errors.New("anything else"), CodeDatapath},
 	} {
 		b := newBench()
 		b.fake.addErr = fmt.Errorf("some step: %w", tt.err)
-		b.fake.removeErr, b.fake.checkErr = b.fake.addErr, b.fake.addErr
+		b.fake.checkErr = b.fake.addErr
 		for name, err := range map[string]error{
 			"ADD":   b.Add(call(meshArgs, confJSON)),
-			"DEL":   b.Del(call("", confJSON)),
 			"CHECK": b.Check(call(meshArgs, confJSON)),
 		} {
 			t.Run(name+" "+tt.err.Error(), func(t *testing.T) {
@@ -151,6 +151,13 @@ func TestErrorsOfTheDatapath(t *testing.T) {
 			t.Errorf("stdout %q: want nothing", b.stdout.String())
 		}
 	}
+}
+
+// Nomad shows an error as one line of an event.
+func TestErrorsAreOneLine(t *testing.T) {
+	b := newBench()
+	b.fake.addErr = errors.Join(errors.New("write record: read-only file system"), errors.New("remove record: the same"))
+	wantError(t, b.Add(call(meshArgs, confJSON)), CodeDatapath, "write record: read-only file system; remove record: the same")
 }
 
 type brokenPipe struct{}

@@ -5,6 +5,7 @@ package cni
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -53,14 +54,19 @@ func (r requester) String() string {
 	return "allocation " + r.containerID
 }
 
-// fail is an error of CNI that names the allocation.
+// fail is an error of CNI that names the allocation. All of it is on one line, as
+// Nomad shows it.
 func (r requester) fail(code uint, text string) error {
-	return types.NewError(code, fmt.Sprintf("%s: %s", r, text), "")
+	return r.error(code, text, "")
 }
 
 // failed is fail for a step and its cause, with the remedy as details.
 func (r requester) failed(step string, cause error) error {
-	return types.NewError(codeOf(cause), fmt.Sprintf("%s: %s: %v", r, step, cause), remedyFor(cause))
+	return r.error(codeOf(cause), fmt.Sprintf("%s: %v", step, cause), remedyFor(cause))
+}
+
+func (r requester) error(code uint, text, remedy string) error {
+	return types.NewError(code, fmt.Sprintf("%s: %s", r, strings.ReplaceAll(text, "\n", "; ")), remedy)
 }
 
 // failedNetwork is failed for a step of building the network.
@@ -69,7 +75,7 @@ func (r requester) failedNetwork(step string, cause error) error {
 	if code == CodeDatapath {
 		code = CodeNetwork
 	}
-	return types.NewError(code, fmt.Sprintf("%s: %s: %v", r, step, cause), remedyFor(cause))
+	return r.error(code, fmt.Sprintf("%s: %v", step, cause), remedyFor(cause))
 }
 
 func codeOf(err error) uint {
@@ -108,9 +114,11 @@ func remedyFor(err error) string {
 	case errors.Is(err, redirect.ErrNetNSGone):
 		return "the namespace ended while the plugin ran; Nomad makes a new one"
 	case errors.Is(err, network.ErrForward):
-		return "let the bridge through in that chain, for instance with `iptables-legacy -I FORWARD -i weir0 -j ACCEPT` and the same with -o, or move the node to nftables"
+		return "let the bridge through with the program that owns the chain, as by `iptables-legacy -I FORWARD -i <bridge> -j ACCEPT` and the same with -o, or `firewall-cmd --zone=trusted --add-interface=<bridge>`"
 	case errors.Is(err, network.ErrMissing):
 		return "install what is named, and see that Nomad's cni_path leads to the plugins"
+	case errors.Is(err, redirect.ErrFull):
+		return "the node holds no more: fewer allocations, or fewer exclusions in their jobs"
 	case errors.Is(err, network.ErrTaken):
 		return "name another bridge in the conflist, or remove what has the name or the address"
 	default:

@@ -18,6 +18,8 @@ var (
 	ErrHostNetNS = errors.New("namespace of the host")
 	// ErrNetNSGone: the namespace does not exist, or is not the one on record.
 	ErrNetNSGone = errors.New("namespace is gone")
+	// ErrFull: a table of the node has no room for another row.
+	ErrFull = errors.New("table is full")
 	// ErrConsulRules: Consul's own rules redirect the namespace already.
 	ErrConsulRules = errors.New("namespace is redirected by Consul's own iptables or nftables rules")
 )

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
 )
 
 // layout numbers the structs in ../bpf/maps.h. It changes whenever one of them
@@ -75,7 +76,11 @@ func (m *tables) put(name string, key, value any, flags ebpf.MapUpdateFlags) err
 	if err != nil {
 		return err
 	}
-	if err := table.Update(key, value, flags); err != nil {
+	err = table.Update(key, value, flags)
+	switch {
+	case errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENOSPC): // a hash, a trie
+		return fmt.Errorf("write map %s: %w: it has %d rows", name, ErrFull, table.MaxEntries())
+	case err != nil:
 		return fmt.Errorf("write map %s: %w", name, err)
 	}
 	return nil
