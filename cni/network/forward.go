@@ -3,6 +3,7 @@
 package network
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -109,9 +110,34 @@ func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftab
 		return nil, nil
 	}
 	if err := conn.Flush(); err != nil {
+		if errors.Is(err, unix.EPERM) && namesDevice(place.Table, all, r.Bridge) {
+			return nil, nil
+		}
 		return nil, fmt.Errorf("let bridge %s through %s, which drops: %w: %w", r.Bridge, chainName(place), ErrForward, err)
 	}
 	return mended, nil
+}
+
+// namesDevice reports a rule of the table that tells the device from others. Where
+// the table has an owner, as firewalld's has, nobody else may write to it: what the
+// operator told the owner of the bridge is taken for enough.
+func namesDevice(table *nftables.Table, all []*nftables.Chain, name string) bool {
+	conn, err := nftables.New() // another one: the answer to a refused batch may not be read to its end
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(all, func(chain *nftables.Chain) bool {
+		if chain.Table.Name != table.Name || chain.Table.Family != table.Family {
+			return false
+		}
+		rules, err := rulesOf(conn, chain.Table, chain)
+		return err == nil && slices.ContainsFunc(rules, func(rule *nftables.Rule) bool {
+			return slices.ContainsFunc(rule.Exprs, func(e expr.Any) bool {
+				compared, ok := e.(*expr.Cmp)
+				return ok && bytes.Equal(bytes.TrimRight(compared.Data, "\x00"), []byte(name))
+			})
+		})
+	})
 }
 
 // accepts are the rules, in the form that iptables-nft lists or in that of nft.

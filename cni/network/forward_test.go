@@ -4,7 +4,9 @@ package network
 
 import (
 	"errors"
+	"io"
 	"net"
+	"os/exec"
 	"strings"
 	"testing"
 
@@ -146,5 +148,51 @@ func TestLegacyIptablesThatDrop(t *testing.T) {
 	n.run(t, "ip6tables-legacy", "-P", "FORWARD", "DROP")
 	if _, err := n.add(n.allocation(t, "c")); !errors.Is(err, ErrForward) || !strings.Contains(err.Error(), "ip6tables") {
 		t.Errorf("error %v: want ErrForward that names ip6tables", err)
+	}
+}
+
+// firewalld owns its table: nobody else may write to it. What it lets through by the
+// bridge's name is the operator's word; without one ADD says so.
+func TestTableThatHasAnOwner(t *testing.T) {
+	n := newNode(t)
+	owner := exec.Command("nft", "-i")
+	input, err := owner.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.ns.Do(func() { err = owner.Start() })
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		input.Close()
+		if err := owner.Wait(); err != nil {
+			t.Errorf("end the owner: %v", err)
+		}
+	})
+	tell := func(commands, done string) {
+		t.Helper()
+		if _, err := io.WriteString(input, commands); err != nil {
+			t.Fatal(err)
+		}
+		test.Eventually(t, func() error {
+			if rules := n.run(t, "nft", "list", "ruleset"); !strings.Contains(rules, done) {
+				return errors.New(rules)
+			}
+			return nil
+		}, "the owner's rules")
+	}
+	tell("add table inet firewalld { flags owner; }\n"+
+		"add chain inet firewalld forward { type filter hook forward priority 10; policy drop; }\n", "policy drop")
+	a := n.allocation(t, "a")
+	if _, err := n.add(a); !errors.Is(err, ErrForward) || !strings.Contains(err.Error(), "inet firewalld forward") || !strings.Contains(err.Error(), bridge) {
+		t.Errorf("error %v: want ErrForward that names the chain and the bridge", err)
+	}
+	n.wantNothingLeft(t)
+	tell("add rule inet firewalld forward iifname "+bridge+" accept\nadd rule inet firewalld forward oifname "+bridge+" accept\n", `oifname "`+bridge+`"`)
+	b, _ := n.added(t, "b")
+	test.Echo(t, n.outside, "tcp", "192.0.2.2:80")
+	if err := test.DialErr(t, b.ns, "192.0.2.2:80"); err != nil {
+		t.Errorf("with the operator's rules: %v", err)
 	}
 }

@@ -29,7 +29,7 @@ var (
 	ErrForward = errors.New("the node drops forwarded traffic")
 	// ErrMissing: a program that the network needs is not on the node.
 	ErrMissing = errors.New("not found")
-	// ErrTaken: a device of that name exists and is somebody else's.
+	// ErrTaken: a device or chain of that name exists and is somebody else's.
 	ErrTaken = errors.New("in use by another")
 )
 

@@ -44,6 +44,9 @@ func (r *record) result(leased *current.Result) (*current.Result, error) {
 		if own.Gateway == nil && r.Gateway {
 			return nil, fmt.Errorf("address %s: no gateway: its subnet has no room for one", own.Address.String())
 		}
+		if least := 1280; own.Address.IP.To4() == nil && r.MTU != 0 && r.MTU < least {
+			return nil, fmt.Errorf("address %s, mtu %d: IPv6 needs %d: set mtu to that or more, or take the range out of ipam", own.Address.String(), r.MTU, least)
+		}
 		result.IPs = append(result.IPs, &own)
 	}
 	for _, ip := range result.IPs {

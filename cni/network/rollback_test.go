@@ -60,11 +60,14 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 			},
 			mend: "ip link del " + bridge, is: ErrTaken, part: "forceAddress",
 		},
+		"the bridge's MTU is too small for IPv6": {
+			spoil: func(_ *testing.T, n *node, _ *allocation) { n.config.MTU = 1000 }, part: "mtu 1000: IPv6 needs 1280",
+		},
 		"the rules": {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.run(t, "sh", "-ec", "nft add table inet weir; nft 'add chain inet weir postrouting { type filter hook input priority 0; }'; nft add rule inet weir postrouting counter")
 			},
-			mend: "nft delete table inet weir", part: "table weir",
+			mend: "nft delete table inet weir", is: ErrTaken, part: "inet weir postrouting",
 		},
 		"the interface's name is taken": {
 			spoil: func(t *testing.T, n *node, a *allocation) {

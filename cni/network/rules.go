@@ -85,7 +85,10 @@ func (r *record) ensureMasquerade(conn *nftables.Conn) (mended []string, err err
 		mended = append(mended, "rule "+w.comment)
 	}
 	if err := conn.Flush(); err != nil {
-		return nil, fmt.Errorf("add rules to table %s: %w", Table, err)
+		if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
+			err = fmt.Errorf("the chain is %w: %w", ErrTaken, err)
+		}
+		return nil, fmt.Errorf("add rules to %s: %w", chainName(chain), err)
 	}
 	return mended, nil
 }
