@@ -30,7 +30,7 @@ const (
 	fewWorkloads  = 64                     // of more it is half of that
 	looksPerTick  = 128                    // workloads, see lookSome
 	storm         = 200 * time.Millisecond // between two passes at least
-	moment        = 5 * time.Millisecond   // ... where libcni has not yet written all
+	moment        = 5 * time.Millisecond   // ... where libcni has not yet written all, or the first did not do all
 )
 
 // Options are what the agent has of its process beside the configuration.
@@ -53,6 +53,8 @@ type Agent struct {
 	resting  time.Duration // between two runs of origins
 	wake     chan struct{}
 	pins     atomic.Bool // something changed among the pins since the last pass
+	arrived  atomic.Bool // an allocation may have come since the last pass
+	expects  atomic.Bool // a new allocation waits for its registration
 
 	mu     sync.Mutex // guards what follows against server and metrics
 	status Status
@@ -69,6 +71,7 @@ type Agent struct {
 	swept    time.Time
 	freed    time.Time
 	reported map[string]bool // files and registrations that could not be read
+	turn     turn
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.
@@ -85,6 +88,7 @@ func New(config Config, options Options) (*Agent, error) {
 		subjects: make(map[redirect.Key]*memory),
 		reported: make(map[string]bool),
 		inStep:   true,
+		turn:     defaultTurn(),
 	}
 	a.origins = a.datapath.NewCollector()
 	if a.notify == nil {
@@ -95,10 +99,15 @@ func New(config Config, options Options) (*Agent, error) {
 		if err != nil {
 			return nil, err
 		}
-		a.follower = newFollower(consul, a.hurry)
+		a.follower = newFollower(consul, func() {
+			if a.expects.Load() {
+				a.arrive()
+			}
+			a.hurry()
+		})
 	}
 	if config.Docker.Socket != "" {
-		a.docker = newDocker(config.Docker.Socket, a.hurry)
+		a.docker = newDocker(config.Docker.Socket, a.arrive)
 	}
 	return a, nil
 }
@@ -139,6 +148,9 @@ func (a *Agent) Run(ctx context.Context) error {
 			if strings.HasPrefix(dir, a.config.PinDir) {
 				a.pins.Store(true)
 			}
+			if dir == a.cache.dir || dir == a.config.CNI.NetNSDir {
+				a.arrive()
+			}
 			a.hurry()
 		})
 	})
@@ -170,7 +182,7 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-a.wake:
 			a.pass(true)
 			rest := storm
-			if a.cache.halfway {
+			if a.cache.halfway || a.turn.left > 0 {
 				rest = moment
 				a.hurry()
 			}

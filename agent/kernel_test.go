@@ -111,10 +111,13 @@ func (n *node) result(id, netns, mesh string, addresses ...string) {
 }
 
 // registered is the bulk answer with a sidecar for each allocation.
-func registered(ids ...string) http.HandlerFunc {
+func registered(ids ...string) http.HandlerFunc { return registeredAt(20001, ids...) }
+
+// registeredAt is registered with another inbound listener.
+func registeredAt(port uint16, ids ...string) http.HandlerFunc {
 	services := make(map[string]any)
 	for _, id := range ids {
-		services["_nomad-task-"+id+"-group-g-web-80-sidecar-proxy"] = map[string]any{"Kind": "connect-proxy", "Port": 20001}
+		services["_nomad-task-"+id+"-group-g-web-80-sidecar-proxy"] = map[string]any{"Kind": "connect-proxy", "Port": port}
 	}
 	data, err := json.Marshal(services)
 	if err != nil {

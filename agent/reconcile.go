@@ -44,6 +44,7 @@ var errRecordMissing = errors.New("its record is missing: it ends, or somebody r
 
 // reconcile compares everything with everything and applies what differs.
 func (a *Agent) reconcile(now time.Time) {
+	a.arrived.Store(false)
 	cached, unreadable, err := a.cache.read()
 	if err != nil {
 		a.trouble("discover allocations", err)
@@ -69,10 +70,15 @@ func (a *Agent) reconcile(now time.Time) {
 	a.tellUnreadable(unreadable)
 	subjects := gather(cached, known, spaces, consul)
 	a.watcher.more = directoriesOf(subjects)
+	a.byUrgency(subjects)
+	a.turn.begin(time.Now())
 	for _, s := range subjects {
 		a.settle(s, consul, now)
 	}
 	a.forget(subjects, now)
+	if a.turn.left > 0 {
+		a.hurry()
+	}
 	a.awaitRegistration(subjects, now)
 	a.publish(consul, strays(subjects, consul))
 }
@@ -136,8 +142,9 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	m.fresh = false
 	wanted := desire(s, consul.Facts, policy{Guard: redirect.Guard(a.config.Guard.Default), ProxyUID: a.config.Proxy.DefaultUID})
 	state := a.place(s, m, wanted, now)
+	inForce := !m.fresh
 	if state == StateManaged && wanted.Overlay != nil && !m.fresh {
-		a.apply(s, m, *wanted.Overlay)
+		inForce = a.apply(s, m, *wanted.Overlay)
 	}
 	problems := slices.Clone(wanted.Problems)
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
@@ -150,7 +157,7 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 		problems = append(problems, m.stranger)
 	}
 	next := describe(s, state, wanted, problems, consul.Facts)
-	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero()
+	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero() && inForce
 	next.Task, m.proxies = m.tasks(), s.Proxies
 	next.Since = m.view.Since
 	if next.InStep != m.view.InStep || next.State != m.view.State {
@@ -276,13 +283,13 @@ func inodeOf(path string) uint64 {
 func (a *Agent) add(s subject, m *memory, request redirect.Request, why string) State {
 	err := a.datapath.Add(redirect.Attachment{Key: s.Key, NetNS: s.NetNS, Request: request})
 	a.note(m, "add", err)
+	a.progressed()
 	switch {
 	case err == nil:
 		m.missing = time.Time{}
 		a.count(func(c *Counts) { c.Added++ })
-		a.notify("WATCHDOG=1") // a node full of allocations takes longer than one turn may
 		a.log.Info("workload added", "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "mode", string(request.Mode), "why", why)
-		a.hurry()
+		a.arrive() // what Consul has of it is the next pass's
 		return StateManaged
 	case errors.Is(err, redirect.ErrConsulRules):
 		return StateConsul
@@ -290,19 +297,26 @@ func (a *Agent) add(s subject, m *memory, request redirect.Request, why string) 
 	return StateUnprotected
 }
 
-// apply writes the overlay where it changes what is in force.
-func (a *Agent) apply(s subject, m *memory, overlay redirect.Overlay) {
+// apply writes the overlay where it changes what is in force, and reports
+// whether it is in force now. Where this pass has changed enough it is not, and
+// the next one's.
+func (a *Agent) apply(s subject, m *memory, overlay redirect.Overlay) bool {
 	if k := s.Known; k != nil && k.Complete && redirect.Merge(k.Request, overlay).Equal(redirect.Merge(k.Request, k.Overlay)) {
 		a.note(m, "configure", nil)
-		return
+		return true
+	}
+	if !a.turn.allows(time.Now(), a.arrived.Load()) {
+		return false
 	}
 	err := a.datapath.SetOverlay(s.Key, overlay)
 	a.note(m, "configure", err)
+	a.progressed()
 	if err == nil {
 		a.count(func(c *Counts) { c.Changes++ })
 		a.log.Info("workload changed", "workload", s.Key.String(), "inbound", overlay.InboundPort, "outbound", overlay.OutboundPort,
 			"open", fmt.Sprint(overlay.ExcludeInboundPorts), "upstreams", len(overlay.Upstreams), "guard", string(overlay.Guard))
 	}
+	return err == nil
 }
 
 // note remembers how a step went, tells when that changes, and sees to another
@@ -362,8 +376,12 @@ func (a *Agent) forget(subjects []subject, now time.Time) {
 			m.cached, a.swept = false, time.Time{}
 			continue
 		}
+		if !a.turn.allows(time.Now(), a.arrived.Load()) {
+			continue
+		}
 		err := a.datapath.Remove(s.Key)
 		a.note(m, "remove", err)
+		a.progressed()
 		if err == nil {
 			m.cached = false
 			a.count(func(c *Counts) { c.Removed++ })

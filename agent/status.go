@@ -228,6 +228,7 @@ func (a *Agent) awaitRegistration(subjects []subject, now time.Time) {
 			newest = m.born
 		}
 	}
+	a.expects.Store(!newest.IsZero())
 	a.follower.await(newest)
 }
 

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+func TestTurn(t *testing.T) {
+	began := time.Unix(1000, 0)
+	for _, c := range []struct {
+		name    string
+		after   time.Duration
+		done    int
+		arrival bool
+		want    bool
+	}{
+		{"the first, however late", time.Hour, 0, true, true},
+		{"early", time.Second, 5, false, true},
+		{"late", 2 * time.Second, 5, false, false},
+		{"early, with an arrival", 100 * time.Millisecond, 5, true, true},
+		{"no longer early, with an arrival", 200 * time.Millisecond, 5, true, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			turn := defaultTurn()
+			turn.begin(began)
+			turn.done = c.done
+			if got := turn.allows(began.Add(c.after), c.arrival); got != c.want || (turn.left > 0) == got {
+				t.Errorf("another change is allowed: %v, %d left over; want %v", got, turn.left, c.want)
+			}
+		})
+	}
+}
+
+// full is a node with so many allocations, all of them in step.
+func (n *node) full(count int, change ...func(*Agent)) (ids []string) {
+	n.t.Helper()
+	for i := range count {
+		ids = append(ids, numbered(i+1))
+		n.cached(ids[i], test.NewNetNS(n.t).Path, "")
+	}
+	n.fake.answers(registered(ids...))
+	n.run(change...)
+	n.allInStep(ids, 20001)
+	return ids
+}
+
+// allInStep waits until the port is in force everywhere and told to be.
+func (n *node) allInStep(ids []string, port uint16) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		for _, id := range ids {
+			list := n.agent.Status().Workloads
+			i := slices.IndexFunc(list, func(w WorkloadView) bool { return w.ID == id })
+			if i < 0 || !list[i].InStep {
+				return fmt.Errorf("allocation %s is not in step", id)
+			}
+		}
+		list, err := n.Known()
+		if err != nil {
+			return err
+		}
+		for _, k := range list {
+			if !k.Complete || k.Overlay.InboundPort != port {
+				return fmt.Errorf("workload %s has port %d, want %d", k.Key, k.Overlay.InboundPort, port)
+			}
+		}
+		if len(list) != len(ids) {
+			return fmt.Errorf("%d workloads on record, want %d", len(list), len(ids))
+		}
+		return nil
+	}, fmt.Sprintf("all to have port %d", port))
+}
+
+// A change of all workloads takes long. An allocation that comes meanwhile is
+// under Weir, and configured, before the rest of it.
+func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
+	n := newNode(t)
+	begun, seen := make(chan struct{}), make(chan struct{})
+	once, goOn := sync.OnceFunc(func() {
+		close(begun)
+		<-seen
+	}), sync.OnceFunc(func() { close(seen) })
+	t.Cleanup(goOn)
+	ids := n.full(12, func(a *Agent) {
+		a.turn.least = 0
+		a.notify = func(string) {
+			list, err := n.Known()
+			if err == nil && slices.ContainsFunc(list, func(k redirect.Known) bool { return k.Overlay.InboundPort == 20002 }) {
+				once() // the first of them is written: the loop stands still here
+			}
+		}
+	})
+	all := append(slices.Clone(ids), numbered(len(ids)+1))
+	n.fake.answers(registeredAt(20002, all...))
+	n.agent.follower.wake()
+	select {
+	case <-begun:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the change does not begin")
+	}
+	n.cached(all[len(ids)], test.NewNetNS(t).Path, "")
+	test.Eventually(t, func() error {
+		if !n.agent.arrived.Load() {
+			return errors.New("nothing was seen")
+		}
+		return nil
+	}, "the new allocation to be seen")
+	goOn()
+
+	n.allInStep(all, 20002)
+	configured, later := n.recorded(all[len(ids)]), 0
+	for _, id := range ids {
+		if n.recorded(id).After(configured) {
+			later++
+		}
+	}
+	// Each pass makes one change before it looks.
+	if later < len(ids)-4 {
+		t.Errorf("the new allocation was configured before %d of the other %d, want nearly all", later, len(ids))
+	}
+}
+
+// recorded is when the allocation was last written.
+func (n *node) recorded(id string) time.Time {
+	n.t.Helper()
+	info, err := os.Stat(filepath.Join(n.config.StateDir, "workloads", id+"-eth0.json"))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return info.ModTime()
+}
+
+// Whoever watches the loop is told of each change, not of each pass: a pass may
+// take longer than he waits.
+func TestLoopIsAliveThroughoutAPass(t *testing.T) {
+	var mu sync.Mutex
+	var alive []time.Time
+	n := newNode(t)
+	ids := n.full(8, func(a *Agent) {
+		a.turn = turn{least: time.Hour, most: time.Hour} // all in one pass
+		a.notify = func(state string) {
+			mu.Lock()
+			defer mu.Unlock()
+			if state == "WATCHDOG=1" {
+				alive = append(alive, a.Status().Alive)
+			}
+		}
+	})
+	passes := n.agent.follower.current().Counts.Changes
+	mu.Lock()
+	alive = nil
+	mu.Unlock()
+	n.fake.answers(registeredAt(20002, ids...))
+	n.agent.follower.wake()
+	n.allInStep(ids, 20002)
+	if changes := n.agent.follower.current().Counts.Changes; changes != passes+1 {
+		t.Fatalf("Consul's answer changed %d times, want once", changes-passes)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if moments := len(slices.Compact(alive)); moments < len(ids) {
+		t.Errorf("%d signs of life at %d moments while %d workloads changed, want one for each", len(alive), moments, len(ids))
+	}
+}
+
+func TestUrgency(t *testing.T) {
+	key := func(name string) redirect.Key { return redirect.Key{ContainerID: name} }
+	known := func(guard redirect.Guard) *redirect.Known {
+		return &redirect.Known{Overlay: redirect.Overlay{Guard: guard}}
+	}
+	subjects := []subject{
+		{attachment: attachment{Key: key("broken")}},
+		{attachment: attachment{Key: key("configured")}, Known: known(redirect.GuardAudit)},
+		{attachment: attachment{Key: key("added")}, Known: known("")},
+		{attachment: attachment{Key: key("new")}},
+	}
+	a := &Agent{subjects: map[redirect.Key]*memory{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
+	a.byUrgency(subjects)
+	var got []string
+	for _, s := range subjects {
+		got = append(got, s.Key.ContainerID)
+	}
+	if want := []string{"new", "added", "configured", "broken"}; !slices.Equal(got, want) {
+		t.Errorf("order is %q, want %q", got, want)
+	}
+}
