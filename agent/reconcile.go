@@ -5,7 +5,6 @@ package agent
 import (
 	"cmp"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -295,28 +294,6 @@ func (a *Agent) add(s subject, m *memory, request redirect.Request, why string) 
 		return StateConsul
 	}
 	return StateUnprotected
-}
-
-// apply writes the overlay where it changes what is in force, and reports
-// whether it is in force now. Where this pass has changed enough it is not, and
-// the next one's.
-func (a *Agent) apply(s subject, m *memory, overlay redirect.Overlay) bool {
-	if k := s.Known; k != nil && k.Complete && redirect.Merge(k.Request, overlay).Equal(redirect.Merge(k.Request, k.Overlay)) {
-		a.note(m, "configure", nil)
-		return true
-	}
-	if !a.turn.allows(time.Now(), a.arrived.Load()) {
-		return false
-	}
-	err := a.datapath.SetOverlay(s.Key, overlay)
-	a.note(m, "configure", err)
-	a.progressed()
-	if err == nil {
-		a.count(func(c *Counts) { c.Changes++ })
-		a.log.Info("workload changed", "workload", s.Key.String(), "inbound", overlay.InboundPort, "outbound", overlay.OutboundPort,
-			"open", fmt.Sprint(overlay.ExcludeInboundPorts), "upstreams", len(overlay.Upstreams), "guard", string(overlay.Guard))
-	}
-	return err == nil
 }
 
 // note remembers how a step went, tells when that changes, and sees to another

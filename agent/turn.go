@@ -4,8 +4,11 @@ package agent
 
 import (
 	"cmp"
+	"fmt"
 	"slices"
 	"time"
+
+	"github.com/weirmesh/weir/redirect"
 )
 
 // turn bounds what one pass changes, so that nobody waits for a change that
@@ -70,4 +73,26 @@ func (a *Agent) byUrgency(subjects []subject) {
 		return 2
 	}
 	slices.SortStableFunc(subjects, func(s, t subject) int { return cmp.Compare(urgency(s), urgency(t)) })
+}
+
+// apply writes the overlay where it changes what is in force, and reports
+// whether it is in force now. Where this pass has changed enough it is not, and
+// the next one's.
+func (a *Agent) apply(s subject, m *memory, overlay redirect.Overlay) bool {
+	if k := s.Known; k != nil && k.Complete && redirect.Merge(k.Request, overlay).Equal(redirect.Merge(k.Request, k.Overlay)) {
+		a.note(m, "configure", nil)
+		return true
+	}
+	if !a.turn.allows(time.Now(), a.arrived.Load()) {
+		return false
+	}
+	err := a.datapath.SetOverlay(s.Key, overlay)
+	a.note(m, "configure", err)
+	a.progressed()
+	if err == nil {
+		a.count(func(c *Counts) { c.Changes++ })
+		a.log.Info("workload changed", "workload", s.Key.String(), "inbound", overlay.InboundPort, "outbound", overlay.OutboundPort,
+			"open", fmt.Sprint(overlay.ExcludeInboundPorts), "upstreams", len(overlay.Upstreams), "guard", string(overlay.Guard))
+	}
+	return err == nil
 }

@@ -91,7 +91,7 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 		close(begun)
 		<-seen
 	}), sync.OnceFunc(func() { close(seen) })
-	t.Cleanup(goOn)
+	defer goOn()
 	ids := n.full(12, func(a *Agent) {
 		a.turn.least = 0
 		a.notify = func(string) {
