@@ -30,21 +30,10 @@ func TestCollector(t *testing.T) {
 	collector := n.NewCollector()
 	collector.Rest, collector.Grace = 0, 0
 
-	long := make(map[string]net.Conn)
-	dial := func(origin string) net.Conn {
-		t.Helper()
-		var conn net.Conn
-		var err error
-		a.Do(func() { conn, err = net.Dial("tcp4", origin) })
-		if err != nil {
-			t.Fatalf("dial %s: %v", origin, err)
-		}
-		return conn
-	}
-	for i := range 10 {
-		origin := fmt.Sprintf("198.51.100.%d:80", i+1)
-		long[origin] = dial(origin)
-		t.Cleanup(func() { long[origin].Close() })
+	long := make(map[netip.AddrPort]*net.TCPConn)
+	for i := range byte(10) {
+		origin := netip.AddrPortFrom(netip.AddrFrom4([4]byte{198, 51, 100, i + 1}), 80)
+		long[origin] = a.open(origin)
 	}
 
 	// The next new indexes end a lap of the range, and those of the long-lived
@@ -82,11 +71,35 @@ func TestCollector(t *testing.T) {
 	}
 	// What a socket carries is still its own.
 	for origin, conn := range long {
-		if got := conn.RemoteAddr().String(); got != origin {
-			t.Errorf("getpeername of a connection to %s says %s", origin, got)
-		}
-		again, err := a.ask("tcp4", origin)
-		a.answered(again, err, netip.MustParseAddrPort(origin), a.v4)
+		a.carries(conn, origin)
+		again, err := a.ask("tcp4", origin.String())
+		a.answered(again, err, origin, a.v4)
+	}
+}
+
+// open dials and returns the connection, which ends with the test.
+func (a *alloc) open(origin netip.AddrPort) *net.TCPConn {
+	a.node.t.Helper()
+	var conn net.Conn
+	var err error
+	a.Do(func() { conn, err = net.Dial("tcp4", origin.String()) })
+	if err != nil {
+		a.node.t.Fatalf("dial %s: %v", origin, err)
+	}
+	a.node.t.Cleanup(func() { conn.Close() })
+	var reply test.Reply
+	if err := json.NewDecoder(conn).Decode(&reply); err != nil || reply.Origin != origin {
+		a.node.t.Fatalf("dial %s: the proxy saw origin %s, %v", origin, reply.Origin, err)
+	}
+	return conn.(*net.TCPConn)
+}
+
+// carries holds what both ends are told of an open connection now against where
+// it was dialled.
+func (a *alloc) carries(conn *net.TCPConn, origin netip.AddrPort) {
+	a.node.t.Helper()
+	if now, err := test.AskAgain(conn); err != nil || now.Origin != origin || now.To != origin {
+		a.node.t.Errorf("a connection to %s has origin %s for the proxy and peer %s for the task, %v", origin, now.Origin, now.To, err)
 	}
 }
 
@@ -137,13 +150,8 @@ func TestCollectorKeepsWhatASocketCarries(t *testing.T) {
 	a := n.newAlloc()
 	a.add(func(r *Request) { r.Budget = 2 })
 	a.startProxy()
-	var open net.Conn
-	var err error
-	a.Do(func() { open, err = net.Dial("tcp4", "192.0.2.1:80") })
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer open.Close()
+	first := netip.MustParseAddrPort("192.0.2.1:80")
+	open := a.open(first)
 	a.originOfReset(netip.MustParseAddrPort("192.0.2.2:80"))
 	if _, err := a.ask("tcp4", "192.0.2.3:80"); err == nil {
 		t.Fatal("a third destination was taken, the budget is 2")
@@ -165,7 +173,5 @@ func TestCollectorKeepsWhatASocketCarries(t *testing.T) {
 	origin := netip.MustParseAddrPort("192.0.2.3:80")
 	answer, err := a.ask("tcp4", origin.String())
 	a.answered(answer, err, origin, a.v4)
-	if got := open.RemoteAddr().String(); got != "192.0.2.1:80" {
-		t.Errorf("getpeername of the open connection says %s", got)
-	}
+	a.carries(open, first)
 }

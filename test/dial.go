@@ -4,12 +4,15 @@ package test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Answer is what a dialler saw of an exchange with a [Server].
@@ -71,6 +74,47 @@ func ask(network, addr string) (Answer, error) {
 	}
 	answer.To, err = addrPort(conn.RemoteAddr())
 	return answer, err
+}
+
+// AskAgain asks the [Server] at the other end of an open connection what it sees
+// now, SO_ORIGINAL_DST among it, and the kernel what getpeername says now.
+func AskAgain(conn *net.TCPConn) (Answer, error) {
+	var answer Answer
+	if err := conn.SetDeadline(time.Now().Add(dialPatience)); err != nil {
+		return answer, err
+	}
+	if _, err := conn.Write([]byte(enquiry)); err != nil {
+		return answer, err
+	}
+	if err := json.NewDecoder(conn).Decode(&answer.Reply); err != nil {
+		return answer, fmt.Errorf("read second reply: %w", err)
+	}
+	var err error
+	if answer.From, err = addrPort(conn.LocalAddr()); err != nil {
+		return answer, err
+	}
+	answer.To, err = peer(conn)
+	return answer, err
+}
+
+// peer asks the kernel; RemoteAddr is what the library was told once.
+func peer(conn *net.TCPConn) (addr netip.AddrPort, err error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return addr, err
+	}
+	var peerErr error
+	err = raw.Control(func(fd uintptr) {
+		var name unix.Sockaddr
+		name, peerErr = unix.Getpeername(int(fd))
+		switch name := name.(type) {
+		case *unix.SockaddrInet4:
+			addr = netip.AddrPortFrom(netip.AddrFrom4(name.Addr), uint16(name.Port))
+		case *unix.SockaddrInet6:
+			addr = unmap(netip.AddrPortFrom(netip.AddrFrom16(name.Addr), uint16(name.Port)))
+		}
+	})
+	return addr, errors.Join(err, peerErr)
 }
 
 func addrPort(addr net.Addr) (netip.AddrPort, error) {

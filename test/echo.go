@@ -20,7 +20,7 @@ import (
 )
 
 // Server is an echo server. To each TCP connection it writes a [Reply] as one line
-// of JSON, then returns what it reads. Each datagram it answers with a Reply, from
+// of JSON, then returns what it reads; to [AskAgain] it replies anew. Each datagram it answers with a Reply, from
 // the address the datagram was sent to.
 type Server struct {
 	// Name is in the server's replies, and no other server has it.
@@ -122,6 +122,29 @@ func (s *Server) accept(listener net.Listener) {
 
 func (s *Server) serve(conn *net.TCPConn) {
 	defer conn.Close()
+	if s.reply(conn) != nil {
+		return
+	}
+	for buffer := make([]byte, 32<<10); ; {
+		count, err := conn.Read(buffer)
+		if err != nil {
+			return // the dialler or Close has ended the connection
+		}
+		if string(buffer[:count]) == enquiry {
+			err = s.reply(conn)
+		} else {
+			_, err = conn.Write(buffer[:count])
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// enquiry is what AskAgain sends.
+const enquiry = "what do you see?\n"
+
+func (s *Server) reply(conn *net.TCPConn) error {
 	reply := Reply{
 		Server: s.Name,
 		Peer:   unmap(conn.RemoteAddr().(*net.TCPAddr).AddrPort()),
@@ -129,10 +152,7 @@ func (s *Server) serve(conn *net.TCPConn) {
 	}
 	// Without a redirect there is no origin: the error is the answer.
 	reply.Origin, _ = originalDestination(conn, reply.Local.Addr().Is4())
-	if err := json.NewEncoder(conn).Encode(reply); err != nil {
-		return
-	}
-	_, _ = io.Copy(conn, conn) // ends when the dialler or Close ends the connection
+	return json.NewEncoder(conn).Encode(reply)
 }
 
 // originalDestination asks as Envoy does: at the level of the local address's family,
