@@ -67,8 +67,8 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 			t.Fatal(err)
 		}
 		conn.Close()
-		if i%(budget/3) == 0 {
-			n.eventuallyHolds(key, budget*5/8)
+		if i%(budget/4) == 0 {
+			n.eventuallyHolds(key, budget*3/4)
 		}
 	}
 	for _, w := range n.verdicts(key) {
