@@ -8,6 +8,7 @@ import (
 	"io"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -243,6 +244,55 @@ func TestGuardOfEnvoysAdministration(t *testing.T) {
 			}
 			if status, err := ready(a.ns, admin); err != nil || status != "LIVE" {
 				t.Errorf("administration from inside = %q, %v", status, err)
+			}
+		})
+	}
+}
+
+// In enforce, who scrapes Envoy from outside reaches the ports that its
+// registration names for that, in either mode, and no port that it does not name.
+func TestGuardLeavesMetricsOpen(t *testing.T) {
+	n := newMeshNode(t, false)
+	n.config.Guard.Default = string(redirect.GuardEnforce)
+	n.runAgent()
+	neighbour := n.allocate("")
+	for _, mode := range []string{"direct", "transparent"} {
+		t.Run(mode, func(t *testing.T) {
+			mesh := ""
+			if mode == "transparent" {
+				mesh = meshRequest
+			}
+			a := n.allocate(mesh)
+			register := func(config object) (proxyID string) {
+				return a.register(mode, object{"Port": 20002, "Proxy": object{"Mode": mode, "Config": config}})
+			}
+			ports := map[string]uint16{"envoy_prometheus_bind_addr": 9102, "envoy_stats_bind_addr": 9103}
+			paths := map[string]string{"envoy_prometheus_bind_addr": "/metrics", "envoy_stats_bind_addr": "/stats"}
+			named := object{}
+			for key, port := range ports {
+				named[key] = fmt.Sprintf("0.0.0.0:%d", port)
+			}
+			a.startEnvoy(register(named))
+			scrape := func(ns *test.NetNS, key string) error {
+				text, err := get(client(ns), fmt.Sprintf("http://%s%s", a.at(ports[key]), paths[key]))
+				if err == nil && !strings.Contains(text, "server") {
+					err = fmt.Errorf("it answers %q", text)
+				}
+				return err
+			}
+			for what, ns := range map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns} {
+				for key := range ports {
+					test.Eventually(t, func() error { return scrape(ns, key) }, fmt.Sprintf("%s to be scraped from %s", key, what))
+				}
+			}
+			for key, port := range ports { // Envoy listens at both all the while
+				register(object{key: named[key]})
+				a.eventually("one port alone", func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, []uint16{port}) })
+				for other := range ports {
+					if err := scrape(n.outside, other); (err == nil) != (other == key) {
+						t.Errorf("with %s alone registered, %s answers the host: %v", key, other, err)
+					}
+				}
 			}
 		})
 	}
