@@ -24,6 +24,8 @@ func TestCheckMends(t *testing.T) {
 		"IPv4 address":      {"", "ip -4 addr flush dev eth0", "address 10.77.0.2/24"},
 		"IPv6 address":      {"", "ip -6 addr flush dev eth0 scope global", "address fd77:1::2/64"},
 		"default route":     {"", "ip route del default", "route 0.0.0.0/0 by 10.77.0.1"},
+		"route moved":       {"", "ip route replace default via 10.77.0.9", "route 0.0.0.0/0 by 10.77.0.1"},
+		"IPv6 route moved":  {"", "ip -6 route replace default via fd77:1::9 dev eth0", "route ::/0 by fd77:1::1"},
 		"IPv6 route":        {"", "ip -6 route del default", "route ::/0 by fd77:1::1"},
 		"eth0 down":         {"", "ip link set eth0 down", "eth0 was down"},
 		"lo down":           {"", "ip link set lo down", "lo was down"},

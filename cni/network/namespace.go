@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -152,6 +153,12 @@ func (r *record) configure(ns *namespace) (mended []string, err error) {
 			}
 			mended = append(mended, link.Attrs().Name+" was down")
 		}
+		if now := device.Attrs().MTU; r.MTU != 0 && now != r.MTU {
+			if err := h.LinkSetMTU(device, r.MTU); err != nil {
+				return fmt.Errorf("set mtu %d on %s: %w", r.MTU, r.Key.IfName, err)
+			}
+			mended = append(mended, fmt.Sprintf("mtu of %s was %d", r.Key.IfName, now))
+		}
 		addrs, err := r.setAddresses(h, device)
 		if err != nil {
 			return err
@@ -201,8 +208,8 @@ func addAddress(h *netlink.Handle, device netlink.Link, ip *net.IPNet) error {
 	return nil
 }
 
-// setRoutes adds what is missing of the result's routes. A gateway that is in
-// none of the interface's subnets is reached on the link, as point-to-point
+// setRoutes adds what is missing of the result's routes, and puts one back that
+// leads elsewhere. A gateway that is in none of the interface's subnets is reached on the link, as point-to-point
 // networks have it.
 func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (mended []string, err error) {
 	for _, want := range r.Result.Routes {
@@ -222,9 +229,17 @@ func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (mended []str
 		}
 		err := h.RouteAdd(route)
 		if errors.Is(err, unix.EEXIST) {
-			continue
-		}
-		if err != nil {
+			there, err := hasRoute(h, route)
+			if err != nil {
+				return mended, err
+			}
+			if there {
+				continue
+			}
+			if err := h.RouteReplace(route); err != nil {
+				return mended, fmt.Errorf("replace route %s: %w", want.Dst.String(), err)
+			}
+		} else if err != nil {
 			return mended, fmt.Errorf("add route %s by %s: %w", want.Dst.String(), gateway, err)
 		}
 		mended = append(mended, "route "+want.Dst.String()+" by "+gateway.String())
@@ -241,20 +256,45 @@ func (r *record) onLink(ip net.IP) bool {
 	return false
 }
 
-// nodeMTU is that of the device with the node's default route, so that nothing
-// is sent that has to be cut; 0 where there is none.
-func nodeMTU(h *netlink.Handle) int {
-	_, everywhere, _ := net.ParseCIDR("0.0.0.0/0")
-	routes, err := h.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Dst: everywhere}, netlink.RT_FILTER_DST)
-	if err != nil {
-		return 0
+// hasRoute reports a route to the same destination that leads the same way.
+func hasRoute(h *netlink.Handle, want *netlink.Route) (bool, error) {
+	filter, mask := &netlink.Route{Dst: want.Dst, Table: want.Table}, netlink.RT_FILTER_DST
+	if want.Table != 0 {
+		mask |= netlink.RT_FILTER_TABLE
 	}
-	for _, route := range routes {
-		if link, err := h.LinkByIndex(route.LinkIndex); err == nil {
-			return link.Attrs().MTU
+	family := netlink.FAMILY_V6
+	if want.Dst.IP.To4() != nil {
+		family = netlink.FAMILY_V4
+	}
+	routes, err := h.RouteListFiltered(family, filter, mask)
+	if err != nil {
+		return false, fmt.Errorf("list routes: %w", err)
+	}
+	return slices.ContainsFunc(routes, func(route netlink.Route) bool {
+		return route.LinkIndex == want.LinkIndex && route.Gw.Equal(want.Gw)
+	}), nil
+}
+
+// nodeMTU is that of the device with the node's default route, so that nothing
+// is sent that has to be cut: the least where there are several, 0 where there
+// is none.
+func nodeMTU(h *netlink.Handle) (least int) {
+	for family, everywhere := range map[int]net.IPNet{
+		netlink.FAMILY_V4: {IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)},
+		netlink.FAMILY_V6: {IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)},
+	} {
+		routes, err := h.RouteListFiltered(family, &netlink.Route{Dst: &everywhere}, netlink.RT_FILTER_DST)
+		if err != nil {
+			continue
+		}
+		for _, route := range routes {
+			link, err := h.LinkByIndex(route.LinkIndex)
+			if err == nil && (least == 0 || link.Attrs().MTU < least) {
+				least = link.Attrs().MTU
+			}
 		}
 	}
-	return 0
+	return least
 }
 
 // keepRouterAdvertisements lets a node that forwards IPv6 from now on still
