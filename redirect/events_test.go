@@ -230,6 +230,57 @@ func TestEvents(t *testing.T) {
 	}
 }
 
+// What the guard would refuse, what it refuses and what it cannot judge are each
+// told as they happen, with who dialled.
+func TestEventsOfTheGuard(t *testing.T) {
+	for guard, closed := range map[Guard]Verdict{GuardAudit: GuardAudited, GuardEnforce: RefusedGuard} {
+		t.Run(string(guard), func(t *testing.T) {
+			a := guarded(t, guard)
+			reader := a.node.readEvents()
+			from := map[netip.Addr]netip.Addr{a.v4: remote4(a.number), a.v6: remote6(a.number)}
+			var want []Event
+			for _, dial := range []struct {
+				network string
+				port    uint16
+				verdict Verdict
+			}{
+				{"tcp", 8080, closed}, {"tcp", outboundPort, closed}, {"tcp", 7070, InboundExcluded},
+				{"udp", 8080, closed}, {"udp", 40000, GuardEphemeral},
+			} {
+				for _, addr := range []netip.Addr{a.v4, a.v6} {
+					to := netip.AddrPortFrom(addr, dial.port)
+					answer, err := test.Ask(a.node.remote, dial.network, to.String())
+					if (err != nil) != dial.verdict.Refused() {
+						t.Errorf("%s dial of %s: %v, the verdict is to be %s", dial.network, to, err, dial.verdict)
+					}
+					if err != nil { // nobody but the kernel knows the port
+						answer.From = netip.AddrPortFrom(from[addr], 0)
+					}
+					want = append(want, Event{Cookie: a.Cookie(), Verdict: dial.verdict, Name: dial.verdict.String(), Source: answer.From, Origin: to, Destination: to})
+				}
+			}
+			marker := netip.AddrPortFrom(a.v4, inboundPort+1)
+			if _, err := a.fromOutside(marker.Addr(), marker.Port()); err == nil {
+				t.Fatal("somebody listens on the marker's port")
+			}
+			got := reader.until(marker)
+			reader.end()
+			for i, event := range got {
+				if event.Source.Port() == 0 {
+					t.Errorf("event without a source port: %+v", event)
+				}
+				if event.Verdict.Refused() {
+					got[i].Source = netip.AddrPortFrom(event.Source.Addr(), 0)
+				}
+			}
+			equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
+			if diff := cmp.Diff(want, got, equal, cmpopts.IgnoreFields(Event{}, "Time")); diff != "" {
+				t.Errorf("events (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestEventsCostNothingUnread(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
