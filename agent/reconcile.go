@@ -185,11 +185,10 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 		}
 		m.looked = now
 		foreign, err := redirect.RedirectedByConsul(s.NetNS)
-		if errors.Is(err, redirect.ErrNetNSGone) || errors.Is(err, redirect.ErrHostNetNS) {
-			a.note(m, "namespace", err)
+		a.note(m, "namespace", err)
+		if err != nil {
 			return StateUnprotected
 		}
-		a.note(m, "namespace", err)
 		if foreign {
 			return StateConsul
 		}

@@ -155,6 +155,21 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 	}, "the allocation to be in step without problems")
 }
 
+// A namespace that cannot be looked at may be redirected by Consul's own rules:
+// what hinders the look is said at once, not that a record is missing.
+func TestANamespaceThatCannotBeLookedAtIsNamed(t *testing.T) {
+	n := newNode(t)
+	id, file := numbered(1), filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.cached(id, filepath.Join(file, "netns"), transparentMesh)
+	n.run()
+	if found := n.eventually(id, StateUnprotected); len(found.Problems) != 1 || !strings.Contains(found.Problems[0], "not a directory") {
+		t.Errorf("problems are %q, want that its path leads through a file", found.Problems)
+	}
+}
+
 // whole reports what is wrong with the node, by a look of its own.
 func (n *node) whole(key redirect.Key) error {
 	status, err := n.Status()
