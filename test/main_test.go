@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -22,6 +23,7 @@ func TestMain(m *testing.M) {
 type identity struct {
 	UID, GID, PID int
 	NetNS, Cgroup string
+	PIDNS         string
 	Args          []string
 }
 
@@ -34,13 +36,17 @@ func whoAmI(args []string) error {
 		if err != nil {
 			return identity{}, err
 		}
+		pidns, err := os.Readlink("/proc/self/ns/pid")
+		if err != nil {
+			return identity{}, err
+		}
 		cgroups, err := os.ReadFile("/proc/self/cgroup")
 		if err != nil {
 			return identity{}, err
 		}
 		_, cgroup, _ := strings.Cut(string(cgroups), "0::")
 		cgroup, _, _ = strings.Cut(cgroup, "\n")
-		return identity{os.Getuid(), os.Getgid(), os.Getpid(), netns, cgroup, args}, nil
+		return identity{os.Getuid(), os.Getgid(), os.Getpid(), netns, cgroup, pidns, args}, nil
 	})
 }
 
@@ -66,6 +72,44 @@ func TestHelperHasTheIdentityOfItsSpec(t *testing.T) {
 	}
 	if want := []string{"a", "-b"}; fmt.Sprint(got.Args) != fmt.Sprint(want) {
 		t.Errorf("arguments = %q, want %q", got.Args, want)
+	}
+}
+
+func TestHelperRunsInAnotherPIDNamespace(t *testing.T) {
+	test.Need(t, test.Root, test.Tool("unshare"), test.Tool("nsenter"))
+	other := exec.Command("unshare", "--pid", "--fork", "--kill-child", "cat")
+	input, err := other.StdinPipe()
+	if err == nil {
+		err = other.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(input.Close(), other.Wait()); err != nil {
+			t.Errorf("end of the namespace: %v", err)
+		}
+	})
+	var first int
+	test.Eventually(t, func() error {
+		children, err := os.ReadFile(fmt.Sprintf("/proc/%[1]d/task/%[1]d/children", other.Process.Pid))
+		if err == nil {
+			_, err = fmt.Sscan(string(children), &first)
+		}
+		return err
+	}, "the namespace's first process")
+	want, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", first))
+	if err != nil {
+		t.Fatal(err)
+	}
+
+	p := test.Helper(t, test.Spec{NetNS: test.NewNetNS(t), UID: 101, GID: 102, PIDNS: first}, "whoami")
+	var got identity
+	if err := p.Call("who", &got); err != nil {
+		t.Fatal(err)
+	}
+	if got.PIDNS != want || got.UID != 101 || got.GID != 102 {
+		t.Errorf("identity = %+v, want user 101, group 102, PID namespace %s", got, want)
 	}
 }
 

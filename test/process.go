@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
@@ -36,11 +37,14 @@ type Spec struct {
 	Cgroup *Cgroup
 	// UID and GID are the process's user and group.
 	UID, GID uint32
+	// PIDNS is a process in whose PID namespace this one shall be seen; the test's
+	// own where it is 0.
+	PIDNS int
 }
 
 // Process is a running helper: the test binary itself, in another role.
 type Process struct {
-	PID int
+	PID int // nsenter's where Spec.PIDNS is set
 
 	mutex  sync.Mutex
 	cmd    *exec.Cmd
@@ -101,13 +105,23 @@ func Helper(tb testing.TB, spec Spec, name string, args ...string) *Process {
 	tb.Helper()
 	// The link, not its target: go test builds where other users cannot look. The
 	// flag keeps a binary whose TestMain does not call Main from running its tests.
-	cmd := exec.Command("/proc/self/exe", append([]string{"-test.run=^$", "--"}, args...)...)
-	cmd.Env = append(os.Environ(), helperEnv+"="+name)
-	cmd.Dir = "/"
+	args = append([]string{"-test.run=^$", "--"}, args...)
+	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{}
-	if spec.UID != 0 || spec.GID != 0 {
+	switch {
+	case spec.PIDNS != 0:
+		binary, err := os.Open("/proc/self/exe")
+		if err != nil {
+			tb.Fatalf("open test binary: %v", err)
+		}
+		defer binary.Close()
+		cmd = insidePIDNS(spec, args)
+		cmd.ExtraFiles = []*os.File{binary}
+	case spec.UID != 0 || spec.GID != 0:
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: spec.UID, Gid: spec.GID}
 	}
+	cmd.Env = append(os.Environ(), helperEnv+"="+name)
+	cmd.Dir = "/"
 	if spec.Cgroup != nil {
 		fd, err := unix.Open(spec.Cgroup.Path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
@@ -135,6 +149,7 @@ func Helper(tb testing.TB, spec Spec, name string, args ...string) *Process {
 	p.stop = sync.OnceFunc(func() {
 		// Both report what the test wants: that the process ended, and by a signal.
 		_ = cmd.Process.Kill()
+		_ = p.input.Close()
 		_ = cmd.Wait()
 	})
 	tb.Cleanup(func() {
@@ -144,6 +159,18 @@ func Helper(tb testing.TB, spec Spec, name string, args ...string) *Process {
 		}
 	})
 	return p
+}
+
+// insidePIDNS calls nsenter, which alone can take another user after it has
+// entered the namespace. Descriptor 3 is the test binary. Killed, it leaves a child
+// behind, which ends with its standard input.
+func insidePIDNS(spec Spec, args []string) *exec.Cmd {
+	args = append([]string{
+		"--target", strconv.Itoa(spec.PIDNS), "--pid", "--setuid", fmt.Sprint(spec.UID), "--setgid", fmt.Sprint(spec.GID), "--", "/proc/self/fd/3",
+	}, args...)
+	cmd := exec.Command("nsenter", args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
+	return cmd
 }
 
 // Call sends a request and reads the response into response, which is a pointer or
