@@ -9,9 +9,11 @@ import (
 
 // Attached is an allocation whose network the plugin built.
 type Attached struct {
-	Key   redirect.Key
-	Job   redirect.Job
-	NetNS string // path
+	Key     redirect.Key
+	Job     redirect.Job
+	Network string // its name
+	NetNS   string // path
+	Cookie  uint64 // of the namespace; 0 where the record is of an earlier boot
 }
 
 // Networks lists the networks on record, those of ended namespaces too. What
@@ -20,7 +22,7 @@ func Networks(stateDir string) ([]Attached, error) {
 	attachments, err := network.Attachments(stateDir)
 	list := make([]Attached, 0, len(attachments))
 	for _, a := range attachments {
-		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, NetNS: a.NetNS})
+		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie})
 	}
 	return list, err
 }

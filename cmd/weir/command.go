@@ -17,6 +17,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -32,6 +33,7 @@ type env struct {
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
 	removeNetworks func(stateDir string) (removed []string, err error)
+	leftovers      func(ended.Node) leftovers // of allocations that are over
 }
 
 // datapath is what the commands need of redirect.Datapath.

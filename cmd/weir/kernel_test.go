@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/cli"
 
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
@@ -114,5 +115,6 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
 		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus,
+		leftovers: func(ended.Node) leftovers { return &node{} },
 	})
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -33,6 +34,10 @@ func main() {
 
 		networks:       cni.Networks,
 		removeNetworks: cni.RemoveNetworks,
+		leftovers: func(node ended.Node) leftovers {
+			node.Notes = os.Stderr
+			return node
+		},
 	})
 	stop()
 	os.Exit(code)
@@ -72,7 +77,7 @@ func run(args []string, world env) int {
 func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
-		newAgent, newInstall, newUninstall, newLoad, newUnload, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
+		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -33,6 +34,11 @@ type node struct {
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
 	err      error
+
+	left      []ended.Attachment     // of allocations that are over
+	stuck     map[redirect.Key]error // why one of them cannot be removed
+	collected []redirect.Key         // that were removed
+	lookedAt  ended.Node
 }
 
 func (n *node) Load() (redirect.LoadResult, error)             { return n.load, n.err }
@@ -41,6 +47,14 @@ func (n *node) Status() (redirect.Status, error)               { return n.status
 func (n *node) Known() ([]redirect.Known, error)               { return n.known, n.err }
 func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
 func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
+func (n *node) Find() ([]ended.Attachment, error)              { return n.left, n.err }
+func (n *node) Remove(_ context.Context, a ended.Attachment) error {
+	if err := n.stuck[a.Key]; err != nil {
+		return err
+	}
+	n.collected = append(n.collected, a.Key)
+	return nil
+}
 func (n *node) Events(ctx context.Context, deliver func(redirect.Event) error) error {
 	for _, event := range n.events {
 		if err := deliver(event); err != nil {
@@ -87,6 +101,10 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 
 		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
 		removeNetworks: func(string) ([]string, error) { return n.bridges, n.err },
+		leftovers: func(where ended.Node) leftovers {
+			n.lookedAt = where
+			return n
+		},
 	})
 	return outcome{code: code, stdout: ui.OutputWriter.String(), stderr: ui.ErrorWriter.String()}
 }

@@ -34,7 +34,7 @@ func newStatus(env env) *command {
 		if view, running := c.agent(); running {
 			text += "\n\n" + c.summary(view, time.Now())
 		}
-		c.ui.Output(text)
+		c.ui.Output(text + c.leftoverLines())
 		return code, nil
 	}
 	return c

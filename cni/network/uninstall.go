@@ -15,15 +15,40 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
+// Recorded is an attachment on record.
+type Recorded struct {
+	Attachment
+	Network string // its name
+	Cookie  uint64 // of its namespace; 0 where the record is of an earlier boot
+}
+
 // Attachments lists the attachments on record, those of ended namespaces too.
 // What of them cannot be read comes back in the error, beside the rest.
-func Attachments(stateDir string) ([]Attachment, error) {
+func Attachments(stateDir string) ([]Recorded, error) {
+	boot, err := bootID()
+	if err != nil {
+		return nil, err
+	}
 	records, err := New(Config{}, stateDir).readRecords()
-	list := make([]Attachment, 0, len(records))
+	list := make([]Recorded, 0, len(records))
 	for _, r := range records {
-		list = append(list, r.Attachment)
+		recorded := Recorded{Attachment: r.Attachment, Network: r.Name}
+		if r.BootID == boot {
+			recorded.Cookie = r.Cookie
+		}
+		list = append(list, recorded)
 	}
 	return list, err
+}
+
+// Forget removes an attachment that is on record, as Remove does, with what the
+// record says of its network. path is CNI_PATH; empty leaves it to the record.
+func Forget(stateDir string, key redirect.Key, path string) error {
+	n := New(Config{}, stateDir)
+	if _, err := n.readRecord(key); errors.Is(err, redirect.ErrUnknown) {
+		return n.removeRecord(key) // one that cannot be read stands for nothing
+	}
+	return n.Remove(Attachment{Key: key, Path: path})
 }
 
 // Uninstall removes the bridges that the plugin made, with the rules for them,

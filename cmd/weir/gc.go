@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"github.com/weirmesh/weir/cni/ended"
+	"github.com/weirmesh/weir/deploy"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// leftovers is what the commands need of ended.Node.
+type leftovers interface {
+	Find() ([]ended.Attachment, error)
+	Remove(context.Context, ended.Attachment) error
+}
+
+// gcReport is what gc prints as JSON.
+type gcReport struct {
+	DryRun  bool               `json:"dry_run"`
+	Removed []ended.Attachment `json:"removed"` // with -dry-run: what would be
+	Kept    []ended.Attachment `json:"kept"`    // not in use, but not to be removed without -empty, or not to be removed at all
+}
+
+func newGC(env env) *command {
+	c := newCommand(env, "gc", "Take away what allocations that are over left behind", `  Finds networks of allocations that nothing uses any more, and ends them as Nomad
+  would have: it calls DEL of their plugins, and removes address, device, host
+  ports, record, programs and namespace. Nomad does not, for an allocation that it
+  finds ended when its client starts, and a new allocation with the same static
+  port gets no connections until somebody does.
+
+  An allocation of which a process runs is never touched, whatever became of the
+  path to its namespace. Where no namespace is left, its network is taken away.
+  Where the namespace is there and nothing runs in it, the allocation is over, or
+  about to start a task, and only Nomad can tell: it is shown, and taken away
+  where -empty names it.
+
+  Run it where all processes of the node are to be seen, not in a container.`).withPaths().withJSON()
+	node := ended.Node{}
+	empty := c.flags.String("empty", "", "allocations that Nomad says have ended, as `ID,…` of eight characters or more, or \"all\": take them away although their namespaces are there")
+	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")
+	c.flags.StringVar(&node.CNIPath, "cni-path", "", "`directories` of Nomad's cni_path (default: where Weir is installed, and "+ended.DefaultCNIPath+")")
+	c.flags.StringVar(&node.CacheDir, "cni-cache-dir", ended.DefaultCacheDir, "`directory` of libcni's results")
+	c.flags.StringVar(&node.NetNSDir, "netns-dir", ended.DefaultNetNSDir, "`directory` of the namespaces that Nomad makes")
+	c.do = func() (int, error) {
+		named, err := parseEmpty(*empty)
+		if err != nil {
+			return 1, err
+		}
+		node.Paths = c.paths.Or(redirect.PathsFromEnv(c.getenv))
+		if node.CNIPath == "" {
+			if node.CNIPath, err = installedPath(); err != nil {
+				return 1, err
+			}
+		}
+		on := c.leftovers(node)
+		list, err := on.Find()
+		problems := []error{err, named.unknown(list)}
+		report := gcReport{DryRun: *dryRun, Removed: []ended.Attachment{}, Kept: []ended.Attachment{}}
+		for _, a := range list {
+			if a.State == ended.Empty && !named.has(a) {
+				report.Kept = append(report.Kept, a)
+				continue
+			}
+			if !*dryRun {
+				if err := on.Remove(c.ctx, a); err != nil {
+					problems = append(problems, fmt.Errorf("remove network of %s: %w", nameOf(a), err))
+					report.Kept = append(report.Kept, a)
+					continue
+				}
+			}
+			report.Removed = append(report.Removed, a)
+		}
+		err = errors.Join(problems...)
+		return 0, errors.Join(c.tellGC(report, err != nil), err)
+	}
+	return c
+}
+
+// tellGC prints a report, a line for each allocation.
+func (c *command) tellGC(report gcReport, failed bool) error {
+	if c.json {
+		return c.printJSON(report)
+	}
+	removed := "removed"
+	if report.DryRun {
+		removed = "would remove"
+	}
+	for _, a := range report.Removed {
+		why := "no namespace of it is left"
+		if a.State == ended.Empty {
+			why = "nothing runs in " + a.NetNS
+		}
+		c.ui.Output(fmt.Sprintf("%s %s%s: %s", removed, nameOf(a), ofNetwork(a), why))
+	}
+	for _, a := range report.Kept {
+		if a.State == ended.Empty {
+			id := short(a.Key.ContainerID)
+			c.ui.Output(fmt.Sprintf("kept %s%s: nothing runs in %s; where 'nomad alloc status %s' says that it ended: weir gc -empty %s",
+				nameOf(a), ofNetwork(a), a.NetNS, id, id))
+		}
+	}
+	if len(report.Removed)+len(report.Kept) == 0 && !failed {
+		c.ui.Output("nothing to do: no allocation that is over has left anything")
+	}
+	return nil
+}
+
+func nameOf(a ended.Attachment) string { return name(a.Job.ID, a.Job.Group, a.Key) }
+
+func ofNetwork(a ended.Attachment) string {
+	if a.Network == "" {
+		return ""
+	}
+	return " from network " + a.Network
+}
+
+// installedPath is where Weir's plugin was put, and Nomad's own default.
+func installedPath() (string, error) {
+	manifest, err := deploy.Node{}.ReadManifest()
+	if err != nil || manifest == nil || manifest.Layout.CNIPath == "" {
+		return ended.DefaultCNIPath, err
+	}
+	return manifest.Layout.CNIPath + string(filepath.ListSeparator) + ended.DefaultCNIPath, nil
+}
+
+// emptyOnes are the allocations that -empty names.
+type emptyOnes struct {
+	all bool
+	ids []string // beginnings
+}
+
+func parseEmpty(text string) (named emptyOnes, err error) {
+	const least = 8 // as Nomad shortens IDs
+	if text == "" || text == "all" {
+		return emptyOnes{all: text == "all"}, nil
+	}
+	for id := range strings.SplitSeq(text, ",") {
+		if len(id) < least {
+			return named, fmt.Errorf("-empty %s: want at least %d characters of an allocation's ID", id, least)
+		}
+		named.ids = append(named.ids, id)
+	}
+	return named, nil
+}
+
+func (e emptyOnes) has(a ended.Attachment) bool {
+	for _, id := range e.ids {
+		if strings.HasPrefix(a.Key.ContainerID, id) {
+			return true
+		}
+	}
+	return e.all
+}
+
+// unknown is an error where one that was named is not there.
+func (e emptyOnes) unknown(list []ended.Attachment) error {
+	var problems []error
+	for _, id := range e.ids {
+		found := false
+		for _, a := range list {
+			found = found || strings.HasPrefix(a.Key.ContainerID, id)
+		}
+		if !found {
+			problems = append(problems, fmt.Errorf("-empty %s: nothing is left of such an allocation, or something runs there", id))
+		}
+	}
+	return errors.Join(problems...)
+}
+
+// leftoverLines say for status what gc would find.
+func (c *command) leftoverLines() string {
+	list, err := c.leftovers(ended.Node{Paths: c.paths.Or(redirect.PathsFromEnv(c.getenv))}).Find()
+	count := map[ended.State]int{}
+	for _, a := range list {
+		count[a.State]++
+	}
+	var lines []string
+	if n := count[ended.Gone]; n > 0 {
+		lines = append(lines, fmt.Sprintf("left behind: the network of %s that is over, take it away with 'weir gc'", countOf(n, "allocation")))
+	}
+	if n := count[ended.Empty]; n > 0 {
+		lines = append(lines, fmt.Sprintf("empty: nothing runs in the namespace of %s, which is over or about to start a task, see 'weir gc -dry-run'", countOf(n, "allocation")))
+	}
+	if err != nil {
+		lines = append(lines, fmt.Sprintf("left behind: not known in full: %v", err))
+	}
+	if len(lines) == 0 {
+		return ""
+	}
+	return "\n\n" + strings.Join(lines, "\n")
+}

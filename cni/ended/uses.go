@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package ended
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// netInterface is told from any other by name and hardware address.
+type netInterface struct{ name, mac string }
+
+// uses are the network namespaces in which processes are.
+type uses struct {
+	inodes map[uint64]bool
+	spaces []space
+}
+
+// space is what a namespace is known by where no path leads to it.
+type space struct {
+	cookie     uint64
+	interfaces []netInterface
+	addresses  []netip.Addr
+}
+
+// findUses looks at every thread of the machine. One that it may not look at is
+// an error, as it may be where it matters; but for init, which is no task.
+func findUses() (uses, error) {
+	threads, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")
+	if err != nil {
+		return uses{}, err
+	}
+	paths := make(map[uint64][]string)
+	for _, thread := range threads {
+		inode, found, err := inodeOf(thread)
+		if errors.Is(err, fs.ErrPermission) && strings.HasPrefix(thread, "/proc/1/") {
+			continue
+		}
+		if err != nil {
+			return uses{}, fmt.Errorf("look at process: %w", err)
+		}
+		if found { // else it has ended
+			paths[inode] = append(paths[inode], thread)
+		}
+	}
+	u := uses{inodes: make(map[uint64]bool, len(paths))}
+	for inode, list := range paths {
+		u.inodes[inode] = true
+		s, err := lookAtOne(list)
+		if err != nil {
+			return uses{}, err
+		}
+		u.spaces = append(u.spaces, s)
+	}
+	return u, nil
+}
+
+// of says what is left of an attachment's namespace, or ErrInUse.
+func (u uses) of(a *Attachment) (State, error) {
+	if a.unread != nil {
+		return "", a.unread
+	}
+	state := Gone
+	for _, path := range a.paths {
+		inode, found, err := inodeOf(path)
+		switch {
+		case err != nil:
+			return "", err
+		case found && u.inodes[inode]:
+			return "", fmt.Errorf("namespace %s: %w", path, ErrInUse)
+		case found:
+			state = Empty
+		}
+	}
+	if slices.ContainsFunc(u.spaces, a.has) {
+		return "", fmt.Errorf("a process is in its namespace, to which no path leads any more: %w", ErrInUse)
+	}
+	return state, nil
+}
+
+// has reports whether a namespace is, or was made to be, the attachment's.
+func (a *Attachment) has(s space) bool {
+	return slices.Contains(a.cookies, s.cookie) ||
+		slices.ContainsFunc(a.interfaces, func(i netInterface) bool { return slices.Contains(s.interfaces, i) }) ||
+		slices.ContainsFunc(a.addresses, func(addr netip.Addr) bool { return slices.Contains(s.addresses, addr) })
+}
+
+// lookAtOne looks at a namespace by the first of its paths that still leads there.
+func lookAtOne(paths []string) (s space, err error) {
+	for _, path := range paths {
+		s, err = look(path)
+		if !errors.Is(err, redirect.ErrNetNSGone) {
+			break
+		}
+	}
+	if errors.Is(err, redirect.ErrNetNSGone) || errors.Is(err, redirect.ErrHostNetNS) {
+		return space{}, nil // all of its processes have ended, or it is no allocation's
+	}
+	return s, err
+}
+
+func look(path string) (s space, err error) {
+	if s.cookie, err = redirect.Cookie(path); err != nil {
+		return s, err
+	}
+	handle, err := netns.GetFromPath(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, redirect.ErrNetNSGone
+	}
+	if err != nil {
+		return s, fmt.Errorf("open namespace %s: %w", path, err)
+	}
+	defer handle.Close()
+	socket, err := netlink.NewHandleAt(handle, unix.NETLINK_ROUTE)
+	if err != nil {
+		return s, fmt.Errorf("enter namespace %s: %w", path, err)
+	}
+	defer socket.Close()
+	links, err := socket.LinkList()
+	if err != nil {
+		return s, fmt.Errorf("list interfaces in %s: %w", path, err)
+	}
+	for _, link := range links {
+		s.interfaces = append(s.interfaces, netInterface{link.Attrs().Name, link.Attrs().HardwareAddr.String()})
+	}
+	addresses, err := socket.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return s, fmt.Errorf("list addresses in %s: %w", path, err)
+	}
+	for _, entry := range addresses {
+		if addr, ok := netip.AddrFromSlice(entry.IP); ok && !entry.IP.IsLoopback() {
+			s.addresses = append(s.addresses, addr.Unmap())
+		}
+	}
+	return s, nil
+}
+
+// inodeOf identifies the namespace that a path leads to; found is false where it
+// leads to none: what is left of one that died is an empty file.
+func inodeOf(path string) (inode uint64, found bool, err error) {
+	var disk unix.Statfs_t
+	var file unix.Stat_t
+	for _, look := range []func() error{
+		func() error { return unix.Statfs(path, &disk) }, func() error { return unix.Stat(path, &file) },
+	} {
+		err := look()
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ESRCH) {
+			return 0, false, nil
+		}
+		if err != nil {
+			return 0, false, &os.PathError{Op: "stat", Path: path, Err: err}
+		}
+	}
+	return file.Ino, disk.Type == unix.NSFS_MAGIC, nil
+}
