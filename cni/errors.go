@@ -19,7 +19,8 @@ import (
 // All other codes are CNI's.
 const (
 	// CodeConsulRules: Consul's own iptables or nftables rules are in the
-	// namespace. Remedy: stop the allocation, so that it gets a new one.
+	// namespace. Remedy: stop the allocation, so that it gets a new one; have
+	// one of the two plugins in a conflist.
 	CodeConsulRules uint = 100
 	// CodeUnsupported: the host lacks what the data path needs. Remedy: Linux
 	// 6.1 or newer, with the root of cgroup v2 mounted.
@@ -104,7 +105,7 @@ func codeOf(err error) uint {
 func remedyFor(err error) string {
 	switch {
 	case errors.Is(err, redirect.ErrConsulRules):
-		return "stop the allocation: a new one gets a clean namespace"
+		return "stop the allocation: a new one gets a clean namespace, but where Consul's own plugin is in the same conflist: take one of the two out"
 	case errors.Is(err, redirect.ErrUnsupported):
 		return "Linux 6.1 or newer is needed, with the root of cgroup v2 mounted; `weir status` names what is missing"
 	case errors.Is(err, redirect.ErrIncompatible):
@@ -116,7 +117,9 @@ func remedyFor(err error) string {
 	case errors.Is(err, network.ErrForward):
 		return "let the bridge through with the program that owns the chain, as by `iptables-legacy -I FORWARD -i <bridge> -j ACCEPT` and the same with -o, or `firewall-cmd --zone=trusted --add-interface=<bridge>`"
 	case errors.Is(err, network.ErrMissing):
-		return "install what is named, and see that Nomad's cni_path leads to the plugins"
+		return "install what is named; the reference CNI plugins belong into Nomad's cni_path"
+	case errors.Is(err, syscall.EAGAIN):
+		return "try again; a process that keeps the lock must end, since nothing on the node can change meanwhile"
 	case errors.Is(err, redirect.ErrFull):
 		return "the node holds no more: fewer allocations, or fewer exclusions in their jobs"
 	case errors.Is(err, network.ErrTaken):

@@ -132,23 +132,4 @@ func (p Paths) ensureBPFFS() error {
 }
 
 // locked runs action while no other process changes the state.
-func (p Paths) locked(action func() error) (err error) {
-	if err := os.MkdirAll(p.StateDir, 0o700); err != nil {
-		return fmt.Errorf("create state directory: %w", err)
-	}
-	file, err := os.OpenFile(p.lock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return fmt.Errorf("open lock: %w", err)
-	}
-	defer file.Close()
-	for {
-		err = unix.Flock(int(file.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("take lock %s: %w", p.lock(), err)
-	}
-	return action()
-}
+func (p Paths) locked(action func() error) error { return Locked(p.lock(), action) }

@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
-	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/redirect"
 )
@@ -122,25 +121,7 @@ func (n *Network) readRecords() ([]*record, error) {
 // locked runs action while no other process changes what attachments share:
 // the bridge, its ports, and the rules for it.
 func (n *Network) locked(action func() error) error {
-	if err := os.MkdirAll(n.stateDir, 0o700); err != nil {
-		return fmt.Errorf("create state directory: %w", err)
-	}
-	path := filepath.Join(n.stateDir, "network.lock")
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return fmt.Errorf("open lock: %w", err)
-	}
-	defer file.Close()
-	for {
-		err = unix.Flock(int(file.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("take lock %s: %w", path, err)
-	}
-	return action()
+	return redirect.Locked(filepath.Join(n.stateDir, "network.lock"), action)
 }
 
 func bootID() (string, error) {

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// lockPatience is how long a call waits for another process's change. One takes
+// milliseconds, an upgrade with thousands of workloads seconds. Nobody may wait
+// forever: Nomad makes no other network meanwhile, and tells nobody.
+const lockPatience = time.Minute
+
+// Locked runs action while no other process does so with the same file, which is
+// made where it is not there. A lock that is not given up is an error, which is
+// EAGAIN and names the holder.
+func Locked(path string, action func() error) error {
+	return lockedWithin(path, lockPatience, action)
+}
+
+func lockedWithin(path string, patience time.Duration, action func() error) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return fmt.Errorf("create state directory: %w", err)
+	}
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return fmt.Errorf("open lock: %w", err)
+	}
+	err = flock(file, unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		taken := make(chan error, 1)
+		go func() { taken <- flock(file, unix.LOCK_EX) }()
+		select {
+		case err = <-taken:
+		case <-time.After(patience):
+			go func() { // whenever it comes, nobody wants it any more
+				<-taken
+				file.Close()
+			}()
+			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, lockHolder(file), patience, unix.EAGAIN)
+		}
+	}
+	defer file.Close()
+	if err != nil {
+		return fmt.Errorf("take lock %s: %w", path, err)
+	}
+	return action()
+}
+
+func flock(file *os.File, how int) error {
+	for {
+		err := unix.Flock(int(file.Fd()), how)
+		if !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}
+
+// lockHolder names the process that holds a lock on the file, as far as it can be
+// seen from here.
+func lockHolder(file *os.File) string {
+	var stat unix.Stat_t
+	text, err := os.ReadFile("/proc/locks")
+	if err != nil || unix.Fstat(int(file.Fd()), &stat) != nil {
+		return "another process"
+	}
+	// "3: FLOCK  ADVISORY  WRITE 1234 00:1a:5678 0 EOF"; one that waits has "->" first.
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(line)
+		if len(fields) > 5 && fields[1] == "FLOCK" && strings.HasSuffix(fields[5], fmt.Sprintf(":%d", stat.Ino)) {
+			name, err := os.ReadFile("/proc/" + fields[4] + "/comm")
+			if err == nil {
+				return fmt.Sprintf("process %s (%s)", fields[4], strings.TrimSpace(string(name)))
+			}
+		}
+	}
+	return "another process"
+}
