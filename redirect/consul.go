@@ -41,7 +41,7 @@ func (ns *namespace) refuseConsulRules() error {
 		return err
 	}
 	if found {
-		return fmt.Errorf("%w: stop the allocation and let Nomad start it anew", ErrConsulRules)
+		return ErrConsulRules
 	}
 	return nil
 }

@@ -33,7 +33,7 @@ func find(plugin, path string) (string, error) {
 			}
 		}
 	}
-	return "", fmt.Errorf("plugin %q in CNI_PATH %q: %w: install the reference CNI plugins there", plugin, path, ErrMissing)
+	return "", fmt.Errorf("plugin %q in CNI_PATH %q: %w", plugin, path, ErrMissing)
 }
 
 // call runs another plugin for the attachment. Only ADD has a result.
