@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -49,6 +50,9 @@ func (r *record) take(stdin []byte) (types.Result, error) {
 		for i := range conf.Ranges {
 			ip, err := allocator.NewIPAllocator(&conf.Ranges[i], leases, i).Get(r.Key.ContainerID, r.Key.IfName, claim(asked, &conf.Ranges[i]))
 			if err != nil {
+				if strings.Contains(err.Error(), "no IP addresses available") { // the package has no better sign
+					err = fmt.Errorf("%w: %s has each lease as a file: take a larger subnet, or remove what no allocation holds", err, filepath.Join(r.LeaseDir, conf.Name))
+				}
 				return errors.Join(fmt.Errorf("range %d: %w", i, err), r.giveBack(conf, leases, i))
 			}
 			result.IPs = append(result.IPs, ip)

@@ -36,7 +36,7 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 				n.ranges("10.99.0.0/30")
 				n.added(t, "first")
 			},
-			part: "no IP addresses available",
+			part: "/weir has each lease as a file: take a larger subnet",
 		},
 		"the IPAM plugin gives nothing": {
 			spoil: func(t *testing.T, n *node, _ *allocation) { n.fakeIPAM(t, `{"cniVersion":"1.0.0"}`) }, part: "gave none",
