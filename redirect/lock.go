@@ -41,8 +41,7 @@ func lockedWithin(path string, patience time.Duration, action func() error) erro
 		case err = <-taken:
 		case <-time.After(patience):
 			go func() { // whenever it comes, nobody wants it any more
-				<-taken
-				file.Close()
+				_ = errors.Join(<-taken, file.Close())
 			}()
 			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, lockHolder(file), patience, unix.EAGAIN)
 		}
