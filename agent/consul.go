@@ -25,7 +25,7 @@ import (
 // The bounds of what Consul may cost the agent.
 const (
 	answerLimit = 64 << 20 // bytes
-	connections = 2        // one may block, the other asks
+	connections = 3        // two may block, the other asks
 )
 
 // patience is how long Consul may take to answer.

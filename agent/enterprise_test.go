@@ -56,12 +56,13 @@ func TestFollowerNamesPartitionAndNamespace(t *testing.T) {
 	runFollower(t, config).eventually(t, "all questions", func(view) bool {
 		enterprise.mu.Lock()
 		defer enterprise.mu.Unlock()
-		return len(enterprise.asked) == 6
+		return len(enterprise.asked) == 7
 	})
 	want := map[string]string{
 		"/v1/agent/services":              "* in red",
 		"/v1/agent/self":                  "* in red",
 		"/v1/catalog/node-services/node":  "* in red",
+		"/v1/catalog/services":            "default in red",
 		"/v1/discovery-chain/near":        "shop in red",
 		"/v1/discovery-chain/far":         "billing in blue",
 		"/v1/config/ingress-gateway/edge": "doors in red",

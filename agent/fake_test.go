@@ -25,6 +25,7 @@ type fakeConsul struct {
 	services    http.HandlerFunc
 	chain       http.HandlerFunc
 	checks      http.HandlerFunc
+	catalog     fakeCatalog
 	tokens      []string // of the bulk reads
 	asked       map[string]int
 	connections map[net.Conn]bool
@@ -66,6 +67,8 @@ func (f *fakeConsul) serve(w http.ResponseWriter, r *http.Request) {
 		answer = untilGone // nothing ever changes
 	case strings.HasPrefix(path, "/v1/discovery-chain/"):
 		answer = f.chain
+	case path == "/v1/catalog/services":
+		answer = f.catalog.serve
 	case path == "/v1/agent/checks":
 		answer = f.checks
 	}

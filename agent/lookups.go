@@ -13,10 +13,13 @@ import (
 
 // lookups are the questions that the bulk read leaves open: virtual IPs of
 // upstreams, listeners of gateways, exposed checks. Each is asked once for all
-// proxies, seldom while it has an answer, and ever more seldom while not.
+// proxies, seldom while it has an answer, ever more seldom while not, and at once
+// where there is a sign that the answer is another.
 type lookups struct {
 	consul *consul
 	now    func() time.Time
+	names  *names
+	missed int // of names, as heeded
 
 	virtual  map[service]*lookup[[]netip.Addr]
 	gateways map[gateway]*lookup[[]uint16]
@@ -33,18 +36,19 @@ type lookup[T any] struct {
 	why      string    // there is no answer
 	next     time.Time // when to ask again
 	tries    int       // in a row without an answer
+	presence presence  // of the service, as heeded
 }
 
 const (
 	lookupsAtOnce    = 256
 	lookupInterval   = 5 * time.Minute
 	lookupRetry      = 2 * time.Second
-	listenerInterval = 30 * time.Second // of what may change without a registration
+	listenerInterval = 30 * time.Second // of what may change without a sign
 )
 
 func newLookups(consul *consul) *lookups {
 	return &lookups{
-		consul: consul, now: time.Now,
+		consul: consul, now: time.Now, names: newNames(consul),
 		virtual: make(map[service]*lookup[[]netip.Addr]), gateways: make(map[gateway]*lookup[[]uint16]),
 	}
 }
@@ -70,12 +74,16 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		failed = !concernsOne(err)
 	}
 	services, gateways, checks := questions(byAllocation, l.allowed.answer)
-	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool { return !slices.Contains(services, of) })
+	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool {
+		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
+		return !wanted
+	})
 	maps.DeleteFunc(l.gateways, func(of gateway, _ *lookup[[]uint16]) bool { return !slices.Contains(gateways, of) })
+	l.heed()
 	for _, of := range services {
 		question := l.virtual[of]
 		if question == nil {
-			question = new(lookup[[]netip.Addr])
+			question = &lookup[[]netip.Addr]{presence: l.names.of(of)}
 			l.virtual[of] = question
 		}
 		if due(question.next) {
@@ -96,7 +104,6 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 			answer, err := l.consul.gatewayPorts(ctx, of)
 			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why != "")
 			question.settle(l.now(), answer, err, len(answer) > 0)
-			question.next = earlier(question.next, l.now().Add(listenerInterval))
 			moved, failed = moved || changed, failed || !concernsOne(err)
 		}
 	}
@@ -111,6 +118,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
 		moved = moved || changed
 	}
+	l.hasten()
 	l.due = time.Time{}
 	for _, question := range l.virtual {
 		l.due = sooner(l.due, question.turn(l.now()))

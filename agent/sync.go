@@ -91,6 +91,7 @@ func (f *follower) run(ctx context.Context) {
 	if f.consul.config.Watch {
 		watcher.Go(func() { f.watch(ctx) })
 	}
+	watcher.Go(func() { f.lookups.names.follow(ctx) })
 	failures := 0
 	for {
 		if f.read(ctx) {
@@ -115,15 +116,24 @@ func (f *follower) run(ctx context.Context) {
 func (f *follower) rest(ctx context.Context, until time.Time, failing bool) bool {
 	const atOnce = 100 * time.Millisecond // between two rounds of questions
 	for {
-		length, trigger, asks := time.Until(until), f.trigger, false
+		length, trigger, moved, asks := time.Until(until), f.trigger, f.lookups.names.moved, false
 		if failing {
-			trigger = nil // nothing shortens the back-off
+			trigger, moved = nil, nil // nothing shortens the back-off
 		} else if due := f.lookups.due; !due.IsZero() && due.Before(until) {
 			length, asks = max(time.Until(due), atOnce), true
 		}
-		early, alive := pause(ctx, length, trigger)
-		if !alive || early || !asks {
-			return alive
+		early, timer := false, time.NewTimer(length)
+		select {
+		case <-ctx.Done():
+		case <-timer.C:
+		case <-trigger:
+			early = true
+		case <-moved:
+			asks = true
+		}
+		timer.Stop()
+		if ctx.Err() != nil || early || !asks {
+			return ctx.Err() == nil
 		}
 		f.look(ctx)
 	}

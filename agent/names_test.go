@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// fakeCatalog is no catalog. It answers a blocking query for the names of
+// services, and fails it when told to.
+type fakeCatalog struct {
+	mu      sync.Mutex
+	index   uint64 // 0: there is no such page
+	names   []string
+	failing bool
+	changed chan struct{}
+}
+
+func (c *fakeCatalog) set(names ...string) {
+	c.change(func() { c.names, c.failing = names, false })
+}
+
+func (c *fakeCatalog) fail() { c.change(func() { c.failing = true }) }
+
+func (c *fakeCatalog) change(edit func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	edit()
+	c.index++
+	if c.changed != nil {
+		close(c.changed)
+	}
+	c.changed = make(chan struct{})
+}
+
+func (c *fakeCatalog) serve(w http.ResponseWriter, r *http.Request) {
+	for {
+		c.mu.Lock()
+		index, names, failing, changed := c.index, c.names, c.failing, c.changed
+		c.mu.Unlock()
+		seen, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
+		switch {
+		case index == 0:
+			say(404, "no such page")(w, r)
+			return
+		case failing:
+			say(500, "no cluster leader")(w, r)
+			return
+		case index > seen:
+			w.Header().Set("X-Consul-Index", strconv.FormatUint(index, 10))
+			answer := make(map[string][]string)
+			for _, name := range names {
+				answer[name] = []string{"a-tag", "another"}
+			}
+			if err := json.NewEncoder(w).Encode(answer); err != nil {
+				panic(http.ErrAbortHandler)
+			}
+			return
+		}
+		select {
+		case <-changed:
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+func chainOf(addrs ...string) http.HandlerFunc {
+	return say(200, fmt.Sprintf(`{"Chain":{"AutoVirtualIPs":[%s]}}`, strings.Join(addrs, ",")))
+}
+
+func (f *fakeConsul) chains(chain http.HandlerFunc) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.chain = chain
+}
+
+func virtualIPOf(name, addr string) func(view) bool {
+	return func(v view) bool {
+		return slices.Equal(v.Facts.VirtualIPs[service{Name: name}], addrs(addr))
+	}
+}
+
+// The virtual IP of a service that leaves the catalog may be another's at once,
+// and one that comes back may have another: it is asked for then, and only its
+// own. No bulk read is made for it, and as few connections as ever.
+func TestVirtualIPsFollowTheCatalog(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.catalog.set("api", "db", "web")
+	fake.chains(chainOf(`"240.0.0.1"`))
+	fake.answers(say(200, strings.Replace(oneProxy, `{"DestinationName": "api", "LocalBindPort": 9191}`,
+		`{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "db", "LocalBindPort": 9292}`, 1)))
+	follower := fake.follow(t)
+	follower.eventually(t, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
+	before := follower.eventually(t, "that of db", virtualIPOf("db", "240.0.0.1"))
+	test.Eventually(t, func() error {
+		if fake.times("/v1/catalog/services") < 2 {
+			return errors.New("not yet")
+		}
+		return nil
+	}, "the names to be waited for")
+
+	fake.chains(chainOf())
+	fake.catalog.set("db", "web")
+	follower.eventually(t, "api to have none", func(v view) bool {
+		list, answered := v.Facts.VirtualIPs[service{Name: "api"}]
+		return answered && len(list) == 0
+	})
+	fake.chains(chainOf(`"240.0.0.2"`))
+	fake.catalog.set("api", "db", "web")
+	after := follower.eventually(t, "api to have another", virtualIPOf("api", "240.0.0.2"))
+	if !virtualIPOf("db", "240.0.0.1")(after) || fake.times("/v1/discovery-chain/db") != 1 {
+		t.Errorf("db, which stayed, was asked for %d times, want once: %v", fake.times("/v1/discovery-chain/db"), after.Facts.VirtualIPs)
+	}
+	if after.Counts.Reads != before.Counts.Reads {
+		t.Errorf("%d bulk reads for it, want none", after.Counts.Reads-before.Counts.Reads)
+	}
+	fake.mu.Lock()
+	defer fake.mu.Unlock()
+	if fake.most > connections {
+		t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+	}
+}
+
+// What happened while the names could not be read is not missed.
+func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
+	fake := newFakeConsul(t)
+	l := fake.lookups(t)
+	l.virtual[service{Name: "api"}] = &lookup[[]netip.Addr]{presence: present, next: l.now().Add(lookupInterval)}
+	l.names.set(map[string]ignored{"api": {}}, true)
+	l.heed()
+	if next := l.virtual[service{Name: "api"}].next; next.After(l.now().Add(lookupInterval / 5)) {
+		t.Errorf("asked again in %s, want soon", next.Sub(l.now()))
+	}
+}
+
+// A node that has nothing to ask of the catalog does not ask it.
+func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.catalog.set("web")
+	fake.answers(registered(allocation))
+	follower := fake.follow(t)
+	follower.eventually(t, "the proxy", inStep)
+	follower.wake()
+	follower.eventually(t, "another read", func(v view) bool { return v.Counts.Reads > 1 })
+	if times := fake.times("/v1/catalog/services"); times > 0 {
+		t.Errorf("asked %d times, want never", times)
+	}
+}
+
+func TestFollowerNames(t *testing.T) {
+	fake := newFakeConsul(t)
+	consul := fake.client(t)
+	consul.config.Namespace = "default"
+	n := newNames(consul)
+	if got := n.of(service{Name: "api"}); got != presenceUnknown {
+		t.Errorf("before an answer: %v", got)
+	}
+	n.set(map[string]ignored{"api": {}}, false)
+	for of, want := range map[service]presence{
+		{Name: "api"}: present, {Name: "api", Namespace: "default", Partition: "default"}: present,
+		{Name: "db"}: absent, {Name: "api", Namespace: "other"}: presenceUnknown, {Name: "db", Partition: "other"}: presenceUnknown,
+	} {
+		if got := n.of(of); got != want {
+			t.Errorf("presence of %+v = %v, want %v", of, got, want)
+		}
+	}
+	if rest := n.rest(20000, 0); rest < 10*time.Second || rest > 30*time.Second {
+		t.Errorf("rest with 20,000 services = %s, want about 20 s", rest)
+	}
+	if rest := n.rest(10, 0); rest < 500*time.Millisecond || rest > 1500*time.Millisecond {
+		t.Errorf("rest with 10 services = %s, want about a second", rest)
+	}
+}
+
+// What no list tells of is asked for by the clock, and the more of it there is
+// the more seldom.
+func TestHasten(t *testing.T) {
+	fake := newFakeConsul(t)
+	l := fake.lookups(t)
+	now := time.Unix(1000, 0)
+	l.now = func() time.Time { return now }
+	later := now.Add(lookupInterval)
+	for i := range 60 {
+		l.virtual[service{Name: fmt.Sprint(i)}] = &lookup[[]netip.Addr]{presence: absent, next: later}
+	}
+	l.virtual[service{Name: "api"}] = &lookup[[]netip.Addr]{presence: present, next: later}
+	l.virtual[service{Name: "never asked"}] = &lookup[[]netip.Addr]{presence: absent}
+	l.gateways[gateway{service: service{Name: "in"}}] = &lookup[[]uint16]{next: later}
+	l.hasten()
+	for name, want := range map[string]time.Time{"0": now.Add(61 * time.Second), "api": later, "never asked": {}} {
+		if got := l.virtual[service{Name: name}].next; !got.Equal(want) {
+			t.Errorf("%s is asked for at %s, want %s", name, got, want)
+		}
+	}
+	if got := l.gateways[gateway{service: service{Name: "in"}}].next; !got.Equal(now.Add(5 * time.Second)) {
+		t.Errorf("the gateway is asked for at %s, want in 5 s", got)
+	}
+}
+
+func (f *fakeConsul) client(t *testing.T) *consul {
+	t.Helper()
+	config := *DefaultConfig().Consul
+	config.Address = f.URL
+	consul, err := newConsul(config, defaultPatience())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return consul
+}
+
+func (f *fakeConsul) lookups(t *testing.T) *lookups { return newLookups(f.client(t)) }
