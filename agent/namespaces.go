@@ -78,6 +78,16 @@ func isNamespace(path string) bool {
 	return unix.Statfs(path, &stat) == nil && stat.Type == unix.NSFS_MAGIC
 }
 
+// leftBehind says what became of an allocation for which Nomad made no DEL: one
+// that it found ended when its client started, as after a power cut.
+const leftBehind = "it is over and its namespace is gone, but nobody ended its network: 'weir gc' takes away what is left"
+
+// over reports an attachment that libcni alone knows: nothing can run in it any
+// more.
+func (s subject) over() bool {
+	return s.Known == nil && s.Cached && !s.Live && s.NetNS != "" && !isNamespace(s.NetNS)
+}
+
 // there keeps those addresses that the namespace has: one that Docker made anew
 // has none before Nomad adds it again.
 func there(netns string, addresses []netip.Addr) ([]netip.Addr, error) {

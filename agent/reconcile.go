@@ -152,6 +152,9 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
 		problems = append(problems, "libcni has no result of it: the ports that its job maps are not known")
 	}
+	if state == StateEnded {
+		problems = []string{leftBehind}
+	}
 	if m.stranger != "" {
 		problems = append(problems, m.stranger)
 	}
@@ -179,6 +182,9 @@ func (a *Agent) place(s subject, m *memory, wanted wish, now time.Time) State {
 		m.missing = time.Time{}
 		a.note(m, "record", nil)
 		return a.follow(s, m, now)
+	case s.over() && (s.asked() || wanted.Add != nil):
+		m.errors, m.retry, m.missing = nil, time.Time{}, time.Time{}
+		return StateEnded
 	case s.asked():
 		if m.view.State == StateConsul && now.Sub(m.looked) < resync {
 			return StateConsul

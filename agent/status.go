@@ -21,6 +21,7 @@ const (
 	StateManaged     State = "managed"     // under Weir
 	StateUnprotected State = "unprotected" // in the mesh, but not under Weir: Problems say why
 	StateConsul      State = "consul"      // redirected by Consul's own rules, and left alone
+	StateEnded       State = "ended"       // over, and nobody ended its network: Problems say what to do
 	StateOutside     State = "outside"     // not in the mesh as far as is known; not shown
 )
 
