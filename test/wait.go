@@ -17,6 +17,12 @@ const patience = 30 * time.Second
 // waited for. The check runs on the caller's goroutine.
 func Eventually(tb testing.TB, check func() error, what string) {
 	tb.Helper()
+	EventuallyIn(tb, patience, check, what)
+}
+
+// EventuallyIn is [Eventually] for what may take longer, as where much waits in line.
+func EventuallyIn(tb testing.TB, patience time.Duration, check func() error, what string) {
+	tb.Helper()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	deadline := time.Now().Add(patience)

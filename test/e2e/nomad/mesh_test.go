@@ -166,7 +166,7 @@ func files(n *nomad.Node, pattern string) []string {
 
 // leases are the owners in the files that are named by an address.
 func leases(n *nomad.Node) (owners []string) {
-	for _, dir := range []string{"/run/cni/*/*.*.*.*", "/var/lib/cni/networks/*/*.*.*.*", "/run/weir/leases/*/*.*.*.*"} {
+	for _, dir := range []string{"/run/cni/*/*.*.*.*", "/var/lib/cni/networks/*/*.*.*.*", "/run/weir/leases/*/*.*.*.*", "/srv/*/leases/*/*.*.*.*"} {
 		list, err := filepath.Glob(n.Path(dir))
 		if err != nil {
 			return []string{err.Error()}

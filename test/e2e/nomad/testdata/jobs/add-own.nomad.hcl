@@ -3,19 +3,31 @@
 variable "id" {}
 variable "mode" {}
 
-job "life-add" {
+# "port", or "" for a network without host ports.
+variable "port" {
+  default = ""
+}
+
+# What the job says in network.cni.args, in JSON.
+variable "args" {
+  default = "{\"weir.mode\": \"transparent\"}"
+}
+
+job "add-own" {
   id = var.id
 
   group "task" {
     network {
       mode = var.mode
-      port "http" {
-        to = 8080
+      dynamic "port" {
+        for_each = compact([var.port])
+        labels   = ["http"]
+        content {
+          to = 8080
+        }
       }
       cni {
-        args = {
-          "weir.mode" = "transparent"
-        }
+        args = jsondecode(var.args)
       }
     }
     restart {
