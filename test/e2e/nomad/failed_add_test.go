@@ -64,6 +64,7 @@ func nodeFaults() []faults {
 // node. Nomad's event says what failed and what to do; nothing half-done is left; when
 // the cause is gone the allocation that Nomad places instead runs.
 func TestFailedAdd(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.Tool("bpftool"), test.Tool("nft"), test.Tool("flock"))
 	own := ownFaults(test.NewCgroup(t).Path)
 	var conflists []string
 	for i, f := range own {
