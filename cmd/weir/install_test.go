@@ -156,6 +156,7 @@ With -force they run on, but of a transparent one ` + loseTransparent + `.
 With -force they run on, but of any other ` + loseGuard + `.
 With -force they run on, but of one without a mesh ` + loseNetwork + `.
 Drain the node instead: nomad node drain -enable -self
+One that ended and left its namespace: weir gc
 `})
 	got = try(t, n, environment, "uninstall", "-root", root, "-dry-run", "-json")
 	var report installReport

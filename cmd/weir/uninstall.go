@@ -181,6 +181,6 @@ func refusal(list []affected) error {
 			fmt.Fprintf(&text, "With -force they run on, but of %s %s.\n", kind, a.Loses)
 		}
 	}
-	text.WriteString("Drain the node instead: nomad node drain -enable -self")
+	text.WriteString("Drain the node instead: nomad node drain -enable -self\nOne that ended and left its namespace: weir gc")
 	return errors.New(text.String())
 }

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -258,6 +259,41 @@ func TestRemoveByRecordsAlone(t *testing.T) {
 	}
 	if left := n.left(); len(left) > 0 {
 		t.Errorf("left: %q", left)
+	}
+}
+
+// After a power cut libcni's result is all that is left, and another allocation may
+// have got the same address.
+func TestRemoveAfterAReboot(t *testing.T) {
+	for _, network := range []string{"weir", "weir-chained"} {
+		t.Run(network, func(t *testing.T) {
+			n := newNode(t, network)
+			addresses, err := redirect.Addresses(n.alloc.Path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.alloc.End()
+			n.host.End()
+			n.host = test.NewNetNS(t)
+			if _, err := redirect.New(n.Paths).Unload(); err != nil {
+				t.Fatal(err)
+			}
+			for _, dir := range []string{n.Paths.StateDir, n.leases} {
+				if err := os.RemoveAll(dir); err != nil {
+					t.Fatal(err)
+				}
+			}
+			heir := test.NewNetNS(t)
+			test.Veth(t, test.VethEnd{NetNS: heir, Name: "eth0", Addrs: []netip.Prefix{netip.PrefixFrom(addresses[0], addresses[0].BitLen())}},
+				test.VethEnd{NetNS: n.host, Name: "heir"})
+			test.EchoProcess(t, test.Spec{NetNS: heir}, "tcp4", "0.0.0.0:8080")
+			if err := n.remove(n.finds(Gone)); err != nil {
+				t.Fatal(err)
+			}
+			if left := n.left(); len(left) != 1 || left[0] != "device heir" {
+				t.Errorf("left: %q, want the other allocation's device", left)
+			}
+		})
 	}
 }
 

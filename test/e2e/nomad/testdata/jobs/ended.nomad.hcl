@@ -1,12 +1,13 @@
 # Transparent allocations with a static host port each, one for each way that a
 # network comes about. The sidecars are stand-ins that sleep.
 variable "id" {}
+variable "delay" {} # between the end of the services and that of the tasks
 
 job "ended" {
   id = var.id
 
   group "bridge" {
-    shutdown_delay = "20s" # between the end of its services and that of its tasks
+    shutdown_delay = var.delay
     network {
       mode = "bridge"
       port "static" {
@@ -50,7 +51,7 @@ job "ended" {
   }
 
   group "exec" {
-    shutdown_delay = "20s" # between the end of its services and that of its tasks
+    shutdown_delay = var.delay
     network {
       mode = "cni/weir"
       port "static" {
@@ -94,7 +95,7 @@ job "ended" {
   }
 
   group "docker" {
-    shutdown_delay = "20s" # between the end of its services and that of its tasks
+    shutdown_delay = var.delay
     network {
       mode = "cni/weir"
       port "static" {
