@@ -64,9 +64,10 @@ type Agent struct {
 	inStep   bool // as last told
 	hidden   bool // ... too
 	broken   string
-	managed  []redirect.Key // under Weir as of the last pass, sorted
-	nextTurn int            // of the round of checks
-	nextLook int            // of the round of looks
+	managed  []redirect.Key    // under Weir as of the last pass, sorted
+	tasks    map[string]string // containers.Tasks as of the last search for tasks of proxies
+	nextTurn int               // of the round of checks
+	nextLook int               // of the round of looks
 	resynced time.Time
 	swept    time.Time
 	freed    time.Time
@@ -170,8 +171,9 @@ func (a *Agent) Run(ctx context.Context) error {
 
 // loop observes, compares, applies, waits.
 func (a *Agent) loop(ctx context.Context) {
-	clock := time.NewTicker(tick)
+	clock, search := time.NewTicker(tick), time.NewTimer(tick)
 	defer clock.Stop()
+	defer search.Stop()
 	a.pass(true)
 	a.notify("READY=1")
 	a.log.Info("ready", "consul", a.config.Consul.Address, "guard", a.config.Guard.Default)
@@ -191,7 +193,9 @@ func (a *Agent) loop(ctx context.Context) {
 			}
 		case <-clock.C:
 			a.pass(false)
+		case <-search.C:
 		}
+		search.Reset(a.recognise(time.Now()))
 		a.notify("WATCHDOG=1")
 	}
 }

@@ -29,6 +29,8 @@ type memory struct {
 	claimants map[uint64]claimant // whom the kernel took for its proxies when that was last looked at, by cgroup
 	stranger  string              // what was said of the last one that was none
 	proxies   []proxy             // as Consul had them in the last pass
+	silent    time.Time           // since when one of them does not listen; zero: all do
+	sought    time.Time           // when its task is looked for next
 	missing   time.Time           // since when its record is missing; zero: it is not
 	retry     time.Time           // when to try again what went wrong; zero: nothing did
 	failures  int
@@ -168,9 +170,13 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	if next.State != m.view.State && next.State != StateOutside {
 		a.log.Info("workload "+string(next.State), "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "problems", problems)
 	}
+	before := m.hook
 	m.view, m.hook = next, 0
 	if state == StateManaged && s.Known != nil {
 		m.hook = s.Known.Cookie
+	}
+	if m.hook != before {
+		m.silent, m.sought = now, time.Time{}
 	}
 }
 

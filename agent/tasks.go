@@ -108,13 +108,13 @@ func (m *memory) tasks() string {
 // runsBeside reports whether a task that Nomad injected for the proxy, for each
 // where there are several, runs in the workload's namespace.
 func (a *Agent) runsBeside(m *memory) bool {
-	paths, err := redirect.CgroupsIn(m.view.NetNS)
+	cgroups, err := redirect.CgroupsIn(m.view.NetNS)
 	if err != nil {
 		return false
 	}
 	known := a.containers()
 	missing := func(p proxy) bool {
-		return !slices.ContainsFunc(paths, func(path string) bool {
+		return !slices.ContainsFunc(cgroups[m.view.NetNS], func(path string) bool {
 			return injected(taskOf(path, m.view.ID, known), []proxy{p})
 		})
 	}
@@ -134,7 +134,7 @@ func (a *Agent) lookSome() {
 			cookies = append(cookies, m.hook)
 		}
 	}
-	proxies, err := a.datapath.ProxyCgroups(cookies)
+	seen, err := a.datapath.Sightings(cookies)
 	if err != nil {
 		return // the data path is on its way back
 	}
@@ -143,8 +143,17 @@ func (a *Agent) lookSome() {
 		if !a.datapath.Hooked(m.hook) {
 			a.check(key)
 		}
-		maps.DeleteFunc(m.claimants, func(cgroup uint64, _ claimant) bool { return !slices.Contains(proxies[m.hook], cgroup) })
-		for _, cgroup := range proxies[m.hook] {
+		var cgroups []uint64
+		for _, proxy := range seen[m.hook] {
+			if proxy.Cgroup != 0 && !slices.Contains(cgroups, proxy.Cgroup) {
+				cgroups = append(cgroups, proxy.Cgroup)
+			}
+			if !proxy.Listens && m.silent.IsZero() {
+				m.silent = now
+			}
+		}
+		maps.DeleteFunc(m.claimants, func(cgroup uint64, _ claimant) bool { return !slices.Contains(cgroups, cgroup) })
+		for _, cgroup := range cgroups {
 			known, seen := m.claimants[cgroup]
 			if !seen || !known.next.IsZero() && now.After(known.next) {
 				a.confirm(key, m, cgroup)

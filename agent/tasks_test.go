@@ -36,11 +36,11 @@ func TestAgentTakesTheProxysPlaceFromAnotherTask(t *testing.T) {
 	}
 	test.NewClient(t, test.Spec{NetNS: ns, Cgroup: proxy, UID: 101, GID: 101}) // it runs, and does not listen yet
 	test.Eventually(t, func() error {
-		if got := n.cgroupOf(key); got != 0 {
+		if got := n.cgroupOf(key); got != proxy.ID {
 			return fmt.Errorf("the proxy's cgroup is %d", got)
 		}
 		return nil
-	}, "the task to be ruled out")
+	}, "the task to be ruled out, and the proxy to be known by its task")
 	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: proxy, UID: 101, GID: 101}, "tcp4", "0.0.0.0:20001")
 	view := n.eventuallyTask(id, "connect-proxy-web")
 	if !slices.ContainsFunc(view.Problems, func(text string) bool { return strings.Contains(text, `"app"`) }) {

@@ -9,21 +9,27 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// ProxyCgroups returns the IDs of the cgroups in which the kernel has seen the
-// proxies of these namespaces, by cookie; those not seen yet are left out. A few
+// Sighting is what the kernel knows of who a proxy is.
+type Sighting struct {
+	Cgroup  uint64 // 0: its UID alone
+	Listens bool
+}
+
+// Sightings returns those of the proxies of these namespaces, by cookie. A few
 // map reads each, without the lock.
-func (d *Datapath) ProxyCgroups(cookies []uint64) (map[uint64][]uint64, error) {
+func (d *Datapath) Sightings(cookies []uint64) (map[uint64][]Sighting, error) {
 	tables, err := openTables(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
-	found := make(map[uint64][]uint64)
+	found := make(map[uint64][]Sighting)
 	for _, cookie := range cookies {
 		generation, err := tables.generation(cookie)
 		if err != nil {
@@ -35,9 +41,9 @@ func (d *Datapath) ProxyCgroups(cookies []uint64) (map[uint64][]uint64, error) {
 		}
 		err = eachSeat(cookie, config.Seats, func(key bpfProxyKey) error {
 			proxy, err := tables.proxyState(cookie, uint8(key.Seat))
-			if proxy.Cgroup != 0 && !slices.Contains(found[cookie], proxy.Cgroup) {
-				found[cookie] = append(found[cookie], proxy.Cgroup)
-			}
+			found[cookie] = append(found[cookie], Sighting{
+				Cgroup: proxy.Cgroup, Listens: proxy.Listeners > 0 || proxy.Flags&bpfProxyFlagPROXY_PINNED != 0,
+			})
 			return err
 		})
 		if err != nil {
@@ -78,34 +84,61 @@ func CgroupPath(id uint64) (string, error) {
 	return "/" + path, nil
 }
 
-// CgroupsIn returns the cgroups of the processes in the namespace at path, each
-// once. It walks all processes of the node.
-func CgroupsIn(netns string) (paths []string, err error) {
-	ns, err := openNamespace(netns)
+// CgroupID is the reverse of CgroupPath.
+func CgroupID(path string) (uint64, error) {
+	root, err := findCgroupRoot("/proc/self/mountinfo")
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	defer ns.Close()
+	var stat unix.Stat_t
+	if err := unix.Stat(filepath.Join(root, path), &stat); err != nil {
+		return 0, fmt.Errorf("stat cgroup %s: %w", path, err)
+	}
+	return stat.Ino, nil
+}
+
+// CgroupsIn returns the cgroups of the processes in each of the namespaces, each
+// once; none for a namespace that is gone. It walks all processes of the node.
+func CgroupsIn(namespaces ...string) (map[string][]string, error) {
+	names, found := make(map[uint64]string), make(map[string][]string)
+	for _, path := range namespaces {
+		ns, err := openNamespace(path)
+		if errors.Is(err, ErrNetNSGone) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		defer ns.Close()
+		names[ns.inode] = path
+	}
 	processes, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, fmt.Errorf("list processes: %w", err)
 	}
 	for _, process := range processes {
-		var pid int
-		if _, err := fmt.Sscan(process.Name(), &pid); err != nil || !ns.holds(pid) {
+		if _, err := strconv.Atoi(process.Name()); err != nil {
+			continue
+		}
+		var stat unix.Stat_t
+		if unix.Stat(filepath.Join("/proc", process.Name(), "ns/net"), &stat) != nil {
+			continue // it ended
+		}
+		name, wanted := names[stat.Ino]
+		if !wanted {
 			continue
 		}
 		data, err := os.ReadFile(filepath.Join("/proc", process.Name(), "cgroup"))
 		if err != nil {
-			continue // it ended
+			continue
 		}
 		for line := range strings.Lines(string(data)) {
-			if path, found := strings.CutPrefix(strings.TrimSpace(line), "0::"); found && !slices.Contains(paths, path) {
-				paths = append(paths, path)
+			if path, unified := strings.CutPrefix(strings.TrimSpace(line), "0::"); unified && !slices.Contains(found[name], path) {
+				found[name] = append(found[name], path)
 			}
 		}
 	}
-	return paths, nil
+	return found, nil
 }
 
 // Distrust takes the place of the proxy from a cgroup that is known not to be

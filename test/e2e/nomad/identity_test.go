@@ -48,27 +48,36 @@ func envoyUID(t *testing.T, n *nomad.Node) {
 	}
 }
 
-// silentProxy: before its proxy listens a task reaches nobody, and nobody it. Who
-// runs under the proxy's UID is taken for the proxy until then: a limit that is
-// told, and counted by name.
+// silentProxy: before its proxy listens a task reaches nobody, and nobody it; also
+// who runs under the proxy's UID, since the agent knows the proxy by its task.
 func silentProxy(t *testing.T, n *nomad.Node) {
 	seen := listenOnNeighbour(t, n, nomad.NeighbourAddress+":80")
-	a := n.Run("testdata/jobs/identity-silent.nomad.hcl").Alloc("app")
-	var got wire.Outcome
-	grown := counted(a, func() { got = a.Get("app", "http://"+nomad.NeighbourAddress+"/") })
-	if got.Errno != syscall.ECONNREFUSED || grown["refused_no_proxy"] != 1 || len(seen()) > 0 {
-		t.Errorf("a task before the proxy listens: %s, verdicts grew by %v, the neighbour saw %v; want ECONNREFUSED", got, grown, seen())
-	}
-	addr := a.Workload().Addresses[0]
-	grown = counted(a, func() { got = n.Get(n.NetNS(), "http://"+addr+":8080/") })
-	if got.Errno != syscall.ECONNREFUSED || grown["refused_inbound_no_proxy"] != 1 {
-		t.Errorf("the node before the proxy listens: %s, verdicts grew by %v; want ECONNREFUSED", got, grown)
-	}
-	grown = counted(a, func() { got = a.Get("envoy", "http://"+nomad.NeighbourAddress+"/") })
-	if grown["proxy"]+grown["refused_no_proxy"] != 1 || grown["proxy"] != uint64(len(seen())) {
-		t.Errorf("a task under the proxy's UID: %s, verdicts grew by %v, the neighbour saw %v; want each connection counted as the proxy's", got, grown, seen())
-	}
-	if w := a.Workload(); w.Proxy.Identity == "cgroup" || w.Proxy.Listeners != 0 {
-		t.Errorf("workload is %+v, want it told that the UID alone identifies its proxy", w)
+	job := n.Run("testdata/jobs/identity-silent.nomad.hcl")
+	for _, driver := range []string{"exec", "docker"} {
+		t.Run(driver, func(t *testing.T) {
+			a, url := job.Alloc(driver), "http://"+nomad.NeighbourAddress+"/"
+			proxy := "connect-proxy-id-silent-" + driver
+			w := a.EventuallyWorkload("the proxy to be told by its cgroup", func(w nomad.Workload) bool { return w.Proxy.Identity == "cgroup" })
+			if w.Proxy.Listeners != 0 {
+				t.Errorf("workload is %+v, want a proxy that does not listen", w)
+			}
+			before := len(seen())
+			var got wire.Outcome
+			for _, task := range []string{"app", "envoy"} {
+				grown := counted(a, func() { got = a.Get(task, url) })
+				if got.Errno != syscall.ECONNREFUSED || grown["refused_no_proxy"] != 1 || len(seen()) > before {
+					t.Errorf("task %s before the proxy listens: %s, verdicts grew by %v, the neighbour saw %v; want ECONNREFUSED", task, got, grown, seen())
+				}
+			}
+			addr := w.Addresses[0]
+			grown := counted(a, func() { got = n.Get(n.NetNS(), "http://"+addr+":8080/") })
+			if got.Errno != syscall.ECONNREFUSED || grown["refused_inbound_no_proxy"] != 1 {
+				t.Errorf("the node before the proxy listens: %s, verdicts grew by %v; want ECONNREFUSED", got, grown)
+			}
+			grown = counted(a, func() { got = a.Get(proxy, url) })
+			if grown["proxy"] != 1 || len(seen()) != before+1 {
+				t.Errorf("the proxy before it listens: %s, verdicts grew by %v, the neighbour saw %v; want it let out", got, grown, seen())
+			}
+		})
 	}
 }

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// How often the task of a proxy that does not listen is looked for: at first
+// often, and never so often that it costs more than a part of a core.
+const (
+	firstSearch = 100 * time.Millisecond
+	searchShare = 20 // of the time that a search takes, until the next one
+)
+
+// recognise tells the kernel who the proxies are that do not listen, by the
+// names of their tasks: until one listens, all under its UID would be taken for
+// it. It returns when to look again.
+func (a *Agent) recognise(now time.Time) time.Duration {
+	known, wait := a.containers(), tick
+	started := !maps.Equal(known.Tasks, a.tasks)
+	a.tasks = known.Tasks
+	due := make(map[redirect.Key]*memory)
+	var cookies []uint64
+	for key, m := range a.subjects {
+		if m.silent.IsZero() || m.hook == 0 || m.view.Mode == redirect.ModeDirect || m.view.Mode == redirect.ModeGateway {
+			continue // in those nothing is redirected from which the UID exempts
+		}
+		if !started && now.Before(m.sought) {
+			wait = min(wait, m.sought.Sub(now))
+			continue
+		}
+		due[key] = m
+		cookies = append(cookies, m.hook)
+	}
+	if len(due) == 0 {
+		return wait
+	}
+	seen, err := a.datapath.Sightings(cookies)
+	if err != nil {
+		return tick // the data path is on its way back
+	}
+	var namespaces []string
+	for key, m := range due {
+		if !slices.ContainsFunc(seen[m.hook], func(s redirect.Sighting) bool { return !s.Listens }) {
+			m.silent = time.Time{}
+			delete(due, key)
+		} else if len(m.proxies) > 0 {
+			namespaces = append(namespaces, m.view.NetNS)
+		}
+	}
+	if len(due) == 0 {
+		return wait
+	}
+	var cgroups map[string][]string
+	var cost time.Duration
+	if len(namespaces) > 0 {
+		began := time.Now()
+		if cgroups, err = redirect.CgroupsIn(namespaces...); err != nil {
+			a.trouble("look for the tasks of proxies", err)
+		}
+		cost = time.Since(began)
+	}
+	for key, m := range due {
+		if len(seen[m.hook]) != len(m.proxies) {
+			continue // the kernel does not know of all of them yet
+		}
+		for service, cgroup := range m.proxiesAmong(cgroups[m.view.NetNS], known) {
+			if slices.ContainsFunc(seen[m.hook], func(s redirect.Sighting) bool { return s.Cgroup == cgroup }) {
+				continue
+			}
+			err := a.datapath.Trust(key, service, cgroup)
+			if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+				err = nil // it went meanwhile
+			}
+			a.note(m, "recognise", err)
+		}
+	}
+	for _, m := range due {
+		pause := max(min(max(now.Sub(m.silent)/16, firstSearch), tick), cost*searchShare)
+		m.sought = now.Add(pause)
+		wait = min(wait, pause)
+	}
+	return wait
+}
+
+// proxiesAmong tells the proxies' cgroups by the names of the tasks: by service,
+// those for which there is one cgroup and no other.
+func (m *memory) proxiesAmong(paths []string, known containers) map[string]uint64 {
+	tasks := make(map[string][]string)
+	for _, path := range paths {
+		if of, ok := nearest(taskOf(path, m.view.ID, known), m.proxies); ok {
+			tasks[of.service().Name] = append(tasks[of.service().Name], path)
+		}
+	}
+	found := make(map[string]uint64)
+	for service, paths := range tasks {
+		if len(paths) > 1 {
+			continue
+		}
+		if id, err := redirect.CgroupID(paths[0]); err == nil { // else it ended
+			found[service] = id
+		}
+	}
+	return found
+}
+
+// nearest is the proxy that Nomad injected the task for: where the name of one
+// service begins with another's, the longer one's.
+func nearest(task string, proxies []proxy) (found proxy, ok bool) {
+	for _, p := range proxies {
+		if injected(task, []proxy{p}) && (!ok || strings.HasPrefix(p.task(), found.task())) {
+			found, ok = p, true
+		}
+	}
+	return found, ok
+}
