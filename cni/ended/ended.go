@@ -80,7 +80,7 @@ type Attachment struct {
 	unread     error                     // why libcni's result cannot be read
 	built      bool                      // the plugin has a record of the network
 	known      bool                      // the data path has a record of the workload
-	mount      string                    // the namespace that Nomad made under the allocation's ID
+	mount      string                    // where Nomad mounted a namespace, under the allocation's ID
 	paths      []string                  // that led to a namespace of it
 	cookies    []uint64                  // of namespaces of it
 	interfaces []netInterface            // inside, as libcni has them
@@ -225,7 +225,7 @@ func (n Node) named(at func(redirect.Key) *Attachment, found map[redirect.Key]*A
 	}
 	for _, entry := range entries {
 		id, path := entry.Name(), filepath.Join(dir, entry.Name())
-		if _, mounted, err := inodeOf(path); err != nil || !mounted || !allocID.MatchString(id) {
+		if !allocID.MatchString(id) {
 			continue
 		}
 		alone := true
@@ -236,7 +236,7 @@ func (n Node) named(at func(redirect.Key) *Attachment, found map[redirect.Key]*A
 				a.lived(path, 0)
 			}
 		}
-		if alone {
+		if _, mounted, err := inodeOf(path); alone && mounted && err == nil {
 			a := at(redirect.Key{ContainerID: id})
 			a.Job.AllocID, a.mount = id, path
 			a.lived(path, 0)

@@ -236,6 +236,22 @@ func TestRemoveOfAnEmptyNamespace(t *testing.T) {
 	}
 }
 
+// A mount that this process does not see may be there for others: the file tells.
+func TestNamespaceThatIsMountedElsewhere(t *testing.T) {
+	n := newNode(t, "weir")
+	n.alloc.End()
+	file := filepath.Join(n.NetNSDir, allocationID)
+	if err := os.WriteFile(file, nil, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.remove(n.finds(Empty)); err != nil {
+		t.Fatal(err)
+	}
+	if left := n.left(); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
+
 // What was listed when no namespace was there is not taken away when one came.
 func TestRemoveLooksAgain(t *testing.T) {
 	n := newNode(t, "weir")

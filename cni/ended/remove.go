@@ -62,7 +62,7 @@ func (n Node) Remove(ctx context.Context, listed Attachment) error {
 	if err := errors.Join(problems...); err != nil || a.mount == "" {
 		return err
 	}
-	if err := unix.Unmount(a.mount, unix.MNT_DETACH); err != nil {
+	if err := unix.Unmount(a.mount, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) { // nothing is mounted there
 		return fmt.Errorf("unmount namespace %s: %w", a.mount, err)
 	}
 	return os.Remove(a.mount)

@@ -24,8 +24,9 @@ type netInterface struct{ name, mac string }
 
 // uses are the network namespaces in which processes are.
 type uses struct {
-	inodes map[uint64]bool
-	spaces []space
+	threads map[uint64][]string // ways to each, by inode
+	spaces  []space
+	looked  bool // spaces are known
 }
 
 // space is what a namespace is known by where no path leads to it.
@@ -37,38 +38,45 @@ type space struct {
 
 // findUses looks at every thread of the machine. One that it may not look at is
 // an error, as it may be where it matters; but for init, which is no task.
-func findUses() (uses, error) {
+func findUses() (*uses, error) {
 	threads, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")
 	if err != nil {
-		return uses{}, err
+		return nil, err
 	}
-	paths := make(map[uint64][]string)
+	u := &uses{threads: make(map[uint64][]string)}
 	for _, thread := range threads {
 		inode, found, err := inodeOf(thread)
 		if errors.Is(err, fs.ErrPermission) && strings.HasPrefix(thread, "/proc/1/") {
 			continue
 		}
 		if err != nil {
-			return uses{}, fmt.Errorf("look at process: %w", err)
+			return nil, fmt.Errorf("look at process: %w", err)
 		}
 		if found { // else it has ended
-			paths[inode] = append(paths[inode], thread)
+			u.threads[inode] = append(u.threads[inode], thread)
 		}
-	}
-	u := uses{inodes: make(map[uint64]bool, len(paths))}
-	for inode, list := range paths {
-		u.inodes[inode] = true
-		s, err := lookAtOne(list)
-		if err != nil {
-			return uses{}, err
-		}
-		u.spaces = append(u.spaces, s)
 	}
 	return u, nil
 }
 
+// look enters each namespace, once.
+func (u *uses) look() error {
+	if u.looked {
+		return nil
+	}
+	for _, threads := range u.threads {
+		s, err := lookAtOne(threads)
+		if err != nil {
+			return err
+		}
+		u.spaces = append(u.spaces, s)
+	}
+	u.looked = true
+	return nil
+}
+
 // of says what is left of an attachment's namespace, or ErrInUse.
-func (u uses) of(a *Attachment) (State, error) {
+func (u *uses) of(a *Attachment) (State, error) {
 	if a.unread != nil {
 		return "", a.unread
 	}
@@ -78,11 +86,17 @@ func (u uses) of(a *Attachment) (State, error) {
 		switch {
 		case err != nil:
 			return "", err
-		case found && u.inodes[inode]:
+		case found && len(u.threads[inode]) > 0:
 			return "", fmt.Errorf("namespace %s: %w", path, ErrInUse)
 		case found:
 			state = Empty
 		}
+	}
+	if a.mount != "" {
+		state = Empty // also where the mount is to be seen from elsewhere alone
+	}
+	if err := u.look(); err != nil {
+		return "", err
 	}
 	if slices.ContainsFunc(u.spaces, a.has) {
 		return "", fmt.Errorf("a process is in its namespace, to which no path leads any more: %w", ErrInUse)
