@@ -85,6 +85,7 @@ func TestAddThatFailsTakesItsNetworkBack(t *testing.T) {
 		"the network":         {meshArgs, func(b *bench) { b.net.addErr = errors.New("no room") }, []string{"ADD"}, CodeNetwork},
 		"a plugin is missing": {meshArgs, func(b *bench) { b.net.addErr = network.ErrMissing }, []string{"ADD"}, CodeMissing},
 		"forwarding":          {meshArgs, func(b *bench) { b.net.addErr = network.ErrForward }, []string{"ADD"}, CodeForward},
+		"tasks run elsewhere": {meshArgs, func(b *bench) { b.net.addErr = network.ErrInhabited }, []string{"ADD"}, types.ErrTryAgainLater},
 		"a name is taken":     {meshArgs, func(b *bench) { b.net.addErr = network.ErrTaken }, []string{"ADD"}, CodeNetwork},
 		"the request":         {badMesh, func(*bench) {}, nil, types.ErrInvalidEnvironmentVariables},
 		"the redirect":        {meshArgs, func(b *bench) { b.fake.addErr = errors.New("no memory") }, []string{"ADD", "undo"}, CodeDatapath},

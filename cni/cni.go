@@ -90,8 +90,9 @@ type Plugin struct {
 
 // Add redirects the allocation's namespace and prints the result: the previous
 // one, or that of the network that it builds where there is none. It may be
-// called again, also with a new namespace for an ID that is known. When it
-// fails, nothing of the allocation is left behind.
+// called again, also with a new namespace for an ID that is known, as long as no
+// task runs in the old one's network. When it fails, nothing of the allocation is
+// left behind.
 func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 	conf, err := parseConfig(cmd.StdinData)
 	if err != nil {

@@ -95,7 +95,7 @@ func codeOf(err error) uint {
 		return types.ErrInvalidNetNS
 	case errors.Is(err, redirect.ErrUnknown):
 		return types.ErrUnknownContainer
-	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY):
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY), errors.Is(err, network.ErrInhabited):
 		return types.ErrTryAgainLater
 	default:
 		return CodeDatapath
@@ -122,6 +122,8 @@ func remedyFor(err error) string {
 		return "try again; a process that keeps the lock must end, since nothing on the node can change meanwhile"
 	case errors.Is(err, redirect.ErrFull):
 		return "the node holds no more: fewer allocations, or fewer exclusions in their jobs"
+	case errors.Is(err, network.ErrInhabited):
+		return "stop the allocation, where Nomad has not: its tasks stay in the old namespace, another allocation's start in a new one"
 	case errors.Is(err, network.ErrTaken):
 		return "name another bridge in the conflist, or remove what has the name or the address"
 	default:

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -85,6 +86,38 @@ func (ns *namespace) has(device string) (there bool, err error) {
 		return err
 	})
 	return there, err
+}
+
+// refuseInhabited is an error where the key's device leads to another namespace
+// than this one, in which processes run. The kernel numbers the namespaces at the
+// other end of a device.
+func (ns *namespace) refuseInhabited(key redirect.Key) error {
+	return withHandle(func(h *netlink.Handle) error {
+		device, err := find1(h, HostDevice(key))
+		if err != nil || device == nil || device.Attrs().NetNsID < 0 {
+			return err
+		}
+		if own, err := h.GetNetNsIdByFd(int(ns.file.Fd())); err != nil {
+			return fmt.Errorf("number namespace %s: %w", ns.file.Name(), err)
+		} else if own == device.Attrs().NetNsID {
+			return nil
+		}
+		entries, err := os.ReadDir("/proc")
+		if err != nil {
+			return fmt.Errorf("list processes: %w", err)
+		}
+		for _, entry := range entries {
+			pid, err := strconv.Atoi(entry.Name())
+			if err != nil {
+				continue
+			}
+			// One that ended meanwhile has no namespace.
+			if id, err := h.GetNetNsIdByPid(pid); err == nil && id == device.Attrs().NetNsID {
+				return fmt.Errorf("process %d %w", pid, ErrInhabited)
+			}
+		}
+		return nil
+	})
 }
 
 // find1 returns nil where there is no such device.

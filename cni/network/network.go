@@ -29,6 +29,8 @@ var (
 	ErrForward = errors.New("the node drops forwarded traffic")
 	// ErrMissing: a program that the network needs is not on the node.
 	ErrMissing = errors.New("not found")
+	// ErrInhabited: a known key's tasks run in the namespace that it has.
+	ErrInhabited = errors.New("still runs in its namespace")
 	// ErrTaken: a device or chain of that name exists and is somebody else's.
 	ErrTaken = errors.New("in use by another")
 )
@@ -79,9 +81,10 @@ func New(config Config, stateDir string) *Network {
 }
 
 // Add makes the attachment and returns its result. The same call twice is
-// once; a known key with another namespace gives up all of the old one. A call
-// that fails leaves nothing of its own behind. undo takes back what this call
-// made, and nothing that was there before it.
+// once; a known key with another namespace gives up all of the old one, and is
+// refused with ErrInhabited while tasks run in that: they would be left without a
+// network. A call that fails leaves nothing of its own behind. undo takes back what
+// this call made, and nothing that was there before it.
 func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, err error) {
 	if err := n.config.need(a.Path); err != nil {
 		return nil, nil, err
@@ -92,17 +95,21 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 	}
 	defer ns.Close()
 	old, err := n.readRecord(a.Key)
-	switch {
-	case errors.Is(err, redirect.ErrUnknown):
-	case err != nil:
-		return nil, nil, err
-	case old.Complete && old.Cookie == ns.cookie:
+	known := err == nil
+	if known && old.Complete && old.Cookie == ns.cookie {
 		old.NetNS, old.Path = a.NetNS, a.Path
 		if _, err := n.ensure(old, ns); err != nil {
 			return nil, nil, err
 		}
 		return old.Result, func() error { return nil }, n.writeRecord(old)
-	default:
+	}
+	if !known && !errors.Is(err, redirect.ErrUnknown) {
+		return nil, nil, err
+	}
+	if err := ns.refuseInhabited(a.Key); err != nil {
+		return nil, nil, fmt.Errorf("give up the old network of the same ID: %w", err)
+	}
+	if known {
 		if a.Path != "" {
 			old.Path = a.Path
 		}

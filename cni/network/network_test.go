@@ -168,6 +168,36 @@ func TestKnownIDWithANewNamespace(t *testing.T) {
 	}
 }
 
+// Where Docker restarted the pause container under an allocation, its tasks run on in
+// the namespace that they have: it must not be taken from them.
+func TestKnownIDWhoseTasksRunInTheOldNamespace(t *testing.T) {
+	n := newNode(t)
+	old, result := n.added(t, "a")
+	task := test.NewClient(t, test.Spec{NetNS: old.ns})
+	moved := n.allocation(t, "a")
+	refused := func() {
+		t.Helper()
+		n.wantSame(t, func() {
+			if _, err := n.add(moved); !errors.Is(err, ErrInhabited) || !strings.Contains(err.Error(), fmt.Sprint(task.PID)) {
+				t.Errorf("ADD with another namespace: %v: want ErrInhabited that names process %d", err, task.PID)
+			}
+		})
+	}
+	refused()
+	if again, err := n.add(old); err != nil || !slices.Equal(addresses(again), addresses(result)) {
+		t.Errorf("ADD with the old namespace: %v, %v: want the same result as before", again, err)
+	}
+	if err := os.RemoveAll(filepath.Join(n.stateDir, "networks")); err != nil {
+		t.Fatal(err)
+	}
+	refused() // the record is lost, too
+
+	task.Stop()
+	if _, err := n.add(moved); err != nil {
+		t.Errorf("ADD when the task has ended: %v", err)
+	}
+}
+
 // A reboot leaves no namespace and no record, but the leases of an operator's
 // own directory.
 func TestAddAfterAReboot(t *testing.T) {
