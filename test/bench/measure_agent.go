@@ -40,6 +40,9 @@ func (b *bench) agent() measurement {
 			{ID: "agent.peak", Name: proxies + "memory (RSS) at its peak, the start included", Unit: "MiB"},
 			{ID: "agent.change", Name: proxies + "from a change in Consul to the kernel, median", Unit: "s", target: atMost(2, "s")},
 			{ID: "agent.slowest", Name: fmt.Sprintf("%sthe slowest of %d changes", proxies, b.size.changes), Unit: "s", target: atMost(2, "s")},
+			{ID: "agent.all", Name: proxies + "one change in Consul that concerns all, until the last is in the kernel", Unit: "s"},
+			{ID: "agent.arrival", Name: proxies + "meanwhile a new allocation, from its registration to the kernel", Unit: "s"},
+			{ID: "agent.left", Name: proxies + "of all, those that were changed after it"},
 			{ID: "agent.start", Name: proxies + "the agent's first start, until all are in step", Unit: "s"},
 			{ID: "agent.restart", Name: proxies + "its restart, until all are in step", Unit: "s"},
 			{ID: "agent.restore", Name: proxies + "its start after all maps and programs were lost", Unit: "s"},
@@ -56,7 +59,9 @@ quarter has transparent_proxy and went through the plugin, the others the agent 
 process listens under Envoy's user. "When calm" is five minutes without a change, a whole period of everything that
 the agent does by the clock. Connections and bytes are counted by a relay on loopback between agent and Consul; CPU is
 utime and stime of /proc/PID/stat, memory that of smaps_rollup. A change moves an upstream's local port: its time runs from
-before the request to Consul until the row in the kernel that puts the new ports in force.
+before the request to Consul until the row in the kernel that puts the new ports in force. The change that concerns all
+is one of proxy-defaults: an expose path for each proxy, and another outbound listener for the transparent ones; its time
+has all of Consul's own in it, and ends when the last record says that it is in force.
 `
 
 func (b *bench) agentOnce(ctx context.Context) (got figures, err error) {
@@ -85,6 +90,9 @@ func (b *bench) agentOnce(ctx context.Context) (got figures, err error) {
 	}
 	if err := f.change(ctx, got); err != nil {
 		return nil, fmt.Errorf("measure changes: %w", err)
+	}
+	if err := f.changeAll(ctx, got); err != nil {
+		return nil, fmt.Errorf("measure a change of all: %w", err)
 	}
 	got["agent.connections"] = float64(daemon.relay.count().Most)
 	if err := daemon.stop(); err != nil {
