@@ -116,7 +116,7 @@ func (n *Node) leftRules() error {
 		if strings.HasPrefix(line, "table inet weir ") {
 			problems = append(problems, fmt.Errorf("rules of networks: %s", strings.TrimSpace(line)))
 		}
-		if ofAllocation.MatchString(line) {
+		if ofAllocation.MatchString(line) || strings.Contains(line, `comment "weir: `) || strings.Contains(line, `/* weir: `) {
 			problems = append(problems, fmt.Errorf("rule: %s", strings.TrimSpace(line)))
 		}
 	}

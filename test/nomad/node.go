@@ -110,6 +110,9 @@ func (n *Node) startDaemons(meanwhile func()) {
 	n.Consul.Launch(n.tb)
 	n.Server.Launch(n.tb)
 	if n.Docker != nil {
+		if n.options.DockerRules {
+			n.forwardNothing()
+		}
 		n.Docker.Launch(n.tb)
 		n.Docker.AwaitReady(n.tb)
 	}
@@ -122,6 +125,16 @@ func (n *Node) startDaemons(meanwhile func()) {
 	}
 	n.Nomad.AwaitReady(n.tb)
 	n.tb.Logf("node: all services are ready after %s", time.Since(began).Round(time.Millisecond))
+}
+
+// forwardNothing makes the node what it is before Docker comes: only where Docker
+// itself turns forwarding on does it drop what it has not asked for.
+func (n *Node) forwardNothing() {
+	n.machine.net.Do(func() {
+		if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0o644); err != nil {
+			n.tb.Errorf("turn forwarding off: %v", err)
+		}
+	})
 }
 
 // Reboot takes the power away and boots: what lies on the disk stays (the data of

@@ -15,24 +15,42 @@ import (
 )
 
 // TestKill kills one part of the node after the other while clients ask on and on:
-// only what the part itself carried is lost. Nomad's client is killed in TestLifeCycle.
+// only what the part itself carried is lost. Beside the mesh that it hits there is
+// another, in the other network mode, which must lose nothing whatever is killed.
+// Nomad's client is killed in TestLifeCycle.
 func TestKill(t *testing.T) {
-	n := nomad.Start(t, nomad.Options{NoDocker: true})
-	serveNeighbour(t, n, ":80")
-	m := runMesh(n, "testdata/jobs/life-mesh.nomad.hcl", "kill", "bridge")
-	m.wantWorks(t)
+	node := nomad.Start(t, nomad.Options{NoDocker: true})
+	serveNeighbour(t, node, ":80")
+	t.Run("Mesh", func(t *testing.T) { killEach(t, node.For(t)) })
+	if !t.Failed() {
+		node.ExpectNothingLeft()
+	}
+}
+
+func killEach(t *testing.T, n *nomad.Node) {
+	const file = "testdata/jobs/life-mesh.nomad.hcl"
+	bridge, own := runMesh(n, file, "kill", "bridge"), runMesh(n, file, "killown", "cni/weir")
 	for _, each := range []struct {
-		name string
-		test func(*testing.T, *nomad.Node, *mesh)
+		name           string
+		test           func(*testing.T, *nomad.Node, *mesh)
+		hit, bystander *mesh
 	}{
-		{"Agent", killAgent},
-		{"Consul", killConsul},
-		{"EnvoyOfClient", killEnvoyOfClient},
-		{"EnvoyOfServer", killEnvoyOfServer},
+		{"Agent", killAgent, bridge, own},
+		{"Consul", killConsul, bridge, own},
+		{"EnvoyOfClient", killEnvoyOfClient, bridge, own},
+		{"EnvoyOfServer", killEnvoyOfServer, bridge, own},
+		{"EnvoyOfClientInOwnNetwork", killEnvoyOfClient, own, bridge},
+		{"EnvoyOfServerInOwnNetwork", killEnvoyOfServer, own, bridge},
 	} {
 		t.Run(each.name, func(t *testing.T) {
 			n := n.For(t)
-			each.test(t, n, m.on(n))
+			hit, bystander := each.hit.on(n), each.bystander.on(n)
+			hit.wantWorks(t)
+			loop := bystander.client.Loop("client", bystander.virtual(t))
+			loop.Await(5, "answered", bystander.inMesh)
+			each.test(t, n, hit)
+			loop.Await(5, "answered at the end", bystander.inMesh)
+			bystander.wantNothingLost(t, "bystander", loop.Stop())
 		})
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/weirmesh/weir/test"
@@ -13,13 +14,25 @@ import (
 	"github.com/weirmesh/weir/test/nomad/wire"
 )
 
-// TestLifeCycle: whatever Nomad does with allocations, in both modes, leaves a mesh
-// that works and nothing of those that went.
+// TestLifeCycle: whatever Nomad does with allocations, in both modes and of both
+// drivers, leaves a mesh that works and nothing of those that went. Docker has its own
+// rules on the node, which drop what the node forwards.
 func TestLifeCycle(t *testing.T) {
-	n := nomad.Start(t, nomad.Options{NoDocker: true})
+	node := nomad.Start(t, nomad.Options{DockerRules: true})
+	t.Run("Mesh", func(t *testing.T) { lifeCycle(t, node.For(t)) })
+	if !t.Failed() {
+		node.ExpectNothingLeft()
+	}
+}
+
+func lifeCycle(t *testing.T, n *nomad.Node) {
+	if rules := n.Command("iptables", "-S", "FORWARD"); !strings.Contains(rules, "-P FORWARD DROP") {
+		t.Errorf("Docker has not set FORWARD to DROP:\n%s", rules)
+	}
 	meshes := []*mesh{
-		runMesh(n, "testdata/jobs/life-mesh.nomad.hcl", "lifeb", "bridge"),
+		runMesh(n, "testdata/jobs/life-docker.nomad.hcl", "lifeb", "bridge"),
 		runMesh(n, "testdata/jobs/life-mesh.nomad.hcl", "lifec", "cni/weir"),
+		runMesh(n, "testdata/jobs/life-docker.nomad.hcl", "lifed", "cni/weir"),
 	}
 	for _, each := range []struct {
 		name string
@@ -73,8 +86,8 @@ func nomadRestarts(t *testing.T, n *nomad.Node, meshes []*mesh) {
 }
 
 // damageWhileNomadIsDown: all of Weir's in the kernel goes while neither Nomad nor the
-// agent runs, and the records of one job too. Nomad's CHECK brings it back, and the
-// allocations live on.
+// agent runs, the records of one job too, and pieces of the network that the plugin
+// built for others. Nomad's CHECK brings it back, and the allocations live on.
 func damageWhileNomadIsDown(t *testing.T, n *nomad.Node, meshes []*mesh) {
 	var before [][]life
 	for _, m := range meshes {
@@ -87,6 +100,18 @@ func damageWhileNomadIsDown(t *testing.T, n *nomad.Node, meshes []*mesh) {
 	}
 	for _, a := range []*nomad.Alloc{meshes[0].client, meshes[0].server} {
 		if err := os.Remove(n.Path("/run/weir/workloads/" + a.ID + "-eth0.json")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.Command("nft", "delete", "table", "inet", "weir")
+	n.Command("ip", "address", "flush", "dev", "weir")
+	for _, m := range meshes[1:] {
+		inside(t, m.client, "client", "ip", "address", "flush", "dev", "eth0")
+		inside(t, m.server, "server", "ip", "route", "del", "default")
+		if err := os.Remove(n.Path("/run/weir/networks/" + m.server.ID + "-eth0.json")); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(leaseOf(t, n, m.client)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -161,14 +186,6 @@ func awaitStarts(t *testing.T, n *nomad.Node, a *nomad.Alloc, starts int) {
 	}, fmt.Sprintf("%d starts of each task of %s", starts, a.Group))
 }
 
-// everyAlloc is all that the meshes run.
-func everyAlloc(meshes []*mesh, more ...*nomad.Alloc) []*nomad.Alloc {
-	for _, m := range meshes {
-		more = append(more, m.client, m.server)
-	}
-	return more
-}
-
 // stopAlloc: "nomad alloc stop" ends an allocation for good, another takes its place.
 func stopAlloc(t *testing.T, n *nomad.Node, meshes []*mesh) {
 	for _, m := range meshes {
@@ -190,12 +207,14 @@ func stopAlloc(t *testing.T, n *nomad.Node, meshes []*mesh) {
 		m.refresh()
 		m.wantWorks(t)
 	}
-	wantOnly(t, n, everyAlloc(meshes)...)
+	wantOnlyMeshes(t, n, meshes)
 }
 
 // reschedule: where a task dies that may not, Nomad places another allocation.
 func reschedule(t *testing.T, n *nomad.Node, meshes []*mesh) {
 	modes := map[string]string{"lifeb": "bridge", "lifec": "cni/weir"}
+	all := meshes
+	meshes = meshes[:len(modes)] // one in each mode asks
 	jobs := make(map[*mesh]*nomad.Job)
 	old := make(map[*mesh]*nomad.Alloc)
 	for _, m := range meshes {
@@ -228,5 +247,5 @@ func reschedule(t *testing.T, n *nomad.Node, meshes []*mesh) {
 		wantMesh(t, got, replaced, m.id+"-client")
 		now = append(now, replaced)
 	}
-	wantOnly(t, n, everyAlloc(meshes, now...)...)
+	wantOnlyMeshes(t, n, all, now...)
 }

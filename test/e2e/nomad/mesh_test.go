@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -26,12 +27,13 @@ type mesh struct {
 	job            *nomad.Job
 	client, server *nomad.Alloc
 	url            string
+	docker         bool // its tasks and namespaces are Docker's
 }
 
 // runMesh runs life-mesh.nomad.hcl, or a job like it, in a network mode.
 func runMesh(n *nomad.Node, file, id, mode string) *mesh {
 	speaksHTTP(n, id+"-server", id+"-client")
-	m := &mesh{id: id, job: n.Run(file, "id", id, "mode", mode), url: "http://" + id + "-server.virtual.consul/"}
+	m := &mesh{id: id, docker: strings.HasSuffix(file, "-docker.nomad.hcl"), job: n.Run(file, "id", id, "mode", mode), url: "http://" + id + "-server.virtual.consul/"}
 	m.refresh()
 	return m
 }
@@ -132,13 +134,27 @@ func (m *mesh) wantSameLives(t *testing.T, before []life) {
 // others: namespaces, interfaces, leases, results, records, programs.
 func wantOnly(t *testing.T, n *nomad.Node, allocs ...*nomad.Alloc) {
 	t.Helper()
-	want := make(map[string]bool)
-	for _, a := range allocs {
-		want[a.ID] = true
+	wantOnlyMeshes(t, n, nil, allocs...)
+}
+
+// wantOnlyMeshes is wantOnly for meshes and more allocations, which are not Docker's.
+func wantOnlyMeshes(t *testing.T, n *nomad.Node, meshes []*mesh, more ...*nomad.Alloc) {
+	t.Helper()
+	want, made := make(map[string]bool), make(map[string]bool) // made: by Nomad, not by Docker
+	for _, a := range more {
+		want[a.ID], made[a.ID] = true, true
+	}
+	for _, m := range meshes {
+		for _, a := range []*nomad.Alloc{m.client, m.server} {
+			want[a.ID] = true
+			if !m.docker {
+				made[a.ID] = true
+			}
+		}
 	}
 	test.Eventually(t, func() error {
 		problems := []error{
-			onlyThese("namespaces", files(n, "/run/netns/*"), want),
+			onlyThese("namespaces", files(n, "/run/netns/*"), made),
 			onlyThese("results", files(n, "/var/lib/cni/results/*"), want),
 			onlyThese("records", files(n, "/run/weir/workloads/*.json"), want),
 			onlyThese("leases", leases(n), want),
@@ -162,6 +178,30 @@ func files(n *nomad.Node, pattern string) []string {
 		list[i] = filepath.Base(file)
 	}
 	return list
+}
+
+// leaseOf is the file of the allocation's lease in the plugin's own network.
+func leaseOf(t *testing.T, n *nomad.Node, a *nomad.Alloc) string {
+	t.Helper()
+	list, err := filepath.Glob(n.Path("/run/weir/leases/*/*.*.*.*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range list {
+		if text, err := os.ReadFile(file); err == nil && strings.Contains(string(text), a.ID) {
+			return file
+		}
+	}
+	t.Fatalf("no lease of %s among %q", a.ID, list)
+	return ""
+}
+
+// inside runs a program in the network namespace of a task.
+func inside(t *testing.T, a *nomad.Alloc, task string, command ...string) {
+	t.Helper()
+	if out, err := exec.Command("nsenter", append([]string{"--net=" + a.NetNS(task)}, command...)...).CombinedOutput(); err != nil {
+		t.Fatalf("%q in %s: %v: %s", command, a.ID, err, out)
+	}
 }
 
 // leases are the owners in the files that are named by an address.
