@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -144,6 +145,39 @@ func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
 	if next := l.virtual[service{Name: "api"}].next; next.After(l.now().Add(lookupInterval / 5)) {
 		t.Errorf("asked again in %s, want soon", next.Sub(l.now()))
 	}
+}
+
+// Names that could not be read for a while are no names, and may have come and
+// gone meanwhile.
+func TestNamesTellOfAGap(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.catalog.set("api")
+	n := newNames(fake.client(t))
+	n.need()
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { n.follow(ctx) })
+	defer running.Wait()
+	defer cancel()
+	want := func(presence presence, missed int) {
+		t.Helper()
+		test.Eventually(t, func() error {
+			got := n.of(service{Name: "api"})
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			if got != presence || n.missed != missed {
+				return fmt.Errorf("presence %d, %d gaps", got, n.missed)
+			}
+			return nil
+		}, fmt.Sprintf("presence %d and %d gaps", presence, missed))
+	}
+	want(present, 0)
+	fake.catalog.set("db")
+	want(absent, 0)
+	fake.catalog.fail()
+	want(presenceUnknown, 0)
+	fake.catalog.set("api")
+	want(present, 1)
 }
 
 // A node that has nothing to ask of the catalog does not ask it.
