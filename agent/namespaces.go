@@ -85,7 +85,15 @@ const leftBehind = "it is over and its namespace is gone, but nobody ended its n
 // over reports an attachment that libcni alone knows: nothing can run in it any
 // more.
 func (s subject) over() bool {
-	return s.Known == nil && s.Cached && !s.Live && s.NetNS != "" && !isNamespace(s.NetNS)
+	return s.Known == nil && s.Cached && !s.Live && s.NetNS != "" && isGone(s.NetNS)
+}
+
+// isGone reports whether no namespace is mounted there for certain: one that
+// cannot be looked at may live.
+func isGone(path string) bool {
+	var stat unix.Statfs_t
+	err := unix.Statfs(path, &stat)
+	return errors.Is(err, fs.ErrNotExist) || err == nil && stat.Type != unix.NSFS_MAGIC
 }
 
 // there keeps those addresses that the namespace has: one that Docker made anew
