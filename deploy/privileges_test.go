@@ -73,10 +73,10 @@ func TestUnitLeavesTheLeastPrivileges(t *testing.T) {
 			takesIn: "is not registered: it gets no connections",
 		}},
 		{"mounts of the host", "MountFlags=private", map[string]string{
-			guards:       "not a namespace",
-			takesIn:      "not a namespace",
-			seesNftables: "not a namespace",
-			seesIptables: "not a namespace",
+			guards:       "namespace is gone",
+			takesIn:      "namespace is gone",
+			seesNftables: "namespace is gone",
+			seesIptables: "namespace is gone",
 		}},
 	}
 	var taken []string
@@ -101,7 +101,7 @@ func TestUnitLeavesTheLeastPrivileges(t *testing.T) {
 				said, lost := loss.lost[duty.name]
 				what := "an agent that " + duty.name
 				if lost {
-					what = fmt.Sprintf("%q, of an agent that should %s and cannot", said, duty.name)
+					what = fmt.Sprintf("%q in place of an agent that %s", said, duty.name)
 				}
 				test.Eventually(t, func() error {
 					err := duty.holds(n)
