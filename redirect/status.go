@@ -142,6 +142,9 @@ func (d *Datapath) status() (Status, error) {
 		return status, err
 	}
 	for _, o := range orphans {
+		if !o.alive {
+			continue // the next sweep's
+		}
 		problem("restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
 	}
 	return status, nil

@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
 	"net/netip"
 	"os"
@@ -211,6 +212,31 @@ func TestStatusOfALostRecord(t *testing.T) {
 	a.add()
 	remove(t, n.paths.record(a.key))
 	n.ails("its record is gone")
+}
+
+// What is left of a namespace that outlived its record and has ended since concerns
+// nobody: the next sweep takes it.
+func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
+	d := newDatapath(t)
+	n := &node{Datapath: d, t: t}
+	t.Run("workload", func(t *testing.T) {
+		a := (&node{Datapath: d, t: t, remote: test.NewNetNS(t)}).newAlloc()
+		a.add()
+		remove(t, d.paths.record(a.key))
+	})
+	test.Eventually(t, func() error {
+		status, err := n.Status()
+		if err == nil && !status.Healthy() {
+			err = fmt.Errorf("problems: %+v", status.Problems)
+		}
+		return err
+	}, "a healthy node")
+	if _, err := d.Sweep(); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(d.paths.lookups()); err != nil || len(left) > 0 {
+		t.Errorf("lookup programs after a sweep: %v, %v: want none", left, err)
+	}
 }
 
 func TestStatusOfAnMPTCPListener(t *testing.T) {
