@@ -91,7 +91,7 @@ func bootMachine(t *testing.T) *machine {
 			t.Error(err)
 		}
 		if m.first != 0 { // with it ends every process of its namespace
-			wait(t, "the end of systemd", func() bool { _, err := os.Stat(m.root); return err != nil })
+			wait(t, "the end of systemd", func() bool { _, err := os.Stat(filepath.Dir(m.root)); return err != nil })
 		}
 		for _, dir := range cgroupsAtRoot(t) {
 			if !slices.Contains(cgroups, dir) {
