@@ -177,21 +177,42 @@ func TestRequestChangesAtOnce(t *testing.T) {
 	}
 }
 
+// Nothing is written to a map, not the same value again either, where nothing
+// has changed.
 func TestNoChangeIsNoWrite(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add()
+	a.add(full)
+	a.startProxy()
 	overlay := overlays()[0]
 	if err := n.SetOverlay(a.key, overlay); err != nil {
 		t.Fatal(err)
 	}
 	generation := generationOf(t, n.Datapath, a.NetNS)
-	if err := n.SetOverlay(a.key, overlay); err != nil {
-		t.Fatal(err)
-	}
-	a.add()
-	if _, err := n.Check(a.key, a.Path); err != nil {
-		t.Fatal(err)
+	collector := n.NewCollector()
+	writes := test.CountMapWrites(t)
+	for _, c := range []struct {
+		what string
+		do   func() error
+	}{
+		{"the same overlay", func() error { return n.SetOverlay(a.key, overlay) }},
+		{"ADD again", func() error { a.add(full); return nil }},
+		{"a check", func() error { return second(n.Check(a.key, a.Path)) }},
+		{"a look for damage", func() error { return second(n.Mend()) }},
+		{"a look for dead namespaces", func() error { return second(n.Sweep()) }},
+		{"a look for origins to free", func() error { return second(collector.Run()) }},
+		{"loading again", func() error { return second(n.Load()) }},
+		{"status", func() error { return second(n.Status()) }},
+		{"workloads", func() error { return second(n.Workloads()) }},
+		{"verdicts", func() error { return second(n.Verdicts()) }},
+		{"what is known", func() error { return second(n.Known()) }},
+	} {
+		if err := c.do(); err != nil {
+			t.Errorf("%s: %v", c.what, err)
+		}
+		if seen := writes.Seen(); len(seen) > 0 {
+			t.Errorf("%s wrote to maps: %v", c.what, seen)
+		}
 	}
 	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
 		t.Errorf("generation = %d without a change, was %d", now, generation)
@@ -202,7 +223,12 @@ func TestNoChangeIsNoWrite(t *testing.T) {
 	if now := generationOf(t, n.Datapath, a.NetNS); now == generation {
 		t.Error("a change kept its generation")
 	}
+	if len(writes.Seen()) == 0 {
+		t.Error("no write of a change was seen")
+	}
 }
+
+func second[T any](_ T, err error) error { return err }
 
 // A change that cannot be made leaves the set that is in force, alone.
 func TestFailedChangeKeepsTheOldSet(t *testing.T) {

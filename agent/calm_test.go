@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// newStepwise is an agent whose loop is the test's: each turn of it is called for.
+func (n *node) newStepwise() *Agent {
+	n.t.Helper()
+	a, err := New(n.config, Options{Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if _, err := a.datapath.Load(); err != nil {
+		n.t.Fatal(err)
+	}
+	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir, a.config.CNI.NetNSDir)...); err != nil {
+		n.t.Fatal(err)
+	}
+	n.t.Cleanup(func() {
+		if err := a.watcher.Close(); err != nil {
+			n.t.Error(err)
+		}
+	})
+	return a
+}
+
+// asks is a turn of the loop after a read of Consul.
+func (a *Agent) asks(ctx context.Context) {
+	a.follower.read(ctx)
+	a.follower.look(ctx)
+	a.pass(true)
+}
+
+// Where nothing changes, no turn of the loop writes to a map, whatever it has read
+// or looked at, and neither does an agent that starts.
+func TestCalmAgentWritesNothing(t *testing.T) {
+	n := newNode(t)
+	plain, cgroup := test.NewNetNS(t), test.NewCgroup(t)
+	n.cached(numbered(1), plain.Path, "")
+	mesh, key := n.transparent(numbered(2))
+	for _, port := range []int{15001, 20001} {
+		test.EchoProcess(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 101, GID: 101}, "tcp4", fmt.Sprintf("127.0.0.1:%d", port))
+	}
+	n.fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
+	upstream := func(port int) {
+		proxy := func(settings map[string]any) map[string]any {
+			settings["Upstreams"] = []any{map[string]any{"DestinationName": "db", "LocalBindPort": port}}
+			return map[string]any{"Kind": "connect-proxy", "Port": 20001, "Proxy": settings}
+		}
+		data, err := json.Marshal(map[string]any{
+			"_nomad-task-" + numbered(1) + "-group-g-api-80-sidecar-proxy": proxy(map[string]any{}),
+			"_nomad-task-" + numbered(2) + "-group-g-web-80-sidecar-proxy": proxy(map[string]any{"Mode": "transparent"}),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.fake.answers(say(200, string(data)))
+	}
+	upstream(9191)
+	a := n.newStepwise()
+	inStep := func(port uint16) error {
+		list, err := n.Known()
+		if err == nil && len(list) != 2 {
+			err = fmt.Errorf("%d workloads are on record, want 2", len(list))
+		}
+		for _, known := range list {
+			if len(known.Overlay.Upstreams) != 1 || known.Overlay.Upstreams[0].Listener.Port() != port {
+				err = fmt.Errorf("overlay of %s is %+v", known.Key, known.Overlay)
+			}
+		}
+		for _, w := range a.Status().Workloads {
+			if !w.InStep || len(w.Problems) > 0 {
+				err = fmt.Errorf("%s has problems %q", w.ID, w.Problems)
+			}
+		}
+		return err
+	}
+	test.Eventually(t, func() error {
+		a.asks(t.Context())
+		return inStep(9191)
+	}, "both allocations to be in step")
+	if w, err := n.workload(key); err != nil || w.Proxy.Identity == redirect.IdentityNone {
+		t.Fatalf("the kernel has %+v, %v; want its proxy known", w, err)
+	}
+
+	reads, writes := n.fake.times("/v1/agent/services"), test.CountMapWrites(t)
+	for _, c := range []struct {
+		what string
+		do   func()
+	}{
+		{"looks", func() { a.pass(false) }},
+		{"passes", func() { a.pass(true) }},
+		{"reads of Consul", func() { a.asks(t.Context()) }},
+		{"looks at everything anew", func() {
+			a.resynced, a.swept, a.freed = time.Time{}, time.Time{}, time.Time{}
+			a.pass(false)
+		}},
+		{"starts", func() {
+			a = n.newStepwise()
+			a.asks(t.Context())
+		}},
+	} {
+		const times = 5
+		for range times {
+			c.do()
+		}
+		if seen := writes.Seen(); len(seen) > 0 {
+			t.Errorf("%d %s wrote to maps: %v", times, c.what, seen)
+		}
+		if err := inStep(9191); err != nil {
+			t.Errorf("after %d %s: %v", times, c.what, err)
+		}
+	}
+
+	if made := n.fake.times("/v1/agent/services") - reads; made != 10 {
+		t.Errorf("Consul was read %d times meanwhile, want 10", made)
+	}
+	upstream(9292)
+	a.asks(t.Context())
+	if err := inStep(9292); err != nil {
+		t.Errorf("after a change: %v", err)
+	}
+	if len(writes.Seen()) == 0 {
+		t.Error("no write of a change was seen")
+	}
+}
+
+func (n *node) workload(key redirect.Key) (found redirect.WorkloadStatus, err error) {
+	list, err := n.Workloads()
+	for _, w := range list {
+		if w.Key == key {
+			return w, err
+		}
+	}
+	return found, fmt.Errorf("workload %s: %w", key, redirect.ErrUnknown)
+}
