@@ -266,30 +266,78 @@ func TestAgentNoticesAnAllocationWithinASecond(t *testing.T) {
 	}
 }
 
+// What Prometheus reads is what happened: each connection by what was decided
+// about it, and each thing that the agent did, once.
 func TestTelemetry(t *testing.T) {
 	n := newNode(t)
-	ns := test.NewNetNS(t)
-	n.cached(numbered(1), ns.Path, "")
-	n.fake.answers(registered(numbered(1)))
+	cgroup := test.NewCgroup(t)
+	n.config.CgroupRoot = cgroup.Path
+	n.Datapath = redirect.New(n.config.Paths())
+	dying := test.NewNetNS(t)
+	n.cached(numbered(1), dying.Path, "")
+	mesh, key := n.transparent(numbered(2))
+	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
 	n.eventually(numbered(1), StateManaged)
+	n.eventually(numbered(2), StateManaged)
 	address := n.agent.Status().Telemetry
 	if code, text := get(t, "http://"+address+"/health"); code != 200 || !strings.Contains(text, `"healthy":true`) {
 		t.Errorf("health = %d, %s", code, text)
 	}
-	code, text := get(t, "http://"+address+"/metrics")
-	for _, want := range []string{
-		`weir_healthy 1`, `weir_consul_in_step 1`, `weir_consul_proxies 1`,
-		`weir_workloads{guard="audit",mode="direct",state="managed"} 1`,
-		`weir_workload_in_step{alloc="` + numbered(1) + `-eth0",group="",job=""} 1`, `weir_actions_total{action="added"} 1`,
-	} {
-		if code != 200 || !slices.Contains(strings.Split(text, "\n"), want) {
-			t.Errorf("metrics (%d) lack %s", code, want)
-		}
-	}
 	if code, _ := get(t, "http://"+address+"/v1/status"); code != 404 {
 		t.Errorf("the local API answers %d on the telemetry address, want 404", code)
 	}
+	scraped := func(want ...string) error {
+		code, text := get(t, "http://"+address+"/metrics")
+		for _, line := range want {
+			if code != 200 || !slices.Contains(strings.Split(text, "\n"), line) {
+				return fmt.Errorf("metrics (%d) lack %s", code, line)
+			}
+		}
+		return nil
+	}
+	eventually := func(what string, want ...string) {
+		t.Helper()
+		test.Eventually(t, func() error { return scraped(want...) }, what)
+	}
+	action := func(name string, count int) string {
+		return fmt.Sprintf("weir_actions_total{action=%q} %d", name, count)
+	}
+	eventually("the node as it is",
+		`weir_healthy 1`, `weir_consul_in_step 1`, `weir_consul_proxies 2`,
+		`weir_workloads{guard="audit",mode="direct",state="managed"} 1`, `weir_workloads{guard="audit",mode="transparent",state="managed"} 1`,
+		`weir_workload_in_step{alloc="`+numbered(1)+`-eth0",group="",job=""} 1`,
+		action("added", 1), action("mended", 0), action("swept", 0), action("removed", 0), action("failed", 0))
+
+	verdict := func(verdict redirect.Verdict, count int) string {
+		return fmt.Sprintf(`weir_verdicts_total{alloc=%q,group="",job="",refused="%t",verdict=%q} %d`, key, verdict.Refused(), verdict, count)
+	}
+	task := test.NewClient(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 1000, GID: 1000})
+	dial := func(target string, served bool) {
+		t.Helper()
+		if _, err := task.Ask("tcp4", target); (err == nil) != served {
+			t.Errorf("dial of %s: %v, want it served: %t", target, err, served)
+		}
+	}
+	dial("127.128.0.1:80", false)
+	dial("198.51.100.1:80", false)
+	proxy := test.EchoProcess(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
+	dial("198.51.100.1:80", true)
+	dial("198.51.100.2:80", true)
+	dial(proxy.Addr.String(), true)
+	if err := scraped(verdict(redirect.RefusedEncoded, 1), verdict(redirect.RefusedNoProxy, 1), verdict(redirect.Redirected, 3), verdict(redirect.Local, 1)); err != nil {
+		t.Error(err)
+	}
+
+	changed := int(n.agent.Status().Counts.Changes)
+	n.fake.answers(registeredAt(20002, numbered(1)))
+	eventually("a change in Consul to be counted", action("changed", changed+1))
+	if err := os.Remove(filepath.Join(n.config.PinDir, "links", "weir_getsockopt")); err != nil {
+		t.Fatal(err)
+	}
+	eventually("a repair to be counted", action("mended", 1), `weir_healthy 1`)
+	dying.End()
+	eventually("the end of a namespace to be counted", action("swept", 1), action("mended", 1), action("changed", changed+1), action("removed", 0))
 }
 
 func get(t *testing.T, url string) (int, string) {

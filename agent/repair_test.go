@@ -24,7 +24,7 @@ func (n *node) transparent(id string) (ns *test.NetNS, key redirect.Key) {
 	n.t.Helper()
 	ns, key = test.NewNetNS(n.t), redirect.Key{ContainerID: id, IfName: "eth0"}
 	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: id}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+		Network: "nomad", Job: redirect.Job{AllocID: id}, Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})
 	if err != nil {
 		n.t.Fatal(err)

@@ -8,7 +8,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 
 	"github.com/cilium/ebpf"
 )
@@ -133,7 +132,6 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 	if err != nil {
 		return result, err
 	}
-	result.Did = slices.Sorted(maps.Values(broken))
 	renew = renew && row.Digest != digest()
 	if !renew && len(broken) == 0 {
 		return result, nil
