@@ -29,6 +29,7 @@ const (
 	checksPerTick = 4                      // of few workloads
 	fewWorkloads  = 64                     // of more it is half of that
 	looksPerTick  = 128                    // workloads, see lookSome
+	stuck         = 15 * tick              // since the loop's last turn
 	storm         = 200 * time.Millisecond // between two passes at least
 	moment        = 5 * time.Millisecond   // ... where libcni has not yet written all, or the first did not do all
 )
@@ -56,23 +57,27 @@ type Agent struct {
 	arrived  atomic.Bool // an allocation may have come since the last pass
 	expects  atomic.Bool // a new allocation waits for its registration
 
-	mu     sync.Mutex // guards what follows against server and metrics
-	status Status
+	mu       sync.Mutex // guards what follows against server and metrics
+	status   Status
+	problems []redirect.Problem // of the node, as of the last pass
 
 	// The loop's own memory.
-	subjects map[redirect.Key]*memory
-	inStep   bool // as last told
-	hidden   bool // ... too
-	broken   string
-	managed  []redirect.Key    // under Weir as of the last pass, sorted
-	tasks    map[string]string // containers.Tasks as of the last search for tasks of proxies
-	nextTurn int               // of the round of checks
-	nextLook int               // of the round of looks
-	resynced time.Time
-	swept    time.Time
-	freed    time.Time
-	reported map[string]bool // files and registrations that could not be read
-	turn     turn
+	subjects   map[redirect.Key]*memory
+	inStep     bool // as last told
+	hidden     bool // ... too
+	deaf       bool // no change in Consul tells itself, as last told
+	broken     string
+	managed    []redirect.Key    // under Weir as of the last pass, sorted
+	tasks      map[string]string // containers.Tasks as of the last search for tasks of proxies
+	nextTurn   int               // of the round of checks
+	nextLook   int               // of the round of looks
+	resynced   time.Time
+	swept      time.Time
+	freed      time.Time
+	reported   map[string]bool  // files and registrations that could not be read
+	unreadable []string         // ... as of the last pass
+	strayed    map[string]stray // proxies without a namespace, by allocation or proxy ID
+	turn       turn
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.
@@ -88,6 +93,7 @@ func New(config Config, options Options) (*Agent, error) {
 		wake:     make(chan struct{}, 1),
 		subjects: make(map[redirect.Key]*memory),
 		reported: make(map[string]bool),
+		strayed:  make(map[string]stray),
 		inStep:   true,
 		turn:     defaultTurn(),
 	}

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -24,8 +23,8 @@ import (
 
 // The bounds of what Consul may cost the agent.
 const (
-	answerLimit = 64 << 20 // bytes
-	connections = 3        // two may block, the other asks
+	answerLimit = 8_000_000 // bytes; a proxy's registration has one to two thousand
+	connections = 3         // two may block, the other asks
 )
 
 // patience is how long Consul may take to answer.
@@ -170,6 +169,9 @@ func (c *consul) checks(ctx context.Context) (map[string][]uint16, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read checks from Consul: %w", brief(err))
 	}
+	if list == nil {
+		return nil, fmt.Errorf("read checks from Consul: %w", errEmpty)
+	}
 	ports := make(map[string][]uint16)
 	for _, check := range list {
 		if port, ok := portNumber(check.ExposedPort); ok {
@@ -215,7 +217,11 @@ func loopback4() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
 // changed returns when the catalog's view of the node is no longer that of
 // index, or after some minutes all the same.
 func (c *consul) changed(ctx context.Context, node string, index uint64) (uint64, error) {
-	ctx, cancel := context.WithTimeout(ctx, c.block+c.block/8+c.read)
+	patience := c.read
+	if index > 0 { // else there is nothing to wait for
+		patience += c.block + c.block/8
+	}
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	options, err := c.options(ctx)
 	if err != nil {
@@ -227,6 +233,9 @@ func (c *consul) changed(ctx context.Context, node string, index uint64) (uint64
 	meta, err := c.client.Raw().Query("/v1/catalog/node-services/"+url.PathEscape(node), &ignored, options)
 	if err != nil {
 		return 0, fmt.Errorf("wait for changes in Consul: %w", brief(err))
+	}
+	if meta.LastIndex == 0 {
+		return 0, errors.New("wait for changes in Consul: the answer has no index")
 	}
 	if meta.LastIndex < index {
 		return 0, nil // Consul began anew
@@ -244,10 +253,13 @@ func (c *consul) virtualIPs(ctx context.Context, of service) ([]string, error) {
 	}
 	options.Namespace, options.Partition = of.Namespace, of.Partition
 	var chain struct {
-		Chain struct{ AutoVirtualIPs, ManualVirtualIPs []string }
+		Chain *struct{ AutoVirtualIPs, ManualVirtualIPs []string }
 	}
 	if _, err := c.client.Raw().Query("/v1/discovery-chain/"+url.PathEscape(of.Name), &chain, options); err != nil {
 		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, brief(err))
+	}
+	if chain.Chain == nil {
+		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, errEmpty)
 	}
 	return append(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs...), nil
 }
@@ -296,9 +308,15 @@ func (c *consul) gatewayPorts(ctx context.Context, of gateway) ([]uint16, error)
 		return nil, err
 	}
 	options.Namespace, options.Partition = of.Namespace, of.Partition
-	var entry struct{ Listeners []struct{ Port int } }
+	var entry struct {
+		Kind      string
+		Listeners []struct{ Port int }
+	}
 	if _, err := c.client.Raw().Query("/v1/config/"+of.Kind+"/"+url.PathEscape(of.Name), &entry, options); err != nil {
 		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, brief(err))
+	}
+	if entry.Kind == "" {
+		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, errEmpty)
 	}
 	var ports []uint16
 	for _, listener := range entry.Listeners {
@@ -308,6 +326,10 @@ func (c *consul) gatewayPorts(ctx context.Context, of gateway) ([]uint16, error)
 	}
 	return sortedPorts(ports), nil
 }
+
+// errEmpty is an answer without what every right one has: nothing is taken back
+// for it.
+var errEmpty = errors.New("the answer is empty")
 
 // brief keeps what somebody else's server wrote into its error out of the log
 // but for its beginning.
@@ -329,53 +351,3 @@ func concernsOne(err error) bool {
 	var status api.StatusError
 	return err == nil || errors.As(err, &status) && status.Code < 500 && status.Code != 429
 }
-
-// headers are what the library does not hand on of an answer without the
-// usual ones.
-type headers struct {
-	filtered bool
-	policy   string // on what no rule of a token names
-}
-
-type headersKey struct{}
-
-func (h *headers) watch(ctx context.Context) context.Context {
-	return context.WithValue(ctx, headersKey{}, h)
-}
-
-// boundedTransport ends an answer that is longer than any that is right.
-type boundedTransport struct{ next http.RoundTripper }
-
-// RoundTrip is that of http.RoundTripper.
-func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
-	response, err := b.next.RoundTrip(request)
-	if err != nil {
-		return nil, err
-	}
-	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
-		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
-		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
-	}
-	response.Body = &boundedBody{body: response.Body, left: answerLimit}
-	return response, nil
-}
-
-type boundedBody struct {
-	body io.ReadCloser
-	left int
-}
-
-var errTooLong = fmt.Errorf("answer of more than %d bytes", answerLimit)
-
-// Read is that of io.Reader.
-func (b *boundedBody) Read(buffer []byte) (int, error) {
-	if b.left <= 0 {
-		return 0, errTooLong
-	}
-	n, err := b.body.Read(buffer[:min(len(buffer), b.left)])
-	b.left -= n
-	return n, err
-}
-
-// Close is that of io.Closer.
-func (b *boundedBody) Close() error { return b.body.Close() }

@@ -26,10 +26,12 @@ type subject struct {
 type facts struct {
 	VirtualIPs   map[service][]netip.Addr
 	GatewayPorts map[gateway][]uint16
-	CheckPorts   map[string][]uint16 // by service ID; nil: not answered yet
-	Unanswered   map[service]string  // why there is no answer, or none newer
-	Intentions   []intention         // asked where transparent proxies share an allocation; nil: not answered yet
-	NoIntentions string              // why there is no answer, or none newer
+	CheckPorts   map[string][]uint16          // by service ID; nil: not answered yet
+	NoNames      redirect.Problem             // why nobody tells which virtual IPs may have changed
+	NoChecks     redirect.Problem             // why there is no answer, or none newer
+	Unanswered   map[service]redirect.Problem // ... too
+	Intentions   []intention                  // asked where transparent proxies share an allocation; nil: not answered yet
+	NoIntentions redirect.Problem             // why there is no answer, or none newer
 }
 
 // policy is the operator's part.
@@ -42,7 +44,11 @@ type policy struct {
 type wish struct {
 	Add      *redirect.Request // put it under Weir first; nil: it is, or need not be
 	Overlay  *redirect.Overlay // nil: leave it as it is
-	Problems []string
+	Problems []redirect.Problem
+}
+
+func (w *wish) problem(remedy, what string) {
+	w.Problems = append(w.Problems, redirect.Problem{What: what, Remedy: remedy})
 }
 
 // desire is the pure function from what is known to what should be. Without a
@@ -60,7 +66,9 @@ func desire(s subject, known facts, node policy) wish {
 			mode = redirect.ModeGateway
 		}
 		guard = redirect.Stronger(guard, p.Guard)
-		w.Problems = append(w.Problems, p.Problems...)
+		for _, what := range p.Problems {
+			w.problem("correct its job's connect block and run the job again", what)
+		}
 	}
 	switch {
 	case s.Known == nil && s.asked():
@@ -69,14 +77,15 @@ func desire(s subject, known facts, node policy) wish {
 		mode = s.Known.Request.Mode
 		guard = redirect.Stronger(guard, s.Known.Request.Guard)
 		if mode == redirect.ModeTransparent && !transparent {
-			w.Problems = append(w.Problems, "it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
+			w.problem(`set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
+				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
 		}
 	default:
 		w.Add = &redirect.Request{
 			Network: s.Network, Job: s.Job, Mode: mode, ProxyUID: node.ProxyUID, Addresses: s.Addresses,
 		}
 		if transparent {
-			w.Problems = append(w.Problems,
+			w.problem("give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
 				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
 		}
 	}
@@ -87,6 +96,9 @@ func desire(s subject, known facts, node policy) wish {
 	for _, p := range proxies {
 		open = append(open, p.Open...)
 		open = append(open, known.GatewayPorts[p.entry()]...)
+		if p.ExposeCheck && known.NoChecks.What != "" {
+			w.Problems = append(w.Problems, known.NoChecks)
+		}
 		if p.ExposeCheck {
 			open = append(open, known.CheckPorts[p.ServiceID]...)
 			open = append(open, known.CheckPorts[p.ID]...)
@@ -95,11 +107,11 @@ func desire(s subject, known facts, node policy) wish {
 			open = append(open, s.Known.Overlay.ExcludeInboundPorts...)
 		}
 		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known, s.Known)...)
-		if why := known.Unanswered[p.Self]; why != "" && p.isGateway() {
+		if why := known.Unanswered[p.Self]; why.What != "" && p.isGateway() {
 			w.Problems = append(w.Problems, why)
 		}
 		for _, u := range p.Upstreams {
-			if why := known.Unanswered[u.Of]; why != "" && !u.Remote {
+			if why := known.Unanswered[u.Of]; why.What != "" && !u.Remote {
 				w.Problems = append(w.Problems, why)
 			}
 		}

@@ -102,8 +102,11 @@ func TestDesire(t *testing.T) {
 			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar()}},
 			policy:  audit,
 			want: wish{
-				Overlay:  &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit},
-				Problems: []string{"it is redirected, but Consul has its proxy in direct mode, without an outbound listener"},
+				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit},
+				Problems: []redirect.Problem{{
+					What:   "it is redirected, but Consul has its proxy in direct mode, without an outbound listener",
+					Remedy: `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
+				}},
 			},
 		},
 		{
@@ -124,7 +127,10 @@ func TestDesire(t *testing.T) {
 				Add: add(redirect.ModeDirect),
 				Overlay: &redirect.Overlay{
 					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
-				Problems: []string{"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh"},
+				Problems: []redirect.Problem{{
+					What:   "Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh",
+					Remedy: "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
+				}},
 			},
 		},
 		{
@@ -177,13 +183,13 @@ func TestDesire(t *testing.T) {
 				})}},
 			facts: facts{
 				VirtualIPs: map[service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
-				Unanswered: map[service]string{{Name: "new"}: "forbidden"},
+				Unanswered: map[service]redirect.Problem{{Name: "new"}: {What: "forbidden", Remedy: "a token"}},
 			},
 			policy: audit,
 			want: wish{
 				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit, Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
-				Problems: []string{"forbidden"},
+				Problems: []redirect.Problem{{What: "forbidden", Remedy: "a token"}},
 			},
 		},
 		{

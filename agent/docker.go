@@ -27,9 +27,10 @@ const (
 
 // containers is what Docker knows of Nomad's containers.
 type containers struct {
-	NetNS map[string]string // the namespace that a running pause container holds, by allocation ID
-	Tasks map[string]string // name of the task, by container ID
-	Error string            // why it may be old; empty where there is no Docker
+	NetNS  map[string]string // the namespace that a running pause container holds, by allocation ID
+	Tasks  map[string]string // name of the task, by container ID
+	Allocs map[string]string // whose task it is, by container ID
+	Error  string            // why it may be old; empty where there is no Docker
 }
 
 // docker follows Docker's engine API: its events are the trigger, the list of
@@ -135,7 +136,7 @@ func (d *docker) read(ctx context.Context) error {
 	if err := d.ask(ctx, "/containers/json", map[string][]string{"label": {allocLabel}}, &list); err != nil {
 		return err
 	}
-	next := containers{NetNS: make(map[string]string), Tasks: make(map[string]string)}
+	next := containers{NetNS: make(map[string]string), Tasks: make(map[string]string), Allocs: make(map[string]string)}
 	known := make(map[string]string)
 	for _, c := range list {
 		id := c.Labels[allocLabel]
@@ -144,7 +145,7 @@ func (d *docker) read(ctx context.Context) error {
 		}
 		name := strings.TrimPrefix(c.Names[0], "/")
 		if !strings.HasPrefix(name, pausePrefix) {
-			next.Tasks[c.ID] = strings.TrimSuffix(name, "-"+id)
+			next.Tasks[c.ID], next.Allocs[c.ID] = strings.TrimSuffix(name, "-"+id), id
 			continue
 		}
 		if c.State != "running" {

@@ -23,9 +23,14 @@ type fakeConsul struct {
 
 	mu          sync.Mutex
 	services    http.HandlerFunc
+	changes     http.HandlerFunc // to the blocking query
+	self        http.HandlerFunc
 	chain       http.HandlerFunc
 	checks      http.HandlerFunc
 	catalog     fakeCatalog
+	names       http.HandlerFunc // of all services; nil: the catalog's
+	entry       http.HandlerFunc // of a gateway
+	intentions  http.HandlerFunc
 	tokens      []string // of the bulk reads
 	asked       map[string]int
 	connections map[net.Conn]bool
@@ -34,7 +39,11 @@ type fakeConsul struct {
 
 func newFakeConsul(t *testing.T) *fakeConsul {
 	t.Helper()
-	f := &fakeConsul{services: say(200, "{}"), chain: say(200, `{"Chain":{}}`), checks: say(200, "{}"), asked: make(map[string]int), connections: make(map[net.Conn]bool)}
+	f := &fakeConsul{
+		services: say(200, "{}"), changes: nothingChanges, self: say(200, `{"Config":{"NodeName":"node"}}`), chain: say(200, `{"Chain":{}}`),
+		checks: say(200, "{}"), entry: say(404, "no such entry"), intentions: say(200, "[]"),
+		asked: make(map[string]int), connections: make(map[net.Conn]bool),
+	}
 	f.Server = httptest.NewUnstartedServer(http.HandlerFunc(f.serve))
 	f.Config.ConnState = func(conn net.Conn, state http.ConnState) {
 		f.mu.Lock()
@@ -62,24 +71,33 @@ func (f *fakeConsul) serve(w http.ResponseWriter, r *http.Request) {
 		f.tokens = append(f.tokens, r.Header.Get("X-Consul-Token"))
 		answer = f.services
 	case path == "/v1/agent/self":
-		answer = say(200, `{"Config":{"NodeName":"node"}}`)
+		answer = f.self
 	case path == "/v1/catalog/node-services/node":
-		answer = untilGone // nothing ever changes
+		answer = f.changes
 	case strings.HasPrefix(path, "/v1/discovery-chain/"):
 		answer = f.chain
 	case path == "/v1/catalog/services":
-		answer = f.catalog.serve
+		if answer = f.names; answer == nil {
+			answer = f.catalog.serve
+		}
 	case path == "/v1/agent/checks":
 		answer = f.checks
+	case strings.HasPrefix(path, "/v1/config/"):
+		answer = f.entry
+	case path == "/v1/connect/intentions":
+		answer = f.intentions
 	}
 	f.mu.Unlock()
 	answer(w, r)
 }
 
-func (f *fakeConsul) answers(services http.HandlerFunc) {
+func (f *fakeConsul) answers(services http.HandlerFunc) { f.set(&f.services, services) }
+
+// set gives one of the questions another answer.
+func (f *fakeConsul) set(question *http.HandlerFunc, answer http.HandlerFunc) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.services = services
+	*question = answer
 }
 
 func (f *fakeConsul) times(path string) int {
@@ -94,6 +112,42 @@ func say(code int, body string) http.HandlerFunc {
 		fmt.Fprint(w, body)
 	}
 }
+
+// nothingChanges answers the blocking query as Consul does: at once to who has
+// no index, and else not before something changes.
+func nothingChanges(w http.ResponseWriter, r *http.Request) {
+	if index := r.URL.Query().Get("index"); index != "" && index != "0" {
+		untilGone(w, r)
+		return
+	}
+	w.Header().Set("X-Consul-Index", "1")
+	fmt.Fprint(w, "{}")
+}
+
+// allNames is the answer to who asks for all services of the catalog.
+func allNames(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("X-Consul-Index", "1")
+	if index := r.URL.Query().Get("index"); index != "" && index != "0" {
+		untilGone(w, r)
+		return
+	}
+	fmt.Fprint(w, `{"api": []}`)
+}
+
+// consul is what the agent asks the fake by.
+func (f *fakeConsul) consul(t *testing.T, patient time.Duration) *consul {
+	t.Helper()
+	config := *DefaultConfig().Consul
+	config.Address = f.URL
+	c, err := newConsul(config, patience{read: patient, block: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// unwatched asks for no blocking query: bulk reads come by the clock alone.
+func unwatched(config *ConsulConfig) { config.Watch = false }
 
 // untilGone never answers.
 func untilGone(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
@@ -135,13 +189,28 @@ func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *follow
 	return runFollower(t, config)
 }
 
-func runFollower(t *testing.T, config ConsulConfig) *follower {
+// followInHaste is follow where what is asked beside the bulk read is asked again
+// twenty times as soon, when the follower is woken.
+func (f *fakeConsul) followInHaste(t *testing.T) *follower {
+	t.Helper()
+	config := *DefaultConfig().Consul
+	config.Address, config.Watch = f.URL, false
+	return runFollower(t, config, func(f *follower) {
+		began := time.Now()
+		f.lookups.now = func() time.Time { return began.Add(20 * time.Since(began)) }
+	})
+}
+
+func runFollower(t *testing.T, config ConsulConfig, change ...func(*follower)) *follower {
 	t.Helper()
 	consul, err := newConsul(config, patience{read: 300 * time.Millisecond, block: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
 	follower := newFollower(consul, func() {})
+	for _, edit := range change {
+		edit(follower)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {

@@ -169,9 +169,9 @@ func TestAgentListsWhatItCannotProtect(t *testing.T) {
 	n.cached(numbered(1), "/proc/self/ns/net", "")
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
-	for i, want := range []string{redirect.ErrHostNetNS.Error(), "host networking"} {
+	for i, want := range []string{redirect.ErrHostNetNS.Error(), "no network namespace of it is known"} {
 		view := n.eventually(numbered(i+1), StateUnprotected)
-		if !strings.Contains(strings.Join(view.Problems, "\n"), want) {
+		if !strings.Contains(fmt.Sprint(view.Problems), want) {
 			t.Errorf("problems of allocation %d = %q, want %q", i+1, view.Problems, want)
 		}
 	}
@@ -191,7 +191,7 @@ func TestAgentNamesWhatIsOver(t *testing.T) {
 	n.run()
 	for _, id := range []string{numbered(1), numbered(2)} {
 		view := n.eventually(id, StateEnded)
-		if len(view.Problems) != 1 || !strings.Contains(view.Problems[0], "weir gc") {
+		if len(view.Problems) != 1 || !strings.Contains(view.Problems[0].Remedy, "weir gc") {
 			t.Errorf("problems of %s = %q, want the remedy alone", id, view.Problems)
 		}
 	}

@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/weirmesh/weir/redirect"
 )
 
 // lookups are the questions that the bulk read leaves open: virtual IPs of
@@ -25,18 +27,20 @@ type lookups struct {
 	gateways map[gateway]*lookup[[]uint16]
 	checks   lookup[map[string][]uint16]
 	allowed  lookup[[]intention]
-	exposed  []string  // services whose checks were asked for
-	due      time.Time // when the next question is; zero: there is none
+	exposed  []string         // services whose checks were asked for
+	unnamed  redirect.Problem // why nobody tells which services come and go
+	halted   redirect.Problem // what ended the last pass before every question had its turn
+	due      time.Time        // when the next question is; zero: there is none
 }
 
 // lookup is one question.
 type lookup[T any] struct {
 	answer   T
-	answered bool      // once at least: nothing is an answer too
-	why      string    // there is no answer
-	next     time.Time // when to ask again
-	tries    int       // in a row without an answer
-	presence presence  // of the service, as heeded
+	answered bool             // once at least: nothing is an answer too
+	why      redirect.Problem // there is no answer
+	next     time.Time        // when to ask again
+	tries    int              // in a row without an answer
+	presence presence         // of the service, as heeded
 }
 
 const (
@@ -57,9 +61,16 @@ func newLookups(consul *consul) *lookups {
 // whether any of it moved. An error ends the pass, but for one that concerns
 // the question alone; what was known stays.
 func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) (known facts, moved bool) {
-	left, failed := lookupsAtOnce, false
+	left := lookupsAtOnce
+	var failed redirect.Problem
+	halted := func() bool { return failed.What != "" }
+	heard := func(err error) {
+		if !concernsOne(err) {
+			failed = consulProblem(err)
+		}
+	}
 	due := func(next time.Time) bool {
-		if failed || left == 0 || l.now().Before(next) {
+		if halted() || left == 0 || l.now().Before(next) {
 			return false
 		}
 		left--
@@ -68,10 +79,10 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	compete := competing(byAllocation)
 	if compete && due(l.allowed.next) {
 		answer, err := l.consul.intentions(ctx)
-		moved = err == nil && (!l.allowed.answered || !slices.Equal(answer, l.allowed.answer)) || (err != nil) != (l.allowed.why != "")
+		moved = err == nil && (!l.allowed.answered || !slices.Equal(answer, l.allowed.answer)) || (err != nil) != (l.allowed.why.What != "")
 		l.allowed.settle(l.now(), answer, err, len(answer) > 0)
 		l.allowed.next = earlier(l.allowed.next, l.now().Add(listenerInterval))
-		failed = !concernsOne(err)
+		heard(err)
 	}
 	services, gateways, checks := questions(byAllocation, l.allowed.answer)
 	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool {
@@ -89,9 +100,10 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		if due(question.next) {
 			texts, err := l.consul.virtualIPs(ctx, of)
 			answer := parseAddresses(texts)
-			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why != "")
+			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why.What != "")
 			question.settle(l.now(), answer, err, len(answer) > 0)
-			moved, failed = moved || changed, failed || !concernsOne(err)
+			moved = moved || changed
+			heard(err)
 		}
 	}
 	for _, of := range gateways {
@@ -102,9 +114,10 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		}
 		if due(question.next) {
 			answer, err := l.consul.gatewayPorts(ctx, of)
-			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why != "")
+			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why.What != "")
 			question.settle(l.now(), answer, err, len(answer) > 0)
-			moved, failed = moved || changed, failed || !concernsOne(err)
+			moved = moved || changed
+			heard(err)
 		}
 	}
 	if !slices.Equal(checks, l.exposed) {
@@ -112,13 +125,17 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	}
 	if len(checks) > 0 && due(l.checks.next) {
 		answer, err := l.consul.checks(ctx)
-		changed := err == nil && (!l.checks.answered || !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16]))
+		changed := err == nil && (!l.checks.answered || !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16])) || (err != nil) != (l.checks.why.What != "")
 		missing := func(id string) bool { return len(answer[id]) == 0 }
 		l.checks.settle(l.now(), answer, err, !slices.ContainsFunc(checks, missing))
 		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
 		moved = moved || changed
+		heard(err)
 	}
 	l.hasten()
+	unnamed := l.names.unknown()
+	moved = moved || failed != l.halted || unnamed != l.unnamed
+	l.halted, l.unnamed = failed, unnamed
 	l.due = time.Time{}
 	for _, question := range l.virtual {
 		l.due = sooner(l.due, question.turn(l.now()))
@@ -132,7 +149,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	if len(checks) > 0 {
 		l.due = sooner(l.due, l.checks.turn(l.now()))
 	}
-	if failed { // whoever comes next would fare no better
+	if halted() { // whoever comes next would fare no better
 		l.due = l.now().Add(listenerInterval)
 	}
 	return l.known(), moved
@@ -163,11 +180,8 @@ func (q *lookup[T]) turn(now time.Time) time.Time {
 
 // settle takes the answer in and says when to ask again.
 func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
-	q.why = ""
-	if err == nil {
+	if q.why = consulProblem(err); err == nil {
 		q.answer, q.answered = answer, true
-	} else {
-		q.why = err.Error()
 	}
 	if err == nil && something {
 		q.tries, q.next = 0, now.Add(lookupInterval)
@@ -177,12 +191,22 @@ func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
 	q.tries++
 }
 
+// unanswered is why there is no answer: halted, what kept others from being
+// asked, where it never had its turn.
+func (q *lookup[T]) unanswered(halted redirect.Problem) redirect.Problem {
+	if q.why.What == "" && !q.answered {
+		return halted
+	}
+	return q.why
+}
+
 // known copies the answers, which the view keeps. A question that was never
 // answered is not in it.
 func (l *lookups) known() facts {
 	known := facts{
 		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
-		Unanswered: make(map[service]string), NoIntentions: l.allowed.why,
+		Unanswered: make(map[service]redirect.Problem), NoIntentions: l.allowed.unanswered(l.halted),
+		NoChecks: l.checks.unanswered(l.halted), NoNames: l.unnamed,
 	}
 	if l.allowed.answered {
 		known.Intentions = append([]intention{}, l.allowed.answer...)
@@ -191,16 +215,16 @@ func (l *lookups) known() facts {
 		if question.answered {
 			known.VirtualIPs[of] = question.answer
 		}
-		if question.why != "" {
-			known.Unanswered[of] = question.why
+		if why := question.unanswered(l.halted); why.What != "" {
+			known.Unanswered[of] = why
 		}
 	}
 	for of, question := range l.gateways {
 		if question.answered {
 			known.GatewayPorts[of] = question.answer
 		}
-		if question.why != "" {
-			known.Unanswered[of.service] = question.why
+		if why := question.unanswered(l.halted); why.What != "" {
+			known.Unanswered[of.service] = why
 		}
 	}
 	return known

@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"github.com/weirmesh/weir/redirect"
 )
 
 // names are the services that Consul's catalog has instances of: one blocking
@@ -23,6 +25,7 @@ type names struct {
 
 	mu     sync.Mutex
 	known  map[string]ignored // nil: they are not known
+	why    redirect.Problem   // ... because of this
 	missed int                // times that something may have come and gone unseen
 }
 
@@ -54,8 +57,10 @@ func (n *names) follow(ctx context.Context) {
 		}
 		if err != nil {
 			failures, lost, next = failures+1, lost || index > 0, 0
+			n.tell(consulProblem(err))
 			n.set(nil, false)
 		} else {
+			n.tell(redirect.Problem{})
 			n.set(found, lost || next < index)
 			failures, lost = 0, false
 		}
@@ -79,6 +84,31 @@ func (n *names) rest(services, failures int) time.Duration {
 	return time.Duration(float64(max(atLeast, time.Duration(services)*each)) * (0.5 + rand.Float64()))
 }
 
+// unknown is why the names are not known; nothing where they are, or nobody asked.
+func (n *names) unknown() redirect.Problem {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.why
+}
+
+// tell says why they are not known; nothing where they are.
+func (n *names) tell(why redirect.Problem) {
+	n.mu.Lock()
+	turned := why != n.why
+	n.why = why
+	n.mu.Unlock()
+	if turned {
+		n.signal()
+	}
+}
+
+func (n *names) signal() {
+	select {
+	case n.moved <- struct{}{}:
+	default:
+	}
+}
+
 // set takes an answer in; nil is none. missed says that it does not continue the
 // one before.
 func (n *names) set(found map[string]ignored, missed bool) {
@@ -89,12 +119,8 @@ func (n *names) set(found map[string]ignored, missed bool) {
 		n.missed++
 	}
 	n.mu.Unlock()
-	if same {
-		return
-	}
-	select {
-	case n.moved <- struct{}{}:
-	default:
+	if !same {
+		n.signal()
 	}
 }
 

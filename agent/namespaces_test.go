@@ -58,7 +58,7 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("noticed after %s, want within a second", took)
 	}
-	if len(view.Problems) != 1 || !strings.Contains(view.Problems[0], "ports that its job maps are not known") {
+	if len(view.Problems) != 1 || !strings.Contains(view.Problems[0].What, "ports that its job maps are not known") {
 		t.Errorf("problems = %q, want that the mapped ports are not known", view.Problems)
 	}
 	n.wantCookie(ns.Cookie())

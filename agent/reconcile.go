@@ -49,6 +49,7 @@ func (a *Agent) reconcile(now time.Time) {
 	cached, unreadable, err := a.cache.read()
 	if err != nil {
 		a.trouble("discover allocations", err)
+		a.blind(err)
 		return
 	}
 	known, err := a.datapath.Known()
@@ -81,7 +82,7 @@ func (a *Agent) reconcile(now time.Time) {
 		a.hurry()
 	}
 	a.awaitRegistration(subjects, now)
-	a.publish(consul, strays(subjects, consul))
+	a.publish(consul, a.strays(subjects, consul, now))
 }
 
 // containers is what Docker knows.
@@ -149,16 +150,18 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	}
 	problems := slices.Clone(wanted.Problems)
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
-		problems = append(problems, m.errors[step])
+		problems = append(problems, stepProblem(step, m.errors[step]))
 	}
 	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
-		problems = append(problems, "libcni has no result of it: the ports that its job maps are not known")
+		problems = append(problems, redirect.Problem{
+			What: "libcni has no result of it: the ports that its job maps are not known", Remedy: "'nomad alloc stop' it: the one in its place has a result",
+		})
 	}
 	if state == StateEnded {
-		problems = []string{leftBehind}
+		problems = []redirect.Problem{leftBehind()}
 	}
 	if m.stranger != "" {
-		problems = append(problems, m.stranger)
+		problems = append(problems, redirect.Problem{What: m.stranger, Remedy: "give that task a user of its own in the job"})
 	}
 	next := describe(s, state, wanted, problems, consul.Facts)
 	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero() && inForce

@@ -5,7 +5,6 @@ package agent
 import (
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -56,6 +55,7 @@ type proxy struct {
 	Outbound    uint16   // 0 where Consul does not say
 	Open        []uint16 // further listeners: expose paths, metrics, a gateway's own
 	ExposeCheck bool     // further listeners, which only the checks name
+	BindsAsNode bool     // a gateway without listeners of its own choosing, which Nomad gives to each in a namespace
 	Upstreams   []upstream
 	Guard       redirect.Guard // "" where the job does not ask
 	Problems    []string
@@ -113,7 +113,7 @@ func parseServices(body []byte, loopback netip.Addr) (proxies []proxy, problems 
 		return nil, nil, fmt.Errorf("read services from Consul: %w", err)
 	}
 	if raw == nil { // "null" is nobody's answer: a node without proxies is {}
-		return nil, nil, errors.New("read services from Consul: the answer is empty")
+		return nil, nil, fmt.Errorf("read services from Consul: %w", errEmpty)
 	}
 	for _, id := range slices.Sorted(maps.Keys(raw)) {
 		var r registration
@@ -154,6 +154,8 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 	case !configTrue(r.Proxy.Config["envoy_gateway_no_default_bind"]) && hasOwn:
 		p.Open = append(p.Open, own)
 	}
+	p.BindsAsNode = p.isGateway() && p.Kind != kindAPI && !configTrue(r.Proxy.Config["envoy_gateway_no_default_bind"]) &&
+		!configTrue(r.Proxy.Config["envoy_gateway_bind_tagged_addresses"]) && len(r.Proxy.Config["envoy_gateway_bind_addresses"]) == 0
 	if p.Transparent {
 		p.Outbound, _ = portNumber(r.Proxy.TransparentProxy.OutboundListenerPort)
 	}

@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -137,7 +136,7 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 	n.fake.answers(registered(id))
 	n.cached(id, ns.Path, transparentMesh)
 	n.run()
-	if found := n.eventually(id, StateUnprotected); !slices.Contains(found.Problems, errRecordMissing.Error()) {
+	if found := n.eventually(id, StateUnprotected); !strings.Contains(fmt.Sprint(found.Problems), errRecordMissing.Error()) {
 		t.Errorf("problems are %q, want the missing record", found.Problems)
 	}
 	err := n.Add(redirect.Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: redirect.Request{
@@ -165,7 +164,7 @@ func TestANamespaceThatCannotBeLookedAtIsNamed(t *testing.T) {
 	}
 	n.cached(id, filepath.Join(file, "netns"), transparentMesh)
 	n.run()
-	if found := n.eventually(id, StateUnprotected); len(found.Problems) != 1 || !strings.Contains(found.Problems[0], "not a directory") {
+	if found := n.eventually(id, StateUnprotected); len(found.Problems) != 1 || !strings.Contains(found.Problems[0].What, "not a directory") {
 		t.Errorf("problems are %q, want that its path leads through a file", found.Problems)
 	}
 }

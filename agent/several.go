@@ -59,7 +59,7 @@ func transparent(proxies []proxy) []proxy {
 func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, redirect.DefaultOutboundPort) }
 
 // sidecars tells the overlay who the proxies of the workload are. proxies are in order.
-func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts, record *redirect.Known) (problems []string) {
+func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts, record *redirect.Known) (problems []redirect.Problem) {
 	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound == 0 })
 	if len(proxies) == 0 {
 		return nil
@@ -87,8 +87,8 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 	}
 	take := func(port uint16, p proxy, what, remedy string) bool {
 		if other, taken := ports[port]; taken {
-			problems = append(problems, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already: %s",
-				what, p.service().Name, port, other.service().Name, remedy))
+			problems = append(problems, redirect.Problem{Remedy: remedy, What: fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
+				what, p.service().Name, port, other.service().Name)})
 			return false
 		}
 		ports[port] = p
@@ -96,8 +96,8 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 	}
 	for _, p := range proxies[1:] {
 		if len(o.Proxies) == redirect.MaxProxies-1 {
-			problems = append(problems, fmt.Sprintf("service %s: a workload has at most %d proxies, and it has more: it gets no connections",
-				p.service().Name, redirect.MaxProxies))
+			problems = append(problems, redirect.Problem{Remedy: "put it into a group of its own", What: fmt.Sprintf(
+				"service %s: a workload has at most %d proxies, and it has more: it gets no connections", p.service().Name, redirect.MaxProxies)})
 			continue
 		}
 		if !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {
@@ -116,7 +116,7 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 		}
 		o.Proxies = append(o.Proxies, next)
 	}
-	if known.NoIntentions != "" && len(transparent(proxies)) > 1 {
+	if known.NoIntentions.What != "" && len(transparent(proxies)) > 1 {
 		problems = append(problems, known.NoIntentions)
 	}
 	return problems

@@ -87,7 +87,7 @@ func TestDesireOfSeveralSidecars(t *testing.T) {
 			if diff := cmp.Diff(&c.want, got.Overlay, sameAddrs()); diff != "" {
 				t.Errorf("overlay (-want +got):\n%s", diff)
 			}
-			if told := strings.Join(got.Problems, "\n"); c.problem == "" && told != "" || !strings.Contains(told, c.problem) {
+			if told := fmt.Sprint(got.Problems); c.problem == "" && told != "[]" || !strings.Contains(told, c.problem) {
 				t.Errorf("problems %q, want %q", told, c.problem)
 			}
 			if err := redirect.Merge(s.Known.Request, *got.Overlay).Validate(); err != nil {
@@ -103,7 +103,7 @@ func TestDesireOfTooManySidecars(t *testing.T) {
 		s.Proxies = append(s.Proxies, of(fmt.Sprintf("service-%d", i), uint16(20000+i)))
 	}
 	got := desire(s, facts{}, policy{Guard: redirect.GuardOff})
-	if len(got.Overlay.Proxies) != redirect.MaxProxies-1 || len(got.Problems) != 1 || !strings.Contains(got.Problems[0], "service-8") {
+	if len(got.Overlay.Proxies) != redirect.MaxProxies-1 || len(got.Problems) != 1 || !strings.Contains(got.Problems[0].What, "service-8") {
 		t.Errorf("%d further proxies, problems %q", len(got.Overlay.Proxies), got.Problems)
 	}
 }

@@ -22,19 +22,22 @@ const (
 	StateUnprotected State = "unprotected" // in the mesh, but not under Weir: Problems say why
 	StateConsul      State = "consul"      // redirected by Consul's own rules, and left alone
 	StateEnded       State = "ended"       // over, and nobody ended its network: Problems say what to do
+	StateHost        State = "host"        // a gateway on the node's own network, where there is nothing to redirect or guard
+	StateUnclaimed   State = "unclaimed"   // a proxy that no allocation of this node is known to run
 	StateOutside     State = "outside"     // not in the mesh as far as is known; not shown
 )
 
 // Status is the agent's view of the node.
 type Status struct {
-	Started   time.Time      `json:"started"`
-	Alive     time.Time      `json:"alive"`     // the loop's last turn
-	DataPath  string         `json:"data_path"` // what is wrong with it; empty: nothing
-	Telemetry string         `json:"telemetry"` // where metrics and health are shown; empty: nowhere
-	Docker    string         `json:"docker"`    // why what is known of containers may be old; empty: nothing
-	Consul    ConsulStatus   `json:"consul"`
-	Counts    Counts         `json:"counts"`
-	Workloads []WorkloadView `json:"workloads"`
+	Started   time.Time          `json:"started"`
+	Alive     time.Time          `json:"alive"`     // the loop's last turn
+	DataPath  string             `json:"data_path"` // what is wrong with it; empty: nothing
+	Telemetry string             `json:"telemetry"` // where metrics and health are shown; empty: nowhere
+	Docker    string             `json:"docker"`    // why what is known of containers may be old; empty: nothing
+	Consul    ConsulStatus       `json:"consul"`
+	Counts    Counts             `json:"counts"`
+	Problems  []redirect.Problem `json:"problems"` // all that is wrong, and what to do about it
+	Workloads []WorkloadView     `json:"workloads"`
 }
 
 // ConsulStatus says how good the agent's view of Consul is.
@@ -44,6 +47,7 @@ type ConsulStatus struct {
 	InStep  bool         `json:"in_step"`
 	Since   time.Time    `json:"since"`
 	Error   string       `json:"error"`
+	Watch   string       `json:"watch"`  // why no change tells itself; empty: it does, or is not asked to
 	Hidden  bool         `json:"hidden"` // the token may not read all of the node's services
 	Proxies int          `json:"proxies"`
 	Counts  consulCounts `json:"counts"`
@@ -62,21 +66,21 @@ type Counts struct {
 
 // WorkloadView is the agent's view of one attachment.
 type WorkloadView struct {
-	Key       redirect.Key   `json:"key"`
-	ID        string         `json:"id"` // allocation ID
-	Job       string         `json:"job"`
-	Group     string         `json:"group"`
-	NetNS     string         `json:"netns"`
-	State     State          `json:"state"`
-	Mode      redirect.Mode  `json:"mode,omitempty"`
-	Task      string         `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
-	Guard     redirect.Guard `json:"guard,omitempty"`
-	InStep    bool           `json:"in_step"` // its registration in Consul is what the kernel has
-	Since     time.Time      `json:"since"`   // of State and InStep
-	Proxies   []ProxyView    `json:"proxies"`
-	Open      []uint16       `json:"open"` // ports beside the proxy's listener
-	Upstreams []UpstreamView `json:"upstreams"`
-	Problems  []string       `json:"problems"`
+	Key       redirect.Key       `json:"key"`
+	ID        string             `json:"id"` // allocation ID
+	Job       string             `json:"job"`
+	Group     string             `json:"group"`
+	NetNS     string             `json:"netns"`
+	State     State              `json:"state"`
+	Mode      redirect.Mode      `json:"mode,omitempty"`
+	Task      string             `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
+	Guard     redirect.Guard     `json:"guard,omitempty"`
+	InStep    bool               `json:"in_step"` // its registration in Consul is what the kernel has
+	Since     time.Time          `json:"since"`   // of State and InStep
+	Proxies   []ProxyView        `json:"proxies"`
+	Open      []uint16           `json:"open"` // ports beside the proxy's listener
+	Upstreams []UpstreamView     `json:"upstreams"`
+	Problems  []redirect.Problem `json:"problems"`
 }
 
 // ProxyView is a proxy as Consul has it registered.
@@ -101,14 +105,15 @@ func (a *Agent) Status() Status {
 	defer a.mu.Unlock()
 	status := a.status
 	status.Workloads = slices.Clone(status.Workloads)
+	status.Problems = append(slices.Clone(a.problems), status.problems(time.Now())...)
 	return status
 }
 
 // describe is the view of one attachment.
-func describe(s subject, state State, w wish, problems []string, known facts) WorkloadView {
+func describe(s subject, state State, w wish, problems []redirect.Problem, known facts) WorkloadView {
 	v := WorkloadView{
 		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NetNS: s.NetNS, State: state,
-		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: append([]string{}, problems...),
+		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: append([]redirect.Problem{}, problems...),
 	}
 	if v.ID == "" {
 		v.ID = s.Key.ContainerID
@@ -134,24 +139,6 @@ func describe(s subject, state State, w wish, problems []string, known facts) Wo
 	return v
 }
 
-// strays are the proxies of Nomad's that have no namespace here, one line for
-// each allocation.
-func strays(subjects []subject, consul view) (lines []WorkloadView) {
-	found := make(map[string]bool)
-	for _, s := range subjects {
-		found[s.Job.AllocID] = true
-	}
-	for _, id := range slices.Sorted(maps.Keys(consul.Proxies)) {
-		if id == "" || found[id] {
-			continue
-		}
-		s := subject{attachment: attachment{Key: redirect.Key{ContainerID: id}, Job: redirect.Job{AllocID: id}}, Proxies: consul.Proxies[id]}
-		lines = append(lines, describe(s, StateUnprotected, wish{}, []string{
-			"no network namespace of it is known on this node: it runs in host networking, or its registration is left over"}, consul.Facts))
-	}
-	return lines
-}
-
 // publish shows the outcome of a pass.
 func (a *Agent) publish(consul view, more []WorkloadView) {
 	var list []WorkloadView
@@ -174,22 +161,31 @@ func (a *Agent) publish(consul view, more []WorkloadView) {
 	defer a.mu.Unlock()
 	a.status.Workloads = list
 	a.status.Docker = a.containers().Error
+	a.problems = a.nodeProblems(consul)
 	a.status.Consul = ConsulStatus{
 		Enabled: a.follower != nil, Address: a.config.Consul.Address, InStep: consul.InStep, Since: consul.Since,
-		Error: consul.Error, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
+		Error: consul.Error.What, Watch: consul.Watch.What, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
 	}
 }
 
 // tellConsul logs when the agent falls out of step with Consul and when it is
 // back.
 func (a *Agent) tellConsul(consul view) {
-	if a.inStep && !consul.InStep && consul.Error != "" {
+	if a.inStep && !consul.InStep && consul.Error.What != "" {
 		a.inStep = false
-		a.log.Warn("Consul does not answer: the last known state stays", "error", consul.Error)
+		a.log.Warn("Consul does not answer: the last known state stays", "error", consul.Error.What)
 	}
 	if !a.inStep && consul.InStep {
 		a.inStep = true
 		a.log.Info("Consul answers again")
+	}
+	if deaf := consul.Watch.What != ""; deaf != a.deaf {
+		a.deaf = deaf
+		if deaf {
+			a.log.Warn("no change in Consul tells itself: it is read at short intervals", "error", consul.Watch.What)
+		} else {
+			a.log.Info("changes in Consul tell themselves again")
+		}
 	}
 	if consul.Hidden != a.hidden {
 		a.hidden = consul.Hidden
@@ -211,6 +207,7 @@ func (a *Agent) tellUnreadable(problems []string) {
 		}
 	}
 	a.reported = now
+	a.unreadable = problems
 }
 
 // awaitRegistration tells the follower since when the newest allocation that
@@ -236,7 +233,7 @@ func (a *Agent) awaitRegistration(subjects []subject, now time.Time) {
 // Healthy reports whether the node is in order, and what is not in words.
 func (s Status) Healthy(now time.Time) (bool, string) {
 	var wrong []string
-	if since := now.Sub(s.Alive); since > 15*tick {
+	if since := now.Sub(s.Alive); since > stuck {
 		wrong = append(wrong, fmt.Sprintf("the loop has not turned for %s", since.Round(time.Second)))
 	}
 	if s.DataPath != "" {

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"github.com/weirmesh/weir/redirect"
 )
 
 // view is the last good state of Consul, and how good it is now.
@@ -22,7 +24,9 @@ type view struct {
 	Hidden bool // the token may not read all of the node
 	InStep bool // the last read succeeded
 	Since  time.Time
-	Error  string // why it is not in step
+	Error  redirect.Problem // why it is not in step
+	Watch  redirect.Problem // why no change tells itself; none where that is not wanted
+	Bind   redirect.Problem // why IPv4 is assumed of listeners that name no address
 	Counts consulCounts
 }
 
@@ -99,16 +103,21 @@ func (f *follower) run(ctx context.Context) {
 		} else if ctx.Err() == nil {
 			failures++
 		}
-		f.mu.Lock()
-		tempo := tempo{watch: f.consul.config.Watch, failures: failures}
-		if !f.waiting.IsZero() {
-			tempo.waiting = max(time.Since(f.waiting), 1)
-		}
-		f.mu.Unlock()
-		if !f.rest(ctx, time.Now().Add(tempo.pause(rand.Float64())), failures > 0) {
+		if !f.rest(ctx, time.Now().Add(f.tempo(failures).pause(rand.Float64())), failures > 0) {
 			return
 		}
 	}
+}
+
+// tempo is the pace after so many failures in a row.
+func (f *follower) tempo(failures int) tempo {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	t := tempo{watch: f.consul.config.Watch && f.view.Watch.What == "", failures: failures}
+	if !f.waiting.IsZero() {
+		t.waiting = max(time.Since(f.waiting), 1)
+	}
+	return t
 }
 
 // rest waits for the trigger or until the next read, and asks meanwhile what
@@ -226,9 +235,27 @@ func (f *follower) watch(ctx context.Context) {
 		} else {
 			failures = 0
 		}
+		f.watched(ctx, err)
 		if _, alive := pause(ctx, length, nil); !alive {
 			return
 		}
+	}
+}
+
+// watched tells how the blocking query went. Where it fails nobody says that
+// anything changed, so Consul is read at once and then at the pace without one.
+func (f *follower) watched(ctx context.Context, err error) {
+	if ctx.Err() != nil {
+		return // the agent ends
+	}
+	problem := consulProblem(err)
+	f.mu.Lock()
+	turned := (problem.What == "") != (f.view.Watch.What == "")
+	f.view.Watch = problem
+	f.mu.Unlock()
+	if turned {
+		f.wake()
+		f.changed()
 	}
 }
 
@@ -245,6 +272,7 @@ func (f *follower) read(ctx context.Context) bool {
 			f.self.Loopback = loopback4()
 		}
 	}
+	bind := consulProblem(err)
 	next := f.current()
 	digest := sha256.Sum256(append([]byte{boolByte(got.hidden), boolByte(f.self.Loopback.Is6())}, got.body...))
 	fresh := digest != f.digest || !next.Ready
@@ -262,11 +290,13 @@ func (f *follower) read(ctx context.Context) bool {
 	}
 	recovered := !next.InStep
 	if recovered {
-		next.InStep, next.Error, next.Since = true, "", time.Now()
+		next.InStep, next.Error, next.Since = true, redirect.Problem{}, time.Now()
 	}
-	next.Ready = true
+	assumes := bind != next.Bind
+	next.Ready, next.Bind = true, bind
 	f.digest = digest
 	f.mu.Lock()
+	next.Watch = f.view.Watch // not the reader's
 	next.Counts.Reads++
 	next.Counts.Bytes += uint64(len(got.body))
 	if fresh {
@@ -274,7 +304,7 @@ func (f *follower) read(ctx context.Context) bool {
 	}
 	f.view = next
 	f.mu.Unlock()
-	if fresh || moved || recovered {
+	if fresh || moved || recovered || assumes {
 		f.changed()
 	}
 	return true
@@ -287,11 +317,11 @@ func (f *follower) failed(ctx context.Context, err error) {
 	}
 	f.self = self{}
 	f.mu.Lock()
-	if f.view.InStep || f.view.Error == "" {
+	if f.view.InStep || f.view.Error.What == "" {
 		f.view.InStep, f.view.Since = false, time.Now()
 	}
-	news := f.view.Error != err.Error()
-	f.view.Error = err.Error()
+	news := f.view.Error.What != err.Error()
+	f.view.Error = consulProblem(err)
 	f.view.Counts.Failures++
 	f.mu.Unlock()
 	if news {

@@ -23,10 +23,21 @@ type Problem struct {
 	Remedy string
 }
 
+func (p Problem) String() string { return p.What + remedyMark + p.Remedy }
+
 // MarshalText makes one text of both.
-func (p Problem) MarshalText() ([]byte, error) {
-	return []byte(p.What + "; remedy: " + p.Remedy), nil
+func (p Problem) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+
+// UnmarshalText takes them apart again.
+func (p *Problem) UnmarshalText(text []byte) error {
+	p.What, p.Remedy = string(text), ""
+	if i := strings.LastIndex(p.What, remedyMark); i >= 0 {
+		p.What, p.Remedy = p.What[:i], p.What[i+len(remedyMark):]
+	}
+	return nil
 }
+
+const remedyMark = "; remedy: "
 
 // Status is the state of the node's data path.
 type Status struct {

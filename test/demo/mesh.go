@@ -63,7 +63,7 @@ func (s *story) joinMesh(ctx context.Context) (err error) {
 		}
 		for _, w := range status.Workloads {
 			if len(w.Problems) > 0 {
-				return fmt.Errorf("allocation %s: %s", w.Group, strings.Join(w.Problems, "; "))
+				return fmt.Errorf("allocation %s: %s", w.Group, w.Problems)
 			}
 		}
 		if !status.Consul.InStep || len(status.Workloads) != len(s.node.allocs) {

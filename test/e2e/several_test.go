@@ -123,7 +123,7 @@ func TestSeveralSidecars(t *testing.T) {
 		p.register("web", object{"Port": 20002, "Proxy": settings})
 		test.Eventually(t, func() error {
 			view, err := p.view()
-			if err == nil && !strings.Contains(strings.Join(view.Problems, "\n"), "port 15001 is that of service admin already") {
+			if err == nil && !strings.Contains(fmt.Sprint(view.Problems), "port 15001 is that of service admin already") {
 				err = fmt.Errorf("problems %q", view.Problems)
 			}
 			return err

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -128,6 +129,8 @@ func (n *Node) leftWorkloads() error {
 	if err := n.Weir(&list, "workloads", "-json"); err != nil {
 		return err
 	}
+	// A gateway that registered itself stays in Consul.
+	list = slices.DeleteFunc(list, func(w Workload) bool { return w.Agent != nil && w.Agent.State == "unclaimed" })
 	if len(list) > 0 {
 		return fmt.Errorf("workloads: %+v", list)
 	}

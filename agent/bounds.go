@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+)
+
+// headers are what the library does not hand on of an answer without the
+// usual ones.
+type headers struct {
+	filtered bool
+	policy   string // on what no rule of a token names
+}
+
+type headersKey struct{}
+
+func (h *headers) watch(ctx context.Context) context.Context {
+	return context.WithValue(ctx, headersKey{}, h)
+}
+
+// boundedTransport ends an answer that is longer than any that is right.
+type boundedTransport struct{ next http.RoundTripper }
+
+// RoundTrip is that of http.RoundTripper.
+func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := b.next.RoundTrip(request)
+	if err != nil {
+		return nil, err
+	}
+	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
+		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
+	}
+	response.Body = &boundedBody{body: response.Body, left: answerLimit}
+	return response, nil
+}
+
+type boundedBody struct {
+	body io.ReadCloser
+	left int
+}
+
+var errTooLong = fmt.Errorf("answer of more than %d bytes", answerLimit)
+
+// Read is that of io.Reader.
+func (b *boundedBody) Read(buffer []byte) (int, error) {
+	if b.left <= 0 {
+		return 0, errTooLong
+	}
+	n, err := b.body.Read(buffer[:min(len(buffer), b.left)])
+	b.left -= n
+	return n, err
+}
+
+// Close is that of io.Closer.
+func (b *boundedBody) Close() error { return b.body.Close() }

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	gocmp "github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// breakage is an answer that is none, and what the agent says of it.
+type breakage struct {
+	name   string
+	answer http.HandlerFunc
+	want   string
+}
+
+// breakages are all that Consul, or what stands before it, may answer instead of
+// the truth. good is the beginning of a right answer.
+func breakages(good string) []breakage {
+	return []breakage{
+		{"garbage", say(200, "<html>proxy login</html>"), "invalid character"},
+		{"half an answer", say(200, good[:len(good)-1]), "unexpected EOF"},
+		{"nothing", say(200, "null"), "empty"},
+		{"another form", say(200, "[1,2]"), "cannot unmarshal"},
+		{"429", say(429, "Your IP is issuing too many concurrent connections"), "429"},
+		{"500", say(500, strings.Repeat("no cluster leader ", 1000)), "500"},
+		{"403", say(403, "ACL not found"), "403"},
+		{"hang", untilGone, "context deadline exceeded"},
+		{"trickle", trickle, "context deadline exceeded"},
+		{"flood", flood, ""}, // the end of time or of patience, whichever comes first
+		{"closed connection", func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "EOF"},
+	}
+}
+
+// Whatever Consul does, it is bounded and told, the last good state stays, and
+// when it is well again that is noticed.
+func TestFollowerOutlivesABrokenConsul(t *testing.T) {
+	for _, c := range breakages(oneProxy) {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			fake := newFakeConsul(t)
+			fake.answers(say(200, oneProxy))
+			follower := fake.follow(t)
+			good := follower.eventually(t, "the first answer", inStep)
+
+			fake.answers(c.answer)
+			follower.wake()
+			bad := follower.eventually(t, "the failure to be told", func(v view) bool { return !v.InStep })
+			if !strings.Contains(bad.Error.What, c.want) || len(bad.Error.What) > 400 {
+				t.Errorf("error = %q, want a short one that has %q", bad.Error, c.want)
+			}
+			if diff := gocmp.Diff(good.Proxies, bad.Proxies, sameAddrs()); diff != "" {
+				t.Errorf("the last known state changed (-before +after):\n%s", diff)
+			}
+			if !bad.Since.After(good.Since) {
+				t.Error("the view does not say since when it is out of step")
+			}
+
+			fake.answers(say(200, oneProxy))
+			follower.eventually(t, "Consul to be followed again", inStep)
+			fake.mu.Lock()
+			defer fake.mu.Unlock()
+			// The server learns later than the client that one has ended.
+			if fake.most > connections+1 {
+				t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+			}
+		})
+	}
+}
+
+// A trigger that is dead is told, and Consul read at the pace without one: else
+// a change would take more than a minute without anybody knowing.
+func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
+	list := breakages("{ }")
+	for i := range list { // its body is nobody's concern but that it ends
+		if name := list[i].name; name == "nothing" || name == "another form" {
+			list[i].want = "no index"
+		}
+	}
+	for _, question := range []struct {
+		name   string
+		broken []breakage
+		field  func(*fakeConsul) *http.HandlerFunc
+	}{
+		{"changes", list, func(f *fakeConsul) *http.HandlerFunc { return &f.changes }},
+		{"self", []breakage{
+			{"403", say(403, "Permission denied"), "403"}, {"500", say(500, "No known Consul servers"), "500"},
+			{"nameless", say(200, "{}"), "the answer has none"}, {"hang", untilGone, "deadline exceeded"},
+		}, func(f *fakeConsul) *http.HandlerFunc { return &f.self }},
+	} {
+		for _, c := range question.broken {
+			t.Run(question.name+", "+c.name, func(t *testing.T) {
+				t.Parallel()
+				fake := newFakeConsul(t)
+				fake.set(&fake.names, allNames)
+				fake.answers(say(200, oneProxy))
+				field := question.field(fake)
+				works := *field
+				fake.set(field, c.answer)
+				follower := fake.follow(t)
+				bad := follower.eventually(t, "the dead trigger to be told", func(v view) bool { return inStep(v) && v.Watch.What != "" })
+				if !strings.Contains(bad.Watch.What, c.want) || len(bad.Watch.What) > 400 || bad.Watch.Remedy == "" {
+					t.Errorf("why = %q, want a short one that has %q", bad.Watch, c.want)
+				}
+				if follower.tempo(0).watch {
+					t.Error("Consul is read as seldom as with a trigger")
+				}
+				told := fmt.Sprint(bad.problems("127.0.0.1:8500"))
+				if !strings.Contains(told, bad.Watch.What) || !strings.Contains(told, "watch = false") {
+					t.Errorf("problems = %s, want it told with what to do", told)
+				}
+
+				fake.set(field, works)
+				again := follower.eventually(t, "the trigger to be back", func(v view) bool { return v.Watch.What == "" && v.Bind.What == "" && inStep(v) })
+				if list := again.problems(""); !follower.tempo(0).watch || len(list) > 0 {
+					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.tempo(0), list)
+				}
+			})
+		}
+	}
+}
+
+// What the trigger did not tell before it died is read at once.
+func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
+	fake := newFakeConsul(t)
+	dies := make(chan struct{})
+	fake.set(&fake.changes, func(w http.ResponseWriter, r *http.Request) {
+		if index := r.URL.Query().Get("index"); index == "" || index == "0" {
+			nothingChanges(w, r)
+			return
+		}
+		<-dies
+		say(500, "no cluster leader")(w, r)
+	})
+	fake.answers(say(200, oneProxy))
+	follower := fake.follow(t)
+	good := follower.eventually(t, "the trigger", func(v view) bool { return inStep(v) && v.Counts.Reads > 1 })
+	if good.Watch.What != "" || !follower.tempo(0).watch {
+		t.Errorf("the trigger passes for dead: %q", good.Watch)
+	}
+	close(dies)
+	follower.eventually(t, "the dead trigger to be told and its part done", func(v view) bool {
+		return v.Watch.What != "" && v.Counts.Reads > good.Counts.Reads
+	})
+}
+
+// Of the virtual IPs' own trigger the same is told.
+func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.set(&fake.names, allNames)
+	fake.set(&fake.chain, say(200, `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`))
+	fake.answers(say(200, oneProxy))
+	follower := fake.follow(t)
+	good := follower.eventually(t, "the virtual IP", func(v view) bool { return inStep(v) && len(v.Facts.VirtualIPs) == 1 })
+	if list := good.problems(""); len(list) > 0 {
+		t.Errorf("problems = %q, want none", list)
+	}
+	broken := newFakeConsul(t)
+	broken.set(&broken.names, say(500, "No known Consul servers"))
+	broken.answers(say(200, oneProxy))
+	follower = broken.follow(t)
+	bad := follower.eventually(t, "the failure to be told", func(v view) bool { return inStep(v) && v.Facts.NoNames.What != "" })
+	if told := fmt.Sprint(bad.problems("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
+		t.Errorf("problems = %s, want what it means and why", told)
+	}
+	broken.set(&broken.names, allNames)
+	follower.eventually(t, "the names to be known", func(v view) bool { return inStep(v) && len(v.problems("")) == 0 })
+}
+
+// Where no trigger is wanted, a token that may not read the agent still costs
+// something: which of its addresses the listeners have.
+func TestFollowerTellsWhatItAssumes(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.set(&fake.self, say(403, "Permission denied"))
+	follower := fake.follow(t, unwatched)
+	got := follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
+	if told := fmt.Sprint(got.problems("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, "agent_prefix") || got.Watch.What != "" {
+		t.Errorf("problems = %s, want that IPv4 is assumed and the rule that is missing", told)
+	}
+	fake.set(&fake.self, say(200, `{"Config":{"NodeName":"node"}}`))
+	follower.wake()
+	follower.eventually(t, "the answer", func(v view) bool { return v.Bind.What == "" })
+}
+
+// registeredAs is that of a proxy of the allocation with a number.
+func registeredAs(i int, name, more string) string {
+	return fmt.Sprintf(`"_nomad-task-%s-group-g-%s-80-sidecar-proxy": {"Service": %q, %s}`, numbered(i), name, name, more)
+}
+
+// Each question beside the bulk read is told when it has no answer, to those
+// whom it concerns; what others have been answered stays, and so does the view.
+func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
+	sidecar := func(i int, name, proxy string) string {
+		return registeredAs(i, name, fmt.Sprintf(`"Kind": "connect-proxy", "Port": %d, "Proxy": {%s}`, 20000+i, proxy))
+	}
+	upstream := func(i int, name, to string) string {
+		return sidecar(i, name, fmt.Sprintf(`"Upstreams": [{"DestinationName": %q, "LocalBindPort": 9191}]`, to))
+	}
+	ingress := func(i int, name string) string {
+		return registeredAs(i, name, `"Kind": "ingress-gateway", "Port": 8443`)
+	}
+	checks := func(i int, name string) string {
+		return sidecar(i, name, fmt.Sprintf(`"DestinationServiceID": %q, "Expose": {"Checks": true}`, name))
+	}
+	transparent := func(name string) string {
+		return sidecar(1, name, fmt.Sprintf(`"DestinationServiceName": %q, "Mode": "transparent"`, name))
+	}
+	node := func(registrations ...string) string { return "{" + strings.Join(registrations, ", ") + "}" }
+	for _, question := range []struct {
+		name          string
+		field         func(*fakeConsul) *http.HandlerFunc
+		good, before  string // answers: the right one, and that before the second was there where it differs
+		first, second string // registrations; the second asks what the first does not
+		nothing       bool   // "null" is an answer
+		kept          func(facts) bool
+		why           func(facts) redirect.Problem
+		answered      func(facts) bool
+	}{
+		{
+			name: "virtual IPs", field: func(f *fakeConsul) *http.HandlerFunc { return &f.chain },
+			good: `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`, first: node(upstream(1, "web", "api")), second: node(upstream(1, "web", "api"), upstream(2, "app", "db")),
+			kept:     func(f facts) bool { return len(f.VirtualIPs[service{Name: "api"}]) == 1 },
+			why:      func(f facts) redirect.Problem { return f.Unanswered[service{Name: "db"}] },
+			answered: func(f facts) bool { return len(f.VirtualIPs[service{Name: "db"}]) == 1 },
+		},
+		{
+			name: "listeners of a gateway", field: func(f *fakeConsul) *http.HandlerFunc { return &f.entry },
+			good: `{"Kind": "ingress-gateway", "Listeners": [{"Port": 9090}]}`, first: node(ingress(1, "front")), second: node(ingress(1, "front"), ingress(2, "side")),
+			kept:     func(f facts) bool { return len(f.GatewayPorts[gateway{service{Name: "front"}, kindIngress}]) == 1 },
+			why:      func(f facts) redirect.Problem { return f.Unanswered[service{Name: "side"}] },
+			answered: func(f facts) bool { return len(f.GatewayPorts[gateway{service{Name: "side"}, kindIngress}]) == 1 },
+		},
+		{
+			name: "exposed checks", field: func(f *fakeConsul) *http.HandlerFunc { return &f.checks },
+			good:   `{"a": {"ServiceID": "web", "ExposedPort": 21500}, "b": {"ServiceID": "app", "ExposedPort": 21501}}`,
+			before: `{"a": {"ServiceID": "web", "ExposedPort": 21500}}`,
+			first:  node(checks(1, "web")), second: node(checks(1, "web"), checks(2, "app")),
+			kept:     func(f facts) bool { return len(f.CheckPorts["web"]) == 1 },
+			why:      func(f facts) redirect.Problem { return f.NoChecks },
+			answered: func(f facts) bool { return len(f.CheckPorts["app"]) == 1 },
+		},
+		{
+			name: "intentions", field: func(f *fakeConsul) *http.HandlerFunc { return &f.intentions }, nothing: true,
+			good:  `[{"SourceName": "web", "DestinationName": "api", "Action": "allow"}]`,
+			first: node(transparent("web")), second: node(transparent("web"), transparent("app")),
+			kept:     func(facts) bool { return true },
+			why:      func(f facts) redirect.Problem { return f.NoIntentions },
+			answered: func(f facts) bool { return len(f.Intentions) == 1 },
+		},
+	} {
+		asked := func(v view) bool { return v.InStep && len(v.Proxies[numbered(2)])+len(v.Proxies[numbered(1)]) == 2 }
+		for _, c := range append(breakages(question.good), breakage{"slow", slow(question.good), ""}) {
+			if c.name == "another form" && question.nothing {
+				c.answer = say(200, "{}")
+			} else if c.name == "nothing" && question.nothing {
+				continue
+			}
+			t.Run(question.name+", "+c.name, func(t *testing.T) {
+				t.Parallel()
+				fake := newFakeConsul(t)
+				field := question.field(fake)
+				fake.set(field, say(200, cmp.Or(question.before, question.good)))
+				fake.answers(say(200, question.first))
+				follower := fake.followInHaste(t)
+				follower.eventually(t, "the first answer", func(v view) bool { return v.InStep && question.kept(v.Facts) })
+
+				fake.set(field, c.answer)
+				fake.answers(say(200, question.second))
+				follower.wake()
+				if c.name == "slow" {
+					follower.eventually(t, "a slow answer", func(v view) bool { return asked(v) && question.answered(v.Facts) && question.why(v.Facts).What == "" })
+					return
+				}
+				bad := follower.eventually(t, "the failure to be told", func(v view) bool { return asked(v) && question.why(v.Facts).What != "" })
+				if why := question.why(bad.Facts); !strings.Contains(why.What, c.want) || len(why.What) > 400 || why.Remedy == "" {
+					t.Errorf("why = %q, want a short one that has %q, and what to do", why, c.want)
+				}
+				if !question.kept(bad.Facts) || question.answered(bad.Facts) {
+					t.Errorf("facts = %+v, want what was answered before, and no more", bad.Facts)
+				}
+
+				fake.set(field, say(200, question.good))
+				follower.eventually(t, "an answer", func(v view) bool {
+					follower.wake() // or it comes later
+					return asked(v) && question.kept(v.Facts) && question.answered(v.Facts) && question.why(v.Facts).What == ""
+				})
+				fake.mu.Lock()
+				defer fake.mu.Unlock()
+				if fake.most > connections+1 { // the server learns later than the client that one has ended
+					t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+				}
+			})
+		}
+	}
+}
+
+// What could not be asked, because an answer before was none, is told as well.
+func TestLookupsTellWhatTheyDidNotAsk(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.set(&fake.chain, say(500, "no cluster leader"))
+	proxies, _, err := parseServices([]byte("{"+checked(numbered(1), "web")+", "+oneProxy[1:]), loopback4())
+	if err != nil {
+		t.Fatal(err)
+	}
+	lookups := newLookups(fake.consul(t, 5*time.Second))
+	known, moved := lookups.refresh(t.Context(), byAllocation(proxies))
+	if asked := fake.times("/v1/agent/checks"); asked > 0 || !moved || !strings.Contains(known.NoChecks.What, "no cluster leader") {
+		t.Errorf("checks were asked for %d times and are %q, want none and why", asked, known.NoChecks)
+	}
+	known, moved = lookups.refresh(t.Context(), byAllocation(proxies)) // the first question rests
+	if asked := fake.times("/v1/agent/checks"); asked != 1 || !moved || known.NoChecks.What != "" {
+		t.Errorf("checks were asked for %d times and are %q, want an answer", asked, known.NoChecks)
+	}
+}
+
+// A slow answer that comes in time is an answer like any other.
+func TestFollowerWaitsForASlowConsul(t *testing.T) {
+	fake := newFakeConsul(t)
+	fake.answers(slow(oneProxy))
+	fake.set(&fake.self, slow(`{"Config":{"NodeName":"node"}}`))
+	fake.follow(t).eventually(t, "the slow answers", func(v view) bool {
+		return inStep(v) && v.Watch.What == "" && v.Bind.What == "" && v.Counts.Failures == 0
+	})
+}
+
+// slow answers rightly, late but in time.
+func slow(body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		late := time.NewTimer(60 * time.Millisecond)
+		defer late.Stop()
+		select {
+		case <-r.Context().Done():
+		case <-late.C:
+			fmt.Fprint(w, body)
+		}
+	}
+}
+
+// Whatever is sent, an answer costs no more memory than leaves the agent of a
+// full node, 40 MiB large, within the 64 MiB that it may have.
+func TestAnAnswerIsBoundedInMemory(t *testing.T) {
+	fake := newFakeConsul(t)
+	consul := fake.consul(t, time.Minute)
+	for name, ask := range map[string]func() error{
+		"services":   func() error { _, err := consul.services(t.Context()); return err },
+		"self":       func() error { _, err := consul.self(t.Context()); return err },
+		"changes":    func() error { _, err := consul.changed(t.Context(), "node", 0); return err },
+		"checks":     func() error { _, err := consul.checks(t.Context()); return err },
+		"intentions": func() error { _, err := consul.intentions(t.Context()); return err },
+		"chain":      func() error { _, err := consul.virtualIPs(t.Context(), service{Name: "api"}); return err },
+		"entry": func() error {
+			_, err := consul.gatewayPorts(t.Context(), gateway{service{Name: "front"}, kindIngress})
+			return err
+		},
+	} {
+		for _, question := range []*http.HandlerFunc{&fake.services, &fake.self, &fake.changes, &fake.checks, &fake.intentions, &fake.chain, &fake.entry} {
+			fake.set(question, flood)
+		}
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		err := ask()
+		runtime.ReadMemStats(&after)
+		const most = 24 << 20
+		if grown := after.TotalAlloc - before.TotalAlloc; grown > most {
+			t.Errorf("%s: an endless answer took %d MiB, want at most %d", name, grown>>20, most>>20)
+		}
+		if !errors.Is(err, errTooLong) {
+			t.Errorf("%s: an endless answer is %v, want %v", name, err, errTooLong)
+		}
+	}
+}

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hashicorp/consul/api"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// settling is how long an allocation may be on its way, in or out, before what
+// is not in order about it counts as wrong: a registration comes and goes beside
+// its namespace, and a record beside libcni's result.
+const settling = recordGrace
+
+// consulProblem is an answer that Consul did not give, and what to do; nothing
+// where there is no error.
+func consulProblem(err error) redirect.Problem {
+	if err == nil {
+		return redirect.Problem{}
+	}
+	remedy := "see whether Consul's agent runs and whether consul { address } of the configuration is where it listens"
+	var status api.StatusError
+	switch {
+	case errors.As(err, &status) && status.Code == http.StatusForbidden:
+		remedy = `give the agent a token with node_prefix, agent_prefix and service_prefix "" { policy = "read" }; where intentions are asked for, intentions = "read" as well`
+	case errors.As(err, &status) && status.Code == http.StatusTooManyRequests:
+		remedy = "raise Consul's limits.http_max_conns_per_client or its request limits"
+	case errors.As(err, &status) && status.Code == http.StatusNotFound:
+		remedy = "write the configuration entry, or stop what asks for it"
+	case errors.As(err, &status) && status.Code >= http.StatusInternalServerError:
+		remedy = "see the log of Consul's agent, and whether its servers have a leader"
+	}
+	return redirect.Problem{What: err.Error(), Remedy: remedy}
+}
+
+// problems are what is wrong with the node's view of Consul.
+func (v view) problems(address string) (list []redirect.Problem) {
+	none := redirect.Problem{}
+	if v.Error != none { // what else is said is of the last good answer
+		return []redirect.Problem{{
+			What:   fmt.Sprintf("not in step with Consul at %s: %s", address, v.Error.What),
+			Remedy: v.Error.Remedy + "; until then the last known state stays",
+		}}
+	}
+	if v.Hidden {
+		list = append(list, redirect.Problem{
+			What:   fmt.Sprintf("Consul at %s hides services of this node from the token: their allocations may not be guarded", address),
+			Remedy: `give the agent's token service_prefix "" { policy = "read" }`,
+		})
+	}
+	if v.Watch != none {
+		list = append(list, redirect.Problem{
+			What:   fmt.Sprintf("no change in Consul tells itself, it is read every 7 to 23 seconds instead: %s", v.Watch.What),
+			Remedy: v.Watch.Remedy + "; where a blocking query cannot be had, consul { watch = false }",
+		})
+	} else if v.Bind != none {
+		list = append(list, redirect.Problem{
+			What:   fmt.Sprintf("whether proxies listen on IPv4 or IPv6 is not known, IPv4 is assumed: %s", v.Bind.What),
+			Remedy: v.Bind.Remedy,
+		})
+	}
+	if why := v.Facts.NoNames; why != none {
+		list = append(list, redirect.Problem{
+			What:   fmt.Sprintf("a virtual IP that Consul gives to another service is noticed within minutes, not at once: %s", why.What),
+			Remedy: why.Remedy,
+		})
+	}
+	for _, what := range v.Problems {
+		list = append(list, redirect.Problem{What: what, Remedy: "correct that registration in Consul, or deregister it"})
+	}
+	return list
+}
+
+// nodeProblems are what is wrong with what the agent learns from others.
+func (a *Agent) nodeProblems(consul view) []redirect.Problem {
+	list := consul.problems(a.config.Consul.Address)
+	docker := a.containers().Error
+	if docker != "" {
+		list = append(list, redirect.Problem{
+			What:   "Docker's containers may be other ones by now: " + docker,
+			Remedy: `see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
+		})
+	}
+	for _, what := range a.unreadable {
+		if what != docker && !slices.Contains(consul.Problems, what) {
+			list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
+		}
+	}
+	return list
+}
+
+// blind tells that nothing can be said of the node's allocations.
+func (a *Agent) blind(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.problems = []redirect.Problem{{What: err.Error(), Remedy: "see whether the agent can read cni { cache_dir }; until then nothing new is found or changed"}}
+}
+
+// problems are what is wrong on the node as the agent sees it. What many
+// allocations have in common is said once.
+func (s Status) problems(now time.Time) []redirect.Problem {
+	var list []redirect.Problem
+	if since := now.Sub(s.Alive); since > stuck {
+		list = append(list, redirect.Problem{
+			What:   fmt.Sprintf("the agent's loop has not turned for %s", since.Round(time.Second)),
+			Remedy: "see the agent's log; 'systemctl restart weir-agent' changes nothing for any allocation",
+		})
+	}
+	if s.DataPath != "" {
+		list = append(list, redirect.Problem{What: "the agent cannot mend the data path: " + s.DataPath, Remedy: "see the agent's log, and run 'weir load'"})
+	}
+	var order []redirect.Problem
+	who := make(map[redirect.Problem][]string)
+	for _, w := range s.Workloads {
+		if w.State != StateManaged && w.State != StateUnprotected || now.Sub(w.Since) < settling {
+			continue
+		}
+		for _, problem := range w.Problems {
+			if len(who[problem]) == 0 {
+				order = append(order, problem)
+			}
+			who[problem] = append(who[problem], w.name())
+		}
+	}
+	for _, problem := range order {
+		list = append(list, redirect.Problem{What: subjectsOf(who[problem]) + ": " + problem.What, Remedy: problem.Remedy})
+	}
+	return slices.Clip(list)
+}
+
+// name is the allocation with its job, as an operator knows it.
+func (w WorkloadView) name() string {
+	if w.Job == "" {
+		return w.ID
+	}
+	return fmt.Sprintf("%s (%s/%s)", w.ID, w.Job, w.Group)
+}
+
+// subjectsOf names allocations that have a problem in common, few of many.
+func subjectsOf(names []string) string {
+	const most = 3
+	switch {
+	case len(names) == 1:
+		return "allocation " + names[0]
+	case len(names) <= most:
+		return fmt.Sprintf("%d allocations, %s", len(names), strings.Join(names, ", "))
+	}
+	return fmt.Sprintf("%d allocations, among them %s", len(names), strings.Join(names[:most], ", "))
+}
+
+// stepProblem is what to do about a step that the agent tries again.
+func stepProblem(step, what string) redirect.Problem {
+	remedy := "the agent tries again; where it stays, 'nomad alloc stop' the allocation"
+	switch step {
+	case "record":
+		remedy = "restart Nomad's client, whose CHECK makes the record anew, or 'nomad alloc stop' the allocation"
+	case "namespace":
+		remedy = "'nomad alloc stop' the allocation where it still runs"
+	case "add":
+		remedy = "the agent tries again; see its log and 'weir status' for the data path"
+	case "configure":
+		remedy = "the agent tries again; until then the last known state stays"
+	}
+	return redirect.Problem{What: what, Remedy: remedy}
+}

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// stray is what the loop remembers of a registration without a namespace.
+type stray struct {
+	state  State
+	since  time.Time // of state
+	onNode bool      // its proxy was seen in the node's own network
+	looked time.Time // for its proxy
+}
+
+// strays are the proxies of this node that belong to no namespace here: a line
+// for each allocation, and for each proxy that is no allocation's.
+func (a *Agent) strays(subjects []subject, consul view, now time.Time) (lines []WorkloadView) {
+	found, claimed := make(map[string]bool), make(map[string]bool)
+	for _, s := range subjects {
+		found[s.Job.AllocID] = true
+		for _, p := range s.Proxies {
+			claimed[p.ID] = true
+		}
+	}
+	lists := make(map[string][]proxy) // by what the line is for
+	for id, list := range consul.Proxies {
+		if id != "" && !found[id] {
+			lists[id] = list
+		}
+	}
+	for _, p := range consul.Proxies[""] {
+		if !claimed[p.ID] {
+			lists[p.ID] = []proxy{p}
+		}
+	}
+	maps.DeleteFunc(a.strayed, func(id string, _ stray) bool { return lists[id] == nil })
+	for _, id := range slices.Sorted(maps.Keys(lists)) {
+		before := a.strayed[id]
+		next := before
+		if again := 15 * tick; !next.onNode && mayBeOnNode(lists[id]) && now.Sub(next.looked) > again {
+			next.looked, next.onNode = now, a.seenOnNode(id, lists[id])
+		}
+		var problems []redirect.Problem
+		next.state, problems = judgeStray(lists[id], next.onNode)
+		if next.state != before.state {
+			next.since = now
+		}
+		a.strayed[id] = next
+		s := subject{attachment: attachment{Key: redirect.Key{ContainerID: id}, Job: redirect.Job{AllocID: id}}, Proxies: lists[id]}
+		line := describe(s, next.state, wish{}, problems, consul.Facts)
+		line.Since = next.since
+		lines = append(lines, line)
+	}
+	return lines
+}
+
+// judgeStray says what to make of the proxies of one allocation, or of one that
+// is no allocation's. onNode says that they were seen in the node's own network.
+func judgeStray(proxies []proxy, onNode bool) (State, []redirect.Problem) {
+	switch {
+	case proxies[0].AllocID == "":
+		return StateUnclaimed, []redirect.Problem{{
+			What:   "no allocation of this node is known to run it: its ID names none, and neither an address nor a job with a mapped port is its own; where it runs in an allocation, nothing guards it there",
+			Remedy: "nothing where it runs outside of Nomad; a gateway that registers itself is found by -address, or by its job's name",
+		}}
+	case onNode || !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode }):
+		return StateHost, nil
+	}
+	return StateUnprotected, []redirect.Problem{{
+		What:   "no network namespace of it is known on this node",
+		Remedy: "where it runs, set cni { cache_dir, netns_dir } to where Nomad's client has them; where it has ended, 'consul services deregister' what is left of it",
+	}}
+}
+
+// mayBeOnNode reports proxies of which their registration does not tell that
+// they are in the node's own network. Nomad lets gateways be there, and no others.
+func mayBeOnNode(proxies []proxy) bool {
+	gateway := !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.isGateway() })
+	return gateway && proxies[0].AllocID != "" && slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode })
+}
+
+// seenOnNode reports whether the task that Nomad injected for a gateway of the
+// allocation runs in the node's own network. It walks all processes of the node.
+func (a *Agent) seenOnNode(alloc string, proxies []proxy) bool {
+	own, err := os.Readlink("/proc/self/ns/net")
+	if err != nil {
+		return false
+	}
+	known := a.containers()
+	processes, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(processes, func(process string) bool {
+		if netns, err := os.Readlink(filepath.Join(process, "ns/net")); err != nil || netns != own {
+			return false
+		}
+		data, err := os.ReadFile(filepath.Join(process, "cgroup"))
+		if err != nil {
+			return false // it ended
+		}
+		for line := range strings.Lines(string(data)) {
+			cgroup := strings.TrimSpace(line)
+			container := containerOf(cgroup)
+			if task := taskOf(cgroup, alloc, known); (container == "" || known.Allocs[container] == alloc) && injected(task, proxies) {
+				return true
+			}
+		}
+		return false
+	})
+}
