@@ -9,6 +9,9 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -29,6 +32,7 @@ type env struct {
 	terminal   bool // standard output is one
 	open       func(redirect.Paths) datapath
 	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
+	unit       func() bool                                                      // whether systemd is to run the agent on this node
 	executable func() (string, error)                                           // this program's file
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
@@ -131,12 +135,37 @@ func (c *command) datapath() datapath {
 	return c.open(c.paths.Or(redirect.PathsFromEnv(c.getenv)))
 }
 
-// agent asks the instance's agent for its view; ok is false where none answers.
-func (c *command) agent() (view agent.Status, ok bool) {
-	ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
+// agent asks the instance's agent for its view. ok is false where none answers,
+// and dead then says why one should; nothing where none is there to answer: the
+// data path works without.
+func (c *command) agent() (view agent.Status, ok bool, dead redirect.Problem) {
+	const patience = 2 * time.Second
+	ctx, cancel := context.WithTimeout(c.ctx, patience)
 	defer cancel()
-	view, err := c.ask(ctx, c.stateDir())
-	return view, err == nil
+	stateDir := c.stateDir()
+	view, err := c.ask(ctx, stateDir)
+	none := errors.Is(err, fs.ErrNotExist) // no socket: none was started, or it ended in order
+	switch {
+	case err == nil:
+		return view, true, dead
+	case none && (stateDir != redirect.DefaultStateDir || !c.unit()):
+		return view, false, dead
+	case none || errors.Is(err, agent.ErrNotRunning):
+		dead.What = "the agent does not run: nothing follows Consul, guards new allocations or mends the data path"
+	default:
+		dead.What = fmt.Sprintf("the agent does not answer: %v", err)
+	}
+	dead.Remedy = "see its log, 'journalctl -u weir-agent' or that of Nomad's job, and start it: 'systemctl restart weir-agent'"
+	return agent.Status{}, false, dead
+}
+
+// unitEnabled reports whether systemd is to run the agent on this node.
+func unitEnabled() bool {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		return false // another init's node
+	}
+	links, err := filepath.Glob("/etc/systemd/system/*.wants/" + "weir-agent.service")
+	return err == nil && len(links) > 0
 }
 
 func (c *command) stateDir() string {

@@ -30,6 +30,7 @@ func main() {
 		terminal:   notTerminal == nil,
 		open:       func(paths redirect.Paths) datapath { return redirect.New(paths) },
 		ask:        agent.ReadStatus,
+		unit:       unitEnabled,
 		executable: os.Executable,
 
 		networks:       cni.Networks,

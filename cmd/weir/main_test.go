@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"strings"
 	"testing"
 
@@ -30,6 +31,8 @@ type node struct {
 	verdicts []redirect.WorkloadVerdicts
 	events   []redirect.Event
 	agent    *agent.Status // nil: none runs
+	silence  error         // why none answers; nil: it has no socket
+	unit     bool          // systemd is to run one
 	program  string        // the CLI's file
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
@@ -92,11 +95,15 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			return n
 		},
 		ask: func(context.Context, string) (agent.Status, error) {
-			if n.agent == nil {
-				return agent.Status{}, agent.ErrNotRunning
+			switch {
+			case n.agent != nil:
+				return *n.agent, nil
+			case n.silence != nil:
+				return agent.Status{}, n.silence
 			}
-			return *n.agent, nil
+			return agent.Status{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
 		},
+		unit:       func() bool { return n.unit },
 		executable: func() (string, error) { return n.program, nil },
 
 		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },

@@ -4,40 +4,82 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
 func newStatus(env env) *command {
-	c := newCommand(env, "status", "Say whether this node's data path is healthy", `  Says in its first line whether the data path is healthy. Where it is not, it
-  goes on with what is wrong and what to do about it. Where the agent runs, its
-  last lines say how it stands to Consul and Docker, what it mended since it
-  began, and how many allocations of the mesh are not under Weir.
+	c := newCommand(env, "status", "Say whether this node is healthy", `  Says in its first line whether the node is healthy. Where it is not, it goes on
+  with what is wrong and what to do about it: with the data path, with the agent
+  and what it learns from Consul and Docker, and with allocations of the mesh. Its
+  last lines say how the agent stands to Consul and what it mended since it began.
 
   The exit code is 0 when all is well and 1 when something is wrong, which
-  includes that nothing is loaded.`).withPaths().withJSON()
+  includes that nothing is loaded, and that an agent which should run does not
+  answer. Where none was started nothing is wrong: the data path works without.`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		status, err := c.datapath().Status()
 		if err != nil {
 			return 1, err
+		}
+		view, running, dead := c.agent()
+		if dead.What != "" {
+			status.Problems = append(status.Problems, dead)
+		}
+		for _, problem := range view.Problems {
+			same := func(p redirect.Problem) bool { return p.What == problem.What }
+			if !slices.ContainsFunc(status.Problems, same) { // both may have seen it
+				status.Problems = append(status.Problems, problem)
+			}
 		}
 		code := 0
 		if !status.Healthy() {
 			code = 1
 		}
 		if c.json {
-			return code, c.printJSON(status)
+			whole := nodeStatus{Status: status}
+			if running {
+				whole.Agent = summarise(view)
+			}
+			return code, c.printJSON(whole)
 		}
 		text := c.renderStatus(status)
-		if view, running := c.agent(); running {
+		switch {
+		case running:
 			text += "\n\n" + c.summary(view, time.Now())
+		case dead.What == "":
+			text += "\n\nagent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir"
 		}
 		c.ui.Output(text + c.leftoverLines())
 		return code, nil
 	}
 	return c
+}
+
+// nodeStatus is the data path with what the agent adds. Problems are those of both.
+type nodeStatus struct {
+	redirect.Status
+	Agent *agentSummary `json:"agent"` // null where none answers
+}
+
+// agentSummary is the agent's view, where the allocations are no more than
+// counted: "weir workloads" has them.
+type agentSummary struct {
+	agent.Status
+	Problems  *struct{}           `json:"problems,omitempty"` // they are the node's
+	Workloads map[agent.State]int `json:"workloads"`
+}
+
+func summarise(view agent.Status) *agentSummary {
+	summary := &agentSummary{Status: view, Workloads: make(map[agent.State]int)}
+	for _, w := range view.Workloads {
+		summary.Workloads[w.State]++
+	}
+	return summary
 }
 
 func (c *command) renderStatus(status redirect.Status) string {

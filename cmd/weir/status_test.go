@@ -3,10 +3,15 @@
 package main
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -36,6 +41,8 @@ changes      wait for running programs by membarrier
 MAP        MOST ENTRIES  MEMORY
 origins    1048576       8196 KiB
 workloads  16384         129 KiB
+
+agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
 `})
 }
 
@@ -46,6 +53,8 @@ func TestStatusNotLoaded(t *testing.T) {
 	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 1 problem
   the data path is not loaded: no workload is redirected
     remedy: run 'weir load'
+
+agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
 `})
 }
 
@@ -67,6 +76,8 @@ records      /run/weir
 attached to  /sys/fs/cgroup
 programs     -
 changes      wait for running programs by membarrier
+
+agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
 `})
 }
 
@@ -87,9 +98,93 @@ func TestStatusJSON(t *testing.T) {
   "workloads": 0,
   "problems": [
     "w; remedy: r"
-  ]
+  ],
+  "agent": null
 }
 `})
+}
+
+// What the agent knows to be wrong makes a node unhealthy as the data path does,
+// and is in JSON as well.
+func TestStatusOfTheAgentsProblems(t *testing.T) {
+	view := &agent.Status{
+		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", Error: "refused"},
+		Problems: []redirect.Problem{
+			{What: "not in step with Consul: refused", Remedy: "start Consul"},
+			{What: "link connect4 is gone", Remedy: "see the agent's log"},
+		},
+		Workloads: []agent.WorkloadView{{State: agent.StateHost}, {State: agent.StateManaged}, {State: agent.StateManaged}},
+	}
+	status := healthy()
+	status.Problems = []redirect.Problem{{What: "link connect4 is gone", Remedy: "run 'weir load'"}}
+	n := &node{status: status, agent: view}
+	got := try(t, n, nil, "status")
+	if want := `not healthy: 2 problems
+  link connect4 is gone
+    remedy: run 'weir load'
+  not in step with Consul: refused
+    remedy: start Consul
+`; got.code != 1 || !strings.HasPrefix(got.stdout, want) {
+		t.Errorf("outcome %d:\n%s\nwant 1, beginning with:\n%s", got.code, got.stdout, want)
+	}
+	var told struct {
+		Problems []redirect.Problem
+		Agent    *struct {
+			Consul    agent.ConsulStatus
+			Workloads map[string]int
+		}
+	}
+	got = try(t, n, nil, "status", "-json")
+	if err := json.Unmarshal([]byte(got.stdout), &told); err != nil {
+		t.Fatal(err)
+	}
+	if got.code != 1 || len(told.Problems) != 2 || told.Problems[1] != view.Problems[0] {
+		t.Errorf("JSON %d, problems %q; want 1 and both", got.code, told.Problems)
+	}
+	if told.Agent == nil || told.Agent.Consul.Error != "refused" || told.Agent.Workloads["managed"] != 2 || told.Agent.Workloads["host"] != 1 {
+		t.Errorf("JSON has the agent as %+v, want its view of Consul and 3 allocations by their states", told.Agent)
+	}
+	view.Problems = nil
+	if got := try(t, &node{status: healthy(), agent: view}, nil, "status"); got.code != 0 || !strings.HasPrefix(got.stdout, "healthy: ") {
+		t.Errorf("outcome of a node without problems = %+v, want 0", got)
+	}
+}
+
+// An agent that should answer and does not is wrong; none at all is not.
+func TestStatusWithoutAnAgent(t *testing.T) {
+	refused := fmt.Errorf("ask agent: %w: %w", agent.ErrNotRunning, syscall.ECONNREFUSED)
+	own := map[string]string{"WEIR_STATE_DIR": "/elsewhere"}
+	for _, c := range []struct {
+		name        string
+		node        node
+		environment map[string]string
+		want        string // what is wrong; empty: nothing
+	}{
+		{"none was ever started", node{}, nil, ""},
+		{"a socket that nobody listens on", node{silence: refused}, nil, "the agent does not run"},
+		{"the same of an instance of its own", node{silence: refused}, own, "the agent does not run"},
+		{"a socket on which nobody answers", node{silence: context.DeadlineExceeded}, nil, "the agent does not answer: context deadline exceeded"},
+		{"systemd was to run it", node{unit: true}, nil, "the agent does not run"},
+		{"systemd runs another instance", node{unit: true}, own, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			c.node.status = healthy()
+			got, asJSON := try(t, &c.node, c.environment, "status"), try(t, &c.node, c.environment, "status", "-json")
+			if c.want == "" {
+				if got.code != 0 || asJSON.code != 0 || !strings.HasSuffix(got.stdout, "are under Weir\n") {
+					t.Errorf("codes %d and %d, output:\n%s\nwant 0 and a word about the agent", got.code, asJSON.code, got.stdout)
+				}
+				return
+			}
+			if got.code != 1 || asJSON.code != 1 || !strings.Contains(got.stdout, c.want) || !strings.Contains(asJSON.stdout, c.want) ||
+				!strings.Contains(got.stdout, "systemctl restart weir-agent") {
+				t.Errorf("codes %d and %d, output:\n%s\n%s\nwant 1, %q and what to do", got.code, asJSON.code, got.stdout, asJSON.stdout, c.want)
+			}
+			if got := try(t, &c.node, c.environment, "workloads"); got.code != 0 || !strings.Contains(got.stdout, c.want) {
+				t.Errorf("weir workloads = %+v, want it told", got)
+			}
+		})
+	}
 }
 
 func TestStatusUnknown(t *testing.T) {

@@ -63,7 +63,7 @@ func newUninstall(env env) *command {
 			return 0, c.tellInstall(installReport{DryRun: true, Steps: append(plan.Called, plan.Rest...), Workloads: stripped,
 				Remarks: remarksOn(stripped)})
 		}
-		if _, running := c.agent(); running {
+		if _, running, _ := c.agent(); running {
 			return 1, errors.New("the agent runs and would put everything back: stop it first, " +
 				"with 'systemctl disable --now weir-agent' or 'nomad job stop weir'")
 		}

@@ -18,8 +18,8 @@ type seenWorkload struct {
 	Agent *agent.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
 }
 
-// withAgent joins the workloads with the agent's view of them. Those that
-// Consul's own rules redirect, from before Weir, follow as the agent sees them.
+// withAgent joins the workloads with the agent's view of them. What is not under
+// Weir follows as the agent sees it.
 func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload {
 	views := make(map[redirect.Key]*agent.WorkloadView)
 	for i, w := range view.Workloads {
@@ -29,8 +29,12 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	for _, w := range list {
 		seen = append(seen, seenWorkload{WorkloadStatus: w, Agent: views[w.Key]})
 	}
+	known := make(map[redirect.Key]bool)
+	for _, w := range list {
+		known[w.Key] = true
+	}
 	for i, w := range view.Workloads {
-		if w.State == agent.StateConsul {
+		if !known[w.Key] && w.State != agent.StateManaged { // that one's ADD or DEL is under way
 			seen = append(seen, seenWorkload{Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
 				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NetNS: w.NetNS,
 				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []redirect.Problem{},
@@ -61,9 +65,7 @@ func (c *command) renderAgent(view agent.Status, now time.Time) string {
 			continue
 		}
 		fmt.Fprintf(&below, "\n\n%s\n", c.paint(bold, name(w.Job, w.Group, w.Key)))
-		for _, what := range w.Problems {
-			fmt.Fprintf(&below, "  %s\n", what)
-		}
+		below.WriteString(c.renderProblems("", w.Problems))
 	}
 	if len(rows) > 1 {
 		text.WriteString(table("", rows))
@@ -77,19 +79,20 @@ func (c *command) summary(view agent.Status, now time.Time) string {
 	if view.Docker != "" {
 		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
 	}
-	unprotected, consuls := 0, 0
+	count := make(map[agent.State]int)
 	for _, w := range view.Workloads {
-		switch w.State {
-		case agent.StateUnprotected:
-			unprotected++
-		case agent.StateConsul:
-			consuls++
-		}
+		count[w.State]++
 	}
-	if consuls > 0 {
+	if consuls := count[agent.StateConsul]; consuls > 0 {
 		lines = append(lines, fmt.Sprintf("agent: %s redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each", countOf(consuls, "allocation")))
 	}
-	if unprotected > 0 {
+	if host := count[agent.StateHost]; host > 0 {
+		lines = append(lines, fmt.Sprintf("agent: %s on the node's own network, where there is nothing to redirect or guard", countOf(host, "gateway")))
+	}
+	if unclaimed := count[agent.StateUnclaimed]; unclaimed > 0 {
+		lines = append(lines, fmt.Sprintf("agent: %s of a proxy in Consul that no allocation of this node is known to run, see 'weir workloads'", countOf(unclaimed, "registration")))
+	}
+	if unprotected := count[agent.StateUnprotected]; unprotected > 0 {
 		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))
 	}
 	if counts := view.Counts; counts.Mended+counts.Swept > 0 {

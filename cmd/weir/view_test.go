@@ -9,6 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
@@ -24,7 +27,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 				Proxies:   []agent.ProxyView{{Kind: "connect-proxy"}},
 				Upstreams: []agent.UpstreamView{{Name: "api", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}, Open: []uint16{8081, 21500},
 			},
-			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []string{"it runs in host networking"}},
+			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []redirect.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
 		},
 	}
 	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Mode: redirect.ModeDirect}}, agent: view}
@@ -33,7 +36,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 		"agent: in step with Consul at 127.0.0.1:8500 for 1m0s\n",
 		"0b5d0c1e  demo  managed      connect-proxy  -     audit  in step         1m0s   api=127.0.0.1:9191  8081 21500\n",
 		"1c6e1d2f  -     unprotected  -              -     -      not registered  1m0s   -                   -\n",
-		"\n  it runs in host networking\n",
+		"\n  no namespace\n    remedy: set cache_dir\n",
 	} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("output lacks %q:\n%s", want, got.stdout)
@@ -47,8 +50,11 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	if err := json.Unmarshal([]byte(try(t, n, nil, "workloads", "-json").stdout), &list); err != nil {
 		t.Fatal(err)
 	}
-	if len(list) != 1 || list[0].Mode != "direct" || list[0].Agent == nil || !list[0].Agent.InStep {
-		t.Errorf("JSON = %+v, want one workload with the agent's view", list)
+	if len(list) != 2 || list[0].Mode != "direct" || list[0].Agent == nil || !list[0].Agent.InStep {
+		t.Fatalf("JSON = %+v, want the workload with the agent's view, and what is no workload", list)
+	}
+	if diff := cmp.Diff(&view.Workloads[1], list[1].Agent, cmpopts.EquateComparable(netip.AddrPort{}), cmpopts.EquateEmpty(), cmpopts.EquateApproxTime(0)); list[1].ID != "1c6e1d2f" || diff != "" {
+		t.Errorf("JSON of the unprotected allocation %s (-want +got):\n%s", list[1].ID, diff)
 	}
 }
 
@@ -80,20 +86,21 @@ func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
 	view := &agent.Status{
 		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500"}, Docker: "dial: no answer",
-		Counts:    agent.Counts{Mended: 3, Swept: 1},
-		Workloads: []agent.WorkloadView{{State: agent.StateUnprotected}, {State: agent.StateManaged}},
+		Counts: agent.Counts{Mended: 3, Swept: 1},
+		Workloads: []agent.WorkloadView{
+			{State: agent.StateUnprotected}, {State: agent.StateManaged}, {State: agent.StateHost}, {State: agent.StateUnclaimed}, {State: agent.StateUnclaimed},
+		},
 	}
 	got := try(t, &node{agent: view}, nil, "status").stdout
 	for _, want := range []string{
 		"\nagent: asking Consul at 127.0.0.1:8500\n", "agent: Docker's containers may be other ones by now: dial: no answer\n",
 		"agent: 1 allocation of the mesh not under Weir, see 'weir workloads'\n", "agent: 3 repairs since it began, 1 workload forgotten whose namespace died\n",
+		"agent: 1 gateway on the node's own network, where there is nothing to redirect or guard\n",
+		"agent: 2 registrations of a proxy in Consul that no allocation of this node is known to run, see 'weir workloads'\n",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("output lacks %q:\n%s", want, got)
 		}
-	}
-	if got := try(t, &node{}, nil, "status").stdout; strings.Contains(got, "agent:") {
-		t.Errorf("output speaks of an agent where none runs:\n%s", got)
 	}
 }
 

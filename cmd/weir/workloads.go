@@ -19,20 +19,24 @@ func newWorkloads(env env) *command {
   the UID alone decides: a task under that UID is not redirected.
 
   Where the agent runs, it follows what the agent knows of each allocation: its
-  guard and whether the kernel is in step with Consul, and those allocations of
-  the mesh that are not under Weir, with the reason.`).withPaths().withJSON()
+  guard and whether the kernel is in step with Consul. It follows, too, what is not
+  under Weir, with the reason. Its STATE is "unprotected" where that is wrong,
+  "consul" where Consul's own rules redirect it, "host" for a gateway on the node's
+  own network, and "unclaimed" for a proxy that is no allocation's.`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		list, err := c.datapath().Workloads()
 		if err != nil {
 			return 1, err
 		}
-		view, running := c.agent()
+		view, running, dead := c.agent()
 		if c.json {
 			return 0, c.printJSON(withAgent(list, view))
 		}
 		text := c.renderWorkloads(list)
 		if running {
 			text += "\n\n" + c.renderAgent(view, time.Now())
+		} else if dead.What != "" {
+			text += "\n\n" + strings.TrimRight(c.renderProblems("", []redirect.Problem{dead}), "\n")
 		}
 		c.ui.Output(text)
 		return 0, nil
