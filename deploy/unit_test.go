@@ -2,13 +2,22 @@
 
 package deploy
 
-import "testing"
+import (
+	"strings"
+	"testing"
+)
 
 // The unit takes most privileges from the agent: that it comes up, mends, and
 // comes back, is only shown by systemd itself.
 func TestUnitUnderSystemd(t *testing.T) {
 	m := bootMachine(t)
 	wait(t, "the agent says that it is ready", m.active)
+	wait(t, "that there is no Consul to be told", func() bool {
+		out, err := m.run("weir", "status")
+		return err != nil && strings.Contains(out, "not in step with Consul")
+	})
+	m.must(t, "sh", "-c", "echo 'consul { enabled = false }' >/etc/weir.d/without.hcl && systemctl restart "+unitName)
+	wait(t, "the agent without Consul is ready", m.active)
 	if out, err := m.run("weir", "status"); err != nil {
 		t.Errorf("weir status: %v\n%s", err, out)
 	}
@@ -23,5 +32,14 @@ func TestUnitUnderSystemd(t *testing.T) {
 	})
 	if out, err := m.run("weir", "status"); err != nil {
 		t.Errorf("weir status after the restart: %v\n%s", err, out)
+	}
+	m.must(t, "systemctl", "enable", unitName)
+	m.must(t, "systemctl", "stop", unitName)
+	if out, err := m.run("weir", "status"); err == nil || !strings.Contains(out, "the agent does not run") {
+		t.Errorf("weir status where systemd should run the agent: %v\n%s", err, out)
+	}
+	m.must(t, "systemctl", "disable", unitName)
+	if out, err := m.run("weir", "status"); err != nil || !strings.Contains(out, "agent: none runs") {
+		t.Errorf("weir status where nobody wants an agent: %v\n%s", err, out)
 	}
 }
