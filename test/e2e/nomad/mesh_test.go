@@ -56,6 +56,14 @@ func allOn(n *nomad.Node, meshes []*mesh) (list []*mesh) {
 	return list
 }
 
+// everyAlloc is all that the meshes run.
+func everyAlloc(meshes []*mesh) (list []*nomad.Alloc) {
+	for _, m := range meshes {
+		list = append(list, m.client, m.server)
+	}
+	return list
+}
+
 // wantWorks waits for an answer, and wants the next one to be redirected and to come
 // through both proxies, with the client's identity.
 func (m *mesh) wantWorks(t *testing.T) {
