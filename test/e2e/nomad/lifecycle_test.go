@@ -188,10 +188,15 @@ func awaitStarts(t *testing.T, n *nomad.Node, a *nomad.Alloc, starts int) {
 
 // stopAlloc: "nomad alloc stop" ends an allocation for good, another takes its place.
 func stopAlloc(t *testing.T, n *nomad.Node, meshes []*mesh) {
-	for _, m := range meshes {
-		for _, a := range []*nomad.Alloc{m.client, m.server} {
-			n.Command("nomad", "alloc", "stop", "-detach", a.ID)
-		}
+	stopAllocs(t, n, meshes)
+	wantOnlyMeshes(t, n, meshes)
+}
+
+// stopAllocs stops the meshes' allocations, and waits until those in their place work.
+func stopAllocs(t *testing.T, n *nomad.Node, meshes []*mesh) {
+	t.Helper()
+	for _, a := range everyAlloc(meshes) {
+		n.Command("nomad", "alloc", "stop", "-detach", a.ID)
 	}
 	for _, m := range meshes {
 		old := []string{m.client.ID, m.server.ID}
@@ -207,7 +212,6 @@ func stopAlloc(t *testing.T, n *nomad.Node, meshes []*mesh) {
 		m.refresh()
 		m.wantWorks(t)
 	}
-	wantOnlyMeshes(t, n, meshes)
 }
 
 // reschedule: where a task dies that may not, Nomad places another allocation.
