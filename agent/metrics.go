@@ -29,6 +29,7 @@ type collector struct {
 	consulInStep, consulHidden, proxies   *prometheus.Desc
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
+	consulWatch, problems                 *prometheus.Desc
 }
 
 func newCollector(agent *Agent) *collector {
@@ -42,6 +43,8 @@ func newCollector(agent *Agent) *collector {
 		inStep:         desc("workload_in_step", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
 		consulInStep:   desc("consul_in_step", "Whether the last read of Consul succeeded."),
 		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
+		consulWatch:    desc("consul_watch", "Whether a change in Consul tells itself; not there where that is not asked for."),
+		problems:       desc("problems", "What 'weir status' lists of the agent's."),
 		proxies:        desc("consul_proxies", "Proxies registered on this node."),
 		consulReads:    desc("consul_reads_total", "Bulk reads of Consul."),
 		consulFailures: desc("consul_failures_total", "Bulk reads of Consul that failed."),
@@ -67,6 +70,10 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge(c.healthy, oneIf(healthy))
 	gauge(c.consulInStep, oneIf(status.Consul.InStep))
 	gauge(c.consulHidden, oneIf(status.Consul.Hidden))
+	if consul := c.agent.config.Consul; consul.Enabled && consul.Watch {
+		gauge(c.consulWatch, oneIf(status.Consul.Watch == ""))
+	}
+	gauge(c.problems, float64(len(status.Problems)))
 	gauge(c.proxies, float64(status.Consul.Proxies))
 	counter(c.consulReads, status.Consul.Counts.Reads)
 	counter(c.consulFailures, status.Consul.Counts.Failures)

@@ -72,7 +72,7 @@ func judgeStray(proxies []proxy, onNode bool) (State, []redirect.Problem) {
 			What:   "no allocation of this node is known to run it: its ID names none, and neither an address nor a job with a mapped port is its own; where it runs in an allocation, nothing guards it there",
 			Remedy: "nothing where it runs outside of Nomad; a gateway that registers itself is found by -address, or by its job's name",
 		}}
-	case onNode || !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode }):
+	case onNode && mayBeOnNode(proxies) || !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode }):
 		return StateHost, nil
 	}
 	return StateUnprotected, []redirect.Problem{{

@@ -5,11 +5,11 @@ package nomad
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -42,9 +42,27 @@ func gateways(t *testing.T, n *nomad.Node) {
 			return wantOK(got)
 		}, "the gateway on the node's own network to answer")
 		wantMesh(t, got, api, "gw-host")
-		if list := n.Workloads(); slices.ContainsFunc(list, func(w nomad.Workload) bool { return w.ID == host.ID }) {
-			t.Errorf("workloads are %+v, want none for %s, which has no namespace of its own", list, host.ID)
+		w := host.EventuallyWorkload("the agent to know it", func(w nomad.Workload) bool { return w.Agent != nil })
+		if w.Agent.State != "host" || len(w.Agent.Problems) > 0 || w.Mode != "" || w.NetNS != "" {
+			t.Errorf("the agent has it as %+v, want a gateway on the node's own network, without problems or a namespace", w)
 		}
+		var status struct {
+			Problems []string
+			Agent    struct{ Workloads map[string]int }
+		}
+		if err := n.Weir(&status, "status", "-json"); err != nil || status.Agent.Workloads["host"] != 1 || status.Agent.Workloads["unprotected"] != 0 {
+			t.Errorf("weir status has %+v, %v; want one on the node's own network and none unprotected", status, err)
+		}
+		test.Eventually(t, func() error {
+			out, err := n.Try("weir", "status")
+			if err == nil && !strings.Contains(out, "1 gateway on the node's own network") {
+				err = errors.New("it does not tell the gateway")
+			}
+			if err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		}, "weir status to be content")
 	})
 }
 

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// A registration without a namespace is a fault where something should be
+// guarded, and none where Nomad puts it on the node's own network.
+func TestStrays(t *testing.T) {
+	const asNomadBinds = `"Config": {"envoy_gateway_no_default_bind": true, "envoy_gateway_bind_addresses": {"wan": {"Address": "0.0.0.0", "Port": 8443}}}`
+	nomads := "_nomad-task-" + numbered(1) + "-group-g-gw-80"
+	for _, c := range []struct {
+		name, id, registration string
+		onNode                 bool
+		want                   State
+		line                   string
+	}{
+		{"a sidecar", nomads + "-sidecar-proxy", `"Kind": "connect-proxy", "Port": 20001`, false, StateUnprotected, numbered(1)},
+		{"a sidecar under any circumstances", nomads + "-sidecar-proxy", `"Kind": "connect-proxy", "Port": 20001`, true, StateUnprotected, numbered(1)},
+		{"an ingress gateway in host mode", nomads, `"Kind": "ingress-gateway", "Port": 9081`, false, StateHost, numbered(1)},
+		{"a terminating gateway in host mode", nomads, `"Kind": "terminating-gateway", "Port": 8443, "Proxy": {"Config": {"connect_timeout_ms": 5000}}`, false, StateHost, numbered(1)},
+		{"a mesh gateway in bridge mode", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {` + asNomadBinds + `}`, false, StateUnprotected, numbered(1)},
+		{"a mesh gateway in host mode whose job binds it", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {` + asNomadBinds + `}`, true, StateHost, numbered(1)},
+		{"one that binds tagged addresses", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {"Config": {"envoy_gateway_bind_tagged_addresses": true}}`, false, StateUnprotected, numbered(1)},
+		{"an API gateway that registered itself", "front", `"Kind": "api-gateway", "Service": "front", "Port": 8443`, false, StateUnclaimed, "front"},
+		{"a sidecar of a service outside of Nomad", "db-sidecar-proxy", `"Kind": "connect-proxy", "Port": 21000`, false, StateUnclaimed, "db-sidecar-proxy"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			proxies, problems, err := parseServices([]byte(fmt.Sprintf(`{%q: {%s}}`, c.id, c.registration)), loopback4())
+			if err != nil || len(problems) > 0 || len(proxies) != 1 {
+				t.Fatalf("proxies %+v, %q, %v", proxies, problems, err)
+			}
+			config := DefaultConfig()
+			config.Docker.Socket = ""
+			a, err := New(config, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			seen := time.Now()
+			if c.onNode { // and so it stays
+				a.strayed[c.line] = stray{onNode: true, looked: seen}
+			}
+			consul := view{Proxies: byAllocation(proxies)}
+			lines := a.strays(nil, consul, seen)
+			if len(lines) != 1 || lines[0].ID != c.line || lines[0].State != c.want || !lines[0].Since.Equal(seen) {
+				t.Fatalf("lines = %+v, want one for %s, %s since now", lines, c.line, c.want)
+			}
+			if told := len(lines[0].Problems) > 0; told != (c.want != StateHost) {
+				t.Errorf("problems = %q", lines[0].Problems)
+			}
+			again := a.strays(nil, consul, seen.Add(time.Minute))
+			if len(again) != 1 || !again[0].Since.Equal(seen) {
+				t.Errorf("a minute later: %+v, want it to be so since then", again)
+			}
+			faults := Status{Alive: seen, Workloads: again}.problems(seen.Add(settling - time.Second))
+			if len(faults) > 0 {
+				t.Errorf("at once it counts as wrong: %q", faults)
+			}
+			faults = Status{Alive: seen, Workloads: again}.problems(seen.Add(settling))
+			if wrong := len(faults) > 0; wrong != (c.want == StateUnprotected) {
+				t.Errorf("then it counts as wrong: %t, %q", wrong, faults)
+			}
+			own := subject{attachment: attachment{Job: redirect.Job{AllocID: numbered(1)}}, Proxies: proxies}
+			if lines := a.strays([]subject{own}, consul, seen); len(lines) > 0 || len(a.strayed) > 0 {
+				t.Errorf("with a namespace: %+v, remembered %+v; want nothing", lines, a.strayed)
+			}
+		})
+	}
+}
+
+// The task that Nomad injected for a gateway tells where it is, and no other
+// task, allocation or namespace does.
+func TestGatewayIsSeenOnTheNode(t *testing.T) {
+	n := newNode(t)
+	n.run()
+	gateway := []proxy{{ID: "gw", Kind: kindMesh, AllocID: numbered(1), Self: service{Name: "gw"}}}
+	scopes := test.NewCgroup(t)
+	scope := func(alloc, task string) *test.Cgroup { return scopes.Child(t, alloc+"."+task+".scope") }
+	runs := func(scope *test.Cgroup) {
+		t.Helper()
+		dir, err := os.Open(scope.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer dir.Close()
+		task := exec.Command("sleep", "600")
+		task.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
+		if err := task.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := task.Process.Kill(); err != nil {
+				t.Error(err)
+			}
+			_ = task.Wait() // it was killed
+		})
+	}
+	runs(scope(numbered(1), "app"))
+	runs(scope(numbered(2), "connect-mesh-gw"))
+	test.NewClient(t, test.Spec{NetNS: test.NewNetNS(t), Cgroup: scope(numbered(1), "connect-mesh-gw"), UID: 101, GID: 101})
+	if n.agent.seenOnNode(numbered(1), gateway) {
+		t.Error("it is seen on the node, where another task, another allocation's and one in a namespace run")
+	}
+	runs(scope(numbered(1), "connect-mesh-gw-again"))
+	if !n.agent.seenOnNode(numbered(1), gateway) {
+		t.Error("its task on the node is not seen")
+	}
+}
+
+// What many allocations have in common is said once, and nothing of those that
+// are in order by themselves.
+func TestProblemsOfManyAllocations(t *testing.T) {
+	now := time.Now()
+	old := now.Add(-time.Hour)
+	forbidden, gone := redirect.Problem{What: "403", Remedy: "a token"}, redirect.Problem{What: "its namespace is gone", Remedy: "stop it"}
+	status := Status{Alive: now.Add(-stuck - time.Second), DataPath: "no cgroup root", Workloads: []WorkloadView{
+		{ID: "1", Job: "web", Group: "g", State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden}},
+		{ID: "2", State: StateUnprotected, Since: old, Problems: []redirect.Problem{gone}},
+		{ID: "3", State: StateConsul, Since: old, Problems: []redirect.Problem{gone}},
+		{ID: "4", State: StateEnded, Since: old, Problems: []redirect.Problem{gone}},
+		{ID: "5", State: StateUnclaimed, Since: old, Problems: []redirect.Problem{gone}},
+		{ID: "6", State: StateUnprotected, Since: now, Problems: []redirect.Problem{gone}},
+	}}
+	for i := 7; i < 11; i++ {
+		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden}})
+	}
+	want := []string{
+		"the agent's loop has not turned for 31s", "the agent cannot mend the data path: no cgroup root",
+		"5 allocations, among them 1 (web/g), 7, 8: 403", "allocation 2: its namespace is gone",
+	}
+	var got []string
+	for _, problem := range status.problems(now) {
+		got = append(got, problem.What)
+		if problem.Remedy == "" {
+			t.Errorf("%q has no remedy", problem.What)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("problems (-want +got):\n%s", diff)
+	}
+}
+
+// The agent's own list is what "weir status" shows, and Prometheus counts it.
+func TestAgentListsItsProblems(t *testing.T) {
+	n := newNode(t)
+	n.config.Consul.Watch = true
+	n.fake.set(&n.fake.changes, say(429, "slow down"))
+	n.fake.answers(say(200, `{"bad": {"Kind": "connect-proxy", "Port": "a lot"}}`))
+	writeFile(t, filepath.Join(n.config.CNI.CacheDir, "results", "half"), "{")
+	n.config.Docker.Socket = writeFile(t, filepath.Join(t.TempDir(), "docker.sock"), "nobody listens")
+	n.run()
+	wants := []string{"no change in Consul tells itself", "registration bad cannot be read", "CNI result", "Docker's containers may be other ones"}
+	test.Eventually(t, func() error {
+		status := n.agent.Status()
+		told := fmt.Sprint(status.Problems)
+		for _, want := range wants {
+			if !strings.Contains(told, want) {
+				return fmt.Errorf("%q is not among %s", want, told)
+			}
+		}
+		if len(status.Problems) != len(wants) || !strings.Contains(status.Consul.Watch, "429") {
+			return fmt.Errorf("problems are %s, watch is %q", told, status.Consul.Watch)
+		}
+		return nil
+	}, "all to be told, once each")
+	_, text := get(t, "http://"+n.agent.Status().Telemetry+"/metrics")
+	for _, want := range []string{"weir_problems 4", "weir_consul_watch 0"} {
+		if !strings.Contains(text, "\n"+want+"\n") {
+			t.Errorf("metrics lack %s", want)
+		}
+	}
+	n.fake.set(&n.fake.changes, nothingChanges)
+	test.Eventually(t, func() error {
+		if told := fmt.Sprint(n.agent.Status().Problems); strings.Contains(told, "tells itself") {
+			return fmt.Errorf("problems are %s", told)
+		}
+		return nil
+	}, "the trigger to be back")
+}
