@@ -73,6 +73,18 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 		t.Errorf("api = %v, want it unknown to a token that reads nothing", err)
 	}
 
+	// One that may read all but the agent itself: nothing tells of changes.
+	n.consul.Put("/v1/acl/policy", object{"Name": "deaf", "Rules": strings.Replace(agentPolicy, `agent_prefix "" { policy = "read" }`, "", 1)})
+	writeToken(n.newToken("deaf"))
+	test.Eventually(t, func() error {
+		status := n.mustStatus(t)
+		told := fmt.Sprint(status.Problems)
+		if !status.Consul.InStep || status.Consul.Hidden || !strings.Contains(status.Consul.Watch, "403") || !strings.Contains(told, "no change in Consul tells itself") {
+			return fmt.Errorf("consul is %+v, problems %s", status.Consul, told)
+		}
+		return nil
+	}, "the dead trigger to be told")
+
 	// Everything that the agent asks for is allowed by the policy.
 	first := n.newToken("weir")
 	writeToken(first)
@@ -83,6 +95,9 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 		status := n.mustStatus(t)
 		if status.Consul.Hidden {
 			return errors.New("services still count as hidden")
+		}
+		if len(status.Problems) > 0 {
+			return fmt.Errorf("problems are %s", status.Problems)
 		}
 		for _, w := range status.Workloads {
 			if !w.InStep || len(w.Problems) > 0 {
