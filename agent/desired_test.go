@@ -98,6 +98,23 @@ func TestDesire(t *testing.T) {
 				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{9102, 21500, 21501}}},
 		},
 		{
+			name:    "exposed checks that Consul does not tell are told to whom they concern",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
+			facts:   facts{NoChecks: redirect.Problem{What: "forbidden", Remedy: "a token"}, NoIntentions: redirect.Problem{What: "of others"}},
+			policy:  policy{Guard: redirect.GuardEnforce},
+			want: wish{
+				Overlay:  &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce},
+				Problems: []redirect.Problem{{What: "forbidden", Remedy: "a token"}},
+			},
+		},
+		{
+			name:    "checks that nobody exposes are no problem",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
+			facts:   facts{NoChecks: redirect.Problem{What: "forbidden", Remedy: "a token"}},
+			policy:  audit,
+			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit}},
+		},
+		{
 			name:    "transparent on record, direct in Consul",
 			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar()}},
 			policy:  audit,
