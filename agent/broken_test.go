@@ -148,6 +148,7 @@ func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
 	if good.Watch.What != "" || !follower.tempo(0).watch {
 		t.Errorf("the trigger passes for dead: %q", good.Watch)
 	}
+	fake.set(&fake.changes, say(500, "no cluster leader"))
 	close(dies)
 	follower.eventually(t, "the dead trigger to be told and its part done", func(v view) bool {
 		return v.Watch.What != "" && v.Counts.Reads > good.Counts.Reads
