@@ -85,8 +85,9 @@ func TestStrays(t *testing.T) {
 // The task that Nomad injected for a gateway tells where it is, and no other
 // task, allocation or namespace does.
 func TestGatewayIsSeenOnTheNode(t *testing.T) {
-	n := newNode(t)
-	n.run()
+	test.Need(t, test.Root, test.CgroupV2)
+	docker := &docker{}
+	a := &Agent{docker: docker}
 	gateway := []proxy{{ID: "gw", Kind: kindMesh, AllocID: numbered(1), Self: service{Name: "gw"}}}
 	scopes := test.NewCgroup(t)
 	scope := func(alloc, task string) *test.Cgroup { return scopes.Child(t, alloc+"."+task+".scope") }
@@ -112,11 +113,19 @@ func TestGatewayIsSeenOnTheNode(t *testing.T) {
 	runs(scope(numbered(1), "app"))
 	runs(scope(numbered(2), "connect-mesh-gw"))
 	test.NewClient(t, test.Spec{NetNS: test.NewNetNS(t), Cgroup: scope(numbered(1), "connect-mesh-gw"), UID: 101, GID: 101})
-	if n.agent.seenOnNode(numbered(1), gateway) {
+	container := strings.Repeat("c", 64)
+	docker.view = containers{Tasks: map[string]string{container: "connect-mesh-gw"}, Allocs: map[string]string{container: numbered(2)}}
+	runs(scopes.Child(t, "docker-"+container+".scope"))
+	if a.seenOnNode(numbered(1), gateway) {
 		t.Error("it is seen on the node, where another task, another allocation's and one in a namespace run")
 	}
+	docker.view.Allocs[container] = numbered(1)
+	if !a.seenOnNode(numbered(1), gateway) {
+		t.Error("its container on the node is not seen")
+	}
+	docker.view = containers{}
 	runs(scope(numbered(1), "connect-mesh-gw-again"))
-	if !n.agent.seenOnNode(numbered(1), gateway) {
+	if !a.seenOnNode(numbered(1), gateway) {
 		t.Error("its task on the node is not seen")
 	}
 }
