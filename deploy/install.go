@@ -191,11 +191,10 @@ func (p *planner) place(f file) error {
 	if !info.Mode().IsRegular() && info.Mode()&fs.ModeSymlink == 0 {
 		return fmt.Errorf("look at %s: it is no file", path)
 	}
-	present, err := os.ReadFile(path)
+	digest, err := digestOfFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // a link that leads nowhere
 		return fmt.Errorf("look at %s: %w", path, err)
 	}
-	digest := digestOf(present)
 	switch {
 	case err == nil && digest == digestOf(f.content) && info.Mode().Perm() == f.mode:
 		p.written = append(p.written, f)

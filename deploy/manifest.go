@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -66,6 +67,21 @@ func (m *Manifest) has(path, digest string) bool {
 }
 
 func (m *Manifest) knows(path string) bool { return m != nil && len(m.Files[path]) > 0 }
+
+// digestOfFile holds nothing of the file: the system job's task has little memory, and
+// an upgrade would have the old programs in it beside the new ones.
+func digestOfFile(path string) (string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	hash := sha256.New()
+	if _, err := io.Copy(hash, file); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(hash.Sum(nil)), nil
+}
 
 func digestOf(content []byte) string {
 	sum := sha256.Sum256(content)

@@ -108,12 +108,12 @@ func (n Node) installed(manifest *Manifest) (digests map[string][]string, paths 
 func (n Node) remove(path string, digests []string) (Steps, error) {
 	onDisk := n.on(path)
 	var steps Steps
-	content, err := os.ReadFile(onDisk)
+	digest, err := digestOfFile(onDisk)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
 		return nil, fmt.Errorf("look at %s: %w", onDisk, err)
-	case slices.Contains(digests, digestOf(content)) || isOurs(onDisk):
+	case slices.Contains(digests, digest) || isOurs(onDisk):
 		steps = append(steps, n.removal(path, ""))
 	default:
 		return Steps{{Do: Keep, Path: path, Why: "it is not as it was installed: remove it yourself if nobody needs it"}}, nil

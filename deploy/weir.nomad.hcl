@@ -155,7 +155,7 @@ job "weir" {
 
       resources {
         cpu    = 100
-        memory = 64
+        memory = 128 # the agent has as much
       }
     }
 
