@@ -56,8 +56,19 @@ func findParts(tb testing.TB) parts {
 // that as seen from the repository's root.
 func Build(tb testing.TB, module string, sources ...string) string {
 	tb.Helper()
+	return build(tb, "-s -w", module, sources...)
+}
+
+// BuildVersion builds Weir's two programs as a release of that version.
+func BuildVersion(tb testing.TB, version string) string {
+	tb.Helper()
+	return build(tb, "-s -w -X main.version="+version, ".", "./cmd/weir", "./cmd/weir-cni")
+}
+
+func build(tb testing.TB, flags, module string, sources ...string) string {
+	tb.Helper()
 	dir := tb.TempDir()
-	cmd := exec.Command("go", append([]string{"build", "-trimpath", "-ldflags", "-s -w", "-o", dir + "/"}, sources...)...)
+	cmd := exec.Command("go", append([]string{"build", "-trimpath", "-ldflags", flags, "-o", dir + "/"}, sources...)...)
 	cmd.Dir, cmd.Env = filepath.Join(moduleRoot(tb), module), append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		tb.Fatalf("build %q: %v: %s", sources, err, out)
@@ -97,10 +108,12 @@ func (p parts) taskFiles(tb testing.TB) map[string]string {
 }
 
 // The users of the node and of its images. Envoy has the UID that Nomad assumes.
+// In 16 bits envoy32 would be envoy, and excluded32 app.
 const (
 	passwd = "root:x:0:0:root:/root:/bin/sh\nenvoy:x:101:101:envoy:/:/bin/false\napp:x:1000:1000:app:/:/bin/false\n" +
-		"excluded:x:1234:1234:excluded:/:/bin/false\nnobody:x:65534:65534:nobody:/:/bin/false\n"
-	group = "root:x:0:\nenvoy:x:101:\napp:x:1000:\nexcluded:x:1234:\nnogroup:x:65534:\n"
+		"excluded:x:1234:1234:excluded:/:/bin/false\nenvoy32:x:65637:65637:envoy32:/:/bin/false\nexcluded32:x:66536:66536:excluded32:/:/bin/false\n" +
+		"nobody:x:65534:65534:nobody:/:/bin/false\n"
+	group = "root:x:0:\nenvoy:x:101:\napp:x:1000:\nexcluded:x:1234:\nenvoy32:x:65637:\nexcluded32:x:66536:\nnogroup:x:65534:\n"
 )
 
 // furnish puts the files of a new node in place.

@@ -198,7 +198,7 @@ func cniWeirArgs(t *testing.T, n *nomad.Node) {
 	})
 
 	meshAlone(n)
-	operatorAllows(t, n, "mode", "guard", "inbound-port", "dns", "exclude-outbound-ports", "exclude-outbound-cidrs")
+	operatorAllows(t, n, "mode", "guard", "inbound-port", "dns", "exclude-outbound-ports", "exclude-outbound-cidrs", "proxy-uid", "exclude-uids")
 	transparentByDefaults(n, map[string]int{"cniweir-server": 15001, "cniweir-client": 15001})
 	serveNeighbour(t, n, ":80", ":9099")
 	lan := n.AddNeighbourAddress("10.99.0.4")
@@ -234,19 +234,23 @@ func cniWeirArgs(t *testing.T, n *nomad.Node) {
 	})
 
 	for _, each := range []struct {
-		name, url, verdict string
-		out                bool
+		name, task, url, verdict string
+		out                      bool
 	}{
-		{"Excluded port", "http://" + nomad.NeighbourAddress + ":9099/", "port_excluded", true},
-		{"Excluded CIDR", "http://" + lan + "/", "cidr_excluded", true},
-		{"Not excluded", "http://" + nomad.NeighbourAddress + "/", "redirected", false},
+		{"Excluded port", "client", "http://" + nomad.NeighbourAddress + ":9099/", "port_excluded", true},
+		{"Excluded CIDR", "client", "http://" + lan + "/", "cidr_excluded", true},
+		{"Excluded UID", "nightly", "http://" + nomad.NeighbourAddress + "/", "uid_excluded", true},
+		{"Not excluded", "client", "http://" + nomad.NeighbourAddress + "/", "redirected", false},
 	} {
 		t.Run(each.name, func(t *testing.T) {
-			grown := counted(client, func() { got = client.Get("client", each.url) })
+			grown := counted(client, func() { got = client.Get(each.task, each.url) })
 			if (got.Reply != nil) != each.out || grown[each.verdict] != 1 {
 				t.Errorf("got %s, verdicts %v, want an answer from outside: %v, and %s 1", got, grown, each.out, each.verdict)
 			}
 		})
+	}
+	if w := wantWorkload(client, "transparent", "audit"); w.Proxy.UID != 65637 {
+		t.Errorf("the proxy is one of UID %d, want 65637", w.Proxy.UID)
 	}
 	if notes := client.Workload().Notes; !slices.ContainsFunc(notes, func(note string) bool { return strings.Contains(note, "backup@9099") }) {
 		t.Errorf("notes are %q, want the name of the exclusion", notes)

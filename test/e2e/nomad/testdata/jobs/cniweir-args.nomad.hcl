@@ -1,6 +1,7 @@
 # The exec driver, and the mesh by the job's own arguments instead of a
-# transparent_proxy block. "client" takes a port and a CIDR out of the mesh, which
-# needs the operator's word. Without the block Nomad does not point DNS at Consul: the
+# transparent_proxy block. "client" takes a port, a CIDR and a user out of the mesh, and
+# has its proxy under another UID, which needs the operator's word. The UIDs have more
+# than 16 bits. Without the block Nomad does not point DNS at Consul: the
 # job does, and has the resolver's port by an argument.
 
 job "cniweir-args" {
@@ -59,6 +60,8 @@ job "cniweir-args" {
           "weir.dns"                    = "10.99.0.2:8600"
           "weir.exclude-outbound-ports" = "backup@9099"
           "weir.exclude-outbound-cidrs" = "lan@10.99.0.4/32"
+          "weir.proxy-uid"              = "65637"
+          "weir.exclude-uids"           = "nightly@66536"
         }
       }
     }
@@ -71,7 +74,7 @@ job "cniweir-args" {
         }
         sidecar_task {
           driver = "exec"
-          user   = "envoy"
+          user   = "envoy32"
           config {
             command = "envoy"
             args    = ["-c", "${NOMAD_SECRETS_DIR}/envoy_bootstrap.json", "--disable-hot-restart", "--concurrency", "1"]
@@ -85,6 +88,18 @@ job "cniweir-args" {
       config {
         command = "app"
         args    = ["serve", ":8080"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+    task "nightly" {
+      driver = "exec"
+      user   = "excluded32"
+      config {
+        command = "app"
+        args    = ["pause"]
       }
       resources {
         cpu    = 50
