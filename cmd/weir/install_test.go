@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
@@ -153,8 +155,8 @@ func TestUninstallRefuses(t *testing.T) {
   1c6e1d2f (job demo, group web)
   3e801f41 (job plain, group web)
 With -force they run on, but of a transparent one ` + loseTransparent + `.
-With -force they run on, but of any other ` + loseGuard + `.
-With -force they run on, but of one without a mesh ` + loseNetwork + `.
+With -force they run on, but of one that is guarded alone ` + loseGuard + `.
+With -force they run on, but of one whose network Weir is called for ` + loseNetwork + `.
 Drain the node instead: nomad node drain -enable -self
 One that ended and left its namespace: weir gc
 `})
@@ -162,6 +164,35 @@ One that ended and left its namespace: weir gc
 	var report installReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || len(report.Workloads) != 3 || !report.DryRun {
 		t.Errorf("uninstall -dry-run -json = %+v, %v", got, err)
+	}
+	losses := func() map[string][]string {
+		got := try(t, n, environment, "uninstall", "-root", root, "-dry-run", "-json")
+		var report installReport
+		if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
+			t.Fatal(err, got)
+		}
+		list := map[string][]string{}
+		for _, a := range report.Workloads {
+			list[a.ID] = a.Loses
+		}
+		return list
+	}
+	wantLosses := map[string][]string{
+		"0b5d0c1e": {loseTransparent, loseNetwork}, "1c6e1d2f": {loseGuard}, "3e801f41": {loseNetwork},
+	}
+	if diff := cmp.Diff(wantLosses, losses()); diff != "" {
+		t.Errorf("who loses what (-want +got):\n%s", diff)
+	}
+	// Consul's plugin, which stays, ends what it is called for by Nomad: on the
+	// bridge, and not where the plugin itself built the network.
+	foreign := filepath.Join(filepath.Dir(plugin), "consul-cni")
+	if err := os.WriteFile(foreign, []byte("#!/bin/sh\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.known[0].Request.Network, n.networks[0].Key.ContainerID = "nomad", "1c6e1d2f"
+	wantLosses["0b5d0c1e"], wantLosses["1c6e1d2f"] = []string{loseTransparent}, []string{loseGuard, loseNetwork}
+	if diff := cmp.Diff(wantLosses, losses()); diff != "" {
+		t.Errorf("who loses what beside Consul's plugin (-want +got):\n%s", diff)
 	}
 	n.agent = &agent.Status{}
 	if got := try(t, n, environment, "uninstall", "-root", root, "-force"); got.code != 1 || !strings.Contains(got.stderr, "the agent runs") {

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect"
 )
@@ -21,16 +22,21 @@ import (
 const (
 	loseTransparent = "new connections of its tasks do not reach Envoy any more: virtual addresses and Consul's DNS stop " +
 		"answering, all else goes past the mesh, and its ports take connections from outside without Envoy"
-	loseGuard   = "its ports take connections from outside that the guard counted or refused"
-	loseNetwork = "Nomad can no longer check or end its network, whose device, address and host ports stay behind"
+	loseGuard = "virtual addresses of its upstreams stop answering, and its ports take connections from outside that the " +
+		"guard counted or refused"
+	loseNetwork = "Nomad can no longer check or end its network: it gives the allocation up as failed when its client starts again, in cni/* with tasks that run on, " +
+		"and its address and host ports stay taken until Weir is installed again and weir gc frees them"
 )
+
+// nomadsBridge is the name of the network of mode "bridge".
+const nomadsBridge = "nomad"
 
 // affected is an allocation that runs and that an uninstallation strips.
 type affected struct {
-	ID    string `json:"id"`
-	Job   string `json:"job"`
-	Group string `json:"group"`
-	Loses string `json:"loses"`
+	ID    string   `json:"id"`
+	Job   string   `json:"job"`
+	Group string   `json:"group"`
+	Loses []string `json:"loses"`
 }
 
 func newUninstall(env env) *command {
@@ -43,9 +49,13 @@ func newUninstall(env env) *command {
   would lose; and while the agent runs, which would put everything back. Drain the
   node first: nomad node drain -enable -self.
 
-  With -force those allocations run on without redirect or guard.`).withPaths().withJSON()
+  With -force those allocations run on without redirect or guard. Of networks that
+  Weir was called for, Nomad can no longer take care: it gives such an allocation up
+  as failed when its client starts again, unless a consul-cni that is brought back sees
+  to it; in cni/* its tasks run on, until somebody ends them. What is left of networks
+  weir gc takes away then, once Weir is installed again.`).withPaths().withJSON()
 	node, layout := c.withNode()
-	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect and guard")
+	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect, their guard and the care for their networks")
 	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")
 	c.do = func() (int, error) {
 		if err := layout(); err != nil {
@@ -55,7 +65,7 @@ func newUninstall(env env) *command {
 		if err != nil {
 			return 1, err
 		}
-		stripped, err := c.affected()
+		stripped, err := c.affected(leavesConsul(plan))
 		if err != nil && !*force {
 			return 1, err
 		}
@@ -77,6 +87,13 @@ func newUninstall(env env) *command {
 	return c
 }
 
+// leavesConsul reports a removal after which there is a consul-cni that is not ours.
+func leavesConsul(plan deploy.Removal) bool {
+	return slices.ContainsFunc(plan.Called, func(s deploy.Step) bool {
+		return filepath.Base(s.Path) == "consul-cni" && (s.Do == deploy.Restore || s.Do == deploy.Keep)
+	})
+}
+
 // uninstall does it: first nobody can be added any more, then the kernel's part
 // goes, then the files that are left.
 func (c *command) uninstall(plan deploy.Removal, force bool, report *installReport) error {
@@ -86,7 +103,7 @@ func (c *command) uninstall(plan deploy.Removal, force bool, report *installRepo
 		return err
 	}
 	if !force {
-		late, err := c.affected()
+		late, err := c.affected(false)
 		if err == nil && len(late) > 0 {
 			err = fmt.Errorf("an allocation was started meanwhile; the plugin is removed, the data path is not: %w", refusal(late))
 		}
@@ -121,29 +138,36 @@ func (c *command) removeStateDir() error {
 
 // affected are the allocations on record whose namespace lives: those that are
 // redirected or guarded, then those that only have their network from the plugin.
-// A record that cannot be read comes back in the error.
-func (c *command) affected() (list []affected, err error) {
+// Where Consul's plugin is brought back, it ends what was asked for on Nomad's own
+// bridge. A record that cannot be read comes back in the error.
+func (c *command) affected(consul bool) (list []affected, err error) {
 	known, err := c.datapath().Known()
+	networks, unread := c.networks(c.stateDir())
 	for _, k := range known {
 		if _, gone := redirect.Cookie(k.NetNS); errors.Is(gone, redirect.ErrNetNSGone) {
 			continue
 		}
 		a := affected{
-			ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: loseGuard,
+			ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: []string{loseGuard},
 		}
+		built := slices.ContainsFunc(networks, func(n cni.Attached) bool { return n.Key == k.Key })
+		called := false // by Nomad, in a chain
 		if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
-			a.Loses = loseTransparent
+			a.Loses = []string{loseTransparent}
+			called = !consul || k.Request.Network != nomadsBridge
+		}
+		if built || called {
+			a.Loses = append(a.Loses, loseNetwork)
 		}
 		list = append(list, a)
 	}
-	networks, unread := c.networks(c.stateDir())
 	for _, n := range networks {
 		redirected := func(k redirect.Known) bool { return k.Key == n.Key }
 		if _, gone := redirect.Cookie(n.NetNS); errors.Is(gone, redirect.ErrNetNSGone) || slices.ContainsFunc(known, redirected) {
 			continue
 		}
 		list = append(list, affected{
-			ID: cmp.Or(n.Job.AllocID, n.Key.ContainerID), Job: n.Job.ID, Group: n.Job.Group, Loses: loseNetwork,
+			ID: cmp.Or(n.Job.AllocID, n.Key.ContainerID), Job: n.Job.ID, Group: n.Job.Group, Loses: []string{loseNetwork},
 		})
 	}
 	return list, errors.Join(err, unread)
@@ -155,7 +179,7 @@ func (a affected) String() string {
 
 func remarksOn(list []affected) (remarks []string) {
 	for _, a := range list {
-		remarks = append(remarks, fmt.Sprintf("%s runs: it would be refused; with -force %s", a, a.Loses))
+		remarks = append(remarks, fmt.Sprintf("%s runs: it would be refused; with -force %s", a, strings.Join(a.Loses, "; ")))
 	}
 	return remarks
 }
@@ -164,21 +188,16 @@ func remarksOn(list []affected) (remarks []string) {
 func refusal(list []affected) error {
 	var text strings.Builder
 	fmt.Fprintf(&text, "%s run under Weir:\n", countOf(len(list), "allocation"))
-	losses := map[string]bool{}
 	for _, a := range list {
 		fmt.Fprintf(&text, "  %s\n", a)
 	}
-	for _, a := range list {
-		if !losses[a.Loses] {
-			losses[a.Loses] = true
-			kind := "a transparent one"
-			switch a.Loses {
-			case loseGuard:
-				kind = "any other"
-			case loseNetwork:
-				kind = "one without a mesh"
-			}
-			fmt.Fprintf(&text, "With -force they run on, but of %s %s.\n", kind, a.Loses)
+	for _, each := range []struct{ kind, loss string }{
+		{"a transparent one", loseTransparent},
+		{"one that is guarded alone", loseGuard},
+		{"one whose network Weir is called for", loseNetwork},
+	} {
+		if slices.ContainsFunc(list, func(a affected) bool { return slices.Contains(a.Loses, each.loss) }) {
+			fmt.Fprintf(&text, "With -force they run on, but of %s %s.\n", each.kind, each.loss)
 		}
 	}
 	text.WriteString("Drain the node instead: nomad node drain -enable -self\nOne that ended and left its namespace: weir gc")

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -37,7 +38,7 @@ func (j *Job) patience() time.Duration {
 
 // Run gives a job file to Nomad, waits until its allocations run and their
 // services pass all checks, and stops it when the test ends. Variables are pairs of
-// a name and a value.
+// a name and a value: a list or an object as HCL has it, anything else as it is.
 func (n *Node) Run(file string, variables ...string) *Job {
 	n.tb.Helper()
 	job := n.Submit(file, variables...)
@@ -54,7 +55,11 @@ func (n *Node) Submit(file string, variables ...string) *Job {
 	}
 	var values strings.Builder
 	for pair := range slices.Chunk(variables, 2) {
-		fmt.Fprintf(&values, "%s = %q\n", pair[0], pair[1])
+		value := pair[1]
+		if !strings.HasPrefix(value, "[") && !strings.HasPrefix(value, "{") {
+			value = strconv.Quote(value)
+		}
+		fmt.Fprintf(&values, "%s = %s\n", pair[0], value)
 	}
 	var parsed map[string]any
 	err = n.api.nomad.call(http.MethodPost, "/v1/jobs/parse", map[string]any{"JobHCL": string(text), "Variables": values.String(), "Canonicalize": true}, &parsed)
@@ -216,11 +221,37 @@ func (j *Job) allocs() ([]*Alloc, error) {
 // Stop stops the job and waits until its allocations are gone from the node.
 func (j *Job) Stop() {
 	j.node.tb.Helper()
+	j.deregister()
+	eventually(j.node.tb, j.patience(), j.gone, "end of job "+j.ID)
+}
+
+// End is Stop where Nomad may be unable to take the allocations' networks down: it
+// waits for their tasks alone.
+func (j *Job) End() {
+	j.node.tb.Helper()
+	j.deregister()
+	eventually(j.node.tb, j.patience(), func() error {
+		list, err := j.allocs()
+		for _, a := range list {
+			err = errors.Join(err, a.over())
+		}
+		return err
+	}, "end of the tasks of job "+j.ID)
+}
+
+func (j *Job) deregister() {
+	j.node.tb.Helper()
 	j.node.rememberIdentities()
 	if err := j.node.api.nomad.call(http.MethodDelete, "/v1/job/"+j.ID, nil, nil); err != nil {
 		j.node.tb.Fatalf("stop job %s: %v", j.ID, err)
 	}
-	eventually(j.node.tb, j.patience(), j.gone, "end of job "+j.ID)
+}
+
+func (a *Alloc) over() error {
+	if a.ClientStatus == "running" || a.ClientStatus == "pending" {
+		return fmt.Errorf("allocation %s is still %s", a.ID, a.ClientStatus)
+	}
+	return nil
 }
 
 func (j *Job) gone() error {
@@ -229,8 +260,8 @@ func (j *Job) gone() error {
 		return err
 	}
 	for _, a := range list {
-		if a.ClientStatus == "running" || a.ClientStatus == "pending" {
-			return fmt.Errorf("allocation %s is still %s", a.ID, a.ClientStatus)
+		if err := a.over(); err != nil {
+			return err
 		}
 		// Nomad calls it complete before its network is taken down.
 		files, err := filepath.Glob(j.node.Path("/var/lib/cni/results/*" + a.ID + "*"))
