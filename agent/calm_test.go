@@ -145,3 +145,37 @@ func (n *node) workload(key redirect.Key) (found redirect.WorkloadStatus, err er
 	}
 	return found, fmt.Errorf("workload %s: %w", key, redirect.ErrUnknown)
 }
+
+// Whom the kernel takes for a proxy is looked at again and again where its task
+// cannot be told. As long as there is nothing new to show, that is all.
+func TestDoubtAboutAProxyIsNoNews(t *testing.T) {
+	n := newNode(t)
+	mesh, key := n.transparent(numbered(1))
+	test.EchoProcess(t, test.Spec{NetNS: mesh, Cgroup: test.NewCgroup(t), UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
+	n.fake.answers(registered(numbered(1)))
+	a := n.newStepwise()
+	a.asks(t.Context())
+	a.lookSome()
+	m := a.subjects[key]
+	if len(m.claimants) != 1 {
+		t.Fatalf("claimants are %+v, want the process of no task", m.claimants)
+	}
+	select {
+	case <-a.wake: // it was listed for the first time
+	default:
+	}
+	for cgroup, c := range m.claimants {
+		before := c.tries
+		c.next = time.Now().Add(-time.Second)
+		m.claimants[cgroup] = c
+		a.lookSome()
+		if got := m.claimants[cgroup].tries; got != before+1 {
+			t.Errorf("it was looked at %d times, want %d", got, before+1)
+		}
+	}
+	select {
+	case <-a.wake:
+		t.Error("a pass over all workloads is due, and nothing changed")
+	default:
+	}
+}

@@ -89,8 +89,11 @@ func (a *Agent) confirm(key redirect.Key, m *memory, cgroup uint64) {
 	if m.claimants == nil {
 		m.claimants = make(map[uint64]claimant)
 	}
+	before := m.tasks()
 	m.claimants[cgroup] = found
-	a.hurry()
+	if m.tasks() != before {
+		a.hurry() // it is shown
+	}
 }
 
 // tasks names those that the kernel took for proxies.
