@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -265,6 +266,8 @@ func TestEventsOfTheGuard(t *testing.T) {
 			}
 			got := reader.until(marker)
 			reader.end()
+			// A packet that comes when its connection is gone is looked up, and told, like a new one.
+			got = slices.CompactFunc(got, func(a, b Event) bool { b.Time = a.Time; return a == b })
 			for i, event := range got {
 				if event.Source.Port() == 0 {
 					t.Errorf("event without a source port: %+v", event)

@@ -19,8 +19,8 @@ import (
 const userspace = "trixie"
 
 // programs are the packages the guest has; their dependencies come with them. The reference CNI
-// plugins and the tests call nft, iptables and ip.
-var programs = []string{"busybox-static", "nftables", "iptables", "iproute2"}
+// plugins and the tests call nft, iptables and ip, unshare, nsenter and flock.
+var programs = []string{"busybox-static", "nftables", "iptables", "iproute2", "util-linux"}
 
 // unwanted dependencies serve the installation of a package, not its programs.
 var unwanted = []string{"debconf", "dpkg", "netbase", "perl", "gcc-14-base", "libdb5.3t64", "libcap2-bin"}
