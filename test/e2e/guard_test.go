@@ -168,6 +168,11 @@ func TestGuardOfATransparentAllocation(t *testing.T) {
 						t.Errorf("no connection to port %d went to the proxy", port)
 					}
 				}
+				// An answer that finds no way yet makes the question come again, and count again.
+				test.Eventually(t, func() error {
+					_, err := test.Ask(ns, "tcp", netip.AddrPortFrom(a.addr6, excluded).String())
+					return err
+				}, "a way by IPv6")
 				// Consul's Envoy listens on IPv4 alone.
 				before := a.counted(t, redirect.RefusedInboundNoProxy)
 				if _, err := test.Ask(ns, "tcp", netip.AddrPortFrom(a.addr6, application).String()); !errors.Is(err, syscall.ECONNREFUSED) {
