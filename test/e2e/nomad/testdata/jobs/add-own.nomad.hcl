@@ -8,9 +8,10 @@ variable "port" {
   default = ""
 }
 
-# What the job says in network.cni.args, in JSON.
+# What the job says in network.cni.args.
 variable "args" {
-  default = "{\"weir.mode\": \"transparent\"}"
+  type    = map(string)
+  default = { "weir.mode" = "transparent" }
 }
 
 job "add-own" {
@@ -27,7 +28,7 @@ job "add-own" {
         }
       }
       cni {
-        args = jsondecode(var.args)
+        args = var.args
       }
     }
     restart {
