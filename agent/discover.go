@@ -79,18 +79,9 @@ func parseCache(data []byte) (a attachment, ok bool, err error) {
 		Network: entry.NetworkName, NetNS: entry.NetNS, Ports: entry.CapabilityArgs.PortMappings,
 	}
 	for _, arg := range entry.Args {
-		switch arg[0] {
-		case "NOMAD_REGION":
-			a.Job.Region = arg[1]
-		case "NOMAD_NAMESPACE":
-			a.Job.Namespace = arg[1]
-		case "NOMAD_JOB_ID":
-			a.Job.ID = arg[1]
-		case "NOMAD_GROUP_NAME":
-			a.Job.Group = arg[1]
-		case "NOMAD_ALLOC_ID":
-			a.Job.AllocID = arg[1]
-		case "CONSUL_IPTABLES_CONFIG", "CONSUL_NFTABLES_CONFIG":
+		switch name := arg[0]; {
+		case a.Job.SetArg(name, arg[1]):
+		case name == "CONSUL_IPTABLES_CONFIG", name == "CONSUL_NFTABLES_CONFIG":
 			a.Mesh = arg[1]
 		default:
 			a.JobArgs = a.JobArgs || strings.HasPrefix(arg[0], "weir.")

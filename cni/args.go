@@ -41,23 +41,12 @@ func parseArgs(text string) arguments {
 		if !ok {
 			continue
 		}
-		switch key {
-		case "NOMAD_REGION":
-			args.job.Region = value
-		case "NOMAD_NAMESPACE":
-			args.job.Namespace = value
-		case "NOMAD_JOB_ID":
-			args.job.ID = value
-		case "NOMAD_GROUP_NAME":
-			args.job.Group = value
-		case "NOMAD_ALLOC_ID":
-			args.job.AllocID = value
-		case iptablesArg, nftablesArg:
+		switch {
+		case args.job.SetArg(key, value):
+		case key == iptablesArg, key == nftablesArg:
 			args.mesh = append(args.mesh, argument{key, value})
-		default:
-			if strings.HasPrefix(key, ownPrefix) {
-				args.own = append(args.own, argument{key, value})
-			}
+		case strings.HasPrefix(key, ownPrefix):
+			args.own = append(args.own, argument{key, value})
 		}
 	}
 	slices.SortFunc(args.own, func(a, b argument) int {

@@ -72,6 +72,26 @@ type Job struct {
 	AllocID   string `json:"alloc_id,omitempty"`
 }
 
+// SetArg takes in one of the arguments by which Nomad names the job to plugins,
+// and reports whether it is one.
+func (j *Job) SetArg(name, value string) bool {
+	switch name {
+	case "NOMAD_REGION":
+		j.Region = value
+	case "NOMAD_NAMESPACE":
+		j.Namespace = value
+	case "NOMAD_JOB_ID":
+		j.ID = value
+	case "NOMAD_GROUP_NAME":
+		j.Group = value
+	case "NOMAD_ALLOC_ID":
+		j.AllocID = value
+	default:
+		return false
+	}
+	return true
+}
+
 // DNS is Consul's resolver as the workload should reach it. The zero value
 // turns DNS steering off. With Address and Port, datagrams and connections to
 // Address:53 go to Address:Port. With Port alone, Address is 127.0.0.1. With

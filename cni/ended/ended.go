@@ -247,18 +247,7 @@ func (n Node) named(at func(redirect.Key) *Attachment, found map[redirect.Key]*A
 
 func jobOf(args [][2]string) (job redirect.Job) {
 	for _, arg := range args {
-		switch arg[0] {
-		case "NOMAD_REGION":
-			job.Region = arg[1]
-		case "NOMAD_NAMESPACE":
-			job.Namespace = arg[1]
-		case "NOMAD_JOB_ID":
-			job.ID = arg[1]
-		case "NOMAD_GROUP_NAME":
-			job.Group = arg[1]
-		case "NOMAD_ALLOC_ID":
-			job.AllocID = arg[1]
-		}
+		job.SetArg(arg[0], arg[1])
 	}
 	return job
 }
