@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -273,22 +272,17 @@ func copyDescriptor(pid, number int) (int, error) {
 
 // processCgroup is the ID of a process's cgroup in the v2 hierarchy.
 func processCgroup(pid int, paths Paths) (uint64, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		return 0, fmt.Errorf("read cgroup: %w", err)
+	path, unified, err := cgroupOfProcess(strconv.Itoa(pid))
+	if err != nil || !unified {
+		return 0, err
 	}
 	root, err := findCgroupRoot("/proc/self/mountinfo")
 	if err != nil {
 		root = paths.CgroupRoot
 	}
-	for line := range strings.Lines(string(data)) {
-		if path, found := strings.CutPrefix(strings.TrimSpace(line), "0::"); found {
-			var stat unix.Stat_t
-			if err := unix.Stat(filepath.Join(root, path), &stat); err != nil {
-				return 0, fmt.Errorf("stat cgroup of process %d: %w", pid, err)
-			}
-			return stat.Ino, nil
-		}
+	var stat unix.Stat_t
+	if err := unix.Stat(filepath.Join(root, path), &stat); err != nil {
+		return 0, fmt.Errorf("stat cgroup of process %d: %w", pid, err)
 	}
-	return 0, nil
+	return stat.Ino, nil
 }

@@ -97,6 +97,21 @@ func CgroupID(path string) (uint64, error) {
 	return stat.Ino, nil
 }
 
+// cgroupOfProcess is the path of a process's cgroup in the v2 hierarchy; unified is
+// false where it is in none.
+func cgroupOfProcess(pid string) (path string, unified bool, err error) {
+	data, err := os.ReadFile(filepath.Join("/proc", pid, "cgroup"))
+	if err != nil {
+		return "", false, fmt.Errorf("read cgroup: %w", err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if path, unified = strings.CutPrefix(strings.TrimSpace(line), "0::"); unified {
+			return path, true, nil
+		}
+	}
+	return "", false, nil
+}
+
 // CgroupsIn returns the cgroups of the processes in each of the namespaces, each
 // once; none for a namespace that is gone. It walks all processes of the node.
 func CgroupsIn(namespaces ...string) (map[string][]string, error) {
@@ -128,25 +143,18 @@ func CgroupsIn(namespaces ...string) (map[string][]string, error) {
 		if !wanted {
 			continue
 		}
-		data, err := os.ReadFile(filepath.Join("/proc", process.Name(), "cgroup"))
-		if err != nil {
-			continue
-		}
-		for line := range strings.Lines(string(data)) {
-			if path, unified := strings.CutPrefix(strings.TrimSpace(line), "0::"); unified && !slices.Contains(found[name], path) {
-				found[name] = append(found[name], path)
-			}
+		path, unified, err := cgroupOfProcess(process.Name())
+		if err == nil && unified && !slices.Contains(found[name], path) {
+			found[name] = append(found[name], path)
 		}
 	}
 	return found, nil
 }
 
-// Distrust takes the place of the proxy from a cgroup that is known not to be
-// the proxy's, for as long as the workload is under Weir, and learns the proxy
-// anew from the listeners of others. Where there are none yet, connections are
-// refused until the proxy listens.
-func (d *Datapath) Distrust(key Key, cgroup uint64) error {
-	err := d.paths.locked(func() error {
+// onRecord runs action on a workload that is on record, while nobody else changes
+// the state.
+func (d *Datapath) onRecord(key Key, action func(*tables, *record, *namespace) error) error {
+	return d.paths.locked(func() error {
 		r, err := d.paths.readRecord(key)
 		if err != nil {
 			return err
@@ -161,6 +169,16 @@ func (d *Datapath) Distrust(key Key, cgroup uint64) error {
 			return err
 		}
 		defer tables.Close()
+		return action(tables, r, ns)
+	})
+}
+
+// Distrust takes the place of the proxy from a cgroup that is known not to be
+// the proxy's, for as long as the workload is under Weir, and learns the proxy
+// anew from the listeners of others. Where there are none yet, connections are
+// refused until the proxy listens.
+func (d *Datapath) Distrust(key Key, cgroup uint64) error {
+	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
 		if !slices.Contains(r.Strangers, cgroup) {
 			r.Strangers = append(r.Strangers, cgroup)
 		}
@@ -184,7 +202,7 @@ func (d *Datapath) Distrust(key Key, cgroup uint64) error {
 		if err := tables.forgetProxy(r.Cookie, seats, w); err != nil {
 			return err
 		}
-		_, err = d.ensure(tables, r, ns)
+		_, err := d.ensure(tables, r, ns)
 		return err
 	})
 	if err != nil {

@@ -17,21 +17,7 @@ import (
 // Trust, and a proxy that listens stays who it is. service is whose sidecar the
 // proxy is; a workload with one proxy needs none.
 func (d *Datapath) Trust(key Key, service string, cgroup uint64) error {
-	err := d.paths.locked(func() error {
-		r, err := d.paths.readRecord(key)
-		if err != nil {
-			return err
-		}
-		ns, err := r.open()
-		if err != nil {
-			return err
-		}
-		defer ns.Close()
-		tables, err := openTables(d.paths.maps())
-		if err != nil {
-			return err
-		}
-		defer tables.Close()
+	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
 		w, i := r.desired(), 0
 		if len(w.Proxies) > 0 {
 			i = slices.IndexFunc(w.all(), func(p Sidecar) bool { return p.Service == service })
