@@ -74,8 +74,8 @@ type Agent struct {
 	resynced   time.Time
 	swept      time.Time
 	freed      time.Time
-	reported   map[string]bool  // files and registrations that could not be read
-	unreadable []string         // ... as of the last pass
+	reported   map[string]bool  // files and registrations that could not be read, as told
+	unreadable []string         // what of the node could not be read in the last pass
 	strayed    map[string]stray // proxies without a namespace, by allocation or proxy ID
 	turn       turn
 }

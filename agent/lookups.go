@@ -79,8 +79,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	compete := competing(byAllocation)
 	if compete && due(l.allowed.next) {
 		answer, err := l.consul.intentions(ctx)
-		moved = err == nil && (!l.allowed.answered || !slices.Equal(answer, l.allowed.answer)) || (err != nil) != (l.allowed.why.What != "")
-		l.allowed.settle(l.now(), answer, err, len(answer) > 0)
+		moved = l.allowed.settle(l.now(), answer, err, len(answer) > 0, slices.Equal)
 		l.allowed.next = earlier(l.allowed.next, l.now().Add(listenerInterval))
 		heard(err)
 	}
@@ -100,9 +99,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		if due(question.next) {
 			texts, err := l.consul.virtualIPs(ctx, of)
 			answer := parseAddresses(texts)
-			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why.What != "")
-			question.settle(l.now(), answer, err, len(answer) > 0)
-			moved = moved || changed
+			moved = question.settle(l.now(), answer, err, len(answer) > 0, slices.Equal) || moved
 			heard(err)
 		}
 	}
@@ -114,9 +111,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		}
 		if due(question.next) {
 			answer, err := l.consul.gatewayPorts(ctx, of)
-			changed := err == nil && (!question.answered || !slices.Equal(answer, question.answer)) || (err != nil) != (question.why.What != "")
-			question.settle(l.now(), answer, err, len(answer) > 0)
-			moved = moved || changed
+			moved = question.settle(l.now(), answer, err, len(answer) > 0, slices.Equal) || moved
 			heard(err)
 		}
 	}
@@ -125,11 +120,10 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	}
 	if len(checks) > 0 && due(l.checks.next) {
 		answer, err := l.consul.checks(ctx)
-		changed := err == nil && (!l.checks.answered || !maps.EqualFunc(answer, l.checks.answer, slices.Equal[[]uint16])) || (err != nil) != (l.checks.why.What != "")
+		same := func(a, b map[string][]uint16) bool { return maps.EqualFunc(a, b, slices.Equal[[]uint16]) }
 		missing := func(id string) bool { return len(answer[id]) == 0 }
-		l.checks.settle(l.now(), answer, err, !slices.ContainsFunc(checks, missing))
+		moved = l.checks.settle(l.now(), answer, err, !slices.ContainsFunc(checks, missing), same) || moved
 		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
-		moved = moved || changed
 		heard(err)
 	}
 	l.hasten()
@@ -178,17 +172,20 @@ func (q *lookup[T]) turn(now time.Time) time.Time {
 	return q.next
 }
 
-// settle takes the answer in and says when to ask again.
-func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool) {
+// settle takes the answer in and says when to ask again. It reports whether that
+// there is an answer, or what it is, changed; same compares two.
+func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool, same func(a, b T) bool) (changed bool) {
+	changed = err == nil && (!q.answered || !same(answer, q.answer)) || (err != nil) != (q.why.What != "")
 	if q.why = consulProblem(err); err == nil {
 		q.answer, q.answered = answer, true
 	}
 	if err == nil && something {
 		q.tries, q.next = 0, now.Add(lookupInterval)
-		return
+		return changed
 	}
 	q.next = now.Add(min(lookupRetry<<min(q.tries, 10), lookupInterval))
 	q.tries++
+	return changed
 }
 
 // unanswered is why there is no answer: halted, what kept others from being

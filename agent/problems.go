@@ -82,17 +82,14 @@ func (v view) problems(address string) (list []redirect.Problem) {
 // nodeProblems are what is wrong with what the agent learns from others.
 func (a *Agent) nodeProblems(consul view) []redirect.Problem {
 	list := consul.problems(a.config.Consul.Address)
-	docker := a.containers().Error
-	if docker != "" {
+	if docker := a.containers().Error; docker != "" {
 		list = append(list, redirect.Problem{
 			What:   "Docker's containers may be other ones by now: " + docker,
 			Remedy: `see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
 		})
 	}
 	for _, what := range a.unreadable {
-		if what != docker && !slices.Contains(consul.Problems, what) {
-			list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
-		}
+		list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
 	}
 	return list
 }

@@ -59,17 +59,18 @@ func (a *Agent) reconcile(now time.Time) {
 	consul := view{}
 	if a.follower != nil {
 		consul = a.follower.current()
-		unreadable = append(unreadable, consul.Problems...)
 		a.tellConsul(consul)
 	}
 	spaces, err := findNamespaces(a.config.CNI.NetNSDir, a.containers())
 	if err != nil {
 		unreadable = append(unreadable, err.Error())
 	}
+	a.unreadable = unreadable
+	skipped := slices.Concat(unreadable, consul.Problems)
 	if problem := a.containers().Error; problem != "" {
-		unreadable = append(unreadable, problem)
+		skipped = append(skipped, problem)
 	}
-	a.tellUnreadable(unreadable)
+	a.tellUnreadable(skipped)
 	subjects := gather(cached, known, spaces, consul)
 	a.watcher.more = directoriesOf(subjects)
 	a.byUrgency(subjects)

@@ -207,7 +207,6 @@ func (a *Agent) tellUnreadable(problems []string) {
 		}
 	}
 	a.reported = now
-	a.unreadable = problems
 }
 
 // awaitRegistration tells the follower since when the newest allocation that
