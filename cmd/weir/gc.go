@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/weirmesh/weir/cni/ended"
@@ -162,11 +163,8 @@ func (e emptyOnes) has(a ended.Attachment) bool {
 func (e emptyOnes) unknown(list []ended.Attachment) error {
 	var problems []error
 	for _, id := range e.ids {
-		found := false
-		for _, a := range list {
-			found = found || strings.HasPrefix(a.Key.ContainerID, id)
-		}
-		if !found {
+		one := emptyOnes{ids: []string{id}}
+		if !slices.ContainsFunc(list, one.has) {
 			problems = append(problems, fmt.Errorf("-empty %s: nothing is left of such an allocation, or something runs there", id))
 		}
 	}
