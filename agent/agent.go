@@ -57,27 +57,27 @@ type Agent struct {
 	arrived  atomic.Bool // an allocation may have come since the last pass
 	expects  atomic.Bool // a new allocation waits for its registration
 
-	mu       sync.Mutex // guards what follows against server and metrics
-	status   Status
-	problems []redirect.Problem // of the node, as of the last pass
+	mu             sync.Mutex // guards what follows against server and metrics
+	status         Status     // what the loop knows; Status adds what others know
+	discoveryError string     // why allocations cannot be found; empty: they can
+	unreadable     []string   // what of the node could not be read in the last pass
 
 	// The loop's own memory.
-	subjects   map[redirect.Key]*memory
-	inStep     bool // as last told
-	hidden     bool // ... too
-	deaf       bool // no change in Consul tells itself, as last told
-	broken     string
-	managed    []redirect.Key    // under Weir as of the last pass, sorted
-	tasks      map[string]string // containers.Tasks as of the last search for tasks of proxies
-	nextTurn   int               // of the round of checks
-	nextLook   int               // of the round of looks
-	resynced   time.Time
-	swept      time.Time
-	freed      time.Time
-	reported   map[string]bool  // files and registrations that could not be read, as told
-	unreadable []string         // what of the node could not be read in the last pass
-	strayed    map[string]stray // proxies without a namespace, by allocation or proxy ID
-	turn       turn
+	subjects map[redirect.Key]*memory
+	inStep   bool // as last told
+	hidden   bool // ... too
+	deaf     bool // no change in Consul tells itself, as last told
+	broken   string
+	managed  []redirect.Key    // under Weir as of the last pass, sorted
+	tasks    map[string]string // containers.Tasks as of the last search for tasks of proxies
+	nextTurn int               // of the round of checks
+	nextLook int               // of the round of looks
+	resynced time.Time
+	swept    time.Time
+	freed    time.Time
+	reported map[string]bool  // files and registrations that could not be read, as told
+	strayed  map[string]stray // proxies without a namespace, by allocation or proxy ID
+	turn     turn
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.

@@ -79,10 +79,15 @@ func (v view) problems(address string) (list []redirect.Problem) {
 	return list
 }
 
-// nodeProblems are what is wrong with what the agent learns from others.
-func (a *Agent) nodeProblems(consul view) []redirect.Problem {
-	list := consul.problems(a.config.Consul.Address)
-	if docker := a.containers().Error; docker != "" {
+// nodeProblems are what is wrong with what the agent learns from others. The
+// caller holds the mutex.
+func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
+	var list []redirect.Problem
+	if a.discoveryError != "" {
+		list = append(list, redirect.Problem{What: a.discoveryError, Remedy: "see whether the agent can read cni { cache_dir }; until then nothing new is found or changed"})
+	}
+	list = append(list, consul.problems(a.config.Consul.Address)...)
+	if docker != "" {
 		list = append(list, redirect.Problem{
 			What:   "Docker's containers may be other ones by now: " + docker,
 			Remedy: `see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
@@ -92,13 +97,6 @@ func (a *Agent) nodeProblems(consul view) []redirect.Problem {
 		list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
 	}
 	return list
-}
-
-// blind tells that nothing can be said of the node's allocations.
-func (a *Agent) blind(err error) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.problems = []redirect.Problem{{What: err.Error(), Remedy: "see whether the agent can read cni { cache_dir }; until then nothing new is found or changed"}}
 }
 
 // problems are what is wrong on the node as the agent sees it. What many

@@ -49,23 +49,26 @@ func (a *Agent) reconcile(now time.Time) {
 	cached, unreadable, err := a.cache.read()
 	if err != nil {
 		a.trouble("discover allocations", err)
-		a.blind(err)
+		a.mu.Lock()
+		a.discoveryError = err.Error()
+		a.mu.Unlock()
 		return
 	}
 	known, err := a.datapath.Known()
 	if err != nil {
 		unreadable = append(unreadable, err.Error())
 	}
-	consul := view{}
+	consul := a.consulNow()
 	if a.follower != nil {
-		consul = a.follower.current()
 		a.tellConsul(consul)
 	}
 	spaces, err := findNamespaces(a.config.CNI.NetNSDir, a.containers())
 	if err != nil {
 		unreadable = append(unreadable, err.Error())
 	}
-	a.unreadable = unreadable
+	a.mu.Lock()
+	a.discoveryError, a.unreadable = "", unreadable
+	a.mu.Unlock()
 	skipped := slices.Concat(unreadable, consul.Problems)
 	if problem := a.containers().Error; problem != "" {
 		skipped = append(skipped, problem)
@@ -83,7 +86,7 @@ func (a *Agent) reconcile(now time.Time) {
 		a.hurry()
 	}
 	a.awaitRegistration(subjects, now)
-	a.publish(consul, a.strays(subjects, consul, now))
+	a.publish(a.strays(subjects, consul, now))
 }
 
 // containers is what Docker knows.

@@ -99,14 +99,41 @@ type UpstreamView struct {
 	VirtualIPs []netip.Addr   `json:"virtual_ips"`
 }
 
-// Status returns the agent's view as of its last pass.
+// Status returns the agent's view of the node. The allocations are those of the
+// last pass of the loop; what Consul and Docker say is put together now, because
+// it changes without a pass.
 func (a *Agent) Status() Status {
+	consul, docker := a.consulNow(), a.containers().Error
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	status := a.status
+	status.Docker, status.Consul = docker, a.consulStatus(consul)
 	status.Workloads = slices.Clone(status.Workloads)
-	status.Problems = append(slices.Clone(a.problems), status.problems(time.Now())...)
+	for i := range status.Workloads {
+		w := &status.Workloads[i]
+		w.InStep = w.InStep && consul.InStep
+	}
+	status.Problems = append(a.nodeProblems(consul, docker), status.problems(time.Now())...)
 	return status
+}
+
+// consulNow is what is known of Consul; nothing where it is not asked.
+func (a *Agent) consulNow() view {
+	if a.follower == nil {
+		return view{}
+	}
+	return a.follower.current()
+}
+
+func (a *Agent) consulStatus(consul view) ConsulStatus {
+	proxies := 0
+	for _, p := range consul.Proxies {
+		proxies += len(p)
+	}
+	return ConsulStatus{
+		Enabled: a.follower != nil, Address: a.config.Consul.Address, InStep: consul.InStep, Since: consul.Since,
+		Error: consul.Error.What, Watch: consul.Watch.What, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
+	}
 }
 
 // describe is the view of one attachment.
@@ -139,8 +166,8 @@ func describe(s subject, state State, w wish, problems []redirect.Problem, known
 	return v
 }
 
-// publish shows the outcome of a pass.
-func (a *Agent) publish(consul view, more []WorkloadView) {
+// publish shows the allocations as a pass found them.
+func (a *Agent) publish(more []WorkloadView) {
 	var list []WorkloadView
 	a.managed = a.managed[:0]
 	for _, key := range slices.SortedFunc(maps.Keys(a.subjects), compareKeys) {
@@ -153,19 +180,9 @@ func (a *Agent) publish(consul view, more []WorkloadView) {
 		}
 	}
 	list = append(list, more...)
-	proxies := 0
-	for _, p := range consul.Proxies {
-		proxies += len(p)
-	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.status.Workloads = list
-	a.status.Docker = a.containers().Error
-	a.problems = a.nodeProblems(consul)
-	a.status.Consul = ConsulStatus{
-		Enabled: a.follower != nil, Address: a.config.Consul.Address, InStep: consul.InStep, Since: consul.Since,
-		Error: consul.Error.What, Watch: consul.Watch.What, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
-	}
 }
 
 // tellConsul logs when the agent falls out of step with Consul and when it is
