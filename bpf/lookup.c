@@ -198,9 +198,9 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
  * what follows once for each. No address family has the bits that are mixed in. */
 static __always_inline enum verdict blur(struct bpf_sk_lookup *ctx, enum verdict verdict)
 {
-	return (verdict ^ (*(volatile __u32 *)&ctx->family >> 8)) & 31;
+	return (verdict ^ (*(volatile __u32 *)&ctx->family >> 8)) & 63;
 }
-_Static_assert(VERDICT_MAX <= 32, "verdicts");
+_Static_assert(VERDICT_MAX <= 64, "verdicts");
 
 SEC("sk_lookup")
 int weir_lookup(struct bpf_sk_lookup *ctx)
@@ -215,15 +215,7 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
 		return SK_PASS;
 	emit(ctx, view.cookie, &local, &remote, verdict);
-	switch (verdict) {
-	case VERDICT_INBOUND:
-	case VERDICT_INBOUND_EXCLUDED:
-	case VERDICT_GUARD_AUDIT:
-	case VERDICT_GUARD_EPHEMERAL:
-		return SK_PASS;
-	default:
-		return SK_DROP;
-	}
+	return is_refusal(verdict) ? SK_DROP : SK_PASS;
 }
 
 char LICENSE[] SEC("license") = "Dual MPL/GPL";

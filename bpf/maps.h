@@ -13,8 +13,10 @@
 #define MAX_ORIGINS 1048576
 #define LISTENER_SLOTS 64
 
-/* In the order of the rules. A name that begins with REFUSED_ ended the
- * connection with an error; every other one let it go on. */
+/* What lets a connection go on, in the order of the rules; then what concerns a
+ * listener, and never a connection; then what refuses one, to the end, so that a
+ * verdict which nobody thought of refuses. Each name of a refusal begins with
+ * REFUSED_. A new verdict changes the layout: see redirect/tables.go. */
 enum verdict {
 	VERDICT_REDIRECTED,
 	VERDICT_PROXY,
@@ -26,24 +28,28 @@ enum verdict {
 	VERDICT_DIRECT,
 	VERDICT_DNS,
 	VERDICT_UDP,
+	VERDICT_INBOUND,
+	VERDICT_INBOUND_EXCLUDED,
+	VERDICT_GUARD_AUDIT,
+	VERDICT_GUARD_EPHEMERAL,
+
+	VERDICT_LISTENER,
+	VERDICT_REFUSED_LISTENER_IDENTITY,
+	VERDICT_REFUSED_LISTENER_ADDRESS,
+	VERDICT_REFUSED_LISTENER_TABLE,
+
 	VERDICT_REFUSED_ENCODED,
 	VERDICT_REFUSED_FAMILY,
 	VERDICT_REFUSED_DEVICE,
 	VERDICT_REFUSED_BUDGET,
 	VERDICT_REFUSED_TABLE,
 	VERDICT_REFUSED_NO_PROXY,
-	VERDICT_INBOUND,
-	VERDICT_INBOUND_EXCLUDED,
 	VERDICT_REFUSED_INBOUND_NO_PROXY,
 	VERDICT_REFUSED_INBOUND_UNKNOWN,
-	VERDICT_GUARD_AUDIT,
-	VERDICT_GUARD_EPHEMERAL,
 	VERDICT_REFUSED_GUARD,
-	VERDICT_LISTENER,
-	VERDICT_REFUSED_LISTENER_IDENTITY,
-	VERDICT_REFUSED_LISTENER_ADDRESS,
-	VERDICT_REFUSED_LISTENER_TABLE,
 	VERDICT_MAX,
+
+	VERDICT_FIRST_REFUSED = VERDICT_REFUSED_ENCODED, /* of a connection */
 };
 
 struct verdict_counts {

@@ -109,27 +109,13 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 	if (datagram && verdict == VERDICT_UDP)
 		return 1;
 	emit(&view, dial, verdict);
-	switch (verdict) {
-	case VERDICT_REFUSED_ENCODED:
-		return refuse(ECONNREFUSED);
-	case VERDICT_REFUSED_FAMILY:
-	case VERDICT_REFUSED_DEVICE:
-	case VERDICT_REFUSED_BUDGET:
-	case VERDICT_REFUSED_TABLE:
-		return refuse(ENETUNREACH);
-	case VERDICT_REDIRECTED:
-		remember(sk, dial, false);
-		*rewritten = true;
-		return 1;
-	case VERDICT_UPSTREAM:
-	case VERDICT_DNS:
-		remember(sk, dial, true);
-		*rewritten = true;
-		return 1;
-	default:
-		remember(sk, dial, false);
-		return 1;
-	}
+	if (is_refusal(verdict))
+		return refuse(errno_of(verdict));
+	*rewritten = verdict == VERDICT_REDIRECTED || verdict == VERDICT_UPSTREAM ||
+		     verdict == VERDICT_DNS;
+	/* An encoded destination says itself what was dialled. */
+	remember(sk, dial, *rewritten && verdict != VERDICT_REDIRECTED);
+	return 1;
 }
 
 static __always_inline int redirect4(struct bpf_sock_addr *ctx, bool datagram)

@@ -4,7 +4,26 @@
 #ifndef WEIR_VERDICT_H
 #define WEIR_VERDICT_H
 
+#include <stdbool.h>
+#include "kernel.h"
 #include "maps.h"
+
+/* Whether the verdict ends the connection, as one does that nobody thought of. */
+static __always_inline bool is_refusal(enum verdict verdict)
+{
+	return verdict >= VERDICT_FIRST_REFUSED;
+}
+
+/* What the application is told of a refusal. */
+static __always_inline int errno_of(enum verdict verdict)
+{
+	switch (verdict) {
+	case VERDICT_REFUSED_ENCODED:
+		return ECONNREFUSED;
+	default:
+		return ENETUNREACH;
+	}
+}
 
 static __always_inline void count(__u64 cookie, enum verdict verdict)
 {

@@ -224,24 +224,25 @@ const (
 	bpfVerdictVERDICT_DIRECT                    bpfVerdict = 7
 	bpfVerdictVERDICT_DNS                       bpfVerdict = 8
 	bpfVerdictVERDICT_UDP                       bpfVerdict = 9
-	bpfVerdictVERDICT_REFUSED_ENCODED           bpfVerdict = 10
-	bpfVerdictVERDICT_REFUSED_FAMILY            bpfVerdict = 11
-	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 12
-	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 13
-	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 14
-	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 15
-	bpfVerdictVERDICT_INBOUND                   bpfVerdict = 16
-	bpfVerdictVERDICT_INBOUND_EXCLUDED          bpfVerdict = 17
-	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 18
-	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 19
-	bpfVerdictVERDICT_GUARD_AUDIT               bpfVerdict = 20
-	bpfVerdictVERDICT_GUARD_EPHEMERAL           bpfVerdict = 21
-	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 22
-	bpfVerdictVERDICT_LISTENER                  bpfVerdict = 23
-	bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY bpfVerdict = 24
-	bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  bpfVerdict = 25
-	bpfVerdictVERDICT_REFUSED_LISTENER_TABLE    bpfVerdict = 26
+	bpfVerdictVERDICT_INBOUND                   bpfVerdict = 10
+	bpfVerdictVERDICT_INBOUND_EXCLUDED          bpfVerdict = 11
+	bpfVerdictVERDICT_GUARD_AUDIT               bpfVerdict = 12
+	bpfVerdictVERDICT_GUARD_EPHEMERAL           bpfVerdict = 13
+	bpfVerdictVERDICT_LISTENER                  bpfVerdict = 14
+	bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY bpfVerdict = 15
+	bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  bpfVerdict = 16
+	bpfVerdictVERDICT_REFUSED_LISTENER_TABLE    bpfVerdict = 17
+	bpfVerdictVERDICT_REFUSED_ENCODED           bpfVerdict = 18
+	bpfVerdictVERDICT_REFUSED_FAMILY            bpfVerdict = 19
+	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 20
+	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 21
+	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 22
+	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 23
+	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 24
+	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 25
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 26
 	bpfVerdictVERDICT_MAX                       bpfVerdict = 27
+	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 18
 )
 
 type bpfVerdictCounts struct {

@@ -10,7 +10,8 @@ import (
 // enum verdict in ../bpf/maps.h, in lower case.
 type Verdict uint32
 
-// The verdicts, in the order of the rules.
+// The verdicts: what lets a connection go on, in the order of the rules, what
+// concerns a listener, what refuses a connection.
 const (
 	Redirected              = Verdict(bpfVerdictVERDICT_REDIRECTED)
 	Proxy                   = Verdict(bpfVerdictVERDICT_PROXY)
@@ -22,24 +23,25 @@ const (
 	Direct                  = Verdict(bpfVerdictVERDICT_DIRECT)
 	ToDNS                   = Verdict(bpfVerdictVERDICT_DNS)
 	UDP                     = Verdict(bpfVerdictVERDICT_UDP)
+	Inbound                 = Verdict(bpfVerdictVERDICT_INBOUND)
+	InboundExcluded         = Verdict(bpfVerdictVERDICT_INBOUND_EXCLUDED)
+	GuardAudited            = Verdict(bpfVerdictVERDICT_GUARD_AUDIT)
+	GuardEphemeral          = Verdict(bpfVerdictVERDICT_GUARD_EPHEMERAL)
+	Listener                = Verdict(bpfVerdictVERDICT_LISTENER)
+	RefusedListenerIdentity = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
+	RefusedListenerAddress  = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
+	RefusedListenerTable    = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_TABLE)
 	RefusedEncoded          = Verdict(bpfVerdictVERDICT_REFUSED_ENCODED)
 	RefusedFamily           = Verdict(bpfVerdictVERDICT_REFUSED_FAMILY)
 	RefusedDevice           = Verdict(bpfVerdictVERDICT_REFUSED_DEVICE)
 	RefusedBudget           = Verdict(bpfVerdictVERDICT_REFUSED_BUDGET)
 	RefusedTable            = Verdict(bpfVerdictVERDICT_REFUSED_TABLE)
 	RefusedNoProxy          = Verdict(bpfVerdictVERDICT_REFUSED_NO_PROXY)
-	Inbound                 = Verdict(bpfVerdictVERDICT_INBOUND)
-	InboundExcluded         = Verdict(bpfVerdictVERDICT_INBOUND_EXCLUDED)
 	RefusedInboundNoProxy   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY)
 	RefusedInboundUnknown   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN)
-	GuardAudited            = Verdict(bpfVerdictVERDICT_GUARD_AUDIT)
-	GuardEphemeral          = Verdict(bpfVerdictVERDICT_GUARD_EPHEMERAL)
 	RefusedGuard            = Verdict(bpfVerdictVERDICT_REFUSED_GUARD)
-	Listener                = Verdict(bpfVerdictVERDICT_LISTENER)
-	RefusedListenerIdentity = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
-	RefusedListenerAddress  = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
-	RefusedListenerTable    = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_TABLE)
 	verdictMax              = Verdict(bpfVerdictVERDICT_MAX)
+	verdictFirstRefused     = Verdict(bpfVerdictVERDICT_FIRST_REFUSED)
 )
 
 type verdictText struct{ name, meaning string }
@@ -56,23 +58,23 @@ func (v Verdict) text() verdictText {
 		Direct:                  {"direct", "left alone: the workload is not in transparent mode"},
 		ToDNS:                   {"dns", "sent to Consul's resolver"},
 		UDP:                     {"udp", "left alone: UDP that is not DNS to Consul"},
+		Inbound:                 {"inbound", "from outside, sent to the proxy's inbound listener; a late packet of a connection that is gone counts too"},
+		InboundExcluded:         {"inbound_excluded", "from outside, left alone: its port is excluded"},
+		GuardAudited:            {"guard_audit", "from outside, let in: the guard would refuse it in mode enforce"},
+		GuardEphemeral:          {"guard_ephemeral", "from outside, let in: a datagram to an ephemeral port may be a reply"},
+		Listener:                {"listener", "a listener of the proxy was registered"},
+		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
+		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
+		RefusedListenerTable:    {"refused_listener_table", "not registered: no slot is free, or the socket is MPTCP"},
 		RefusedEncoded:          {"refused_encoded", "refused: the range that carries origins is not for tasks"},
 		RefusedFamily:           {"refused_family", "refused: socket and proxy have no address family in common"},
 		RefusedDevice:           {"refused_device", "refused: a socket bound to a device cannot reach the proxy"},
 		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
 		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
 		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},
-		Inbound:                 {"inbound", "from outside, sent to the proxy's inbound listener; a late packet of a connection that is gone counts too"},
-		InboundExcluded:         {"inbound_excluded", "from outside, left alone: its port is excluded"},
 		RefusedInboundNoProxy:   {"refused_inbound_no_proxy", "from outside, refused: the proxy has no inbound listener"},
 		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
-		GuardAudited:            {"guard_audit", "from outside, let in: the guard would refuse it in mode enforce"},
-		GuardEphemeral:          {"guard_ephemeral", "from outside, let in: a datagram to an ephemeral port may be a reply"},
 		RefusedGuard:            {"refused_guard", "from outside, refused by the guard: not the proxy's port nor an allowed one"},
-		Listener:                {"listener", "a listener of the proxy was registered"},
-		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
-		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
-		RefusedListenerTable:    {"refused_listener_table", "not registered: no slot is free, or the socket is MPTCP"},
 	}
 	if v >= verdictMax {
 		return verdictText{fmt.Sprintf("verdict_%d", uint32(v)), "unknown to this version"}
@@ -86,17 +88,13 @@ func (v Verdict) String() string { return v.text().name }
 // Describe says in a sentence what the verdict did.
 func (v Verdict) Describe() string { return v.text().meaning }
 
-// Refused reports whether the verdict ended the connection.
+// Refused reports whether the verdict ended the connection, as the programs do
+// with one that they do not know.
 func (v Verdict) Refused() bool {
-	switch v {
-	case RefusedEncoded, RefusedFamily, RefusedDevice, RefusedBudget, RefusedTable,
-		RefusedNoProxy, RefusedInboundNoProxy, RefusedInboundUnknown, RefusedGuard:
-		return true
-	}
-	return false
+	return v >= verdictFirstRefused
 }
 
-// AllVerdicts lists the verdicts in the order of the rules.
+// AllVerdicts lists the verdicts in their order.
 func AllVerdicts() []Verdict {
 	all := make([]Verdict, verdictMax)
 	for i := range all {

@@ -19,8 +19,8 @@ func TestVerdictsAreThoseOfThePrograms(t *testing.T) {
 	if err := spec.Types.TypeByName("verdict", &enum); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := len(enum.Values), len(AllVerdicts())+1; got != want {
-		t.Errorf("enum verdict has %d values, want %d and VERDICT_MAX", got, want-1)
+	if got, want := len(enum.Values), len(AllVerdicts())+2; got != want {
+		t.Errorf("enum verdict has %d values, want %d, VERDICT_MAX and VERDICT_FIRST_REFUSED", got, want-2)
 	}
 	for _, value := range enum.Values {
 		name, ok := strings.CutPrefix(value.Name, "VERDICT_")
@@ -31,6 +31,12 @@ func TestVerdictsAreThoseOfThePrograms(t *testing.T) {
 		if name == "MAX" {
 			if value.Value != uint64(verdictMax) {
 				t.Errorf("%s = %d, want %d", value.Name, value.Value, verdictMax)
+			}
+			continue
+		}
+		if name == "FIRST_REFUSED" {
+			if value.Value != uint64(verdictFirstRefused) {
+				t.Errorf("%s = %d, want %d", value.Name, value.Value, verdictFirstRefused)
 			}
 			continue
 		}
@@ -60,7 +66,7 @@ func TestVerdictTexts(t *testing.T) {
 		}
 	}
 	for _, unknown := range []Verdict{verdictMax, 1 << 31} {
-		if unknown.String() == "" || unknown.Describe() == "" || unknown.Refused() {
+		if unknown.String() == "" || unknown.Describe() == "" || !unknown.Refused() {
 			t.Errorf("verdict %d of another version: %q, %q, refused: %t",
 				uint32(unknown), unknown, unknown.Describe(), unknown.Refused())
 		}
