@@ -30,7 +30,7 @@ test-vm: build ## Run the kernel tests in VMs with Debian's kernels
 	test/tools/setup.sh vm
 	go run ./test/vm
 
-kernels: ## Measure the programs on each kernel and write the table of README.md
+kernels: ## Measure the programs on each kernel and write the table of docs/compatibility.md
 	test/tools/setup.sh vm
 	go run ./test/vm -report
 

@@ -27,8 +27,10 @@ mkdir -p "$out" "$ROOT"/usr/{lib/weir,share/doc/weir} "$ROOT/tar/weir"
 	-bin-dir /usr/bin -unit-dir /usr/lib/systemd/system -config-dir /etc/weir.d -plugin "$bin/weir-cni" >/dev/null
 install -m 755 "$bin/weir-cni" "$ROOT/usr/lib/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl deploy/*.conflist "$ROOT/usr/share/doc/weir/"
+cp -r docs "$ROOT/usr/share/doc/weir/"
 install -m 755 "$bin"/{weir,weir-cni} "$ROOT/tar/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl "$ROOT/tar/weir/"
+cp -r docs "$ROOT/tar/weir/"
 find "$ROOT" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +
 
 "${NFPM:-$PWD/.tools/bin/nfpm}" package --config deploy/nfpm.yaml --packager deb --target "$out" >"$ROOT/log" || { cat "$ROOT/log" >&2; exit 1; }

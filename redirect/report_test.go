@@ -33,7 +33,7 @@ type measurement struct {
 }
 
 // TestReport loads every program for itself and holds it to the budget. With WEIR_TEST_REPORT set
-// it prints each measurement as a line of JSON, for the table in the README.
+// it prints each measurement as a line of JSON, for the table in docs/compatibility.md.
 func TestReport(t *testing.T) {
 	test.Need(t, test.Root, test.BPF)
 	node, err := loadBpf()

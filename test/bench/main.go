@@ -38,7 +38,7 @@ type options struct {
 
 // A part is the measurements of one table.
 type part struct {
-	name         string // of the table's marks in README.md
+	name         string // of the table's marks in docs/benchmarks.md
 	note         string // what a reader must know to judge it
 	measurements []measurement
 }

@@ -8,7 +8,7 @@
 #   test/bench/run.sh -only connect,setup    # some measurements, all their rounds
 #   test/bench/run.sh -only agent            # the agent beside 1,000 proxies, eight minutes
 #   test/bench/run.sh -json samples.json     # keep every sample
-#   test/bench/run.sh -readme README.md      # write the tables into it
+#   test/bench/run.sh -readme docs/benchmarks.md # write the tables into it
 #
 # It runs in a mount namespace of its own, so that even after a crash no network
 # namespace, no pin and no mount is left.

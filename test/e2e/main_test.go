@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-// Package e2e proves the walks of the README on real parts: one file per walk.
+// Package e2e proves the walks of docs/architecture.md on real parts: one file per walk.
 package e2e
 
 import (

@@ -15,7 +15,7 @@ import (
 )
 
 // How long an allocation that no plugin was called for stands open: a neighbour
-// dials its application until the guard refuses. The README's limits name the
+// dials its application until the guard refuses. docs/limits.md names the
 // medians.
 func TestTimeUntilTheGuard(t *testing.T) {
 	n := newMeshNode(t, false)

@@ -51,7 +51,7 @@ func main() {
 	flag.DurationVar(&o.timeout, "timeout", 30*time.Minute, "for one guest")
 	flag.IntVar(&o.parallel, "parallel", 3, "guests at a time")
 	flag.BoolVar(&o.shell, "shell", false, "boot one kernel and give a shell in it")
-	flag.BoolVar(&o.report, "report", false, "measure the programs on each kernel and write the table of README.md")
+	flag.BoolVar(&o.report, "report", false, "measure the programs on each kernel and write the table of docs/compatibility.md")
 	flag.BoolVar(&o.verbose, "v", false, "print what the guests print, as it comes")
 	flag.Parse()
 
@@ -141,7 +141,7 @@ func start(ctx context.Context, o options) error {
 		return err
 	}
 	if o.report {
-		return writeTable(filepath.Join(top, "README.md"), results)
+		return writeTable(filepath.Join(top, "docs", "compatibility.md"), results)
 	}
 	return summarize(os.Stdout, chosen, results)
 }

@@ -70,7 +70,7 @@ func TestEndedWhileNomadWasDown(t *testing.T) {
 	again := n.Run("testdata/jobs/ended.nomad.hcl", "id", "ended-new", "delay", "0s")
 	for group := range ports {
 		if got := n.Get(n.Neighbour(), url(group)); got.Reply != nil {
-			t.Errorf("the new allocation of group %s is reached: %s; README says that it is not", group, got)
+			t.Errorf("the new allocation of group %s is reached: %s; docs/limits.md says that it is not", group, got)
 		}
 	}
 	test.Eventually(t, func() error {
