@@ -52,6 +52,20 @@ format_c() {
 	files 'bpf/*.c' 'bpf/*.h' | xargs --no-run-if-empty clang-format --dry-run -Werror
 }
 
+links() {
+	files '*.md' | xargs go run ./test/docs
+}
+
+# What a stranger reads has a size that he reads.
+readme() {
+	local lines widest
+	lines=$(wc -l <README.md)
+	widest=$(wc -L <README.md)
+	((lines <= 150 && widest <= 100)) || { echo "README.md: $lines lines, at most 150; $widest columns, at most 100"; return 1; }
+}
+
+check 'links' links
+check 'size of the README' readme
 check 'lines of Go' budget "$GO_LINES" '*.go'
 check 'lines of C' budget "$C_LINES" '*.c' '*.h'
 check 'licence lines' licensed

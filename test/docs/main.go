@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Command docs checks that each link between the pages of the documentation leads to a page, and
+// to a heading of it, that exist. Its arguments are the pages.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+)
+
+func main() {
+	problems := check(os.Args[1:])
+	for _, problem := range problems {
+		fmt.Println(problem)
+	}
+	if len(problems) > 0 {
+		os.Exit(1)
+	}
+}
+
+// check returns a line for each link of the pages that leads nowhere.
+func check(pages []string) (problems []string) {
+	anchorsOf := make(map[string]map[string]bool) // by path; nil where the file is no page
+	for _, page := range pages {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			problems = append(problems, fmt.Sprintf("read page: %v", err))
+			continue
+		}
+		for _, link := range links(string(text)) {
+			if err := resolve(page, link, anchorsOf); err != nil {
+				problems = append(problems, fmt.Sprintf("%s: link %s: %v", page, link, err))
+			}
+		}
+	}
+	return problems
+}
+
+// resolve follows a link relative to the page that has it.
+func resolve(page, link string, anchorsOf map[string]map[string]bool) error {
+	if strings.Contains(link, "://") || strings.HasPrefix(link, "mailto:") {
+		return nil
+	}
+	target, anchor, _ := strings.Cut(link, "#")
+	path := page
+	if target != "" {
+		path = filepath.Join(filepath.Dir(page), target)
+	}
+	anchors, known := anchorsOf[path]
+	if !known {
+		text, err := os.ReadFile(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return errors.New("no such page")
+		case err == nil && strings.HasSuffix(path, ".md"):
+			anchors = anchorsIn(string(text))
+		}
+		anchorsOf[path] = anchors
+	}
+	if anchor != "" && !anchors[anchor] {
+		return errors.New("no such heading")
+	}
+	return nil
+}
+
+// prose is the page's lines outside of code blocks.
+func prose(text string) (lines []string) {
+	code := false
+	for line := range strings.SplitSeq(text, "\n") {
+		if strings.HasPrefix(strings.TrimSpace(line), "```") {
+			code = !code
+		} else if !code {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+func links(text string) (targets []string) {
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	for _, found := range link.FindAllStringSubmatch(strings.Join(prose(text), "\n"), -1) {
+		targets = append(targets, found[1])
+	}
+	return targets
+}
+
+// anchorsIn are the anchors that GitHub gives to a page's headings: lower case,
+// punctuation gone, spaces as hyphens, a number behind one that was there before.
+func anchorsIn(text string) map[string]bool {
+	anchors := make(map[string]bool)
+	dropped := regexp.MustCompile(`[^\p{L}\p{N}_ -]`)
+	for _, line := range prose(text) {
+		level := strings.IndexFunc(line, func(r rune) bool { return r != '#' })
+		if level < 1 || level > 6 || line[level] != ' ' {
+			continue
+		}
+		name := strings.ReplaceAll(dropped.ReplaceAllString(strings.ToLower(strings.TrimSpace(line[level:])), ""), " ", "-")
+		anchor := name
+		for n := 1; anchors[anchor]; n++ {
+			anchor = fmt.Sprintf("%s-%d", name, n)
+		}
+		anchors[anchor] = true
+	}
+	return anchors
+}
