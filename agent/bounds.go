@@ -4,6 +4,7 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -35,24 +36,27 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
 		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
 	}
-	response.Body = &boundedBody{body: response.Body, left: answerLimit}
+	response.Body = &boundedBody{body: response.Body, limit: answerLimit}
 	return response, nil
 }
 
-type boundedBody struct {
-	body io.ReadCloser
-	left int
-}
+var errTooLong = errors.New("the answer is too long")
 
-var errTooLong = fmt.Errorf("answer of more than %d bytes", answerLimit)
+// boundedBody ends after so many bytes.
+type boundedBody struct {
+	body  io.ReadCloser
+	limit int
+	read  int // of them
+}
 
 // Read is that of io.Reader.
 func (b *boundedBody) Read(buffer []byte) (int, error) {
-	if b.left <= 0 {
-		return 0, errTooLong
+	left := b.limit - b.read
+	if left <= 0 {
+		return 0, fmt.Errorf("%w: it has more than %d bytes", errTooLong, b.limit)
 	}
-	n, err := b.body.Read(buffer[:min(len(buffer), b.left)])
-	b.left -= n
+	n, err := b.body.Read(buffer[:min(len(buffer), left)])
+	b.read += n
 	return n, err
 }
 

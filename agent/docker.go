@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -46,17 +47,23 @@ type docker struct {
 	namespaces map[string]string // of pause containers, by container ID, asked once for each start
 }
 
+// What Docker may cost the agent.
 const (
 	dockerPatience = 10 * time.Second
 	dockerRetry    = 2 * time.Second
+	dockerHeaders  = 64 << 10 // bytes
 	dockerLimit    = 64 << 20 // bytes of an answer
+	elementLimit   = 1 << 20  // bytes of an event, and of a container in the list
+	eventsAtOnce   = 1024     // more wait in the socket
+	listRest       = 100 * time.Millisecond
+	listShare      = 4 // of the time that a list takes, until the next one
 )
 
 func newDocker(socket string, changed func()) *docker {
 	return &docker{
 		changed: changed, namespaces: make(map[string]string),
 		client: &http.Client{Transport: &http.Transport{
-			MaxConnsPerHost: 2, ResponseHeaderTimeout: dockerPatience,
+			MaxConnsPerHost: 2, ResponseHeaderTimeout: dockerPatience, MaxResponseHeaderBytes: dockerHeaders,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				return (&net.Dialer{Timeout: dockerPatience}).DialContext(ctx, "unix", socket)
 			},
@@ -96,44 +103,82 @@ func (d *docker) run(ctx context.Context) {
 	}
 }
 
-// follow reads everything once and again after each event, and returns when
-// Docker does not answer any more.
+// follow reads everything once and again after events, and returns when Docker
+// does not answer any more. However many events come, the list is asked for
+// with a rest in between: an event says that something changed, not what.
 func (d *docker) follow(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	stream, err := d.get(ctx, "/events", map[string][]string{
 		"type": {"container"}, "event": {"start", "die", "destroy"}, "label": {allocLabel},
 	})
 	if err != nil {
 		return err
 	}
-	defer stream.Close()
+	events, ended := make(chan string, eventsAtOnce), make(chan error, 1)
+	var reader sync.WaitGroup
+	reader.Go(func() { ended <- readEvents(ctx, stream, events) })
+	defer func() {
+		cancel() // which ends the stream too
+		reader.Wait()
+		_ = stream.Close()
+	}()
 	clear(d.namespaces)
-	if err := d.read(ctx); err != nil {
-		return err
-	}
-	events := json.NewDecoder(stream)
 	for {
-		var event struct{ Actor struct{ ID string } }
-		if err := events.Decode(&event); err != nil {
-			return fmt.Errorf("follow Docker: %w", err)
-		}
-		delete(d.namespaces, event.Actor.ID)
+		began := time.Now()
 		if err := d.read(ctx); err != nil {
 			return err
 		}
+		if _, alive := pause(ctx, max(listRest, listShare*time.Since(began)), nil); !alive {
+			return ctx.Err()
+		}
+		select {
+		case err := <-ended:
+			return err
+		case id := <-events:
+			delete(d.namespaces, id)
+		}
+		for range len(events) {
+			delete(d.namespaces, <-events)
+		}
 	}
+}
+
+// readEvents hands on the containers that events are about, until the stream
+// ends or has a line that no event is as long as.
+func readEvents(ctx context.Context, stream io.Reader, events chan<- string) error {
+	lines := bufio.NewScanner(stream)
+	lines.Buffer(nil, elementLimit)
+	for lines.Scan() {
+		if len(lines.Bytes()) == 0 {
+			continue
+		}
+		var event struct{ Actor struct{ ID string } }
+		if err := json.Unmarshal(lines.Bytes(), &event); err != nil {
+			return fmt.Errorf("follow Docker: read event: %w", err)
+		}
+		select {
+		case events <- event.Actor.ID:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	err := lines.Err()
+	switch {
+	case errors.Is(err, bufio.ErrTooLong):
+		err = fmt.Errorf("event of more than %d bytes", elementLimit)
+	case err == nil:
+		err = io.EOF
+	}
+	return fmt.Errorf("follow Docker: %w", err)
 }
 
 // read lists the containers and asks for the namespaces that are not known yet.
 func (d *docker) read(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, dockerPatience)
 	defer cancel()
-	var list []struct {
-		ID     string `json:"Id"`
-		Names  []string
-		State  string
-		Labels map[string]string
-	}
-	if err := d.ask(ctx, "/containers/json", map[string][]string{"label": {allocLabel}}, &list); err != nil {
+	list, err := d.list(ctx)
+	if err != nil {
 		return err
 	}
 	next := containers{NetNS: make(map[string]string), Tasks: make(map[string]string), Allocs: make(map[string]string)}
@@ -152,11 +197,12 @@ func (d *docker) read(ctx context.Context) error {
 			continue
 		}
 		netns, asked := d.namespaces[c.ID]
-		if !asked {
+		if !asked || isGone(netns) { // the event of its restart may be lost
+
 			var answer struct {
 				NetworkSettings struct{ SandboxKey string }
 			}
-			err := d.ask(ctx, "/containers/"+c.ID+"/json", nil, &answer)
+			err := d.ask(ctx, "/containers/"+c.ID+"/json", &answer)
 			if errors.Is(err, errNoContainer) {
 				continue // it ended
 			}
@@ -182,13 +228,53 @@ func (d *docker) read(ctx context.Context) error {
 
 var errNoContainer = errors.New("no such container")
 
-func (d *docker) ask(ctx context.Context, path string, filters map[string][]string, answer any) error {
-	body, err := d.get(ctx, path, filters)
+// container is one of the list.
+type container struct {
+	ID     string `json:"Id"`
+	Names  []string
+	State  string
+	Labels map[string]string
+}
+
+// list asks for the containers of allocations. One after the other is read, so
+// that neither one nor all can be longer than is right.
+func (d *docker) list(ctx context.Context) (list []container, err error) {
+	const path = "/containers/json"
+	body, err := d.get(ctx, path, map[string][]string{"label": {allocLabel}})
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	whole := &boundedBody{body: body, limit: dockerLimit}
+	element := &boundedBody{body: whole, limit: elementLimit}
+	answer := json.NewDecoder(element)
+	if _, err = answer.Token(); err != nil {
+		return nil, fmt.Errorf("ask Docker for %s: %w", path, err)
+	}
+	for answer.More() {
+		var c container
+		element.read = 0
+		if err := answer.Decode(&c); err != nil {
+			return nil, fmt.Errorf("ask Docker for %s: %w", path, err)
+		}
+		if isContainerID(c.ID) {
+			list = append(list, c)
+		}
+	}
+	if _, err = answer.Token(); err != nil {
+		return nil, fmt.Errorf("ask Docker for %s: %w", path, err)
+	}
+	return list, nil
+}
+
+// ask asks about one container.
+func (d *docker) ask(ctx context.Context, path string, answer any) error {
+	body, err := d.get(ctx, path, nil)
 	if err != nil {
 		return err
 	}
 	defer body.Close()
-	if err := json.NewDecoder(io.LimitReader(body, dockerLimit)).Decode(answer); err != nil {
+	if err := json.NewDecoder(&boundedBody{body: body, limit: elementLimit}).Decode(answer); err != nil {
 		return fmt.Errorf("ask Docker for %s: %w", path, err)
 	}
 	return nil
@@ -224,15 +310,19 @@ func (d *docker) get(ctx context.Context, path string, filters map[string][]stri
 // containerOf finds the ID of a container in the path of its cgroup, whatever
 // the driver: "/docker/<id>", "docker-<id>.scope", "libpod-<id>.scope".
 func containerOf(cgroup string) string {
-	const length = 64
 	for _, part := range slices.Backward(strings.Split(cgroup, "/")) {
 		part = strings.TrimSuffix(part, ".scope")
 		if i := strings.LastIndexByte(part, '-'); i >= 0 {
 			part = part[i+1:]
 		}
-		if len(part) == length && strings.Trim(part, "0123456789abcdef") == "" {
+		if isContainerID(part) {
 			return part
 		}
 	}
 	return ""
+}
+
+func isContainerID(text string) bool {
+	const length = 64
+	return len(text) == length && strings.Trim(text, "0123456789abcdef") == ""
 }

@@ -168,10 +168,9 @@ func (n *node) cookieOf(path string) uint64 {
 	return cookie
 }
 
-// Docker may start after the agent, end and come again.
-func TestDockerIsFoundWhenItStartsLater(t *testing.T) {
-	t.Parallel()
-	socket := filepath.Join(t.TempDir(), "docker.sock")
+// runDocker follows the Docker at a socket until the test ends.
+func runDocker(t *testing.T, socket string) *docker {
+	t.Helper()
 	d := newDocker(socket, func() {})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
@@ -183,6 +182,14 @@ func TestDockerIsFoundWhenItStartsLater(t *testing.T) {
 		cancel()
 		<-done
 	})
+	return d
+}
+
+// Docker may start after the agent, end and come again.
+func TestDockerIsFoundWhenItStartsLater(t *testing.T) {
+	t.Parallel()
+	socket := filepath.Join(t.TempDir(), "docker.sock")
+	d := runDocker(t, socket)
 	fake := newFakeDocker(t, socket)
 	test.Eventually(t, func() error {
 		if view := d.current(); view.NetNS[numbered(1)] != "/first" || view.Tasks[strings.Repeat("b", 64)] != "connect-proxy-web" || view.Error != "" {

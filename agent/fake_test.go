@@ -254,11 +254,17 @@ func newFakeDocker(t *testing.T, socket string) *httptest.Server {
 	mux.Handle("GET /containers/json", say(200, fmt.Sprintf(`[{"Id":%q,"Names":["/nomad_init_%s"],"State":"running",%s},
 		{"Id":%q,"Names":["/connect-proxy-web-%s"],"State":"running",%s}]`, pause, numbered(1), label, task, numbered(1), label)))
 	mux.Handle("GET /containers/"+pause+"/json", say(200, `{"NetworkSettings":{"SandboxKey":"/first"}}`))
+	return serveDocker(t, socket, mux)
+}
+
+// serveDocker answers on Docker's socket.
+func serveDocker(t *testing.T, socket string, engine http.Handler) *httptest.Server {
+	t.Helper()
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewUnstartedServer(mux)
+	server := httptest.NewUnstartedServer(engine)
 	server.Listener = listener
 	server.Start()
 	t.Cleanup(func() { endServer(server) })

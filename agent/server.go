@@ -13,10 +13,16 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/net/netutil"
 )
 
 // socketName is the agent's local API in the state directory.
 const socketName = "agent.sock"
+
+// telemetryConnections is how many may be open at a time: whoever can reach the
+// address must not use up the files that the agent may open.
+const telemetryConnections = 64
 
 // servers are what the agent shows itself on.
 type servers struct{ list []*http.Server }
@@ -37,6 +43,7 @@ func (a *Agent) listen() (*servers, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("listen for telemetry: %w", err), s.close())
 	}
+	public = netutil.LimitListener(public, telemetryConnections)
 	a.mu.Lock()
 	a.status.Telemetry = public.Addr().String()
 	a.mu.Unlock()
@@ -150,8 +157,9 @@ func ReadStatus(ctx context.Context, stateDir string) (Status, error) {
 	if response.StatusCode != http.StatusOK {
 		return Status{}, fmt.Errorf("ask agent: answer %s", response.Status)
 	}
+	const statusLimit = 64 << 20 // bytes; an allocation has one to two thousand
 	var status Status
-	if err := json.NewDecoder(response.Body).Decode(&status); err != nil {
+	if err := json.NewDecoder(&boundedBody{body: response.Body, limit: statusLimit}).Decode(&status); err != nil {
 		return Status{}, fmt.Errorf("ask agent: %w", err)
 	}
 	return status, nil
