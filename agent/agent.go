@@ -137,6 +137,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	for _, did := range loaded.Did {
 		a.log.Info("data path", "did", did)
 	}
+	for _, problem := range loaded.Problems {
+		a.log.Error("data path: a workload did not come along", "problem", problem)
+	}
 	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir, a.config.CNI.NetNSDir)...); err != nil {
 		return err
 	}

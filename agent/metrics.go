@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"errors"
 	"net/http"
 	"time"
 
@@ -100,9 +101,8 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 
 func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...string)) {
 	list, err := c.agent.datapath.Verdicts()
-	if err != nil {
+	if err != nil && !errors.Is(err, redirect.ErrUnreadable) { // the reconcile pass tells of those
 		c.agent.trouble("read verdicts", err)
-		return
 	}
 	refused := make(map[string]string)
 	for _, verdict := range redirect.AllVerdicts() {

@@ -84,7 +84,7 @@ func (v view) problems(address string) (list []redirect.Problem) {
 func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
 	var list []redirect.Problem
 	if a.discoveryError != "" {
-		list = append(list, redirect.Problem{What: a.discoveryError, Remedy: "see whether the agent can read cni { cache_dir }; until then nothing new is found or changed"})
+		list = append(list, redirect.Problem{What: a.discoveryError, Remedy: "see whether the agent can read cni { cache_dir } and its records in state_dir; until then nothing new is found or changed"})
 	}
 	list = append(list, consul.problems(a.config.Consul.Address)...)
 	if docker != "" {

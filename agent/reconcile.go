@@ -48,13 +48,14 @@ func (a *Agent) reconcile(now time.Time) {
 	a.arrived.Store(false)
 	cached, unreadable, err := a.cache.read()
 	if err != nil {
-		a.trouble("discover allocations", err)
-		a.mu.Lock()
-		a.discoveryError = err.Error()
-		a.mu.Unlock()
+		a.blind("discover allocations", err)
 		return
 	}
 	known, err := a.datapath.Known()
+	if err != nil && !errors.Is(err, redirect.ErrUnreadable) {
+		a.blind("read records", err) // all of them would look like lost ones
+		return
+	}
 	if err != nil {
 		unreadable = append(unreadable, err.Error())
 	}
@@ -87,6 +88,14 @@ func (a *Agent) reconcile(now time.Time) {
 	}
 	a.awaitRegistration(subjects, now)
 	a.publish(a.strays(subjects, consul, now))
+}
+
+// blind tells that nothing can be said of the node's allocations.
+func (a *Agent) blind(what string, err error) {
+	a.trouble(what, err)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.discoveryError = err.Error()
 }
 
 // containers is what Docker knows.

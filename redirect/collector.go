@@ -87,7 +87,7 @@ func (c *Collector) run() (freed int, err error) {
 		return 0, err
 	}
 	records, err := c.datapath.paths.readRecords()
-	if err != nil {
+	if err != nil && !errors.Is(err, ErrUnreadable) {
 		return 0, err
 	}
 	held, err := readHeld(tables)

@@ -73,8 +73,15 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	r, err := d.paths.readRecord(a.Key)
 	switch {
-	case errors.Is(err, ErrUnknown), errors.Is(err, errUnreadable):
+	case errors.Is(err, ErrUnknown):
 		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
+			return err
+		}
+	case errors.Is(err, ErrUnreadable):
+		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
+			return err
+		}
+		if err := d.paths.setAside(a.Key); err != nil {
 			return err
 		}
 	case err != nil:
@@ -138,7 +145,7 @@ func (d *Datapath) disown(r *record) error {
 		return err
 	}
 	records, err := d.paths.readRecords()
-	if err != nil && !errors.Is(err, errUnreadable) {
+	if err != nil && !errors.Is(err, ErrUnreadable) {
 		return err
 	}
 	for _, other := range records {
@@ -164,7 +171,7 @@ func (d *Datapath) Remove(key Key) error {
 func (d *Datapath) remove(key Key) error {
 	r, err := d.paths.readRecord(key)
 	// What an unreadable record stood for goes with its namespace; see sweep.
-	if errors.Is(err, ErrUnknown) || errors.Is(err, errUnreadable) {
+	if errors.Is(err, ErrUnknown) || errors.Is(err, ErrUnreadable) {
 		return d.paths.removeRecord(key)
 	}
 	if err != nil {
@@ -295,7 +302,11 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 func (d *Datapath) Collect(network string, valid []Key) (removed []Key, err error) {
 	err = d.paths.locked(func() error {
 		records, err := d.paths.readRecords()
-		problems := []error{err}
+		if err != nil && !errors.Is(err, ErrUnreadable) {
+			return err
+		}
+		// One that cannot be read names no network: its workload stays.
+		var problems []error
 		for _, r := range records {
 			if r.Request.Network != network || slices.Contains(valid, r.Key) {
 				continue

@@ -49,8 +49,9 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.begin(r); err != nil {
 			return changed, err
 		}
-		if before.Complete && !samePorts(before.Applied, workload) {
+		if !before.fresh && (!before.Complete || !samePorts(before.Applied, workload)) {
 			// Those that wait at the new ports already, before anybody is sent there.
+			// After a process that died half way nobody knows which ports are in force.
 			if _, err := adopt(tables, d.paths, ns, workload, r.Strangers); err != nil {
 				return changed, err
 			}
@@ -116,7 +117,10 @@ func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workl
 // rows and links that have no record at all.
 func (d *Datapath) sweep() error {
 	records, err := d.paths.readRecords()
-	problems := []error{err}
+	if err != nil && !errors.Is(err, ErrUnreadable) {
+		return err
+	}
+	var problems []error
 	owned := make(map[uint64]bool)
 	for _, r := range records {
 		owned[r.Cookie] = true

@@ -20,6 +20,8 @@ var (
 	ErrNetNSGone = errors.New("namespace is gone")
 	// ErrFull: a table of the node has no room for another row.
 	ErrFull = errors.New("table is full")
+	// ErrUnreadable: there is a record, but this version cannot read it.
+	ErrUnreadable = errors.New("record cannot be read")
 	// ErrConsulRules: Consul's own rules redirect the namespace already.
 	ErrConsulRules = errors.New("namespace is redirected by Consul's own iptables or nftables rules")
 )

@@ -16,22 +16,31 @@ import (
 type LoadResult struct {
 	Changed bool     `json:"changed"`
 	Did     []string `json:"did"` // one line per step, past tense
+	// Problems are workloads that did not come along, a line each. The others
+	// did: a bad one is no reason to leave the node as it was.
+	Problems []string `json:"problems"`
+}
 
-	// unrestored says which workloads on record did not come back. An operator
-	// must know; it is no reason to refuse another workload.
-	unrestored error
+// left notes what did not come along.
+func (r *LoadResult) left(problems []error) {
+	for _, err := range problems {
+		if err != nil {
+			r.Problems = append(r.Problems, err.Error())
+		}
+	}
 }
 
 // Load brings the node's programs and maps to this binary's version: it loads
 // them where there are none, swaps programs through their links where they are
 // of another version with the same layout, and re-attaches what somebody
-// detached. Connections and workloads are not disturbed. It refuses with
+// detached. Connections and workloads are not disturbed, and one of them that
+// cannot be brought along keeps none of the others: see LoadResult. It refuses with
 // ErrUnsupported where the kernel lacks a feature and with ErrIncompatible
 // where the maps have another layout.
 func (d *Datapath) Load() (result LoadResult, err error) {
 	err = d.paths.locked(func() error {
 		result, err = d.load(true)
-		return errors.Join(err, result.unrestored)
+		return err
 	})
 	return result, err
 }
@@ -101,7 +110,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	// The programs are attached already: a listener that opens now is not missed.
 	staged := New(d.paths)
 	staged.paths.PinDir = staging
-	restored, unrestored := staged.restore()
+	restored, problems := staged.restore()
 	// What a half-removed instance left is in the way of the rename.
 	if _, err := unpinAll(d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("remove incomplete pins: %w", err)
@@ -110,7 +119,9 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
 	did = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, did...)
-	return LoadResult{Changed: true, Did: append(did, restored...), unrestored: unrestored}, nil
+	result = LoadResult{Changed: true, Did: append(did, restored...)}
+	result.left(problems)
+	return result, nil
 }
 
 func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
@@ -163,18 +174,18 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 	if !renew {
 		return result, nil
 	}
-	if did, err = d.renewLookups(pinned); err != nil {
-		return result, err
-	}
+	did, problems := d.renewLookups(pinned)
 	result.Did = append(result.Did, did...)
+	result.left(problems)
 	row.Digest = digest()
 	return result, pinned.put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
-// renewLookups swaps the sk_lookup program of every workload.
-func (d *Datapath) renewLookups(pinned *tables) (did []string, err error) {
+// renewLookups swaps the sk_lookup program of every workload. One that it cannot
+// swap goes on with the program that it has, which reads the same tables.
+func (d *Datapath) renewLookups(pinned *tables) (did []string, problems []error) {
 	records, err := d.paths.readRecords()
-	problems := []error{err}
+	problems = append(problems, err)
 	for _, r := range records {
 		ns, err := r.open()
 		if errors.Is(err, ErrNetNSGone) {
@@ -190,28 +201,28 @@ func (d *Datapath) renewLookups(pinned *tables) (did []string, err error) {
 		}
 		did = append(did, "updated weir_lookup of "+r.Key.String())
 	}
-	return did, errors.Join(problems...)
+	return did, problems
 }
 
 // restore puts the workloads on record back after their maps were lost.
-func (d *Datapath) restore() (did []string, err error) {
+func (d *Datapath) restore() (did []string, problems []error) {
 	records, unreadable := d.paths.readRecords()
+	problems = append(problems, unreadable)
 	if len(records) == 0 {
-		return nil, unreadable
+		return nil, problems
 	}
 	pinned, err := openTables(d.paths.maps())
 	if err != nil {
-		return nil, err
+		return nil, append(problems, err)
 	}
 	defer pinned.Close()
-	problems := []error{unreadable}
 	for _, r := range records {
 		ns, err := r.open()
 		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}
 		if err != nil {
-			problems = append(problems, err)
+			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))
 			continue
 		}
 		r.Complete, r.fresh = false, true // the tables are new
@@ -225,5 +236,5 @@ func (d *Datapath) restore() (did []string, err error) {
 			did = append(did, "restored "+r.Key.String()+": "+what)
 		}
 	}
-	return did, errors.Join(problems...)
+	return did, problems
 }

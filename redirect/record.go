@@ -14,13 +14,18 @@ import (
 	"strings"
 )
 
-// errUnreadable: a record is no record. Nobody writes one; see writeRecord.
-var errUnreadable = errors.New("not a record")
+// recordSchema numbers the fields of a record. A field that is added does not
+// change it; one that means something else than before does.
+const recordSchema = 1
+
+// errNewer: the record is of a newer version, whose fields may mean something else.
+var errNewer = errors.New("a newer version wrote it")
 
 // record is what a node remembers of one workload, in a file of its own. It is
 // written before the first change to the kernel and removed after the last, so
 // that a process that dies in between leaves something to finish or to undo.
 type record struct {
+	Schema  int     `json:"schema"` // recordSchema; 0 in a record from before there were schemas
 	Key     Key     `json:"key"`
 	Request Request `json:"request"`
 	Overlay Overlay `json:"overlay,omitzero"`
@@ -71,7 +76,7 @@ func bootID() (string, error) {
 }
 
 // readRecord returns ErrUnknown where there is no record, or only one of an
-// earlier boot.
+// earlier boot, and ErrUnreadable where there is one that cannot be read.
 func (p Paths) readRecord(key Key) (*record, error) {
 	boot, err := bootID()
 	if err != nil {
@@ -86,11 +91,23 @@ func readRecordFile(path, boot string) (*record, error) {
 		return nil, ErrUnknown
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read record: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
+	}
+	// These first, one by one: the rest of a newer record may be of other types.
+	var header struct {
+		Schema int    `json:"schema"`
+		BootID string `json:"boot_id"`
+	}
+	whole := json.Unmarshal(data, &header) == nil
+	if whole && header.BootID != "" && header.BootID != boot {
+		return nil, ErrUnknown
+	}
+	if whole && header.Schema > recordSchema {
+		return nil, fmt.Errorf("%w: %s has schema %d, this version knows %d: %w", ErrUnreadable, path, header.Schema, recordSchema, errNewer)
 	}
 	r := new(record)
 	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("read record %s: %w: %w", path, errUnreadable, err)
+		return nil, fmt.Errorf("%w: %s: %w", ErrUnreadable, path, err)
 	}
 	if r.BootID != boot {
 		return nil, ErrUnknown
@@ -101,6 +118,7 @@ func readRecordFile(path, boot string) (*record, error) {
 // writeRecord replaces a record in one step. /run is in memory, so there is
 // nothing to sync.
 func (p Paths) writeRecord(r *record) error {
+	r.Schema = recordSchema
 	data, err := json.MarshalIndent(r, "", "  ")
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
@@ -119,7 +137,7 @@ func (p Paths) writeRecord(r *record) error {
 }
 
 func (p Paths) removeRecord(key Key) error {
-	for _, path := range []string{p.record(key) + ".tmp", p.record(key)} {
+	for _, path := range []string{p.record(key) + ".tmp", p.record(key) + asideSuffix, p.record(key)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove record: %w", err)
 		}
@@ -127,8 +145,20 @@ func (p Paths) removeRecord(key Key) error {
 	return nil
 }
 
+// asideSuffix is that of a record that could not be read, once it is out of the way.
+const asideSuffix = ".unreadable"
+
+// setAside moves a record that cannot be read out of the way of the one that
+// takes its place. It is kept for somebody to look at, until DEL.
+func (p Paths) setAside(key Key) error {
+	if err := os.Rename(p.record(key), p.record(key)+asideSuffix); err != nil {
+		return fmt.Errorf("set record aside: %w", err)
+	}
+	return nil
+}
+
 // readRecords returns every record of this boot. A record that cannot be read
-// does not hide the others; it comes back in the error.
+// does not hide the others: it comes back in the error, which is ErrUnreadable.
 func (p Paths) readRecords() ([]*record, error) {
 	entries, err := os.ReadDir(p.workloads())
 	if errors.Is(err, fs.ErrNotExist) {

@@ -138,15 +138,90 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	if err := os.RemoveAll(n.paths.PinDir); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Load(); err == nil || !strings.Contains(err.Error(), n.paths.record(broken)) {
-		t.Errorf("load: %v, want an error that names the file", err)
+	loaded, err := n.Load()
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0], n.paths.record(broken)) {
+		t.Errorf("load: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	a.works()
 	b.works()
+	staleDigest(t, n.Datapath)
+	loaded, err = n.Load()
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0], n.paths.record(broken)) {
+		t.Errorf("upgrade: %+v, %v; want a problem that names the file", loaded, err)
+	}
+	if status, err := n.Status(); err != nil || !status.Current {
+		t.Errorf("status after the upgrade: current %t, %v", status.Current, err)
+	}
+	for name, call := range map[string]func() error{
+		"GC":      func() error { return second(n.Collect("nomad", []Key{a.key, b.key})) },
+		"sweep":   func() error { return second(n.Sweep()) },
+		"collect": func() error { return second(n.NewCollector().Run()) },
+	} {
+		if err := call(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 	if err := n.Remove(broken); err != nil {
 		t.Errorf("remove of a workload whose record cannot be read: %v", err)
 	}
 	healthy(t, n.Datapath)
+}
+
+// A record that this version cannot read is no reason to lose it: it is kept
+// aside, and the workload gets one that this version can read.
+func TestRecordThatCannotBeReadIsMadeAnew(t *testing.T) {
+	for name, spoil := range map[string]func(text string) string{
+		"cut short":               func(text string) string { return text[:len(text)/2] },
+		"empty":                   func(string) string { return "" },
+		"a field of another type": func(text string) string { return strings.Replace(text, `"netns": "`, `"netns": {"path": "`, 1) + "}" },
+		"of a newer version":      func(text string) string { return strings.Replace(text, `"schema": 1`, `"schema": 2`, 1) },
+		"of a newer version, rewritten": func(text string) string {
+			return strings.Replace(strings.Replace(text, `"schema": 1`, `"schema": 2`, 1), `"request": {`, `"request": 7, "asked": {`, 1)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			a.add(full)
+			a.startProxy()
+			path := n.paths.record(a.key)
+			spoiled := spoil(readIfThere(t, path))
+			if err := os.WriteFile(path, []byte(spoiled), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := n.Check(a.key, a.Path); !errors.Is(err, ErrUnreadable) || !strings.Contains(err.Error(), path) {
+				t.Errorf("check: %v, want ErrUnreadable that names %s", err, path)
+			}
+			a.works()
+			a.add(full)
+			if kept := readIfThere(t, path+asideSuffix); kept != spoiled {
+				t.Errorf("set aside: %q, want what was there", kept)
+			}
+			a.works()
+			healthy(t, n.Datapath)
+			a.remove()
+			nothingLeft(t, n.Datapath)
+		})
+	}
+}
+
+// A record from before there were schemas is one of the first schema.
+func TestRecordWithoutASchemaIsRead(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(full)
+	path := n.paths.record(a.key)
+	text := readIfThere(t, path)
+	old := strings.Replace(text, "  \"schema\": 1,\n", "", 1)
+	if old == text {
+		t.Fatalf("no schema in %s", text)
+	}
+	if err := os.WriteFile(path, []byte(old), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) != 0 {
+		t.Errorf("check: mended %q, %v; want nothing", mended, err)
+	}
 }
 
 func TestUnreadableStateDirIsAnError(t *testing.T) {

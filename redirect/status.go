@@ -135,7 +135,7 @@ func (d *Datapath) status() (Status, error) {
 		return status, err
 	}
 	workloads, err := d.workloads(tables)
-	if errors.Is(err, errUnreadable) {
+	if errors.Is(err, ErrUnreadable) {
 		problem("remove the file and restart its allocation", "%v", err)
 	} else if err != nil {
 		return status, err
@@ -239,7 +239,7 @@ func (d *Datapath) Workloads() (list []WorkloadStatus, err error) {
 
 func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
 	records, unreadable := d.paths.readRecords()
-	if unreadable != nil && !errors.Is(unreadable, errUnreadable) {
+	if unreadable != nil && !errors.Is(unreadable, ErrUnreadable) {
 		return nil, unreadable
 	}
 	list := make([]WorkloadStatus, 0, len(records))
@@ -304,8 +304,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	}
 	defer ns.Close()
 	if !r.Complete {
-		problem(anew, "its ADD or CHECK did not finish")
-		return nil
+		problem(anew, "its ADD, CHECK or change did not finish")
 	}
 	written, err := tables.hasRows(r.Cookie, w, r.IPv6)
 	if err != nil {

@@ -45,7 +45,10 @@ func (d *Datapath) Mend() (did []string, err error) {
 	err = d.paths.locked(func() error {
 		result, err := d.load(false)
 		did = result.Did
-		return errors.Join(err, result.unrestored)
+		for _, problem := range result.Problems {
+			err = errors.Join(err, errors.New(problem))
+		}
+		return err
 	})
 	return did, err
 }
@@ -54,14 +57,17 @@ func (d *Datapath) Mend() (did []string, err error) {
 // were in, and returns the workloads that it took off the record.
 func (d *Datapath) Sweep() (removed []Key, err error) {
 	err = d.paths.locked(func() error {
-		before, unreadable := d.paths.readRecords()
+		before, err := d.paths.readRecords()
+		if err != nil && !errors.Is(err, ErrUnreadable) {
+			return err
+		}
 		swept := d.sweep()
 		for _, r := range before {
 			if _, gone := os.Lstat(d.paths.record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
 				removed = append(removed, r.Key)
 			}
 		}
-		return errors.Join(unreadable, swept)
+		return swept
 	})
 	return removed, err
 }

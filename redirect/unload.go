@@ -20,7 +20,7 @@ import (
 func (d *Datapath) Unload() (removed []string, err error) {
 	err = d.paths.locked(func() error {
 		records, err := d.paths.readRecords()
-		if err != nil && !errors.Is(err, errUnreadable) {
+		if err != nil && !errors.Is(err, ErrUnreadable) {
 			return err
 		}
 		if err != nil {

@@ -17,6 +17,9 @@ func newLoad(env env) *command {
 		if c.json {
 			return 0, c.printJSON(result)
 		}
+		for _, problem := range result.Problems {
+			c.ui.Error("did not come along: " + problem)
+		}
 		if !result.Changed {
 			c.ui.Output("nothing to do: the data path is loaded and of this version")
 			return 0, nil

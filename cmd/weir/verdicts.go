@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 
@@ -15,7 +16,9 @@ func newVerdicts(env env) *command {
 	all := c.flags.Bool("all", false, "also print verdicts that never happened")
 	c.do = func() (int, error) {
 		list, err := c.datapath().Verdicts()
-		if err != nil {
+		if errors.Is(err, redirect.ErrUnreadable) {
+			c.ui.Error("left out: " + err.Error())
+		} else if err != nil {
 			return 1, err
 		}
 		if c.json {

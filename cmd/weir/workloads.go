@@ -3,6 +3,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -25,7 +26,9 @@ func newWorkloads(env env) *command {
   own network, and "unclaimed" for a proxy that is no allocation's.`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		list, err := c.datapath().Workloads()
-		if err != nil {
+		if errors.Is(err, redirect.ErrUnreadable) {
+			c.ui.Error("left out: " + err.Error())
+		} else if err != nil {
 			return 1, err
 		}
 		view, running, dead := c.agent()
