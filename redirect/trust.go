@@ -22,8 +22,13 @@ func (d *Datapath) Trust(key Key, service string, cgroup uint64) error {
 		if len(w.Proxies) > 0 {
 			i = slices.IndexFunc(w.all(), func(p Sidecar) bool { return p.Service == service })
 		}
-		if i < 0 || !r.Complete {
+		if i < 0 {
 			return nil
+		}
+		if !r.Complete { // its seats are those in force only once that is finished
+			if _, err := d.ensure(tables, r, ns); err != nil {
+				return err
+			}
 		}
 		return tables.trust(d.paths, ns, w, w.seat(i), cgroup)
 	})
