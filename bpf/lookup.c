@@ -6,6 +6,7 @@
  * puts it in place of the marker before it loads the program. One program for
  * all namespaces would let one of them name another's connections.
  */
+#include "guard.h"
 #include "kernel.h"
 #include "maps.h"
 #include "origin.h"
@@ -96,12 +97,7 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 static __always_inline bool from_inside(const struct view *view, const struct addr *local,
 					const struct addr *remote)
 {
-	struct address *address;
-
-	if (addr_equal(local, remote) || addr_is_local(remote))
-		return true;
-	address = view_address(view, remote);
-	return address && address->kind == ADDRESS_OWN;
+	return addr_equal(local, remote) || addr_is_local(remote) || is_own(view, remote);
 }
 
 /* The outbound port of the proxy that owns the origin of an index, or 0 for the
@@ -116,19 +112,14 @@ static __always_inline __u16 owner(const struct view *view, __u32 index)
 	return address && address->kind == ADDRESS_PROXY ? address->port : 0;
 }
 
-/* What may come in beside the proxy's listener and the excluded ports. A
- * datagram to an ephemeral port may be the reply to one from here, and this
- * hook cannot tell: it is let in, and counted. */
-static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struct config *config,
-					  __u16 port, __u16 inbound_port)
+/* What may come in beside the proxy's listener and the excluded ports. */
+static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struct view *view,
+					  const struct addr *remote, __u16 inbound_port)
 {
-	if (ctx->protocol == IPPROTO_TCP) {
-		if (port == inbound_port)
-			return VERDICT_DIRECT;
-	} else if (port >= config->ephemeral_first && port <= config->ephemeral_last) {
-		return VERDICT_GUARD_EPHEMERAL;
-	}
-	return config->flags & CONFIG_ENFORCE ? VERDICT_REFUSED_GUARD : VERDICT_GUARD_AUDIT;
+	if (ctx->protocol != IPPROTO_TCP)
+		return guard_datagram(view, ctx->local_port, remote,
+				      bpf_ntohs(ctx->remote_port));
+	return ctx->local_port == inbound_port ? VERDICT_DIRECT : guard_refusal(view->config);
 }
 
 /* The rules of a new connection to this namespace; the first that matches
@@ -181,7 +172,7 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 				inbound_port = *row;
 		}
 		if (!tcp)
-			return guard(ctx, config, port, inbound_port);
+			return guard(ctx, view, remote, inbound_port);
 		if (!inbound_port)
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
 		port = inbound_port;

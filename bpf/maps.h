@@ -12,6 +12,10 @@
 #define MAX_ROWS 262144
 #define MAX_ORIGINS 1048576
 #define LISTENER_SLOTS 64
+/* A workload holds so many flows at most, one in each slot. */
+#define FLOW_SLOTS 128
+#define FLOW_SHIFT 25 /* of 32 bits the upper 7 */
+#define MAX_FLOWS 65536
 
 /* What lets a connection go on, in the order of the rules; then what concerns a
  * listener, and never a connection; then what refuses one, to the end, so that a
@@ -138,6 +142,21 @@ enum listener_role {
 	LISTENER_INBOUND6 = 4,
 };
 
+/* A workload's slot for a datagram that an unconnected socket sent. */
+struct flow_key {
+	__u64 cookie;
+	__u32 slot; /* below FLOW_SLOTS */
+	__u32 pad;
+};
+
+struct flow {
+	__u64 sent_ns; /* CLOCK_MONOTONIC (coarse) of the last datagram */
+	struct addr remote;
+	__u16 remote_port;
+	__u16 local_port;
+	__u32 pad;
+};
+
 struct listener_key {
 	__u64 cookie;
 	enum listener_role role;
@@ -196,6 +215,7 @@ struct event {
  *   budgets, origins, indexes the kernel    as workloads; origins by the collector
  *   listeners   sockops       sk_lookup     the socket closes
  *   releases    the collector connect       as workloads
+ *   flows       sendmsg       sk_lookup     as workloads; the next in its slot
  *   verdicts    every hook    user space    as workloads
  */
 struct {
@@ -288,6 +308,14 @@ struct {
 	__type(key, struct listener_key);
 	__type(value, __u64);
 } listeners SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_FLOWS);
+	__type(key, struct flow_key);
+	__type(value, struct flow);
+} flows SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -16,6 +16,7 @@
  *   getpeername  weir_peername4/6
  *   recvfrom     weir_recvmsg4/6  DNS only
  */
+#include "guard.h"
 #include "kernel.h"
 #include "maps.h"
 #include "origin.h"
@@ -105,6 +106,8 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 	else
 		return 1;
 	verdict = fit(sk, dial, datagram, verdict);
+	if (datagram && view.config && !is_refusal(verdict))
+		flow_remember(&view, sk->src_port, &dial->destination, dial->destination_port);
 	/* A datagram that is left alone says nothing of the ones before it. */
 	if (datagram && verdict == VERDICT_UDP)
 		return 1;

@@ -151,6 +151,22 @@ const (
 	bpfExclusionKindEXCLUSION_LISTENER bpfExclusionKind = 4
 )
 
+type bpfFlow struct {
+	_          structs.HostLayout
+	SentNs     uint64
+	Remote     bpfAddr
+	RemotePort uint16
+	LocalPort  uint16
+	Pad        uint32
+}
+
+type bpfFlowKey struct {
+	_      structs.HostLayout
+	Cookie uint64
+	Slot   uint32
+	Pad    uint32
+}
+
 type bpfIndexKey struct {
 	_      structs.HostLayout
 	Cookie uint64
@@ -268,6 +284,7 @@ const (
 	bpfMapDials           = "dials"
 	bpfMapEvents          = "events"
 	bpfMapExclusions      = "exclusions"
+	bpfMapFlows           = "flows"
 	bpfMapIndexes         = "indexes"
 	bpfMapListeners       = "listeners"
 	bpfMapOrigins         = "origins"
@@ -358,6 +375,7 @@ type bpfMapSpecs struct {
 	Dials      *ebpf.MapSpec `ebpf:"dials"`
 	Events     *ebpf.MapSpec `ebpf:"events"`
 	Exclusions *ebpf.MapSpec `ebpf:"exclusions"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
 	Indexes    *ebpf.MapSpec `ebpf:"indexes"`
 	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
 	Origins    *ebpf.MapSpec `ebpf:"origins"`
@@ -402,6 +420,7 @@ type bpfMaps struct {
 	Dials      *ebpf.Map `ebpf:"dials"`
 	Events     *ebpf.Map `ebpf:"events"`
 	Exclusions *ebpf.Map `ebpf:"exclusions"`
+	Flows      *ebpf.Map `ebpf:"flows"`
 	Indexes    *ebpf.Map `ebpf:"indexes"`
 	Listeners  *ebpf.Map `ebpf:"listeners"`
 	Origins    *ebpf.Map `ebpf:"origins"`
@@ -422,6 +441,7 @@ func (m *bpfMaps) Close() error {
 		m.Dials,
 		m.Events,
 		m.Exclusions,
+		m.Flows,
 		m.Indexes,
 		m.Listeners,
 		m.Origins,

@@ -20,8 +20,9 @@ var (
 )
 
 const (
-	listenerSlots = 64 // LISTENER_SLOTS
-	indexFirst    = 1  // INDEX_FIRST
+	listenerSlots = 64  // LISTENER_SLOTS
+	flowSlots     = 128 // FLOW_SLOTS
+	indexFirst    = 1   // INDEX_FIRST
 
 	listensOutbound = 1 << 8 // LISTENS_OUTBOUND
 )

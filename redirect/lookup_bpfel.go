@@ -25,6 +25,7 @@ const (
 	lookupMapDials       = "dials"
 	lookupMapEvents      = "events"
 	lookupMapExclusions  = "exclusions"
+	lookupMapFlows       = "flows"
 	lookupMapIndexes     = "indexes"
 	lookupMapListeners   = "listeners"
 	lookupMapOrigins     = "origins"
@@ -93,6 +94,7 @@ type lookupMapSpecs struct {
 	Dials      *ebpf.MapSpec `ebpf:"dials"`
 	Events     *ebpf.MapSpec `ebpf:"events"`
 	Exclusions *ebpf.MapSpec `ebpf:"exclusions"`
+	Flows      *ebpf.MapSpec `ebpf:"flows"`
 	Indexes    *ebpf.MapSpec `ebpf:"indexes"`
 	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
 	Origins    *ebpf.MapSpec `ebpf:"origins"`
@@ -137,6 +139,7 @@ type lookupMaps struct {
 	Dials      *ebpf.Map `ebpf:"dials"`
 	Events     *ebpf.Map `ebpf:"events"`
 	Exclusions *ebpf.Map `ebpf:"exclusions"`
+	Flows      *ebpf.Map `ebpf:"flows"`
 	Indexes    *ebpf.Map `ebpf:"indexes"`
 	Listeners  *ebpf.Map `ebpf:"listeners"`
 	Origins    *ebpf.Map `ebpf:"origins"`
@@ -157,6 +160,7 @@ func (m *lookupMaps) Close() error {
 		m.Dials,
 		m.Events,
 		m.Exclusions,
+		m.Flows,
 		m.Indexes,
 		m.Listeners,
 		m.Origins,

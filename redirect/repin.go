@@ -17,7 +17,7 @@ import (
 // mapNames are the node's tables, each pinned under its name.
 func mapNames() []string {
 	return []string{
-		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions", "indexes",
+		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions", "flows", "indexes",
 		"listeners", "origins", "proxies", "releases", "verdicts", "workloads",
 	}
 }

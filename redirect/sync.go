@@ -243,6 +243,11 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 	if err := m.eraseOrigins(cookie); err != nil {
 		return err
 	}
+	for slot := range uint32(flowSlots) {
+		if err := m.drop("flows", bpfFlowKey{Cookie: cookie, Slot: slot}); err != nil {
+			return err
+		}
+	}
 	for _, name := range []string{"verdicts", "budgets", "releases"} {
 		if err := m.drop(name, cookie); err != nil {
 			return err
