@@ -12,9 +12,10 @@ build: ## Build bin/weir and bin/weir-cni, both static
 	$(GOBUILD) -o bin/weir ./cmd/weir
 	$(GOBUILD) -o bin/weir-cni ./cmd/weir-cni
 
-generate: ## Compile the eBPF programs and generate their Go bindings (Debian bookworm's clang)
+generate: ## Compile the eBPF programs (Debian bookworm's clang), generate bindings and the tables of docs/
 	test/tools/setup.sh build
 	go generate ./redirect
+	WEIR_UPDATE_DOCS=1 go test -count=1 -run '^TestReference' ./agent ./cmd/weir
 
 lint: ## Check formatting, imports between packages, file sizes and common mistakes
 	test/tools/setup.sh build lint

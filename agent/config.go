@@ -22,13 +22,14 @@ import (
 )
 
 // Config is the agent's configuration, defaults filled in. Its HCL is a file or
-// a directory of files; what a later file says wins over an earlier one.
+// a directory of files; what a later file says wins over an earlier one. The
+// comment behind a field is its line in docs/configuration.md.
 type Config struct {
-	PinDir     string           `hcl:"pin_dir,optional"`
-	StateDir   string           `hcl:"state_dir,optional"`
-	CgroupRoot string           `hcl:"cgroup_root,optional"`
-	LogLevel   string           `hcl:"log_level,optional"` // debug, info, warn, error
-	LogJSON    bool             `hcl:"log_json,optional"`
+	PinDir     string           `hcl:"pin_dir,optional"`     // directory of maps, programs and links; the plugin must have the same
+	StateDir   string           `hcl:"state_dir,optional"`   // directory of records and of the agent's socket; the plugin must have the same
+	CgroupRoot string           `hcl:"cgroup_root,optional"` // root of cgroup v2; empty: found in mountinfo
+	LogLevel   string           `hcl:"log_level,optional"`   // `debug`, `info`, `warn`, `error`
+	LogJSON    bool             `hcl:"log_json,optional"`    // log lines as JSON
 	Consul     *ConsulConfig    `hcl:"consul,block"`
 	Guard      *GuardConfig     `hcl:"guard,block"`
 	Proxy      *ProxyConfig     `hcl:"proxy,block"`
@@ -40,50 +41,49 @@ type Config struct {
 // ConsulConfig says how the local Consul agent is reached. Its keys are those
 // of Nomad's own consul block where both have one.
 type ConsulConfig struct {
-	Enabled    bool   `hcl:"enabled,optional"`
-	Address    string `hcl:"address,optional"` // host:port, or http://, https://, unix://
-	Token      string `hcl:"token,optional"`
-	TokenFile  string `hcl:"token_file,optional"` // read again before each request
-	Namespace  string `hcl:"namespace,optional"`  // "*": all that the token may read
-	Partition  string `hcl:"partition,optional"`
-	SSL        bool   `hcl:"ssl,optional"`
-	VerifySSL  bool   `hcl:"verify_ssl,optional"`
-	CAFile     string `hcl:"ca_file,optional"` // read again, as the next three, for each connection
-	CAPath     string `hcl:"ca_path,optional"`
-	CertFile   string `hcl:"cert_file,optional"`
-	KeyFile    string `hcl:"key_file,optional"`
-	ServerName string `hcl:"tls_server_name,optional"`
-	// Watch keeps one blocking query open, so that a change is seen at once.
-	Watch bool `hcl:"watch,optional"`
+	Enabled    bool   `hcl:"enabled,optional"`         // whether Consul is asked at all
+	Address    string `hcl:"address,optional"`         // `host:port`, or a URL with `http://`, `https://` or `unix://`
+	Token      string `hcl:"token,optional"`           // ACL token
+	TokenFile  string `hcl:"token_file,optional"`      // file with the ACL token, read again before each request
+	Namespace  string `hcl:"namespace,optional"`       // Consul Enterprise; `*`: all that the token may read
+	Partition  string `hcl:"partition,optional"`       // Consul Enterprise
+	SSL        bool   `hcl:"ssl,optional"`             // HTTPS
+	VerifySSL  bool   `hcl:"verify_ssl,optional"`      // whether Consul's certificate is verified
+	CAFile     string `hcl:"ca_file,optional"`         // certificates of the authority, read again for each connection
+	CAPath     string `hcl:"ca_path,optional"`         // directory of such files, read again for each connection
+	CertFile   string `hcl:"cert_file,optional"`       // client certificate, read again for each connection
+	KeyFile    string `hcl:"key_file,optional"`        // its key, read again for each connection
+	ServerName string `hcl:"tls_server_name,optional"` // name that Consul's certificate must have
+	Watch      bool   `hcl:"watch,optional"`           // keep a blocking query open, so that a change is seen at once
 }
 
 // GuardConfig is the node's guard. A job may ask for a stronger one.
 type GuardConfig struct {
-	Default string `hcl:"default,optional"`
+	Default string `hcl:"default,optional"` // `off`, `audit`, `enforce`; a job strengthens it, never weakens it
 }
 
 // ProxyConfig is what is assumed of proxies that no plugin was told about.
 type ProxyConfig struct {
-	DefaultUID uint32 `hcl:"default_uid,optional"`
+	DefaultUID uint32 `hcl:"default_uid,optional"` // UID of proxies that no plugin was told about
 }
 
 // CNIConfig says where the node keeps the results of CNI, and what the plugin
 // lets a job decide. The plugin reads the latter by itself.
 type CNIConfig struct {
-	CacheDir         string   `hcl:"cache_dir,optional"`
-	NetNSDir         string   `hcl:"netns_dir,optional"` // where Nomad makes namespaces
-	JobArgs          []string `hcl:"job_args,optional"`
-	ConsulExclusions bool     `hcl:"consul_exclusions,optional"`
+	CacheDir         string   `hcl:"cache_dir,optional"`         // libcni's cache, of which `results` is read
+	NetNSDir         string   `hcl:"netns_dir,optional"`         // where Nomad makes network namespaces
+	JobArgs          []string `hcl:"job_args,optional"`          // which arguments `weir.*` a job may set, these and no others; read by the plugin
+	ConsulExclusions bool     `hcl:"consul_exclusions,optional"` // whether a `transparent_proxy` block may exclude outbound ports, CIDRs and UIDs; read by the plugin
 }
 
 // DockerConfig says where Docker's engine API is. A node need not have it.
 type DockerConfig struct {
-	Socket string `hcl:"socket,optional"` // empty: Docker is not asked
+	Socket string `hcl:"socket,optional"` // Docker's engine API; empty: Docker is not asked
 }
 
 // TelemetryConfig says where metrics and health are shown.
 type TelemetryConfig struct {
-	Listen string `hcl:"listen,optional"` // host:port; empty: nowhere
+	Listen string `hcl:"listen,optional"` // `host:port` of `/metrics` and `/health`; empty: nowhere
 }
 
 // DefaultConfig is the configuration of a node whose files say nothing.

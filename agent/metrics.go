@@ -25,6 +25,7 @@ func (a *Agent) metrics() http.Handler {
 // twice and a workload that is gone leaves no series behind.
 type collector struct {
 	agent *Agent
+	all   []*prometheus.Desc // in the order of docs/metrics.md
 
 	verdicts, workloads, inStep           *prometheus.Desc
 	consulInStep, consulHidden, proxies   *prometheus.Desc
@@ -34,10 +35,12 @@ type collector struct {
 }
 
 func newCollector(agent *Agent) *collector {
+	var all []*prometheus.Desc
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
-		return prometheus.NewDesc("weir_"+name, help, labels, nil)
+		all = append(all, prometheus.NewDesc("weir_"+name, help, labels, nil))
+		return all[len(all)-1]
 	}
-	return &collector{
+	c := &collector{
 		agent:          agent,
 		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", "alloc", "job", "group", "verdict", "refused"),
 		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
@@ -53,10 +56,16 @@ func newCollector(agent *Agent) *collector {
 		actions:        desc("actions_total", "What the agent did.", "action"),
 		healthy:        desc("healthy", "Whether the data path is whole and the loop turns."),
 	}
+	c.all = all
+	return c
 }
 
 // Describe is that of prometheus.Collector.
-func (c *collector) Describe(out chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, out) }
+func (c *collector) Describe(out chan<- *prometheus.Desc) {
+	for _, desc := range c.all {
+		out <- desc
+	}
+}
 
 // Collect is that of prometheus.Collector.
 func (c *collector) Collect(out chan<- prometheus.Metric) {
