@@ -3,6 +3,8 @@
 package cni
 
 import (
+	"encoding/json"
+
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
@@ -11,9 +13,10 @@ import (
 type Attached struct {
 	Key     redirect.Key
 	Job     redirect.Job
-	Network string // its name
-	NetNS   string // path
-	Cookie  uint64 // of the namespace; 0 where the record is of an earlier boot
+	Network string          // its name
+	NetNS   string          // path
+	Cookie  uint64          // of the namespace; 0 where the record is of an earlier boot
+	Ports   json.RawMessage // the host ports, as libcni handed them over; nil: none
 }
 
 // Networks lists the networks on record, those of ended namespaces too. What
@@ -22,7 +25,7 @@ func Networks(stateDir string) ([]Attached, error) {
 	attachments, err := network.Attachments(stateDir)
 	list := make([]Attached, 0, len(attachments))
 	for _, a := range attachments {
-		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie})
+		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie, Ports: a.Ports})
 	}
 	return list, err
 }

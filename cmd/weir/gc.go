@@ -170,26 +170,3 @@ func (e emptyOnes) unknown(list []ended.Attachment) error {
 	}
 	return errors.Join(problems...)
 }
-
-// leftoverLines say for status what gc would find.
-func (c *command) leftoverLines() string {
-	list, err := c.leftovers(ended.Node{Paths: c.paths.Or(redirect.PathsFromEnv(c.getenv))}).Find()
-	count := map[ended.State]int{}
-	for _, a := range list {
-		count[a.State]++
-	}
-	var lines []string
-	if n := count[ended.Gone]; n > 0 {
-		lines = append(lines, fmt.Sprintf("left behind: the network of %s that is over, take it away with 'weir gc'", countOf(n, "allocation")))
-	}
-	if n := count[ended.Empty]; n > 0 {
-		lines = append(lines, fmt.Sprintf("empty: nothing runs in the namespace of %s, which is over or about to start a task, see 'weir gc -dry-run'", countOf(n, "allocation")))
-	}
-	if err != nil {
-		lines = append(lines, fmt.Sprintf("left behind: not known in full: %v", err))
-	}
-	if len(lines) == 0 {
-		return ""
-	}
-	return "\n\n" + strings.Join(lines, "\n")
-}

@@ -140,22 +140,3 @@ func TestGCJSON(t *testing.T) {
 }
 `})
 }
-
-func TestStatusNamesWhatIsLeftBehind(t *testing.T) {
-	n := leftBehind()
-	n.status = healthy()
-	n.status.Maps, n.status.Links = nil, nil
-	want(t, try(t, n, nil, "status"), outcome{stdout: `healthy: 2 workloads
-
-pins         /sys/fs/bpf/weir
-records      /run/weir
-attached to  /sys/fs/cgroup
-programs     -
-changes      wait for running programs by membarrier
-
-agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
-
-left behind: the network of 1 allocation that is over, take it away with 'weir gc'
-empty: nothing runs in the namespace of 1 allocation, which is over or about to start a task, see 'weir gc -dry-run'
-`})
-}

@@ -19,8 +19,10 @@ func newStatus(env env) *command {
   last lines say how the agent stands to Consul and what it mended since it began.
 
   The exit code is 0 when all is well and 1 when something is wrong, which
-  includes that nothing is loaded, and that an agent which should run does not
-  answer. Where none was started nothing is wrong: the data path works without.`).withPaths().withJSON()
+  includes that nothing is loaded, that an agent which should run does not answer,
+  and that an allocation which ended holds a host port of one that runs. Where no
+  agent was started nothing is wrong, as the data path works without, and the first
+  line tells so: jobs without transparent_proxy are not guarded then.`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		status, err := c.datapath().Status()
 		if err != nil {
@@ -36,6 +38,8 @@ func newStatus(env env) *command {
 				status.Problems = append(status.Problems, problem)
 			}
 		}
+		leftovers, shadowed := c.leftBehind()
+		status.Problems = append(status.Problems, shadowed...)
 		code := 0
 		if !status.Healthy() {
 			code = 1
@@ -47,14 +51,15 @@ func newStatus(env env) *command {
 			}
 			return code, c.printJSON(whole)
 		}
-		text := c.renderStatus(status)
+		text := c.renderStatus(status, running)
 		switch {
 		case running:
 			text += "\n\n" + c.summary(view, time.Now())
 		case dead.What == "":
-			text += "\n\nagent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir"
+			text += "\n\nagent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir\n" +
+				"  next: " + startAgent
 		}
-		c.ui.Output(text + c.leftoverLines())
+		c.ui.Output(text + leftovers)
 		return code, nil
 	}
 	return c
@@ -82,12 +87,22 @@ func summarise(view agent.Status) *agentSummary {
 	return summary
 }
 
-func (c *command) renderStatus(status redirect.Status) string {
+// startAgent is how a node gets one.
+const startAgent = "'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it"
+
+// renderStatus is the view of the data path. Its first line tells where no agent
+// answers: all that only has an upstream is without a guard then.
+func (c *command) renderStatus(status redirect.Status, agent bool) string {
 	var text strings.Builder
-	if status.Healthy() {
+	switch problems := "not healthy: " + countOf(len(status.Problems), "problem"); {
+	case !status.Healthy() && agent:
+		fmt.Fprintln(&text, c.paint(red, problems))
+	case !status.Healthy():
+		fmt.Fprintln(&text, c.paint(red, problems+"; no agent answers, so plain connect jobs are not guarded"))
+	case agent:
 		fmt.Fprintln(&text, c.paint(green, "healthy: "+countOf(status.Workloads, "workload")))
-	} else {
-		fmt.Fprintln(&text, c.paint(red, "not healthy: "+countOf(len(status.Problems), "problem")))
+	default:
+		fmt.Fprintln(&text, c.paint(yellow, "healthy: "+countOf(status.Workloads, "workload")+"; no agent runs, so plain connect jobs are not guarded"))
 	}
 	text.WriteString(c.renderProblems("", status.Problems))
 	if !status.Loaded {

@@ -74,6 +74,7 @@ type Attachment struct {
 	Network string       `json:"network"` // its name; empty where only the namespace is left
 	NetNS   string       `json:"netns"`   // path
 	State   State        `json:"state"`
+	Shadows []Shadow     `json:"shadows,omitempty"` // host ports that are somebody else's by now
 
 	list       *libcni.NetworkConfigList // as it was at ADD; nil: libcni knows nothing of it
 	args       map[string]any            // capabilities, as they were
@@ -85,6 +86,7 @@ type Attachment struct {
 	cookies    []uint64                  // of namespaces of it
 	interfaces []netInterface            // inside, as libcni has them
 	addresses  []netip.Addr              // inside, where libcni has no interface
+	ports      []hostPort
 }
 
 // Find lists the attachments that nothing uses, in the order of their keys. What
@@ -99,8 +101,10 @@ func (n Node) Find() ([]Attachment, error) {
 		return nil, errors.Join(problems, err)
 	}
 	var list []Attachment
+	var running []*Attachment
 	for _, a := range all {
 		if a.State, err = uses.of(a); errors.Is(err, ErrInUse) {
+			running = append(running, a)
 			continue
 		} else if err != nil {
 			problems = errors.Join(problems, fmt.Errorf("allocation %s: %w", a.Key.ContainerID, err))
@@ -108,7 +112,7 @@ func (n Node) Find() ([]Attachment, error) {
 		}
 		list = append(list, *a)
 	}
-	return list, problems
+	return list, errors.Join(problems, findShadows(list, running))
 }
 
 // attachments joins what libcni, both kinds of records and Nomad's directory know.
@@ -128,6 +132,10 @@ func (n Node) attachments() ([]*Attachment, error) {
 		a.built = true
 		a.Job, a.Network = cmp.Or(a.Job, recorded.Job), cmp.Or(a.Network, recorded.Network)
 		a.lived(recorded.NetNS, recorded.Cookie)
+		if len(a.ports) == 0 && recorded.Cookie != 0 { // libcni forgot them
+			a.ports, err = parsePorts(recorded.Ports)
+			problems = append(problems, err)
+		}
 	}
 	workloads, err := redirect.New(n.Paths).Known()
 	problems = append(problems, err)
@@ -175,6 +183,11 @@ func (n Node) cached(at func(redirect.Key) *Attachment) error {
 		a := at(redirect.Key{ContainerID: cached.ContainerID, IfName: cached.IfName})
 		a.Job, a.Network, a.list, a.args = job, cached.Network, list, cached.CapabilityArgs
 		a.lived(cached.NetNS, 0)
+		if n.ofThisBoot(cached) {
+			if a.ports, err = portsOf(cached.CapabilityArgs); err != nil {
+				problems = append(problems, fmt.Errorf("CNI result of allocation %s: %w", job.AllocID, err))
+			}
+		}
 		result, err := library.GetNetworkListCachedResult(list, a.runtime(""))
 		if err == nil {
 			err = a.describe(result)

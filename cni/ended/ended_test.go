@@ -60,12 +60,12 @@ func newNode(t *testing.T, network string) *node {
 			t.Errorf("unload: %v", err)
 		}
 	})
-	n.add()
+	n.add(allocationID, n.alloc)
 	return n
 }
 
 // add is Nomad's ADD of a transparent allocation with a static host port.
-func (n *node) add() {
+func (n *node) add(id string, alloc *test.NetNS) {
 	n.t.Helper()
 	content, err := os.ReadFile("../../deploy/" + n.network + ".conflist")
 	if err != nil {
@@ -79,9 +79,9 @@ func (n *node) add() {
 		n.t.Fatal(err)
 	}
 	runtime := &libcni.RuntimeConf{
-		ContainerID: allocationID, NetNS: n.alloc.Path, IfName: "eth0",
+		ContainerID: id, NetNS: alloc.Path, IfName: "eth0",
 		Args: [][2]string{
-			{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", allocationID}, {"NOMAD_JOB_ID", "demo"}, {"NOMAD_GROUP_NAME", "web"},
+			{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", id}, {"NOMAD_JOB_ID", "demo"}, {"NOMAD_GROUP_NAME", "web"},
 			{"CONSUL_IPTABLES_CONFIG", `{"ProxyUserID":"101","ProxyInboundPort":20000,"ProxyOutboundPort":15001}`},
 		},
 		CapabilityArgs: map[string]any{"portMappings": []map[string]any{{"hostPort": 18080, "containerPort": 8080, "protocol": "tcp"}}},

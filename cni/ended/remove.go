@@ -86,7 +86,7 @@ func (a *Attachment) runtime(netNS string) *libcni.RuntimeConf {
 
 func (n Node) library() *libcni.CNIConfig {
 	path := filepath.SplitList(n.cniPath())
-	return libcni.NewCNIConfigWithCacheDir(path, cmp.Or(n.CacheDir, DefaultCacheDir), &runner{
+	return libcni.NewCNIConfigWithCacheDir(path, n.cacheDir(), &runner{
 		DefaultExec: invoke.DefaultExec{
 			RawExec:       &invoke.RawExec{Stderr: n.notes()},
 			PluginDecoder: version.PluginDecoder{},
@@ -96,6 +96,8 @@ func (n Node) library() *libcni.CNIConfig {
 }
 
 func (n Node) cniPath() string { return cmp.Or(n.CNIPath, DefaultCNIPath) }
+
+func (n Node) cacheDir() string { return cmp.Or(n.CacheDir, DefaultCacheDir) }
 
 func (n Node) notes() io.Writer {
 	if n.Notes == nil {

@@ -3,6 +3,7 @@
 package network
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,8 +19,9 @@ import (
 // Recorded is an attachment on record.
 type Recorded struct {
 	Attachment
-	Network string // its name
-	Cookie  uint64 // of its namespace; 0 where the record is of an earlier boot
+	Network string          // its name
+	Cookie  uint64          // of its namespace; 0 where the record is of an earlier boot
+	Ports   json.RawMessage // PortMappings of its configuration
 }
 
 // Attachments lists the attachments on record, those of ended namespaces too.
@@ -32,7 +34,7 @@ func Attachments(stateDir string) ([]Recorded, error) {
 	records, err := New(Config{}, stateDir).readRecords()
 	list := make([]Recorded, 0, len(records))
 	for _, r := range records {
-		recorded := Recorded{Attachment: r.Attachment, Network: r.Name}
+		recorded := Recorded{Attachment: r.Attachment, Network: r.Name, Ports: r.PortMappings}
 		if r.BootID == boot {
 			recorded.Cookie = r.Cookie
 		}

@@ -79,8 +79,16 @@ func TestEndedWhileNomadWasDown(t *testing.T) {
 		}
 		return nil
 	}, "the agent to name the allocation that is over")
-	status := n.Command("weir", "status")
-	for _, line := range []string{"the network of 1 allocation that is over", "the namespace of 2 allocations"} {
+	status, err := n.Try("weir", "status")
+	if err == nil {
+		t.Errorf("status is content although three services cannot be reached:\n%s", status)
+	}
+	lines := []string{"the network of 1 allocation that is over", "the namespace of 2 allocations", "run 'weir gc'"}
+	for group, port := range ports {
+		lines = append(lines, fmt.Sprintf("ended-old/%[1]s/%[2]s has no process any more and still holds host port %[3]s/tcp of ended-new/%[1]s/%[4]s, which runs",
+			group, ids[group][:8], port, again.Alloc(group).ID[:8]))
+	}
+	for _, line := range lines {
 		if !strings.Contains(status, line) || strings.Contains(status, "not under Weir") {
 			t.Errorf("status does not say %q:\n%s", line, status)
 		}

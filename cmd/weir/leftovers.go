@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/weirmesh/weir/cni/ended"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// leftBehind says for status what gc would find: in lines, and as problems where
+// something that runs suffers from it.
+func (c *command) leftBehind() (lines string, problems []redirect.Problem) {
+	list, err := c.leftovers(ended.Node{Paths: c.paths.Or(redirect.PathsFromEnv(c.getenv))}).Find()
+	count := map[ended.State]int{}
+	for _, a := range list {
+		count[a.State]++
+		problems = append(problems, shadowProblems(a)...)
+	}
+	var all []string
+	if n := count[ended.Gone]; n > 0 {
+		all = append(all, fmt.Sprintf("left behind: the network of %s that is over, take it away with 'weir gc'", countOf(n, "allocation")))
+	}
+	if n := count[ended.Empty]; n > 0 {
+		all = append(all, fmt.Sprintf("empty: nothing runs in the namespace of %s, which is over or about to start a task, see 'weir gc -dry-run'", countOf(n, "allocation")))
+	}
+	if err != nil {
+		all = append(all, fmt.Sprintf("left behind: not known in full: %v", err))
+	}
+	if len(all) == 0 {
+		return "", problems
+	}
+	return "\n\n" + strings.Join(all, "\n"), problems
+}
+
+// shadowProblems says which connections a network that is left behind takes from
+// others.
+func shadowProblems(a ended.Attachment) (list []redirect.Problem) {
+	remedy := "run 'weir gc'"
+	if a.State == ended.Empty {
+		id := short(a.Key.ContainerID)
+		remedy = fmt.Sprintf("where 'nomad alloc status %s' says that it ended, run 'weir gc -empty %s'", id, id)
+	}
+	for _, shadow := range a.Shadows {
+		owner := "on which a process of the node itself listens"
+		if shadow.By != nil {
+			owner = "of " + name(shadow.Job.ID, shadow.Job.Group, *shadow.By) + ", which runs"
+		}
+		list = append(list, redirect.Problem{
+			What: fmt.Sprintf("allocation %s has no process any more and still holds host port %d/%s %s: connections to it from outside are lost",
+				nameOf(a), shadow.Port, shadow.Protocol, owner),
+			Remedy: remedy,
+		})
+	}
+	return list
+}

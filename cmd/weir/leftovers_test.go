@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni/ended"
+	"github.com/weirmesh/weir/redirect"
+)
+
+func TestStatusNamesWhatIsLeftBehind(t *testing.T) {
+	n := leftBehind()
+	n.status = healthy()
+	n.status.Maps, n.status.Links = nil, nil
+	want(t, try(t, n, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
+
+pins         /sys/fs/bpf/weir
+records      /run/weir
+attached to  /sys/fs/cgroup
+programs     -
+changes      wait for running programs by membarrier
+
+agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
+
+left behind: the network of 1 allocation that is over, take it away with 'weir gc'
+empty: nothing runs in the namespace of 1 allocation, which is over or about to start a task, see 'weir gc -dry-run'
+`})
+}
+
+// A host port that leads to an ended allocation is a port of a service that cannot
+// be reached: the node is not healthy, whatever runs on it.
+func TestStatusOfPortsThatLeadNowhere(t *testing.T) {
+	n := leftBehind()
+	n.status, n.agent = healthy(), &agent.Status{}
+	heir := redirect.Key{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
+	n.left[0].Shadows = []ended.Shadow{{Port: 28101, Protocol: "tcp", By: &heir, Job: redirect.Job{ID: "demo", Group: "new"}}}
+	n.left[1].Shadows = []ended.Shadow{{Port: 8443, Protocol: "udp"}}
+	wanted := []redirect.Problem{{
+		What:   "allocation demo/web/0b5d0c1e has no process any more and still holds host port 28101/tcp of demo/new/77aa00bb, which runs: connections to it from outside are lost",
+		Remedy: "run 'weir gc'",
+	}, {
+		What:   "allocation demo/db/6e1d0a01 has no process any more and still holds host port 8443/udp on which a process of the node itself listens: connections to it from outside are lost",
+		Remedy: "where 'nomad alloc status 6e1d0a01' says that it ended, run 'weir gc -empty 6e1d0a01'",
+	}}
+	got := try(t, n, nil, "status")
+	if got.code != 1 || !strings.HasPrefix(got.stdout, "not healthy: 2 problems\n  "+wanted[0].What+"\n    remedy: run 'weir gc'\n  "+wanted[1].What+"\n") {
+		t.Errorf("status ends with %d:\n%s", got.code, got.stdout)
+	}
+	got = try(t, n, nil, "status", "-json")
+	var told struct{ Problems []redirect.Problem }
+	if err := json.Unmarshal([]byte(got.stdout), &told); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(wanted, told.Problems); got.code != 1 || diff != "" {
+		t.Errorf("status -json ends with %d (-want +got):\n%s", got.code, diff)
+	}
+}
