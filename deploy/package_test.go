@@ -81,7 +81,8 @@ chroot "$disk/root" sh -euxc '
 	chmod 755 /opt/cni/bin/consul-cni
 	dpkg -i /weir.deb
 	test ! -e /opt/cni/bin/weir
-	weir install -replace
+	weir install -replace | grep "systemctl enable --now weir-agent"
+	weir install | grep "systemctl enable --now weir-agent" # still the next step
 	test "$(readlink /opt/cni/bin/consul-cni)" = weir
 	test ! -e /etc/systemd/system/weir-agent.service # the package has the unit
 	/opt/cni/bin/consul-cni | grep "^consul-cni v1"

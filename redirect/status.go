@@ -104,7 +104,7 @@ func (d *Datapath) status() (Status, error) {
 	tables, err := openTables(d.paths.maps())
 	switch {
 	case errors.Is(err, ErrNotLoaded):
-		problem("run 'weir load'", "the data path is not loaded: no workload is redirected")
+		problem("start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
 		return status, nil
 	case errors.Is(err, ErrIncompatible):
 		problem("drain the node, run 'weir unload' and load this version", "%v", err)

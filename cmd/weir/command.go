@@ -30,6 +30,7 @@ type env struct {
 	ui         cli.Ui
 	getenv     func(string) string
 	terminal   bool // standard output is one
+	uid        int  // effective user ID of this process
 	open       func(redirect.Paths) datapath
 	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
 	unit       func() bool                                                      // whether systemd is to run the agent on this node
@@ -62,12 +63,13 @@ type command struct {
 	paths    redirect.Paths
 	json     bool
 	verbose  bool
+	asUser   func() bool // whether it can do its work without root
 	do       func() (code int, err error)
 }
 
 // newCommand makes a command with the flags that all commands have.
 func newCommand(env env, name, synopsis, about string) *command {
-	c := &command{env: env, name: name, synopsis: synopsis, about: about}
+	c := &command{env: env, name: name, synopsis: synopsis, about: about, asUser: func() bool { return false }}
 	c.flags = flag.NewFlagSet(name, flag.ContinueOnError)
 	c.flags.SetOutput(io.Discard) // Run tells errors itself
 	c.flags.Usage = func() {}
@@ -115,6 +117,10 @@ func (c *command) Run(args []string) int {
 	}
 	if err != nil {
 		c.ui.Error(fmt.Sprintf("weir %s: %v\nFor the options: weir %s -help", c.name, err, c.name))
+		return 1
+	}
+	if c.uid != 0 && !c.asUser() {
+		c.ui.Error(c.paint(red, fmt.Sprintf("weir %s: root is needed, and this is user ID %d: run it with sudo, or as root", c.name, c.uid)))
 		return 1
 	}
 	code, err := c.do()
@@ -183,9 +189,10 @@ func (c *command) printJSON(value any) error {
 }
 
 const (
-	red   = "31"
-	green = "32"
-	bold  = "1"
+	red    = "31"
+	green  = "32"
+	yellow = "33"
+	bold   = "1"
 )
 
 // paint gives text a colour where somebody can see it.

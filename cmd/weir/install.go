@@ -40,7 +40,11 @@ func newInstall(env env) *command {
 	plugin := c.flags.String("plugin", "", "`file` of weir-cni (default: beside this program, or in ../lib/weir)")
 	replace := c.flags.Bool("replace", false, "keep files of others that are in the way aside, as NAME.weir-saved")
 	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")
+	c.asUser = func() bool { return node.Root != "" || *dryRun }
 	c.do = func() (int, error) {
+		if c.uid != 0 && node.Root == "" {
+			c.ui.Warn(fmt.Sprintf("note: this is user ID %d: the installation itself needs root", c.uid))
+		}
 		source, packaged, err := c.source(*plugin)
 		if err != nil {
 			return 1, err
@@ -58,7 +62,9 @@ func newInstall(env env) *command {
 		report := installReport{DryRun: *dryRun, Steps: steps, Remarks: node.Remarks()}
 		if !*dryRun {
 			report.Steps, err = steps.Run()
-			report.Next = afterInstall(node, report.Steps)
+		}
+		if err == nil {
+			report.Next = c.afterInstall(node, report, packaged)
 		}
 		return 0, errors.Join(err, c.tellInstall(report))
 	}
@@ -134,15 +140,25 @@ func isFile(path string) bool {
 	return err == nil && info.Mode().IsRegular()
 }
 
-// afterInstall is what is left for the operator.
-func afterInstall(node *deploy.Node, done deploy.Steps) (next []string) {
-	if !done.Changes() || node.Root != "" {
+// afterInstall is what is left for the operator: also where nothing was to be done,
+// as after an installation that was made and never started.
+func (c *command) afterInstall(node *deploy.Node, report installReport, packaged bool) (next []string) {
+	changed := report.Steps.Changes()
+	switch {
+	case node.Root != "":
 		return nil
-	}
-	if node.Layout.CNIPath != "" {
+	case report.DryRun && changed:
+		return []string{"the same command without -dry-run"}
+	case changed && node.Layout.CNIPath != "":
 		next = append(next, "restart Nomad's client (from Nomad 1.11.2 on a SIGHUP will do): it looks at plugins when it starts; what runs goes on")
 	}
-	if node.Layout.Units != "" {
+	enabled := c.unit()
+	switch {
+	case packaged && enabled && changed:
+		next = append(next, "systemctl restart weir-agent")
+	case packaged && !enabled:
+		next = append(next, "systemctl enable --now weir-agent")
+	case !packaged && node.Layout.Units != "" && (changed || !enabled):
 		next = append(next, "systemctl daemon-reload && systemctl enable weir-agent && systemctl restart weir-agent")
 	}
 	return append(next, "weir status")

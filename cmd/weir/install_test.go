@@ -117,6 +117,43 @@ func TestInstallFromAPackage(t *testing.T) {
 	}
 }
 
+// The next step is said after every installation, also after one that had nothing to
+// do: it may never have been followed.
+func TestNextStepAfterInstall(t *testing.T) {
+	const (
+		nomad     = "restart Nomad's client (from Nomad 1.11.2 on a SIGHUP will do): it looks at plugins when it starts; what runs goes on"
+		own       = "systemctl daemon-reload && systemctl enable weir-agent && systemctl restart weir-agent"
+		installed = "systemctl enable --now weir-agent"
+	)
+	some, none := deploy.Steps{{Do: deploy.Create, Path: "/x"}}, deploy.Steps{{Do: deploy.Keep, Path: "/x"}}
+	packaged := deploy.DefaultLayout()
+	packaged.Bin, packaged.Units, packaged.Config = "", "", ""
+	for _, each := range []struct {
+		name   string
+		layout deploy.Layout
+		report installReport
+		unit   bool // is enabled
+		want   []string
+	}{
+		{"from a tarball", deploy.DefaultLayout(), installReport{Steps: some}, false, []string{nomad, own, "weir status"}},
+		{"again", deploy.DefaultLayout(), installReport{Steps: none}, false, []string{own, "weir status"}},
+		{"again, where systemd runs it", deploy.DefaultLayout(), installReport{Steps: none}, true, []string{"weir status"}},
+		{"another version", deploy.DefaultLayout(), installReport{Steps: some}, true, []string{nomad, own, "weir status"}},
+		{"from the package", packaged, installReport{Steps: some}, false, []string{nomad, installed, "weir status"}},
+		{"from the package again", packaged, installReport{Steps: none}, false, []string{installed, "weir status"}},
+		{"another version of the package", packaged, installReport{Steps: some}, true, []string{nomad, "systemctl restart weir-agent", "weir status"}},
+		{"only said", packaged, installReport{Steps: some, DryRun: true}, false, []string{"the same command without -dry-run"}},
+	} {
+		t.Run(each.name, func(t *testing.T) {
+			c := &command{env: env{unit: func() bool { return each.unit }}}
+			got := c.afterInstall(&deploy.Node{Layout: each.layout}, each.report, each.layout == packaged)
+			if diff := cmp.Diff(each.want, got); diff != "" {
+				t.Errorf("next (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
 func TestUninstallRefuses(t *testing.T) {
 	test.Need(t, test.Root)
 	alive := test.NewNetNS(t)

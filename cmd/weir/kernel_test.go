@@ -44,13 +44,13 @@ func TestOnAKernel(t *testing.T) {
 		}
 	}
 
-	expect("1 not healthy: 1 problem", "status")
+	expect("1 not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded", "status")
 	if got := first(weir(t.Context(), "load")); !strings.HasPrefix(got, "0 created ") {
 		t.Errorf("weir load: got %q, want what it created", got)
 	}
 	t.Cleanup(func() { weir(context.Background(), "unload") })
 	expect("0 nothing to do: the data path is loaded and of this version", "load")
-	expect("0 healthy: 0 workloads", "status")
+	expect("0 healthy: 0 workloads; no agent runs, so plain connect jobs are not guarded", "status")
 
 	ns := test.NewNetNS(t)
 	getenv := func(name string) string { return environment[name] }
@@ -65,7 +65,7 @@ func TestOnAKernel(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	expect("0 healthy: 1 workload", "status")
+	expect("0 healthy: 1 workload; no agent runs, so plain connect jobs are not guarded", "status")
 
 	ctx, stop := context.WithCancel(t.Context())
 	events := cli.NewMockUi()
@@ -105,7 +105,7 @@ func TestOnAKernel(t *testing.T) {
 
 	expect("0 removed workload 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01-eth0", "unload")
 	expect("0 nothing to do: nothing is loaded", "unload")
-	expect("1 not healthy: 1 problem", "status")
+	expect("1 not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded", "status")
 }
 
 // weirTo runs the program on the kernel and shows what it says on ui.

@@ -22,9 +22,12 @@ func newLoad(env env) *command {
 		}
 		if !result.Changed {
 			c.ui.Output("nothing to do: the data path is loaded and of this version")
-			return 0, nil
+		} else {
+			c.ui.Output(strings.Join(result.Did, "\n"))
 		}
-		c.ui.Output(strings.Join(result.Did, "\n"))
+		if _, running, _ := c.agent(); !running {
+			c.ui.Output("no agent answers, so plain connect jobs are not guarded; next: " + startAgent)
+		}
 		return 0, nil
 	}
 	return c

@@ -28,6 +28,7 @@ func main() {
 		ui:         &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
 		getenv:     os.Getenv,
 		terminal:   notTerminal == nil,
+		uid:        os.Geteuid(),
 		open:       func(paths redirect.Paths) datapath { return redirect.New(paths) },
 		ask:        agent.ReadStatus,
 		unit:       unitEnabled,

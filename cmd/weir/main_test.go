@@ -33,6 +33,7 @@ type node struct {
 	agent    *agent.Status // nil: none runs
 	silence  error         // why none answers; nil: it has no socket
 	unit     bool          // systemd is to run one
+	uid      int           // who runs the program
 	program  string        // the CLI's file
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
@@ -90,6 +91,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		ui:       ui,
 		getenv:   func(name string) string { return environment[name] },
 		terminal: terminal,
+		uid:      n.uid,
 		open: func(paths redirect.Paths) datapath {
 			n.paths = paths
 			return n
@@ -197,9 +199,44 @@ func TestVersion(t *testing.T) {
 }
 
 func TestLoad(t *testing.T) {
-	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n"})
+	const next = "no agent answers, so plain connect jobs are not guarded; " +
+		"next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it\n"
+	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n" + next})
 	n := &node{load: redirect.LoadResult{Changed: true, Did: []string{"created maps", "attached connect4"}}}
+	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n" + next})
+	n.agent = &agent.Status{}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n"})
+}
+
+// Without root a command tells that first, and nothing else: what a user may read of
+// a node is not what is there.
+func TestWithoutRoot(t *testing.T) {
+	n := leftBehind()
+	n.uid, n.status, n.program = 1000, healthy(), "/nowhere/weir"
+	for name := range commands(env{}) {
+		variants := [][]string{{name}}
+		switch name {
+		case "version":
+			continue
+		case "gc", "uninstall":
+			variants = append(variants, []string{name, "-dry-run"})
+		}
+		for _, args := range variants {
+			want(t, try(t, n, nil, args...), outcome{
+				code: 1, stderr: "weir " + name + ": root is needed, and this is user ID 1000: run it with sudo, or as root\n",
+			})
+		}
+	}
+	// It changes nothing, and what it reads is for all to read.
+	if got := try(t, n, nil, "install", "-dry-run"); !strings.HasPrefix(got.stderr, "note: this is user ID 1000: the installation itself needs root\n") {
+		t.Errorf("weir install -dry-run = %+v", got)
+	}
+	if got := try(t, n, nil, "version"); got.code != 0 {
+		t.Errorf("weir version = %+v", got)
+	}
+	if got := try(t, n, nil, "status", "-help"); got.code != 0 || !strings.HasPrefix(got.stdout, "Usage: weir status") {
+		t.Errorf("weir status -help = %+v", got)
+	}
 }
 
 // verifierError says more under %+v, as the library's does.

@@ -30,7 +30,7 @@ func healthy() redirect.Status {
 }
 
 func TestStatus(t *testing.T) {
-	want(t, try(t, &node{status: healthy()}, nil, "status"), outcome{stdout: `healthy: 2 workloads
+	want(t, try(t, &node{status: healthy()}, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
 
 pins         /sys/fs/bpf/weir
 records      /run/weir
@@ -43,6 +43,7 @@ origins    1048576       8196 KiB
 workloads  16384         129 KiB
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }
 
@@ -50,11 +51,12 @@ func TestStatusNotLoaded(t *testing.T) {
 	status := redirect.Status{Problems: []redirect.Problem{
 		{What: "the data path is not loaded: no workload is redirected", Remedy: "run 'weir load'"},
 	}}
-	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 1 problem
+	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded
   the data path is not loaded: no workload is redirected
     remedy: run 'weir load'
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }
 
@@ -65,7 +67,7 @@ func TestStatusWithProblems(t *testing.T) {
 		{What: "link connect4 is gone", Remedy: "run 'weir load'"},
 		{What: "workload 0b5d0c1e-eth0: its namespace is gone", Remedy: "run CNI DEL or GC; nothing of it is in use"},
 	}
-	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 2 problems
+	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 2 problems; no agent answers, so plain connect jobs are not guarded
   link connect4 is gone
     remedy: run 'weir load'
   workload 0b5d0c1e-eth0: its namespace is gone
@@ -78,6 +80,7 @@ programs     -
 changes      wait for running programs by membarrier
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }
 
@@ -171,8 +174,9 @@ func TestStatusWithoutAnAgent(t *testing.T) {
 			c.node.status = healthy()
 			got, asJSON := try(t, &c.node, c.environment, "status"), try(t, &c.node, c.environment, "status", "-json")
 			if c.want == "" {
-				if got.code != 0 || asJSON.code != 0 || !strings.HasSuffix(got.stdout, "are under Weir\n") {
-					t.Errorf("codes %d and %d, output:\n%s\nwant 0 and a word about the agent", got.code, asJSON.code, got.stdout)
+				if got.code != 0 || asJSON.code != 0 || !strings.HasPrefix(got.stdout, "healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded\n") ||
+					!strings.Contains(got.stdout, "next: 'systemctl enable --now weir-agent'") {
+					t.Errorf("codes %d and %d, output:\n%s\nwant 0, a first line that tells of the agent, and the next step", got.code, asJSON.code, got.stdout)
 				}
 				return
 			}

@@ -57,6 +57,7 @@ func newUninstall(env env) *command {
 	node, layout := c.withNode()
 	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect, their guard and the care for their networks")
 	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")
+	c.asUser = func() bool { return node.Root != "" }
 	c.do = func() (int, error) {
 		if err := layout(); err != nil {
 			return 1, err
