@@ -28,6 +28,7 @@ type collector struct {
 	all   []*prometheus.Desc // in the order of docs/metrics.md
 
 	verdicts, workloads, inStep           *prometheus.Desc
+	eventsLost                            *prometheus.Desc
 	consulInStep, consulHidden, proxies   *prometheus.Desc
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
@@ -43,6 +44,7 @@ func newCollector(agent *Agent) *collector {
 	c := &collector{
 		agent:          agent,
 		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", "alloc", "job", "group", "verdict", "refused"),
+		eventsLost:     desc("events_lost_total", "Events that a reader of 'weir events' did not get.", "alloc", "job", "group"),
 		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
 		inStep:         desc("workload_in_step", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
 		consulInStep:   desc("consul_in_step", "Whether the last read of Consul succeeded."),
@@ -118,6 +120,7 @@ func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...st
 		refused[verdict.String()] = map[bool]string{true: "true", false: "false"}[verdict.Refused()]
 	}
 	for _, w := range list {
+		counter(c.eventsLost, w.EventsLost, w.Key.String(), w.Job, w.Group)
 		for verdict, count := range w.Counts {
 			counter(c.verdicts, count, w.Key.String(), w.Job, w.Group, verdict, refused[verdict])
 		}

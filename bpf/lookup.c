@@ -26,10 +26,8 @@ static __always_inline __u64 own_cookie(void)
 static __always_inline void emit(struct bpf_sk_lookup *ctx, __u64 cookie, const struct addr *local,
 				 const struct addr *remote, enum verdict verdict)
 {
-	struct event *event;
+	struct event *event = event_reserve(count(cookie, verdict));
 
-	count(cookie, verdict);
-	event = event_reserve();
 	if (!event)
 		return;
 	event->cookie = cookie;

@@ -58,7 +58,16 @@ enum verdict {
 
 struct verdict_counts {
 	__u64 count[VERDICT_MAX];
+	__u64 events_lost; /* that a reader asked for and does not get */
+	__u64 event_due;   /* CLOCK_MONOTONIC: when its share of the ring is whole again */
 };
+
+/* A quarter of the ring is for whoever comes first. The rest is for workloads
+ * within their share: so many events at once, and one more each interval. */
+#define EVENTS_BYTES (1 << 20)
+#define EVENTS_FREE_FOR_ALL (EVENTS_BYTES / 4)
+#define EVENT_INTERVAL_NS (1000000000ull / 128)
+#define EVENT_BURST 256
 
 /* Which generation of a workload's rows is in force. Written by user space as
  * the last step of a change; a generation is never used twice on a node, so a
@@ -348,7 +357,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
-	__uint(max_entries, 1 << 20); /* bytes */
+	__uint(max_entries, EVENTS_BYTES);
 	__type(value, struct event);  /* says what a record is; the map itself has no values */
 } events SEC(".maps");
 

@@ -34,10 +34,8 @@ static __always_inline int refuse(int errno)
 static __always_inline void emit(const struct view *view, const struct dial *dial,
 				 enum verdict verdict)
 {
-	struct event *event;
+	struct event *event = event_reserve(count(view->cookie, verdict));
 
-	count(view->cookie, verdict);
-	event = event_reserve();
 	if (!event)
 		return;
 	event->cookie = view->cookie;

@@ -262,8 +262,10 @@ const (
 )
 
 type bpfVerdictCounts struct {
-	_     structs.HostLayout
-	Count [27]uint64
+	_          structs.HostLayout
+	Count      [27]uint64
+	EventsLost uint64
+	EventDue   uint64
 }
 
 type bpfWorkload struct {

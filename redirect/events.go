@@ -24,6 +24,10 @@ var ErrBusy = errors.New("events have another reader")
 // themselves when a reader died without a word.
 const eventLease = 5 * time.Second
 
+// EventsLost is the verdict of an Event that is no connection: it tells how many
+// events of a workload the reader does not get.
+const EventsLost = ^Verdict(0)
+
 // Event is one connection and what was decided about it.
 type Event struct {
 	Time        time.Time      `json:"time"`
@@ -37,11 +41,14 @@ type Event struct {
 	PID         uint32         `json:"pid"`
 	Cgroup      uint64         `json:"cgroup"`
 	Command     string         `json:"command"`
+	Lost        uint64         `json:"lost,omitempty"` // with EventsLost: how many, since the last such event
 }
 
 // Events delivers every connection of every workload from now on, until ctx
 // ends, which is no error, or deliver returns one. One reader at a time:
-// ErrBusy otherwise. Events that the reader is too slow for are lost.
+// ErrBusy otherwise. A workload has its share of the ring, which no other takes
+// from it; what a reader is too slow for is lost, and an event with the verdict
+// EventsLost says so, per workload, at most a second later and at the end.
 func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err error) {
 	lock, err := os.OpenFile(d.paths.eventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
@@ -69,6 +76,10 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 	defer reader.Close()
 	defer func() { err = errors.Join(err, tables.lease(0)) }()
 	since := monotonicNow() // what a former reader left in the ring is older
+	lost := lostEvents{told: make(map[uint64]uint64)}
+	if _, err := lost.count(tables); err != nil { // ... and so is what it lost
+		return err
+	}
 	resolved := func(event Event) error { return deliver(tables.withOrigin(event)) }
 	for ctx.Err() == nil {
 		if err := tables.lease(eventLease); err != nil {
@@ -77,8 +88,17 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 		if err := drain(ctx, reader, since, resolved); err != nil {
 			return err
 		}
+		if err := lost.tell(tables, deliver); err != nil {
+			return err
+		}
 	}
-	return nil
+	if err := tables.lease(0); err != nil {
+		return err
+	}
+	if err := lost.rest(reader, since, resolved); err != nil {
+		return err
+	}
+	return lost.tell(tables, deliver)
 }
 
 // drain delivers events that are not older than since until a fifth of the
@@ -96,9 +116,9 @@ func drain(ctx context.Context, reader *ringbuf.Reader, since uint64, deliver fu
 		if err != nil {
 			return fmt.Errorf("read events: %w", err)
 		}
-		var row bpfEvent
-		if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &row); err != nil {
-			return fmt.Errorf("decode event: %w", err)
+		row, err := decodeRecord(record)
+		if err != nil {
+			return err
 		}
 		if row.TimeNs < since {
 			continue
@@ -108,6 +128,13 @@ func drain(ctx context.Context, reader *ringbuf.Reader, since uint64, deliver fu
 		}
 	}
 	return nil
+}
+
+func decodeRecord(record ringbuf.Record) (row bpfEvent, err error) {
+	if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &row); err != nil {
+		return row, fmt.Errorf("decode event: %w", err)
+	}
+	return row, nil
 }
 
 // lease asks the programs for events for that long; 0 ends it.

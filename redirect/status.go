@@ -351,6 +351,8 @@ type WorkloadVerdicts struct {
 	Group  string            `json:"group"`
 	Cookie uint64            `json:"cookie,string"`
 	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out
+
+	EventsLost uint64 `json:"events_lost"` // that a reader of events did not get
 }
 
 // Verdicts returns the counters of every workload on record, beside an error
@@ -363,28 +365,28 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 	defer tables.Close()
 	records, unreadable := d.paths.readRecords()
 	for _, r := range records {
-		counts, err := tables.verdicts(r.Cookie)
+		counts, lost, err := tables.verdicts(r.Cookie)
 		if err != nil {
 			return nil, err
 		}
 		list = append(list, WorkloadVerdicts{Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID,
-			Group: r.Request.Job.Group, Cookie: r.Cookie, Counts: counts})
+			Group: r.Request.Job.Group, Cookie: r.Cookie, Counts: counts, EventsLost: lost})
 	}
 	return list, unreadable
 }
 
-func (t *tables) verdicts(cookie uint64) (map[string]uint64, error) {
+func (t *tables) verdicts(cookie uint64) (counts map[string]uint64, eventsLost uint64, err error) {
 	var row bpfVerdictCounts
 	if _, err := t.get("verdicts", cookie, &row); err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	counts := make(map[string]uint64)
+	counts = make(map[string]uint64)
 	for i, count := range row.Count {
 		if count > 0 {
 			counts[Verdict(i).String()] = count
 		}
 	}
-	return counts, nil
+	return counts, row.EventsLost, nil
 }
 
 // monotonicNow is the clock of the programs' time stamps.

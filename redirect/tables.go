@@ -17,7 +17,7 @@ import (
 
 // layout numbers the structs in ../bpf/maps.h. It changes whenever one of them
 // does; a node that runs another layout is refused, not guessed at.
-const layout = 3
+const layout = 4
 
 // tables is the node's tables, opened from their pins as they are needed. A pin
 // has the name of its map.

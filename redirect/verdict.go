@@ -76,6 +76,9 @@ func (v Verdict) text() verdictText {
 		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
 		RefusedGuard:            {"refused_guard", "from outside, refused by the guard: not the proxy's port nor an allowed one"},
 	}
+	if v == EventsLost {
+		return verdictText{"lost", "no connection: events that the reader does not get"}
+	}
 	if v >= verdictMax {
 		return verdictText{fmt.Sprintf("verdict_%d", uint32(v)), "unknown to this version"}
 	}
@@ -91,7 +94,7 @@ func (v Verdict) Describe() string { return v.text().meaning }
 // Refused reports whether the verdict ended the connection, as the programs do
 // with one that they do not know.
 func (v Verdict) Refused() bool {
-	return v >= verdictFirstRefused
+	return v >= verdictFirstRefused && v != EventsLost
 }
 
 // AllVerdicts lists the verdicts in their order.

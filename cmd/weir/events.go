@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -19,8 +20,11 @@ func newEvents(env env) *command {
   was sent. Without -f it stops after a moment; with -f only at an interrupt.
   With -json each line is a JSON object.
 
-  Events cost the node something only while somebody reads them. One that finds
-  no room is lost; the connection never is, and "weir verdicts" counts all.`).withPaths().withJSON()
+  Events cost the node something only while somebody reads them. Each workload
+  has its share of the room for them, which no other takes from it. One that the
+  reader is too slow for is lost; the connection never is, and "weir verdicts"
+  counts all. A line with the verdict "lost" says how many of which workload,
+  within a second and at the end, and the exit code is 1 then.`).withPaths().withJSON()
 	follow := c.flags.Bool("f", false, "go on until interrupted")
 	duration := c.flags.Duration("duration", 2*time.Second, "how `long` to listen without -f")
 	c.do = func() (int, error) {
@@ -38,7 +42,9 @@ func newEvents(env env) *command {
 		if !c.json {
 			c.ui.Output(c.paint(bold, eventColumns("TIME", "WORKLOAD", "VERDICT", "UID", "PID", "ORIGIN -> DESTINATION")))
 		}
+		var lost uint64
 		err = datapath.Events(ctx, func(event redirect.Event) error {
+			lost += event.Lost
 			if c.json {
 				line, err := json.Marshal(event)
 				if err != nil {
@@ -50,6 +56,9 @@ func newEvents(env env) *command {
 			c.ui.Output(c.renderEvent(event, names.of(event.Cookie)))
 			return nil
 		})
+		if lost > 0 {
+			err = errors.Join(err, fmt.Errorf("%d events were lost: what reads them is slower than connections happen", lost))
+		}
 		return 0, err
 	}
 	return c
@@ -87,6 +96,10 @@ func (n *eventNames) of(cookie uint64) string {
 }
 
 func (c *command) renderEvent(event redirect.Event, workload string) string {
+	if event.Verdict == redirect.EventsLost {
+		return c.paint(red, eventColumns(event.Time.Format("15:04:05.000000"), workload, event.Name, "-", "-",
+			fmt.Sprintf("%d events of this workload are not shown", event.Lost)))
+	}
 	uid, pid := "-", "-"
 	if !event.Source.IsValid() { // from inside: the dialler is known
 		uid, pid = strconv.FormatUint(uint64(event.UID), 10), strconv.FormatUint(uint64(event.PID), 10)

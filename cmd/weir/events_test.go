@@ -55,3 +55,20 @@ func TestFollowedEventsEndWithTheirSource(t *testing.T) {
 	n := &node{err: errors.New("events have another reader")}
 	want(t, try(t, n, nil, "events", "-f", "-json"), outcome{code: 1, stderr: "weir events: events have another reader\n"})
 }
+
+// Losses are lines like any other, and the exit code is not that of a whole list.
+func TestEventsTellTheirLosses(t *testing.T) {
+	n := threeEvents()
+	n.events = append(n.events[:1], redirect.Event{
+		Time: n.events[0].Time, Cookie: 4711, Verdict: redirect.EventsLost, Name: redirect.EventsLost.String(), Lost: 12,
+	})
+	const told = "weir events: 12 events were lost: what reads them is slower than connections happen\n"
+	want(t, try(t, n, nil, "events", "-duration", "1ms"), outcome{code: 1, stderr: told, stdout: "" +
+		"TIME             WORKLOAD                      VERDICT                      UID      PID  ORIGIN -> DESTINATION\n" +
+		"12:30:00.123456  demo/web/0b5d0c1e             redirected                  1000      815  10.0.0.9:8080 -> 127.128.0.0:8080\n" +
+		"12:30:00.123456  demo/web/0b5d0c1e             lost                           -        -  12 events of this workload are not shown\n"})
+	n.events = n.events[1:]
+	n.events[0].Time = time.Date(2026, 11, 23, 12, 30, 0, 0, time.UTC)
+	want(t, try(t, n, nil, "events", "-json", "-duration", "1ms"), outcome{code: 1, stderr: told, stdout: `{"time":"2026-11-23T12:30:00Z","cookie":"4711","verdict":"lost",` +
+		`"origin":"","destination":"","uid":0,"pid":0,"cgroup":0,"command":"","lost":12}` + "\n"})
+}

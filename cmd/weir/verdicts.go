@@ -47,6 +47,10 @@ func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) str
 			}
 			rows = append(rows, []string{verdict.String(), fmt.Sprint(count), verdict.Describe()})
 		}
+		if workload.EventsLost > 0 {
+			lost := redirect.EventsLost
+			rows = append(rows, []string{lost.String(), fmt.Sprint(workload.EventsLost), lost.Describe()})
+		}
 		title := c.paint(bold, name(workload.Job, workload.Group, workload.Key))
 		if len(rows) == 1 {
 			blocks = append(blocks, title+"\n  no connection yet")
