@@ -31,7 +31,8 @@ func Networks(stateDir string) ([]Attached, error) {
 }
 
 // RemoveNetworks removes from the node what no allocation that runs needs any
-// more of the networks that the plugin built, and says what it removed.
-func RemoveNetworks(stateDir string) (removed []string, err error) {
+// more of the networks that the plugin built. removed says what, and kept names what
+// looks like the plugin's and is not known to be of this state directory.
+func RemoveNetworks(stateDir string) (removed, kept []string, err error) {
 	return network.Uninstall(stateDir)
 }

@@ -37,7 +37,7 @@ type env struct {
 	executable func() (string, error)                                           // this program's file
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
-	removeNetworks func(stateDir string) (removed []string, err error)
+	removeNetworks func(stateDir string) (removed, kept []string, err error)
 	leftovers      func(ended.Node) leftovers // of allocations that are over
 }
 

@@ -168,7 +168,7 @@ func TestUninstallRefuses(t *testing.T) {
 		record("0b5d0c1e", alive.Path, redirect.ModeTransparent),
 		record("1c6e1d2f", alive.Path, redirect.ModeDirect),
 		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), redirect.ModeTransparent),
-	}, removed: []string{"map origins"}, bridges: []string{"bridge weir0"}, networks: []cni.Attached{
+	}, removed: []string{"map origins"}, bridges: []string{"bridge weir0"}, others: []string{"bridge weir1"}, networks: []cni.Attached{
 		{Key: redirect.Key{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
 		{Key: redirect.Key{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: redirect.Job{ID: "plain", Group: "web"}},
 		{Key: redirect.Key{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
@@ -248,6 +248,9 @@ One that ended and left its namespace: weir gc
 	removed := false
 	for _, step := range report.Steps {
 		removed = removed || step.Path == "/opt/cni/bin/weir" && step.Do == deploy.Remove
+	}
+	if len(report.Remarks) != 1 || !strings.HasPrefix(report.Remarks[0], "bridge weir1 has Weir's mark, but no record in "+environment["WEIR_STATE_DIR"]) {
+		t.Errorf("remarks of uninstall = %q, want one on another instance's bridge", report.Remarks)
 	}
 	if got.code != 0 || len(report.Workloads) != 3 || strings.Join(report.Kernel, ", ") != "map origins, bridge weir0" || !removed {
 		t.Errorf("uninstall -force = %+v", got)

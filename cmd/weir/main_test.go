@@ -37,6 +37,7 @@ type node struct {
 	program  string        // the CLI's file
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
+	others   []string // ... and that are not
 	err      error
 
 	left      []ended.Attachment     // of allocations that are over
@@ -109,7 +110,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		executable: func() (string, error) { return n.program, nil },
 
 		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
-		removeNetworks: func(string) ([]string, error) { return n.bridges, n.err },
+		removeNetworks: func(string) (removed, kept []string, err error) { return n.bridges, n.others, n.err },
 		leftovers: func(where ended.Node) leftovers {
 			n.lookedAt = where
 			return n

@@ -116,8 +116,12 @@ func (c *command) uninstall(plan deploy.Removal, force bool, report *installRepo
 	if err != nil {
 		return err
 	}
-	networks, err := c.removeNetworks(c.stateDir())
+	networks, kept, err := c.removeNetworks(c.stateDir())
 	report.Kernel = append(report.Kernel, networks...)
+	for _, what := range kept {
+		report.Remarks = append(report.Remarks, fmt.Sprintf("%s has Weir's mark, but no record in %s tells that it was made from there, so it stays: "+
+			"remove it with 'ip link del' unless another instance uses it", what, c.stateDir()))
+	}
 	if err != nil {
 		return err
 	}

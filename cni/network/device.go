@@ -3,7 +3,6 @@
 package network
 
 import (
-	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -15,9 +14,6 @@ import (
 
 	"github.com/weirmesh/weir/redirect"
 )
-
-// alias marks a bridge that the plugin made, and that Uninstall may remove.
-const alias = "made by weir"
 
 // HostDevice is the name of an attachment's device on the node: always the
 // same for the same key, so that it is found without a record.
@@ -42,7 +38,7 @@ func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) 
 		return withHandle(func(h *netlink.Handle) error {
 			steps := []func() ([]string, error){
 				func() ([]string, error) { return r.forwarding(h) },
-				func() ([]string, error) { return r.ensureBridge(h) },
+				func() ([]string, error) { return n.ensureBridge(h, r) },
 				r.ensureRules,
 				func() ([]string, error) { return r.ensurePair(h, ns) },
 			}
@@ -100,13 +96,13 @@ func ensureForwarding6(h *netlink.Handle) (changed bool, err error) {
 	return sysctl("1", "ipv6", "conf", "all", "forwarding")
 }
 
-func (r *record) ensureBridge(h *netlink.Handle) (mended []string, err error) {
+func (n *Network) ensureBridge(h *netlink.Handle, r *record) (mended []string, err error) {
 	link, err := find1(h, r.Bridge)
 	if err != nil {
 		return nil, err
 	}
 	if link == nil {
-		if err := r.makeBridge(h); err != nil {
+		if err := n.makeBridge(h, r); err != nil {
 			return nil, err
 		}
 		mended = append(mended, "bridge "+r.Bridge)
@@ -137,31 +133,6 @@ func (r *record) ensureBridge(h *netlink.Handle) (mended []string, err error) {
 	}
 	did, err := r.ensureGateways(h, link)
 	return append(mended, did...), err
-}
-
-// makeBridge makes the bridge with an address of its own: one that takes its
-// ports' would change it as they come and go.
-func (r *record) makeBridge(h *netlink.Handle) error {
-	address := make(net.HardwareAddr, 6)
-	if _, err := rand.Read(address); err != nil {
-		return err
-	}
-	address[0] = address[0]&^1 | 2 // one station, locally administered
-	bridge := &netlink.Bridge{LinkAttrs: netlink.NewLinkAttrs()}
-	bridge.Name, bridge.HardwareAddr, bridge.MTU = r.Bridge, address, r.MTU
-	if r.MTU == 0 {
-		bridge.MTU = nodeMTU(h)
-	}
-	if err := h.LinkAdd(bridge); err != nil {
-		if errors.Is(err, unix.EEXIST) { // made by another plugin meanwhile
-			return nil
-		}
-		return fmt.Errorf("make bridge %s: %w", r.Bridge, err)
-	}
-	if err := h.LinkSetAlias(bridge, alias); err != nil {
-		return fmt.Errorf("mark bridge %s: %w", r.Bridge, err)
-	}
-	return nil
 }
 
 func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (mended []string, err error) {

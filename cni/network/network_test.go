@@ -316,42 +316,6 @@ func TestManyAtOnce(t *testing.T) {
 	n.wantNothingLeft(t)
 }
 
-func TestUninstall(t *testing.T) {
-	n := newNode(t)
-	a, _ := n.added(t, "a")
-	n.ns.Do(func() {
-		if removed, err := Uninstall(n.stateDir); err != nil || len(removed) > 0 {
-			t.Errorf("with an allocation: removed %q, %v: want nothing", removed, err)
-		}
-	})
-	if mended, err := n.check(a, nil); err != nil || len(mended) > 0 {
-		t.Errorf("after that: mended %q, %v: want nothing", mended, err)
-	}
-	if err := n.remove(a); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.MkdirAll(n.stateDir+"/leases/weir", 0o755); err != nil { // where the default configuration has them
-		t.Fatal(err)
-	}
-	n.ns.Do(func() {
-		if removed, err := Uninstall(n.stateDir); err != nil || !slices.Equal(removed, []string{"bridge " + bridge, "directory " + n.stateDir + "/networks", "directory " + n.stateDir + "/leases"}) {
-			t.Errorf("removed %q, %v: want the bridge, records and leases", removed, err)
-		}
-		if hasDevice(bridge) {
-			t.Error("the bridge is still there")
-		}
-		if left, err := os.ReadDir(n.stateDir); err != nil || len(left) > 0 {
-			t.Errorf("left in the state directory: %v, %v: want nothing", left, err)
-		}
-	})
-	n.run(t, "ip", "link", "add", bridge, "type", "bridge")
-	n.ns.Do(func() {
-		if removed, err := Uninstall(n.stateDir); err != nil || len(removed) > 0 || !hasDevice(bridge) {
-			t.Errorf("an operator's own bridge: removed %q, %v: want it left", removed, err)
-		}
-	})
-}
-
 // The kernel stops to listen to routers when it becomes one itself; the node
 // must not lose its own way out by that.
 func TestForwardingKeepsTheNodesOwnRouter(t *testing.T) {

@@ -53,44 +53,21 @@ func Forget(stateDir string, key redirect.Key, path string) error {
 	return n.Remove(Attachment{Key: key, Path: path})
 }
 
-// Uninstall removes the bridges that the plugin made, with the rules for them,
-// and its records and leases, and says what it removed. A bridge that has ports
-// still serves allocations, and stays with all records; so does one that an
-// operator made.
-func Uninstall(stateDir string) (removed []string, err error) {
+// Uninstall removes the bridges that were made from this state directory, with the
+// rules for them, and its records and leases. removed says what; kept is what has
+// the plugin's mark and no record here: another instance's, or made by a version
+// that did not record bridges. A bridge that has ports still serves allocations, and
+// stays with all records; so does one that an operator made.
+func Uninstall(stateDir string) (removed, kept []string, err error) {
 	n := New(Config{}, stateDir)
 	if _, err := os.Stat(n.stateDir); errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // locking would make it
+		return nil, nil, nil // locking would make it
 	}
-	err = n.locked(func() error {
+	err = n.locked(func() (err error) {
 		inUse := false
-		err := withHandle(func(h *netlink.Handle) error {
-			links, err := h.LinkList()
-			if err != nil {
-				return fmt.Errorf("list devices: %w", err)
-			}
-			for _, link := range links {
-				name := link.Attrs().Name
-				if link.Type() != "bridge" || link.Attrs().Alias != alias {
-					continue
-				}
-				ports, err := portsOf(h, name)
-				if err != nil {
-					return err
-				}
-				if ports > 0 {
-					inUse = true
-					continue
-				}
-				if err := removeRules(name); err != nil {
-					return err
-				}
-				if err := h.LinkDel(link); err != nil {
-					return fmt.Errorf("remove bridge %s: %w", name, err)
-				}
-				removed = append(removed, "bridge "+name)
-			}
-			return nil
+		err = withHandle(func(h *netlink.Handle) error {
+			removed, kept, inUse, err = n.removeBridges(h)
+			return err
 		})
 		if err != nil || inUse || n.serves() {
 			return err
@@ -106,7 +83,57 @@ func Uninstall(stateDir string) (removed []string, err error) {
 		}
 		return os.Remove(filepath.Join(n.stateDir, "network.lock"))
 	})
-	return removed, err
+	return removed, kept, err
+}
+
+// removeBridges removes those that no allocation is plugged into.
+func (n *Network) removeBridges(h *netlink.Handle) (removed, kept []string, inUse bool, err error) {
+	links, err := h.LinkList()
+	if err != nil {
+		return nil, nil, false, fmt.Errorf("list devices: %w", err)
+	}
+	recorded, err := n.recordedBridges()
+	if err != nil {
+		return nil, nil, false, err
+	}
+	used := map[string]bool{}
+	for _, link := range links {
+		name := link.Attrs().Name
+		own, err := n.madeHere(link)
+		if err != nil {
+			return removed, kept, inUse, err
+		}
+		if !own {
+			if link.Type() == "bridge" && link.Attrs().Alias == alias {
+				kept = append(kept, "bridge "+name)
+			}
+			continue
+		}
+		ports, err := portsOf(h, name)
+		if err != nil {
+			return removed, kept, inUse, err
+		}
+		if ports > 0 {
+			inUse, used[name] = true, true
+			continue
+		}
+		if err := removeRules(name); err != nil {
+			return removed, kept, inUse, err
+		}
+		if err := h.LinkDel(link); err != nil {
+			return removed, kept, inUse, fmt.Errorf("remove bridge %s: %w", name, err)
+		}
+		removed = append(removed, "bridge "+name)
+	}
+	for _, name := range recorded {
+		if used[name] {
+			continue
+		}
+		if err := n.forgetBridge(name); err != nil {
+			return removed, kept, inUse, err
+		}
+	}
+	return removed, kept, inUse, nil
 }
 
 // serves reports an attachment, to a bridge of whomever, whose namespace lives.
