@@ -18,9 +18,13 @@
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80 /* IP6T_SO_ORIGINAL_DST has the same number */
-#define LO_IFINDEX 1       /* lo is the first device of every namespace */
+#define IP_OPTIONS 4
+#define IPV6_2292PKTOPTIONS 6
+#define IPV6_RTHDR 57
+#define LO_IFINDEX 1 /* lo is the first device of every namespace */
 
 #define EEXIST 17
+#define ENOPROTOOPT 92
 #define EADDRINUSE 98
 #define EADDRNOTAVAIL 99
 #define ENETUNREACH 101
@@ -53,6 +57,47 @@ static __always_inline bool kernel_v6only(struct bpf_sock *sk)
 	struct sock_common *common = (void *)bpf_skc_to_tcp6_sock(sk);
 
 	return common && BPF_CORE_READ_BITFIELD(common, skc_ipv6only);
+}
+
+struct ip_options {
+	unsigned char srr;
+} __attribute__((preserve_access_index));
+
+struct ip_options_rcu {
+	struct ip_options opt;
+} __attribute__((preserve_access_index));
+
+struct ipv6_txoptions {
+	void *srcrt;
+} __attribute__((preserve_access_index));
+
+struct ipv6_pinfo {
+	struct ipv6_txoptions *opt;
+} __attribute__((preserve_access_index));
+
+struct inet_sock {
+	struct ipv6_pinfo *pinet6;
+	struct ip_options_rcu *inet_opt;
+} __attribute__((preserve_access_index));
+
+/* Whether a TCP socket sends by way of an address of its own choice, whatever
+ * it connects to: IP_OPTIONS with a source route, or IPV6_RTHDR. inet_sock is
+ * the first member of tcp_sock. */
+static __always_inline bool kernel_source_routed(struct bpf_sock *sk)
+{
+	struct inet_sock *inet = (void *)bpf_skc_to_tcp_sock(sk);
+	struct ip_options_rcu *options;
+	struct ipv6_txoptions *extension;
+	struct ipv6_pinfo *six;
+
+	if (!inet)
+		return false;
+	options = inet->inet_opt;
+	if (options && options->opt.srr)
+		return true;
+	six = inet->pinet6;
+	extension = six ? six->opt : NULL;
+	return extension && extension->srcrt;
 }
 
 struct mptcp_sock {

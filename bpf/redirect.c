@@ -15,15 +15,15 @@
  *                                            SO_ORIGINAL_DST  weir_getsockopt
  *   getpeername  weir_peername4/6
  *   recvfrom     weir_recvmsg4/6  DNS only
+ *   setsockopt   weir_setsockopt  no option that chooses another way
  */
 #include "guard.h"
 #include "kernel.h"
 #include "maps.h"
+#include "options.h"
 #include "origin.h"
 #include "rules.h"
 #include "verdict.h"
-
-#define PAGE 4096
 
 static __always_inline int refuse(int errno)
 {
@@ -416,35 +416,6 @@ int weir_sockops(struct bpf_sock_ops *ctx)
 	return 1;
 }
 
-/* Writes what SO_ORIGINAL_DST answers: the origin's own family, whatever the
- * family of the socket. False where the caller's buffer is too short. */
-static __always_inline bool answer(struct bpf_sockopt *ctx, const struct addr *addr, __u16 port)
-{
-	struct sockaddr_in *in = ctx->optval;
-	struct sockaddr_in6 *in6 = ctx->optval;
-
-	if (addr_is_mapped(addr)) {
-		if ((void *)(in + 1) > ctx->optval_end)
-			return false;
-		*in = (struct sockaddr_in){ .sin_family = AF_INET,
-					    .sin_port = bpf_htons(port),
-					    .sin_addr = addr->word[3] };
-		ctx->optlen = sizeof(*in);
-	} else {
-		if ((void *)(in6 + 1) > ctx->optval_end)
-			return false;
-		*in6 = (struct sockaddr_in6){ .sin6_family = AF_INET6,
-					      .sin6_port = bpf_htons(port),
-					      .sin6_addr = *addr };
-		ctx->optlen = sizeof(*in6);
-	}
-	/* Apart from the store to optlen: clang merges the two into one of 64
-	 * bits, which the verifier refuses. */
-	barrier();
-	ctx->retval = 0;
-	return true;
-}
-
 SEC("cgroup/getsockopt")
 int weir_getsockopt(struct bpf_sockopt *ctx)
 {
@@ -473,6 +444,34 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 		return 1;
 foreign:
 	/* The kernel hands over one page; a longer answer keeps its own buffer. */
+	if (ctx->optlen > PAGE)
+		ctx->optlen = 0;
+	return 1;
+}
+
+SEC("cgroup/setsockopt")
+int weir_setsockopt(struct bpf_sockopt *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct dial dial = {};
+	struct view view;
+
+	if (!chooses_way(ctx))
+		goto foreign;
+	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)))
+		goto foreign;
+	dial.uid = (__u32)bpf_get_current_uid_gid();
+	dial.cgroup = bpf_get_current_cgroup_id();
+	if (view.config && !(view.config->flags & CONFIG_TRANSPARENT))
+		goto foreign;
+	if (view.config &&
+	    (dials_as_proxy(&view, proxy_at(view.cookie, view.config->seat), &dial) ||
+	     is_excluded_uid(&view, &dial)))
+		goto foreign;
+	emit(&view, &dial, VERDICT_REFUSED_OPTION);
+	return refuse(ENOPROTOOPT);
+foreign:
+	/* As in getsockopt. */
 	if (ctx->optlen > PAGE)
 		ctx->optlen = 0;
 	return 1;

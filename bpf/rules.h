@@ -53,6 +53,22 @@ __noinline int is_any_proxy(__u64 cookie, __u32 seats, __u32 proxy_uid, __u64 cg
 	return found;
 }
 
+/* Whether whoever dials is the proxy of the first seat, or any of several. */
+static __always_inline bool dials_as_proxy(const struct view *view, struct proxy *proxy,
+					   const struct dial *dial)
+{
+	bool proxy_uid = dial->uid == view->config->proxy_uid;
+
+	if (view->config->flags & CONFIG_PROXIES)
+		return is_any_proxy(view->cookie, view->config->seats, proxy_uid, dial->cgroup);
+	return is_proxy(proxy, proxy_uid, dial->cgroup);
+}
+
+static __always_inline bool is_excluded_uid(const struct view *view, const struct dial *dial)
+{
+	return (view->config->flags & CONFIG_UIDS) && view_excludes(view, EXCLUSION_UID, dial->uid);
+}
+
 /* Whether a proxy of the workload listens on the port; its seat, and whether
  * that is for what goes out. */
 static __always_inline bool is_proxy_port(const struct view *view, __u32 port, __u32 *seat,
@@ -168,6 +184,8 @@ static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *
 {
 	if (verdict != VERDICT_UPSTREAM && verdict != VERDICT_DNS)
 		return verdict;
+	if (kernel_source_routed(sk))
+		return VERDICT_REFUSED_OPTION;
 	if (!addr_is_mapped(&dial->destination)) {
 		if (dial->family == AF_INET)
 			return VERDICT_REFUSED_FAMILY;
@@ -230,7 +248,6 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	struct addr source = source_of(sk, dial);
 	struct address *address;
 	struct proxy *proxy;
-	bool proxy_uid;
 	__u32 index;
 	__u16 port;
 
@@ -249,17 +266,20 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	}
 	proxy = proxy_at(view->cookie, view->config->seat);
 	port = view->config->outbound_port;
-	proxy_uid = dial->uid == view->config->proxy_uid;
-	if (view->config->flags & CONFIG_PROXIES) {
-		if (is_any_proxy(view->cookie, view->config->seats, proxy_uid, dial->cgroup))
-			return VERDICT_PROXY;
-	} else if (is_proxy(proxy, proxy_uid, dial->cgroup)) {
+	if (dials_as_proxy(view, proxy, dial))
 		return VERDICT_PROXY;
-	}
-	if ((view->config->flags & CONFIG_UIDS) && view_excludes(view, EXCLUSION_UID, dial->uid))
+	if (is_excluded_uid(view, dial))
 		return VERDICT_UID_EXCLUDED;
-	if (addr_is_local(&dial->origin))
-		return VERDICT_LOCAL;
+	/* The packets would go by its way, whatever is decided here. */
+	if ((view->config->flags & CONFIG_TRANSPARENT) && kernel_source_routed(sk))
+		return VERDICT_REFUSED_OPTION;
+	if (addr_is_local(&dial->origin)) {
+		if (!sk->bound_dev_if || sk->bound_dev_if == LO_IFINDEX)
+			return VERDICT_LOCAL;
+		/* By another device it leaves the namespace. */
+		return view->config->flags & CONFIG_TRANSPARENT ? VERDICT_REFUSED_DEVICE
+								: VERDICT_DIRECT;
+	}
 	address = view_address(view, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
 		return VERDICT_LOCAL;

@@ -251,19 +251,20 @@ const (
 	bpfVerdictVERDICT_REFUSED_ENCODED           bpfVerdict = 18
 	bpfVerdictVERDICT_REFUSED_FAMILY            bpfVerdict = 19
 	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 20
-	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 21
-	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 22
-	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 23
-	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 24
-	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 25
-	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 26
-	bpfVerdictVERDICT_MAX                       bpfVerdict = 27
+	bpfVerdictVERDICT_REFUSED_OPTION            bpfVerdict = 21
+	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 22
+	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 23
+	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 24
+	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 25
+	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 26
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 27
+	bpfVerdictVERDICT_MAX                       bpfVerdict = 28
 	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 18
 )
 
 type bpfVerdictCounts struct {
 	_          structs.HostLayout
-	Count      [27]uint64
+	Count      [28]uint64
 	EventsLost uint64
 	EventDue   uint64
 }
@@ -305,6 +306,7 @@ const (
 	bpfProgWeirRecvmsg6   = "weir_recvmsg6"
 	bpfProgWeirSendmsg4   = "weir_sendmsg4"
 	bpfProgWeirSendmsg6   = "weir_sendmsg6"
+	bpfProgWeirSetsockopt = "weir_setsockopt"
 	bpfProgWeirSockops    = "weir_sockops"
 )
 
@@ -361,6 +363,7 @@ type bpfProgramSpecs struct {
 	WeirRecvmsg6   *ebpf.ProgramSpec `ebpf:"weir_recvmsg6"`
 	WeirSendmsg4   *ebpf.ProgramSpec `ebpf:"weir_sendmsg4"`
 	WeirSendmsg6   *ebpf.ProgramSpec `ebpf:"weir_sendmsg6"`
+	WeirSetsockopt *ebpf.ProgramSpec `ebpf:"weir_setsockopt"`
 	WeirSockops    *ebpf.ProgramSpec `ebpf:"weir_sockops"`
 }
 
@@ -475,6 +478,7 @@ type bpfPrograms struct {
 	WeirRecvmsg6   *ebpf.Program `ebpf:"weir_recvmsg6"`
 	WeirSendmsg4   *ebpf.Program `ebpf:"weir_sendmsg4"`
 	WeirSendmsg6   *ebpf.Program `ebpf:"weir_sendmsg6"`
+	WeirSetsockopt *ebpf.Program `ebpf:"weir_setsockopt"`
 	WeirSockops    *ebpf.Program `ebpf:"weir_sockops"`
 }
 
@@ -491,6 +495,7 @@ func (p *bpfPrograms) Close() error {
 		p.WeirRecvmsg6,
 		p.WeirSendmsg4,
 		p.WeirSendmsg6,
+		p.WeirSetsockopt,
 		p.WeirSockops,
 	)
 }

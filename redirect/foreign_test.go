@@ -5,6 +5,7 @@ package redirect
 import (
 	"encoding/hex"
 	"fmt"
+	"net/netip"
 	"syscall"
 	"testing"
 	"unsafe"
@@ -30,6 +31,7 @@ func observe(where string) []string {
 	w := &watcher{where: where}
 	w.dials()
 	w.options()
+	w.setOptions()
 	w.datagrams()
 	return w.lines
 }
@@ -139,6 +141,40 @@ func (w *watcher) options() {
 		for _, size := range []int{1, 8, 104, 4096, 5000, 70000} {
 			// Its values are times; that it is answered, and how long, is not.
 			w.say("%s TCP_INFO, %d bytes: %s", socket.name, size, length(socket.fd, unix.SOL_TCP, unix.TCP_INFO, size))
+		}
+	}
+}
+
+// setOptions sets options, those that Weir refuses in other namespaces among them,
+// to values of many sizes, and reads them back.
+func (w *watcher) setOptions() {
+	const byCongestion = "reno\x00"
+	for _, domain := range []int{unix.AF_INET, unix.AF_INET6, unix.AF_UNIX} {
+		for _, option := range []struct {
+			level, name int
+			value       string
+		}{
+			{unix.SOL_IP, unix.IP_OPTIONS, string(looseRoute(netip.MustParseAddr("127.0.0.1")))},
+			{unix.SOL_IP, unix.IP_OPTIONS, string(recordRoute())}, {unix.SOL_IP, unix.IP_TTL, "\x20"},
+			{unix.SOL_IPV6, unix.IPV6_RTHDR, string(segmentRoute(netip.IPv6Loopback()))},
+			{unix.SOL_IPV6, pktOptions2292, string(packetOptions(homeRoute(netip.IPv6Loopback())))},
+			{unix.SOL_IPV6, unix.IPV6_UNICAST_HOPS, "\x20"}, {unix.SOL_TCP, unix.TCP_CONGESTION, byCongestion},
+			{unix.SOL_SOCKET, unix.SO_RCVBUF, "\x00\x40"}, {unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, ""},
+			{unix.SOL_IP, 9999, ""}, {9999, unix.IPV6_RTHDR, ""}, {-1, -1, ""},
+		} {
+			for _, size := range []int{0, 1, 4, 8, 32, 40, 64, 4095, 4096, 4097, 1 << 17} {
+				fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+				if err != nil {
+					w.say("socket: %v", err)
+					continue
+				}
+				value := make([]byte, size)
+				copy(value, option.value)
+				err = unix.SetsockoptString(fd, option.level, option.name, string(value))
+				w.say("domain %d, set option %d %d, %d bytes: %v; reads %s", domain, option.level, option.name, size, err,
+					askOption(fd, option.level, option.name, 64))
+				unix.Close(fd)
+			}
 		}
 	}
 }

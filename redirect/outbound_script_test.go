@@ -25,12 +25,13 @@ const scriptFunc = "redirect.script"
 
 // step is one system call, or a few that belong together, on one socket.
 type step struct {
-	Do   string
-	On   string // the socket's name in the process
-	Addr netip.AddrPort
-	Args [3]int
-	Text string
-	Want syscall.Errno // what the step must end with
+	Do    string
+	On    string // the socket's name in the process
+	Addr  netip.AddrPort
+	Args  [3]int
+	Text  string
+	Bytes []byte
+	Want  syscall.Errno // what the step must end with
 }
 
 // outcome is what a step came to.
@@ -69,6 +70,11 @@ func (s script) open(domain, protocol int) script {
 
 func (s script) set(level, option, value int) script {
 	return s.do(step{Do: "set", Args: [3]int{level, option, value}})
+}
+
+// setBytes sets an option to a value that is not a number.
+func (s script) setBytes(level, option int, value []byte) script {
+	return s.do(step{Do: "setBytes", Args: [3]int{level, option}, Bytes: value})
 }
 
 func (s script) device(name string) script  { return s.do(step{Do: "device", Text: name}) }
@@ -200,6 +206,8 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 		return o, err
 	case "set":
 		return o, unix.SetsockoptInt(fd, s.Args[0], s.Args[1], s.Args[2])
+	case "setBytes":
+		return o, unix.SetsockoptString(fd, s.Args[0], s.Args[1], string(s.Bytes))
 	case "device":
 		return o, unix.BindToDevice(fd, s.Text)
 	case "connect":

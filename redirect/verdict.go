@@ -34,6 +34,7 @@ const (
 	RefusedEncoded          = Verdict(bpfVerdictVERDICT_REFUSED_ENCODED)
 	RefusedFamily           = Verdict(bpfVerdictVERDICT_REFUSED_FAMILY)
 	RefusedDevice           = Verdict(bpfVerdictVERDICT_REFUSED_DEVICE)
+	RefusedOption           = Verdict(bpfVerdictVERDICT_REFUSED_OPTION)
 	RefusedBudget           = Verdict(bpfVerdictVERDICT_REFUSED_BUDGET)
 	RefusedTable            = Verdict(bpfVerdictVERDICT_REFUSED_TABLE)
 	RefusedNoProxy          = Verdict(bpfVerdictVERDICT_REFUSED_NO_PROXY)
@@ -69,6 +70,7 @@ func (v Verdict) text() verdictText {
 		RefusedEncoded:          {"refused_encoded", "refused: the range that carries origins is not for tasks"},
 		RefusedFamily:           {"refused_family", "refused: socket and proxy have no address family in common"},
 		RefusedDevice:           {"refused_device", "refused: a socket bound to a device cannot reach the proxy"},
+		RefusedOption:           {"refused_option", "refused: a socket option would send the packets another way (a source route, IPV6_RTHDR)"},
 		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
 		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
 		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},
