@@ -18,6 +18,7 @@ enum config_flag {
 	CONFIG_AUDIT = 1 << 8,       /* the guard counts what it would refuse */
 	CONFIG_ENFORCE = 1 << 9,     /* the guard refuses */
 	CONFIG_PROXIES = 1 << 10,    /* there are proxies beside the first */
+	CONFIG_LISTENERS = 1 << 11,  /* proxies have exposed ports */
 };
 
 /* One generation of a workload's configuration. Never changed in place. */
@@ -39,14 +40,17 @@ struct config {
 enum exclusion_kind {
 	EXCLUSION_PORT_OUT = 1,
 	/* The value is 0, or the inbound port of the proxy that the port belongs to
-	 * instead of to the first. */
+	 * instead of to the first, or the port itself with PROXY_LISTENS_HERE: open
+	 * while a listener of the proxy is there, and to that one alone. */
 	EXCLUSION_PORT_IN = 2,
 	EXCLUSION_UID = 3,
-	/* No exclusion: the port of a listener of a proxy beside the first. The
-	 * value is its seat and, for what goes out, LISTENS_OUTBOUND. */
+	/* No exclusion: the port of a listener that config does not name. The value
+	 * is the seat of its proxy with LISTENS_OUTBOUND or LISTENS_EXPOSED. */
 	EXCLUSION_LISTENER = 4,
 };
-#define LISTENS_OUTBOUND (1 << 8)
+#define LISTENS_OUTBOUND (1 << 8) /* for what goes out */
+#define LISTENS_EXPOSED (1 << 9)  /* a port with PROXY_LISTENS_HERE */
+#define PROXY_LISTENS_HERE (1 << 16)
 
 enum address_kind {
 	ADDRESS_OWN = 1,      /* the workload's own: traffic to it stays local */

@@ -110,7 +110,7 @@ static __always_inline __u16 owner(const struct view *view, __u32 index)
 	return address && address->kind == ADDRESS_PROXY ? address->port : 0;
 }
 
-/* What may come in beside the proxy's listener and the excluded ports. */
+/* What may come in beside the proxy's listeners and the excluded ports. */
 static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struct view *view,
 					  const struct addr *remote, __u16 inbound_port)
 {
@@ -168,6 +168,10 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 				return VERDICT_INBOUND_EXCLUDED;
 			if (row)
 				inbound_port = *row;
+			/* An exposed port is for the proxy's listener there, or
+			 * for nobody. Of plain workloads no other one is looked for. */
+			if (row && *row & PROXY_LISTENS_HERE)
+				tcp = ctx->protocol == IPPROTO_TCP;
 		}
 		if (!tcp)
 			return guard(ctx, view, remote, inbound_port);
@@ -177,6 +181,8 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 	}
 	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * blurred + is_ipv6(ctx), port))
 		return VERDICT_INBOUND - blurred * (VERDICT_INBOUND - VERDICT_REDIRECTED);
+	if (!blurred && !(config->flags & CONFIG_TRANSPARENT))
+		return guard_refusal(config);
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
 	return VERDICT_REFUSED_INBOUND_NO_PROXY -

@@ -319,7 +319,7 @@ __noinline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view *view)
 {
 	struct addr local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
-	bool outbound, take4 = true, take6 = false;
+	bool outbound, exposed, take4 = true, take6 = false;
 	__u64 cookie = view->cookie;
 	struct bpf_sock *sk = ctx->sk;
 	struct binder *binder;
@@ -327,7 +327,7 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 	__u32 seat;
 	int err = 0;
 
-	if (!sk || !is_proxy_port(view, ctx->local_port, &seat, &outbound))
+	if (!sk || !is_proxy_port(view, ctx->local_port, &seat, &outbound, &exposed))
 		return;
 	if (ctx->family == AF_INET6) {
 		local = ADDR_OF_CTX(ctx->local_ip6);
@@ -341,6 +341,9 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 		count(cookie, VERDICT_REFUSED_LISTENER_ADDRESS);
 		return;
 	}
+	/* What the proxy keeps to the namespace is not opened to others. */
+	if (exposed && addr_is_local(&local) && !addr_is_unspecified(&local))
+		return;
 	proxy = proxy_at(cookie, seat);
 	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	if (!proxy || !binder || binder->uid != view->config->proxy_uid || !claim(proxy, binder)) {

@@ -69,27 +69,29 @@ static __always_inline bool is_excluded_uid(const struct view *view, const struc
 	return (view->config->flags & CONFIG_UIDS) && view_excludes(view, EXCLUSION_UID, dial->uid);
 }
 
-/* Whether a proxy of the workload listens on the port; its seat, and whether
- * that is for what goes out. */
+/* Whether a proxy of the workload listens on the port; its seat, whether that
+ * is for what goes out, and whether it is for what comes in beside the mesh. */
 static __always_inline bool is_proxy_port(const struct view *view, __u32 port, __u32 *seat,
-					  bool *outbound)
+					  bool *outbound, bool *exposed)
 {
 	const struct config *config = view->config;
 	__u32 *row;
 
 	*seat = config->seat;
 	*outbound = port == config->outbound_port;
+	*exposed = false;
 	if (!port)
 		return false;
 	if (*outbound || port == config->inbound_port)
 		return true;
-	if (!(config->flags & CONFIG_PROXIES))
+	if (!(config->flags & (CONFIG_PROXIES | CONFIG_LISTENERS)))
 		return false;
 	row = view_row(view, EXCLUSION_LISTENER, port);
 	if (!row)
 		return false;
 	*seat = *row & (LISTENS_OUTBOUND - 1);
 	*outbound = *row & LISTENS_OUTBOUND;
+	*exposed = *row & LISTENS_EXPOSED;
 	return true;
 }
 
@@ -98,12 +100,12 @@ static __always_inline bool is_proxy_port(const struct view *view, __u32 port, _
  * hand it a part of the proxy's connections. */
 static __always_inline bool is_rival(const struct view *view, __u32 port, __u32 uid, __u64 cgroup)
 {
+	bool outbound, exposed;
 	struct proxy *proxy;
-	bool outbound;
 	__u32 seat;
 
 	if (!view->config || uid != view->config->proxy_uid ||
-	    !is_proxy_port(view, port, &seat, &outbound))
+	    !is_proxy_port(view, port, &seat, &outbound, &exposed))
 		return false;
 	proxy = proxy_at(view->cookie, seat);
 	return proxy && proxy->listeners && proxy->cgroup != cgroup;

@@ -91,6 +91,7 @@ const (
 	bpfConfigFlagCONFIG_AUDIT       bpfConfigFlag = 256
 	bpfConfigFlagCONFIG_ENFORCE     bpfConfigFlag = 512
 	bpfConfigFlagCONFIG_PROXIES     bpfConfigFlag = 1024
+	bpfConfigFlagCONFIG_LISTENERS   bpfConfigFlag = 2048
 )
 
 type bpfConfigKey struct {

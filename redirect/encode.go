@@ -24,7 +24,9 @@ const (
 	flowSlots     = 128 // FLOW_SLOTS
 	indexFirst    = 1   // INDEX_FIRST
 
-	listensOutbound = 1 << 8 // LISTENS_OUTBOUND
+	listensOutbound  = 1 << 8  // LISTENS_OUTBOUND
+	listensExposed   = 1 << 9  // LISTENS_EXPOSED
+	proxyListensHere = 1 << 16 // PROXY_LISTENS_HERE
 )
 
 func encodeAddr(addr netip.Addr) (row bpfAddr) {
@@ -127,6 +129,11 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(p.InboundPort), uint32(p.InboundPort))
 		}
 	}
+	exposed := w.exposed()
+	for _, p := range exposed {
+		mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(p.port), uint32(p.port)|proxyListensHere)
+		mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.port), uint32(p.seat)|listensExposed)
+	}
 	for _, port := range w.ExcludeOutboundPorts {
 		exclude(bpfExclusionKindEXCLUSION_PORT_OUT, uint32(port))
 	}
@@ -157,7 +164,8 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	flag(w.Mode == ModeTransparent, bpfConfigFlagCONFIG_TRANSPARENT)
 	flag(len(w.ExcludeOutboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_OUT)
 	flag(len(w.Proxies) > 0, bpfConfigFlagCONFIG_PROXIES)
-	flag(len(w.ExcludeInboundPorts)+len(w.Proxies) > 0, bpfConfigFlagCONFIG_PORTS_IN)
+	flag(len(exposed) > 0, bpfConfigFlagCONFIG_LISTENERS)
+	flag(len(w.ExcludeInboundPorts)+len(w.Proxies)+len(exposed) > 0, bpfConfigFlagCONFIG_PORTS_IN)
 	flag(len(w.ExcludeUIDs) > 0, bpfConfigFlagCONFIG_UIDS)
 	flag(len(w.ExcludeOutboundCIDRs) > 0, bpfConfigFlagCONFIG_CIDRS)
 	flag(ipv6, bpfConfigFlagCONFIG_IPV6)

@@ -138,6 +138,9 @@ func (s socket) roles(w Workload) (port proxyPort, roles []bpfListenerRole) {
 	if port.outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
 		return port, nil
 	}
+	if port.exposed && addr.IsLoopback() {
+		return port, nil // kept to the namespace
+	}
 	four, six := port.roles()
 	if take4 {
 		roles = append(roles, four)

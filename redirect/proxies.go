@@ -20,10 +20,12 @@ type Sidecar struct {
 	OutboundPort uint16       `json:"outbound_port,omitempty"` // 0: nothing is redirected to it
 	ServicePorts []uint16     `json:"service_ports,omitempty"` // a connection to one from outside is this proxy's
 	VirtualIPs   []netip.Addr `json:"virtual_ips,omitempty"`   // a connection to one from inside is this proxy's
+	ExposedPorts []uint16     `json:"exposed_ports,omitempty"` // as Overlay has them
 }
 
 func (p Sidecar) clone() Sidecar {
 	p.ServicePorts = sorted(slices.Clone(p.ServicePorts))
+	p.ExposedPorts = sorted(slices.Clone(p.ExposedPorts))
 	p.VirtualIPs = slices.Clone(p.VirtualIPs)
 	for i, addr := range p.VirtualIPs {
 		p.VirtualIPs[i] = addr.Unmap()
@@ -35,12 +37,12 @@ func (p Sidecar) clone() Sidecar {
 
 func (p Sidecar) equal(other Sidecar) bool {
 	return p.Service == other.Service && p.InboundPort == other.InboundPort && p.OutboundPort == other.OutboundPort &&
-		slices.Equal(p.ServicePorts, other.ServicePorts) && slices.Equal(p.VirtualIPs, other.VirtualIPs)
+		slices.Equal(p.ServicePorts, other.ServicePorts) && slices.Equal(p.ExposedPorts, other.ExposedPorts) && slices.Equal(p.VirtualIPs, other.VirtualIPs)
 }
 
 // all returns every proxy of the workload, the first one first.
 func (w Workload) all() []Sidecar {
-	first := Sidecar{Service: w.Service, InboundPort: w.InboundPort, OutboundPort: w.OutboundPort}
+	first := Sidecar{Service: w.Service, InboundPort: w.InboundPort, OutboundPort: w.OutboundPort, ExposedPorts: w.ExposedPorts}
 	return append([]Sidecar{first}, w.Proxies...)
 }
 
@@ -141,16 +143,39 @@ type proxyPort struct {
 	port     uint16
 	seat     uint8
 	outbound bool
+	exposed  bool
 }
 
-// ports are all ports of the workload's proxies, outbound before inbound.
-func (w Workload) ports() (list []proxyPort) {
+// ports are all ports of the workload's proxies: those of the mesh, and then
+// the exposed ones.
+func (w Workload) ports() []proxyPort { return append(w.meshPorts(), w.exposed()...) }
+
+// exposed are the ports on which proxies listen for what is not the mesh's. A
+// port has one meaning: that for the mesh, else the first proxy's.
+func (w Workload) exposed() (list []proxyPort) {
+	taken := make(map[uint16]bool)
+	for _, p := range w.meshPorts() {
+		taken[p.port] = true
+	}
+	for i, p := range w.all() {
+		for _, port := range p.ExposedPorts {
+			if port != 0 && !taken[port] {
+				taken[port] = true
+				list = append(list, proxyPort{port: port, seat: w.seat(i), exposed: true})
+			}
+		}
+	}
+	return list
+}
+
+// meshPorts are those for connections of the mesh, outbound before inbound.
+func (w Workload) meshPorts() (list []proxyPort) {
 	for i, p := range w.all() {
 		if p.OutboundPort != 0 {
-			list = append(list, proxyPort{p.OutboundPort, w.seat(i), true})
+			list = append(list, proxyPort{port: p.OutboundPort, seat: w.seat(i), outbound: true})
 		}
 		if p.InboundPort != 0 {
-			list = append(list, proxyPort{p.InboundPort, w.seat(i), false})
+			list = append(list, proxyPort{port: p.InboundPort, seat: w.seat(i)})
 		}
 	}
 	return list

@@ -150,6 +150,11 @@ type Overlay struct {
 	Upstreams           []Upstream `json:"upstreams,omitempty"`
 	Guard               Guard      `json:"guard,omitempty"` // "" is GuardOff
 
+	// ExposedPorts are those of the first proxy's listeners for what is not the
+	// mesh's: expose paths, metrics, a gateway's own. One is open while the
+	// proxy itself listens there, and leads to nobody else.
+	ExposedPorts []uint16 `json:"exposed_ports,omitempty"`
+
 	// Service is that of the first proxy, which the ports above are of and
 	// which has all that no other owns. Proxies are the others, in order: of
 	// two that claim the same, the former has it.
@@ -171,6 +176,7 @@ type Workload struct {
 	ExcludeUIDs          []uint32
 	Addresses            []netip.Addr
 	Upstreams            []Upstream
+	ExposedPorts         []uint16 // of the first proxy
 	Guard                Guard
 	Budget               uint32
 	Ephemeral            PortRange
@@ -194,6 +200,7 @@ func Merge(request Request, overlay Overlay) Workload {
 		OutboundPort:         request.OutboundPort,
 		DNS:                  request.DNS,
 		ExcludeInboundPorts:  sorted(slices.Concat(request.ExcludeInboundPorts, overlay.ExcludeInboundPorts)),
+		ExposedPorts:         sorted(slices.Clone(overlay.ExposedPorts)),
 		ExcludeOutboundPorts: sorted(slices.Clone(request.ExcludeOutboundPorts)),
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
@@ -297,6 +304,7 @@ func (w Workload) Equal(other Workload) bool {
 		w.InboundPort == other.InboundPort && w.OutboundPort == other.OutboundPort &&
 		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard && w.Ephemeral == other.Ephemeral &&
 		slices.Equal(w.ExcludeInboundPorts, other.ExcludeInboundPorts) &&
+		slices.Equal(w.ExposedPorts, other.ExposedPorts) &&
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&
 		slices.Equal(w.ExcludeOutboundCIDRs, other.ExcludeOutboundCIDRs) &&
 		slices.Equal(w.ExcludeUIDs, other.ExcludeUIDs) &&

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"syscall"
+	"testing"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// exposedPort is one that Consul names for the proxy beside the mesh's, such as an
+// expose path.
+const exposedPort = 9102
+
+func newExposed(t *testing.T, mode Mode, guard Guard) *alloc {
+	t.Helper()
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) { r.Mode = mode })
+	a.expose(guard)
+	return a
+}
+
+func (a *alloc) expose(guard Guard) {
+	a.node.t.Helper()
+	if err := a.node.SetOverlay(a.key, Overlay{Guard: guard, ExposedPorts: []uint16{exposedPort}}); err != nil {
+		a.node.t.Fatal(err)
+	}
+}
+
+// An exposed port leads to the proxy's own listener and to nobody else, whoever
+// listens there.
+func TestExposedPort(t *testing.T) {
+	for _, c := range []struct {
+		mode   Mode
+		guard  Guard
+		closed Verdict // while the proxy does not listen
+	}{
+		{ModeDirect, GuardEnforce, RefusedGuard},
+		{ModeGateway, GuardEnforce, RefusedGuard},
+		{ModeTransparent, GuardOff, RefusedInboundNoProxy},
+		{ModeTransparent, GuardEnforce, RefusedInboundNoProxy},
+	} {
+		t.Run(fmt.Sprintf("%s %s", c.mode, c.guard), func(t *testing.T) {
+			a := newExposed(t, c.mode, c.guard)
+			everywhere := fmt.Sprintf("[::]:%d", exposedPort)
+			closed := func() {
+				t.Helper()
+				for _, addr := range []netip.Addr{a.v4, a.v6} {
+					verdictsAre(t, a.rose(func() { a.refused(addr, exposedPort) }), map[Verdict]uint64{c.closed: 1})
+				}
+			}
+			closed()
+			task := a.serve(taskUID, a.taskCg, "tcp", everywhere)
+			closed()
+			task.Stop()
+			proxy := a.serve(proxyUID, a.proxyCg, "tcp", everywhere)
+			for _, addr := range []netip.Addr{a.v4, a.v6} {
+				verdictsAre(t, a.rose(func() {
+					if answer, err := a.fromOutside(addr, exposedPort); err != nil || answer.Server != proxy.Name {
+						t.Errorf("dial %s: %+v, %v; want the proxy", addr, answer, err)
+					}
+				}), map[Verdict]uint64{Inbound: 1})
+			}
+			proxy.Stop()
+			a.serve(taskUID, a.taskCg, "tcp", everywhere)
+			closed()
+		})
+	}
+}
+
+func TestExposedPortIsCountedInAudit(t *testing.T) {
+	a := newExposed(t, ModeDirect, GuardAudit)
+	task := a.serve(taskUID, a.taskCg, "tcp", fmt.Sprintf("[::]:%d", exposedPort))
+	verdictsAre(t, a.rose(func() {
+		if answer, err := a.fromOutside(a.v4, exposedPort); err != nil || answer.Server != task.Name {
+			t.Errorf("dial: %+v, %v; want the task", answer, err)
+		}
+	}), map[Verdict]uint64{GuardAudited: 1})
+}
+
+func TestExposedPortIsNotForDatagrams(t *testing.T) {
+	a := newExposed(t, ModeDirect, GuardEnforce)
+	a.serve(proxyUID, a.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
+	a.serve(taskUID, a.taskCg, "udp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
+	verdictsAre(t, a.rose(func() {
+		if _, err := test.Ask(a.node.remote, "udp4", addrPort(a.v4, exposedPort)); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("datagram: %v, want connection refused", err)
+		}
+	}), map[Verdict]uint64{RefusedGuard: 1})
+}
+
+// A listener that was open before the port was named is taken in.
+func TestExposedPortOlderThanItsRow(t *testing.T) {
+	for _, who := range []struct {
+		name string
+		uid  uint32
+	}{{"the proxy", proxyUID}, {"a task", taskUID}} {
+		t.Run(who.name, func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			a.add(func(r *Request) { r.Mode = ModeDirect })
+			server := a.serve(who.uid, a.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
+			a.expose(GuardEnforce)
+			if who.uid == taskUID {
+				a.refused(a.v4, exposedPort)
+				return
+			}
+			answer, err := a.fromOutside(a.v4, exposedPort)
+			if err != nil || answer.Server != server.Name {
+				t.Errorf("dial: %+v, %v; want the proxy", answer, err)
+			}
+		})
+	}
+}
+
+// What the proxy binds to a loopback address stays in the namespace, as without
+// Weir, whether its port is named before or after.
+func TestExposedPortOnALoopbackAddress(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) { r.Mode = ModeDirect })
+	a.serve(proxyUID, a.proxyCg, "tcp4", fmt.Sprintf("127.0.0.1:%d", exposedPort))
+	a.expose(GuardEnforce)
+	a.refused(a.v4, exposedPort)
+	a.serve(proxyUID, a.proxyCg, "tcp4", fmt.Sprintf("127.0.0.2:%d", exposedPort))
+	a.refused(a.v4, exposedPort)
+}
+
+// A task under the proxy's UID cannot share the port with the proxy.
+func TestExposedPortRival(t *testing.T) {
+	a := newExposed(t, ModeDirect, GuardEnforce)
+	everywhere := fmt.Sprintf("0.0.0.0:%d", exposedPort)
+	a.sockets(proxyUID, a.proxyCg).mustListen("proxy", everywhere, reusePort())
+	if _, err := a.sockets(proxyUID, a.taskCg).listen("rival", everywhere, 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
+		t.Errorf("a task under the proxy's UID listens beside it: %v, want EADDRINUSE", err)
+	}
+}
+
+// What the job's own network block opens stays open by its number.
+func TestExposedPortThatTheRequestExcludes(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) { r.Mode = ModeDirect; r.ExcludeInboundPorts = []uint16{exposedPort} })
+	a.expose(GuardEnforce)
+	task := a.serve(taskUID, a.taskCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
+	if answer, err := a.fromOutside(a.v4, exposedPort); err != nil || answer.Server != task.Name {
+		t.Errorf("dial: %+v, %v; want the task", answer, err)
+	}
+}
+
+// Each of several proxies has its own exposed ports; one that two claim, or that
+// the mesh has, keeps its first meaning.
+func TestExposedPortsOfSeveralProxies(t *testing.T) {
+	s := newSeveral(t)
+	overlay := s.overlay()
+	overlay.ExposedPorts = []uint16{exposedPort, inboundPort}
+	overlay.Proxies[0].ExposedPorts = []uint16{exposedPort, exposedPort + 1}
+	s.set(overlay)
+	s.startProxy()
+	s.startSecond()
+	first := s.serve(proxyUID, s.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
+	second := s.serve(proxyUID, s.secondCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort+1))
+	for port, server := range map[uint16]*test.ServerProcess{exposedPort: first, exposedPort + 1: second, inboundPort: s.inbound, secondInbound: s.inbound2nd} {
+		if answer, err := s.fromOutside(s.v4, port); err != nil || answer.Server != server.Name {
+			t.Errorf("dial port %d: %+v, %v; want %q", port, answer, err, server.Name)
+		}
+	}
+}
