@@ -11,7 +11,7 @@
 set -euo pipefail
 bin=$(realpath "$1") out=$(realpath -m "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-test/tools/setup.sh package
+[[ -n ${NFPM:-} ]] || test/tools/setup.sh package # another nfpm is given
 
 VERSION=$("$bin/weir" version | sed 's/^weir v\([^ ]*\).*/\1/')
 GOARCH=$(go env GOARCH)
@@ -22,6 +22,42 @@ trap 'rm -rf "$ROOT"' EXIT
 umask 022
 mkdir -p "$out" "$ROOT"/usr/{lib/weir,share/doc/weir} "$ROOT/tar/weir"
 
+# copyright says what the programs are made of and under which terms, each text once.
+copyright() {
+	cat <<-END
+		Weir: eBPF redirection for Nomad allocations in a Consul service mesh
+		Source: https://github.com/weirmesh/weir
+
+		Copyright: The Weir authors
+		License: MPL-2.0. Its text is in /usr/share/common-licenses/MPL-2.0 on Debian, and in
+		LICENSE beside this file. The eBPF programs include headers of libbpf, which are
+		BSD-2-Clause.
+
+		The programs are linked with Go's standard library and with the modules below.
+	END
+	local path version dir file key
+	declare -A users texts
+	while read -r path version dir; do
+		for file in "$dir"/{LICEN[CS]E,COPYING,COPYRIGHT,NOTICE}*; do
+			[[ -f $file && $file != *.docs ]] || continue
+			key=$(sha256sum <"$file")
+			users[$key]+="$path $version"$'\n'
+			texts[$key]=$file
+		done
+	done < <(
+		echo "Go $(go env GOVERSION GOROOT | paste -s -d ' ')"
+		# What the binaries say of themselves.
+		go version -m "$bin"/{weir,weir-cni} | awk '$1 == "dep" { print $2 }' | sort -u |
+			xargs go list -m -f '{{ .Path }} {{ .Version }} {{ .Dir }}'
+	)
+	for key in "${!texts[@]}"; do
+		printf '%s\t%s\n' "${users[$key]%%$'\n'*}" "$key"
+	done | sort | while IFS=$'\t' read -r path key; do
+		printf '\n----\n%s\n' "${users[$key]}"
+		cat "${texts[$key]}"
+	done
+}
+
 # The unit and the configuration as an installation to these directories has them.
 "$bin/weir" install -root "$ROOT" -manifest-dir /manifest -cni-path '' -cni-config-dir '' \
 	-bin-dir /usr/bin -unit-dir /usr/lib/systemd/system -config-dir /etc/weir.d -plugin "$bin/weir-cni" >/dev/null
@@ -31,9 +67,19 @@ cp -r docs "$ROOT/usr/share/doc/weir/"
 install -m 755 "$bin"/{weir,weir-cni} "$ROOT/tar/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl "$ROOT/tar/weir/"
 cp -r docs "$ROOT/tar/weir/"
+copyright >"$ROOT/usr/share/doc/weir/copyright"
+install -m 644 "$ROOT/usr/share/doc/weir/copyright" "$ROOT/tar/weir/"
 find "$ROOT" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +
 
-"${NFPM:-$PWD/.tools/bin/nfpm}" package --config deploy/nfpm.yaml --packager deb --target "$out" >"$ROOT/log" || { cat "$ROOT/log" >&2; exit 1; }
+# The name of a package is nfpm's to make: a version's "-" becomes "~".
+mkdir "$ROOT/deb"
+"${NFPM:-$PWD/.tools/bin/nfpm}" package --config deploy/nfpm.yaml --packager deb --target "$ROOT/deb" >"$ROOT/log" || { cat "$ROOT/log" >&2; exit 1; }
+tarball=weir-$VERSION-linux-$GOARCH.tar.gz
 tar --create --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" -C "$ROOT/tar" weir |
-	gzip --no-name -9 >"$out/weir-$VERSION-linux-$GOARCH.tar.gz"
-ls -1 "$out"/weir[_-]"$VERSION"[_-]*
+	gzip --no-name -9 >"$out/$tarball"
+deb=$(basename "$ROOT"/deb/*.deb)
+mv "$ROOT/deb/$deb" "$out/$deb"
+for made in "$deb" "$tarball"; do
+	printf 'made %s, %s\n' "$out/$made" "$(numfmt --to=iec "$(stat -c %s "$out/$made")")"
+done
+echo "next: dpkg -i $out/$deb && weir install -dry-run"

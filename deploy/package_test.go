@@ -18,7 +18,7 @@ func packages(t *testing.T) (deb, tarball string) {
 	t.Helper()
 	test.Need(t, test.Tool("go"), test.Tool("git"), test.Tool("dpkg-deb"))
 	bin := t.TempDir()
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-X main.version=v1.2.3", "-o", bin+"/", "../cmd/weir", "../cmd/weir-cni")
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-X main.version=v1.2.3-dev", "-o", bin+"/", "../cmd/weir", "../cmd/weir-cni")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
@@ -26,10 +26,16 @@ func packages(t *testing.T) (deb, tarball string) {
 	var made [2]string
 	for i := range made {
 		dir := t.TempDir()
-		if out, err := exec.Command("./package.sh", bin, dir).CombinedOutput(); err != nil {
+		out, err := exec.Command("./package.sh", bin, dir).CombinedOutput()
+		if err != nil {
 			t.Fatalf("package.sh: %v\n%s", err, out)
 		}
-		deb, tarball = one(t, dir+"/weir_*.deb"), one(t, dir+"/weir-1.2.3-linux-*.tar.gz")
+		deb, tarball = one(t, dir+"/weir_*.deb"), one(t, dir+"/weir-1.2.3-dev-linux-*.tar.gz")
+		for _, path := range []string{deb, tarball} {
+			if !strings.Contains(string(out), "made "+path+", ") {
+				t.Errorf("package.sh does not say that it made %s:\n%s", path, out)
+			}
+		}
 		for _, path := range []string{deb, tarball} {
 			content, err := os.ReadFile(path)
 			if err != nil {
@@ -122,7 +128,7 @@ func packageOnANode(t *testing.T, deb string) {
 func packageContents(t *testing.T, deb, tarball string) {
 	tree := t.TempDir()
 	output(t, "dpkg-deb", "-x", deb, tree)
-	if got := output(t, tree+"/usr/bin/weir", "version"); !strings.HasPrefix(got, "weir v1.2.3 ") {
+	if got := output(t, tree+"/usr/bin/weir", "version"); !strings.HasPrefix(got, "weir v1.2.3-dev ") {
 		t.Errorf("weir version: %q", got)
 	}
 	unit, err := os.ReadFile(tree + "/usr/lib/systemd/system/" + unitName)
@@ -134,6 +140,21 @@ func packageContents(t *testing.T, deb, tarball string) {
 	} {
 		if info, err := os.Stat(tree + path); err != nil || info.Mode() != mode {
 			t.Errorf("%s: %v, %v: want mode %v", path, info, err, mode)
+		}
+	}
+	// The terms of all that is linked into the programs, by the binaries' own word.
+	copyright, err := os.ReadFile(tree + "/usr/share/doc/weir/copyright")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, part := range []string{"Copyright: The Weir authors", "MPL-2.0", "Go go1.", "The Go Authors", "github.com/cilium/ebpf v", "github.com/hashicorp/consul/api v"} {
+		if !strings.Contains(string(copyright), part) {
+			t.Errorf("the package's copyright does not name %q", part)
+		}
+	}
+	for line := range strings.Lines(output(t, "go", "version", "-m", tree+"/usr/bin/weir", tree+"/usr/lib/weir/weir-cni")) {
+		if fields := strings.Fields(line); fields[0] == "dep" && !strings.Contains(string(copyright), fields[1]+" "+fields[2]) {
+			t.Errorf("the package's copyright does not name %s %s", fields[1], fields[2])
 		}
 	}
 	unpacked := t.TempDir()
