@@ -36,3 +36,9 @@ func Networks(stateDir string) ([]Attached, error) {
 func RemoveNetworks(stateDir string) (removed, kept []string, err error) {
 	return network.Uninstall(stateDir)
 }
+
+// RepairNetworks puts back what somebody flushed of the rules and host ports of
+// the networks that the plugin built, and says what it put back.
+func RepairNetworks(stateDir string) (repaired []string, err error) {
+	return network.Repair(stateDir)
+}

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -22,19 +21,11 @@ import (
 // another. It is the only one that is not run but linked in.
 const HostLocal = "host-local"
 
-const portmap = "portmap"
-
 // need reports what of the programs that the network runs is not on the node.
 func (c *Config) need(path string) error {
 	var plugins []string
 	if c.IPAM != HostLocal {
 		plugins = append(plugins, c.IPAM)
-	}
-	if c.PortMappings != nil {
-		plugins = append(plugins, portmap)
-		if _, err := exec.LookPath("nft"); err != nil {
-			return fmt.Errorf("nft, which the plugin portmap runs for host ports: %w: install nftables", ErrMissing)
-		}
 	}
 	for _, plugin := range plugins {
 		if _, err := find(plugin, path); err != nil {
@@ -146,61 +137,4 @@ func (n *Network) collectLeases(valid []redirect.Key, path string) error {
 		problems = append(problems, r.release())
 	}
 	return errors.Join(problems...)
-}
-
-// portmapConfig is what the reference plugin portmap gets. Its iptables
-// backend is never used.
-func (r *record) portmapConfig() ([]byte, error) {
-	conf := map[string]any{
-		"cniVersion": r.CNIVersion, "name": r.Name, "type": portmap, "backend": "nftables", "snat": true,
-		"runtimeConfig": map[string]any{"portMappings": r.PortMappings},
-	}
-	if r.Result != nil {
-		previous, err := r.Result.GetAsVersion(r.CNIVersion)
-		if err != nil {
-			return nil, err
-		}
-		conf["prevResult"] = previous
-	}
-	return json.Marshal(conf)
-}
-
-func (r *record) portmap(command string) error {
-	stdin, err := r.portmapConfig()
-	if err == nil {
-		_, err = r.call(command, portmap, stdin)
-	}
-	return err
-}
-
-func (r *record) mapPorts() error {
-	if r.PortMappings == nil {
-		return nil
-	}
-	if err := r.portmap("ADD"); err != nil {
-		return fmt.Errorf("map host ports: %w", err)
-	}
-	return nil
-}
-
-func (r *record) unmapPorts() error {
-	if r.PortMappings == nil {
-		return nil
-	}
-	if err := r.portmap("DEL"); err != nil {
-		return fmt.Errorf("remove host ports: %w", err)
-	}
-	return nil
-}
-
-// checkPorts maps anew what is not complete. The plugin adds rules without a
-// look at those that are there, so they go first.
-func (r *record) checkPorts() (mended []string, err error) {
-	if r.PortMappings == nil || !atLeast(r.CNIVersion, "0.4.0") || r.portmap("CHECK") == nil {
-		return nil, nil
-	}
-	if err := errors.Join(r.unmapPorts(), r.mapPorts()); err != nil {
-		return nil, err
-	}
-	return []string{"host ports"}, nil
 }

@@ -40,6 +40,7 @@ func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) 
 				func() ([]string, error) { return r.forwarding(h) },
 				func() ([]string, error) { return n.ensureBridge(h, r) },
 				r.ensureRules,
+				func() ([]string, error) { return r.loopbackRoute(h) },
 				func() ([]string, error) { return r.ensurePair(h, ns) },
 			}
 			for _, step := range steps {

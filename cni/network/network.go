@@ -3,9 +3,9 @@
 // Package network builds an allocation's network in one process, as the
 // reference plugins loopback, bridge and firewall do together: a bridge, a veth
 // pair, lo, addresses, routes, masquerading, and an accept where the node drops
-// what it forwards. Everything of it goes by netlink, and host-local is linked
-// in; the only commands are another IPAM plugin, and the reference plugin portmap
-// where the allocation has host ports.
+// what it forwards. Host ports, which the reference plugin portmap maps elsewhere,
+// are elements of maps of nftables. Everything goes by netlink, and host-local is
+// linked in; the only command is another IPAM plugin.
 //
 // Each step looks before it acts, so that the same code builds, builds again
 // after a crash, and mends what CHECK finds missing.
@@ -120,6 +120,12 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 		}
 	}
 	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie}
+	if r.PortMappings != nil {
+		r.Mapper = mapperWeir
+		if _, err := parsePortMappings(r.PortMappings); err != nil {
+			return nil, nil, fmt.Errorf("map host ports: %w", err)
+		}
+	}
 	if err := n.build(r, ns); err != nil {
 		return nil, nil, errors.Join(err, n.rollBack(r))
 	}
@@ -129,10 +135,9 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 // rollBack undoes a build that failed. Another plugin that refused its ADD
 // refuses its DEL as likely, and has nothing then to be kept on record.
 func (n *Network) rollBack(r *record) error {
-	if err := r.unmapPorts(); err != nil && r.mapped {
+	if err := r.unmapPorts(n); err != nil {
 		return errors.Join(err, n.removeDevices(r), r.release())
 	}
-	r.PortMappings = nil
 	if err := r.release(); err != nil && r.leased {
 		return errors.Join(err, n.removeDevices(r))
 	}
@@ -155,10 +160,10 @@ func (n *Network) build(r *record, ns *namespace) error {
 	if _, err := n.ensure(r, ns); err != nil {
 		return err
 	}
-	if err := r.mapPorts(); err != nil {
+	if _, err := r.mapPorts(n); err != nil {
 		return err
 	}
-	r.Complete, r.mapped = true, true
+	r.Complete = true
 	return n.writeRecord(r)
 }
 
@@ -198,7 +203,7 @@ func (n *Network) Check(a Attachment, previous *current.Result) (mended []string
 	if err != nil {
 		return mended, err
 	}
-	did, err = r.checkPorts()
+	did, err = r.checkPorts(n)
 	return append(mended, did...), errors.Join(err, n.writeRecord(r))
 }
 
@@ -216,7 +221,14 @@ func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace)
 		return nil, fmt.Errorf("namespace %s has no %s: %w", a.NetNS, a.Key.IfName, redirect.ErrNetNSGone)
 	}
 	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie, Complete: true}
-	r.Result, err = r.result(previous)
+	if r.Result, err = r.result(previous); err != nil || r.PortMappings == nil {
+		return r, err
+	}
+	if r.Mapper = mapperWeir; hasPortmapTable() && r.portmap("CHECK") == nil {
+		r.Mapper = mapperPortmap
+		return r, nil
+	}
+	r.Ports, err = r.hostPorts()
 	return r, err
 }
 
@@ -226,13 +238,10 @@ func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace)
 func (n *Network) Remove(a Attachment) error {
 	r, unknown := n.readRecord(a.Key)
 	if unknown != nil {
-		r = &record{Config: n.config, Attachment: a}
+		r = &record{Config: n.config, Attachment: a, lost: true}
 	}
 	if a.Path != "" {
 		r.Path = a.Path
-	}
-	if r.PortMappings == nil {
-		r.PortMappings = n.config.PortMappings
 	}
 	err := n.teardown(r)
 	if err != nil && unknown == nil {
@@ -244,7 +253,7 @@ func (n *Network) Remove(a Attachment) error {
 
 // teardown undoes build. The record goes last, and only when nothing is left.
 func (n *Network) teardown(r *record) error {
-	err := errors.Join(r.unmapPorts(), n.removeDevices(r), r.release())
+	err := errors.Join(r.unmapPorts(n), n.removeDevices(r), r.release())
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,14 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
+// Who maps the host ports of an attachment.
+const (
+	mapperWeir    = "weir"
+	mapperPortmap = "portmap" // the reference plugin, for attachments of earlier versions
+)
+
+type ipConfig = current.IPConfig
+
 // record is what the node remembers of one attachment: with what it was made,
 // so that it can be removed without any help from the runtime.
 type record struct {
@@ -25,8 +33,11 @@ type record struct {
 	BootID   string          `json:"boot_id"`
 	Complete bool            `json:"complete"`
 	Result   *current.Result `json:"result,omitempty"`
+	Mapper   string          `json:"mapper,omitempty"` // who maps host ports; empty: nobody, or not known
+	Ports    []hostPort      `json:"ports,omitempty"`  // that are mapped by Weir itself
 
-	leased, mapped bool // by this call
+	leased bool // by this call
+	lost   bool // there is no record: this one is made of what the caller knows
 }
 
 func (n *Network) records() string { return filepath.Join(n.stateDir, "networks") }
@@ -58,6 +69,9 @@ func readRecordFile(path string) (*record, error) {
 	boot, err := bootID()
 	if err != nil {
 		return nil, err
+	}
+	if r.PortMappings != nil && r.Mapper == "" {
+		r.Mapper = mapperPortmap // earlier versions had no other
 	}
 	r.Complete = r.Complete && r.BootID == boot && r.Result != nil
 	return r, nil

@@ -31,17 +31,27 @@ type rule struct {
 
 // ensureRules makes the rules that the bridge needs and that are not there. One
 // set serves all attachments of a bridge; see removeRules.
-func (r *record) ensureRules() (mended []string, err error) {
-	conn, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return nil, fmt.Errorf("open nftables: %w", err)
+func (r *record) ensureRules() (repaired []string, err error) {
+	err = withNftables(func(conn *nftables.Conn) error {
+		repaired, err = r.ensureRulesBy(conn)
+		return err
+	})
+	return repaired, err
+}
+
+func (r *record) ensureRulesBy(conn *nftables.Conn) (repaired []string, err error) {
+	steps := []func(*nftables.Conn) ([]string, error){r.ensureMasquerade, r.ensureForward}
+	if r.Mapper == mapperWeir {
+		steps = append(steps, r.ensureLoopback, ensurePortMaps)
 	}
-	defer func() { err = errors.Join(err, conn.CloseLasting()) }()
-	if mended, err = r.ensureMasquerade(conn); err != nil {
-		return mended, err
+	for _, step := range steps {
+		more, err := step(conn)
+		repaired = append(repaired, more...)
+		if err != nil {
+			return repaired, err
+		}
 	}
-	did, err := r.ensureForward(conn)
-	return append(mended, did...), err
+	return repaired, nil
 }
 
 func ownTable() *nftables.Table {
@@ -58,19 +68,40 @@ func ownChain(table *nftables.Table) *nftables.Chain {
 // ensureMasquerade hides the allocations' addresses behind the node's. What
 // comes back over the bridge by a host port is masqueraded too: its answer
 // would else go straight to a neighbour that asked somebody else.
-func (r *record) ensureMasquerade(conn *nftables.Conn) (mended []string, err error) {
+func (r *record) ensureMasquerade(conn *nftables.Conn) (repaired []string, err error) {
 	var wanted []rule
 	for _, subnet := range r.subnets() {
 		if r.Masquerade {
 			wanted = append(wanted, masquerade(r.Bridge, subnet))
 		}
-		if r.Hairpin {
+		if r.Hairpin || r.Mapper == mapperWeir {
 			wanted = append(wanted, hairpin(r.Bridge, subnet))
 		}
 	}
-	table := ownTable()
-	chain := ownChain(table)
-	present, err := rulesOf(conn, table, chain)
+	if r.Mapper == mapperWeir {
+		masquerade, _ := r.loopbackRules()
+		wanted = append(wanted, masquerade...)
+	}
+	return ensureIn(conn, ownChain(ownTable()), wanted)
+}
+
+// ensureLoopback lets the node's own connections by loopback reach the bridge,
+// and nobody else's come back that way.
+func (r *record) ensureLoopback(conn *nftables.Conn) (repaired []string, err error) {
+	_, stop := r.loopbackRules()
+	if repaired, err = ensureIn(conn, stopChain(ownTable()), stop); err != nil {
+		return repaired, err
+	}
+	changed, err := sysctl("1", "ipv4", "conf", r.Bridge, "route_localnet")
+	if changed {
+		repaired = append(repaired, "route_localnet of "+r.Bridge)
+	}
+	return repaired, err
+}
+
+// ensureIn adds the rules that are not in the chain, and the chain with them.
+func ensureIn(conn *nftables.Conn, chain *nftables.Chain, wanted []rule) (repaired []string, err error) {
+	present, err := rulesOf(conn, chain.Table, chain)
 	if err != nil {
 		return nil, err
 	}
@@ -78,11 +109,11 @@ func (r *record) ensureMasquerade(conn *nftables.Conn) (mended []string, err err
 	if len(wanted) == 0 {
 		return nil, nil
 	}
-	conn.AddTable(table)
+	conn.AddTable(chain.Table)
 	conn.AddChain(chain)
 	for _, w := range wanted {
-		conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: w.exprs, UserData: comment(w.comment)})
-		mended = append(mended, "rule "+w.comment)
+		conn.AddRule(&nftables.Rule{Table: chain.Table, Chain: chain, Exprs: w.exprs, UserData: comment(w.comment)})
+		repaired = append(repaired, "rule "+w.comment)
 	}
 	if err := conn.Flush(); err != nil {
 		if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
@@ -90,7 +121,7 @@ func (r *record) ensureMasquerade(conn *nftables.Conn) (mended []string, err err
 		}
 		return nil, fmt.Errorf("add rules to %s: %w", chainName(chain), err)
 	}
-	return mended, nil
+	return repaired, nil
 }
 
 // masquerade is: saddr in the subnet, not out of the bridge, no multicast.
@@ -114,46 +145,51 @@ func hairpin(bridge string, subnet *net.IPNet) rule {
 }
 
 // removeRules removes every rule for the bridge, and the plugin's table when
-// nothing is left in it. Rules that are gone already are not missed.
-func removeRules(bridge string) (err error) {
-	conn, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	defer func() { err = errors.Join(err, conn.CloseLasting()) }()
-	chains, err := listChains(conn)
-	if err != nil {
-		return err
-	}
-	var problems []error
-	for _, chain := range chains {
-		own := chain.Table.Name == Table && chain.Table.Family == nftables.TableFamilyINet
-		if !own && !mayHoldAccept(chain) {
-			continue
-		}
-		rules, err := rulesOf(conn, chain.Table, chain)
+// it serves no other bridge. Rules that are gone already are not missed.
+func removeRules(bridge string) error {
+	return withNftables(func(conn *nftables.Conn) error {
+		chains, err := listChains(conn)
 		if err != nil {
-			problems = append(problems, err)
-			continue
+			return err
 		}
-		left := len(rules)
-		for _, rule := range rules {
-			if isFor(rule, bridge) {
-				left--
-				problems = append(problems, conn.DelRule(rule))
+		var problems []error
+		own, others := false, false // whether the table is there, and serves another bridge
+		for _, chain := range chains {
+			isOwn := chain.Table.Name == Table && chain.Table.Family == nftables.TableFamilyINet
+			if !isOwn && !mayHoldAccept(chain) {
+				continue
+			}
+			rules, err := rulesOf(conn, chain.Table, chain)
+			if err != nil {
+				problems = append(problems, err)
+				continue
+			}
+			var gone int
+			for _, rule := range rules {
+				switch {
+				case isFor(rule, bridge):
+					gone++
+					problems = append(problems, conn.DelRule(rule))
+				case isOwn && !servesAllBridges(chain):
+					others = true // another bridge's, or somebody else's
+				}
+			}
+			own = own || isOwn
+			if gone == 0 {
+				continue
+			}
+			if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+				problems = append(problems, fmt.Errorf("remove rules for %s from %s: %w", bridge, chainName(chain), err))
 			}
 		}
-		switch {
-		case own && left == 0:
-			conn.DelTable(chain.Table)
-		case left == len(rules):
-			continue
+		if own && !others {
+			conn.DelTable(ownTable())
+			if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+				problems = append(problems, fmt.Errorf("remove table %s: %w", Table, err))
+			}
 		}
-		if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-			problems = append(problems, fmt.Errorf("remove rules for %s from %s: %w", bridge, chainName(chain), err))
-		}
-	}
-	return errors.Join(problems...)
+		return errors.Join(problems...)
+	})
 }
 
 // isFor reports a rule that the plugin made for the bridge.

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// portMapping is a host port as the runtime asks for it, by the capability portMappings.
+type portMapping struct {
+	HostPort      uint16 `json:"hostPort"`
+	ContainerPort uint16 `json:"containerPort"`
+	Protocol      string `json:"protocol"`
+	HostIP        string `json:"hostIP,omitempty"`
+}
+
+// hostPort is one translation: what arrives for host and port goes to the
+// allocation. An unspecified host stands for every address of the node in its family.
+type hostPort struct {
+	Protocol  uint8          `json:"protocol"`
+	Host      netip.AddrPort `json:"host"`
+	Container netip.AddrPort `json:"container"`
+}
+
+func (p hostPort) String() string {
+	names := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_SCTP: "sctp"}
+	return fmt.Sprintf("%s %s", names[p.Protocol], p.Host)
+}
+
+// parsePortMappings reads what the runtime asks for.
+func parsePortMappings(raw json.RawMessage) (list []portMapping, err error) {
+	if raw == nil {
+		return nil, nil
+	}
+	if err := json.Unmarshal(raw, &list); err != nil {
+		return nil, fmt.Errorf("read portMappings: %w", err)
+	}
+	for i, m := range list {
+		if _, err := m.protocol(); err != nil {
+			return nil, err
+		}
+		if m.HostPort == 0 || m.ContainerPort == 0 {
+			return nil, fmt.Errorf("portMappings: hostPort %d, containerPort %d: want both", m.HostPort, m.ContainerPort)
+		}
+		if m.HostIP == "" {
+			continue
+		}
+		ip, err := netip.ParseAddr(m.HostIP)
+		if err != nil {
+			return nil, fmt.Errorf("portMappings: host port %d: hostIP: %w", m.HostPort, err)
+		}
+		list[i].HostIP = ip.Unmap().WithZone("").String()
+	}
+	return list, nil
+}
+
+func (m portMapping) protocol() (uint8, error) {
+	switch strings.ToLower(m.Protocol) {
+	case "", "tcp":
+		return unix.IPPROTO_TCP, nil
+	case "udp":
+		return unix.IPPROTO_UDP, nil
+	case "sctp":
+		return unix.IPPROTO_SCTP, nil
+	}
+	return 0, fmt.Errorf("portMappings: host port %d: protocol %q: want tcp, udp or sctp", m.HostPort, m.Protocol)
+}
+
+// hostPorts are the translations that the mappings ask for: in each family in
+// which the allocation has an address, to the first address of that family.
+func (r *record) hostPorts() (list []hostPort, err error) {
+	mappings, err := parsePortMappings(r.PortMappings)
+	if err != nil || r.Result == nil {
+		return nil, err
+	}
+	for _, four := range []bool{true, false} {
+		i := slices.IndexFunc(r.Result.IPs, func(ip *ipConfig) bool { return (ip.Address.IP.To4() != nil) == four })
+		if i < 0 {
+			continue
+		}
+		container, _ := netip.AddrFromSlice(r.Result.IPs[i].Address.IP)
+		host := netip.IPv6Unspecified()
+		if four {
+			host = netip.IPv4Unspecified()
+		}
+		for _, m := range mappings {
+			on := host
+			if m.HostIP != "" {
+				if on = netip.MustParseAddr(m.HostIP); on.Is4() != four { // checked by parsePortMappings
+					continue
+				}
+			}
+			protocol, err := m.protocol()
+			if err != nil {
+				return nil, err
+			}
+			list = append(list, hostPort{
+				Protocol: protocol, Host: netip.AddrPortFrom(on, m.HostPort),
+				Container: netip.AddrPortFrom(container.Unmap(), m.ContainerPort),
+			})
+		}
+	}
+	return list, nil
+}
+
+// mapPorts puts the translations in force, all in one transaction. A port that
+// another attachment holds is taken over: the runtime gives a port to one
+// allocation at a time, so the other one has ended, whatever of it is left.
+func (r *record) mapPorts(n *Network) (taken []string, err error) {
+	if r.Ports, err = r.hostPorts(); err != nil || len(r.Ports) == 0 {
+		return nil, err
+	}
+	r.Mapper = mapperWeir
+	// On record before the first is in force, for whoever ends a half-made one.
+	if err := n.writeRecord(r); err != nil {
+		return nil, err
+	}
+	err = n.locked(func() error {
+		return withNftables(func(conn *nftables.Conn) error {
+			err := r.addElements(conn, r.Ports)
+			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) {
+				if taken, err = r.takeOver(n, conn); err == nil {
+					err = r.addElements(conn, r.Ports)
+				}
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return taken, fmt.Errorf("map host ports: %w", err)
+	}
+	return taken, r.forgetFlows()
+}
+
+func (r *record) addElements(conn *nftables.Conn, ports []hostPort) error {
+	for _, m := range portMaps() {
+		if elements := m.elements(ports, r.Key); len(elements) > 0 {
+			if err := conn.SetAddElements(m.set, elements); err != nil {
+				return err
+			}
+		}
+	}
+	return conn.Flush()
+}
+
+// takeOver frees the ports of this attachment that others hold, in the kernel
+// and on their records, so that their DEL does not end what is somebody else's now.
+func (r *record) takeOver(n *Network, conn *nftables.Conn) (taken []string, err error) {
+	held, err := heldPorts(conn)
+	if err != nil {
+		return nil, err
+	}
+	lost := make(map[redirect.Key][]hostPort)
+	for _, wanted := range r.Ports {
+		i := slices.IndexFunc(held, func(h heldPort) bool { return h.sameHost(wanted) && h.Container != wanted.Container })
+		if i >= 0 {
+			lost[held[i].owner] = append(lost[held[i].owner], held[i].hostPort)
+			taken = append(taken, fmt.Sprintf("host port %s, which ended allocation %s held", wanted, held[i].owner.ContainerID))
+		}
+	}
+	for owner, ports := range lost {
+		if err := deleteElements(conn, ports); err != nil {
+			return taken, err
+		}
+		other, err := n.readRecord(owner)
+		if errors.Is(err, redirect.ErrUnknown) {
+			continue
+		}
+		if err != nil {
+			return taken, err
+		}
+		other.Ports = slices.DeleteFunc(other.Ports, func(p hostPort) bool { return slices.Contains(ports, p) })
+		if err := n.writeRecord(other); err != nil {
+			return taken, err
+		}
+	}
+	return taken, nil
+}
+
+// unmapPorts ends the translations. Those of an attachment whose record is
+// lost are told by the name that each carries.
+func (r *record) unmapPorts(n *Network) error {
+	if r.Mapper == mapperPortmap || r.lost && r.PortMappings != nil && hasPortmapTable() {
+		if err := r.unmapByPortmap(); err != nil || r.Mapper == mapperPortmap {
+			return err
+		}
+	}
+	if len(r.Ports) == 0 && !r.lost {
+		return nil
+	}
+	err := n.locked(func() error {
+		return withNftables(func(conn *nftables.Conn) error {
+			if r.lost {
+				held, err := heldPorts(conn)
+				if err != nil {
+					return err
+				}
+				for _, h := range held {
+					if h.owner == r.Key {
+						r.Ports = append(r.Ports, h.hostPort)
+					}
+				}
+			}
+			return deleteElements(conn, r.Ports)
+		})
+	})
+	if err != nil {
+		return fmt.Errorf("remove host ports: %w", err)
+	}
+	return r.forgetFlows()
+}
+
+// deleteElements takes translations away, in one transaction; where one of them
+// is gone already, each in its own.
+func deleteElements(conn *nftables.Conn, ports []hostPort) error {
+	if len(ports) == 0 {
+		return nil
+	}
+	for _, m := range portMaps() {
+		if err := m.queueDelete(conn, ports); err != nil {
+			return err
+		}
+	}
+	err := conn.Flush()
+	if !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	for _, m := range portMaps() {
+		for _, port := range ports {
+			if err := m.queueDelete(conn, []hostPort{port}); err != nil {
+				return err
+			}
+			if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (m portMap) queueDelete(conn *nftables.Conn, ports []hostPort) error {
+	elements := m.elements(ports, redirect.Key{})
+	for i := range elements {
+		elements[i] = nftables.SetElement{Key: elements[i].Key}
+	}
+	if len(elements) == 0 {
+		return nil
+	}
+	return conn.SetDeleteElements(m.set, elements)
+}
+
+// checkPorts puts back the translations that are missing.
+func (r *record) checkPorts(n *Network) (repaired []string, err error) {
+	if r.Mapper == mapperPortmap {
+		return r.checkPortmap()
+	}
+	err = n.locked(func() error {
+		return withNftables(func(conn *nftables.Conn) error {
+			held, err := heldPorts(conn)
+			if err == nil {
+				repaired, err = r.restorePorts(conn, held)
+			}
+			return err
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("check host ports: %w", err)
+	}
+	return repaired, nil
+}
+
+// restorePorts puts back those that nobody holds. One that another attachment
+// holds by now is that one's.
+func (r *record) restorePorts(conn *nftables.Conn, held []heldPort) (repaired []string, err error) {
+	missing := slices.DeleteFunc(slices.Clone(r.Ports), func(p hostPort) bool {
+		return slices.ContainsFunc(held, func(h heldPort) bool { return h.sameHost(p) })
+	})
+	if len(missing) == 0 {
+		return nil, nil
+	}
+	for _, p := range missing {
+		repaired = append(repaired, "host port "+p.String())
+	}
+	return repaired, r.addElements(conn, missing)
+}
+
+// forgetFlows ends what the kernel knows of UDP flows to the host ports: a flow
+// that goes on would else stay with the address that it began with. TCP begins anew
+// by itself.
+func (r *record) forgetFlows() error {
+	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+		var filters []netlink.CustomConntrackFilter
+		for _, p := range r.Ports {
+			if p.Protocol != unix.IPPROTO_UDP || p.Host.Addr().Is4() != (family == unix.AF_INET) {
+				continue
+			}
+			filter := &netlink.ConntrackFilter{}
+			if err := errors.Join(filter.AddProtocol(unix.IPPROTO_UDP), filter.AddPort(netlink.ConntrackOrigDstPort, p.Host.Port())); err != nil {
+				return err
+			}
+			filters = append(filters, filter)
+		}
+		if len(filters) == 0 {
+			continue
+		}
+		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, filters...); err != nil {
+			return fmt.Errorf("forget UDP flows to host ports: %w", err)
+		}
+	}
+	return nil
+}
+
+// heldPort is a translation as the kernel has it.
+type heldPort struct {
+	hostPort
+	owner redirect.Key
+}
+
+func (p hostPort) sameHost(other hostPort) bool {
+	return p.Protocol == other.Protocol && p.Host == other.Host
+}
+
+// heldPorts reads all of the node; none where there are no maps.
+func heldPorts(conn *nftables.Conn) (list []heldPort, err error) {
+	chains, err := listChains(conn) // the library does not tell a map that is not there from another error
+	if err != nil || !slices.ContainsFunc(chains, func(c *nftables.Chain) bool {
+		return c.Name == portChain && c.Table.Name == Table && c.Table.Family == nftables.TableFamilyINet
+	}) {
+		return nil, err
+	}
+	for _, m := range portMaps() {
+		elements, err := conn.GetSetElements(m.set)
+		if err != nil {
+			return nil, fmt.Errorf("list %s: %w", m.set.Name, err)
+		}
+		for _, element := range elements {
+			if held, ok := m.decode(element); ok {
+				list = append(list, held)
+			}
+		}
+	}
+	return list, nil
+}
+
+// portOf writes a port as nftables has it in a key: two bytes in network order, filled up to four.
+func portOf(port uint16) []byte { return binary.BigEndian.AppendUint32(nil, uint32(port)<<16) }

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/google/nftables"
+)
+
+// Earlier versions had host ports mapped by the reference plugin portmap. What it
+// mapped then it ends and repairs, as long as such an allocation lives.
+
+const portmap = "portmap"
+
+// portmapConfig is what the plugin gets. Its iptables backend is never used.
+func (r *record) portmapConfig() ([]byte, error) {
+	conf := map[string]any{
+		"cniVersion": r.CNIVersion, "name": r.Name, "type": portmap, "backend": "nftables", "snat": true,
+		"runtimeConfig": map[string]any{"portMappings": r.PortMappings},
+	}
+	if r.Result != nil {
+		previous, err := r.Result.GetAsVersion(r.CNIVersion)
+		if err != nil {
+			return nil, err
+		}
+		conf["prevResult"] = previous
+	}
+	return json.Marshal(conf)
+}
+
+func (r *record) portmap(command string) error {
+	stdin, err := r.portmapConfig()
+	if err == nil {
+		_, err = r.call(command, portmap, stdin)
+	}
+	return err
+}
+
+func (r *record) unmapByPortmap() error {
+	if err := r.portmap("DEL"); err != nil {
+		return fmt.Errorf("remove host ports: %w", err)
+	}
+	return nil
+}
+
+// checkPortmap maps anew what is not complete. The plugin adds rules without a
+// look at those that are there, so they go first.
+func (r *record) checkPortmap() (repaired []string, err error) {
+	if !atLeast(r.CNIVersion, "0.4.0") || r.portmap("CHECK") == nil {
+		return nil, nil
+	}
+	if err := errors.Join(r.unmapByPortmap(), r.portmap("ADD")); err != nil {
+		return nil, fmt.Errorf("map host ports: %w", err)
+	}
+	return []string{"host ports"}, nil
+}
+
+// hasPortmapTable reports that the plugin has mapped ports on this node.
+func hasPortmapTable() (found bool) {
+	_ = withNftables(func(conn *nftables.Conn) error {
+		table, err := conn.ListTableOfFamily("cni_hostport", nftables.TableFamilyIPv4)
+		found = err == nil && table != nil
+		return nil
+	})
+	return found
+}

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package network
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/google/nftables"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Repair puts back the rules and host ports that somebody flushed, of every
+// attachment on record whose namespace lives, and says what it put back. It calls no
+// other plugin.
+func Repair(stateDir string) (repaired []string, err error) {
+	n := New(Config{}, stateDir)
+	if _, err := os.Stat(n.records()); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // locking would make the directory above
+	}
+	err = n.locked(func() error {
+		records, problem := n.readRecords()
+		problems := []error{problem}
+		return withNftables(func(conn *nftables.Conn) error {
+			var held []heldPort
+			seen := make(map[string]bool) // networks whose rules are there
+			for _, r := range records {
+				cookie, err := redirect.Cookie(r.NetNS)
+				if err != nil || !r.Complete || cookie != r.Cookie {
+					continue // it is for the next ADD, DEL or CHECK to see to it
+				}
+				// Rules serve a whole network; those for host ports come with
+				// the first attachment that has some.
+				if name := r.Name + " " + r.Mapper; !seen[name] {
+					seen[name] = true
+					more, err := r.ensureRulesBy(conn)
+					repaired = append(repaired, more...)
+					if err != nil {
+						problems = append(problems, fmt.Errorf("repair rules of network %s: %w", r.Name, err))
+						continue
+					}
+					if held, err = heldPorts(conn); err != nil {
+						return err
+					}
+				}
+				more, err := r.restorePorts(conn, held)
+				repaired = append(repaired, more...)
+				if err != nil {
+					problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))
+				}
+			}
+			return errors.Join(problems...)
+		})
+	})
+	return repaired, err
+}
