@@ -39,7 +39,9 @@ static __always_inline void flow_remember(const struct view *view, __u16 local_p
 					  const struct addr *remote, __u16 remote_port)
 {
 	struct flow fresh = {
-		.remote = *remote, .remote_port = remote_port, .local_port = local_port,
+		.remote = *remote,
+		.remote_port = remote_port,
+		.local_port = local_port,
 	};
 	struct flow_key key;
 	struct flow *flow;

@@ -103,6 +103,66 @@ static __always_inline bool kernel_source_routed(struct bpf_sock *sk)
 struct mptcp_sock {
 } __attribute__((preserve_access_index));
 
+struct cred {
+	struct {
+		__u32 val;
+	} fsuid;
+} __attribute__((preserve_access_index));
+
+struct file {
+	struct cred *f_cred;
+} __attribute__((preserve_access_index));
+
+struct socket {
+	struct file *file;
+} __attribute__((preserve_access_index));
+
+struct sock {
+	struct socket *sk_socket;
+} __attribute__((preserve_access_index));
+
+/* No user has this ID: the kernel keeps it for "none". */
+#define UID_NONE 0xffffffffu
+
+/* The file-system UID under which a socket was opened, which is what --uid-owner
+ * of iptables and skuid of nftables mean; UID_NONE for one without a file, as
+ * the kernel's own. A TCP socket is followed by its types (see kernel_owner for
+ * MPTCP); sock is the first member of both. */
+static __always_inline __u32 kernel_uid(struct bpf_sock *sk)
+{
+	struct sock *whole = NULL;
+	struct socket *socket;
+	struct file *file;
+	struct cred *cred;
+
+	if (bpf_core_type_exists(struct mptcp_sock))
+		whole = (void *)bpf_skc_to_mptcp_sock(sk);
+	if (!whole)
+		whole = (void *)bpf_skc_to_tcp_sock(sk);
+	socket = whole ? whole->sk_socket : NULL;
+	file = socket ? socket->file : NULL;
+	cred = file ? file->f_cred : NULL;
+	return cred ? cred->fsuid.val : UID_NONE;
+}
+
+/* The same by a pointer that the verifier has no type for. */
+static __always_inline __u32 kernel_uid_read(struct sock *sk)
+{
+	struct file *file = BPF_CORE_READ(sk, sk_socket, file);
+
+	return file ? BPF_CORE_READ(file, f_cred, fsuid.val) : UID_NONE;
+}
+
+/* The context of a program on socket options as the kernel has it. */
+struct bpf_sockopt_kern {
+	struct sock *sk;
+} __attribute__((preserve_access_index));
+
+static __always_inline __u32 kernel_uid_of_option(struct bpf_sockopt *ctx)
+{
+	return kernel_uid_read(BPF_CORE_READ((struct bpf_sockopt_kern *)ctx, sk));
+}
+
 /* The socket that the application holds: of MPTCP, connect sees the first
  * subflow, getpeername the whole. A kernel may be built without MPTCP. */
 static __always_inline void *kernel_owner(struct bpf_sock *sk)

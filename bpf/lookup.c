@@ -115,8 +115,7 @@ static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struc
 					  const struct addr *remote, __u16 inbound_port)
 {
 	if (ctx->protocol != IPPROTO_TCP)
-		return guard_datagram(view, ctx->local_port, remote,
-				      bpf_ntohs(ctx->remote_port));
+		return guard_datagram(view, ctx->local_port, remote, bpf_ntohs(ctx->remote_port));
 	return ctx->local_port == inbound_port ? VERDICT_DIRECT : guard_refusal(view->config);
 }
 

@@ -359,7 +359,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, EVENTS_BYTES);
-	__type(value, struct event);  /* says what a record is; the map itself has no values */
+	__type(value, struct event); /* says what a record is; the map itself has no values */
 } events SEC(".maps");
 
 #endif

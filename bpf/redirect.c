@@ -95,14 +95,16 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 		return 1;
 	dial->destination = dial->origin;
 	dial->destination_port = dial->port;
-	dial->uid = (__u32)bpf_get_current_uid_gid();
 	dial->cgroup = bpf_get_current_cgroup_id();
-	if (datagram || is_udp(ctx->protocol))
+	if (datagram || is_udp(ctx->protocol)) {
+		dial->uid = (__u32)bpf_get_current_uid_gid(); /* for the event only */
 		verdict = decide_udp(sk, &view, dial, datagram);
-	else if (is_tcp(ctx->protocol))
+	} else if (is_tcp(ctx->protocol)) {
+		dial->uid = kernel_uid(sk);
 		verdict = decide(sk, &view, dial);
-	else
+	} else {
 		return 1;
+	}
 	verdict = fit(sk, dial, datagram, verdict);
 	if (datagram && view.config && !is_refusal(verdict))
 		flow_remember(&view, sk->src_port, &dial->destination, dial->destination_port);
@@ -260,13 +262,15 @@ int weir_recvmsg6(struct bpf_sock_addr *ctx)
 static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 {
 	__u64 cgroup = bpf_get_current_cgroup_id();
-	__u32 uid = bpf_get_current_uid_gid();
 	struct binder *binder;
 	struct view view;
-	__u32 index;
+	__u32 index, uid;
 
 	if (!view_open(&view, bpf_get_netns_cookie(sk)) || !is_tcp(sk->protocol))
 		return 1;
+	uid = kernel_uid_read((struct sock *)sk); /* the context is the kernel's socket */
+	if (uid == UID_NONE)
+		uid = bpf_get_current_uid_gid(); /* a subflow of MPTCP, which has no file */
 	if (is_rival(&view, sk->src_port, uid, cgroup)) {
 		count(view.cookie, VERDICT_REFUSED_LISTENER_IDENTITY);
 		return refuse(EADDRINUSE);
@@ -442,7 +446,7 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 	/* Inbound, sk_lookup left the local address as it was dialled. Only the
 	 * proxy may be told so: for a task there was no redirect. */
 	if (!origin && !addr_is_local(&local) && view.config->inbound_port &&
-	    (__u32)bpf_get_current_uid_gid() == view.config->proxy_uid &&
+	    kernel_uid_of_option(ctx) == view.config->proxy_uid &&
 	    answer(ctx, &local, sk->src_port))
 		return 1;
 foreign:
@@ -463,7 +467,7 @@ int weir_setsockopt(struct bpf_sockopt *ctx)
 		goto foreign;
 	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)))
 		goto foreign;
-	dial.uid = (__u32)bpf_get_current_uid_gid();
+	dial.uid = kernel_uid_of_option(ctx);
 	dial.cgroup = bpf_get_current_cgroup_id();
 	if (view.config && !(view.config->flags & CONFIG_TRANSPARENT))
 		goto foreign;

@@ -77,6 +77,11 @@ func (s script) setBytes(level, option int, value []byte) script {
 	return s.do(step{Do: "setBytes", Args: [3]int{level, option}, Bytes: value})
 }
 
+// users sets the real, the effective and the saved UID of the process.
+func (s script) users(real, effective, saved int) script {
+	return s.do(step{Do: "users", Args: [3]int{real, effective, saved}})
+}
+
 func (s script) device(name string) script  { return s.do(step{Do: "device", Text: name}) }
 func (s script) bind(addr string) script    { return s.to("bind", addr) }
 func (s script) connect(addr string) script { return s.to("connect", addr) }
@@ -208,6 +213,8 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 		return o, unix.SetsockoptInt(fd, s.Args[0], s.Args[1], s.Args[2])
 	case "setBytes":
 		return o, unix.SetsockoptString(fd, s.Args[0], s.Args[1], string(s.Bytes))
+	case "users":
+		return o, unix.Setresuid(s.Args[0], s.Args[1], s.Args[2])
 	case "device":
 		return o, unix.BindToDevice(fd, s.Text)
 	case "connect":
