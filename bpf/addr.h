@@ -23,6 +23,11 @@
 #define INDEX_FIRST 1u
 #define INDEX_COUNT ((1u << 23) - 2)
 
+/* Where a workload has several own addresses of a family, the range is cut into
+ * slices. Each has a route, and so a source address, of its own. */
+#define SLICE_SHIFT 20
+#define SLICE_COUNT ((1u << SLICE_SHIFT) - 2)
+
 struct addr {
 	__u32 word[4]; /* network order */
 };

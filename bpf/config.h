@@ -19,6 +19,7 @@ enum config_flag {
 	CONFIG_ENFORCE = 1 << 9,     /* the guard refuses */
 	CONFIG_PROXIES = 1 << 10,    /* there are proxies beside the first */
 	CONFIG_LISTENERS = 1 << 11,  /* proxies have exposed ports */
+	CONFIG_SOURCES = 1 << 12,    /* the own address depends on the origin: see map sources */
 };
 
 /* One generation of a workload's configuration. Never changed in place. */

@@ -220,7 +220,7 @@ struct event {
 /* Writer, reader, end of life:
  *   workloads   user space    every hook    DEL, or its namespace is gone
  *   configs     user space    every hook    a newer generation is in force
- *   exclusions, addresses, cidrs            as configs
+ *   exclusions, addresses, cidrs, sources   as configs
  *   proxies     the kernel    connect       as workloads; a seat with its proxy
  *   budgets, origins, indexes the kernel    as workloads; origins by the collector
  *   listeners   sockops       sk_lookup     the socket closes
@@ -267,6 +267,16 @@ struct {
 	__type(key, struct cidr_key);
 	__type(value, __u32);
 } cidrs SEC(".maps");
+
+/* The slice of the encoded range for origins of a prefix; without a row the
+ * first. Only workloads with several networks have rows here. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_ROWS);
+	__type(key, struct cidr_key);
+	__type(value, __u32);
+} sources SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -81,16 +81,34 @@ static __always_inline struct address *view_address(const struct view *view,
 	return bpf_map_lookup_elem(&addresses, &key);
 }
 
-static __always_inline bool view_excludes_cidr(const struct view *view, const struct addr *addr)
+static __always_inline struct cidr_key view_cidr_key(const struct view *view,
+						     const struct addr *addr)
 {
 	struct cidr_key key = { .prefixlen = 256, .addr = *addr };
-	__u32 *family;
 
 	__builtin_memcpy(&key.scope[0], &view->cookie, sizeof(view->cookie));
 	__builtin_memcpy(&key.scope[2], &view->generation, sizeof(view->generation));
+	return key;
+}
+
+static __always_inline bool view_excludes_cidr(const struct view *view, const struct addr *addr)
+{
+	struct cidr_key key = view_cidr_key(view, addr);
+	__u32 *family;
+
 	/* ::/0 covers the mapped form of every IPv4 address, and means none. */
 	family = bpf_map_lookup_elem(&cidrs, &key);
 	return family && *family == (addr_is_mapped(addr) ? 4 : 6);
+}
+
+/* The slice of the encoded range whose route has the own address that a
+ * connection to this origin should have. */
+static __always_inline __u32 view_slice(const struct view *view, const struct addr *addr)
+{
+	struct cidr_key key = view_cidr_key(view, addr);
+	__u32 *slice = bpf_map_lookup_elem(&sources, &key);
+
+	return slice ? *slice : 0;
 }
 
 /* The index that a row of `origins` holds, or 0 if it is not this origin's any
@@ -112,6 +130,8 @@ struct index_search {
 	const struct addr *addr;
 	struct index_key key;
 	__u32 found; /* 0: none */
+	__u32 first; /* of the indexes to choose from */
+	__u32 count;
 	__u32 pad;
 };
 
@@ -122,7 +142,7 @@ static long index_try(__u32 round, struct index_search *search)
 	int err; /* before Linux 6.4 the upper half of a map helper's result is not set */
 
 	search->key.index =
-		INDEX_FIRST + __sync_fetch_and_add(&search->budget->next, 1) % INDEX_COUNT;
+		search->first + __sync_fetch_and_add(&search->budget->next, 1) % search->count;
 	err = bpf_map_update_elem(&indexes, &search->key, search->addr, BPF_NOEXIST);
 	if (!err)
 		search->found = search->key.index;
@@ -139,17 +159,26 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	struct index_key reverse = { .cookie = view->cookie };
 	struct origin *known = bpf_map_lookup_elem(&origins, &key);
 	struct origin fresh = { .used_ns = bpf_ktime_get_coarse_ns() };
-	struct index_search search = {};
+	struct index_search search = { .first = INDEX_FIRST, .count = INDEX_COUNT };
+	__u64 exists = BPF_NOEXIST;
 	struct budget *budget;
 	__u32 *released;
 	__u64 cookie = view->cookie;
 
+	if (view->config->flags & CONFIG_SOURCES) {
+		search.first += view_slice(view, addr) << SLICE_SHIFT;
+		search.count = SLICE_COUNT;
+	}
 	if (known) {
 		__u32 index = origin_index(view->cookie, addr, known);
 
 		known->used_ns = fresh.used_ns;
-		if (index)
+		/* Of another slice, the origin is routed by another network than
+		 * when the index was given; the collector finds what it leaves. */
+		if (index && index - search.first < search.count)
 			return index;
+		if (index)
+			exists = BPF_ANY;
 	}
 	*refusal = VERDICT_REFUSED_TABLE;
 	budget = bpf_map_lookup_elem(&budgets, &cookie);
@@ -171,7 +200,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 		__sync_fetch_and_add(&budget->used, -1);
 		return 0;
 	}
-	if (!bpf_map_update_elem(&origins, &key, &fresh, BPF_NOEXIST))
+	if (!bpf_map_update_elem(&origins, &key, &fresh, exists))
 		return fresh.index;
 	/* Another CPU was first with the same origin: its index stands, and ours
 	 * never left this program. The other reason is a full table. */

@@ -92,6 +92,7 @@ const (
 	bpfConfigFlagCONFIG_ENFORCE     bpfConfigFlag = 512
 	bpfConfigFlagCONFIG_PROXIES     bpfConfigFlag = 1024
 	bpfConfigFlagCONFIG_LISTENERS   bpfConfigFlag = 2048
+	bpfConfigFlagCONFIG_SOURCES     bpfConfigFlag = 4096
 )
 
 type bpfConfigKey struct {
@@ -294,6 +295,7 @@ const (
 	bpfMapOrigins         = "origins"
 	bpfMapProxies         = "proxies"
 	bpfMapReleases        = "releases"
+	bpfMapSources         = "sources"
 	bpfMapVerdicts        = "verdicts"
 	bpfMapWorkloads       = "workloads"
 	bpfProgWeirBind4      = "weir_bind4"
@@ -387,6 +389,7 @@ type bpfMapSpecs struct {
 	Origins    *ebpf.MapSpec `ebpf:"origins"`
 	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
 	Releases   *ebpf.MapSpec `ebpf:"releases"`
+	Sources    *ebpf.MapSpec `ebpf:"sources"`
 	Verdicts   *ebpf.MapSpec `ebpf:"verdicts"`
 	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
 }
@@ -432,6 +435,7 @@ type bpfMaps struct {
 	Origins    *ebpf.Map `ebpf:"origins"`
 	Proxies    *ebpf.Map `ebpf:"proxies"`
 	Releases   *ebpf.Map `ebpf:"releases"`
+	Sources    *ebpf.Map `ebpf:"sources"`
 	Verdicts   *ebpf.Map `ebpf:"verdicts"`
 	Workloads  *ebpf.Map `ebpf:"workloads"`
 }
@@ -453,6 +457,7 @@ func (m *bpfMaps) Close() error {
 		m.Origins,
 		m.Proxies,
 		m.Releases,
+		m.Sources,
 		m.Verdicts,
 		m.Workloads,
 	)

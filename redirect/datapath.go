@@ -103,9 +103,6 @@ func (d *Datapath) add(a Attachment) error {
 			return err
 		}
 	}
-	if r.Found, err = ns.addresses(); err != nil {
-		return err
-	}
 	if r.Ephemeral, err = ns.ephemeral(); err != nil {
 		return err
 	}
@@ -217,7 +214,7 @@ func removeRoutes(r *record) error {
 		return err
 	}
 	defer ns.Close()
-	return ns.removeRoutes(r.desired())
+	return ns.removeRoutes()
 }
 
 // Check verifies that a workload is redirected as its record says, down to the

@@ -75,6 +75,7 @@ type rows struct {
 	exclusions map[bpfExclusionKey]uint32
 	addresses  map[bpfAddressKey]bpfAddress
 	cidrs      map[bpfCidrKey]uint32 // the family that the prefix was written in
+	sources    map[bpfCidrKey]uint32 // the slice of the encoded range
 }
 
 // encodeRows is the pure function from a workload to its rows. ipv6 says that
@@ -96,6 +97,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 		exclusions: make(map[bpfExclusionKey]uint32),
 		addresses:  make(map[bpfAddressKey]bpfAddress),
 		cidrs:      make(map[bpfCidrKey]uint32),
+		sources:    make(map[bpfCidrKey]uint32),
 	}
 	flag := func(set bool, bit bpfConfigFlag) {
 		if set {
@@ -146,6 +148,9 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	for _, cidr := range w.ExcludeOutboundCIDRs {
 		r.cidrs[encodeCIDR(cidr, cookie, generation)] = cidrFamily(cidr)
 	}
+	for _, source := range w.Sources.Prefixes {
+		r.sources[encodeCIDR(source.Prefix, cookie, generation)] = source.Slice
+	}
 	for _, upstream := range w.Upstreams {
 		for _, addr := range upstream.Addresses {
 			r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{
@@ -168,6 +173,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	flag(len(w.ExcludeInboundPorts)+len(w.Proxies)+len(exposed) > 0, bpfConfigFlagCONFIG_PORTS_IN)
 	flag(len(w.ExcludeUIDs) > 0, bpfConfigFlagCONFIG_UIDS)
 	flag(len(w.ExcludeOutboundCIDRs) > 0, bpfConfigFlagCONFIG_CIDRS)
+	flag(w.Sources.sliced(), bpfConfigFlagCONFIG_SOURCES)
 	flag(ipv6, bpfConfigFlagCONFIG_IPV6)
 	flag(w.Guard == GuardAudit, bpfConfigFlagCONFIG_AUDIT)
 	flag(w.Guard == GuardEnforce, bpfConfigFlagCONFIG_ENFORCE)

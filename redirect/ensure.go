@@ -19,14 +19,21 @@ import (
 // makes another can finish. The record is marked incomplete before the first
 // change and complete after the last.
 func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []string, err error) {
+	before := *r
+	moved, err := r.observe(ns)
+	if err != nil {
+		return nil, err
+	}
+	if before.Complete {
+		changed = append(changed, moved...)
+	}
 	workload := r.desired()
 	if err := workload.Validate(); err != nil {
 		return nil, err
 	}
-	before := *r
-	routed := r.Complete && slices.Equal(before.Applied.Addresses, workload.Addresses)
+	routed := r.Complete && before.Applied.Sources.equal(workload.Sources)
 	if routed {
-		if routed, err = ns.hasRoutes(r.IPv6); err != nil {
+		if routed, err = ns.hasRoutes(workload, r.IPv6); err != nil {
 			return nil, err
 		}
 	}
@@ -45,6 +52,13 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 			return changed, err
 		}
 	}
+	quiet := false
+	if !written && before.Complete && len(changed) == 0 && !slices.Equal(before.Found, r.Found) {
+		// Link-local addresses alone, unless rows are missing as well.
+		if quiet, err = tables.hasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
+			return nil, err
+		}
+	}
 	if !written {
 		if err := d.begin(r); err != nil {
 			return changed, err
@@ -59,7 +73,9 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.replaceRows(tables, r, &before, workload); err != nil {
 			return changed, err
 		}
-		changed = append(changed, "rows written")
+		if !quiet {
+			changed = append(changed, "rows written")
+		}
 	}
 	attached, err := attachLookup(tables, d.paths, ns, false)
 	if err != nil {

@@ -31,6 +31,7 @@ const (
 	lookupMapOrigins     = "origins"
 	lookupMapProxies     = "proxies"
 	lookupMapReleases    = "releases"
+	lookupMapSources     = "sources"
 	lookupMapVerdicts    = "verdicts"
 	lookupMapWorkloads   = "workloads"
 	lookupProgWeirLookup = "weir_lookup"
@@ -100,6 +101,7 @@ type lookupMapSpecs struct {
 	Origins    *ebpf.MapSpec `ebpf:"origins"`
 	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
 	Releases   *ebpf.MapSpec `ebpf:"releases"`
+	Sources    *ebpf.MapSpec `ebpf:"sources"`
 	Verdicts   *ebpf.MapSpec `ebpf:"verdicts"`
 	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
 }
@@ -145,6 +147,7 @@ type lookupMaps struct {
 	Origins    *ebpf.Map `ebpf:"origins"`
 	Proxies    *ebpf.Map `ebpf:"proxies"`
 	Releases   *ebpf.Map `ebpf:"releases"`
+	Sources    *ebpf.Map `ebpf:"sources"`
 	Verdicts   *ebpf.Map `ebpf:"verdicts"`
 	Workloads  *ebpf.Map `ebpf:"workloads"`
 }
@@ -166,6 +169,7 @@ func (m *lookupMaps) Close() error {
 		m.Origins,
 		m.Proxies,
 		m.Releases,
+		m.Sources,
 		m.Verdicts,
 		m.Workloads,
 	)

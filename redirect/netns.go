@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const loIndex = 1 // lo is the first device of every namespace
+
 // namespace is an open network namespace.
 type namespace struct {
 	file   *os.File
@@ -161,62 +163,58 @@ func (ns *namespace) ephemeral() (ports PortRange, err error) {
 // addresses returns what is assigned to the namespace's devices, but for lo.
 func (ns *namespace) addresses() (found []netip.Addr, err error) {
 	err = ns.do(func() error {
-		list, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
-		if err != nil {
-			return fmt.Errorf("list addresses: %w", err)
+		own, err := ownAddresses()
+		for _, addr := range own {
+			found = append(found, addr.Addr)
 		}
-		for _, entry := range list {
-			addr, ok := netip.AddrFromSlice(entry.IP)
-			if ok && entry.LinkIndex != 1 {
-				found = append(found, addr.Unmap())
-			}
-		}
-		slices.SortFunc(found, netip.Addr.Compare)
-		return nil
+		return err
 	})
 	return found, err
 }
 
-// encodedRoutes are the routes that bring the encoded ranges to lo. The
-// preferred source makes the kernel choose the workload's own address, so that
-// the proxy and the application both see it.
-func encodedRoutes(lo netlink.Link, w Workload) (v4, v6 *netlink.Route) {
-	route := func(prefix netip.Prefix, source netip.Addr) *netlink.Route {
-		addr := prefix.Addr()
+// encodedRoutes are the routes that bring the encoded ranges to lo, those of
+// IPv4 first, the whole range before its slices. The preferred source makes the
+// kernel choose the workload's own address, so that the proxy and the
+// application both see it.
+func encodedRoutes(w Workload) (list []*netlink.Route) {
+	add := func(prefix netip.Prefix, sources []netip.Addr, slice int) {
 		r := &netlink.Route{
-			LinkIndex: lo.Attrs().Index,
+			LinkIndex: loIndex,
 			Dst:       ipNet(prefix),
 			Table:     unix.RT_TABLE_LOCAL,
 			Type:      unix.RTN_LOCAL,
 			Scope:     netlink.SCOPE_HOST,
 			Protocol:  unix.RTPROT_STATIC,
 		}
-		if addr.Is6() {
+		if prefix.Addr().Is6() {
 			r.Scope = netlink.SCOPE_UNIVERSE
 		}
-		if source.IsValid() {
-			r.Src = source.AsSlice()
+		if slice < len(sources) {
+			r.Src = sources[slice].AsSlice()
 		}
-		return r
+		list = append(list, r)
 	}
-	return route(encodedPrefix4, firstAddr(w, netip.Addr.Is4)), route(encodedPrefix6, firstAddr(w, netip.Addr.Is6))
+	add(encodedPrefix4, w.Sources.IPv4, 0)
+	for slice := 1; slice < len(w.Sources.IPv4); slice++ {
+		v4, _ := slicePrefixes(slice)
+		add(v4, w.Sources.IPv4, slice)
+	}
+	add(encodedPrefix6, w.Sources.IPv6, 0)
+	for slice := 1; slice < len(w.Sources.IPv6); slice++ {
+		_, v6 := slicePrefixes(slice)
+		add(v6, w.Sources.IPv6, slice)
+	}
+	return list
 }
 
-func firstAddr(w Workload, family func(netip.Addr) bool) netip.Addr {
-	for _, addr := range w.Addresses {
-		if family(addr) && !addr.IsLinkLocalUnicast() {
-			return addr
-		}
-	}
-	return netip.Addr{}
-}
+func isIPv6(route *netlink.Route) bool { return route.Dst.IP.To4() == nil }
 
 // setRoutes makes the encoded ranges local to the namespace and reports
 // whether IPv6 could be had. lo must be up for that; where nobody did it, it
 // is done here.
 func (ns *namespace) setRoutes(w Workload) (ipv6 bool, err error) {
 	err = ns.do(func() error {
-		lo, err := netlink.LinkByIndex(1)
+		lo, err := netlink.LinkByIndex(loIndex)
 		if err != nil {
 			return fmt.Errorf("find lo: %w", err)
 		}
@@ -225,64 +223,116 @@ func (ns *namespace) setRoutes(w Workload) (ipv6 bool, err error) {
 				return fmt.Errorf("set lo up: %w", err)
 			}
 		}
-		v4, v6 := encodedRoutes(lo, w)
-		if err := netlink.RouteReplace(v4); err != nil {
-			return fmt.Errorf("set route %s from %s, which must be an address of the namespace: %w",
-				encodedPrefix4, firstAddr(w, netip.Addr.Is4), err)
+		ipv6 = true
+		wanted := encodedRoutes(w)
+		for _, route := range wanted {
+			err := netlink.RouteReplace(route)
+			if err != nil && !isIPv6(route) {
+				return fmt.Errorf("set route %s from %s, which must be an address of the namespace: %w", route.Dst, route.Src, err)
+			}
+			// A namespace without IPv6, or whose address is not there yet, still
+			// takes IPv4; native IPv6 is then refused by name.
+			if err != nil && route.Src != nil {
+				route.Src = nil
+				err = netlink.RouteReplace(route)
+			}
+			ipv6 = ipv6 && err == nil
 		}
-		// A namespace without IPv6, or whose address is not there yet, still
-		// takes IPv4; native IPv6 is then refused by name.
-		err = netlink.RouteReplace(v6)
-		if err != nil && v6.Src != nil {
-			v6.Src = nil
-			err = netlink.RouteReplace(v6)
+		found, err := setEncodedRoutes()
+		if err != nil {
+			return err
 		}
-		ipv6 = err == nil
+		for _, route := range found {
+			if !slices.ContainsFunc(wanted, func(r *netlink.Route) bool { return r.Dst.String() == route.Dst.String() }) {
+				if err := deleteRoute(&route); err != nil { // of a network that is gone
+					return err
+				}
+			}
+		}
 		return nil
 	})
 	return ipv6, err
 }
 
-// hasRoutes reports whether both routes of the last setRoutes are there.
-func (ns *namespace) hasRoutes(ipv6 bool) (there bool, err error) {
-	err = ns.do(func() error {
-		for _, prefix := range []netip.Prefix{encodedPrefix4, encodedPrefix6} {
-			family := netlink.FAMILY_V4
-			if prefix.Addr().Is6() {
-				family = netlink.FAMILY_V6
-				if !ipv6 {
-					continue
-				}
+// setEncodedRoutes are the routes of the encoded ranges that the calling
+// thread's namespace has.
+func setEncodedRoutes() (found []netlink.Route, err error) {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := dump(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+		})
+		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, route := range list {
+			if route.Dst == nil || route.Type != unix.RTN_LOCAL {
+				continue
 			}
-			routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Dst: ipNet(prefix)},
-				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
-			if err != nil {
-				return fmt.Errorf("list routes: %w", err)
-			}
-			if len(routes) == 0 {
-				return nil
+			addr, ok := netip.AddrFromSlice(route.Dst.IP)
+			bits, _ := route.Dst.Mask.Size()
+			addr = addr.Unmap()
+			if ok && (encodedPrefix4.Contains(addr) && bits < addr.BitLen() && bits >= encodedPrefix4.Bits() ||
+				encodedPrefix6.Contains(addr) && bits >= encodedPrefix6.Bits()) {
+				found = append(found, route)
 			}
 		}
-		there = true
+	}
+	return found, nil
+}
+
+// dump repeats a read of a kernel's list that changed meanwhile.
+func dump[T any](list func() ([]T, error)) (found []T, err error) {
+	for range 5 {
+		if found, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
+			break
+		}
+	}
+	return found, err
+}
+
+// hasRoutes reports whether the routes of the last setRoutes are there, with
+// the sources that they should have.
+func (ns *namespace) hasRoutes(w Workload, ipv6 bool) (there bool, err error) {
+	err = ns.do(func() error {
+		found, err := setEncodedRoutes()
+		if err != nil {
+			return err
+		}
+		there = !slices.ContainsFunc(encodedRoutes(w), func(wanted *netlink.Route) bool {
+			if isIPv6(wanted) && !ipv6 {
+				return false
+			}
+			return !slices.ContainsFunc(found, func(r netlink.Route) bool {
+				return r.Dst.String() == wanted.Dst.String() && r.Src.Equal(wanted.Src)
+			})
+		})
 		return nil
 	})
 	return there, err
 }
 
-func (ns *namespace) removeRoutes(w Workload) error {
+func (ns *namespace) removeRoutes() error {
 	return ns.do(func() error {
-		lo, err := netlink.LinkByIndex(1)
+		found, err := setEncodedRoutes()
 		if err != nil {
-			return fmt.Errorf("find lo: %w", err)
+			return err
 		}
-		v4, v6 := encodedRoutes(lo, w)
-		v4.Src, v6.Src = nil, nil
-		for _, route := range []*netlink.Route{v4, v6} {
-			if err := netlink.RouteDel(route); err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENODEV) &&
-				!errors.Is(err, unix.EAFNOSUPPORT) {
-				return fmt.Errorf("remove route %s: %w", route.Dst, err)
+		for _, route := range found {
+			if err := deleteRoute(&route); err != nil {
+				return err
 			}
 		}
 		return nil
 	})
+}
+
+func deleteRoute(route *netlink.Route) error {
+	err := netlink.RouteDel(route)
+	if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EAFNOSUPPORT) {
+		return fmt.Errorf("remove route %s: %w", route.Dst, err)
+	}
+	return nil
 }

@@ -32,9 +32,13 @@ type record struct {
 	NetNS   string  `json:"netns"`
 	Cookie  uint64  `json:"cookie,string"`
 	BootID  string  `json:"boot_id"`
-	// Found are the addresses of the namespace that the request does not name,
-	// such as link-local ones: they are the workload's own too.
+	// Found are the addresses of the namespace, those that the request does not
+	// name and those that came after ADD included: they are the workload's own.
 	Found []netip.Addr `json:"found,omitempty"`
+	// Sources are those of them that redirected connections have.
+	Sources Sources `json:"sources,omitzero"`
+	// Sliced says that there were several at some time.
+	Sliced bool `json:"sliced,omitempty"`
 	// Ephemeral is the namespace's range of ports for the replies to its own datagrams.
 	Ephemeral PortRange `json:"ephemeral"`
 	// Strangers are cgroups under the proxy's UID that are known not to be the
@@ -57,6 +61,10 @@ func (r *record) desired() Workload {
 	w := Merge(r.Request, r.Overlay)
 	w.Ephemeral = r.Ephemeral
 	w.Seats = r.Seats
+	w.Sources, w.Sliced = r.Sources, r.Sliced
+	if len(r.Found) > 0 { // else it was not looked at yet
+		w.Addresses = slices.DeleteFunc(w.Addresses, func(addr netip.Addr) bool { return !slices.Contains(r.Found, addr) })
+	}
 	for _, addr := range r.Found {
 		if !slices.Contains(w.Addresses, addr) {
 			w.Addresses = append(w.Addresses, addr)

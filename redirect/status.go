@@ -306,6 +306,12 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	if !r.Complete {
 		problem(anew, "its ADD, CHECK or change did not finish")
 	}
+	moved := *r
+	if changed, err := moved.observe(ns); err != nil {
+		return err
+	} else if len(changed) > 0 {
+		problem("run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
+	}
 	written, err := tables.hasRows(r.Cookie, w, r.IPv6)
 	if err != nil {
 		return err
@@ -314,7 +320,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 		status.Proxy.Identity = IdentityNone
 		problem(anew, "rows are missing: its connections are refused or pass untouched")
 	}
-	routed, err := ns.hasRoutes(r.IPv6)
+	routed, err := ns.hasRoutes(w, r.IPv6)
 	if err != nil {
 		return err
 	}

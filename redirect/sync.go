@@ -63,6 +63,11 @@ func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
 			return err
 		}
 	}
+	for key, slice := range fresh.sources {
+		if err := m.put("sources", key, slice, ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
 	if err := m.put("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, fresh.config, ebpf.UpdateAny); err != nil {
 		return err
 	}
@@ -115,6 +120,12 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 	for key, family := range want.cidrs {
 		var row uint32
 		if found, err := m.get("cidrs", key, &row); err != nil || !found || row != family {
+			return false, err
+		}
+	}
+	for key, slice := range want.sources {
+		var row uint32
+		if found, err := m.get("sources", key, &row); err != nil || !found || row != slice {
 			return false, err
 		}
 	}
@@ -190,6 +201,11 @@ func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
 			return err
 		}
 	}
+	for key := range stale.sources {
+		if err := m.drop("sources", key); err != nil {
+			return err
+		}
+	}
 	return m.drop("configs", bpfConfigKey{Cookie: cookie, Generation: generation})
 }
 
@@ -207,12 +223,14 @@ func (m *tables) dropStale(cookie uint64, w *Workload) error {
 		ports, vacant = w.ports(), ^w.takenSeats()
 	}
 	scope := encodeCIDR(encodedPrefix4, cookie, current).Scope
+	staleCIDR := func(k bpfCidrKey) bool {
+		return [2]uint32(k.Scope[:2]) == [2]uint32(scope[:2]) && k.Scope != scope
+	}
 	return errors.Join(
 		dropIf[bpfExclusionKey, uint32](m, "exclusions", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
 		dropIf[bpfAddressKey, bpfAddress](m, "addresses", func(k bpfAddressKey) bool { return k.Cookie == cookie && k.Generation != current }),
-		dropIf[bpfCidrKey, uint32](m, "cidrs", func(k bpfCidrKey) bool {
-			return [2]uint32(k.Scope[:2]) == [2]uint32(scope[:2]) && k.Scope != scope
-		}),
+		dropIf[bpfCidrKey, uint32](m, "cidrs", staleCIDR),
+		dropIf[bpfCidrKey, uint32](m, "sources", staleCIDR),
 		dropIf[bpfConfigKey, bpfConfig](m, "configs", func(k bpfConfigKey) bool { return k.Cookie == cookie && k.Generation != current }),
 		m.evict(cookie, ports),
 		m.dropSeats(cookie, vacant),
@@ -240,7 +258,7 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 	if err := m.eraseListeners(cookie, applied); err != nil {
 		return err
 	}
-	if err := m.eraseOrigins(cookie); err != nil {
+	if err := m.eraseOrigins(cookie, applied); err != nil {
 		return err
 	}
 	for slot := range uint32(flowSlots) {
@@ -262,11 +280,11 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 // eraseOrigins removes a dead workload's origins. Its indexes were given out
 // from the first one on, so they can be counted through, unless there were
 // more than a walk of the table costs.
-func (m *tables) eraseOrigins(cookie uint64) error {
+func (m *tables) eraseOrigins(cookie uint64, applied *Workload) error {
 	var budget bpfBudget
 	if found, err := m.get("budgets", cookie, &budget); err != nil {
 		return err
-	} else if !found || budget.Next > 1<<17 {
+	} else if !found || budget.Next > 1<<17 || applied == nil || applied.Sliced {
 		return errors.Join(
 			dropIf[bpfOriginKey, bpfOrigin](m, "origins", func(k bpfOriginKey) bool { return k.Cookie == cookie }),
 			dropIf[bpfIndexKey, bpfAddr](m, "indexes", func(k bpfIndexKey) bool { return k.Cookie == cookie }),

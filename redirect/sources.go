@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// A redirected connection has the own address that the route to the encoded
+// range names. Where a namespace has several networks, which address is right
+// depends on the origin: the range is then cut into slices, each with a route
+// and a source of its own, and a table tells the programs which slice an origin
+// belongs to. A workload with one network has one route and no such table.
+
+const (
+	sliceShift = 20 // SLICE_SHIFT
+	maxSlices  = 8
+
+	// maxSourceRoutes is how many prefixes of a namespace's routing table are
+	// looked at. What is more specific than those has the source of the prefix
+	// around it.
+	maxSourceRoutes = 128
+)
+
+// Sources says which own address a connection of a workload has.
+type Sources struct {
+	// IPv4 and IPv6 are the addresses of the slices; the first is that of
+	// whatever no prefix covers.
+	IPv4     []netip.Addr     `json:"ipv4,omitempty"`
+	IPv6     []netip.Addr     `json:"ipv6,omitempty"`
+	Prefixes []SourcePrefix `json:"prefixes,omitempty"`
+}
+
+// SourcePrefix names the slice of the origins in a prefix.
+type SourcePrefix struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Slice  uint32       `json:"slice"`
+}
+
+func (s Sources) equal(other Sources) bool {
+	return slices.Equal(s.IPv4, other.IPv4) && slices.Equal(s.IPv6, other.IPv6) && slices.Equal(s.Prefixes, other.Prefixes)
+}
+
+// sliced reports whether any origin belongs to another slice than the first.
+func (s Sources) sliced() bool { return len(s.Prefixes) > 0 }
+
+// slicePrefixes are the parts of the encoded ranges that belong to a slice.
+func slicePrefixes(slice int) (v4, v6 netip.Prefix) {
+	a4, a6 := encodedAddrs(uint32(slice) << sliceShift)
+	return netip.PrefixFrom(a4, 32-sliceShift), netip.PrefixFrom(a6, 128-sliceShift)
+}
+
+// ownAddress is an address of the namespace.
+type ownAddress struct {
+	netip.Addr
+	usable bool // the kernel takes it for a source
+}
+
+// observe brings the record's own addresses up to date with the namespace's, and
+// says what changed. An address that was taken off the namespace is not the
+// workload's any more. A link-local one comes by itself some time after the
+// device, so it is taken in without a word.
+func (r *record) observe(ns *namespace) (changed []string, err error) {
+	var found []netip.Addr
+	var sources Sources
+	err = ns.do(func() error {
+		own, err := ownAddresses()
+		if err != nil {
+			return err
+		}
+		for _, addr := range own {
+			found = append(found, addr.Addr)
+		}
+		sources, err = findSources(own, r.Request.Addresses)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	if !slices.Equal(routable(found), routable(r.Found)) {
+		changed = append(changed, fmt.Sprintf("its addresses are %v now, were %v", found, r.Found))
+	}
+	if !sources.equal(r.Sources) && len(changed) == 0 {
+		changed = append(changed, fmt.Sprintf("own addresses of its connections are %v now, were %v", sources, r.Sources))
+	}
+	r.unwritten = r.unwritten || !slices.Equal(found, r.Found) || !sources.equal(r.Sources)
+	r.Found, r.Sources = found, sources
+	r.Sliced = r.Sliced || sources.sliced()
+	return changed, nil
+}
+
+// routable are those of the addresses that are not link-local.
+func routable(addresses []netip.Addr) []netip.Addr {
+	return slices.DeleteFunc(slices.Clone(addresses), netip.Addr.IsLinkLocalUnicast)
+}
+
+// ownAddresses returns what is assigned to the devices of the calling thread's
+// namespace, but for lo, sorted.
+func ownAddresses() (own []ownAddress, err error) {
+	list, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	const unready = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	for _, entry := range list {
+		addr, ok := netip.AddrFromSlice(entry.IP)
+		if ok && entry.LinkIndex != loIndex {
+			addr = addr.Unmap()
+			own = append(own, ownAddress{addr, addr.IsGlobalUnicast() && entry.Flags&unready == 0})
+		}
+	}
+	slices.SortFunc(own, func(a, b ownAddress) int { return a.Compare(b.Addr) })
+	return own, nil
+}
+
+// findSources asks the kernel which source it chooses, prefix by prefix. first
+// are the addresses that the request names, of which the first of each family
+// stands for all that no route decides.
+func findSources(own []ownAddress, first []netip.Addr) (s Sources, err error) {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		var usable []netip.Addr
+		for _, addr := range own {
+			if addr.usable && addr.Is4() == (family == netlink.FAMILY_V4) {
+				usable = append(usable, addr.Addr)
+			}
+		}
+		if len(usable) == 0 {
+			continue
+		}
+		source := usable[0]
+		if i := slices.IndexFunc(first, func(addr netip.Addr) bool { return slices.Contains(usable, addr.Unmap()) }); i >= 0 {
+			source = first[i].Unmap()
+		}
+		list := []netip.Addr{source}
+		if len(usable) > 1 {
+			if list, err = s.findPrefixes(family, source, usable); err != nil {
+				return s, err
+			}
+		}
+		if family == netlink.FAMILY_V4 {
+			s.IPv4 = list
+		} else {
+			s.IPv6 = list
+		}
+	}
+	return s, nil
+}
+
+// findPrefixes adds the prefixes of one family whose source is not that of the
+// prefix around them, and returns the sources by slice.
+func (s *Sources) findPrefixes(family int, source netip.Addr, usable []netip.Addr) (list []netip.Addr, err error) {
+	routed, err := routedPrefixes(family)
+	if err != nil {
+		return nil, err
+	}
+	list = []netip.Addr{source}
+	around := make([]netip.Addr, len(routed)) // the sources, by prefix
+	for i, prefix := range routed {
+		outer := source
+		for j := range i { // shorter ones come first, the longest that covers counts
+			if routed[j].Overlaps(prefix) {
+				outer = around[j]
+			}
+		}
+		around[i] = outer
+		probe, found := probeOf(prefix, routed[i+1:])
+		if !found {
+			continue // its parts decide
+		}
+		chosen, err := sourceFor(probe)
+		if err != nil {
+			return nil, err
+		}
+		if chosen == outer || !slices.Contains(usable, chosen) {
+			continue
+		}
+		slice := slices.Index(list, chosen)
+		if slice < 0 {
+			if slice = len(list); slice == maxSlices {
+				continue
+			}
+			list = append(list, chosen)
+		}
+		around[i] = chosen
+		s.Prefixes = append(s.Prefixes, SourcePrefix{Prefix: prefix, Slice: uint32(slice)})
+	}
+	return list, nil
+}
+
+// routedPrefixes are the destinations of the namespace's routes, shorter ones
+// first, beside those by which the kernel chooses among the addresses of one
+// device (RFC 6724: a unique local address for unique local destinations).
+func routedPrefixes(family int) ([]netip.Prefix, error) {
+	prefixes := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
+	if family == netlink.FAMILY_V6 {
+		prefixes = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("fc00::/7")}
+	}
+	routes, err := dump(func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	for _, route := range routes {
+		if route.Table == unix.RT_TABLE_LOCAL || route.Dst == nil || route.Type != unix.RTN_UNICAST {
+			continue
+		}
+		addr, ok := netip.AddrFromSlice(route.Dst.IP)
+		bits, _ := route.Dst.Mask.Size()
+		addr = addr.Unmap()
+		if ok && !addr.IsLinkLocalUnicast() && !addr.IsMulticast() && bits <= addr.BitLen() {
+			prefixes = append(prefixes, netip.PrefixFrom(addr, bits).Masked())
+		}
+	}
+	slices.SortFunc(prefixes, func(a, b netip.Prefix) int {
+		if a.Bits() != b.Bits() {
+			return a.Bits() - b.Bits()
+		}
+		return a.Addr().Compare(b.Addr())
+	})
+	prefixes = slices.Compact(prefixes)
+	return prefixes[:min(len(prefixes), maxSourceRoutes)], nil
+}
+
+// probeOf returns an address of the prefix that is in none of the longer ones.
+func probeOf(prefix netip.Prefix, longer []netip.Prefix) (netip.Addr, bool) {
+	candidates := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1"),
+		netip.MustParseAddr("fdff:ffff:ffff::1"), prefix.Addr().Next(), prefix.Addr()}
+	for _, inner := range longer {
+		candidates = append(candidates, lastOf(inner).Next(), inner.Addr().Prev())
+	}
+	i := slices.IndexFunc(candidates, func(addr netip.Addr) bool {
+		return addr.IsValid() && prefix.Contains(addr) && addr.IsGlobalUnicast() &&
+			!slices.ContainsFunc(longer, func(inner netip.Prefix) bool { return inner.Contains(addr) })
+	})
+	if i < 0 {
+		return netip.Addr{}, false
+	}
+	return candidates[i], true
+}
+
+// lastOf is the last address of a prefix.
+func lastOf(prefix netip.Prefix) netip.Addr {
+	bytes := prefix.Masked().Addr().AsSlice()
+	for bit := prefix.Bits(); bit < 8*len(bytes); bit++ {
+		bytes[bit/8] |= 0x80 >> (bit % 8)
+	}
+	last, _ := netip.AddrFromSlice(bytes)
+	return last
+}
+
+// sourceFor is the own address that the kernel chooses towards a destination;
+// none where nothing leads there.
+func sourceFor(destination netip.Addr) (source netip.Addr, err error) {
+	routes, err := netlink.RouteGet(destination.AsSlice())
+	switch {
+	case errors.Is(err, unix.ENETUNREACH), errors.Is(err, unix.EHOSTUNREACH), errors.Is(err, unix.EACCES), errors.Is(err, unix.EINVAL):
+		return source, nil
+	case err != nil:
+		return source, fmt.Errorf("ask for the route to %s: %w", destination, err)
+	case len(routes) == 0:
+		return source, nil
+	}
+	source, _ = netip.AddrFromSlice(routes[0].Src)
+	return source.Unmap(), nil
+}
