@@ -51,6 +51,7 @@ type Agent struct {
 	docker   *docker   // nil: Docker is not to be asked
 	cache    *cache
 	watcher  *watcher
+	networks *networks
 	resting  time.Duration // between two runs of origins
 	wake     chan struct{}
 	pins     atomic.Bool // something changed among the pins since the last pass
@@ -96,6 +97,7 @@ func New(config Config, options Options) (*Agent, error) {
 		strayed:  make(map[string]stray),
 		inStep:   true,
 		turn:     defaultTurn(),
+		networks: newNetworks(),
 	}
 	a.origins = a.datapath.NewCollector()
 	if a.notify == nil {
@@ -153,6 +155,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		cancel()
 		return errors.Join(err, a.watcher.Close())
 	}
+	a.watchNetworks(&background)
 	background.Go(func() {
 		a.watcher.run(func(dir string) {
 			if strings.HasPrefix(dir, a.config.PinDir) {
@@ -173,7 +176,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.loop(ctx)
 	cancel()
 	a.notify("STOPPING=1")
-	err = errors.Join(a.watcher.Close(), servers.close())
+	err = errors.Join(a.watcher.Close(), a.networks.Close(), servers.close())
 	background.Wait()
 	return err
 }
@@ -202,6 +205,8 @@ func (a *Agent) loop(ctx context.Context) {
 			}
 		case <-clock.C:
 			a.pass(false)
+		case <-a.networks.wake:
+			a.checkMoved()
 		case <-search.C:
 		}
 		search.Reset(a.recognise(time.Now()))

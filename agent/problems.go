@@ -93,6 +93,12 @@ func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
 			Remedy: `see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
 		})
 	}
+	if a.networks.problem != "" {
+		list = append(list, redirect.Problem{
+			What:   "an address or route that changes after ADD is found within minutes, not at once: " + a.networks.problem,
+			Remedy: "give the agent CAP_NET_BROADCAST, as its systemd unit does",
+		})
+	}
 	for _, what := range a.unreadable {
 		list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
 	}

@@ -83,6 +83,7 @@ func (a *Agent) reconcile(now time.Time) {
 		a.settle(s, consul, now)
 	}
 	a.forget(subjects, now)
+	a.followNetworks(known)
 	if a.turn.left > 0 {
 		a.hurry()
 	}

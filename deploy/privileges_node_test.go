@@ -199,7 +199,8 @@ func (n *privateNode) register(t *testing.T, a *privateAlloc, proxy map[string]a
 
 // agentView is what the agent tells on its socket.
 type agentView struct {
-	Consul struct {
+	Problems []string
+	Consul   struct {
 		InStep bool `json:"in_step"`
 		Error  string
 	}

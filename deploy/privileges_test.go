@@ -26,12 +26,13 @@ type duty struct {
 
 // What the agent has to do. Without the first there is none of the others.
 const (
-	comesUp      = "comes up"
-	reaches      = "reaches Consul"
-	guards       = "guards a plain allocation whose namespace was mounted after it began"
-	takesIn      = "takes in a listener that is older than its rows"
-	seesNftables = "sees what Consul's own rules redirect, in nftables"
-	seesIptables = "sees what Consul's own rules redirect, in legacy iptables"
+	comesUp         = "comes up"
+	reaches         = "reaches Consul"
+	guards          = "guards a plain allocation whose namespace was mounted after it began"
+	takesIn         = "takes in a listener that is older than its rows"
+	hearsOfNetworks = "hears of what changes in a workload's network"
+	seesNftables    = "sees what Consul's own rules redirect, in nftables"
+	seesIptables    = "sees what Consul's own rules redirect, in legacy iptables"
 )
 
 var duties = []duty{
@@ -39,6 +40,7 @@ var duties = []duty{
 	{reaches, (*privateNode).reachesConsul},
 	{guards, (*privateNode).guards},
 	{takesIn, (*privateNode).takesIn},
+	{hearsOfNetworks, (*privateNode).hearsOfNetworks},
 	{seesNftables, func(n *privateNode) error { return n.state(n.nft, "consul") }},
 	{seesIptables, func(n *privateNode) error { return n.state(n.legacy, "consul") }},
 }
@@ -65,6 +67,9 @@ func TestUnitLeavesTheLeastPrivileges(t *testing.T) {
 		}},
 		{"NET_RAW", drop + "CAP_NET_RAW", map[string]string{
 			seesIptables: "open raw socket: operation not permitted",
+		}},
+		{"NET_BROADCAST", drop + "CAP_NET_BROADCAST", map[string]string{
+			hearsOfNetworks: "watch networks: operation not permitted",
 		}},
 		{"SYS_PTRACE", drop + "CAP_SYS_PTRACE", map[string]string{
 			takesIn: "is not registered: it gets no connections",
@@ -185,6 +190,19 @@ func (n *privateNode) takesIn() error {
 	}
 	if answer.Server != n.proxy.Name {
 		return errors.New("connected to " + answer.Server)
+	}
+	return nil
+}
+
+// hearsOfNetworks reports what the agent says of its watch: what it is for is
+// tested where namespaces are at hand.
+func (n *privateNode) hearsOfNetworks() error {
+	view, err := n.view()
+	if err != nil {
+		return err
+	}
+	if text := strings.Join(view.Problems, "; "); strings.Contains(text, "watch networks") {
+		return errors.New(text)
 	}
 	return nil
 }

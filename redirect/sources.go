@@ -32,8 +32,8 @@ const (
 type Sources struct {
 	// IPv4 and IPv6 are the addresses of the slices; the first is that of
 	// whatever no prefix covers.
-	IPv4     []netip.Addr     `json:"ipv4,omitempty"`
-	IPv6     []netip.Addr     `json:"ipv6,omitempty"`
+	IPv4     []netip.Addr   `json:"ipv4,omitempty"`
+	IPv6     []netip.Addr   `json:"ipv6,omitempty"`
 	Prefixes []SourcePrefix `json:"prefixes,omitempty"`
 }
 

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// An address that is replaced after ADD is the workload's own at once, and the
+// one before is not any more.
+func TestAgentFollowsAReplacedAddress(t *testing.T) {
+	n := newNode(t)
+	id := numbered(1)
+	ns, key := n.transparent(id)
+	n.fake.answers(registered(id))
+	n.run()
+	n.eventually(id, StateManaged)
+	test.Veth(t, test.VethEnd{NetNS: ns, Addrs: []netip.Prefix{netip.MustParsePrefix("10.8.0.2/24")}}, test.VethEnd{NetNS: test.NewNetNS(t)})
+	n.own(key, "10.8.0.2")
+	before := n.agent.Status().Counts.Mended
+	var err error
+	ns.Do(func() {
+		var link netlink.Link
+		if link, err = netlink.LinkByName("eth0"); err != nil {
+			return
+		}
+		mask := net.CIDRMask(24, 32)
+		err = errors.Join(
+			netlink.AddrDel(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 8, 0, 2), Mask: mask}}),
+			netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 8, 0, 3), Mask: mask}}),
+		)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.own(key, "10.8.0.3")
+	if now := n.agent.Status().Counts.Mended; now == before {
+		t.Errorf("%d repairs are counted, want more than %d", now, before)
+	}
+}
+
+// own waits until that is the only IPv4 address of the workload.
+func (n *node) own(key redirect.Key, want string) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		if moved, err := n.Moved(key); err != nil || moved {
+			return fmt.Errorf("its record is not that of its network: %t, %w", moved, err)
+		}
+		list, err := n.Workloads()
+		if err != nil || len(list) != 1 {
+			return fmt.Errorf("%d workloads: %w", len(list), err)
+		}
+		own := slices.DeleteFunc(list[0].Addresses, netip.Addr.Is6)
+		if len(own) != 1 || own[0].String() != want {
+			return fmt.Errorf("own addresses are %v, want %s", own, want)
+		}
+		return nil
+	}, "the own address to be "+want)
+}
