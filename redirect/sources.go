@@ -59,6 +59,7 @@ func slicePrefixes(slice int) (v4, v6 netip.Prefix) {
 // ownAddress is an address of the namespace.
 type ownAddress struct {
 	netip.Addr
+	device int
 	usable bool // the kernel takes it for a source
 }
 
@@ -112,34 +113,38 @@ func ownAddresses() (own []ownAddress, err error) {
 		addr, ok := netip.AddrFromSlice(entry.IP)
 		if ok && entry.LinkIndex != loIndex {
 			addr = addr.Unmap()
-			own = append(own, ownAddress{addr, addr.IsGlobalUnicast() && entry.Flags&unready == 0})
+			own = append(own, ownAddress{addr, entry.LinkIndex, addr.IsGlobalUnicast() && entry.Flags&unready == 0})
 		}
 	}
 	slices.SortFunc(own, func(a, b ownAddress) int { return a.Compare(b.Addr) })
 	return own, nil
 }
 
-// findSources asks the kernel which source it chooses, prefix by prefix. first
-// are the addresses that the request names, of which the first of each family
-// stands for all that no route decides.
+// findSources asks the kernel by which device it sends, prefix by prefix. first
+// are the addresses that the request names: the first of each family stands for
+// its device and for all that no route decides.
 func findSources(own []ownAddress, first []netip.Addr) (s Sources, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		var usable []netip.Addr
+		devices := make(map[netip.Addr]int) // of the usable ones
+		var source netip.Addr
 		for _, addr := range own {
 			if addr.usable && addr.Is4() == (family == netlink.FAMILY_V4) {
-				usable = append(usable, addr.Addr)
+				devices[addr.Addr] = addr.device
+				if !source.IsValid() {
+					source = addr.Addr
+				}
 			}
 		}
-		if len(usable) == 0 {
+		if !source.IsValid() {
 			continue
 		}
-		source := usable[0]
-		if i := slices.IndexFunc(first, func(addr netip.Addr) bool { return slices.Contains(usable, addr.Unmap()) }); i >= 0 {
-			source = first[i].Unmap()
+		named := slices.IndexFunc(first, func(addr netip.Addr) bool { return devices[addr.Unmap()] != 0 })
+		if named >= 0 {
+			source = first[named].Unmap()
 		}
 		list := []netip.Addr{source}
-		if len(usable) > 1 {
-			if list, err = s.findPrefixes(family, source, usable); err != nil {
+		if slices.ContainsFunc(own, func(addr ownAddress) bool { return devices[addr.Addr] != 0 && addr.device != devices[source] }) {
+			if list, err = s.findPrefixes(family, source, devices); err != nil {
 				return s, err
 			}
 		}
@@ -154,7 +159,7 @@ func findSources(own []ownAddress, first []netip.Addr) (s Sources, err error) {
 
 // findPrefixes adds the prefixes of one family whose source is not that of the
 // prefix around them, and returns the sources by slice.
-func (s *Sources) findPrefixes(family int, source netip.Addr, usable []netip.Addr) (list []netip.Addr, err error) {
+func (s *Sources) findPrefixes(family int, source netip.Addr, devices map[netip.Addr]int) (list []netip.Addr, err error) {
 	routed, err := routedPrefixes(family)
 	if err != nil {
 		return nil, err
@@ -177,7 +182,13 @@ func (s *Sources) findPrefixes(family int, source netip.Addr, usable []netip.Add
 		if err != nil {
 			return nil, err
 		}
-		if chosen == outer || !slices.Contains(usable, chosen) {
+		if devices[chosen] == 0 {
+			continue
+		}
+		if devices[chosen] == devices[source] {
+			chosen = source
+		}
+		if chosen == outer {
 			continue
 		}
 		slice := slices.Index(list, chosen)
@@ -194,12 +205,11 @@ func (s *Sources) findPrefixes(family int, source netip.Addr, usable []netip.Add
 }
 
 // routedPrefixes are the destinations of the namespace's routes, shorter ones
-// first, beside those by which the kernel chooses among the addresses of one
-// device (RFC 6724: a unique local address for unique local destinations).
+// first.
 func routedPrefixes(family int) ([]netip.Prefix, error) {
 	prefixes := []netip.Prefix{netip.MustParsePrefix("0.0.0.0/0")}
 	if family == netlink.FAMILY_V6 {
-		prefixes = []netip.Prefix{netip.MustParsePrefix("::/0"), netip.MustParsePrefix("fc00::/7")}
+		prefixes[0] = netip.MustParsePrefix("::/0")
 	}
 	routes, err := dump(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
@@ -231,7 +241,7 @@ func routedPrefixes(family int) ([]netip.Prefix, error) {
 // probeOf returns an address of the prefix that is in none of the longer ones.
 func probeOf(prefix netip.Prefix, longer []netip.Prefix) (netip.Addr, bool) {
 	candidates := []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("2001:db8::1"),
-		netip.MustParseAddr("fdff:ffff:ffff::1"), prefix.Addr().Next(), prefix.Addr()}
+		prefix.Addr().Next(), prefix.Addr()}
 	for _, inner := range longer {
 		candidates = append(candidates, lastOf(inner).Next(), inner.Addr().Prev())
 	}
