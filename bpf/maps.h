@@ -192,11 +192,12 @@ struct dialled {
 	__u32 pad;
 };
 
-/* The node's own row: set by user space, read by every event. */
+/* The node's own row: set by user space, read by every event. layout and instance
+ * stay where they are in every layout: a version finds another's by them. */
 struct control {
 	__u64 events_until_ns; /* CLOCK_MONOTONIC; 0: nobody reads */
 	__u32 layout;          /* of all structs here; user space refuses another */
-	__u32 pad;
+	__u32 instance;        /* whose programs these are: a hash of the pin directory */
 	__u64 digest[2]; /* of the objects that the node runs; tells when to upgrade */
 };
 

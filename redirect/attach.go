@@ -123,11 +123,3 @@ func linkProblems(names []string, root *os.File, dir string) (map[string]string,
 	}
 	return problems, nil
 }
-
-// programNames are the programs that are attached at the root of cgroup v2.
-func programNames() []string {
-	return []string{
-		"weir_bind4", "weir_bind6", "weir_connect4", "weir_connect6", "weir_getsockopt", "weir_peername4", "weir_peername6",
-		"weir_recvmsg4", "weir_recvmsg6", "weir_sendmsg4", "weir_sendmsg6", "weir_setsockopt", "weir_sockops",
-	}
-}

@@ -105,7 +105,7 @@ type bpfControl struct {
 	_             structs.HostLayout
 	EventsUntilNs uint64
 	Layout        uint32
-	Pad           uint32
+	Instance      uint32
 	Digest        [2]uint64
 }
 

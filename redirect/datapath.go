@@ -67,6 +67,9 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	defer tables.Close()
 	tables.prepared = a.Prepared
+	if err := tables.refuseOtherInstance(ns); err != nil {
+		return err
+	}
 	boot, err := bootID()
 	if err != nil {
 		return err
@@ -174,7 +177,7 @@ func (d *Datapath) remove(key Key) error {
 	if err != nil {
 		return err
 	}
-	tables, err := openTables(d.paths.maps())
+	tables, err := d.openOrReclaim()
 	// Rows of a node that is not loaded are gone; those of another version
 	// belong to a namespace that is on its way out and harm nobody.
 	if err != nil && !errors.Is(err, ErrNotLoaded) && !errors.Is(err, ErrIncompatible) {

@@ -22,6 +22,8 @@ var (
 	ErrFull = errors.New("table is full")
 	// ErrUnreadable: there is a record, but this version cannot read it.
 	ErrUnreadable = errors.New("record cannot be read")
+	// ErrOtherInstance: another instance of Weir, whose pins are elsewhere, serves it.
+	ErrOtherInstance = errors.New("another instance of Weir is attached")
 	// ErrConsulRules: Consul's own rules redirect the namespace already.
 	ErrConsulRules = errors.New("namespace is redirected by Consul's own iptables or nftables rules")
 )

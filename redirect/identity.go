@@ -24,7 +24,7 @@ type Sighting struct {
 // Sightings returns those of the proxies of these namespaces, by cookie. A few
 // map reads each, without the lock.
 func (d *Datapath) Sightings(cookies []uint64) (map[uint64][]Sighting, error) {
-	tables, err := openTables(d.paths.maps())
+	tables, err := openTablesToRead(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}

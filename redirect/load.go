@@ -59,21 +59,57 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 	if _, err := unpinAll(d.paths.staging()); err != nil {
 		return result, fmt.Errorf("remove unfinished load: %w", err)
 	}
+	// No pins is not nothing: another bpffs may be mounted over them.
+	reclaimed, err := d.reclaim(root)
+	if err != nil {
+		return LoadResult{Did: reclaimed}, err
+	}
 	pinned, err := openTables(d.paths.maps())
 	switch {
 	case errors.Is(err, ErrNotLoaded):
-		return d.loadFresh(root)
-	case err != nil:
+		result, err = d.loadFresh(root)
+	case err == nil:
+		defer pinned.Close()
+		result, err = d.loadOver(pinned, root, renew, reclaimed)
+	}
+	if err != nil || !result.Changed && !renew {
 		return result, err
 	}
-	defer pinned.Close()
+	did, err := d.confirm(root)
+	result.Changed, result.Did = result.Changed || len(did) > 0, append(result.Did, did...)
+	return result, err
+}
+
+// loadOver is load where tables are there.
+func (d *Datapath) loadOver(pinned *tables, root *os.File, renew bool, reclaimed []string) (result LoadResult, err error) {
 	repinned, err := d.repin()
+	did := append(reclaimed, repinned...)
 	if err != nil {
-		return LoadResult{Did: repinned}, err
+		return LoadResult{Did: did}, err
+	}
+	if err := d.sign(pinned); err != nil {
+		return LoadResult{Did: did}, err
 	}
 	result, err = d.upgrade(pinned, root, renew)
-	result.Changed, result.Did = result.Changed || len(repinned) > 0, append(repinned, result.Did...)
-	return result, err
+	result.Changed, result.Did = result.Changed || len(did) > 0, append(did, result.Did...)
+	if err != nil || len(reclaimed) == 0 {
+		return result, err
+	}
+	// Some of it may have been on its way out already.
+	restored, problems := d.restore(false)
+	result.Did = append(result.Did, restored...)
+	result.left(problems)
+	return result, nil
+}
+
+// sign says in the tables whose they are, where an older version did not.
+func (d *Datapath) sign(pinned *tables) error {
+	var row bpfControl
+	if _, err := pinned.get("control", uint32(0), &row); err != nil || row.Instance != 0 {
+		return err
+	}
+	row.Instance = d.paths.instance()
+	return pinned.put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
 // loadFresh builds everything beside the live directory, the workloads on
@@ -93,7 +129,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
 	staging := d.paths.staging()
-	pins, err := createMaps(spec, filepath.Join(staging, "maps"))
+	pins, err := createMaps(spec, filepath.Join(staging, "maps"), d.paths.instance())
 	defer closeMaps(pins)
 	if err != nil {
 		return result, err
@@ -110,7 +146,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	// The programs are attached already: a listener that opens now is not missed.
 	staged := New(d.paths)
 	staged.paths.PinDir = staging
-	restored, problems := staged.restore()
+	restored, problems := staged.restore(true)
 	// What a half-removed instance left is in the way of the rename.
 	if _, err := unpinAll(d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("remove incomplete pins: %w", err)
@@ -204,8 +240,9 @@ func (d *Datapath) renewLookups(pinned *tables) (did []string, problems []error)
 	return did, problems
 }
 
-// restore puts the workloads on record back after their maps were lost.
-func (d *Datapath) restore() (did []string, problems []error) {
+// restore puts the workloads on record back after their maps were lost, or looks
+// at each of them where the maps are not new.
+func (d *Datapath) restore(lost bool) (did []string, problems []error) {
 	records, unreadable := d.paths.readRecords()
 	problems = append(problems, unreadable)
 	if len(records) == 0 {
@@ -225,7 +262,9 @@ func (d *Datapath) restore() (did []string, problems []error) {
 			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))
 			continue
 		}
-		r.Complete, r.fresh = false, true // the tables are new
+		if lost {
+			r.Complete, r.fresh = false, true // the tables are new
+		}
 		mended, err := d.ensure(pinned, r, ns)
 		ns.Close()
 		if err != nil {

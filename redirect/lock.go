@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -43,7 +44,8 @@ func lockedWithin(path string, patience time.Duration, action func() error) erro
 			go func() { // whenever it comes, nobody wants it any more
 				_ = errors.Join(<-taken, file.Close())
 			}()
-			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, lockHolder(file), patience, unix.EAGAIN)
+			holder, _ := lockedBy(path)
+			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, holder, patience, unix.EAGAIN)
 		}
 	}
 	defer file.Close()
@@ -62,23 +64,41 @@ func flock(file *os.File, how int) error {
 	}
 }
 
-// lockHolder names the process that holds a lock on the file, as far as it can be
-// seen from here.
-func lockHolder(file *os.File) string {
-	var stat unix.Stat_t
-	text, err := os.ReadFile("/proc/locks")
-	if err != nil || unix.Fstat(int(file.Fd()), &stat) != nil {
+// lockHolder is who holds a lock, as far as it can be seen from here.
+type lockHolder int // its process ID; 0: not known
+
+func (h lockHolder) String() string {
+	if h <= 0 {
 		return "another process"
 	}
+	return processName(int(h))
+}
+
+// stopped reports whether the process is stopped, by a signal or a debugger.
+func (h lockHolder) stopped() bool {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", int(h)))
+	_, state, found := strings.Cut(string(text), ") ") // "1234 (weir) T 1 ..."
+	return h > 0 && err == nil && found && (strings.HasPrefix(state, "T") || strings.HasPrefix(state, "t"))
+}
+
+// lockedBy reports whether somebody has the lock now, and who, without taking it.
+func lockedBy(path string) (holder lockHolder, held bool) {
+	var stat unix.Stat_t
+	text, err := os.ReadFile("/proc/locks")
+	if err != nil || unix.Stat(path, &stat) != nil {
+		return 0, false
+	}
+	device := fmt.Sprintf("%02x:%02x:%d", unix.Major(stat.Dev), unix.Minor(stat.Dev), stat.Ino)
 	// "3: FLOCK  ADVISORY  WRITE 1234 00:1a:5678 0 EOF"; one that waits has "->" first.
 	for line := range strings.Lines(string(text)) {
 		fields := strings.Fields(line)
-		if len(fields) > 5 && fields[1] == "FLOCK" && strings.HasSuffix(fields[5], fmt.Sprintf(":%d", stat.Ino)) {
-			name, err := os.ReadFile("/proc/" + fields[4] + "/comm")
-			if err == nil {
-				return fmt.Sprintf("process %s (%s)", fields[4], strings.TrimSpace(string(name)))
+		if len(fields) > 5 && fields[1] == "FLOCK" && fields[5] == device {
+			pid, err := strconv.Atoi(fields[4])
+			if err != nil {
+				pid = 0
 			}
+			return lockHolder(max(pid, 0)), true
 		}
 	}
-	return "another process"
+	return 0, false
 }

@@ -62,6 +62,18 @@ func attachLookup(m *tables, paths Paths, ns *namespace, renew bool) (changed bo
 	case !errors.Is(err, fs.ErrNotExist):
 		return false, fmt.Errorf("open lookup link: %w", err)
 	}
+	there, err := lookupsIn(m, ns)
+	if err != nil {
+		return false, err
+	}
+	if there.other != nil {
+		return false, there.refusal(ns)
+	}
+	if there.own != 0 {
+		if again, err := pinLookup(there.own, pin, m, ns, renew); again || err != nil {
+			return again, err
+		}
+	}
 	program, err := newLookup(m, ns.cookie)
 	if err != nil {
 		return false, err
@@ -78,7 +90,8 @@ func attachLookup(m *tables, paths Paths, ns *namespace, renew bool) (changed bo
 	if err := attached.Pin(pin); err != nil {
 		return false, fmt.Errorf("pin lookup link: %w", err)
 	}
-	return true, nil
+	_, err = detachPrograms(there.stale)
+	return true, err
 }
 
 // lookupInode is the inode of the namespace that the link is attached to; 0
@@ -102,17 +115,4 @@ func detachLookup(paths Paths, cookie uint64) error {
 		return fmt.Errorf("remove lookup link: %w", err)
 	}
 	return nil
-}
-
-// lookupInForce reports whether the namespace has its program.
-func lookupInForce(paths Paths, ns *namespace) (bool, error) {
-	pinned, err := link.LoadPinnedLink(paths.lookup(ns.cookie), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("open lookup link: %w", err)
-	}
-	defer pinned.Close()
-	return lookupInode(pinned) == ns.inode, nil
 }

@@ -5,14 +5,12 @@ package redirect
 import (
 	"errors"
 	"fmt"
-	"maps"
+	"io/fs"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -49,6 +47,7 @@ type Status struct {
 	Maps       []MapInfo `json:"maps"`
 	Barrier    Barrier   `json:"barrier"` // the way in use, the weaker one where the kernel has no other
 	Workloads  int       `json:"workloads"`
+	Others     []Other   `json:"others"` // programs of others on the same hooks
 	Problems   []Problem `json:"problems"`
 }
 
@@ -77,109 +76,6 @@ func (d *Datapath) Probe() error {
 		return err
 	}
 	return tables.Close()
-}
-
-// Status looks at the node. It changes nothing, and an error means that the
-// look itself was not possible.
-func (d *Datapath) Status() (status Status, err error) {
-	err = d.paths.locked(func() error {
-		status, err = d.status()
-		return err
-	})
-	return status, err
-}
-
-func (d *Datapath) status() (Status, error) {
-	status := Status{Paths: d.paths, Barrier: barrier(), Links: []string{}, Maps: []MapInfo{}, Problems: []Problem{}}
-	problem := func(remedy, what string, args ...any) {
-		status.Problems = append(status.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
-	}
-	root, err := d.paths.cgroupRoot()
-	if err != nil {
-		problem("mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
-		return status, nil
-	}
-	defer root.Close()
-	status.CgroupRoot = root.Name()
-	tables, err := openTables(d.paths.maps())
-	switch {
-	case errors.Is(err, ErrNotLoaded):
-		problem("start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
-		return status, nil
-	case errors.Is(err, ErrIncompatible):
-		problem("drain the node, run 'weir unload' and load this version", "%v", err)
-		return status, nil
-	case err != nil:
-		return status, err
-	}
-	defer tables.Close()
-	status.Loaded = true
-	var row bpfControl
-	if _, err := tables.get("control", uint32(0), &row); err != nil {
-		return status, err
-	}
-	if status.Current = row.Digest == digest(); !status.Current {
-		problem("run 'weir load' with the version that the node should run", "the node runs programs of another version")
-	}
-	broken, err := linkProblems(programNames(), root, d.paths.links())
-	if err != nil {
-		return status, err
-	}
-	for _, what := range slices.Sorted(maps.Values(broken)) {
-		problem("run 'weir load'", "%s", what)
-	}
-	if len(broken) == 0 {
-		status.Links = programNames()
-	}
-	if status.Maps, err = mapInfos(d.paths.maps()); err != nil {
-		return status, err
-	}
-	workloads, err := d.workloads(tables)
-	if errors.Is(err, ErrUnreadable) {
-		problem("remove the file and restart its allocation", "%v", err)
-	} else if err != nil {
-		return status, err
-	}
-	status.Workloads = len(workloads)
-	owned := make(map[uint64]bool)
-	for _, w := range workloads {
-		owned[w.Cookie] = true
-		for _, what := range w.Problems {
-			problem(what.Remedy, "workload %s: %s", w.Key, what.What)
-		}
-	}
-	orphans, err := d.orphans(owned)
-	if err != nil {
-		return status, err
-	}
-	for _, o := range orphans {
-		if !o.alive {
-			continue // the next sweep's
-		}
-		problem("restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
-	}
-	return status, nil
-}
-
-func mapInfos(dir string) (infos []MapInfo, err error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("list maps: %w", err)
-	}
-	for _, entry := range entries {
-		table, err := ebpf.LoadPinnedMap(filepath.Join(dir, entry.Name()), nil)
-		if err != nil {
-			return nil, fmt.Errorf("open map %s: %w", entry.Name(), err)
-		}
-		info, err := table.Info()
-		table.Close()
-		if err != nil {
-			return nil, fmt.Errorf("read map %s: %w", entry.Name(), err)
-		}
-		bytes, _ := info.Memlock()
-		infos = append(infos, MapInfo{Name: entry.Name(), MaxEntries: info.MaxEntries, Bytes: bytes})
-	}
-	return infos, nil
 }
 
 // Identity says how the kernel tells a workload's proxy from its tasks.
@@ -222,19 +118,22 @@ type WorkloadStatus struct {
 	Problems  []Problem     `json:"problems"`
 }
 
-// Workloads returns every workload on record, sorted by key. A record that
-// cannot be read does not hide the others; it comes back in the error.
-func (d *Datapath) Workloads() (list []WorkloadStatus, err error) {
-	err = d.paths.locked(func() error {
-		tables, err := openTables(d.paths.maps())
+// Workloads returns every workload on record, sorted by key, without the lock. A
+// record that cannot be read does not hide the others; it comes back in the error.
+func (d *Datapath) Workloads() ([]WorkloadStatus, error) {
+	return settled(d.paths, func() ([]WorkloadStatus, error) {
+		tables, err := openTablesToRead(d.paths.maps())
 		if err != nil {
-			return err
+			return nil, err
 		}
 		defer tables.Close()
-		list, err = d.workloads(tables)
-		return err
+		return d.workloads(tables)
+	}, func(list []WorkloadStatus) (wrong []Problem) {
+		for _, w := range list {
+			wrong = append(wrong, w.Problems...)
+		}
+		return wrong
 	})
-	return list, err
 }
 
 func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
@@ -245,8 +144,10 @@ func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
 	list := make([]WorkloadStatus, 0, len(records))
 	for _, r := range records {
 		status, err := d.workload(tables, r)
-		if err != nil {
-			return nil, err
+		if err != nil { // it says nothing of the others
+			status.Problems = append(status.Problems, Problem{
+				What: fmt.Sprintf("it cannot be looked at: %v", err), Remedy: "what is in force stays; see the error",
+			})
 		}
 		list = append(list, status)
 	}
@@ -327,12 +228,18 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	if !routed {
 		problem(anew, "routes to the proxy are missing: redirected connections do not arrive")
 	}
-	attached, err := lookupInForce(d.paths, ns)
+	lookups, err := lookupsIn(tables, ns)
 	if err != nil {
 		return err
 	}
-	if !attached {
+	if lookups.own == 0 {
 		problem(anew, "its lookup program is not attached: inbound connections pass the mesh")
+	} else if _, err := os.Lstat(d.paths.lookup(ns.cookie)); errors.Is(err, fs.ErrNotExist) {
+		problem(anew, "its lookup program runs without a pin")
+	}
+	if lookups.other != nil {
+		problem("end the allocation with the paths that it was started with, or unload that instance",
+			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.other.id)
 	}
 	sockets, err := ns.listening()
 	if err != nil {
@@ -364,7 +271,7 @@ type WorkloadVerdicts struct {
 // Verdicts returns the counters of every workload on record, beside an error
 // where one cannot be read.
 func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
-	tables, err := openTables(d.paths.maps())
+	tables, err := openTablesToRead(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}

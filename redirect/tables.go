@@ -25,13 +25,19 @@ type tables struct {
 	dir  string
 	open map[string]*ebpf.Map
 
+	readOnly bool      // for who only looks: on a read-only bpffs nothing else can be had
 	prepared *Prepared // a lookup program that may be there already
 }
 
 // openTables opens the tables of a loaded node, or returns ErrNotLoaded or
 // ErrIncompatible.
-func openTables(dir string) (*tables, error) {
-	m := &tables{dir: dir, open: make(map[string]*ebpf.Map)}
+func openTables(dir string) (*tables, error) { return openTablesFor(dir, false) }
+
+// openTablesToRead is openTables for who writes nothing.
+func openTablesToRead(dir string) (*tables, error) { return openTablesFor(dir, true) }
+
+func openTablesFor(dir string, readOnly bool) (*tables, error) {
+	m := &tables{dir: dir, open: make(map[string]*ebpf.Map), readOnly: readOnly}
 	var row bpfControl
 	table, err := m.table("control")
 	if err == nil {
@@ -54,7 +60,7 @@ func (m *tables) table(name string) (*ebpf.Map, error) {
 	if table := m.open[name]; table != nil {
 		return table, nil
 	}
-	table, err := ebpf.LoadPinnedMap(filepath.Join(m.dir, name), nil)
+	table, err := ebpf.LoadPinnedMap(filepath.Join(m.dir, name), &ebpf.LoadPinOptions{ReadOnly: m.readOnly})
 	if err != nil {
 		return nil, fmt.Errorf("open map %s: %w", filepath.Join(m.dir, name), err)
 	}
@@ -148,7 +154,7 @@ func digest() [2]uint64 {
 }
 
 // createMaps makes and pins all tables in dir, which is not the live one.
-func createMaps(spec *ebpf.CollectionSpec, dir string) (map[string]*ebpf.Map, error) {
+func createMaps(spec *ebpf.CollectionSpec, dir string, instance uint32) (map[string]*ebpf.Map, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create pin directory: %w", err)
 	}
@@ -163,7 +169,7 @@ func createMaps(spec *ebpf.CollectionSpec, dir string) (map[string]*ebpf.Map, er
 			return pins, fmt.Errorf("create map %s: %w", name, err)
 		}
 	}
-	row := bpfControl{Layout: layout, Digest: digest()}
+	row := bpfControl{Layout: layout, Instance: instance, Digest: digest()}
 	if err := pins["control"].Put(uint32(0), &row); err != nil {
 		return pins, fmt.Errorf("write map control: %w", err)
 	}

@@ -36,9 +36,26 @@ func (d *Datapath) Unload() (removed []string, err error) {
 			removed = append(removed, pins...)
 			problems = append(problems, err)
 		}
+		detached, err := d.detachHidden()
+		removed = append(removed, detached...)
+		problems = append(problems, err)
 		return errors.Join(append(problems, removeTree(d.paths.workloads()), removeTree(d.paths.eventsLock()))...)
 	})
 	return removed, err
+}
+
+// detachHidden detaches what this instance has attached and no pin leads to.
+func (d *Datapath) detachHidden() (did []string, err error) {
+	root, err := d.paths.cgroupRoot()
+	if err != nil {
+		return nil, nil // nothing can be attached to it
+	}
+	defer root.Close()
+	sets, err := setsAt(root)
+	if err != nil {
+		return nil, err
+	}
+	return detachPrograms(d.ownSets(sets))
 }
 
 // unpinAll removes a directory of pins and returns the pins it removed.

@@ -130,6 +130,12 @@ func TestForeignProgramsOnTheSameHooksStay(t *testing.T) {
 // staleDigest makes the node look as if it ran the programs of another version.
 func staleDigest(t *testing.T, d *Datapath) {
 	t.Helper()
+	editControl(t, d, func(row *bpfControl) { row.Digest[0]++ })
+}
+
+// editControl changes the node's own row.
+func editControl(t *testing.T, d *Datapath, edit func(*bpfControl)) {
+	t.Helper()
 	tables, err := openTables(d.paths.maps())
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +145,7 @@ func staleDigest(t *testing.T, d *Datapath) {
 	if _, err := tables.get("control", uint32(0), &row); err != nil {
 		t.Fatal(err)
 	}
-	row.Digest[0]++
+	edit(&row)
 	if err := tables.put("control", uint32(0), row, ebpf.UpdateAny); err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,286 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+)
+
+// This file asks the kernel what is attached. Pins tell less: another bpffs may
+// be mounted over them, or somebody removed them, and the programs still run.
+
+// hook is a place at the root of cgroup v2, with the program that belongs there.
+type hook struct {
+	program string
+	attach  ebpf.AttachType
+}
+
+func hooks() []hook {
+	return []hook{
+		{"weir_bind4", ebpf.AttachCGroupInet4PostBind},
+		{"weir_bind6", ebpf.AttachCGroupInet6PostBind},
+		{"weir_connect4", ebpf.AttachCGroupInet4Connect},
+		{"weir_connect6", ebpf.AttachCGroupInet6Connect},
+		{"weir_getsockopt", ebpf.AttachCGroupGetsockopt},
+		{"weir_peername4", ebpf.AttachCgroupInet4GetPeername},
+		{"weir_peername6", ebpf.AttachCgroupInet6GetPeername},
+		{"weir_recvmsg4", ebpf.AttachCGroupUDP4Recvmsg},
+		{"weir_recvmsg6", ebpf.AttachCGroupUDP6Recvmsg},
+		{"weir_sendmsg4", ebpf.AttachCGroupUDP4Sendmsg},
+		{"weir_sendmsg6", ebpf.AttachCGroupUDP6Sendmsg},
+		{"weir_setsockopt", ebpf.AttachCGroupSetsockopt},
+		{"weir_sockops", ebpf.AttachCGroupSockOps},
+	}
+}
+
+// programNames are the programs that are attached at the root of cgroup v2.
+func programNames() (names []string) {
+	for _, h := range hooks() {
+		names = append(names, h.program)
+	}
+	return names
+}
+
+const lookupName = "weir_lookup"
+
+// instance tells the programs of this instance from those of others on the same
+// cgroup root, also where their pins cannot be seen.
+func (p Paths) instance() uint32 {
+	sum := fnv.New32a()
+	_, _ = sum.Write([]byte(filepath.Clean(p.PinDir)))
+	return max(1, sum.Sum32()) // 0: older than instances
+}
+
+// attachedProgram is a program that runs at a hook, whoever attached it.
+type attachedProgram struct {
+	id   ebpf.ProgramID
+	name string
+	uid  uint32 // who loaded it
+	maps []ebpf.MapID
+}
+
+// attachedTo returns what is attached to a cgroup or a namespace itself, in the
+// order in which it runs. One that ends meanwhile is left out.
+func attachedTo(target *os.File, attach ebpf.AttachType) (list []attachedProgram, err error) {
+	var result *link.QueryResult
+	for range 8 {
+		result, err = link.QueryPrograms(link.QueryOptions{Target: int(target.Fd()), Attach: attach})
+		if !errors.Is(err, syscall.ENOSPC) { // another one came between its two questions
+			break
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list programs at %s: %w", attach, err)
+	}
+	for _, found := range result.Programs {
+		program, err := describeProgram(found.ID)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, program)
+	}
+	return list, nil
+}
+
+func describeProgram(id ebpf.ProgramID) (found attachedProgram, err error) {
+	program, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return found, fmt.Errorf("open program %d: %w", id, err)
+	}
+	defer program.Close()
+	info, err := program.Info()
+	if err != nil {
+		return found, fmt.Errorf("read program %d: %w", id, err)
+	}
+	found = attachedProgram{id: id, name: info.Name}
+	found.uid, _ = info.CreatedByUID()
+	found.maps, _ = info.MapIDs()
+	return found, nil
+}
+
+// programSet is what one instance of Weir, of any version, has attached: its
+// programs, with the tables that they share.
+type programSet struct {
+	instance uint32 // 0: of a version that did not say
+	ending   bool   // some of its tables are gone already
+	tables   map[string]ebpf.MapID
+	programs map[string][]ebpf.ProgramID // at the root, by name
+}
+
+func (s *programSet) reads(id ebpf.MapID) bool {
+	for _, table := range s.tables {
+		if table == id {
+			return true
+		}
+	}
+	return false
+}
+
+// setOf reads the tables of a program of Weir.
+func setOf(program attachedProgram) (*programSet, error) {
+	s := &programSet{tables: make(map[string]ebpf.MapID), programs: make(map[string][]ebpf.ProgramID)}
+	for _, id := range program.maps {
+		table, err := ebpf.NewMapFromID(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			s.ending = true
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open map %d: %w", id, err)
+		}
+		info, err := table.Info()
+		if err == nil {
+			s.tables[info.Name] = id
+			if info.Name == "control" {
+				s.instance = instanceIn(table)
+			}
+		}
+		table.Close()
+		if err != nil {
+			return nil, fmt.Errorf("read map %d: %w", id, err)
+		}
+	}
+	return s, nil
+}
+
+// instanceIn reads a row of whatever layout; see struct control.
+func instanceIn(control *ebpf.Map) uint32 {
+	row, err := control.LookupBytes(uint32(0))
+	if err != nil || len(row) < 16 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(row[12:])
+}
+
+// setsAt returns the instances of Weir at a cgroup root.
+func setsAt(root *os.File) (sets []*programSet, err error) {
+	for _, h := range hooks() {
+		list, err := attachedTo(root, h.attach)
+		if err != nil {
+			return nil, err
+		}
+		for _, program := range list {
+			if program.name != h.program {
+				continue
+			}
+			if sets, err = joinSets(sets, program); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return sets, nil
+}
+
+// joinSets adds a program to the set that it shares a table with.
+func joinSets(sets []*programSet, program attachedProgram) ([]*programSet, error) {
+	one, err := setOf(program)
+	if err != nil {
+		return nil, err
+	}
+	one.programs[program.name] = []ebpf.ProgramID{program.id}
+	apart := sets[:0:0]
+	for _, s := range sets {
+		if !slices.ContainsFunc(program.maps, s.reads) {
+			apart = append(apart, s)
+			continue
+		}
+		one.instance, one.ending = max(one.instance, s.instance), one.ending || s.ending
+		for name, id := range s.tables {
+			one.tables[name] = id
+		}
+		for name, ids := range s.programs {
+			one.programs[name] = append(ids, one.programs[name]...)
+		}
+	}
+	return append(apart, one), nil
+}
+
+// serves counts the namespaces among cookies that a set has rows for.
+func (s *programSet) serves(cookies []uint64) (count int) {
+	table, err := ebpf.NewMapFromID(s.tables["workloads"])
+	if err != nil {
+		return 0
+	}
+	defer table.Close()
+	for _, cookie := range cookies {
+		if row, err := table.LookupBytes(cookie); err == nil && row != nil {
+			count++
+		}
+	}
+	return count
+}
+
+// ownSets returns this instance's sets among sets, the one first that serves most
+// of the workloads on record. One that does not say whose it is belongs to whose
+// workloads it serves.
+func (d *Datapath) ownSets(sets []*programSet) (own []*programSet) {
+	var cookies []uint64
+	records, _ := d.paths.readRecords() // those that cannot be read are not asked for
+	for _, r := range records {
+		cookies = append(cookies, r.Cookie)
+	}
+	served := make(map[*programSet]int)
+	for _, s := range sets {
+		served[s] = s.serves(cookies)
+		if s.instance == d.paths.instance() || s.instance == 0 && served[s] > 0 {
+			own = append(own, s)
+		}
+	}
+	slices.SortStableFunc(own, func(a, b *programSet) int { return served[b] - served[a] })
+	return own
+}
+
+// eachLink visits every link in the kernel, pinned or not.
+func eachLink(visit func(link.Link, *link.Info) error) error {
+	links := new(link.Iterator)
+	defer links.Close()
+	for links.Next() {
+		info, err := links.Link.Info()
+		if err != nil {
+			continue // of a kind that nobody can ask
+		}
+		if err := visit(links.Link, info); err != nil {
+			return err
+		}
+	}
+	if err := links.Err(); err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	return nil
+}
+
+// pinnedID is the ID of a pinned map; 0 where there is none.
+func pinnedID(path string) (ebpf.MapID, error) {
+	table, err := ebpf.LoadPinnedMap(path, &ebpf.LoadPinOptions{ReadOnly: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("open map %s: %w", path, err)
+	}
+	defer table.Close()
+	return mapID(table)
+}
+
+func mapID(table *ebpf.Map) (ebpf.MapID, error) {
+	info, err := table.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read map: %w", err)
+	}
+	id, _ := info.ID()
+	return id, nil
+}

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// Status looks at the node. It changes nothing, takes no lock, and asks the kernel
+// for what the pins do not tell. What cannot be looked at is a problem.
+func (d *Datapath) Status() (Status, error) {
+	return settled(d.paths, d.status, func(s Status) []Problem { return s.Problems })
+}
+
+// settled looks again for as long as two looks differ in what is wrong: without
+// the lock, a look may see half of a change. It gives up after a second.
+func settled[T any](paths Paths, look func() (T, error), problems func(T) []Problem) (T, error) {
+	var before []Problem
+	for deadline := time.Now().Add(time.Second); ; time.Sleep(20 * time.Millisecond) {
+		seen, err := look()
+		wrong := problems(seen)
+		_, busy := lockedBy(paths.lock())
+		same := before != nil && slices.Equal(wrong, before) && !busy
+		if len(wrong) == 0 && (err == nil || errors.Is(err, ErrUnreadable)) || same || time.Now().After(deadline) {
+			return seen, err
+		}
+		before = append([]Problem{}, wrong...)
+	}
+}
+
+// nodeLook is one look at the node.
+type nodeLook struct {
+	Status
+	node *Datapath
+	root *os.File
+	own  []*programSet
+}
+
+func (l *nodeLook) problem(remedy, what string, args ...any) {
+	l.Problems = append(l.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
+}
+
+// unseen notes what could not be looked at: that is no sign that it is not there.
+func (l *nodeLook) unseen(what string, err error) {
+	if err != nil {
+		l.problem("what is in force stays; see the error", "%s cannot be looked at: %v", what, err)
+	}
+}
+
+func (d *Datapath) status() (Status, error) {
+	l := &nodeLook{node: d, Status: Status{
+		Paths: d.paths, Barrier: barrier(), Links: []string{}, Maps: []MapInfo{}, Others: []Other{}, Problems: []Problem{},
+	}}
+	var err error
+	if l.root, err = d.paths.cgroupRoot(); err != nil {
+		l.problem("mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
+		return l.Status, nil
+	}
+	defer l.root.Close()
+	l.CgroupRoot = l.root.Name()
+	sets, err := setsAt(l.root)
+	l.unseen("what is attached to "+l.root.Name(), err)
+	l.own = d.ownSets(sets)
+	l.Others, err = d.others(l.root, l.own)
+	l.unseen("programs of others", err)
+	l.changeable()
+	tables, err := openTablesToRead(d.paths.maps())
+	switch {
+	case errors.Is(err, ErrNotLoaded) && len(l.own) > 0:
+		l.Workloads = l.own[0].serves(d.cookies())
+		l.problem("run 'weir load', which pins them again", "the programs run and redirect %d workloads, but no pin in %s leads to them: nothing can be changed",
+			l.Workloads, d.paths.PinDir)
+		return l.Status, nil
+	case errors.Is(err, ErrNotLoaded):
+		l.problem("start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
+		return l.Status, nil
+	case errors.Is(err, ErrIncompatible):
+		l.problem("drain the node, run 'weir unload' and load this version", "%v", err)
+		return l.Status, nil
+	case err != nil:
+		l.unseen("the data path", err)
+		return l.Status, nil
+	}
+	defer tables.Close()
+	l.Loaded = true
+	var row bpfControl
+	if _, err := tables.get("control", uint32(0), &row); err != nil {
+		l.unseen("the node's row", err)
+	} else if l.Current = row.Digest == digest(); !l.Current {
+		l.problem("run 'weir load' with the version that the node should run", "the node runs programs of another version")
+	}
+	l.links(tables)
+	l.Maps, err = mapInfos(d.paths.maps())
+	l.unseen("the tables", err)
+	l.workloads(tables)
+	return l.Status, nil
+}
+
+// cookies are those of the workloads on record.
+func (d *Datapath) cookies() (list []uint64) {
+	records, _ := d.paths.readRecords() // those that cannot be read have none
+	for _, r := range records {
+		list = append(list, r.Cookie)
+	}
+	return list
+}
+
+// changeable notes what keeps everybody from changing the node.
+func (l *nodeLook) changeable() {
+	for _, dir := range []string{l.node.paths.StateDir, l.node.paths.PinDir} {
+		if err := unix.Access(dir, unix.W_OK); errors.Is(err, unix.EROFS) {
+			l.problem("remount it writable", "%s is read-only: what is in force stays, but nothing can be changed", dir)
+		}
+	}
+	if holder, held := lockedBy(l.node.paths.lock()); held && holder.stopped() {
+		l.problem("let it go on, or end it", "%s has the lock %s and is stopped: what is in force stays, but nothing can be changed", holder, l.node.paths.lock())
+	}
+}
+
+// links looks at the programs at the root.
+func (l *nodeLook) links(tables *tables) {
+	broken, err := linkProblems(programNames(), l.root, l.node.paths.links())
+	if err != nil { // the kernel tells without the pins
+		l.unseen("a pin", err)
+		broken = make(map[string]string)
+		for _, name := range programNames() {
+			if len(l.own) == 0 || len(l.own[0].programs[name]) == 0 {
+				broken[name] = name + " is not attached to the root of cgroup v2"
+			}
+		}
+	}
+	for _, what := range slices.Sorted(maps.Values(broken)) {
+		l.problem("run 'weir load'", "%s", what)
+	}
+	if len(broken) == 0 {
+		l.Links = programNames()
+	}
+	table, err := tables.table("control")
+	if err != nil {
+		return
+	}
+	control, err := mapID(table)
+	for _, s := range l.own {
+		if err == nil && s.tables["control"] != control {
+			l.problem("run 'weir load', which detaches them", "%d programs of this instance are attached that no pin leads to: they refuse what the others redirect", len(s.programs))
+		}
+	}
+}
+
+// workloads looks at the workloads on record, and at what has no record.
+func (l *nodeLook) workloads(tables *tables) {
+	workloads, err := l.node.workloads(tables)
+	if errors.Is(err, ErrUnreadable) {
+		l.problem("the agent makes it anew where libcni knows the allocation, and so does a restart of Nomad's client, by its CHECK; its redirect stays as it is", "%v", err)
+	} else {
+		l.unseen("the records", err)
+	}
+	l.Workloads = len(workloads)
+	owned := make(map[uint64]bool)
+	for _, w := range workloads {
+		owned[w.Cookie] = true
+		for _, what := range w.Problems {
+			l.problem(what.Remedy, "workload %s: %s", w.Key, what.What)
+		}
+	}
+	orphans, err := l.node.orphans(owned)
+	l.unseen("the lookup programs without a record", err)
+	for _, o := range orphans {
+		if o.alive { // else it is the next sweep's
+			l.problem("restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
+		}
+	}
+}
+
+func mapInfos(dir string) (infos []MapInfo, err error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list maps: %w", err)
+	}
+	for _, entry := range entries {
+		table, err := ebpf.LoadPinnedMap(filepath.Join(dir, entry.Name()), &ebpf.LoadPinOptions{ReadOnly: true})
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it went meanwhile
+		}
+		if err != nil {
+			return infos, fmt.Errorf("open map %s: %w", entry.Name(), err)
+		}
+		info, err := table.Info()
+		table.Close()
+		if err != nil {
+			return infos, fmt.Errorf("read map %s: %w", entry.Name(), err)
+		}
+		bytes, _ := info.Memlock()
+		infos = append(infos, MapInfo{Name: entry.Name(), MaxEntries: info.MaxEntries, Bytes: bytes})
+	}
+	return infos, nil
+}

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// Other is a program of somebody else on one of Weir's hooks. Each of them may
+// refuse a socket's call, and rewrite where it goes.
+type Other struct {
+	ID     uint32 `json:"id"`
+	Name   string `json:"name"`
+	Hook   string `json:"hook"`  // as libbpf names it
+	Order  string `json:"order"` // "before" or "after" Weir's program; empty where that is not attached
+	Effect string `json:"effect"`
+	UID    uint32 `json:"uid"`              // who loaded it
+	Weir   bool   `json:"weir"`             // of another instance of Weir
+	Pinned string `json:"pinned,omitempty"` // where its link is pinned, as far as that can be seen
+	Owner  string `json:"owner,omitempty"`  // a process that holds its link
+}
+
+// others lists the programs at the root that are not of these sets.
+func (d *Datapath) others(root *os.File, own []*programSet) (list []Other, err error) {
+	list = []Other{}
+	for _, h := range hooks() {
+		programs, err := attachedTo(root, h.attach)
+		if err != nil {
+			return list, err
+		}
+		mine := func(p attachedProgram) bool {
+			return slices.ContainsFunc(own, func(s *programSet) bool { return slices.Contains(s.programs[h.program], p.id) })
+		}
+		at := slices.IndexFunc(programs, mine)
+		for i, p := range programs {
+			if mine(p) {
+				continue
+			}
+			other := Other{ID: uint32(p.id), Name: p.name, UID: p.uid, Hook: h.attach.String(), Weir: p.name == h.program, Effect: effectAt(h.attach)}
+			switch {
+			case at >= 0 && i < at:
+				other.Order = "before"
+			case at >= 0:
+				other.Order = "after"
+			}
+			if other.Weir {
+				other.Effect = "serves namespaces of its own, and no other"
+			}
+			list = append(list, other)
+		}
+	}
+	if len(list) > 0 {
+		nameOwners(list)
+	}
+	return list, nil
+}
+
+// effectAt says what the kernel lets a program do at a hook. What it does there,
+// nobody but its owner can tell.
+func effectAt(attach ebpf.AttachType) string {
+	switch attach {
+	case ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect, ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg:
+		return "may refuse a connection or datagram, or send it elsewhere"
+	case ebpf.AttachCGroupInet4PostBind, ebpf.AttachCGroupInet6PostBind:
+		return "may refuse a bind"
+	case ebpf.AttachCGroupGetsockopt:
+		return "may change the answer to getsockopt, SO_ORIGINAL_DST among it"
+	case ebpf.AttachCGroupSockOps:
+		return "may change options of a TCP socket"
+	}
+	return "may change the address that a socket is told"
+}
+
+// nameOwners finds pins and processes that hold the programs' links, as far as
+// this process sees the mounts and processes.
+func nameOwners(list []Other) {
+	programs := make(map[link.ID]uint32)
+	wanted := func(id uint32) bool { return slices.ContainsFunc(list, func(o Other) bool { return o.ID == id }) }
+	_ = eachLink(func(_ link.Link, info *link.Info) error {
+		if wanted(uint32(info.Program)) {
+			programs[info.ID] = uint32(info.Program)
+		}
+		return nil
+	})
+	note := func(id uint32, set func(*Other)) {
+		for i := range list {
+			if list[i].ID == id {
+				set(&list[i])
+			}
+		}
+	}
+	for _, mount := range bpffsMounts() {
+		_ = filepath.WalkDir(mount, func(path string, entry fs.DirEntry, err error) error {
+			if err != nil || entry.IsDir() {
+				return nil
+			}
+			pinned, err := link.LoadPinnedLink(path, nil)
+			if err != nil {
+				return nil // a map, a program
+			}
+			defer pinned.Close()
+			if info, err := pinned.Info(); err == nil {
+				note(uint32(info.Program), func(o *Other) { o.Pinned = path })
+			}
+			return nil
+		})
+	}
+	for id, process := range linkHolders(programs) {
+		note(id, func(o *Other) { o.Owner = process })
+	}
+}
+
+// bpffsMounts are where a bpffs is mounted.
+func bpffsMounts() (list []string) {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil
+	}
+	for line := range strings.Lines(string(text)) {
+		mount, kind, found := strings.Cut(line, " - ")
+		fields := strings.Fields(mount)
+		if found && strings.HasPrefix(kind, "bpf ") && len(fields) > 4 {
+			list = append(list, fields[4])
+		}
+	}
+	return list
+}
+
+// linkHolders names a process for each program whose link one has open.
+func linkHolders(programs map[link.ID]uint32) map[uint32]string {
+	holders := make(map[uint32]string)
+	processes, err := os.ReadDir("/proc")
+	if err != nil || len(programs) == 0 {
+		return holders
+	}
+	for _, process := range processes {
+		pid, err := strconv.Atoi(process.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		dir := filepath.Join("/proc", process.Name())
+		fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+		if err != nil {
+			continue // it ended
+		}
+		for _, fd := range fds {
+			if target, err := os.Readlink(filepath.Join(dir, "fd", fd.Name())); err != nil || target != "anon_inode:bpf_link" {
+				continue
+			}
+			text, err := os.ReadFile(filepath.Join(dir, "fdinfo", fd.Name()))
+			if err != nil {
+				continue
+			}
+			for line := range strings.Lines(string(text)) {
+				value, found := strings.CutPrefix(line, "link_id:")
+				id, err := strconv.ParseUint(strings.TrimSpace(value), 10, 32)
+				if program := programs[link.ID(id)]; found && err == nil && program != 0 {
+					holders[program] = processName(pid)
+				}
+			}
+		}
+	}
+	return holders
+}
+
+func processName(pid int) string {
+	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+		return "a process that ended"
+	}
+	return fmt.Sprintf("process %d (%s)", pid, strings.TrimSpace(string(name)))
+}

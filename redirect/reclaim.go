@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+)
+
+// reclaim pins again what this instance has attached and no pin leads to: its
+// tables with all rows, its links at the root, and its lookup programs. A second
+// set beside one that runs would refuse every connection that the first redirects.
+func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
+	if !d.lacksPins() {
+		return nil, nil
+	}
+	sets, err := setsAt(root)
+	if err != nil {
+		return nil, err
+	}
+	control, err := pinnedID(filepath.Join(d.paths.maps(), "control"))
+	if err != nil {
+		return nil, err
+	}
+	var own *programSet
+	for _, s := range sets {
+		if control != 0 && s.tables["control"] == control {
+			own = s
+		}
+	}
+	if control == 0 {
+		if list := d.ownSets(sets); len(list) > 0 {
+			own = list[0]
+		}
+	}
+	if own == nil || own.ending {
+		return nil, nil
+	}
+	did, err = d.pinTables(own)
+	if errors.Is(err, errEnding) {
+		return nil, nil
+	}
+	if err != nil {
+		return did, err
+	}
+	links, err := d.pinLinks(own)
+	return append(did, links...), err
+}
+
+// openOrReclaim is openTables for who must not take a node without pins for one
+// without programs.
+func (d *Datapath) openOrReclaim() (*tables, error) {
+	pinned, err := openTables(d.paths.maps())
+	if !errors.Is(err, ErrNotLoaded) {
+		return pinned, err
+	}
+	root, rootErr := d.paths.cgroupRoot()
+	if rootErr != nil {
+		return nil, err // nothing can be attached to it
+	}
+	defer root.Close()
+	if did, failed := d.reclaim(root); failed != nil || len(did) == 0 {
+		return nil, errors.Join(err, failed)
+	}
+	return openTables(d.paths.maps())
+}
+
+// lacksPins reports whether a pin of the node is not where it belongs.
+func (d *Datapath) lacksPins() bool {
+	missing := func(dir string, names []string) bool {
+		return slices.ContainsFunc(names, func(name string) bool {
+			_, err := os.Lstat(filepath.Join(dir, name))
+			return errors.Is(err, fs.ErrNotExist)
+		})
+	}
+	return missing(d.paths.maps(), mapNames()) || missing(d.paths.links(), programNames())
+}
+
+// pinAgain pins something where nothing is, and reports whether it did.
+func pinAgain(path string, object interface{ Pin(string) error }) (bool, error) {
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return false, fmt.Errorf("create pin directory: %w", err)
+	}
+	if err := object.Pin(path); err != nil {
+		return false, fmt.Errorf("pin %s again: %w", path, err)
+	}
+	return true, nil
+}
+
+// errEnding: the programs ended while they were looked at.
+var errEnding = errors.New("on its way out")
+
+// pinTables pins all of the set's tables or, where one is gone already, none.
+func (d *Datapath) pinTables(s *programSet) (did []string, err error) {
+	tables := make(map[string]*ebpf.Map)
+	defer closeMaps(tables)
+	for name, id := range s.tables {
+		table, err := ebpf.NewMapFromID(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, errEnding
+		}
+		if err != nil {
+			return nil, fmt.Errorf("pin map %s again: %w", name, err)
+		}
+		tables[name] = table
+	}
+	for name, table := range tables {
+		pinned, err := pinAgain(filepath.Join(d.paths.maps(), name), table)
+		if err != nil {
+			return did, err
+		}
+		if pinned {
+			did = append(did, "pin of map "+name+" put back")
+		}
+	}
+	slices.Sort(did)
+	return did, nil
+}
+
+// pinLinks pins the set's links. A link whose last pin was just removed may be on
+// its way out: it is not there to be pinned then, and is attached anew later.
+func (d *Datapath) pinLinks(s *programSet) (did []string, err error) {
+	atRoot := make(map[ebpf.ProgramID]string)
+	for name, ids := range s.programs {
+		atRoot[ids[0]] = name
+	}
+	cookies, err := d.cookiesByInode()
+	if err != nil {
+		return nil, err
+	}
+	err = eachLink(func(l link.Link, info *link.Info) error {
+		path, what := "", ""
+		if name := atRoot[info.Program]; name != "" && info.Cgroup() != nil {
+			path, what = d.paths.link(name), "pin of "+name+" put back"
+		} else if ns := info.NetNs(); ns != nil && ns.NetnsInode != 0 {
+			cookie, err := s.cookieOf(info.Program, cookies[uint64(ns.NetnsInode)])
+			if err != nil || cookie == 0 {
+				return err
+			}
+			path, what = d.paths.lookup(cookie), fmt.Sprintf("pin of the lookup program of the namespace with cookie %d put back", cookie)
+		}
+		if path == "" {
+			return nil
+		}
+		pinned, err := pinAgain(path, l)
+		if pinned {
+			did = append(did, what)
+		}
+		return err
+	})
+	slices.Sort(did)
+	return did, err
+}
+
+// cookiesByInode are the cookies of the namespaces on record.
+func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
+	records, err := d.paths.readRecords()
+	if err != nil && !errors.Is(err, ErrUnreadable) {
+		return nil, err
+	}
+	cookies := make(map[uint64]uint64)
+	for _, r := range records {
+		if ns, err := r.open(); err == nil {
+			cookies[ns.inode] = ns.cookie
+			ns.Close()
+		}
+	}
+	return cookies, nil
+}
+
+// cookieOf is the cookie of the namespace that a lookup program of the set is for;
+// 0 where the program is not of the set. known is what the records say of it.
+// Without a record the program says so itself: the cookie is one of its constants.
+func (s *programSet) cookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
+	found, err := describeProgram(id)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && (found.name != lookupName || !slices.ContainsFunc(found.maps, s.reads)) {
+		return 0, nil
+	}
+	if err != nil || known != 0 {
+		return known, err
+	}
+	program, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return 0, nil // it ended
+	}
+	defer program.Close()
+	info, err := program.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read program %d: %w", id, err)
+	}
+	code, err := info.Instructions()
+	if err != nil {
+		return 0, nil // this kernel does not show it: its workload's CHECK finds it
+	}
+	for _, insn := range code {
+		if insn.OpCode.IsDWordLoad() && insn.Src == asm.R0 && s.serves([]uint64{uint64(insn.Constant)}) == 1 {
+			return uint64(insn.Constant), nil
+		}
+	}
+	return 0, nil
+}
+
+// confirm looks at what a change of the node has come to: each program runs once
+// at its hook, with the tables that are pinned. What else this instance has
+// attached is detached: it would refuse what these programs redirect. One that
+// ends takes a moment, so it is waited for.
+func (d *Datapath) confirm(root *os.File) (did []string, err error) {
+	control, err := pinnedID(filepath.Join(d.paths.maps(), "control"))
+	if err != nil {
+		return nil, err
+	}
+	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		wrong, stale, err := d.outcome(root, control)
+		if err != nil || len(wrong) == 0 {
+			return did, err
+		}
+		detached, err := detachPrograms(stale)
+		if err != nil {
+			return did, err
+		}
+		did = append(did, detached...)
+		if time.Now().After(deadline) {
+			return did, fmt.Errorf("look at the repaired data path: %s: %w", strings.Join(wrong, "; "), ErrOtherInstance)
+		}
+	}
+}
+
+// outcome says what is wrong at the root, and which programs of this instance are
+// too many there and in namespaces.
+func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, stale []*programSet, err error) {
+	sets, err := setsAt(root)
+	if err != nil {
+		return nil, nil, err
+	}
+	own := new(programSet)
+	for _, s := range sets {
+		if s.tables["control"] == control {
+			own = s
+		}
+	}
+	for _, s := range d.ownSets(sets) {
+		if s == own {
+			continue
+		}
+		stale = append(stale, s)
+		for name, ids := range s.programs {
+			wrong = append(wrong, fmt.Sprintf("%s hangs at the root beside this instance's, as program %v", name, ids))
+		}
+	}
+	for _, name := range programNames() {
+		if ids := own.programs[name]; len(ids) != 1 {
+			wrong = append(wrong, fmt.Sprintf("%s runs %d times at its hook, not once", name, len(ids)))
+		}
+	}
+	slices.Sort(wrong)
+	return wrong, stale, nil
+}
+
+// detachPrograms detaches what sets have at the root and in namespaces, whoever
+// pinned it.
+func detachPrograms(sets []*programSet) (did []string, err error) {
+	if len(sets) == 0 {
+		return nil, nil
+	}
+	err = eachLink(func(l link.Link, info *link.Info) error {
+		if info.Cgroup() == nil && info.NetNs() == nil {
+			return nil
+		}
+		program, err := describeProgram(info.Program)
+		if err != nil || program.name != lookupName && !slices.Contains(programNames(), program.name) {
+			return nil // it ended, or is somebody else's
+		}
+		for _, s := range sets {
+			if !slices.ContainsFunc(program.maps, s.reads) {
+				continue
+			}
+			if err := l.Detach(); err != nil {
+				return fmt.Errorf("detach program %d (%s): %w", program.id, program.name, err)
+			}
+			did = append(did, fmt.Sprintf("detached program %d (%s), which no pin led to", program.id, program.name))
+			break
+		}
+		return nil
+	})
+	return did, err
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// hidePins mounts another bpffs over the one that the pins are in.
+func (n *node) hidePins() {
+	n.t.Helper()
+	dir := filepath.Dir(n.paths.PinDir)
+	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
+		n.t.Fatalf("mount bpffs over the pins: %v", err)
+	}
+	n.t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			n.t.Errorf("unmount bpffs: %v", err)
+		}
+	})
+}
+
+func said(did []string, part string) bool { return strings.Contains(strings.Join(did, "\n"), part) }
+
+// Pins that cannot be seen are no sign that nothing runs. Whoever comes first
+// takes over what does, with all rows, and not a connection is refused.
+func TestHiddenPinsAreTakenOver(t *testing.T) {
+	hide := func(n *node) { n.hidePins() }
+	lose := func(path ...string) func(*node) {
+		return func(n *node) {
+			if err := os.RemoveAll(filepath.Join(append([]string{n.paths.PinDir}, path...)...)); err != nil {
+				n.t.Fatal(err)
+			}
+		}
+	}
+	check := func(n *node, a *alloc) ([]string, error) { return n.Check(a.key, a.Path) }
+	load := func(n *node, _ *alloc) ([]string, error) { result, err := n.Load(); return result.Did, err }
+	mend := func(n *node, _ *alloc) ([]string, error) { return n.Mend() }
+	add := func(n *node, _ *alloc) ([]string, error) { n.newAlloc().add(full); return nil, nil }
+	for _, tc := range []struct {
+		name   string
+		damage func(*node)
+		repair func(*node, *alloc) ([]string, error)
+		older  bool // programs of a version that did not say whose they are
+	}{
+		{"by CHECK", hide, check, false},
+		{"by load", hide, load, false},
+		{"by the agent", hide, mend, false},
+		{"by ADD of another", hide, add, false},
+		{"of an older version", hide, load, true},
+		{"control's pin removed", lose("maps", "control"), mend, false},
+		{"maps' pins removed", lose("maps"), mend, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			a.add(full)
+			a.startProxy()
+			a.works()
+			if tc.older {
+				editControl(t, n.Datapath, func(row *bpfControl) { row.Instance = 0 })
+			}
+			before, rows := kernelObjects(t, n.Datapath), rowCounts(t, n.Datapath)
+			load := newTraffic(t)
+			load.dial(test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg, UID: taskUID, GID: taskUID}, addrPort(remote4(1), 4321), a.outbound)
+			load.dial(test.Spec{NetNS: n.remote}, addrPort(a.v4, 4321), a.inbound)
+			tc.damage(n)
+			status, err := n.Status()
+			if err != nil || status.Healthy() {
+				t.Errorf("status: healthy %t, %v; want it to tell", status.Healthy(), err)
+			}
+			for _, problem := range status.Problems {
+				if strings.Contains(problem.What, "no workload is redirected") || !strings.Contains(problem.What, "redirect 1 workloads") {
+					t.Errorf("status says %q while the workload is redirected", problem.What)
+				}
+			}
+			did, err := tc.repair(n, a)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if did != nil && !said(did, "pin of map origins put back") && !said(did, "pin of map control put back") {
+				t.Errorf("done: %q, want the pins put back", did)
+			}
+			load.sawBoth(map[string]int{addrPort(remote4(1), 4321): 1, addrPort(a.v4, 4321): 1})
+			now := kernelObjects(t, n.Datapath)
+			if diff := cmp.Diff(before.maps, now.maps); diff != "" {
+				t.Errorf("other tables are pinned (-before +after):\n%s", diff)
+			}
+			if len(did) > 0 {
+				if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
+					t.Errorf("rows (-before +after):\n%s", diff)
+				}
+				if diff := cmp.Diff(before.counts(), now.counts()); diff != "" {
+					t.Errorf("maps, programs, links (-before +after):\n%s", diff)
+				}
+			}
+			a.works()
+			healthy(t, n.Datapath)
+			if did, err := n.Mend(); err != nil || len(did) > 0 {
+				t.Errorf("mend again: %q, %v; want nothing done", did, err)
+			}
+		})
+	}
+}
+
+// What has no record any more is found by what its program says.
+func TestHiddenLookupWithoutARecordIsTakenOver(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.startProxy()
+	if err := n.paths.removeRecord(a.key); err != nil {
+		t.Fatal(err)
+	}
+	n.hidePins()
+	if _, err := n.Load(); err != nil {
+		t.Fatal(err)
+	}
+	if !n.Hooked(a.Cookie()) {
+		t.Error("the lookup program has no pin")
+	}
+	a.works()
+	a.add()
+	a.works()
+	healthy(t, n.Datapath)
+}
+
+func TestHiddenPinsAtDEL(t *testing.T) {
+	n := newNode(t)
+	a, b := n.newAlloc(), n.newAlloc()
+	a.add(full)
+	b.add(full)
+	n.hidePins()
+	a.remove()
+	b.remove()
+	nothingLeft(t, n.Datapath)
+	healthy(t, n.Datapath)
+}
+
+func TestUnloadFindsHiddenPrograms(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.startProxy()
+	a.works()
+	n.hidePins()
+	removed, err := n.Unload()
+	if err != nil || !said(removed, "weir_connect4") || !said(removed, "weir_lookup") {
+		t.Fatalf("removed %q, %v; want what is attached detached", removed, err)
+	}
+	remote := test.Echo(t, n.remote, "tcp4", "10.9.1.1:80")
+	if answer, err := a.ask("tcp4", "10.9.1.1:80"); err != nil || answer.Server != remote.Name {
+		t.Errorf("dial after unload: %+v, %v", answer, err)
+	}
+}
+
+// Two sets of one instance refuse every connection, which is how an earlier
+// version left a node. One of them goes.
+func TestTwoSetsOfOneInstance(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(full)
+	a.startProxy()
+	a.works()
+	if err := n.paths.removeRecord(a.key); err != nil {
+		t.Fatal(err)
+	}
+	n.hidePins()
+	root, err := n.paths.cgroupRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	if _, err := n.loadFresh(root); err != nil {
+		t.Fatal(err)
+	}
+	status, err := n.Status()
+	if err != nil || !anyProblem(status.Problems, "programs of this instance are attached that no pin leads to") {
+		t.Errorf("status: %v, %v; want the other set named", status.Problems, err)
+	}
+	result, err := n.Load()
+	if err != nil || !said(result.Did, "detached program") {
+		t.Fatalf("load: %+v, %v; want the hidden set detached", result, err)
+	}
+	a.add(full)
+	a.works()
+	healthy(t, n.Datapath)
+}
+
+func anyProblem(problems []Problem, part string) bool {
+	for _, problem := range problems {
+		if strings.Contains(problem.What, part) {
+			return true
+		}
+	}
+	return false
+}
+
+// Two instances on one namespace would refuse all of it: the second is refused.
+func TestSecondInstanceOnANamespaceIsRefused(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(full)
+	a.startProxy()
+	other := newDatapath(t)
+	err := other.Add(Attachment{Key: a.key, NetNS: a.Path, Request: a.request()})
+	if !errors.Is(err, ErrOtherInstance) {
+		t.Fatalf("add: %v, want ErrOtherInstance", err)
+	}
+	if diff := cmp.Diff(map[string]int{}, rowCounts(t, other)); diff != "" {
+		t.Errorf("rows of the second instance (-want +got):\n%s", diff)
+	}
+	nothingLeft(t, other)
+	a.works()
+	healthy(t, n.Datapath)
+	a.remove()
+	if err := other.Add(Attachment{Key: a.key, NetNS: a.Path, Request: a.request()}); err != nil {
+		t.Errorf("add once the first has let go: %v", err)
+	}
+}
+
+// Programs of others on the hooks are named, with which of them comes first.
+func TestStatusNamesProgramsOfOthers(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	first := attachNeighbour(t)
+	n := newNode(t)
+	second := attachNeighbour(t)
+	pin := filepath.Join(filepath.Dir(n.paths.PinDir), "neighbour")
+	if err := second.link.Pin(pin); err != nil {
+		t.Fatal(err)
+	}
+	another := newDatapath(t)
+	status, err := n.Status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !status.Healthy() {
+		t.Errorf("problems: %v", status.Problems)
+	}
+	find := func(id uint32) (found Other) {
+		for _, other := range status.Others {
+			if other.ID == id {
+				found = other
+			}
+		}
+		return found
+	}
+	neighbourID := func(nb *neighbour) uint32 {
+		info, err := nb.link.Info()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return uint32(info.Program)
+	}
+	effect := "may refuse a connection or datagram, or send it elsewhere"
+	want := Other{ID: neighbourID(first), Name: "neighbour", Hook: "CGroupInet4Connect", Order: "before", Effect: effect}
+	if diff := cmp.Diff(want, find(want.ID)); diff != "" {
+		t.Errorf("the first (-want +got):\n%s", diff)
+	}
+	want = Other{ID: neighbourID(second), Name: "neighbour", Hook: "CGroupInet4Connect", Order: "after", Effect: effect, Pinned: pin}
+	if diff := cmp.Diff(want, find(want.ID)); diff != "" {
+		t.Errorf("the second (-want +got):\n%s", diff)
+	}
+	ids := linkIDs(t, another.paths.link("weir_sockops"))
+	if other := find(ids[1]); !other.Weir || other.Order != "after" || other.Pinned != another.paths.link("weir_sockops") {
+		t.Errorf("another instance: %+v", other)
+	}
+}
