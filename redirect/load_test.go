@@ -104,6 +104,11 @@ func TestProgramNamesAreThoseOfTheObject(t *testing.T) {
 	if diff := cmp.Diff(names, programNames()); diff != "" {
 		t.Errorf("programs of the object and of programNames (-object +names):\n%s", diff)
 	}
+	for _, h := range hooks() {
+		if program := spec.Programs[h.program]; program != nil && program.AttachType != h.attach {
+			t.Errorf("hook of %s is %s, want %s", h.program, h.attach, program.AttachType)
+		}
+	}
 }
 
 func TestLoadMendsLinks(t *testing.T) {
