@@ -38,25 +38,30 @@ const (
 type Options struct {
 	Log    *slog.Logger
 	Notify func(state string) // tells the service manager; may be nil
+	// RepairNetworks puts back rules and host ports of networks that the plugin
+	// built, and says which; nil where that is nobody's task.
+	RepairNetworks func() (repaired []string, err error)
 }
 
 // Agent is the daemon. It is made by New and runs once.
 type Agent struct {
-	config   Config
-	log      *slog.Logger
-	notify   func(string)
-	datapath *redirect.Datapath
-	origins  *redirect.Collector
-	follower *follower // nil: Consul is not to be asked
-	docker   *docker   // nil: Docker is not to be asked
-	cache    *cache
-	watcher  *watcher
-	networks *networks
-	resting  time.Duration // between two runs of origins
-	wake     chan struct{}
-	pins     atomic.Bool // something changed among the pins since the last pass
-	arrived  atomic.Bool // an allocation may have come since the last pass
-	expects  atomic.Bool // a new allocation waits for its registration
+	config          Config
+	log             *slog.Logger
+	notify          func(string)
+	datapath        *redirect.Datapath
+	origins         *redirect.Collector
+	follower        *follower // nil: Consul is not to be asked
+	docker          *docker   // nil: Docker is not to be asked
+	cache           *cache
+	watcher         *watcher
+	networks        *networks
+	resting         time.Duration // between two runs of origins
+	repairNetworks  func() ([]string, error)
+	networkInterval time.Duration
+	wake            chan struct{}
+	pins            atomic.Bool // something changed among the pins since the last pass
+	arrived         atomic.Bool // an allocation may have come since the last pass
+	expects         atomic.Bool // a new allocation waits for its registration
 
 	mu             sync.Mutex // guards what follows against server and metrics
 	status         Status     // what the loop knows; Status adds what others know
@@ -87,7 +92,7 @@ func New(config Config, options Options) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{
-		config: config, log: options.Log, notify: options.Notify,
+		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, networkInterval: networkInterval,
 		datapath: redirect.New(config.Paths()),
 		cache:    &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:  freeInterval,
@@ -172,6 +177,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if a.docker != nil {
 		background.Go(func() { a.docker.run(ctx) })
+	}
+	if a.repairNetworks != nil {
+		background.Go(func() { a.keepNetworks(ctx) })
 	}
 	a.loop(ctx)
 	cancel()

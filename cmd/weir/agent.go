@@ -10,6 +10,7 @@ import (
 	"github.com/hashicorp/cli"
 
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni"
 )
 
 func newAgent(env env) *command {
@@ -44,8 +45,9 @@ func newAgent(env env) *command {
 			}
 		}
 		instance, err := agent.New(config, agent.Options{
-			Log:    newLogger(config, &cli.UiWriter{Ui: c.ui}),
-			Notify: func(state string) { _, _ = daemon.SdNotify(false, state) }, // without a manager there is nobody to tell
+			Log:            newLogger(config, &cli.UiWriter{Ui: c.ui}),
+			Notify:         func(state string) { _, _ = daemon.SdNotify(false, state) }, // without a manager there is nobody to tell
+			RepairNetworks: func() ([]string, error) { return cni.RepairNetworks(config.StateDir) },
 		})
 		if err != nil {
 			return 1, err

@@ -286,7 +286,8 @@ func TestHostPortsThatCannotBe(t *testing.T) {
 	for raw, want := range map[string]string{
 		`[{"hostPort": 1, "containerPort": 1, "protocol": "icmp"}]`: `host port 1: protocol "icmp": want tcp, udp or sctp`,
 		`[{"hostPort": 1, "containerPort": 1, "hostIP": "node"}]`:   "host port 1: hostIP: ",
-		`[{"hostPort": 1}]`:                         "host port 1: want a containerPort",
+		`[{"hostPort": 1}]`:                         "hostPort 1, containerPort 0: want both",
+		`[{"containerPort": 1}]`:                    "hostPort 0, containerPort 1: want both",
 		`[{"hostPort": 70000, "containerPort": 1}]`: "read portMappings: ",
 	} {
 		bad := *n
@@ -294,6 +295,28 @@ func TestHostPortsThatCannotBe(t *testing.T) {
 		if _, err := bad.add(bad.allocation(t, "bad")); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v: want %q", raw, err, want)
 		}
+	}
+	n.wantNothingLeft(t)
+}
+
+// Neither portmap nor nft has to be on the node.
+func TestHostPortsNeedNoProgram(t *testing.T) {
+	n := newNode(t).mapped(8080, 80)
+	a := n.allocation(t, "a")
+	a.Path = t.TempDir()
+	path := os.Getenv("PATH")
+	t.Setenv("PATH", a.Path)
+	_, err := n.add(a)
+	t.Setenv("PATH", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	test.Echo(t, a.ns, "tcp", ":80")
+	if err := test.DialErr(t, n.outside, "192.0.2.1:8080"); err != nil {
+		t.Error(err)
+	}
+	if err := n.remove(a); err != nil {
+		t.Error(err)
 	}
 	n.wantNothingLeft(t)
 }

@@ -16,30 +16,43 @@ import (
 	"github.com/vishvananda/netlink"
 )
 
+// mappedPorts is how many host ports an allocation has in the storm with host ports:
+// a proxy's, a service's and one more.
+const mappedPorts = 3
+
 // storm measures all that CNI does for many allocations that start at once:
 // Nomad has one lock for the node, so they wait for each other. Weir builds the
 // namespace itself, beside the plugins of Nomad's bridge mode with one at their
-// end that calls Consul's engine.
-func (b *bench) storm() measurement {
+// end that calls Consul's engine. Each allocation has so many host ports.
+func (b *bench) storm(ports int) measurement {
+	name, goal := "storm", 10.0
 	count := fmt.Sprintf("%d allocations: ", b.size.storm)
+	if ports > 0 {
+		name = "storm-ports"
+		count = fmt.Sprintf("%d allocations with %d host ports: ", b.size.storm, ports)
+	}
 	return measurement{
-		name: "storm", about: fmt.Sprintf("all of CNI for %d allocations", b.size.storm), rounds: b.size.heavy,
+		name: name, about: "all of CNI for " + count[:len(count)-2], rounds: b.size.heavy,
 		variants: []string{weir, consul},
 		rows: []row{
-			{ID: "storm.all", Name: count + "all of CNI, one after the other, wall", Unit: "s", target: timesFaster(10, "the reference chain")},
-			{ID: "storm.add", Name: count + "one ADD, median", Unit: "ms"},
-			{ID: "storm.slowest", Name: count + "the slowest ADD", Unit: "ms"},
-			{ID: "storm.cpu", Name: count + "CPU of an ADD, with children", Unit: "ms"},
-			{ID: "storm.del", Name: count + "one DEL, median", Unit: "ms"},
+			{ID: name + ".all", Name: count + "all of CNI, one after the other, wall", Unit: "s", target: timesFaster(goal, "the reference chain")},
+			{ID: name + ".add", Name: count + "one ADD, median", Unit: "ms"},
+			{ID: name + ".slowest", Name: count + "the slowest ADD", Unit: "ms"},
+			{ID: name + ".growth", Name: count + "the last ten ADDs, the first ten being 1", Unit: ""},
+			{ID: name + ".cpu", Name: count + "CPU of an ADD, with children", Unit: "ms"},
+			{ID: name + ".del", Name: count + "one DEL, median", Unit: "ms"},
 		},
-		begin: b.load, end: b.unload, run: b.stormOnce,
+		begin: b.load, end: b.unload,
+		run: func(ctx context.Context, variant string) (figures, error) {
+			return b.stormOnce(ctx, variant, name, ports)
+		},
 	}
 }
 
 // stormNote says what the figures of a storm are worth.
 const stormNote = `
-Whole namespaces by libcni, without host ports, under one lock as in Nomad; a namespace of its own stands for the node.
-"Weir" is the plugin alone in cni/weir: bridge, veth, addresses by host-local, routes, masquerading, redirect. "iptables-nft"
+Whole namespaces by libcni, under one lock as in Nomad; a namespace of its own stands for the node.
+"Weir" is the plugin alone in cni/weir: bridge, veth, addresses by host-local, routes, masquerading, host ports, redirect. "iptables-nft"
 is Nomad's bridge mode: the reference plugins loopback, bridge with host-local and ipMasq, firewall, portmap, and after them
 a plugin that does nothing but call Consul's own iptables engine, as consul-cni does.
 `
@@ -51,6 +64,8 @@ type cniNode struct {
 	netns string
 	list  *libcni.NetworkConfigList
 	cni   *libcni.CNIConfig
+	// mapped is the port mappings of the next allocation.
+	mapped []object
 }
 
 func (b *bench) newCNINode(variant string) (*cniNode, error) {
@@ -118,13 +133,17 @@ func (n *cniNode) runtime(s *site) (*libcni.RuntimeConf, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &libcni.RuntimeConf{
+	conf := &libcni.RuntimeConf{
 		ContainerID: s.name, NetNS: s.inside, IfName: "eth0",
 		Args: [][2]string{
 			{"IgnoreUnknown", "true"}, {"NOMAD_REGION", "global"}, {"NOMAD_NAMESPACE", "default"}, {"NOMAD_JOB_ID", "bench"},
 			{"NOMAD_GROUP_NAME", "bench"}, {"NOMAD_ALLOC_ID", s.name}, {"CONSUL_IPTABLES_CONFIG", string(mesh)},
 		},
-	}, nil
+	}
+	if len(n.mapped) > 0 {
+		conf.CapabilityArgs = map[string]any{"portMappings": n.mapped}
+	}
+	return conf, nil
 }
 
 // call runs ADD or DEL of an allocation from within the node and takes the time.
@@ -146,7 +165,7 @@ func (n *cniNode) call(ctx context.Context, s *site, add bool) (wall, cpu time.D
 	return wall, cpu, err
 }
 
-func (b *bench) stormOnce(ctx context.Context, variant string) (got figures, err error) {
+func (b *bench) stormOnce(ctx context.Context, variant, name string, ports int) (got figures, err error) {
 	n, err := b.newCNINode(variant)
 	if err != nil {
 		return nil, err
@@ -168,7 +187,13 @@ func (b *bench) stormOnce(ctx context.Context, variant string) (got figures, err
 	}
 	var adds, deletions []float64
 	var all, cpu time.Duration
-	for _, s := range sites {
+	for i, s := range sites {
+		n.mapped = nil
+		for port := range ports {
+			for _, protocol := range []string{"tcp", "udp"} { // Nomad asks for both
+				n.mapped = append(n.mapped, object{"hostPort": 20000 + i*ports + port, "containerPort": 8000 + port, "protocol": protocol})
+			}
+		}
 		wall, spent, err := n.call(ctx, s, true)
 		if err != nil {
 			return nil, fmt.Errorf("add %s: %w", s.name, err)
@@ -187,8 +212,10 @@ func (b *bench) stormOnce(ctx context.Context, variant string) (got figures, err
 		}
 		deletions = append(deletions, millis(wall))
 	}
+	few := min(10, len(adds))
 	return figures{
-		"storm.all": all.Seconds(), "storm.add": summarize(adds).Median, "storm.slowest": slices.Max(adds),
-		"storm.cpu": millis(cpu) / float64(len(sites)), "storm.del": summarize(deletions).Median,
+		name + ".all": all.Seconds(), name + ".add": summarize(adds).Median, name + ".slowest": slices.Max(adds),
+		name + ".growth": summarize(adds[len(adds)-few:]).Median / summarize(adds[:few]).Median,
+		name + ".cpu":    millis(cpu) / float64(len(sites)), name + ".del": summarize(deletions).Median,
 	}, nil
 }

@@ -53,7 +53,6 @@ func nodeFaults() []faults {
 			},
 		}},
 		{"Programs", []fault{
-			{name: "nft", mode: "cni/weir", ports: true, inject: "mv /usr/sbin/nft /usr/sbin/nft.away", mend: "mv /usr/sbin/nft.away /usr/sbin/nft", want: []string{"nft", "portmap", "install nftables"}},
 			{name: "sysctl", mode: "cni/weir", inject: "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys", mend: "umount /proc/sys", want: []string{"set sysctl", "/eth0/", "read-only"}},
 			{name: "nomad-bridge", mode: "bridge", inject: "ip link del nomad; ip link add nomad type veth peer name other", mend: "ip link del nomad", want: []string{`"nomad" already exists but is not a bridge`}, foreign: true},
 		}},
