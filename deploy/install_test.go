@@ -21,7 +21,7 @@ func built(t *testing.T) Source {
 	t.Helper()
 	test.Need(t, test.Tool("go"))
 	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", dir, pluginPackage, cliPackage)
+	build := exec.Command("go", "build", "-trimpath", "-o", dir, pluginPackage, cliPackage)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)
@@ -42,7 +42,7 @@ func standIns(t *testing.T) Source {
 				t.Fatal(err)
 			}
 		}
-		build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", dir+"/", ".")
+		build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", dir+"/", ".")
 		build.Dir = tree
 		if out, err := build.CombinedOutput(); err != nil {
 			t.Fatalf("build: %v\n%s", err, out)

@@ -91,7 +91,7 @@ func bootMachine(t *testing.T) *machine {
 			t.Error(err)
 		}
 		if m.first != 0 { // with it ends every process of its namespace
-			wait(t, "the end of systemd", func() bool { _, err := os.Stat(filepath.Dir(m.root)); return err != nil })
+			wait(t, "the end of systemd", func() bool { return hasEnded(m.first) })
 		}
 		for _, dir := range cgroupsAtRoot(t) {
 			if !slices.Contains(cgroups, dir) {
@@ -131,6 +131,17 @@ func (m *machine) must(t *testing.T, args ...string) string {
 func (m *machine) active() bool {
 	state, _ := m.run("systemctl", "is-active", unitName)
 	return state == "active"
+}
+
+// hasEnded reports whether a process is gone, or a zombie: it is nobody's child but
+// that of the machine's first process, which in many a container waits for none.
+func hasEnded(pid int) bool {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return true
+	}
+	_, state, _ := strings.Cut(string(stat), ") ") // the name before it may have anything in it but this
+	return strings.HasPrefix(state, "Z")
 }
 
 func wait(t *testing.T, what string, condition func() bool) {

@@ -3,8 +3,11 @@
 package deploy
 
 import (
+	"os/exec"
 	"strings"
 	"testing"
+
+	"github.com/weirmesh/weir/test"
 )
 
 // The unit takes most privileges from the agent: that it comes up, mends, and
@@ -41,5 +44,31 @@ func TestUnitUnderSystemd(t *testing.T) {
 	m.must(t, "systemctl", "disable", unitName)
 	if out, err := m.run("weir", "status"); err != nil || !strings.Contains(out, "agent: none runs") {
 		t.Errorf("weir status where nobody wants an agent: %v\n%s", err, out)
+	}
+}
+
+// Where the machine's first process waits for no child, what has ended stays a zombie.
+func TestZombieHasEnded(t *testing.T) {
+	test.Need(t, test.Tool("cat"))
+	program := exec.Command("cat")
+	stdin, err := program.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := program.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if hasEnded(program.Process.Pid) {
+		t.Error("a program that runs has ended")
+	}
+	if err := stdin.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wait(t, "the end of a program that nobody waits for", func() bool { return hasEnded(program.Process.Pid) })
+	if err := program.Wait(); err != nil {
+		t.Error(err)
+	}
+	if !hasEnded(program.Process.Pid) {
+		t.Error("a process that is gone has not ended")
 	}
 }
