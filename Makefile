@@ -1,6 +1,8 @@
 # Each target calls one tool or one script; what a step does is told there.
 VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo v0.1.0-dev)
+# The same flags everywhere: with others Go compiles all packages once more.
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
 .PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent tools package clean
@@ -9,6 +11,8 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build bin/weir and bin/weir-cni, both static
+	@test/tools/setup.sh go
+	@echo 'build: bin/weir and bin/weir-cni; where nothing is compiled yet it takes a minute or two'
 	$(GOBUILD) -o bin/weir ./cmd/weir
 	$(GOBUILD) -o bin/weir-cni ./cmd/weir-cni
 
@@ -29,18 +33,18 @@ e2e: ## Run real job files on a whole node: Nomad, Consul, Docker, Envoy (root)
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels
 	test/tools/setup.sh vm
-	go run ./test/vm
+	$(GORUN) ./test/vm
 
 kernels: ## Measure the programs on each kernel and write the table of docs/compatibility.md
 	test/tools/setup.sh vm
-	go run ./test/vm -report
+	$(GORUN) ./test/vm -report
 
 tools: ## Install and build what tests and demo run: Envoy, Consul, Nomad, CNI plugins, Docker
-	test/tools/setup.sh build lint test envoy consul nomad cni docker package
+	test/tools/setup.sh build lint test race envoy consul nomad cni docker package
 
 demo: build ## Show a redirected allocation on this machine, in namespaces of its own (root)
-	test/tools/setup.sh test envoy
-	go run ./test/demo
+	test/tools/setup.sh envoy
+	$(GORUN) ./test/demo
 
 bench: build ## Measure side by side with Consul's iptables rules, and the agent (root)
 	test/tools/setup.sh test consul cni

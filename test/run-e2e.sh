@@ -12,4 +12,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 test/tools/setup.sh test envoy consul nomad cni docker
 
 # Progress is told as it goes: a node that hangs shows where.
-exec go test -count=1 -v -timeout 30m "$@" ./test/e2e/nomad
+export CGO_ENABLED=0 # as in make build, so that all packages are compiled once
+exec go test -trimpath -count=1 -v -timeout 30m "$@" ./test/e2e/nomad

@@ -23,7 +23,7 @@ import (
 func programs(t *testing.T, dir string) (weir string) {
 	t.Helper()
 	test.Need(t, test.Tool("go"))
-	build := exec.Command("go", "build", "-o", dir+"/", ".", "../weir-cni")
+	build := exec.Command("go", "build", "-trimpath", "-o", dir+"/", ".", "../weir-cni")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)

@@ -43,7 +43,7 @@ func newNode(t *testing.T, network string) *node {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF, test.Tool("go"), test.Tool("iptables"), test.Tool("nft"))
 	dir := t.TempDir()
-	build := exec.Command("go", "build", "-o", filepath.Join(dir, "weir"), "../../cmd/weir-cni")
+	build := exec.Command("go", "build", "-trimpath", "-o", filepath.Join(dir, "weir"), "../../cmd/weir-cni")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build: %v\n%s", err, out)

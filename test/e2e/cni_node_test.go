@@ -103,7 +103,7 @@ func buildPlugin(t *testing.T, path string) {
 		}
 		return
 	}
-	build := exec.Command("go", "build", "-o", path, "github.com/weirmesh/weir/cmd/weir-cni")
+	build := exec.Command("go", "build", "-trimpath", "-o", path, "github.com/weirmesh/weir/cmd/weir-cni")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build plugin: %v\n%s", err, out)

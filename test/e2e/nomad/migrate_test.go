@@ -22,7 +22,7 @@ import (
 func buildEngine(t *testing.T) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "engine")
-	cmd := exec.Command("go", "build", "-o", file, "./engine")
+	cmd := exec.Command("go", "build", "-trimpath", "-o", file, "./engine")
 	cmd.Dir, cmd.Env = "../../bench", append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("build Consul's engine: %v: %s", err, out)
