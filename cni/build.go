@@ -3,6 +3,7 @@
 package cni
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -49,6 +50,11 @@ func (p *Plugin) checkNetwork(r requester, cmd *skel.CmdArgs, conf *netConf) err
 	mended, err := net.Check(attachmentOf(cmd), conf.lastResult())
 	for _, what := range mended {
 		p.note(r, "mended: "+what)
+	}
+	// Whoever cannot write a record or take the lock has seen nothing that is wrong.
+	if _, unseen := redirect.CouldNotLook(err); unseen && !errors.Is(err, redirect.ErrNetNSGone) {
+		p.note(r, fmt.Sprintf("network %s could not be checked or mended in full: %v", conf.Name, err))
+		return nil
 	}
 	if err != nil {
 		return r.failedNetwork("check network "+conf.Name, err)

@@ -13,6 +13,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
@@ -191,6 +192,13 @@ func TestCheckOfTheNetwork(t *testing.T) {
 	for err, code := range map[error]uint{redirect.ErrNetNSGone: types.ErrInvalidNetNS, errors.New("else"): CodeNetwork} {
 		b.net.checkErr = err
 		wantError(t, b.Check(call(meshArgs, with(`,"prevResult":`+own()))), code, allocID)
+	}
+	for _, unseen := range []error{unix.EROFS, unix.EAGAIN} {
+		b.stderr.Reset()
+		b.net.checkErr = fmt.Errorf("write record: %w", unseen)
+		if err := b.Check(call(meshArgs, with(`,"prevResult":`+own()))); err != nil || !strings.Contains(b.stderr.String(), "could not be checked") {
+			t.Errorf("CHECK that could not look: %v, stderr %q; want a remark", err, b.stderr.String())
+		}
 	}
 }
 

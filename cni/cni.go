@@ -52,6 +52,7 @@ type Datapath interface {
 	Remove(redirect.Key) error
 	Check(key redirect.Key, netns string) (mended []string, err error)
 	Collect(network string, valid []redirect.Key) (removed []redirect.Key, err error)
+	InForce(netns string) (bool, error)
 	Probe() error
 }
 
@@ -176,7 +177,9 @@ func (p *Plugin) Del(cmd *skel.CmdArgs) error {
 
 // Check verifies that the allocation is redirected as it was asked for, and
 // mends in place what it can: an error makes Nomad throw the namespace of a
-// running allocation away. An allocation without any mesh argument passes, and
+// running allocation away. So it has two answers beside success: an error for
+// what is broken, and a remark where it could not look while the kernel redirects
+// the namespace. An allocation without any mesh argument passes, and
 // so does a namespace that Consul's own rules redirect. The arguments are only
 // read closely where the record is lost.
 func (p *Plugin) Check(cmd *skel.CmdArgs) error {
@@ -197,13 +200,28 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 	for _, what := range mended {
 		p.note(r, "mended: "+what)
 	}
-	if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNotLoaded) {
-		return p.restore(r, cmd, args, datapath)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, redirect.ErrNetNSGone), errors.Is(err, redirect.ErrHostNetNS):
+		return r.failed("check redirection", err) // it was looked at
+	case errors.Is(err, redirect.ErrUnknown), errors.Is(err, redirect.ErrUnreadable), errors.Is(err, redirect.ErrNotLoaded):
+		err = p.restore(r, cmd, args, datapath)
+	default:
+		err = r.failed("check redirection", err)
 	}
-	if err != nil {
-		return r.failed("check redirection", err)
+	if err != nil && p.inForce(cmd, datapath) {
+		p.note(r, fmt.Sprintf("could not be checked or mended, and is redirected all the same: %v", err))
+		return nil
 	}
-	return nil
+	return err
+}
+
+// inForce reports whether the kernel redirects the namespace, whatever could not
+// be looked at or written: an error would end a network that works.
+func (p *Plugin) inForce(cmd *skel.CmdArgs, datapath Datapath) bool {
+	redirected, err := datapath.InForce(cmd.Netns)
+	return err == nil && redirected
 }
 
 // restore redirects anew an allocation whose record is lost, from what the

@@ -13,6 +13,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/redirect"
 )
@@ -254,6 +255,48 @@ func TestCheckFailsOnWhatItCannotRestore(t *testing.T) {
 				t.Errorf("added %v: want nothing", b.fake.added)
 			}
 		})
+	}
+}
+
+// What could not be looked at is told, and is no error where the kernel redirects
+// the namespace: an error would end an allocation that runs.
+func TestCheckThatCannotLook(t *testing.T) {
+	for name, tt := range map[string]struct {
+		checkErr, addErr error
+		stdin            string
+	}{
+		"state directory is read-only":  {unix.EROFS, nil, confJSON},
+		"lock is not given up":          {unix.EAGAIN, nil, confJSON},
+		"another layout is loaded":      {redirect.ErrIncompatible, nil, confJSON},
+		"record cannot be restored":     {redirect.ErrUnreadable, unix.EROFS, confJSON},
+		"nothing to restore it from":    {redirect.ErrUnknown, nil, `{"cniVersion":"1.0.0","name":"nomad"}`},
+		"pins are on a read-only bpffs": {fmt.Errorf("open map: %w", unix.EROFS), nil, confJSON},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, inForce := range []bool{true, false} {
+				b := newBench()
+				b.fake.checkErr, b.fake.addErr, b.fake.inForce = tt.checkErr, tt.addErr, inForce
+				err := b.Check(call(meshArgs, tt.stdin))
+				if !inForce && err == nil {
+					t.Error("CHECK passes for a namespace that is not redirected")
+				}
+				if inForce && (err != nil || !strings.Contains(b.stderr.String(), "could not be checked")) {
+					t.Errorf("CHECK of a namespace that is redirected: %v, stderr %q; want a remark", err, b.stderr.String())
+				}
+			}
+		})
+	}
+	b := newBench()
+	b.fake.checkErr, b.fake.inForce = redirect.ErrNetNSGone, true
+	wantError(t, b.Check(call(meshArgs, confJSON)), types.ErrInvalidNetNS, allocID)
+}
+
+// A record that cannot be read is restored as one that is not there.
+func TestCheckRestoresAnUnreadableRecord(t *testing.T) {
+	b := newBench()
+	b.fake.checkErr = fmt.Errorf("read record: %w", redirect.ErrUnreadable)
+	if err := b.Check(call(meshArgs, confJSON)); err != nil || len(b.fake.added) != 1 {
+		t.Errorf("CHECK: %v, added %v; want the record made anew", err, b.fake.added)
 	}
 }
 

@@ -108,6 +108,8 @@ func remedyFor(err error) string {
 		return "stop the allocation: a new one gets a clean namespace, but where Consul's own plugin is in the same conflist: take one of the two out"
 	case errors.Is(err, redirect.ErrUnsupported):
 		return "Linux 6.1 or newer is needed, with the root of cgroup v2 mounted; `weir status` names what is missing"
+	case errors.Is(err, redirect.ErrOtherInstance):
+		return "end the allocation with the pin_dir and state_dir that it was started with, or unload the other instance of Weir"
 	case errors.Is(err, redirect.ErrIncompatible):
 		return "drain the node, then run `weir unload` and `weir load`"
 	case errors.Is(err, redirect.ErrHostNetNS):

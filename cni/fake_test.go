@@ -29,6 +29,7 @@ type fakeDatapath struct {
 
 	addErr, removeErr, checkErr, collectErr, probeErr error
 	mended                                            []string
+	inForce                                           bool
 	garbage                                           []redirect.Key
 }
 
@@ -53,6 +54,8 @@ func (f *fakeDatapath) Collect(network string, valid []redirect.Key) ([]redirect
 	f.collected = map[string][]redirect.Key{network: valid}
 	return f.garbage, f.collectErr
 }
+
+func (f *fakeDatapath) InForce(string) (bool, error) { return f.inForce, nil }
 
 func (f *fakeDatapath) Probe() error { return f.probeErr }
 

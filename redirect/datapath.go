@@ -7,17 +7,19 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"time"
 )
 
 // Datapath is the data path of one node. It holds no state but the paths, so
 // any number of them, in any number of processes, may work on the same node.
 type Datapath struct {
-	paths Paths
+	paths    Paths
+	patience time.Duration // how long a check waits for the lock
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths Paths) *Datapath {
-	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir})}
+	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), patience: checkPatience}
 }
 
 // Paths returns where this data path keeps its state, defaults filled in.
@@ -226,7 +228,7 @@ func removeRoutes(r *record) error {
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
 func (d *Datapath) Check(key Key, netns string) (mended []string, err error) {
-	err = d.paths.locked(func() error {
+	err = lockedWithin(d.paths.lock(), d.patience, func() error {
 		mended, err = d.check(key, netns)
 		return err
 	})

@@ -19,6 +19,10 @@ import (
 // forever: Nomad makes no other network meanwhile, and tells nobody.
 const lockPatience = time.Minute
 
+// checkPatience is that of a check. Nomad makes one for each allocation when its
+// client starts, and a check that cannot look is no error.
+const checkPatience = 10 * time.Second
+
 // Locked runs action while no other process does so with the same file, which is
 // made where it is not there. A lock that is not given up is an error, which is
 // EAGAIN and names the holder.

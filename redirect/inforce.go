@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"os"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// InForce reports whether a namespace is redirected now, by whichever version. It
+// asks the kernel alone, takes no lock, and needs neither pins nor records: it is
+// for who could not look at these, which says nothing of the namespace.
+func (d *Datapath) InForce(netns string) (bool, error) {
+	ns, err := openNamespace(netns)
+	if err != nil {
+		return false, err
+	}
+	defer ns.Close()
+	root, err := d.paths.cgroupRoot()
+	if err != nil {
+		return false, err
+	}
+	defer root.Close()
+	lookups, err := attachedTo(ns.file, ebpf.AttachSkLookup)
+	if err != nil {
+		return false, err
+	}
+	lookups = slices.DeleteFunc(lookups, func(p attachedProgram) bool { return p.name != lookupName })
+	if len(lookups) != 1 {
+		return false, nil // none, or two that refuse what the other one lets in
+	}
+	sets, err := setsAt(root)
+	if err != nil {
+		return false, err
+	}
+	for _, s := range sets {
+		if !slices.ContainsFunc(lookups[0].maps, s.reads) {
+			continue
+		}
+		if !s.whole() || s.serves([]uint64{ns.cookie}) != 1 {
+			return false, nil
+		}
+		return ns.hasEncodedRoute()
+	}
+	return false, nil
+}
+
+// hasEncodedRoute reports whether the encoded IPv4 range is routed to lo.
+func (ns *namespace) hasEncodedRoute() (there bool, err error) {
+	err = ns.do(func() error {
+		found, err := setEncodedRoutes()
+		there = slices.ContainsFunc(found, func(r netlink.Route) bool { return !isIPv6(&r) })
+		return err
+	})
+	return there, err
+}
+
+// whole reports whether each program of the set is where it belongs. A set of
+// another version may have fewer of them, so those are asked for that redirect.
+func (s *programSet) whole() bool {
+	names := []string{"weir_connect4", "weir_connect6", "weir_getsockopt"}
+	if s.digest() == digest() {
+		names = programNames()
+	}
+	for _, name := range names {
+		if len(s.programs[name]) != 1 {
+			return false
+		}
+	}
+	return true
+}
+
+// digest is that of the objects that the set's programs are from.
+func (s *programSet) digest() [2]uint64 {
+	var row bpfControl
+	table, err := ebpf.NewMapFromID(s.tables["control"])
+	if err != nil {
+		return row.Digest
+	}
+	defer table.Close()
+	if err := table.Lookup(uint32(0), &row); err != nil || row.Layout != layout {
+		return [2]uint64{}
+	}
+	return row.Digest
+}
+
+// CouldNotLook reports whether an error says that the node's state could not be
+// looked at or written, and nothing of what is in force. reason names it for
+// metrics.
+func CouldNotLook(err error) (reason string, ok bool) {
+	switch {
+	case err == nil:
+		return "", false
+	case errors.Is(err, errNewer):
+		return "record_newer", true
+	case errors.Is(err, ErrUnreadable):
+		return "record_unreadable", true
+	case errors.Is(err, ErrIncompatible):
+		return "layout", true
+	case errors.Is(err, unix.EROFS):
+		return "read_only", true
+	case errors.Is(err, unix.EAGAIN):
+		return "locked", true
+	case errors.Is(err, os.ErrPermission):
+		return "permission", true
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EIO):
+		return "disk", true
+	}
+	return "", false
+}
