@@ -17,6 +17,9 @@ import (
 var (
 	encodedPrefix4 = netip.MustParsePrefix("127.128.0.0/9")
 	encodedPrefix6 = netip.MustParsePrefix("fd77:6569:7200::/96")
+
+	loopbackPrefix4 = netip.MustParsePrefix("127.0.0.0/8")
+	loopbackPrefix6 = netip.MustParsePrefix("::1/128")
 )
 
 const (

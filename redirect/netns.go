@@ -249,7 +249,8 @@ func (ns *namespace) setRoutes(w Workload) (ipv6 bool, err error) {
 				}
 			}
 		}
-		return nil
+		_, err = setDeviceRoutes(w.Mode == ModeTransparent, ipv6)
+		return err
 	})
 	return ipv6, err
 }
@@ -268,7 +269,7 @@ func setEncodedRoutes() (found []netlink.Route, err error) {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
 		for _, route := range list {
-			if route.Dst == nil || route.Type != unix.RTN_LOCAL {
+			if route.Dst == nil || route.Type != unix.RTN_LOCAL || route.LinkIndex != loIndex {
 				continue
 			}
 			addr, ok := netip.AddrFromSlice(route.Dst.IP)
@@ -309,7 +310,9 @@ func (ns *namespace) hasRoutes(w Workload, ipv6 bool) (there bool, err error) {
 				return r.Dst.String() == wanted.Dst.String() && r.Src.Equal(wanted.Src)
 			})
 		})
-		return nil
+		missing, surplus, err := diffDeviceRoutes(w.Mode == ModeTransparent, ipv6)
+		there = there && len(missing)+len(surplus) == 0
+		return err
 	})
 	return there, err
 }
@@ -325,7 +328,8 @@ func (ns *namespace) removeRoutes() error {
 				return err
 			}
 		}
-		return nil
+		_, err = setDeviceRoutes(false, false)
+		return err
 	})
 }
 

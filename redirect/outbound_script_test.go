@@ -221,6 +221,8 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 		return o, finishConnect(fd, unix.Connect(fd, sockaddr(fd, s.Addr)), unix.EINTR)
 	case "connectLater":
 		return o, connectLater(fd, s.Addr)
+	case "connectStart": // and no look at what becomes of it
+		return o, errors.Join(unix.SetNonblock(fd, true), unix.Connect(fd, sockaddr(fd, s.Addr)))
 	case "connectByRing", "connectByWorker":
 		return o, connectByRing(fd, s.Addr, s.Do == "connectByWorker")
 	case "connectByData":
