@@ -58,6 +58,7 @@ enum verdict {
 };
 
 struct verdict_counts {
+	enum verdict names[0]; /* takes no room: tells an upgrade what each count is of */
 	__u64 count[VERDICT_MAX];
 	__u64 events_lost; /* that a reader asked for and does not get */
 	__u64 event_due;   /* CLOCK_MONOTONIC: when its share of the ring is whole again */

@@ -266,6 +266,7 @@ const (
 
 type bpfVerdictCounts struct {
 	_          structs.HostLayout
+	Names      [0]bpfVerdict
 	Count      [28]uint64
 	EventsLost uint64
 	EventDue   uint64

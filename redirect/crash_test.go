@@ -294,6 +294,9 @@ func TestKilledLoad(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
+		{"of another layout", func(t *testing.T, n *node) {
+			editControl(t, n.Datapath, func(row *bpfControl) { row.Layout = layout + 1 })
+		}},
 		{"of another version", func(t *testing.T, n *node) { staleDigest(t, n.Datapath) }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -32,11 +32,11 @@ func (r *LoadResult) left(problems []error) {
 
 // Load brings the node's programs and maps to this binary's version: it loads
 // them where there are none, swaps programs through their links where they are
-// of another version with the same layout, and re-attaches what somebody
-// detached. Connections and workloads are not disturbed, and one of them that
+// of another version, with the rows of running workloads where the layout is
+// another one too, and re-attaches what somebody detached. Connections and workloads are not disturbed, and one of them that
 // cannot be brought along keeps none of the others: see LoadResult. It refuses with
 // ErrUnsupported where the kernel lacks a feature and with ErrIncompatible
-// where the maps have another layout.
+// where the maps have a layout from which there is no way, see migrate.
 func (d *Datapath) Load() (result LoadResult, err error) {
 	err = d.paths.locked(func() error {
 		result, err = d.load(true)
@@ -68,6 +68,8 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 	switch {
 	case errors.Is(err, ErrNotLoaded):
 		result, err = d.loadFresh(root)
+	case errors.Is(err, ErrIncompatible) && renew:
+		result, err = d.migrate(root)
 	case err == nil:
 		defer pinned.Close()
 		result, err = d.loadOver(pinned, root, renew, reclaimed)

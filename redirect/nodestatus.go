@@ -85,7 +85,7 @@ func (d *Datapath) status() (Status, error) {
 		l.problem("start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
 		return l.Status, nil
 	case errors.Is(err, ErrIncompatible):
-		l.problem("drain the node, run 'weir unload' and load this version", "%v", err)
+		l.problem("run 'weir load' with the version that the node should run, or start its agent: it takes running workloads along", "%v", err)
 		return l.Status, nil
 	case err != nil:
 		l.unseen("the data path", err)

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -27,6 +28,7 @@ type tables struct {
 
 	readOnly bool      // for who only looks: on a read-only bpffs nothing else can be had
 	prepared *Prepared // a lookup program that may be there already
+	only     []string  // the maps that are written, the others stay as they are; nil: all
 }
 
 // openTables opens the tables of a loaded node, or returns ErrNotLoaded or
@@ -47,7 +49,7 @@ func openTablesFor(dir string, readOnly bool) (*tables, error) {
 	case errors.Is(err, fs.ErrNotExist):
 		err = fmt.Errorf("open %s: %w: run 'weir load'", dir, ErrNotLoaded)
 	case err != nil && table != nil, err == nil && row.Layout != layout:
-		err = fmt.Errorf("open %s: %w (layout %d, this binary has %d): drain the node, 'weir unload', then load this version",
+		err = fmt.Errorf("open %s: %w (layout %d, this binary has %d): run 'weir load' with the version that the node should run",
 			dir, ErrIncompatible, row.Layout, layout)
 	}
 	if err != nil {
@@ -78,6 +80,9 @@ func (m *tables) Close() error {
 }
 
 func (m *tables) put(name string, key, value any, flags ebpf.MapUpdateFlags) error {
+	if m.only != nil && !slices.Contains(m.only, name) {
+		return nil
+	}
 	table, err := m.table(name)
 	if err != nil {
 		return err

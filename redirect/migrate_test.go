@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// loadLayout2 loads the programs and maps of the version with layout 2, whose
+// objects are test data, as that version did.
+func (n *node) loadLayout2() {
+	n.t.Helper()
+	fail := func(err error) {
+		n.t.Helper()
+		if err != nil {
+			n.t.Fatalf("load layout 2: %v", err)
+		}
+	}
+	defer n.objectsOfLayout2()()
+	spec, err := loadBpf()
+	fail(err)
+	fail(n.paths.ensureBPFFS())
+	root, err := n.paths.cgroupRoot()
+	fail(err)
+	defer root.Close()
+	pins, err := createMaps(spec, n.paths.maps(), 0)
+	defer closeMaps(pins)
+	fail(err)
+	fail(pins["control"].Put(uint32(0), &bpfControl{Layout: 2}))
+	collection, err := newCollection(spec, pins)
+	fail(err)
+	defer collection.Close()
+	_, err = attachAll(collection.Programs, spec.Programs, root, n.paths.links())
+	fail(err)
+}
+
+// objectsOfLayout2 takes the place of this version's until the result is called.
+func (n *node) objectsOfLayout2() (restore func()) {
+	n.t.Helper()
+	bpf, err := os.ReadFile("testdata/layout2/bpf.o")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	lookup, err := os.ReadFile("testdata/layout2/lookup.o")
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	nowBpf, nowLookup := _BpfBytes, _LookupBytes
+	_BpfBytes, _LookupBytes = bpf, lookup
+	return func() { _BpfBytes, _LookupBytes = nowBpf, nowLookup }
+}
+
+// addToLayout2 is add on a node of layout 2.
+func (a *alloc) addToLayout2() {
+	a.node.t.Helper()
+	fail := func(err error) {
+		a.node.t.Helper()
+		if err != nil {
+			a.node.t.Fatalf("add to layout 2: %v", err)
+		}
+	}
+	defer a.node.objectsOfLayout2()()
+	ns, err := openNamespace(a.Path)
+	fail(err)
+	defer ns.Close()
+	boot, err := bootID()
+	fail(err)
+	r := &record{Key: a.key, Request: a.request(), NetNS: a.Path, Cookie: ns.cookie, BootID: boot}
+	_, err = r.observe(ns)
+	fail(err)
+	r.Ephemeral, err = ns.ephemeral()
+	fail(err)
+	r.IPv6, err = ns.setRoutes(r.desired())
+	fail(err)
+	r.Sources = Sources{} // unknown to that version
+	tables := &tables{dir: a.node.paths.maps(), open: make(map[string]*ebpf.Map)}
+	defer tables.Close()
+	fail(tables.put("verdicts", ns.cookie, make([]byte, 27*8), ebpf.UpdateNoExist))
+	tables.only = slices.DeleteFunc(mapNames(), func(name string) bool { return name == "verdicts" })
+	fail(tables.writeRows(ns.cookie, r.desired(), r.IPv6))
+	_, err = attachLookup(tables, a.node.paths, ns, false)
+	fail(err)
+	r.Complete, r.Applied = true, r.desired()
+	fail(a.node.paths.writeRecord(r))
+}
+
+// Connections to ever new origins run all the time while the node is brought from
+// the layout of an older version to this one's. None is refused, none gets past
+// the proxy, each has its origin.
+func TestMigrationUnderLoad(t *testing.T) {
+	n := &node{Datapath: unloadedDatapath(t), t: t, remote: test.NewNetNS(t)}
+	n.loadLayout2()
+	a, b := n.newAlloc(), n.newAlloc()
+	for _, alloc := range []*alloc{a, b} {
+		alloc.addToLayout2()
+		alloc.startProxy()
+	}
+	test.Echo(t, n.remote, "tcp", "[::]:4321")
+	test.Echo(t, a.NetNS, "tcp", "[::]:4321")
+	if status, err := n.Status(); err != nil || status.Healthy() {
+		t.Errorf("status before: %v, %v; want the other layout named", status.Problems, err)
+	}
+
+	var stop atomic.Bool
+	var connections atomic.Int64
+	var load sync.WaitGroup
+	keep := func(client *test.Client, destination func(i int) netip.Addr, server string) {
+		load.Go(func() {
+			for i := 0; !stop.Load() && !t.Failed(); i++ {
+				want := netip.AddrPortFrom(destination(i), 4321)
+				answer, err := client.Ask("tcp", want.String())
+				if err != nil || answer.Server != server || answer.Origin != want {
+					t.Errorf("during the migration: dialled %s: %+v, %v; want that origin and an answer of %s", want, answer, err, server)
+				}
+				connections.Add(1)
+			}
+		})
+	}
+	ever := func(prefix byte) func(int) netip.Addr {
+		return func(i int) netip.Addr { return netip.AddrFrom4([4]byte{198, prefix, byte(i >> 8), byte(i)}) }
+	}
+	for _, destination := range []func(int) netip.Addr{
+		ever(18), ever(19),
+		func(int) netip.Addr { return remote4(1) },
+		func(i int) netip.Addr { return netip.MustParseAddr(fmt.Sprintf("2001:db8::%x", i+1)) },
+	} {
+		client := test.NewClient(t, test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg, UID: taskUID, GID: taskUID})
+		keep(client, destination, a.outbound.Name)
+	}
+	keep(test.NewClient(t, test.Spec{NetNS: n.remote}), func(int) netip.Addr { return a.v4 }, a.inbound.Name)
+	more := func(what string) {
+		t.Helper()
+		seen := connections.Load()
+		test.Eventually(t, func() error {
+			if connections.Load() < seen+50 {
+				return fmt.Errorf("%d connections", connections.Load()-seen)
+			}
+			return nil
+		}, what)
+	}
+	more("connections before the migration")
+	before := a.counts2()
+	result, err := n.Load()
+	if err != nil {
+		t.Fatalf("%+v", err)
+	}
+	if text := strings.Join(result.Did, "\n"); !result.Changed || !strings.Contains(text, fmt.Sprintf("migrated to layout %d", layout)) || len(result.Problems) > 0 {
+		t.Errorf("load did %q, problems %v", result.Did, result.Problems)
+	}
+	more("connections after the migration")
+	stop.Store(true)
+	load.Wait()
+	t.Logf("%d connections", connections.Load())
+
+	healthy(t, n.Datapath)
+	if counts := a.counts(); counts[Redirected] < before || before == 0 {
+		t.Errorf("redirected is counted %d times, before the migration it was %d", counts[Redirected], before)
+	}
+	for verdict, count := range a.counts() {
+		if verdict != Redirected && verdict != Inbound && verdict != Listener {
+			t.Errorf("verdict %s was counted %d times", verdict, count)
+		}
+	}
+	for _, alloc := range []*alloc{a, b} {
+		alloc.works()
+	}
+	if again, err := n.Load(); err != nil || again.Changed {
+		t.Errorf("the next load did %q, %v; want nothing", again.Did, err)
+	}
+	held := kernelObjects(t, n.Datapath)
+	held.settle(t, [3]int{len(mapNames()), len(programNames()) + 2, len(programNames()) + 2})
+	if err := n.Remove(a.key); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Remove(b.key); err != nil {
+		t.Fatal(err)
+	}
+	nothingLeft(t, n.Datapath)
+}
+
+// counts2 is how often layout 2 counted a redirect.
+func (a *alloc) counts2() uint64 {
+	a.node.t.Helper()
+	table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.maps(), "verdicts"), nil)
+	if err != nil {
+		a.node.t.Fatal(err)
+	}
+	defer table.Close()
+	var counts [27]uint64
+	if err := table.Lookup(a.Cookie(), &counts); err != nil {
+		a.node.t.Fatal(err)
+	}
+	return counts[0]
+}
