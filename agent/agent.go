@@ -8,7 +8,6 @@ package agent
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"path/filepath"
 	"strings"
@@ -67,8 +66,13 @@ type Agent struct {
 	status         Status     // what the loop knows; Status adds what others know
 	discoveryError string     // why allocations cannot be found; empty: they can
 	unreadable     []string   // what of the node could not be read in the last pass
+	unseen         unseen
+
+	servers     servers
+	socketError string // why there is no local API, as last told
 
 	// The loop's own memory.
+	behind   bool // the data path may be another version's: nobody could look yet
 	subjects map[redirect.Key]*memory
 	inStep   bool // as last told
 	hidden   bool // ... too
@@ -93,7 +97,7 @@ func New(config Config, options Options) (*Agent, error) {
 	}
 	a := &Agent{
 		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, networkInterval: networkInterval,
-		datapath: redirect.New(config.Paths()),
+		datapath: redirect.New(config.Paths()).Within(lockPatience),
 		cache:    &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:  freeInterval,
 		wake:     make(chan struct{}, 1),
@@ -137,16 +141,10 @@ func (a *Agent) hurry() {
 // Run loads or upgrades the data path and then keeps the node as it should be
 // until ctx ends. It returns an error only for what it cannot work without.
 func (a *Agent) Run(ctx context.Context) error {
-	loaded, err := a.datapath.Load()
-	if err != nil {
-		return fmt.Errorf("load data path: %w", err)
+	if err := a.load(); err != nil {
+		return err
 	}
-	for _, did := range loaded.Did {
-		a.log.Info("data path", "did", did)
-	}
-	for _, problem := range loaded.Problems {
-		a.log.Error("data path: a workload did not come along", "problem", problem)
-	}
+	var err error
 	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir, a.config.CNI.NetNSDir)...); err != nil {
 		return err
 	}
@@ -155,8 +153,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
-	servers, err := a.listen()
-	if err != nil {
+	if err := a.listen(); err != nil {
 		cancel()
 		return errors.Join(err, a.watcher.Close())
 	}
@@ -184,7 +181,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.loop(ctx)
 	cancel()
 	a.notify("STOPPING=1")
-	err = errors.Join(a.watcher.Close(), a.networks.Close(), servers.close())
+	err = errors.Join(a.watcher.Close(), a.networks.Close(), a.servers.close())
 	background.Wait()
 	return err
 }
@@ -229,8 +226,12 @@ func (a *Agent) pass(changed bool) {
 	if err != nil {
 		a.trouble("watch directories", err)
 	}
+	a.keepSocket()
 	now := time.Now()
-	a.mend()
+	if !a.mend() {
+		a.turned() // nothing can be changed now, and all of it would wait in vain
+		return
+	}
 	if a.pins.Swap(false) {
 		a.checkUnhooked()
 	}
@@ -257,35 +258,14 @@ func (a *Agent) pass(changed bool) {
 		a.checkSome()
 		a.lookSome()
 	}
-	a.mu.Lock()
-	a.status.Alive = time.Now()
-	a.mu.Unlock()
+	a.turned()
 }
 
-// mend puts back what somebody took off the node, and says so.
-func (a *Agent) mend() {
-	did, err := a.datapath.Mend()
+// turned notes that the loop lives.
+func (a *Agent) turned() {
 	a.mu.Lock()
-	a.status.Counts.Mended += uint64(len(did))
-	a.status.DataPath = ""
-	if err != nil {
-		a.status.DataPath = err.Error()
-	}
-	a.mu.Unlock()
-	for _, what := range did {
-		a.log.Warn("data path mended", "what", what)
-	}
-	if text := errorText(err); text != a.broken {
-		a.broken = text
-		if err != nil {
-			a.log.Error("data path cannot be mended", "error", err)
-		} else {
-			a.log.Info("data path is whole again")
-		}
-	}
-	if len(did) > 0 {
-		a.hurry()
-	}
+	defer a.mu.Unlock()
+	a.status.Alive = time.Now()
 }
 
 // sweep forgets namespaces that died.

@@ -32,7 +32,7 @@ type collector struct {
 	consulInStep, consulHidden, proxies   *prometheus.Desc
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
-	consulWatch, problems                 *prometheus.Desc
+	consulWatch, problems, unseen         *prometheus.Desc
 }
 
 func newCollector(agent *Agent) *collector {
@@ -51,6 +51,7 @@ func newCollector(agent *Agent) *collector {
 		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
 		consulWatch:    desc("consul_watch", "Whether a change in Consul tells itself; not there where that is not asked for."),
 		problems:       desc("problems", "What 'weir status' lists of the agent's."),
+		unseen:         desc("state_unseen", "Records, or the node's state, that the agent could not look at or write; what is in force stays.", "reason"),
 		proxies:        desc("consul_proxies", "Proxies registered on this node."),
 		consulReads:    desc("consul_reads_total", "Bulk reads of Consul."),
 		consulFailures: desc("consul_failures_total", "Bulk reads of Consul that failed."),
@@ -86,6 +87,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		gauge(c.consulWatch, oneIf(status.Consul.Watch == ""))
 	}
 	gauge(c.problems, float64(len(status.Problems)))
+	for reason, count := range c.agent.unseenReasons() {
+		gauge(c.unseen, float64(count), reason)
+	}
 	gauge(c.proxies, float64(status.Consul.Proxies))
 	counter(c.consulReads, status.Consul.Counts.Reads)
 	counter(c.consulFailures, status.Consul.Counts.Failures)

@@ -52,6 +52,7 @@ func (a *Agent) reconcile(now time.Time) {
 		return
 	}
 	known, err := a.datapath.Known()
+	noRecords := err
 	if err != nil && !errors.Is(err, redirect.ErrUnreadable) {
 		a.blind("read records", err) // all of them would look like lost ones
 		return
@@ -68,7 +69,7 @@ func (a *Agent) reconcile(now time.Time) {
 		unreadable = append(unreadable, err.Error())
 	}
 	a.mu.Lock()
-	a.discoveryError, a.unreadable = "", unreadable
+	a.discoveryError, a.unreadable, a.unseen.records = "", unreadable, redirect.UnreadableRecords(noRecords)
 	a.mu.Unlock()
 	skipped := slices.Concat(unreadable, consul.Problems)
 	if problem := a.containers().Error; problem != "" {

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/net/netutil"
+
+	"github.com/weirmesh/weir/redirect"
 )
 
 // socketName is the agent's local API in the state directory.
@@ -25,30 +27,67 @@ const socketName = "agent.sock"
 const telemetryConnections = 64
 
 // servers are what the agent shows itself on.
-type servers struct{ list []*http.Server }
+type servers struct {
+	local  *http.Server // nil: the socket could not be made
+	public *http.Server // nil: the operator named no address
+}
 
 // listen opens the local API, and metrics and health where the operator named
 // an address for them.
-func (a *Agent) listen() (*servers, error) {
-	s := &servers{}
-	local, err := listenLocal(filepath.Join(a.datapath.Paths().StateDir, socketName))
-	if err != nil {
-		return nil, err
+func (a *Agent) listen() error {
+	err := a.listenLocally()
+	if _, unseen := redirect.CouldNotLook(err); unseen {
+		a.trouble("open the local API", err) // and tried again
+	} else if err != nil {
+		return err
 	}
-	s.serve(a, local, a.localAPI())
 	if a.config.Telemetry.Listen == "" {
-		return s, nil
+		return nil
 	}
 	public, err := net.Listen("tcp", a.config.Telemetry.Listen)
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("listen for telemetry: %w", err), s.close())
+		return errors.Join(fmt.Errorf("listen for telemetry: %w", err), a.servers.close())
 	}
 	public = netutil.LimitListener(public, telemetryConnections)
 	a.mu.Lock()
 	a.status.Telemetry = public.Addr().String()
 	a.mu.Unlock()
-	s.serve(a, public, a.telemetry())
-	return s, nil
+	a.servers.public = a.serve(public, a.telemetry())
+	return nil
+}
+
+func (a *Agent) socketPath() string {
+	return filepath.Join(a.datapath.Paths().StateDir, socketName)
+}
+
+func (a *Agent) listenLocally() error {
+	local, err := listenLocal(a.socketPath())
+	if err != nil {
+		return err
+	}
+	a.servers.local = a.serve(local, a.localAPI())
+	return nil
+}
+
+// keepSocket makes the socket of the local API anew where somebody removed it.
+func (a *Agent) keepSocket() {
+	if a.servers.local != nil && inodeOf(a.socketPath()) != 0 {
+		return // ours, or another agent's, which it is not for us to remove
+	}
+	if a.servers.local != nil {
+		// First: a listener that is closed removes what has its path.
+		if err := a.servers.local.Close(); err != nil {
+			a.trouble("close the local API", err)
+		}
+		a.servers.local = nil
+		a.log.Warn("the socket of the local API is gone: it is made anew", "path", a.socketPath())
+	}
+	if err := a.listenLocally(); errorText(err) != a.socketError {
+		a.socketError = errorText(err)
+		if err != nil {
+			a.trouble("open the local API", err)
+		}
+	}
 }
 
 // listenLocal makes a socket that only root can open. One that another agent
@@ -59,6 +98,9 @@ func listenLocal(path string) (net.Listener, error) {
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("remove stale socket: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("create state directory: %w", err)
 	}
 	listener, err := net.Listen("unix", path)
 	if err != nil {
@@ -71,25 +113,25 @@ func listenLocal(path string) (net.Listener, error) {
 	return listener, nil
 }
 
-func (s *servers) serve(a *Agent, listener net.Listener, handler http.Handler) {
+func (a *Agent) serve(listener net.Listener, handler http.Handler) *http.Server {
 	server := &http.Server{
 		Handler: handler, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute,
 		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
 	}
-	s.list = append(s.list, server)
 	go func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			a.trouble("serve "+listener.Addr().String(), err)
 		}
 	}()
+	return server
 }
 
 func (s *servers) close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	var problems []error
-	for _, server := range s.list {
-		if server.Shutdown(ctx) != nil {
+	for _, server := range []*http.Server{s.local, s.public} {
+		if server != nil && server.Shutdown(ctx) != nil {
 			problems = append(problems, server.Close())
 		}
 	}

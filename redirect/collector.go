@@ -53,7 +53,7 @@ func (d *Datapath) NewCollector() *Collector {
 // It touches only workloads that hold more than half of their budget, unless
 // the node's table itself is more than half full.
 func (c *Collector) Run() (freed int, err error) {
-	err = c.datapath.paths.locked(func() error {
+	err = c.datapath.locked(func() error {
 		freed, err = c.run()
 		return err
 	})

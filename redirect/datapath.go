@@ -13,13 +13,27 @@ import (
 // Datapath is the data path of one node. It holds no state but the paths, so
 // any number of them, in any number of processes, may work on the same node.
 type Datapath struct {
-	paths    Paths
-	patience time.Duration // how long a check waits for the lock
+	paths         Paths
+	patience      time.Duration // how long a change waits for the lock
+	checkPatience time.Duration // ... and a check
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths Paths) *Datapath {
-	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), patience: checkPatience}
+	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), patience: lockPatience, checkPatience: checkPatience}
+}
+
+// Within returns the same data path for who has other things to do than to wait
+// for another process's change for longer than that.
+func (d *Datapath) Within(patience time.Duration) *Datapath {
+	impatient := *d
+	impatient.patience, impatient.checkPatience = patience, min(patience, d.checkPatience)
+	return &impatient
+}
+
+// locked runs action while no other process changes the state.
+func (d *Datapath) locked(action func() error) error {
+	return lockedWithin(d.paths.lock(), d.patience, action)
 }
 
 // Paths returns where this data path keeps its state, defaults filled in.
@@ -44,7 +58,7 @@ func (d *Datapath) Add(a Attachment) error {
 	if err := Merge(a.Request, Overlay{}).Validate(); err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
 	}
-	err := d.paths.locked(func() error { return d.add(a) })
+	err := d.locked(func() error { return d.add(a) })
 	if err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
 	}
@@ -163,7 +177,7 @@ func (d *Datapath) disown(r *record) error {
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
 // to remove, and needs neither the namespace nor loaded programs.
 func (d *Datapath) Remove(key Key) error {
-	err := d.paths.locked(func() error { return d.remove(key) })
+	err := d.locked(func() error { return d.remove(key) })
 	if err != nil {
 		return fmt.Errorf("remove workload %s: %w", key, err)
 	}
@@ -228,7 +242,7 @@ func removeRoutes(r *record) error {
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
 func (d *Datapath) Check(key Key, netns string) (mended []string, err error) {
-	err = lockedWithin(d.paths.lock(), d.patience, func() error {
+	err = lockedWithin(d.paths.lock(), d.checkPatience, func() error {
 		mended, err = d.check(key, netns)
 		return err
 	})
@@ -268,7 +282,7 @@ func (d *Datapath) check(key Key, netns string) (mended []string, err error) {
 // SetOverlay replaces what Consul adds to a workload. Open connections and
 // the workload's origins stay; no change means no write.
 func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
-	err := d.paths.locked(func() error {
+	err := d.locked(func() error {
 		r, err := d.paths.readRecord(key)
 		if err != nil {
 			return err
@@ -302,7 +316,7 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 // whatever belongs to namespaces that died. Other networks' workloads with
 // living namespaces are not touched.
 func (d *Datapath) Collect(network string, valid []Key) (removed []Key, err error) {
-	err = d.paths.locked(func() error {
+	err = d.locked(func() error {
 		records, err := d.paths.readRecords()
 		if err != nil && !errors.Is(err, ErrUnreadable) {
 			return err

@@ -154,7 +154,7 @@ func CgroupsIn(namespaces ...string) (map[string][]string, error) {
 // onRecord runs action on a workload that is on record, while nobody else changes
 // the state.
 func (d *Datapath) onRecord(key Key, action func(*tables, *record, *namespace) error) error {
-	return d.paths.locked(func() error {
+	return d.locked(func() error {
 		r, err := d.paths.readRecord(key)
 		if err != nil {
 			return err

@@ -89,6 +89,20 @@ func (s *programSet) digest() [2]uint64 {
 	return row.Digest
 }
 
+// UnreadableRecords counts, by reason, the records that an error of Known or of
+// another method which reads all of them is about.
+func UnreadableRecords(err error) map[string]int {
+	counts := make(map[string]int)
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, one := range joined.Unwrap() {
+			if reason, ok := CouldNotLook(one); ok {
+				counts[reason]++
+			}
+		}
+	}
+	return counts
+}
+
 // CouldNotLook reports whether an error says that the node's state could not be
 // looked at or written, and nothing of what is in force. reason names it for
 // metrics.

@@ -100,7 +100,7 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t)
-			n.patience = 50 * time.Millisecond
+			n.Datapath = n.Within(50 * time.Millisecond)
 			a, b := n.newAlloc(), n.newAlloc()
 			a.add(full)
 			b.add()

@@ -38,7 +38,7 @@ func (r *LoadResult) left(problems []error) {
 // ErrUnsupported where the kernel lacks a feature and with ErrIncompatible
 // where the maps have a layout from which there is no way, see migrate.
 func (d *Datapath) Load() (result LoadResult, err error) {
-	err = d.paths.locked(func() error {
+	err = d.locked(func() error {
 		result, err = d.load(true)
 		return err
 	})

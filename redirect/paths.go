@@ -130,6 +130,3 @@ func (p Paths) ensureBPFFS() error {
 	}
 	return nil
 }
-
-// locked runs action while no other process changes the state.
-func (p Paths) locked(action func() error) error { return Locked(p.lock(), action) }

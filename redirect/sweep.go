@@ -42,7 +42,7 @@ func (d *Datapath) Known() (list []Known, err error) {
 // are gone. Programs of another version stay as they are. It costs a dozen
 // system calls when nothing is wrong, and says what was.
 func (d *Datapath) Mend() (did []string, err error) {
-	err = d.paths.locked(func() error {
+	err = d.locked(func() error {
 		result, err := d.load(false)
 		did = result.Did
 		for _, problem := range result.Problems {
@@ -56,7 +56,7 @@ func (d *Datapath) Mend() (did []string, err error) {
 // Sweep removes what belongs to namespaces that died, whatever network they
 // were in, and returns the workloads that it took off the record.
 func (d *Datapath) Sweep() (removed []Key, err error) {
-	err = d.paths.locked(func() error {
+	err = d.locked(func() error {
 		before, err := d.paths.readRecords()
 		if err != nil && !errors.Is(err, ErrUnreadable) {
 			return err

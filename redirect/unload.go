@@ -18,7 +18,7 @@ import (
 // removed. Workloads are no longer redirected from then on. It works on what
 // any version pinned, and again on what it could not finish.
 func (d *Datapath) Unload() (removed []string, err error) {
-	err = d.paths.locked(func() error {
+	err = d.locked(func() error {
 		records, err := d.paths.readRecords()
 		if err != nil && !errors.Is(err, ErrUnreadable) {
 			return err

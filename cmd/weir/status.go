@@ -122,7 +122,28 @@ func (c *command) renderStatus(status redirect.Status, agent bool) string {
 	if len(rows) > 1 {
 		fmt.Fprintf(&text, "\n%s\n", table("", rows))
 	}
+	text.WriteString(renderOthers(status.Others))
 	return strings.TrimRight(text.String(), "\n")
+}
+
+// renderOthers names the programs of others on the same hooks. What each of them
+// does only its owner knows, so they are no problem by themselves.
+func renderOthers(others []redirect.Other) string {
+	if len(others) == 0 {
+		return ""
+	}
+	rows := [][]string{{"PROGRAM OF OTHERS", "ID", "HOOK", "RUNS", "EFFECT", "HELD BY"}}
+	for _, other := range others {
+		name, holder := other.Name, other.Pinned
+		if other.Weir {
+			name += " (another Weir)"
+		}
+		if holder == "" {
+			holder = other.Owner
+		}
+		rows = append(rows, []string{orDash(name), fmt.Sprint(other.ID), other.Hook, orDash(other.Order), other.Effect, orDash(holder)})
+	}
+	return "\n" + table("", rows) + "\n"
 }
 
 // renderProblems says what is wrong and what to do, a paragraph each.

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// lockPatience is how long a step waits for another process's change: the loop
+// has to turn, and to tell of it, where that does not end.
+const lockPatience = 10 * time.Second
+
+// unseen counts why the node's state could not be looked at or written, by the
+// reason that redirect.CouldNotLook gives.
+type unseen struct {
+	records map[string]int // of the last reading of records
+	node    string         // of the last look at the data path; empty: nothing
+}
+
+// reasons are all of them, with how many objects each concerns.
+func (u unseen) reasons() map[string]int {
+	all := maps.Clone(u.records)
+	if all == nil {
+		all = make(map[string]int)
+	}
+	if u.node != "" {
+		all[u.node]++
+	}
+	return all
+}
+
+// load brings the data path to this version. Where nobody could look at it, or
+// change it, what is in force stays, and it is tried again.
+func (a *Agent) load() error {
+	loaded, err := a.datapath.Load()
+	_, a.behind = redirect.CouldNotLook(err)
+	if err != nil && !a.behind {
+		return fmt.Errorf("load data path: %w", err)
+	}
+	if err != nil {
+		a.log.Error("data path cannot be loaded or upgraded now", "error", err)
+	}
+	for _, did := range loaded.Did {
+		a.log.Info("data path", "did", did)
+	}
+	for _, problem := range loaded.Problems {
+		a.log.Error("data path: a workload did not come along", "problem", problem)
+	}
+	return nil
+}
+
+// mend puts back what somebody took off the node, and says so.
+// It reports whether the node could be changed at all.
+func (a *Agent) mend() bool {
+	if a.behind {
+		if err := a.load(); err != nil {
+			a.trouble("load data path", err)
+		}
+	}
+	did, err := a.datapath.Mend()
+	reason, _ := redirect.CouldNotLook(err)
+	a.mu.Lock()
+	a.status.Counts.Mended += uint64(len(did))
+	a.status.DataPath, a.unseen.node = "", reason
+	if err != nil {
+		a.status.DataPath = err.Error()
+	}
+	a.mu.Unlock()
+	for _, what := range did {
+		a.log.Warn("data path mended", "what", what)
+	}
+	if text := errorText(err); text != a.broken {
+		a.broken = text
+		if err != nil {
+			a.log.Error("data path cannot be mended", "error", err)
+		} else {
+			a.log.Info("data path is whole again")
+		}
+	}
+	if len(did) > 0 {
+		a.hurry()
+	}
+	return !errors.Is(err, unix.EAGAIN)
+}
+
+// unseenReasons is for the metrics.
+func (a *Agent) unseenReasons() map[string]int {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.unseen.reasons()
+}

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+func (n *node) answers() error {
+	_, err := ReadStatus(context.Background(), n.config.StateDir)
+	return err
+}
+
+// metric returns an error unless the agent shows the line.
+func (n *node) metric(line string) error {
+	address := n.agent.Status().Telemetry
+	response, err := http.Get("http://" + address + "/metrics")
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	text, err := io.ReadAll(response.Body)
+	if err == nil && !strings.Contains(string(text), line+"\n") {
+		err = fmt.Errorf("metrics do not have %q", line)
+	}
+	return err
+}
+
+func (n *node) problem(part string) error {
+	problems := n.agent.Status().Problems
+	for _, problem := range problems {
+		if strings.Contains(problem.What, part) {
+			return nil
+		}
+	}
+	return fmt.Errorf("problems %v: none says %q", problems, part)
+}
+
+// Somebody wipes the state directory: the socket comes back, for root alone, and
+// so does what libcni still knows.
+func TestWipedStateDirectory(t *testing.T) {
+	n := newNode(t)
+	id := numbered(1)
+	_, key := n.transparent(id)
+	n.fake.answers(registered(id))
+	n.run()
+	n.eventually(id, StateManaged)
+	if err := os.RemoveAll(n.config.StateDir); err != nil {
+		t.Fatal(err)
+	}
+	test.Eventually(t, n.answers, "the socket to come back")
+	info, err := os.Stat(filepath.Join(n.config.StateDir, socketName))
+	if err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("socket: %v, %v; want it with mode 0600", info, err)
+	}
+	test.Eventually(t, func() error {
+		known, err := n.Known()
+		if err == nil && (len(known) != 1 || known[0].Key != key) {
+			err = fmt.Errorf("records of %v, want one of %s", known, key)
+		}
+		return err
+	}, "the record to come back")
+}
+
+// One record that cannot be read ends neither the agent nor what it does for the
+// others; it is named, counted, and made anew.
+func TestAgentStartsBesideABadRecord(t *testing.T) {
+	n := newNode(t)
+	bad, good := numbered(1), numbered(2)
+	_, key := n.transparent(bad)
+	n.transparent(good)
+	n.fake.answers(registered(good))
+	path := filepath.Join(n.config.StateDir, "workloads", key.String()+".json")
+	if err := os.Truncate(path, 30); err != nil {
+		t.Fatal(err)
+	}
+	n.run()
+	n.eventually(good, StateManaged)
+	if err := errors.Join(n.problem(path), n.metric(`weir_state_unseen{reason="record_unreadable"} 1`)); err != nil {
+		t.Error(err)
+	}
+	test.Eventually(t, func() error {
+		if known, err := n.Known(); err != nil || len(known) != 2 {
+			return fmt.Errorf("records of %v, %v; want both", known, err)
+		}
+		return nil
+	}, "the record to be made anew")
+}
+
+// Somebody stopped has the lock when the agent starts. It tells so, and goes on
+// once that is over.
+func TestAgentStartsBesideAStoppedHolderOfTheLock(t *testing.T) {
+	test.Need(t, test.Tool("flock"))
+	n := newNode(t)
+	id := numbered(1)
+	n.transparent(id)
+	n.fake.answers(registered(id))
+	lock := filepath.Join(n.config.StateDir, "lock")
+	holder := exec.Command("flock", "--no-fork", lock, "cat")
+	input, err := holder.StdinPipe()
+	if err == nil {
+		err = holder.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	release := func() {
+		input.Close()
+		_ = holder.Wait()
+	}
+	t.Cleanup(release)
+	test.Eventually(t, func() error {
+		if exec.Command("flock", "--nonblock", lock, "true").Run() == nil {
+			return errors.New("nobody holds the lock")
+		}
+		return nil
+	}, "the lock's holder")
+	if err := holder.Process.Signal(unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	n.run(func(a *Agent) { a.datapath = redirect.New(n.config.Paths()).Within(50 * time.Millisecond) })
+	test.Eventually(t, n.answers, "the agent to answer")
+	test.Eventually(t, func() error {
+		return errors.Join(n.problem(fmt.Sprintf("process %d (cat)", holder.Process.Pid)), n.metric(`weir_state_unseen{reason="locked"} 1`))
+	}, "the agent to tell of it")
+	if err := holder.Process.Signal(unix.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	release()
+	n.eventually(id, StateManaged)
+	test.Eventually(t, func() error {
+		if reasons := n.agent.unseenReasons(); len(reasons) > 0 {
+			return fmt.Errorf("reasons %v", reasons)
+		}
+		return nil
+	}, "the agent to see again")
+}
