@@ -29,6 +29,9 @@ type memory struct {
 	proxies   []proxy             // as Consul had them in the last pass
 	silent    time.Time           // since when one of them does not listen; zero: all do
 	sought    time.Time           // when its task is looked for next
+	listened  bool                // all of them did at some time
+	mute      redirect.Problem    // that one does not listen; none where they do, or may still start
+	heard     time.Time           // when that was last looked at
 	missing   time.Time           // since when its record is missing; zero: it is not
 	retry     time.Time           // when to try again what went wrong; zero: nothing did
 	failures  int
@@ -136,6 +139,9 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	if m.stranger != "" {
 		problems = append(problems, redirect.Problem{What: m.stranger, Remedy: "give that task a user of its own in the job"})
 	}
+	if m.mute.What != "" && state == StateManaged {
+		problems = append(problems, m.mute)
+	}
 	next := describe(s, state, wanted, problems, consul.Facts)
 	next.InStep = state == StateManaged && len(s.Proxies) > 0 && consul.InStep && m.retry.IsZero() && inForce
 	next.Task, m.proxies = m.tasks(), s.Proxies
@@ -153,6 +159,7 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 	}
 	if m.hook != before {
 		m.silent, m.sought = now, time.Time{}
+		m.listened, m.mute, m.heard = false, redirect.Problem{}, time.Time{}
 	}
 }
 
@@ -281,42 +288,6 @@ func (a *Agent) add(s subject, m *memory, request redirect.Request, why string) 
 		return StateConsul
 	}
 	return StateUnprotected
-}
-
-// note remembers how a step went, tells when that changes, and sees to another
-// try.
-func (a *Agent) note(m *memory, step string, err error) {
-	if m == nil {
-		return
-	}
-	text := errorText(err)
-	if text != m.errors[step] {
-		if err != nil {
-			a.log.Warn("workload "+step+" failed", "error", err)
-		}
-		if m.errors == nil {
-			m.errors = make(map[string]string)
-		}
-		if m.errors[step] = text; text == "" {
-			delete(m.errors, step)
-		}
-	}
-	if err != nil {
-		m.failures++
-		m.retry = time.Now().Add(tempo{failures: m.failures}.pause(0.5))
-		a.count(func(c *Counts) { c.Failures++ })
-	} else if len(m.errors) == 0 {
-		m.failures, m.retry = 0, time.Time{}
-	}
-}
-
-func (a *Agent) retryDue(now time.Time) bool {
-	for _, m := range a.subjects {
-		if !m.retry.IsZero() && now.After(m.retry) {
-			return true
-		}
-	}
-	return false
 }
 
 // forget drops what is gone. An attachment that no plugin of ours will be

@@ -151,10 +151,8 @@ func (a *Agent) lookSome() {
 			if proxy.Cgroup != 0 && !slices.Contains(cgroups, proxy.Cgroup) {
 				cgroups = append(cgroups, proxy.Cgroup)
 			}
-			if !proxy.Listens && m.silent.IsZero() {
-				m.silent = now
-			}
 		}
+		a.checkListens(key, m, seen[m.hook], now)
 		maps.DeleteFunc(m.claimants, func(cgroup uint64, _ claimant) bool { return !slices.Contains(cgroups, cgroup) })
 		for _, cgroup := range cgroups {
 			known, seen := m.claimants[cgroup]

@@ -181,6 +181,9 @@ struct binder {
 	__u32 uid;
 	__u16 flags; /* BINDER_REGISTERED */
 	__u16 seat;  /* of the proxy that it is registered for */
+	__u32 pid;
+	char comm[16];
+	__u32 pad;
 };
 #define BINDER_REGISTERED 1
 
@@ -205,7 +208,7 @@ struct control {
 struct event {
 	__u64 time_ns; /* CLOCK_MONOTONIC */
 	__u64 cookie;
-	__u64 cgroup;            /* 0 inbound, as are uid and pid */
+	__u64 cgroup;            /* 0 inbound, as are uid and pid; of a listener its binder's */
 	struct addr source;      /* inbound: who dialled; outbound: zero */
 	struct addr origin;      /* what was dialled; from sk_lookup zero: see destination */
 	struct addr destination; /* where the verdict sent it */

@@ -261,30 +261,31 @@ int weir_recvmsg6(struct bpf_sock_addr *ctx)
 /* Who binds: sockops, which registers listeners, runs without a process. */
 static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 {
-	__u64 cgroup = bpf_get_current_cgroup_id();
-	struct binder *binder;
+	struct binder who = {}, *binder;
 	struct view view;
-	__u32 index, uid;
+	__u32 index;
 
 	if (!view_open(&view, bpf_get_netns_cookie(sk)) || !is_tcp(sk->protocol))
 		return 1;
-	uid = kernel_uid_read((struct sock *)sk); /* the context is the kernel's socket */
-	if (uid == UID_NONE)
-		uid = bpf_get_current_uid_gid(); /* a subflow of MPTCP, which has no file */
-	if (is_rival(&view, sk->src_port, uid, cgroup)) {
-		count(view.cookie, VERDICT_REFUSED_LISTENER_IDENTITY);
+	who.uid = kernel_uid_read((struct sock *)sk); /* the context is the kernel's socket */
+	if (who.uid == UID_NONE)
+		who.uid = bpf_get_current_uid_gid(); /* a subflow of MPTCP, which has no file */
+	who.cgroup = bpf_get_current_cgroup_id();
+	who.pid = bpf_get_current_pid_tgid() >> 32;
+	bpf_get_current_comm(who.comm, sizeof(who.comm));
+	if (is_rival(&view, sk->src_port, who.uid, who.cgroup)) {
+		emit_listener(view.cookie, &who, local, sk->src_port,
+			      VERDICT_REFUSED_LISTENER_IDENTITY);
 		return refuse(EADDRINUSE);
 	}
 	/* A source in the range would show a peer that nobody dialled. */
 	if (addr_decode(local, &index)) {
-		count(view.cookie, VERDICT_REFUSED_ENCODED);
+		emit_listener(view.cookie, &who, local, sk->src_port, VERDICT_REFUSED_ENCODED);
 		return refuse(EADDRNOTAVAIL);
 	}
 	binder = bpf_sk_storage_get(&binders, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	if (binder) {
-		binder->uid = uid;
-		binder->cgroup = cgroup;
-	}
+	if (binder)
+		*binder = who;
 	return 1;
 }
 
@@ -323,6 +324,7 @@ __noinline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view *view)
 {
 	struct addr local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
+	enum verdict refusal = VERDICT_REFUSED_LISTENER_IDENTITY;
 	bool outbound, exposed, take4 = true, take6 = false;
 	__u64 cookie = view->cookie;
 	struct bpf_sock *sk = ctx->sk;
@@ -340,27 +342,25 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 			(addr_is_unspecified(&local) && !kernel_v6only(sk));
 		take6 = !addr_is_mapped(&local);
 	}
+	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	/* 127.0.0.2:15001 is no outbound listener of Consul's. */
 	if (outbound && !addr_is_unspecified(&local) && !addr_is_first_loopback(&local)) {
-		count(cookie, VERDICT_REFUSED_LISTENER_ADDRESS);
-		return;
+		refusal = VERDICT_REFUSED_LISTENER_ADDRESS;
+		goto refused;
 	}
 	/* What the proxy keeps to the namespace is not opened to others. */
 	if (exposed && addr_is_local(&local) && !addr_is_unspecified(&local))
 		return;
 	proxy = proxy_at(cookie, seat);
-	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
-	if (!proxy || !binder || binder->uid != view->config->proxy_uid || !claim(proxy, binder)) {
-		count(cookie, VERDICT_REFUSED_LISTENER_IDENTITY);
-		return;
-	}
+	if (!proxy || !binder || binder->uid != view->config->proxy_uid || !claim(proxy, binder))
+		goto refused;
 	if (take4)
 		err = enlist(ctx, cookie, outbound ? LISTENER_OUTBOUND4 : LISTENER_INBOUND4);
 	if (take6 && !err)
 		err = enlist(ctx, cookie, outbound ? LISTENER_OUTBOUND6 : LISTENER_INBOUND6);
 	if (err) {
-		count(cookie, VERDICT_REFUSED_LISTENER_TABLE);
-		return;
+		refusal = VERDICT_REFUSED_LISTENER_TABLE;
+		goto refused;
 	}
 	if (outbound)
 		__sync_fetch_and_or((__u32 *)&proxy->flags,
@@ -370,6 +370,9 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 	__sync_fetch_and_add(&proxy->listeners, 1);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	count(cookie, VERDICT_LISTENER);
+	return;
+refused:
+	emit_listener(cookie, binder, &local, ctx->local_port, refusal);
 }
 
 static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)

@@ -75,4 +75,29 @@ static __always_inline struct event *event_reserve(struct verdict_counts *counts
 	return event;
 }
 
+/* Tells of a socket that may not bind, or gets no connections of the proxy: where
+ * it is, and whose. Without `binder` it is older than the workload. */
+static __always_inline void emit_listener(__u64 cookie, const struct binder *binder,
+					  const struct addr *local, __u16 port,
+					  enum verdict verdict)
+{
+	struct event *event = event_reserve(count(cookie, verdict));
+
+	if (!event)
+		return;
+	event->cookie = cookie;
+	event->origin = *local;
+	event->origin_port = port;
+	event->destination = *local;
+	event->destination_port = port;
+	event->verdict = verdict;
+	if (binder) {
+		event->cgroup = binder->cgroup;
+		event->uid = binder->uid;
+		event->pid = binder->pid;
+		__builtin_memcpy(event->comm, binder->comm, sizeof(event->comm));
+	}
+	bpf_ringbuf_submit(event, 0);
+}
+
 #endif

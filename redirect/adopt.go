@@ -207,14 +207,36 @@ func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, port uint16, fd 
 
 var errNoOwner = errors.New("no process has the socket")
 
-// copySocket finds a process of the namespace that holds the socket, and
-// returns a copy of the descriptor, which the caller closes, and the process's
-// cgroup.
+// copySocket returns a copy of the descriptor of a socket, which the caller
+// closes, and the cgroup of the process that it is copied from.
 func (ns *namespace) copySocket(inode uint32, paths Paths) (fd int, cgroup uint64, err error) {
+	err = ns.eachOwner(inode, func(pid, number int) (done bool, err error) {
+		fd, err = copyDescriptor(pid, number)
+		if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
+			return false, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		if cgroup, err = processCgroup(pid, paths); err != nil {
+			unix.Close(fd)
+		}
+		return true, err
+	})
+	if err != nil {
+		return -1, 0, err
+	}
+	return fd, cgroup, nil
+}
+
+// eachOwner calls visit with the processes of the namespace that hold a socket,
+// and the descriptors by which they do, until it is done; errNoOwner where it
+// never is.
+func (ns *namespace) eachOwner(inode uint32, visit func(pid, number int) (done bool, err error)) error {
 	want := fmt.Sprintf("socket:[%d]", inode)
 	processes, err := os.ReadDir("/proc")
 	if err != nil {
-		return -1, 0, fmt.Errorf("list processes: %w", err)
+		return fmt.Errorf("list processes: %w", err)
 	}
 	for _, process := range processes {
 		pid, err := strconv.Atoi(process.Name())
@@ -234,22 +256,12 @@ func (ns *namespace) copySocket(inode uint32, paths Paths) (fd int, cgroup uint6
 			if err != nil {
 				continue
 			}
-			fd, err := copyDescriptor(pid, number)
-			if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
-				continue
+			if done, err := visit(pid, number); done || err != nil {
+				return err
 			}
-			if err != nil {
-				return -1, 0, err
-			}
-			cgroup, err := processCgroup(pid, paths)
-			if err != nil {
-				unix.Close(fd)
-				return -1, 0, err
-			}
-			return fd, cgroup, nil
 		}
 	}
-	return -1, 0, errNoOwner
+	return errNoOwner
 }
 
 func (ns *namespace) holds(pid int) bool {

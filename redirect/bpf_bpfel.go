@@ -47,6 +47,9 @@ type bpfBinder struct {
 	Uid    uint32
 	Flags  uint16
 	Seat   uint16
+	Pid    uint32
+	Comm   [16]int8
+	Pad    uint32
 }
 
 type bpfBudget struct {

@@ -35,9 +35,9 @@ type Event struct {
 	Verdict     Verdict        `json:"-"`
 	Name        string         `json:"verdict"`
 	Source      netip.AddrPort `json:"source,omitzero"` // inbound: who dialled
-	Origin      netip.AddrPort `json:"origin"`          // what was dialled
+	Origin      netip.AddrPort `json:"origin"`          // what was dialled; of a listener, where it is
 	Destination netip.AddrPort `json:"destination"`     // where the verdict sent it
-	UID         uint32         `json:"uid"`             // of the dialler; 0 inbound, as are the next three
+	UID         uint32         `json:"uid"`             // of the dialler, or of who binds; 0 inbound, as are the next three
 	PID         uint32         `json:"pid"`
 	Cgroup      uint64         `json:"cgroup"`
 	Command     string         `json:"command"`

@@ -101,7 +101,7 @@ func (c *command) renderEvent(event redirect.Event, workload string) string {
 			fmt.Sprintf("%d events of this workload are not shown", event.Lost)))
 	}
 	uid, pid := "-", "-"
-	if !event.Source.IsValid() { // from inside: the dialler is known
+	if event.PID != 0 { // inbound, and of a socket that is older than the redirect, nobody is known
 		uid, pid = strconv.FormatUint(uint64(event.UID), 10), strconv.FormatUint(uint64(event.PID), 10)
 	}
 	line := eventColumns(event.Time.Format("15:04:05.000000"), workload, event.Name, uid, pid,

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// How long a proxy may take until it listens before that is a problem, and how
+// often the sockets in its place are looked at from then on.
+const (
+	proxyStart     = 10 * time.Second
+	listenInterval = 30 * time.Second
+)
+
+// checkListens makes a problem of a proxy that does not listen, and says what
+// listens in its place.
+func (a *Agent) checkListens(key redirect.Key, m *memory, seen []redirect.Sighting, now time.Time) {
+	before := m.mute
+	switch {
+	case len(seen) == 0:
+		return // its rows are not there yet
+	case !slices.ContainsFunc(seen, func(s redirect.Sighting) bool { return !s.Listens }):
+		m.listened, m.silent, m.mute, m.heard = true, time.Time{}, redirect.Problem{}, time.Time{}
+	case m.silent.IsZero():
+		m.silent = now
+	case len(m.proxies) == 0 && m.listened:
+		m.mute = redirect.Problem{} // it ends
+	case now.Sub(m.silent) > proxyStart && now.Sub(m.heard) > listenInterval:
+		m.heard = now
+		ports, rejected, err := a.datapath.RejectedListeners(key)
+		if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+			return // it went meanwhile
+		}
+		a.note(m, "listeners", err)
+		if m.mute = muteProblem(ports, rejected); m.mute.What != "" && m.mute != before {
+			a.log.Warn("workload's proxy does not listen", "workload", key.String(), "problem", m.mute.What)
+		}
+	}
+	if m.mute != before {
+		a.hurry() // it is shown
+	}
+}
+
+// muteProblem says what is wrong with a proxy that does not listen, by what
+// listens on its ports; nothing where it has none.
+func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener) redirect.Problem {
+	if len(ports.Missing) == 0 {
+		return redirect.Problem{}
+	}
+	var missing []string
+	for _, port := range ports.Missing {
+		missing = append(missing, fmt.Sprint(port))
+	}
+	what := fmt.Sprintf("its proxy does not listen on port %s", strings.Join(missing, " and "))
+	if len(rejected) == 0 {
+		return redirect.Problem{
+			What:   what + ": nothing does",
+			Remedy: "see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul",
+		}
+	}
+	var sockets []string
+	for _, r := range rejected {
+		owner := "no process is seen to have it"
+		if r.PID != 0 {
+			owner = fmt.Sprintf("process %d %q in cgroup %s", r.PID, r.Command, r.Cgroup)
+		}
+		sockets = append(sockets, fmt.Sprintf("%s is UID %d's (%s)", r.Address, r.UID, owner))
+	}
+	what = fmt.Sprintf("%s under UID %d: %s", what, ports.UID, strings.Join(sockets, "; "))
+	of := func(is func(redirect.RejectedListener) bool) bool { return slices.ContainsFunc(rejected, is) }
+	switch {
+	case of(func(r redirect.RejectedListener) bool { return r.Usable && r.UID != ports.UID }):
+		return redirect.Problem{What: what, Remedy: fmt.Sprintf("let Envoy run under UID %d as the node sees it: where Docker remaps users, userns_mode = \"host\" in the sidecar_task's config; where it is a task's socket, give the task another port", ports.UID)}
+	case of(func(r redirect.RejectedListener) bool { return r.Usable }):
+		return redirect.Problem{What: what, Remedy: "where it is another task's, give that task a user of its own; where it is Envoy's, an MPTCP socket cannot be handed connections, and 'weir verdicts' says what else is wrong"}
+	}
+	return redirect.Problem{What: what, Remedy: "let Envoy listen on 127.0.0.1 or on all addresses: take bind_address out of the proxy's config"}
+}
