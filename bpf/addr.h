@@ -85,6 +85,15 @@ static __always_inline bool addr_is_local(const struct addr *a)
 	return !(a->word[0] | a->word[1] | a->word[2] | (a->word[3] & ~bpf_htonl(1)));
 }
 
+/* Multicast and 255.255.255.255, which TCP does not connect to. */
+static __always_inline bool addr_is_multicast(const struct addr *a)
+{
+	if (addr_is_mapped(a))
+		return (a->word[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000) ||
+		       a->word[3] == 0xffffffff;
+	return (a->word[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
+}
+
 static __always_inline struct addr addr_encode4(__u32 index)
 {
 	return addr_of_ip4(bpf_htonl(ENCODED4_BASE + index));

@@ -30,6 +30,7 @@ struct config {
 	__u16 outbound_port; /* of the first proxy, which has all that no other owns */
 	__u16 inbound_port;  /* 0: not known yet */
 	struct addr dns_addr;
+	struct addr own6; /* that IPv6 connections have; unspecified: none, or several */
 	__u16 dns_port;
 	__u16 ephemeral_first; /* the namespace's ip_local_port_range */
 	__u16 ephemeral_last;
@@ -54,9 +55,10 @@ enum exclusion_kind {
 #define PROXY_LISTENS_HERE (1 << 16)
 
 enum address_kind {
-	ADDRESS_OWN = 1,      /* the workload's own: traffic to it stays local */
-	ADDRESS_UPSTREAM = 2, /* an upstream's virtual IP: goes to its listener */
-	ADDRESS_PROXY = 3,    /* a virtual IP that a proxy beside the first owns */
+	ADDRESS_OWN = 1,       /* the workload's own: traffic to it stays local */
+	ADDRESS_UPSTREAM = 2,  /* an upstream's virtual IP: goes to its listener */
+	ADDRESS_PROXY = 3,     /* a virtual IP that a proxy beside the first owns */
+	ADDRESS_BROADCAST = 4, /* of a network that the workload is in: nobody there has it */
 };
 
 /* What one address means to a workload. */

@@ -46,6 +46,7 @@ enum verdict {
 	VERDICT_REFUSED_FAMILY,
 	VERDICT_REFUSED_DEVICE,
 	VERDICT_REFUSED_OPTION,
+	VERDICT_REFUSED_BROADCAST,
 	VERDICT_REFUSED_BUDGET,
 	VERDICT_REFUSED_TABLE,
 	VERDICT_REFUSED_NO_PROXY,
@@ -202,7 +203,7 @@ struct control {
 	__u64 events_until_ns; /* CLOCK_MONOTONIC; 0: nobody reads */
 	__u32 layout;          /* of all structs here; user space refuses another */
 	__u32 instance;        /* whose programs these are: a hash of the pin directory */
-	__u64 digest[2]; /* of the objects that the node runs; tells when to upgrade */
+	__u64 digest[2];       /* of the objects that the node runs; tells when to upgrade */
 };
 
 struct event {

@@ -13,13 +13,14 @@
  *             ~~~~~~~~ lo ~~~~~~~~>          SYN      weir_lookup     (lookup.c)
  *                                            accept
  *                                            SO_ORIGINAL_DST  weir_getsockopt
- *   getpeername  weir_peername4/6
+ *   getpeername  weir_peername4/6, getsockname  weir_sockname6
  *   recvfrom     weir_recvmsg4/6  DNS only
  *   setsockopt   weir_setsockopt  no option that chooses another way
  */
 #include "guard.h"
 #include "kernel.h"
 #include "maps.h"
+#include "names.h"
 #include "options.h"
 #include "origin.h"
 #include "rules.h"
@@ -182,58 +183,6 @@ int weir_sendmsg6(struct bpf_sock_addr *ctx)
 	return redirect6(ctx, true);
 }
 
-/* The name that an application should see for `seen`: what it dialled. Only
- * the dialling socket has a row or an encoded peer; an accepted one has the
- * workload's own address there. */
-static __always_inline bool rename_peer(struct bpf_sock_addr *ctx, struct addr *seen, __u16 *port,
-					bool encoded)
-{
-	__u64 cookie = bpf_get_netns_cookie(ctx);
-	struct dialled *dialled;
-	struct addr *origin;
-
-	if (!ctx->sk || !bpf_map_lookup_elem(&workloads, &cookie))
-		return false;
-	origin = encoded ? origin_resolve(cookie, seen) : NULL;
-	if (origin) {
-		*seen = *origin;
-		return true;
-	}
-	dialled = bpf_sk_storage_get(&dials, ctx->sk, NULL, 0);
-	if (!dialled || dialled->actual_port != *port || !addr_equal(&dialled->actual, seen))
-		return false;
-	*seen = dialled->addr;
-	*port = dialled->port;
-	return true;
-}
-
-static __always_inline int rename_peer4(struct bpf_sock_addr *ctx, bool encoded)
-{
-	struct addr seen = addr_of_ip4(ctx->user_ip4);
-	__u16 port = bpf_ntohs(ctx->user_port);
-
-	if (rename_peer(ctx, &seen, &port, encoded) && addr_is_mapped(&seen)) {
-		ctx->user_ip4 = seen.word[3];
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
-}
-
-static __always_inline int rename_peer6(struct bpf_sock_addr *ctx, bool encoded)
-{
-	struct addr seen = ADDR_OF_CTX(ctx->user_ip6);
-	__u16 port = bpf_ntohs(ctx->user_port);
-
-	if (rename_peer(ctx, &seen, &port, encoded)) {
-		ctx->user_ip6[0] = seen.word[0];
-		ctx->user_ip6[1] = seen.word[1];
-		ctx->user_ip6[2] = seen.word[2];
-		ctx->user_ip6[3] = seen.word[3];
-		ctx->user_port = bpf_htons(port);
-	}
-	return 1;
-}
-
 SEC("cgroup/getpeername4")
 int weir_peername4(struct bpf_sock_addr *ctx)
 {
@@ -244,6 +193,12 @@ SEC("cgroup/getpeername6")
 int weir_peername6(struct bpf_sock_addr *ctx)
 {
 	return rename_peer6(ctx, true);
+}
+
+SEC("cgroup/getsockname6")
+int weir_sockname6(struct bpf_sock_addr *ctx)
+{
+	return restore_own6(ctx);
 }
 
 SEC("cgroup/recvmsg4")

@@ -288,7 +288,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	if (address && address->kind == ADDRESS_PROXY) {
 		proxy = proxy_at(view->cookie, address->seat);
 		port = address->port;
-	} else if (address) {
+	} else if (address && address->kind == ADDRESS_UPSTREAM) {
 		dial->destination = address->listener;
 		dial->destination_port = address->port;
 		return VERDICT_UPSTREAM;
@@ -300,6 +300,9 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 		return VERDICT_CIDR_EXCLUDED;
 	if (!(view->config->flags & CONFIG_TRANSPARENT))
 		return VERDICT_DIRECT;
+	/* As the kernel does; the proxy would take it, and an index be spent. */
+	if (addr_is_multicast(&dial->origin) || (address && address->kind == ADDRESS_BROADCAST))
+		return VERDICT_REFUSED_BROADCAST;
 	/* The proxy is on lo; such a socket cannot send there. */
 	if (sk->bound_dev_if)
 		return VERDICT_REFUSED_DEVICE;

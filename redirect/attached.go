@@ -40,6 +40,7 @@ func hooks() []hook {
 		{"weir_sendmsg4", ebpf.AttachCGroupUDP4Sendmsg},
 		{"weir_sendmsg6", ebpf.AttachCGroupUDP6Sendmsg},
 		{"weir_setsockopt", ebpf.AttachCGroupSetsockopt},
+		{"weir_sockname6", ebpf.AttachCgroupInet6GetSockname},
 		{"weir_sockops", ebpf.AttachCGroupSockOps},
 	}
 }

@@ -36,9 +36,10 @@ type bpfAddressKey struct {
 type bpfAddressKind uint32
 
 const (
-	bpfAddressKindADDRESS_OWN      bpfAddressKind = 1
-	bpfAddressKindADDRESS_UPSTREAM bpfAddressKind = 2
-	bpfAddressKindADDRESS_PROXY    bpfAddressKind = 3
+	bpfAddressKindADDRESS_OWN       bpfAddressKind = 1
+	bpfAddressKindADDRESS_UPSTREAM  bpfAddressKind = 2
+	bpfAddressKindADDRESS_PROXY     bpfAddressKind = 3
+	bpfAddressKindADDRESS_BROADCAST bpfAddressKind = 4
 )
 
 type bpfBinder struct {
@@ -73,6 +74,7 @@ type bpfConfig struct {
 	OutboundPort   uint16
 	InboundPort    uint16
 	DnsAddr        bpfAddr
+	Own6           bpfAddr
 	DnsPort        uint16
 	EphemeralFirst uint16
 	EphemeralLast  uint16
@@ -257,20 +259,21 @@ const (
 	bpfVerdictVERDICT_REFUSED_FAMILY            bpfVerdict = 19
 	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 20
 	bpfVerdictVERDICT_REFUSED_OPTION            bpfVerdict = 21
-	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 22
-	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 23
-	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 24
-	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 25
-	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 26
-	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 27
-	bpfVerdictVERDICT_MAX                       bpfVerdict = 28
+	bpfVerdictVERDICT_REFUSED_BROADCAST         bpfVerdict = 22
+	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 23
+	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 24
+	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 25
+	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 26
+	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 27
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 28
+	bpfVerdictVERDICT_MAX                       bpfVerdict = 29
 	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 18
 )
 
 type bpfVerdictCounts struct {
 	_          structs.HostLayout
 	Names      [0]bpfVerdict
-	Count      [28]uint64
+	Count      [29]uint64
 	EventsLost uint64
 	EventDue   uint64
 }
@@ -314,6 +317,7 @@ const (
 	bpfProgWeirSendmsg4   = "weir_sendmsg4"
 	bpfProgWeirSendmsg6   = "weir_sendmsg6"
 	bpfProgWeirSetsockopt = "weir_setsockopt"
+	bpfProgWeirSockname6  = "weir_sockname6"
 	bpfProgWeirSockops    = "weir_sockops"
 )
 
@@ -371,6 +375,7 @@ type bpfProgramSpecs struct {
 	WeirSendmsg4   *ebpf.ProgramSpec `ebpf:"weir_sendmsg4"`
 	WeirSendmsg6   *ebpf.ProgramSpec `ebpf:"weir_sendmsg6"`
 	WeirSetsockopt *ebpf.ProgramSpec `ebpf:"weir_setsockopt"`
+	WeirSockname6  *ebpf.ProgramSpec `ebpf:"weir_sockname6"`
 	WeirSockops    *ebpf.ProgramSpec `ebpf:"weir_sockops"`
 }
 
@@ -489,6 +494,7 @@ type bpfPrograms struct {
 	WeirSendmsg4   *ebpf.Program `ebpf:"weir_sendmsg4"`
 	WeirSendmsg6   *ebpf.Program `ebpf:"weir_sendmsg6"`
 	WeirSetsockopt *ebpf.Program `ebpf:"weir_setsockopt"`
+	WeirSockname6  *ebpf.Program `ebpf:"weir_sockname6"`
 	WeirSockops    *ebpf.Program `ebpf:"weir_sockops"`
 }
 
@@ -506,6 +512,7 @@ func (p *bpfPrograms) Close() error {
 		p.WeirSendmsg4,
 		p.WeirSendmsg6,
 		p.WeirSetsockopt,
+		p.WeirSockname6,
 		p.WeirSockops,
 	)
 }

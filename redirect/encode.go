@@ -154,6 +154,14 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	for _, source := range w.Sources.Prefixes {
 		r.sources[encodeCIDR(source.Prefix, cookie, generation)] = source.Slice
 	}
+	for _, addr := range w.Broadcasts {
+		r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{
+			Kind: bpfAddressKindADDRESS_BROADCAST,
+		}
+	}
+	if len(w.Sources.IPv6) == 1 {
+		r.config.Own6 = encodeAddr(w.Sources.IPv6[0])
+	}
 	for _, upstream := range w.Upstreams {
 		for _, addr := range upstream.Addresses {
 			r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{

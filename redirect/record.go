@@ -35,6 +35,8 @@ type record struct {
 	// Found are the addresses of the namespace, those that the request does not
 	// name and those that came after ADD included: they are the workload's own.
 	Found []netip.Addr `json:"found,omitempty"`
+	// Broadcasts are the broadcast addresses of its networks.
+	Broadcasts []netip.Addr `json:"broadcasts,omitempty"`
 	// Sources are those of them that redirected connections have.
 	Sources Sources `json:"sources,omitzero"`
 	// Sliced says that there were several at some time.
@@ -62,6 +64,7 @@ func (r *record) desired() Workload {
 	w.Ephemeral = r.Ephemeral
 	w.Seats = r.Seats
 	w.Sources, w.Sliced = r.Sources, r.Sliced
+	w.Broadcasts = r.Broadcasts
 	if len(r.Found) > 0 { // else it was not looked at yet
 		w.Addresses = slices.DeleteFunc(w.Addresses, func(addr netip.Addr) bool { return !slices.Contains(r.Found, addr) })
 	}

@@ -59,8 +59,9 @@ func slicePrefixes(slice int) (v4, v6 netip.Prefix) {
 // ownAddress is an address of the namespace.
 type ownAddress struct {
 	netip.Addr
-	device int
-	usable bool // the kernel takes it for a source
+	device    int
+	usable    bool         // the kernel takes it for a source
+	broadcast []netip.Addr // of its network
 }
 
 // observe brings the record's own addresses up to date with the namespace's, and
@@ -68,7 +69,7 @@ type ownAddress struct {
 // workload's any more. A link-local one comes by itself some time after the
 // device, so it is taken in without a word.
 func (r *record) observe(ns *namespace) (changed []string, err error) {
-	var found []netip.Addr
+	var found, broadcast []netip.Addr
 	var sources Sources
 	err = ns.do(func() error {
 		own, err := ownAddresses()
@@ -77,6 +78,7 @@ func (r *record) observe(ns *namespace) (changed []string, err error) {
 		}
 		for _, addr := range own {
 			found = append(found, addr.Addr)
+			broadcast = append(broadcast, addr.broadcast...)
 		}
 		sources, err = findSources(own, r.Request.Addresses)
 		return err
@@ -91,7 +93,8 @@ func (r *record) observe(ns *namespace) (changed []string, err error) {
 		changed = append(changed, fmt.Sprintf("own addresses of its connections are %v now, were %v", sources, r.Sources))
 	}
 	r.unwritten = r.unwritten || !slices.Equal(found, r.Found) || !sources.equal(r.Sources)
-	r.Found, r.Sources = found, sources
+	slices.SortFunc(broadcast, netip.Addr.Compare)
+	r.Found, r.Sources, r.Broadcasts = found, sources, slices.Compact(broadcast)
 	r.Sliced = r.Sliced || sources.sliced()
 	return changed, nil
 }
@@ -113,11 +116,28 @@ func ownAddresses() (own []ownAddress, err error) {
 		addr, ok := netip.AddrFromSlice(entry.IP)
 		if ok && entry.LinkIndex != loIndex {
 			addr = addr.Unmap()
-			own = append(own, ownAddress{addr, entry.LinkIndex, addr.IsGlobalUnicast() && entry.Flags&unready == 0})
+			own = append(own, ownAddress{addr, entry.LinkIndex, addr.IsGlobalUnicast() && entry.Flags&unready == 0, broadcasts(entry)})
 		}
 	}
 	slices.SortFunc(own, func(a, b ownAddress) int { return a.Compare(b.Addr) })
 	return own, nil
+}
+
+// broadcasts are the addresses that the kernel takes for the broadcast address of
+// an address's network: that of the prefix, and another where one was set.
+func broadcasts(entry netlink.Addr) (list []netip.Addr) {
+	addr, ok := netip.AddrFromSlice(entry.IP)
+	bits, _ := entry.Mask.Size()
+	if addr = addr.Unmap(); !ok || !addr.Is4() {
+		return nil
+	}
+	if bits < 31 {
+		list = append(list, lastOf(netip.PrefixFrom(addr, bits)))
+	}
+	if set, ok := netip.AddrFromSlice(entry.Broadcast); ok && !set.IsUnspecified() {
+		list = append(list, set.Unmap())
+	}
+	return list
 }
 
 // findSources asks the kernel by which device it sends, prefix by prefix. first

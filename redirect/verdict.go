@@ -35,6 +35,7 @@ const (
 	RefusedFamily           = Verdict(bpfVerdictVERDICT_REFUSED_FAMILY)
 	RefusedDevice           = Verdict(bpfVerdictVERDICT_REFUSED_DEVICE)
 	RefusedOption           = Verdict(bpfVerdictVERDICT_REFUSED_OPTION)
+	RefusedBroadcast        = Verdict(bpfVerdictVERDICT_REFUSED_BROADCAST)
 	RefusedBudget           = Verdict(bpfVerdictVERDICT_REFUSED_BUDGET)
 	RefusedTable            = Verdict(bpfVerdictVERDICT_REFUSED_TABLE)
 	RefusedNoProxy          = Verdict(bpfVerdictVERDICT_REFUSED_NO_PROXY)
@@ -71,6 +72,7 @@ func (v Verdict) text() verdictText {
 		RefusedFamily:           {"refused_family", "refused: socket and proxy have no address family in common"},
 		RefusedDevice:           {"refused_device", "refused: a socket bound to a device cannot reach the proxy"},
 		RefusedOption:           {"refused_option", "refused: a socket option would send the packets another way (a source route, IPV6_RTHDR)"},
+		RefusedBroadcast:        {"refused_broadcast", "refused: TCP has no multicast and no broadcast"},
 		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
 		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
 		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},

@@ -181,7 +181,8 @@ type Workload struct {
 	Budget               uint32
 	Ephemeral            PortRange
 	Sources              Sources
-	Sliced               bool // its indexes may be of all slices
+	Broadcasts           []netip.Addr // of its networks
+	Sliced               bool         // its indexes may be of all slices
 	Service              string
 	Proxies              []Sidecar
 	Seats                []uint8 // of all proxies, the first one's first; nil: in their order
@@ -310,7 +311,7 @@ func (w Workload) Equal(other Workload) bool {
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&
 		slices.Equal(w.ExcludeOutboundCIDRs, other.ExcludeOutboundCIDRs) &&
 		slices.Equal(w.ExcludeUIDs, other.ExcludeUIDs) &&
-		slices.Equal(w.Addresses, other.Addresses) && w.Sources.equal(other.Sources) && w.Sliced == other.Sliced && w.Service == other.Service &&
+		slices.Equal(w.Addresses, other.Addresses) && slices.Equal(w.Broadcasts, other.Broadcasts) && w.Sources.equal(other.Sources) && w.Sliced == other.Sliced && w.Service == other.Service &&
 		slices.Equal(w.Seats, other.Seats) && slices.EqualFunc(w.Proxies, other.Proxies, Sidecar.equal) &&
 		slices.EqualFunc(w.Upstreams, other.Upstreams, func(a, b Upstream) bool {
 			return a.Name == b.Name && a.Listener == b.Listener && slices.Equal(a.Addresses, b.Addresses)
