@@ -26,6 +26,7 @@
 /* Where a workload has several own addresses of a family, the range is cut into
  * slices. Each has a route, and so a source address, of its own. */
 #define SLICE_SHIFT 20
+#define SLICE_MASK ((1u << SLICE_SHIFT) - 1)
 #define SLICE_COUNT ((1u << SLICE_SHIFT) - 2)
 
 struct addr {

@@ -30,7 +30,6 @@ struct config {
 	__u16 outbound_port; /* of the first proxy, which has all that no other owns */
 	__u16 inbound_port;  /* 0: not known yet */
 	struct addr dns_addr;
-	struct addr own6; /* that IPv6 connections have; unspecified: none, or several */
 	__u16 dns_port;
 	__u16 ephemeral_first; /* the namespace's ip_local_port_range */
 	__u16 ephemeral_last;
@@ -59,6 +58,9 @@ enum address_kind {
 	ADDRESS_UPSTREAM = 2,  /* an upstream's virtual IP: goes to its listener */
 	ADDRESS_PROXY = 3,     /* a virtual IP that a proxy beside the first owns */
 	ADDRESS_BROADCAST = 4, /* of a network that the workload is in: nobody there has it */
+	/* Of the first encoded IPv6 address of a slice: the own address of the slice's
+	 * IPv6 connections, as listener. */
+	ADDRESS_SOURCE = 5,
 };
 
 /* What one address means to a workload. */

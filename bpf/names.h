@@ -66,21 +66,26 @@ static __always_inline int restore_own6(struct bpf_sock_addr *ctx)
 	struct addr local = ADDR_OF_CTX(ctx->user_ip6);
 	struct bpf_sock *sk = ctx->sk;
 	struct addr peer, *origin;
+	struct address *own;
 	struct view view;
+	__u32 index;
 
 	if (!addr_is_mapped(&local) || !sk)
 		return 1;
-	if (!view_open(&view, bpf_get_netns_cookie(ctx)) || !view.config ||
-	    addr_is_unspecified(&view.config->own6))
+	if (!view_open(&view, bpf_get_netns_cookie(ctx)) || !view.config)
 		return 1;
 	peer = ADDR_OF_CTX(sk->dst_ip6);
 	origin = origin_resolve(view.cookie, &peer);
-	if (!origin || addr_is_mapped(origin))
+	if (!origin || addr_is_mapped(origin) || !addr_decode(&peer, &index))
 		return 1;
-	ctx->user_ip6[0] = view.config->own6.word[0];
-	ctx->user_ip6[1] = view.config->own6.word[1];
-	ctx->user_ip6[2] = view.config->own6.word[2];
-	ctx->user_ip6[3] = view.config->own6.word[3];
+	peer = addr_encode6(view.config->flags & CONFIG_SOURCES ? index & ~SLICE_MASK : 0);
+	own = view_address(&view, &peer);
+	if (!own || own->kind != ADDRESS_SOURCE)
+		return 1;
+	ctx->user_ip6[0] = own->listener.word[0];
+	ctx->user_ip6[1] = own->listener.word[1];
+	ctx->user_ip6[2] = own->listener.word[2];
+	ctx->user_ip6[3] = own->listener.word[3];
 	return 1;
 }
 

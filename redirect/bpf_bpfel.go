@@ -40,6 +40,7 @@ const (
 	bpfAddressKindADDRESS_UPSTREAM  bpfAddressKind = 2
 	bpfAddressKindADDRESS_PROXY     bpfAddressKind = 3
 	bpfAddressKindADDRESS_BROADCAST bpfAddressKind = 4
+	bpfAddressKindADDRESS_SOURCE    bpfAddressKind = 5
 )
 
 type bpfBinder struct {
@@ -74,7 +75,6 @@ type bpfConfig struct {
 	OutboundPort   uint16
 	InboundPort    uint16
 	DnsAddr        bpfAddr
-	Own6           bpfAddr
 	DnsPort        uint16
 	EphemeralFirst uint16
 	EphemeralLast  uint16

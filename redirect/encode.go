@@ -159,8 +159,11 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			Kind: bpfAddressKindADDRESS_BROADCAST,
 		}
 	}
-	if len(w.Sources.IPv6) == 1 {
-		r.config.Own6 = encodeAddr(w.Sources.IPv6[0])
+	for slice, addr := range w.Sources.IPv6 {
+		_, first := encodedAddrs(uint32(slice) << sliceShift)
+		r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(first)}] = bpfAddress{
+			Kind: bpfAddressKindADDRESS_SOURCE, Listener: encodeAddr(addr),
+		}
 	}
 	for _, upstream := range w.Upstreams {
 		for _, addr := range upstream.Addresses {

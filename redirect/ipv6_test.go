@@ -220,6 +220,7 @@ func TestIPv6Disabled(t *testing.T) {
 	a := newNode(t).newAlloc()
 	setSysctlIn(t, a.NetNS, "ipv6/conf/all/disable_ipv6", "1")
 	a.add()
+	a.v6 = netip.Addr{} // it has none
 	a.startProxy()
 	a.families(t, nil, []familyCase{
 		{"IPv4", stream(unix.AF_INET).connect(far4), Redirected, a.v4},

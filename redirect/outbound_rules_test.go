@@ -88,7 +88,9 @@ func TestOutboundExclusions(t *testing.T) {
 				got = p.last(t, stream(domain).connect(addrPort(dial, tc.port)).ask("")).Answer
 			})
 			if tc.want == Redirected {
-				a.answered(got, nil, netip.AddrPortFrom(to, tc.port), a.v4)
+				second := *a // the own addresses are those of the second network
+				second.v4, second.v6 = netip.MustParseAddr("10.9.0.2"), netip.MustParseAddr("fd09::2")
+				second.answered(got, nil, netip.AddrPortFrom(to, tc.port), second.v4)
 			} else {
 				direct(t, got, server.Name, netip.AddrPortFrom(to, tc.port))
 			}

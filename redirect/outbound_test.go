@@ -32,7 +32,7 @@ func (a *alloc) answered(answer test.Answer, err error, origin netip.AddrPort, s
 		t.Errorf("dial %s: getpeername says %s", origin, answer.To)
 	}
 	own := source
-	if origin.Addr().Is6() && source == a.v4 {
+	if origin.Addr().Is6() && source == a.v4 && a.v6.IsValid() {
 		own = a.v6 // the proxy is on IPv4; the application sees the family that it dialled
 	}
 	if answer.From != netip.AddrPortFrom(own, answer.Peer.Port()) || answer.Peer.Addr() != source {
