@@ -38,6 +38,9 @@ const (
 	// CodeMissing: a program that the network needs is not on the node.
 	// Remedy: install it.
 	CodeMissing uint = 106
+	// CodeOtherInstance: another instance of Weir, whose pins are elsewhere,
+	// serves the namespace. Remedy: one set of paths for the plugin and the agent.
+	CodeOtherInstance uint = 107
 )
 
 // requester is who asked, for texts.
@@ -87,6 +90,8 @@ func codeOf(err error) uint {
 		return CodeUnsupported
 	case errors.Is(err, redirect.ErrIncompatible):
 		return CodeIncompatible
+	case errors.Is(err, redirect.ErrOtherInstance):
+		return CodeOtherInstance
 	case errors.Is(err, network.ErrForward):
 		return CodeForward
 	case errors.Is(err, network.ErrMissing):

@@ -136,6 +136,11 @@ func (d *Datapath) sweep() error {
 	if err != nil && !errors.Is(err, ErrUnreadable) {
 		return err
 	}
+	// First: without its pins, a namespace in use looks like one that died.
+	tables, unopened := d.openOrReclaim()
+	if unopened == nil {
+		defer tables.Close()
+	}
 	var problems []error
 	owned := make(map[uint64]bool)
 	for _, r := range records {
@@ -148,14 +153,12 @@ func (d *Datapath) sweep() error {
 			problems = append(problems, d.remove(r.Key))
 		}
 	}
-	tables, err := openTables(d.paths.maps())
-	if errors.Is(err, ErrNotLoaded) {
+	if errors.Is(unopened, ErrNotLoaded) {
 		return errors.Join(problems...)
 	}
-	if err != nil {
-		return errors.Join(append(problems, err)...)
+	if unopened != nil {
+		return errors.Join(append(problems, unopened)...)
 	}
-	defer tables.Close()
 	orphans, err := d.orphans(owned)
 	problems = append(problems, err)
 	for _, orphan := range orphans {

@@ -275,3 +275,27 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 		t.Errorf("another instance: %+v", other)
 	}
 }
+
+// A namespace whose path is gone lives on with the tasks in it. That its pins are
+// hidden does not make it a dead one.
+func TestSweepKeepsWhatRunsUnderHiddenPins(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	path := filepath.Join(t.TempDir(), "netns")
+	if err := os.Symlink(a.Path, path); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Add(Attachment{Key: a.key, NetNS: path, Request: a.request()}); err != nil {
+		t.Fatal(err)
+	}
+	a.startProxy()
+	a.works()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	n.hidePins()
+	if removed, err := n.Sweep(); err != nil || len(removed) != 0 {
+		t.Errorf("sweep removed %v, %v; want nothing", removed, err)
+	}
+	a.works()
+}

@@ -47,7 +47,7 @@ type Status struct {
 	Maps       []MapInfo `json:"maps"`
 	Barrier    Barrier   `json:"barrier"` // the way in use, the weaker one where the kernel has no other
 	Workloads  int       `json:"workloads"`
-	Others     []Other   `json:"others"` // programs of others on the same hooks
+	Others     []Other   `json:"others,omitempty"` // programs of others on the same hooks
 	Problems   []Problem `json:"problems"`
 }
 

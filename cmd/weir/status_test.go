@@ -218,3 +218,20 @@ func TestColour(t *testing.T) {
 		}
 	}
 }
+
+// Programs of others on the hooks are told, and are no problem by themselves.
+func TestStatusNamesProgramsOfOthers(t *testing.T) {
+	n := &node{status: redirect.Status{Loaded: true, Problems: []redirect.Problem{}, Others: []redirect.Other{
+		{ID: 17, Name: "cil_sock4_connect", Hook: "CGroupInet4Connect", Order: "before", Effect: "may refuse", Pinned: "/sys/fs/bpf/cilium/c4"},
+		{ID: 18, Name: "weir_connect4", Hook: "CGroupInet4Connect", Order: "after", Effect: "serves namespaces of its own", Weir: true, Owner: "process 4 (weir)"},
+	}}}
+	got := try(t, n, nil, "status")
+	for _, want := range []string{"cil_sock4_connect", "17", "before", "/sys/fs/bpf/cilium/c4", "weir_connect4 (another Weir)", "after", "process 4 (weir)"} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("status does not say %q:\n%s", want, got.stdout)
+		}
+	}
+	if got.code != 0 {
+		t.Errorf("exit %d, want 0", got.code)
+	}
+}
