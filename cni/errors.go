@@ -26,7 +26,7 @@ const (
 	// 6.1 or newer, with the root of cgroup v2 mounted.
 	CodeUnsupported uint = 101
 	// CodeIncompatible: the programs loaded on the node are of a version
-	// whose maps differ. Remedy: drain the node, unload, load.
+	// whose maps differ. Remedy: load with the version that the node should run.
 	CodeIncompatible uint = 102
 	// CodeDatapath: a step in the kernel or in the state directory went wrong.
 	CodeDatapath uint = 103
@@ -116,7 +116,7 @@ func remedyFor(err error) string {
 	case errors.Is(err, redirect.ErrOtherInstance):
 		return "end the allocation with the pin_dir and state_dir that it was started with, or unload the other instance of Weir"
 	case errors.Is(err, redirect.ErrIncompatible):
-		return "drain the node, then run `weir unload` and `weir load`"
+		return "run `weir load`, or restart the agent, with the version of the plugin: running workloads come along"
 	case errors.Is(err, redirect.ErrHostNetNS):
 		return "use network mode bridge or cni/*: the host's own namespace is never redirected"
 	case errors.Is(err, redirect.ErrNetNSGone):

@@ -56,7 +56,7 @@ func newPrivateNode(t *testing.T) *privateNode {
 		config["ports"].(map[string]any)["http"] = 8500 // where the agent looks for it
 	})
 	n.must(t, "systemctl", "stop", unitName)
-	n.must(t, "weir", "unload")
+	n.must(t, "weir", "unload", "-force")
 	return n
 }
 

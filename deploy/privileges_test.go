@@ -145,7 +145,7 @@ func (n *privateNode) startAgent(t *testing.T, line string) {
 	n.must(t, "systemctl", "start", "--no-block", unitName)
 	t.Cleanup(func() {
 		n.must(t, "systemctl", "stop", unitName)
-		n.must(t, "weir", "unload")
+		n.must(t, "weir", "unload", "-force")
 	})
 }
 

@@ -215,6 +215,10 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 	did, problems := d.renewLookups(pinned)
 	result.Did = append(result.Did, did...)
 	result.left(problems)
+	if did, err = d.detachFormer(spec); err != nil {
+		return result, err
+	}
+	result.Did = append(result.Did, did...)
 	row.Digest = digest()
 	return result, pinned.put("control", uint32(0), row, ebpf.UpdateAny)
 }

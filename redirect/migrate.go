@@ -3,25 +3,26 @@
 package redirect
 
 import (
-	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 )
 
 // A node whose maps have another layout is brought to this binary's, older or
 // newer, while connections go on:
 //
 //  1. Maps whose shape is the same stay, with all that they hold. The others are
-//     made beside the old ones and filled: what the programs learned is copied,
-//     field by field as BTF names them, what user space wrote is written again
-//     from the records, under the generation in force.
+//     made beside the old ones and filled: rows are copied, field by field as BTF
+//     names them, and what user space wrote is written again from the records,
+//     under the generation in force.
 //  2. The programs are swapped through their links, one by one. Each finds in its
 //     maps what its predecessor found.
 //  3. What the old programs counted meanwhile is added, the new pins take the
@@ -68,11 +69,13 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	if err != nil {
 		return result, err
 	}
-	did, problems := d.renewLookups(changes.fresh)
+	if did, err = d.swapLookups(changes.fresh); err != nil {
+		return result, err
+	}
 	result.Did = append(result.Did, did...)
-	result.left(append(problems, unreadable))
+	result.left([]error{unreadable})
 	waitForReaders()
-	if err := changes.copyRows(); err != nil {
+	if err := errors.Join(changes.copyRows(), changes.forgetBinders()); err != nil {
 		return result, err
 	}
 	if did, err = d.detachFormer(spec); err != nil {
@@ -82,10 +85,48 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	if err := d.publish(staging, changes); err != nil {
 		return result, err
 	}
-	did, problems = d.ensureAll(records)
+	did, problems := d.ensureAll(records)
 	result.Did = append(result.Did, did...)
 	result.left(problems)
 	return result, nil
+}
+
+// swapLookups swaps the sk_lookup program of every namespace that has one, on
+// record or not: one that stays would read maps that nobody writes any more.
+func (d *Datapath) swapLookups(tables *tables) (did []string, err error) {
+	entries, err := os.ReadDir(d.paths.lookups())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list lookup programs: %w", err)
+	}
+	for _, entry := range entries {
+		cookie, err := strconv.ParseUint(entry.Name(), 10, 64)
+		if err != nil {
+			continue
+		}
+		if err := d.swapLookup(tables, cookie); err != nil {
+			return did, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
+		}
+		did = append(did, "updated weir_lookup of namespace "+entry.Name())
+	}
+	return did, nil
+}
+
+func (d *Datapath) swapLookup(tables *tables, cookie uint64) error {
+	pinned, err := link.LoadPinnedLink(d.paths.lookup(cookie), nil)
+	if err != nil {
+		return err
+	}
+	defer pinned.Close()
+	program, err := newLookup(tables, cookie)
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	// ENOLINK: its namespace is gone, or somebody detached it; see ensure.
+	if err := pinned.Update(program); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return err
+	}
+	return nil
 }
 
 // publish puts the pins of the new maps in the place of the old ones, the one
@@ -95,6 +136,17 @@ func (d *Datapath) publish(staging string, changes *mapChanges) error {
 	for _, name := range append(names, "control") {
 		if err := os.Rename(filepath.Join(staging, name), filepath.Join(d.paths.maps(), name)); err != nil {
 			return fmt.Errorf("publish map %s: %w", name, err)
+		}
+	}
+	entries, err := os.ReadDir(d.paths.maps())
+	if err != nil {
+		return fmt.Errorf("list maps: %w", err)
+	}
+	for _, entry := range entries {
+		if changes.all.Maps[entry.Name()] == nil { // of another version alone
+			if err := os.Remove(filepath.Join(d.paths.maps(), entry.Name())); err != nil {
+				return fmt.Errorf("remove map %s: %w", entry.Name(), err)
+			}
 		}
 	}
 	return removeTree(d.paths.staging())
@@ -142,227 +194,4 @@ func (d *Datapath) ensureAll(records []*record) (did []string, problems []error)
 		did = append(did, "migrated "+r.Key.String())
 	}
 	return did, problems
-}
-
-// mapChanges are the maps of the node whose shape is not this binary's.
-type mapChanges struct {
-	names []string
-	old   *tables // as they are pinned
-	fresh *tables // the new ones, and those that stay
-	kept  map[string]*ebpf.Map
-	all   *ebpf.CollectionSpec
-
-	copied map[string]map[string][]byte // rows of the old maps, by map and key
-}
-
-// changedMaps compares the maps of the node with this binary's. Control is always
-// among those that differ, as it tells the layout, and so are the events, whose
-// map does not tell what a record is.
-func (d *Datapath) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, err error) {
-	changes = &mapChanges{
-		old:   &tables{dir: d.paths.maps(), open: make(map[string]*ebpf.Map)},
-		fresh: &tables{dir: d.paths.maps(), open: make(map[string]*ebpf.Map)},
-		kept:  make(map[string]*ebpf.Map), all: spec, copied: make(map[string]map[string][]byte),
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, changes.Close())
-		}
-	}()
-	for name, mapSpec := range spec.Maps {
-		table, err := changes.old.table(name)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			changes.names = append(changes.names, name)
-			continue
-		case err != nil:
-			return changes, err
-		}
-		same, err := sameShape(mapSpec, table)
-		if err != nil {
-			return changes, fmt.Errorf("compare map %s: %w", name, err)
-		}
-		if name == "indexes" {
-			if !same {
-				return changes, fmt.Errorf("migrate to layout %d: %w: map indexes differs, which connections that run need: drain the node, 'weir unload', then load this version",
-					layout, ErrIncompatible)
-			}
-			mapSpec.MaxEntries = table.MaxEntries()
-		}
-		if !same || name == "control" || name == "events" || table.MaxEntries() != mapSpec.MaxEntries {
-			changes.names = append(changes.names, name)
-			continue
-		}
-		if changes.kept[name], err = table.Clone(); err != nil {
-			return changes, fmt.Errorf("open map %s: %w", name, err)
-		}
-	}
-	slices.Sort(changes.names)
-	return changes, nil
-}
-
-// create makes the new maps and pins them in dir.
-func (c *mapChanges) create(spec *ebpf.CollectionSpec, dir string, instance uint32) error {
-	some := &ebpf.CollectionSpec{Maps: make(map[string]*ebpf.MapSpec)}
-	for _, name := range c.names {
-		some.Maps[name] = spec.Maps[name]
-	}
-	pins, err := createMaps(some, dir, instance)
-	for name, table := range pins {
-		c.fresh.open[name] = table
-	}
-	return err
-}
-
-func (c *mapChanges) pins() map[string]*ebpf.Map {
-	pins := make(map[string]*ebpf.Map)
-	for name, table := range c.kept {
-		pins[name] = table
-	}
-	for _, name := range c.names {
-		pins[name] = c.fresh.open[name]
-	}
-	return pins
-}
-
-func (c *mapChanges) describe() []string {
-	return []string{fmt.Sprintf("migrated to layout %d: %d maps stay, %v are made anew", layout, len(c.kept), c.names)}
-}
-
-func (c *mapChanges) Close() error {
-	closeMaps(c.kept)
-	return errors.Join(c.old.Close(), c.fresh.Close())
-}
-
-// writeRows writes what user space owns into the new maps: the rows of every
-// workload on record, under the generation in force, and its listeners.
-func (c *mapChanges) writeRows(paths Paths, records []*record) error {
-	c.fresh.only = c.names
-	defer func() { c.fresh.only = nil }()
-	for _, r := range records {
-		ns, err := r.open()
-		if errors.Is(err, ErrNetNSGone) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		err = c.writeRowsOf(paths, r, ns)
-		ns.Close()
-		if err != nil {
-			return fmt.Errorf("migrate workload %s: %w", r.Key, err)
-		}
-	}
-	return nil
-}
-
-func (c *mapChanges) writeRowsOf(paths Paths, r *record, ns *namespace) error {
-	generation, err := c.fresh.generation(r.Cookie)
-	if err != nil || generation == 0 {
-		return err
-	}
-	workload := r.desired()
-	if err := workload.Validate(); err != nil {
-		return err
-	}
-	if err := c.fresh.putRows(encodeRows(workload, r.Cookie, generation, r.IPv6), r.Cookie, generation); err != nil {
-		return err
-	}
-	if !slices.Contains(c.names, "listeners") {
-		return nil
-	}
-	_, err = adopt(c.fresh, paths, ns, workload, r.Strangers)
-	return err
-}
-
-// learned are the maps that the programs write: their rows are copied. The
-// others of the kind need none: a socket's own notes go with the socket.
-func learned() []string {
-	return []string{"workloads", "proxies", "origins", "budgets", "releases", "verdicts", "flows"}
-}
-
-// copyRows copies what the programs learned. What they learn after that is the
-// next call's, for which the rows that were copied are remembered.
-func (c *mapChanges) copyRows() error {
-	for _, name := range learned() {
-		if !slices.Contains(c.names, name) {
-			continue
-		}
-		table, err := c.old.table(name)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // this version's first
-		}
-		if err != nil {
-			return err
-		}
-		if err := c.copyMap(name, table); err != nil {
-			return fmt.Errorf("migrate map %s: %w", name, err)
-		}
-	}
-	return nil
-}
-
-func (c *mapChanges) copyMap(name string, table *ebpf.Map) error {
-	convert, err := newConversion(table, c.all.Maps[name])
-	if err != nil {
-		return err
-	}
-	rows, err := readRaw(table)
-	if err != nil {
-		return err
-	}
-	copied, again := c.copied[name]
-	if !again {
-		copied = make(map[string][]byte)
-		c.copied[name] = copied
-	}
-	for _, row := range rows {
-		before, known := copied[string(row.key)]
-		copied[string(row.key)] = row.value
-		key, value := convert.key(row.key), convert.value(row.value)
-		switch {
-		case known && bytes.Equal(before, row.value):
-			continue
-		case !known:
-			if err := c.fresh.put(name, key, value, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-				return err
-			}
-			continue
-		case name == "verdicts":
-			if err := c.addCounts(key, value, convert.value(before)); err != nil {
-				return err
-			}
-			continue
-		case name != "proxies":
-			continue // the new programs' own is newer
-		}
-		if err := c.fresh.put(name, key, value, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return err
-		}
-	}
-	return nil
-}
-
-// addCounts adds to the counters of a workload what rose from before to now.
-func (c *mapChanges) addCounts(key, now, before []byte) error {
-	var sum bpfVerdictCounts
-	if found, err := c.fresh.get("verdicts", key, &sum); err != nil || !found {
-		return err
-	}
-	for i := range sum.Count {
-		at := 8 * i // the counts come first
-		sum.Count[i] += binary.NativeEndian.Uint64(now[at:]) - binary.NativeEndian.Uint64(before[at:])
-	}
-	return c.fresh.put("verdicts", key, sum, ebpf.UpdateExist)
-}
-
-type rawRow struct{ key, value []byte }
-
-func readRaw(table *ebpf.Map) (rows []rawRow, err error) {
-	var key, value []byte
-	iterator := table.Iterate()
-	for iterator.Next(&key, &value) {
-		rows = append(rows, rawRow{slices.Clone(key), slices.Clone(value)})
-	}
-	return rows, iterator.Err()
 }

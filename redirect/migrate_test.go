@@ -3,7 +3,9 @@
 package redirect
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -151,6 +153,7 @@ func TestMigrationUnderLoad(t *testing.T) {
 		}, what)
 	}
 	more("connections before the migration")
+	former := attachFormer(t, n.Datapath)
 	before := a.counts2()
 	result, err := n.Load()
 	if err != nil {
@@ -165,6 +168,11 @@ func TestMigrationUnderLoad(t *testing.T) {
 	t.Logf("%d connections", connections.Load())
 
 	healthy(t, n.Datapath)
+	for _, pin := range former {
+		if _, err := os.Lstat(pin); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s of the former version is left: %v", pin, err)
+		}
+	}
 	if counts := a.counts(); counts[Redirected] < before || before == 0 {
 		t.Errorf("redirected is counted %d times, before the migration it was %d", counts[Redirected], before)
 	}
@@ -188,6 +196,17 @@ func TestMigrationUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	nothingLeft(t, n.Datapath)
+}
+
+// attachFormer pins a program and a map that the other version alone has.
+func attachFormer(t *testing.T, d *Datapath) (pins []string) {
+	t.Helper()
+	pins = []string{d.paths.link("weir_former"), filepath.Join(d.paths.maps(), "former")}
+	n := attachNeighbour(t)
+	if err := errors.Join(n.link.Pin(pins[0]), n.counter.Pin(pins[1])); err != nil {
+		t.Fatal(err)
+	}
+	return pins
 }
 
 // counts2 is how often layout 2 counted a redirect.

@@ -48,7 +48,7 @@ func TestOnAKernel(t *testing.T) {
 	if got := first(weir(t.Context(), "load")); !strings.HasPrefix(got, "0 created ") {
 		t.Errorf("weir load: got %q, want what it created", got)
 	}
-	t.Cleanup(func() { weir(context.Background(), "unload") })
+	t.Cleanup(func() { weir(context.Background(), "unload", "-force") })
 	expect("0 nothing to do: the data path is loaded and of this version", "load")
 	expect("0 healthy: 0 workloads; no agent runs, so plain connect jobs are not guarded", "status")
 
@@ -103,7 +103,8 @@ func TestOnAKernel(t *testing.T) {
 		t.Errorf("workloads: no %q in:\n%s", line, ui.OutputWriter.String())
 	}
 
-	expect("0 removed workload 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01-eth0", "unload")
+	expect("1 weir unload: 1 allocation run under Weir:", "unload")
+	expect("0 removed workload 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01-eth0", "unload", "-force")
 	expect("0 nothing to do: nothing is loaded", "unload")
 	expect("1 not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded", "status")
 }

@@ -152,13 +152,10 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 		if _, gone := redirect.Cookie(k.NetNS); errors.Is(gone, redirect.ErrNetNSGone) {
 			continue
 		}
-		a := affected{
-			ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: []string{loseGuard},
-		}
+		a := withoutDataPath(k)
 		built := slices.ContainsFunc(networks, func(n cni.Attached) bool { return n.Key == k.Key })
 		called := false // by Nomad, in a chain
 		if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
-			a.Loses = []string{loseTransparent}
 			called = !consul || k.Request.Network != nomadsBridge
 		}
 		if built || called {
@@ -176,6 +173,30 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 		})
 	}
 	return list, errors.Join(err, unread)
+}
+
+// redirected are the allocations on record whose namespace lives, with what they
+// lose when the data path goes: their networks stay. A record that cannot be read
+// comes back in the error.
+func (c *command) redirected() (list []affected, err error) {
+	known, err := c.datapath().Known()
+	for _, k := range known {
+		if _, gone := redirect.Cookie(k.NetNS); !errors.Is(gone, redirect.ErrNetNSGone) {
+			list = append(list, withoutDataPath(k))
+		}
+	}
+	return list, err
+}
+
+// withoutDataPath is an allocation with what the data path does for it.
+func withoutDataPath(k redirect.Known) affected {
+	a := affected{
+		ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: []string{loseGuard},
+	}
+	if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
+		a.Loses = []string{loseTransparent}
+	}
+	return a
 }
 
 func (a affected) String() string {

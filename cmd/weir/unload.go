@@ -4,9 +4,25 @@ package main
 
 func newUnload(env env) *command {
 	c := newCommand(env, "unload", "Remove the data path from this node", `  Removes every link, program, map and record, this version's and older ones',
-  and says what it removed. Allocations that run go on without a redirect: new
-  connections of theirs no longer reach their Envoy.`).withPaths().withJSON()
+  and says what it removed.
+
+  It refuses while it redirects or guards allocations that run, names them and says
+  what they would lose. Drain the node first: nomad node drain -enable -self. An
+  upgrade needs no unload: weir load takes running workloads along.
+
+  With -force those allocations run on without a redirect: new connections of theirs
+  no longer reach their Envoy.`).withPaths().withJSON()
+	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect and their guard")
 	c.do = func() (int, error) {
+		if !*force {
+			stripped, err := c.redirected()
+			if err == nil && len(stripped) > 0 {
+				err = refusal(stripped)
+			}
+			if err != nil {
+				return 1, err
+			}
+		}
 		removed, err := c.datapath().Unload()
 		if c.json {
 			if removed == nil {

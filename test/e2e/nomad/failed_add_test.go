@@ -49,7 +49,7 @@ func nodeFaults() []faults {
 			{
 				name: "layout-bridge", mode: "bridge",
 				inject: "bpftool map update pinned /sys/fs/bpf/weir/maps/control key 0 0 0 0 value hex " + strings.Repeat("00 ", 8) + "63 00 00 00 " + strings.Repeat("00 ", 20),
-				mend:   "weir unload", want: []string{"redirect namespace", "another version", "`weir unload`"},
+				mend:   "weir load", want: []string{"redirect namespace", "another version", "`weir load`"},
 			},
 		}},
 		{"Programs", []fault{
