@@ -24,15 +24,25 @@ import (
 // objects are test data, as that version did.
 func (n *node) loadLayout2() {
 	n.t.Helper()
+	defer n.objectsOfLayout2()()
+	n.loadFormer(2, func(string, *ebpf.MapSpec) {})
+}
+
+// loadFormer loads programs and maps as another version did, with the maps
+// edited.
+func (n *node) loadFormer(number uint32, edit func(name string, spec *ebpf.MapSpec)) {
+	n.t.Helper()
 	fail := func(err error) {
 		n.t.Helper()
 		if err != nil {
-			n.t.Fatalf("load layout 2: %v", err)
+			n.t.Fatalf("load layout %d: %v", number, err)
 		}
 	}
-	defer n.objectsOfLayout2()()
 	spec, err := loadBpf()
 	fail(err)
+	for name, mapSpec := range spec.Maps {
+		edit(name, mapSpec)
+	}
 	fail(n.paths.ensureBPFFS())
 	root, err := n.paths.cgroupRoot()
 	fail(err)
@@ -40,7 +50,7 @@ func (n *node) loadLayout2() {
 	pins, err := createMaps(spec, n.paths.maps(), 0)
 	defer closeMaps(pins)
 	fail(err)
-	fail(pins["control"].Put(uint32(0), &bpfControl{Layout: 2}))
+	fail(pins["control"].Put(uint32(0), &bpfControl{Layout: number}))
 	collection, err := newCollection(spec, pins)
 	fail(err)
 	defer collection.Close()
@@ -102,13 +112,45 @@ func (a *alloc) addToLayout2() {
 // the layout of an older version to this one's. None is refused, none gets past
 // the proxy, each has its origin.
 func TestMigrationUnderLoad(t *testing.T) {
-	n := &node{Datapath: unloadedDatapath(t), t: t, remote: test.NewNetNS(t)}
-	n.loadLayout2()
-	a, b := n.newAlloc(), n.newAlloc()
-	for _, alloc := range []*alloc{a, b} {
-		alloc.addToLayout2()
-		alloc.startProxy()
-	}
+	t.Run("from layout 2", func(t *testing.T) {
+		n := &node{Datapath: unloadedDatapath(t), t: t, remote: test.NewNetNS(t)}
+		n.loadLayout2()
+		a, b := n.newAlloc(), n.newAlloc()
+		for _, alloc := range []*alloc{a, b} {
+			alloc.addToLayout2()
+			alloc.startProxy()
+		}
+		migrateUnderLoad(t, n, a, b, a.countsOfLayout2)
+	})
+	// All that can differ does, in what it holds: rows are copied and written again,
+	// listeners registered anew.
+	t.Run("of every map but indexes", func(t *testing.T) {
+		n := &node{Datapath: unloadedDatapath(t), t: t, remote: test.NewNetNS(t)}
+		n.loadFormer(layout, func(name string, spec *ebpf.MapSpec) {
+			if spec.MaxEntries > 1 && name != "indexes" {
+				spec.MaxEntries /= 2
+			}
+		})
+		a, b := n.newAlloc(), n.newAlloc()
+		for _, alloc := range []*alloc{a, b} {
+			alloc.add()
+			alloc.startProxy()
+		}
+		editControl(t, n.Datapath, func(row *bpfControl) { row.Layout = layout + 1 })
+		migrateUnderLoad(t, n, a, b, func() uint64 {
+			tables := &tables{dir: n.paths.maps(), open: make(map[string]*ebpf.Map)}
+			defer tables.Close()
+			counts, _, err := tables.verdicts(a.Cookie())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return counts[Redirected.String()]
+		})
+	})
+}
+
+func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint64) {
+	t.Helper()
 	test.Echo(t, n.remote, "tcp", "[::]:4321")
 	test.Echo(t, a.NetNS, "tcp", "[::]:4321")
 	if status, err := n.Status(); err != nil || status.Healthy() {
@@ -154,7 +196,7 @@ func TestMigrationUnderLoad(t *testing.T) {
 	}
 	more("connections before the migration")
 	former := attachFormer(t, n.Datapath)
-	before := a.counts2()
+	before := redirected()
 	result, err := n.Load()
 	if err != nil {
 		t.Fatalf("%+v", err)
@@ -209,8 +251,8 @@ func attachFormer(t *testing.T, d *Datapath) (pins []string) {
 	return pins
 }
 
-// counts2 is how often layout 2 counted a redirect.
-func (a *alloc) counts2() uint64 {
+// countsOfLayout2 is how often layout 2 counted a redirect.
+func (a *alloc) countsOfLayout2() uint64 {
 	a.node.t.Helper()
 	table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.maps(), "verdicts"), nil)
 	if err != nil {
