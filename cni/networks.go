@@ -17,6 +17,7 @@ type Attached struct {
 	NetNS   string          // path
 	Cookie  uint64          // of the namespace; 0 where the record is of an earlier boot
 	Ports   json.RawMessage // the host ports, as libcni handed them over; nil: none
+	Maps    bool            // the host ports in its own way: network.HostPorts has those in force
 }
 
 // Networks lists the networks on record, those of ended namespaces too. What
@@ -25,7 +26,7 @@ func Networks(stateDir string) ([]Attached, error) {
 	attachments, err := network.Attachments(stateDir)
 	list := make([]Attached, 0, len(attachments))
 	for _, a := range attachments {
-		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie, Ports: a.Ports})
+		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie, Ports: a.Ports, Maps: a.Maps})
 	}
 	return list, err
 }

@@ -86,7 +86,8 @@ type Attachment struct {
 	cookies    []uint64                  // of namespaces of it
 	interfaces []netInterface            // inside, as libcni has them
 	addresses  []netip.Addr              // inside, where libcni has no interface
-	ports      []hostPort
+	ports      []hostPort                // that Nomad asked for
+	portmap    bool                      // the plugin of that name maps them
 }
 
 // Find lists the attachments that nothing uses, in the order of their keys. What
@@ -132,6 +133,7 @@ func (n Node) attachments() ([]*Attachment, error) {
 		a.built = true
 		a.Job, a.Network = cmp.Or(a.Job, recorded.Job), cmp.Or(a.Network, recorded.Network)
 		a.lived(recorded.NetNS, recorded.Cookie)
+		a.portmap = !recorded.Maps
 		if len(a.ports) == 0 && recorded.Cookie != 0 { // libcni forgot them
 			a.ports, err = parsePorts(recorded.Ports)
 			problems = append(problems, err)
@@ -183,6 +185,7 @@ func (n Node) cached(at func(redirect.Key) *Attachment) error {
 		a := at(redirect.Key{ContainerID: cached.ContainerID, IfName: cached.IfName})
 		a.Job, a.Network, a.list, a.args = job, cached.Network, list, cached.CapabilityArgs
 		a.lived(cached.NetNS, 0)
+		a.portmap = slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Type == "portmap" })
 		if n.ofThisBoot(cached) {
 			if a.ports, err = portsOf(cached.CapabilityArgs); err != nil {
 				problems = append(problems, fmt.Errorf("CNI result of allocation %s: %w", job.AllocID, err))

@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -98,29 +99,56 @@ func parsePorts(text json.RawMessage) (list []hostPort, err error) {
 // findShadows notes at the ended ones which of their host ports are a running
 // allocation's, or have a listener in the node's own network.
 func findShadows(ended []Attachment, running []*Attachment) error {
-	var listeners []hostPort
-	if slices.ContainsFunc(ended, func(a Attachment) bool { return len(a.ports) > 0 }) {
-		var err error
-		if listeners, err = listening(); err != nil {
-			return err
-		}
+	if len(ended) == 0 {
+		return nil
 	}
+	mapped, err := network.HostPorts()
+	if err != nil {
+		return fmt.Errorf("look for host ports of ended allocations: %w", err)
+	}
+	var listeners []hostPort
 	for i := range ended {
 		a := &ended[i]
-		for _, p := range a.ports {
+		held := a.held(mapped)
+		if len(held) > 0 && listeners == nil {
+			if listeners, err = listening(); err != nil {
+				return err
+			}
+		}
+		for _, p := range held {
 			shadow := Shadow{Port: p.port, Protocol: p.protocol}
-			taken := false
+			taken := slices.ContainsFunc(listeners, p.meets)
 			for _, r := range running {
 				if slices.ContainsFunc(r.ports, p.meets) {
 					taken, shadow.By, shadow.Job = true, &r.Key, r.Job
 				}
 			}
-			if taken || slices.ContainsFunc(listeners, p.meets) {
-				a.Shadows = append(a.Shadows, shadow)
+			if taken && !slices.ContainsFunc(a.Shadows, func(s Shadow) bool { return s.Port == p.port && s.Protocol == p.protocol }) {
+				a.Shadows = append(a.Shadows, shadow) // once, whatever the families
 			}
 		}
 	}
 	return nil
+}
+
+// held are the host ports that lead to the attachment. Those that the plugin maps
+// itself the kernel tells, where another may have taken one over; of the plugin
+// portmap's rules only what they were made of is known.
+func (a *Attachment) held(mapped []network.HostPort) (list []hostPort) {
+	if a.portmap {
+		list = slices.Clone(a.ports)
+	}
+	for _, m := range mapped {
+		if m.Key != a.Key {
+			continue
+		}
+		p := hostPort{port: m.Host.Port(), protocol: m.Protocol}
+		if !m.Host.Addr().IsUnspecified() {
+			p.addr = m.Host.Addr()
+		}
+		list = append(list, p)
+	}
+	return list
 }
 
 // listening are the ports of the caller's network at which somebody waits for

@@ -35,8 +35,11 @@ type hostPort struct {
 }
 
 func (p hostPort) String() string {
-	names := map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_SCTP: "sctp"}
-	return fmt.Sprintf("%s %s", names[p.Protocol], p.Host)
+	return fmt.Sprintf("%s %s", protocolNames()[p.Protocol], p.Host)
+}
+
+func protocolNames() map[uint8]string {
+	return map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_SCTP: "sctp"}
 }
 
 // parsePortMappings reads what the runtime asks for.
@@ -326,6 +329,25 @@ func (r *record) forgetFlows() error {
 type heldPort struct {
 	hostPort
 	owner redirect.Key
+}
+
+// HostPort is a port of the node that is an attachment's, as the kernel has it.
+type HostPort struct {
+	Key      redirect.Key
+	Protocol string
+	Host     netip.AddrPort // unspecified: every address of the family
+}
+
+// HostPorts lists those that are mapped without the plugin portmap, of all attachments.
+func HostPorts() (list []HostPort, err error) {
+	err = withNftables(func(conn *nftables.Conn) error {
+		held, err := heldPorts(conn)
+		for _, h := range held {
+			list = append(list, HostPort{Key: h.owner, Protocol: protocolNames()[h.Protocol], Host: h.Host})
+		}
+		return err
+	})
+	return list, err
 }
 
 func (p hostPort) sameHost(other hostPort) bool {

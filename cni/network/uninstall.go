@@ -22,6 +22,7 @@ type Recorded struct {
 	Network string          // its name
 	Cookie  uint64          // of its namespace; 0 where the record is of an earlier boot
 	Ports   json.RawMessage // PortMappings of its configuration
+	Maps    bool            // in the plugin's own way: HostPorts has those in force
 }
 
 // Attachments lists the attachments on record, those of ended namespaces too.
@@ -34,7 +35,7 @@ func Attachments(stateDir string) ([]Recorded, error) {
 	records, err := New(Config{}, stateDir).readRecords()
 	list := make([]Recorded, 0, len(records))
 	for _, r := range records {
-		recorded := Recorded{Attachment: r.Attachment, Network: r.Name, Ports: r.PortMappings}
+		recorded := Recorded{Attachment: r.Attachment, Network: r.Name, Ports: r.PortMappings, Maps: r.Mapper == mapperWeir}
 		if r.BootID == boot {
 			recorded.Cookie = r.Cookie
 		}
