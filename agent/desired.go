@@ -94,17 +94,8 @@ func desire(s subject, known facts, node policy) wish {
 	w.Problems = append(w.Problems, sidecars(&overlay, proxies, mode, known, s.Known)...)
 	var open []uint16
 	for _, p := range proxies {
-		open = append(open, p.Open...)
-		open = append(open, known.GatewayPorts[p.entry()]...)
 		if p.ExposeCheck && known.NoChecks.What != "" {
 			w.Problems = append(w.Problems, known.NoChecks)
-		}
-		if p.ExposeCheck {
-			open = append(open, known.CheckPorts[p.ServiceID]...)
-			open = append(open, known.CheckPorts[p.ID]...)
-		}
-		if s.Known != nil && known.lacksPorts(p) {
-			open = append(open, s.Known.Overlay.ExcludeInboundPorts...)
 		}
 		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known, s.Known)...)
 		if why := known.Unanswered[p.Self]; why.What != "" && p.isGateway() {
@@ -128,6 +119,27 @@ func desire(s subject, known facts, node policy) wish {
 	overlay.Upstreams = firstListeners(overlay.Upstreams)
 	w.Overlay = &overlay
 	return w
+}
+
+// exposed are the ports of the proxy's listeners beside the mesh's. Those on
+// record stay until Consul has answered; an older record has them among the excluded.
+func (f facts) exposed(p proxy, record *redirect.Known) []uint16 {
+	ports := slices.Concat(p.Open, f.GatewayPorts[p.entry()])
+	if p.ExposeCheck {
+		ports = append(ports, f.CheckPorts[p.ServiceID]...)
+		ports = append(ports, f.CheckPorts[p.ID]...)
+	}
+	if record != nil && f.lacksPorts(p) {
+		before := record.Overlay
+		ports = append(ports, before.ExcludeInboundPorts...)
+		i := slices.IndexFunc(before.Proxies, func(q redirect.Sidecar) bool { return q.Service == p.service().Name })
+		if i >= 0 {
+			ports = append(ports, before.Proxies[i].ExposedPorts...)
+		} else {
+			ports = append(ports, before.ExposedPorts...)
+		}
+	}
+	return sortedPorts(ports)
 }
 
 // lacksPorts reports whether some of the proxy's listeners are not known yet.
@@ -185,4 +197,14 @@ func firstListeners(list []redirect.Upstream) []redirect.Upstream {
 func guardStrength(guard redirect.Guard) (strength int, known bool) {
 	strength = slices.Index([]redirect.Guard{redirect.GuardOff, redirect.GuardAudit, redirect.GuardEnforce}, guard)
 	return strength, strength >= 0
+}
+
+// openPorts are those that Consul and the job's mapped ports open: exposed ones
+// to the proxy alone.
+func openPorts(overlay redirect.Overlay) []uint16 {
+	ports := slices.Concat([]uint16{}, overlay.ExcludeInboundPorts, overlay.ExposedPorts)
+	for _, p := range overlay.Proxies {
+		ports = append(ports, p.ExposedPorts...)
+	}
+	return sortedPorts(ports)
 }

@@ -88,14 +88,14 @@ func TestDesire(t *testing.T) {
 				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8181}}},
 		},
 		{
-			name: "expose paths, metrics and exposed checks are open",
+			name: "expose paths, metrics and exposed checks are open to the proxy's listeners",
 			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
 				p.Open, p.ExposeCheck = []uint16{9102, 21500}, true
 			})}},
 			facts:  facts{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
 			policy: audit,
 			want: wish{Overlay: &redirect.Overlay{
-				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{9102, 21500, 21501}}},
+				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExposedPorts: []uint16{9102, 21500, 21501}}},
 		},
 		{
 			name:    "exposed checks that Consul does not tell are told to whom they concern",
@@ -168,7 +168,7 @@ func TestDesire(t *testing.T) {
 			want: wish{
 				Add: add(redirect.ModeGateway),
 				Overlay: &redirect.Overlay{
-					Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 8443, 9090, 20001}},
+					Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 20001}, ExposedPorts: []uint16{8080, 8443, 9090}},
 			},
 		},
 		{
@@ -213,7 +213,7 @@ func TestDesire(t *testing.T) {
 			name: "what Consul has not answered yet stays as it is on record",
 			subject: subject{
 				attachment: attachment{Key: found().Key},
-				Known: recorded(redirect.Overlay{ExcludeInboundPorts: []uint16{8181}, Upstreams: []redirect.Upstream{
+				Known: recorded(redirect.Overlay{ExposedPorts: []uint16{8181}, Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 					{Name: "cache", Addresses: addrs("240.0.0.2"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
 					{Name: "gone", Addresses: addrs("240.0.0.3"), Listener: netip.MustParseAddrPort("127.0.0.1:7000")},
@@ -225,7 +225,7 @@ func TestDesire(t *testing.T) {
 			facts:  facts{VirtualIPs: map[service][]netip.Addr{{Name: "cache"}: nil}},
 			policy: audit,
 			want: wish{Overlay: &redirect.Overlay{
-				InboundPort: 20001, ExcludeInboundPorts: []uint16{8181}, Guard: redirect.GuardAudit,
+				InboundPort: 20001, ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit,
 				Upstreams: []redirect.Upstream{{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9292")}},
 			}},
 		},
@@ -238,7 +238,7 @@ func TestDesire(t *testing.T) {
 					p.Kind, p.Inbound, p.Self = kindAPI, 0, service{Name: "gateway"}
 				})}},
 			policy: audit,
-			want:   wish{Overlay: &redirect.Overlay{ExcludeInboundPorts: []uint16{8181}, Guard: redirect.GuardAudit}},
+			want:   wish{Overlay: &redirect.Overlay{ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit}},
 		},
 		{
 			name: "a job strengthens the guard",
@@ -272,6 +272,17 @@ func TestDesire(t *testing.T) {
 				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardOff })}},
 			policy: policy{Guard: redirect.GuardEnforce},
 			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+		},
+		{
+			name: "a gateway beside a sidecar has its listeners, and they are its own",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
+				sidecar(func(p *proxy) { p.Open = []uint16{9102} }),
+				{ID: "edge", Kind: kindMesh, AllocID: allocation, Self: service{Name: "edge"}, Open: []uint16{8443}},
+			}},
+			policy: audit,
+			want: wish{Overlay: &redirect.Overlay{
+				InboundPort: 20001, ExposedPorts: []uint16{9102}, Guard: redirect.GuardAudit,
+				Service: "web", Proxies: []redirect.Sidecar{{Service: "edge", ExposedPorts: []uint16{8443}}}}},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {

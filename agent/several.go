@@ -60,9 +60,10 @@ func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, redirect.DefaultOut
 
 // sidecars tells the overlay who the proxies of the workload are. proxies are in order.
 func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts, record *redirect.Known) (problems []redirect.Problem) {
+	unmeshed := slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound != 0 })
 	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound == 0 })
-	if len(proxies) == 0 {
-		return nil
+	if len(proxies) == 0 { // gateways, which come in no order
+		proxies, unmeshed = unmeshed[:1], unmeshed[1:]
 	}
 	redirected := mode == redirect.ModeTransparent
 	if i := slices.IndexFunc(proxies, func(p proxy) bool { return p.Transparent }); redirected && i > 0 {
@@ -75,7 +76,8 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 	if redirected && first.Transparent {
 		o.OutboundPort = first.Outbound
 	}
-	if len(proxies) == 1 {
+	o.ExposedPorts = known.exposed(first, record)
+	if len(proxies)+len(unmeshed) == 1 {
 		return nil
 	}
 	o.Service = first.service().Name
@@ -94,17 +96,17 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 		ports[port] = p
 		return true
 	}
-	for _, p := range proxies[1:] {
+	for _, p := range slices.Concat(proxies[1:], unmeshed) {
 		if len(o.Proxies) == redirect.MaxProxies-1 {
 			problems = append(problems, redirect.Problem{Remedy: "put it into a group of its own", What: fmt.Sprintf(
 				"service %s: a workload has at most %d proxies, and it has more: it gets no connections", p.service().Name, redirect.MaxProxies)})
 			continue
 		}
-		if !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {
+		if p.Inbound != 0 && !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {
 			continue
 		}
-		next := redirect.Sidecar{Service: p.service().Name, InboundPort: p.Inbound}
-		if redirected {
+		next := redirect.Sidecar{Service: p.service().Name, InboundPort: p.Inbound, ExposedPorts: known.exposed(p, record)}
+		if redirected && p.Inbound != 0 {
 			if p.Local != 0 && !services[p.Local] {
 				services[p.Local] = true
 				next.ServicePorts = []uint16{p.Local}

@@ -155,7 +155,7 @@ func describe(s subject, state State, w wish, problems []redirect.Problem, known
 		v.Mode = w.Add.Mode
 	}
 	if overlay != nil && state == StateManaged {
-		v.Guard, v.Open = overlay.Guard, append(v.Open, overlay.ExcludeInboundPorts...)
+		v.Guard, v.Open = overlay.Guard, openPorts(*overlay)
 	}
 	for _, p := range s.Proxies {
 		v.Proxies = append(v.Proxies, ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})

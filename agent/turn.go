@@ -92,7 +92,7 @@ func (a *Agent) apply(s subject, m *memory, overlay redirect.Overlay) bool {
 	if err == nil {
 		a.count(func(c *Counts) { c.Changes++ })
 		a.log.Info("workload changed", "workload", s.Key.String(), "inbound", overlay.InboundPort, "outbound", overlay.OutboundPort,
-			"open", fmt.Sprint(overlay.ExcludeInboundPorts), "upstreams", len(overlay.Upstreams), "guard", string(overlay.Guard))
+			"open", fmt.Sprint(openPorts(overlay)), "upstreams", len(overlay.Upstreams), "guard", string(overlay.Guard))
 	}
 	return err == nil
 }

@@ -21,7 +21,7 @@ func (f *fleet) changeAll(ctx context.Context, got figures) error {
 	changed := func() (count int, err error) {
 		list, err := redirect.New(f.bench.paths).Known()
 		for _, k := range list {
-			if k.Complete && slices.Contains(k.Overlay.ExcludeInboundPorts, exposedPort) {
+			if k.Complete && slices.Contains(k.Overlay.ExposedPorts, exposedPort) {
 				count++
 			}
 		}

@@ -90,7 +90,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	writeToken(first)
 	api.eventually("the new token to be used", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
 	web.eventually("the virtual IP", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 })
-	edge.eventually("the gateway's listener", func(o redirect.Overlay) bool { return slices.Contains(o.ExcludeInboundPorts, 9090) })
+	edge.eventually("the gateway's listener", func(o redirect.Overlay) bool { return slices.Contains(o.ExposedPorts, 9090) })
 	test.Eventually(t, func() error {
 		status := n.mustStatus(t)
 		if status.Consul.Hidden {

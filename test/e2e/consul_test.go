@@ -123,7 +123,9 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	t.Run("an expose path is added", func(t *testing.T) {
 		asked := web.serveHealth(t, "127.0.0.1:8080")
 		web.register("web", sidecar(9292, object{"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}))
-		web.eventually("the path's port to be open", func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, []uint16{8181, 21500}) })
+		web.eventually("the path's port to be open", func(o redirect.Overlay) bool {
+			return slices.Equal(o.ExcludeInboundPorts, []uint16{8181}) && slices.Equal(o.ExposedPorts, []uint16{21500})
+		})
 		test.Eventually(t, func() error {
 			_, err := get(client(n.outside), fmt.Sprintf("http://%s/health", web.at(21500)))
 			return err

@@ -32,10 +32,14 @@ var guarded = []struct {
 	{"one that binds IPv4 alone", "udp4", 8088, false},
 	{"a mapped port", "tcp", 8081, true},
 	{"a mapped port", "udp", 8081, true},
-	{"an expose path", "tcp", 21500, true},
+	{exposePath, "tcp", 21500, true},
+	{"a task on the port of an expose path", "tcp", 21501, false},
 	{"a server on an ephemeral port", "tcp", 40000, false},
 	{"a server on an ephemeral port", "udp", 40000, true}, // no reply can be told from it: a limit
 }
+
+// exposePath is what the proxy itself binds.
+const exposePath = "an expose path"
 
 // The guard of an allocation that no plugin was called for: what a task binds to
 // every address is counted in audit and refused in enforce, by TCP and UDP, over
@@ -52,11 +56,17 @@ func TestGuard(t *testing.T) {
 		if strings.HasSuffix(bound.network, "4") {
 			addr = "0.0.0.0"
 		}
-		servers = append(servers, test.EchoProcess(t, a.spec(1000), bound.network, fmt.Sprintf("%s:%d", addr, bound.port)))
+		uid := uint32(1000)
+		if bound.what == exposePath {
+			uid = n.config.Proxy.DefaultUID
+		}
+		servers = append(servers, test.EchoProcess(t, a.spec(uid), bound.network, fmt.Sprintf("%s:%d", addr, bound.port)))
 	}
 	register := func(guard string) {
 		a.register("api", object{"Port": 20001, "Meta": object{"weir-guard": guard}, "Proxy": object{
-			"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}})
+			"Expose": object{"Paths": []object{
+				{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080},
+				{"Path": "/metrics", "ListenerPort": 21501, "LocalPathPort": 8080}}}}})
 	}
 	// each dials everything from everywhere and returns how many dials went to
 	// what is not open.
@@ -292,7 +302,7 @@ func TestGuardLeavesMetricsOpen(t *testing.T) {
 			}
 			for key, port := range ports { // Envoy listens at both all the while
 				register(object{key: named[key]})
-				a.eventually("one port alone", func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, []uint16{port}) })
+				a.eventually("one port alone", func(o redirect.Overlay) bool { return slices.Equal(o.ExposedPorts, []uint16{port}) })
 				for other := range ports {
 					if err := scrape(n.outside, other); (err == nil) != (other == key) {
 						t.Errorf("with %s alone registered, %s answers the host: %v", key, other, err)

@@ -145,7 +145,7 @@ func TestGatewayGetsAListener(t *testing.T) {
 			listen(9090)
 			a.registerGateway(kind, "door", nil)
 			open := func(ports ...uint16) func(redirect.Overlay) bool {
-				return func(o redirect.Overlay) bool { return slices.Equal(o.ExcludeInboundPorts, ports) }
+				return func(o redirect.Overlay) bool { return slices.Equal(o.ExposedPorts, ports) }
 			}
 			a.eventually("the first listener to be open", open(9090))
 			server := test.EchoProcess(t, a.spec(101), "tcp4", "0.0.0.0:9191")
