@@ -67,6 +67,7 @@ type Agent struct {
 	discoveryError string     // why allocations cannot be found; empty: they can
 	unreadable     []string   // what of the node could not be read in the last pass
 	unseen         unseen
+	foreign        []redirect.Problem // registrations that do not count, as of the last pass
 
 	servers     servers
 	socketError string // why there is no local API, as last told
@@ -87,6 +88,7 @@ type Agent struct {
 	freed    time.Time
 	reported map[string]bool  // files and registrations that could not be read, as told
 	strayed  map[string]stray // proxies without a namespace, by allocation or proxy ID
+	unproven time.Time        // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
 	turn     turn
 }
 
@@ -214,7 +216,7 @@ func (a *Agent) loop(ctx context.Context) {
 			a.checkMoved()
 		case <-search.C:
 		}
-		search.Reset(a.recognise(time.Now()))
+		search.Reset(min(a.recognise(time.Now()), a.untilProven(time.Now())))
 		a.notify("WATCHDOG=1")
 	}
 }

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -19,6 +20,8 @@ type subject struct {
 	Live    bool            // Nomad or Docker have its namespace
 	Known   *redirect.Known // nil: not on record
 	Proxies []proxy         // of the allocation, sorted by ID
+
+	Withdrawn bool // what counted so far is seen to be no proxy of the allocation's, and there is no other
 }
 
 // facts are what proxies have in common, looked up for them. What was not
@@ -55,6 +58,13 @@ func (w *wish) problem(remedy, what string) {
 // registration in Consul nothing is wished: what was last known stays.
 func desire(s subject, known facts, node policy) wish {
 	var w wish
+	if s.Withdrawn && s.Known != nil {
+		overlay := redirect.Overlay{Guard: redirect.Stronger(node.Guard, s.Known.Request.Guard)}
+		if s.Known.Request.Mode != redirect.ModeTransparent {
+			overlay.ExcludeInboundPorts = s.mappedPorts()
+		}
+		w.Overlay = &overlay
+	}
 	if len(s.Proxies) == 0 {
 		return w
 	}
@@ -118,7 +128,36 @@ func desire(s subject, known facts, node policy) wish {
 	overlay.ExcludeInboundPorts = sortedPorts(open)
 	overlay.Upstreams = firstListeners(overlay.Upstreams)
 	w.Overlay = &overlay
+	if mode == redirect.ModeTransparent && s.Known != nil {
+		w.Problems = append(w.Problems, s.portsInMesh(overlay)...)
+	}
 	return w
+}
+
+// codeHostPort is the code of a problem with a port of the host.
+const codeHostPort = "host-port-in-mesh"
+
+// portsInMesh tells of host ports that lead to the proxy's listener for the mesh:
+// dynamic ones that have the same number inside, which no exclusion can name.
+func (s subject) portsInMesh(overlay redirect.Overlay) (problems []redirect.Problem) {
+	open := slices.Concat(openPorts(overlay), s.Known.Request.ExcludeInboundPorts, []uint16{overlay.InboundPort, s.Known.Request.InboundPort})
+	for _, p := range overlay.Proxies {
+		open = append(open, p.InboundPort)
+	}
+	var told []uint16
+	for _, mapping := range s.Ports {
+		port := mapping.HostPort
+		dynamic := port >= firstDynamic && port <= lastDynamic && (mapping.ContainerPort == port || mapping.ContainerPort == 0)
+		if !dynamic || slices.Contains(open, port) || slices.Contains(told, port) {
+			continue
+		}
+		told = append(told, port)
+		problems = append(problems, redirect.Problem{
+			What:   fmt.Sprintf("%s: port %d of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded", codeHostPort, port),
+			Remedy: `give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
+		})
+	}
+	return problems
 }
 
 // exposed are the ports of the proxy's listeners beside the mesh's. Those on

@@ -274,6 +274,33 @@ func TestDesire(t *testing.T) {
 			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
 		},
 		{
+			name: "transparent: a dynamic port that nobody can exclude ends in the mesh",
+			subject: subject{attachment: func() attachment {
+				a := found()
+				a.Ports = append(a.Ports, portMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "tcp"}, portMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "udp"},
+					portMapping{HostPort: 25002, ContainerPort: 25002})
+				return a
+			}(), Known: func() *redirect.Known {
+				known := onRecord(redirect.ModeTransparent)
+				known.Request.ExcludeInboundPorts = []uint16{25002}
+				return known
+			}(), Proxies: []proxy{sidecar(transparent)}},
+			policy: audit,
+			want: wish{
+				Overlay: &redirect.Overlay{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit},
+				Problems: []redirect.Problem{{
+					What:   "host-port-in-mesh: port 25001 of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded",
+					Remedy: `give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
+				}},
+			},
+		},
+		{
+			name:    "what counted is withdrawn: what the node itself knows stays",
+			subject: subject{attachment: found(), Known: onRecord(redirect.ModeDirect), Withdrawn: true},
+			policy:  audit,
+			want:    wish{Overlay: &redirect.Overlay{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: redirect.GuardAudit}},
+		},
+		{
 			name: "a gateway beside a sidecar has its listeners, and they are its own",
 			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) { p.Open = []uint16{9102} }),

@@ -180,12 +180,14 @@ func readCacheFile(path string, info fs.FileInfo) cachedFile {
 	return file
 }
 
+// Nomad's defaults of the range that dynamic ports are from.
+const firstDynamic, lastDynamic = 20000, 32000
+
 // staticPorts are the ports of the namespace that the job maps and that the
 // request of the plugin could not name: a static port without "to" arrives
 // there as "0". unnamed is how many of those it has. Nomad takes dynamic ports
 // from a range of its own, and where the numbers add up that is not needed.
 func (a attachment) staticPorts(unnamed int, inbound uint16) []uint16 {
-	const firstDynamic, lastDynamic = 20000, 32000 // Nomad's defaults
 	if unnamed == 0 {
 		return nil
 	}

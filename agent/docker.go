@@ -188,9 +188,11 @@ func (d *docker) read(ctx context.Context) error {
 		if len(c.Names) == 0 || !isAllocID(id) {
 			continue
 		}
-		name := strings.TrimPrefix(c.Names[0], "/")
-		if !strings.HasPrefix(name, pausePrefix) {
-			next.Tasks[c.ID], next.Allocs[c.ID] = strings.TrimSuffix(name, "-"+id), id
+		pause, task := nameOf(c.Names, id)
+		if !pause {
+			if task != "" {
+				next.Tasks[c.ID], next.Allocs[c.ID] = task, id
+			}
 			continue
 		}
 		if c.State != "running" {
@@ -224,6 +226,22 @@ func (d *docker) read(ctx context.Context) error {
 		d.changed()
 	}
 	return nil
+}
+
+// nameOf says what the names of an allocation's container make of it: that which
+// holds the namespace, or a task's. A task may have any name, and begins with the
+// pause container's prefix where its job wants so.
+func nameOf(names []string, alloc string) (pause bool, task string) {
+	for _, name := range names {
+		name = strings.TrimPrefix(name, "/")
+		if name == pausePrefix+alloc {
+			return true, ""
+		}
+		if of, found := strings.CutSuffix(name, "-"+alloc); found && !strings.Contains(of, "/") {
+			task = of
+		}
+	}
+	return false, task
 }
 
 var errNoContainer = errors.New("no such container")

@@ -150,8 +150,10 @@ func TestAgentFollowsAPauseContainerThatDockerRestarts(t *testing.T) {
 
 	// One that libcni knows nothing of, which is found by its container alone.
 	third := docker.pause(numbered(2))
+	endTask := runsTask(t, numbered(2), "connect-proxy-web", third)
 	n.fake.answers(registered(id, numbered(2)))
 	n.eventually(numbered(2), StateManaged)
+	endTask()
 	docker.docker("stop", "-t", "0", pausePrefix+numbered(2))
 	n.eventually(numbered(2), StateUnprotected)
 	if isNamespace(third) {

@@ -15,6 +15,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -32,13 +34,14 @@ type node struct {
 	config Config
 	fake   *fakeConsul
 	agent  *Agent
+	ports  []any // that the job maps
 }
 
 func newNode(t *testing.T) *node {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	dir := t.TempDir()
-	n := &node{t: t, config: DefaultConfig(), fake: newFakeConsul(t)}
+	n := &node{t: t, config: DefaultConfig(), fake: newFakeConsul(t), ports: []any{mapped(20001)}}
 	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(dir, "state")
 	n.config.CgroupRoot, n.config.CNI.CacheDir = test.NewCgroup(t).Path, filepath.Join(dir, "cni")
 	n.config.CNI.NetNSDir, n.config.Docker.Socket = filepath.Join(dir, "netns"), ""
@@ -100,14 +103,43 @@ func (n *node) result(id, netns, mesh string, addresses ...string) {
 	}
 	entry := map[string]any{
 		"kind": "cniCacheV1", "containerId": id, "ifName": "eth0", "networkName": "nomad", "netns": netns,
-		"cniArgs": [][2]string{{"NOMAD_ALLOC_ID", id}, {"CONSUL_IPTABLES_CONFIG", mesh}},
-		"result":  map[string]any{"interfaces": []any{map[string]any{"name": "eth0", "sandbox": netns}}, "ips": ips},
+		"cniArgs":        [][2]string{{"NOMAD_ALLOC_ID", id}, {"CONSUL_IPTABLES_CONFIG", mesh}},
+		"capabilityArgs": map[string]any{"portMappings": n.ports},
+		"result":         map[string]any{"interfaces": []any{map[string]any{"name": "eth0", "sandbox": netns}}, "ips": ips},
 	}
 	data, err := json.Marshal(entry)
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	writeFile(n.t, filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+id+"-eth0"), string(data))
+}
+
+func mapped(port int) any {
+	return map[string]any{"hostPort": port, "containerPort": port, "protocol": "tcp"}
+}
+
+// runsTask runs a task of the allocation in the namespace, which does
+// not listen, and returns what ends it: until then the namespace lives.
+func runsTask(t *testing.T, id, name, netns string) (end func()) {
+	t.Helper()
+	dir, err := os.Open(test.NewCgroup(t).Child(t, id+"."+name+".scope").Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	task := exec.Command("nsenter", "--net="+netns, "sleep", "600")
+	task.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
+	if err := task.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		if err := task.Process.Kill(); err != nil {
+			t.Error(err)
+		}
+		_ = task.Wait() // it was killed
+	})
+	t.Cleanup(end)
+	return end
 }
 
 // registered is the bulk answer with a sidecar for each allocation.
@@ -117,7 +149,7 @@ func registered(ids ...string) http.HandlerFunc { return registeredAt(20001, ids
 func registeredAt(port uint16, ids ...string) http.HandlerFunc {
 	services := make(map[string]any)
 	for _, id := range ids {
-		services["_nomad-task-"+id+"-group-g-web-80-sidecar-proxy"] = map[string]any{"Kind": "connect-proxy", "Port": port}
+		services["_nomad-task-"+id+"-group-g-web-80-sidecar-proxy"] = map[string]any{"Kind": "connect-proxy", "Service": "web-sidecar-proxy", "Port": port}
 	}
 	data, err := json.Marshal(services)
 	if err != nil {

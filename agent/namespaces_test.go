@@ -52,6 +52,7 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	n.run()
 	n.eventually(numbered(1), StateUnprotected) // registered, and nowhere to be found
 	ns := test.NewNetNS(t)
+	endTask := runsTask(t, numbered(1), "connect-proxy-web", ns.Path)
 	began := time.Now()
 	end := n.mounted(numbered(1), ns)
 	view := n.eventually(numbered(1), StateManaged)
@@ -65,6 +66,7 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	also := n.mounted("not-an-allocation", ns)
 
 	also()
+	endTask()
 	ns.End()
 	began = time.Now()
 	end()

@@ -99,6 +99,7 @@ func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
 			Remedy: "give the agent CAP_NET_BROADCAST, as its systemd unit does",
 		})
 	}
+	list = append(list, a.foreign...)
 	for _, what := range a.unreadable {
 		list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
 	}

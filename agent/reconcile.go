@@ -27,6 +27,12 @@ type memory struct {
 	claimants map[uint64]claimant // whom the kernel took for its proxies when that was last looked at, by cgroup
 	stranger  string              // what was said of the last one that was none
 	proxies   []proxy             // as Consul had them in the last pass
+	claims    map[string]claim    // registrations that name it, by ID
+	taskNames []string            // of what runs in it, as far as they can be told; as of the last look
+	listens   []uint16            // where sockets under the proxy's UID listen; nil: not looked
+	running   time.Time           // since when its tasks are seen to run
+	lookAgain time.Time           // for its tasks
+	looks     int                 // that were made for the registrations that there are
 	silent    time.Time           // since when one of them does not listen; zero: all do
 	sought    time.Time           // when its task is looked for next
 	listened  bool                // all of them did at some time
@@ -79,6 +85,7 @@ func (a *Agent) reconcile(now time.Time) {
 	a.tellUnreadable(skipped)
 	subjects := gather(cached, known, spaces, consul)
 	a.watcher.more = directoriesOf(subjects)
+	a.identify(subjects, consul.Facts, now)
 	a.byUrgency(subjects)
 	a.turn.begin(time.Now())
 	for _, s := range subjects {

@@ -124,7 +124,7 @@ func TestGatewayIsSeenOnTheNode(t *testing.T) {
 		t.Error("its container on the node is not seen")
 	}
 	docker.view = containers{}
-	runs(scope(numbered(1), "connect-mesh-gw-again"))
+	runs(scope(numbered(1), "connect-mesh-gw-1a2b3c"))
 	if !a.seenOnNode(numbered(1), gateway) {
 		t.Error("its task on the node is not seen")
 	}

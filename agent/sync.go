@@ -353,7 +353,7 @@ func (v view) of(a attachment) []proxy {
 		list = nil
 	}
 	for _, p := range v.Proxies[""] {
-		if p.Address.IsValid() && slices.Contains(a.Addresses, p.Address.Unmap()) || v.runs(a, p) {
+		if p.Address.IsValid() && slices.Contains(a.Addresses, p.Address.Unmap()) || v.Facts.runs(a, p) {
 			list = append(list, p)
 		}
 	}
@@ -364,11 +364,14 @@ func (v view) of(a attachment) []proxy {
 // envoy -gateway -register" registered for it: without -address, as jobs for API
 // gateways have it, nothing tells but that it has the job's name and that the job
 // maps a port of its listeners. Neither alone is enough.
-func (v view) runs(a attachment, p proxy) bool {
-	if !p.isGateway() || p.Address.IsValid() || a.Job.ID == "" || a.Job.ID != p.Self.Name {
+func (f facts) runs(a attachment, p proxy) bool {
+	if !p.isGateway() || p.AllocID != "" || a.Job.ID == "" || a.Job.ID != p.Self.Name {
 		return false
 	}
-	listeners := slices.Concat(p.Open, v.Facts.GatewayPorts[p.entry()])
+	if p.Address.IsValid() && !slices.Contains(a.Addresses, p.Address.Unmap()) {
+		return false
+	}
+	listeners := p.listeners(f)
 	return slices.ContainsFunc(a.mappedPorts(), func(port uint16) bool { return slices.Contains(listeners, port) })
 }
 

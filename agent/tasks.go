@@ -25,15 +25,37 @@ type claimant struct {
 // doubles each time.
 const firstDoubt = 5 * time.Second
 
-// taskOf names the task that a cgroup belongs to: by the allocation's scope,
-// as the drivers with cgroups of Nomad's have it, or by the container.
+// taskOf names the task of the allocation that a cgroup belongs to: by the
+// allocation's scope, as the drivers with cgroups of Nomad's have it, or by the
+// container. The first part of the path that is one or the other decides: what
+// lies below is made by whoever runs in it, under any name.
 func taskOf(cgroup, alloc string, known containers) string {
 	for part := range strings.SplitSeq(cgroup, "/") {
-		if task, found := strings.CutPrefix(strings.TrimSuffix(part, ".scope"), alloc+"."); found && alloc != "" {
+		if of, task, found := scopeOf(part); found {
+			if of != alloc {
+				return ""
+			}
 			return task
 		}
+		container := containerOf(part)
+		if of, found := known.Allocs[container]; found {
+			if of != alloc {
+				return ""
+			}
+			return known.Tasks[container]
+		}
 	}
-	return known.Tasks[containerOf(cgroup)]
+	return ""
+}
+
+// scopeOf takes the name of a cgroup apart that Nomad makes for a task.
+func scopeOf(part string) (alloc, task string, found bool) {
+	const length = 36
+	part = strings.TrimSuffix(part, ".scope")
+	if len(part) < length+2 || part[length] != '.' || !isAllocID(part[:length]) {
+		return "", "", false
+	}
+	return part[:length], part[length+1:], true
 }
 
 // task is what Nomad names the task that it injects for the proxy, unless the
@@ -48,12 +70,29 @@ func (p proxy) task() string {
 	return ""
 }
 
-// injected are the names of the proxies' tasks. Nomad may add a suffix.
+// injected are the names of the proxies' tasks. Where the job has a task of that
+// name already, Nomad adds a dash and six digits.
 func injected(task string, proxies []proxy) bool {
 	return slices.ContainsFunc(proxies, func(p proxy) bool {
 		name := p.task()
-		return name != "" && (task == name || strings.HasPrefix(task, name+"-"))
+		if name == "" {
+			return false
+		}
+		rest, found := strings.CutPrefix(task, name)
+		return found && (rest == "" || isSuffix(rest))
 	})
+}
+
+// isSuffix reports what Nomad adds to the name of a task that it injects.
+func isSuffix(text string) bool {
+	return len(text) == 7 && text[0] == '-' && strings.Trim(text[1:], "0123456789abcdef") == ""
+}
+
+// isInjected reports whether a task has the name of one that Nomad injects, for
+// whatever service.
+func isInjected(task string) bool {
+	return slices.ContainsFunc([]string{"connect-proxy-", "connect-mesh-", "connect-ingress-", "connect-terminating-"},
+		func(prefix string) bool { return strings.HasPrefix(task, prefix) })
 }
 
 // confirm compares whom the kernel took for the workload's proxy with the task

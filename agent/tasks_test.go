@@ -84,14 +84,26 @@ func (n *node) eventuallyTask(id, task string) (found WorkloadView) {
 
 func TestTaskOf(t *testing.T) {
 	id, container := numbered(1), strings.Repeat("0a", 32)
-	known := containers{Tasks: map[string]string{container: "connect-proxy-api"}}
+	another := strings.Repeat("0c", 32)
+	known := containers{
+		Tasks:  map[string]string{container: "connect-proxy-api", another: "connect-proxy-web"},
+		Allocs: map[string]string{container: id, another: numbered(2)},
+	}
 	for path, want := range map[string]string{
 		"/nomad.slice/share.slice/" + id + ".connect-proxy-web.scope": "connect-proxy-web",
 		"/nomad/" + id + ".web.v2":                                    "web.v2",
 		"/nomad/" + numbered(2) + ".web":                              "",
 		"/docker/" + container + "/init":                              "connect-proxy-api",
 		"/docker/" + strings.Repeat("0b", 32):                         "",
+		"/docker/" + another:                                          "",
 		"/user.slice":                                                 "",
+		// What somebody makes below the cgroup that is given to him.
+		"/nomad.slice/share.slice/" + numbered(2) + ".app.scope/" + id + ".connect-proxy-web.scope": "",
+		"/nomad.slice/share.slice/" + id + ".app.scope/" + id + ".connect-proxy-web.scope":          "app",
+		"/docker/" + container + "/" + id + ".connect-proxy-web.scope":                              "connect-proxy-api",
+		"/docker/" + another + "/docker/" + container:                                               "",
+		"/" + id + "x.connect-proxy-web.scope":                                                      "",
+		"/" + id + ".":                                                                              "",
 	} {
 		if got := taskOf(path, id, known); got != want {
 			t.Errorf("task of %s = %q, want %q", path, got, want)
@@ -109,6 +121,9 @@ func TestInjectedTasks(t *testing.T) {
 		{"connect-proxy-web", sidecar, true},
 		{"connect-proxy-web-1a2b3c", sidecar, true},
 		{"connect-proxy-website", sidecar, false},
+		{"connect-proxy-web-helper", sidecar, false},
+		{"connect-proxy-web-1a2b3c4", sidecar, false},
+		{"connect-proxy-web-1a2b3", sidecar, false},
 		{"web", sidecar, false},
 		{"connect-ingress-edge", proxy{Kind: kindIngress, Self: service{Name: "edge"}}, true},
 		{"edge", proxy{Kind: kindAPI, Self: service{Name: "edge"}}, false},

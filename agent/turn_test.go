@@ -86,6 +86,7 @@ func (n *node) allInStep(ids []string, port uint16) {
 // under Weir, and configured, before the rest of it.
 func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 	n := newNode(t)
+	n.ports = append(n.ports, mapped(20002))
 	begun, seen := make(chan struct{}), make(chan struct{})
 	once, goOn := sync.OnceFunc(func() {
 		close(begun)

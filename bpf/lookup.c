@@ -131,7 +131,7 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 	const struct config *config = view->config;
 	bool tcp = ctx->protocol == IPPROTO_TCP;
 	__u16 port = ctx->local_port;
-	bool encoded;
+	bool encoded, assigned;
 	__u16 inbound_port;
 	__u32 index;
 
@@ -178,10 +178,11 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
 		port = inbound_port;
 	}
-	if (assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * blurred + is_ipv6(ctx), port))
-		return VERDICT_INBOUND - blurred * (VERDICT_INBOUND - VERDICT_REDIRECTED);
+	assigned = assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * blurred + is_ipv6(ctx), port);
 	if (!blurred && !(config->flags & CONFIG_TRANSPARENT))
-		return guard_refusal(config);
+		return assigned ? VERDICT_INBOUND_EXCLUDED : guard_refusal(config);
+	if (assigned)
+		return VERDICT_INBOUND - blurred * (VERDICT_INBOUND - VERDICT_REDIRECTED);
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
 	return VERDICT_REFUSED_INBOUND_NO_PROXY -

@@ -39,11 +39,12 @@ func TestExposedPort(t *testing.T) {
 		mode   Mode
 		guard  Guard
 		closed Verdict // while the proxy does not listen
+		open   Verdict
 	}{
-		{ModeDirect, GuardEnforce, RefusedGuard},
-		{ModeGateway, GuardEnforce, RefusedGuard},
-		{ModeTransparent, GuardOff, RefusedInboundNoProxy},
-		{ModeTransparent, GuardEnforce, RefusedInboundNoProxy},
+		{ModeDirect, GuardEnforce, RefusedGuard, InboundExcluded},
+		{ModeGateway, GuardEnforce, RefusedGuard, InboundExcluded},
+		{ModeTransparent, GuardOff, RefusedInboundNoProxy, Inbound},
+		{ModeTransparent, GuardEnforce, RefusedInboundNoProxy, Inbound},
 	} {
 		t.Run(fmt.Sprintf("%s %s", c.mode, c.guard), func(t *testing.T) {
 			a := newExposed(t, c.mode, c.guard)
@@ -64,7 +65,7 @@ func TestExposedPort(t *testing.T) {
 					if answer, err := a.fromOutside(addr, exposedPort); err != nil || answer.Server != proxy.Name {
 						t.Errorf("dial %s: %+v, %v; want the proxy", addr, answer, err)
 					}
-				}), map[Verdict]uint64{Inbound: 1})
+				}), map[Verdict]uint64{c.open: 1})
 			}
 			proxy.Stop()
 			a.serve(taskUID, a.taskCg, "tcp", everywhere)

@@ -151,6 +151,23 @@ func CgroupsIn(namespaces ...string) (map[string][]string, error) {
 	return found, nil
 }
 
+// ListeningAs returns the TCP ports on which sockets of a UID listen in a
+// namespace.
+func ListeningAs(path string, uid uint32) (ports []uint16, err error) {
+	ns, err := openNamespace(path)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	sockets, err := ns.listening()
+	for _, socket := range sockets {
+		if socket.uid == uid {
+			ports = append(ports, socket.port)
+		}
+	}
+	return ports, err
+}
+
 // onRecord runs action on a workload that is on record, while nobody else changes
 // the state.
 func (d *Datapath) onRecord(key Key, action func(*tables, *record, *namespace) error) error {

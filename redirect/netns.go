@@ -49,7 +49,8 @@ func openNamespace(path string) (*namespace, error) {
 		return nil, errors.Join(fmt.Errorf("stat namespace %s: %w", path, err), file.Close())
 	}
 	ns.inode = stat.Ino
-	for _, foreign := range []string{"/proc/self/ns/net", "/proc/1/ns/net"} {
+	// Of the thread: another one of this process may be in a workload's for a moment.
+	for _, foreign := range []string{"/proc/thread-self/ns/net", "/proc/1/ns/net"} {
 		var other unix.Stat_t
 		if err := unix.Stat(foreign, &other); err == nil && other.Dev == stat.Dev && other.Ino == stat.Ino {
 			return nil, errors.Join(fmt.Errorf("open namespace %s: %w", path, ErrHostNetNS), file.Close())

@@ -5,12 +5,14 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -171,6 +173,9 @@ type meshAlloc struct {
 	list  *libcni.NetworkConfigList
 	rt    *libcni.RuntimeConf
 	cni   *libcni.CNIConfig
+
+	sidecarPorts map[string]any // mapped ports, by service
+	gatewayTask  *test.Client   // under the name that Nomad injects
 }
 
 // allocate makes an allocation's namespace and calls libcni as Nomad does.
@@ -297,6 +302,7 @@ type object = map[string]any
 func (a *meshAlloc) register(name string, sidecar object, checks ...object) (proxyID string) {
 	a.node.t.Helper()
 	id := serviceID(a.id, name)
+	a.mapPort(name, sidecar["Port"])
 	if sidecar["Address"] == nil {
 		sidecar["Address"] = a.addr.String()
 	}
@@ -308,6 +314,36 @@ func (a *meshAlloc) register(name string, sidecar object, checks ...object) (pro
 		"Name": name, "ID": id, "Address": a.addr.String(), "Port": 8080, "Checks": checks, "Connect": object{"SidecarService": sidecar},
 	})
 	return id + "-sidecar-proxy"
+}
+
+// mapPort adds the port that Nomad gives to a sidecar, the same on the host and in
+// the namespace, to what libcni remembers.
+func (a *meshAlloc) mapPort(service string, port any) {
+	a.node.t.Helper()
+	path := filepath.Join(a.node.config.CNI.CacheDir, "results", "nomad-"+a.id+"-eth0")
+	data, err := os.ReadFile(path)
+	if err != nil {
+		a.node.t.Fatal(err)
+	}
+	var entry map[string]any
+	if err := json.Unmarshal(data, &entry); err != nil {
+		a.node.t.Fatal(err)
+	}
+	if a.sidecarPorts == nil {
+		a.sidecarPorts = make(map[string]any)
+	}
+	a.sidecarPorts[service] = port
+	mappings := slices.Clone(a.rt.CapabilityArgs["portMappings"].([]any))
+	for _, port := range a.sidecarPorts {
+		mappings = append(mappings, object{"hostPort": port, "containerPort": port, "protocol": "tcp"})
+	}
+	entry["capabilityArgs"] = object{"portMappings": mappings}
+	if data, err = json.Marshal(entry); err != nil {
+		a.node.t.Fatal(err)
+	}
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		a.node.t.Fatal(err)
+	}
 }
 
 // serviceID is the ID that Nomad gives to a service.

@@ -69,6 +69,12 @@ func (a *meshAlloc) registerGateway(kind, name string, binds map[string]uint16) 
 		addresses[bind] = object{"address": "0.0.0.0", "port": port}
 	}
 	id = fmt.Sprintf("_nomad-task-%s-group-g-%s-%d", a.id, name, gatewayPort)
+	if kind == "api" { // for which Nomad injects no task
+		a.mapPort(name, 9090)
+	} else if a.gatewayTask == nil {
+		scope := test.NewCgroup(a.node.t).Child(a.node.t, fmt.Sprintf("%s.connect-%s-%s.scope", a.id, kind, name))
+		a.gatewayTask = test.NewClient(a.node.t, test.Spec{NetNS: a.ns, Cgroup: scope, UID: 101, GID: 101})
+	}
 	a.node.consul.Register(object{"Kind": kind + "-gateway", "Name": name, "ID": id, "Address": a.addr.String(), "Port": gatewayPort, "Proxy": object{
 		"Config": object{"envoy_gateway_no_default_bind": true, "envoy_gateway_bind_addresses": addresses},
 	}})

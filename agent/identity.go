@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// Consul checks who may register a name. What else a registration says is its
+// author's: the ID that names an allocation, the address, the ports, the
+// metadata. It counts for an allocation only where this node shows that the
+// allocation runs that proxy.
+
+// The codes of problems with registrations.
+const (
+	codeForeignRegistration  = "foreign-registration"  // another allocation's, or nobody's
+	codeUnprovenRegistration = "unproven-registration" // nothing on the node shows it yet
+)
+
+// claim is what the loop remembers of a registration that names an allocation.
+type claim struct {
+	since   time.Time
+	shown   bool // the task that Nomad injects for it was seen in the allocation
+	counted bool // in the last pass
+}
+
+// evidence is what this node shows of the proxies that an allocation runs.
+type evidence struct {
+	Tasks   []string        // names of its tasks, as far as they can be told from cgroups and containers
+	Listens func() []uint16 // where sockets under the proxy's UID listen
+	Claims  map[string]claim
+	Settled bool // its tasks have run for a while
+}
+
+// judge tells the registrations that count, sorted as they came, from the
+// others, and why those do not.
+func (e evidence) judge(s subject, known facts) (counted []proxy, others map[string]redirect.Problem) {
+	others = make(map[string]redirect.Problem)
+	named := func(p proxy) bool {
+		return e.Claims[p.ID].shown || known.runs(s.attachment, p) ||
+			slices.ContainsFunc(e.Tasks, func(task string) bool { return injected(task, []proxy{p}) })
+	}
+	anyNamed := slices.ContainsFunc(s.Proxies, named) || slices.ContainsFunc(e.Tasks, isInjected)
+	var byListener []proxy
+	for _, p := range s.Proxies {
+		switch {
+		case named(p):
+			counted = append(counted, p)
+		case anyNamed && e.Claims[p.ID].counted && !e.Settled:
+			counted = append(counted, p) // its task may be on its way
+		case anyNamed:
+			others[p.ID] = s.foreign(p, "the allocation runs the proxies of other registrations, and none that is injected for this service")
+		case e.Tasks == nil && p.AllocID != "" && len(s.Proxies) == 1 && s.maps(p, known):
+			counted = append(counted, p) // nothing runs there yet, or names of tasks cannot be told
+		case e.Claims[p.ID].counted && !e.Settled:
+			counted = append(counted, p)
+		case p.AllocID != "" && !p.isGateway() && s.Cached && !s.maps(p, known):
+			others[p.ID] = s.foreign(p, fmt.Sprintf("the allocation maps none of its ports %v", p.listeners(known)))
+		case !slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return slices.Contains(e.Listens(), port) }):
+			others[p.ID] = s.unproven(p)
+		default:
+			byListener = append(byListener, p)
+		}
+	}
+	// A listener shows that there is a proxy, and not whose: who counted goes on, of
+	// several others none is known to be the right one.
+	all := slices.Concat(counted, byListener)
+	for _, p := range byListener {
+		rival := func(q proxy) bool {
+			return q.ID != p.ID && (p.AllocID == "" || q.AllocID == "" || sharePorts(p, q, known))
+		}
+		if i := slices.IndexFunc(all, func(q proxy) bool { return rival(q) && !(e.Claims[p.ID].counted && !e.Claims[q.ID].counted) }); i >= 0 {
+			others[p.ID] = s.foreign(p, fmt.Sprintf("registration %s claims the same listener, and no task of the allocation tells whose it is", all[i].ID))
+			continue
+		}
+		counted = append(counted, p)
+	}
+	return counted, others
+}
+
+func (s subject) foreign(p proxy, why string) redirect.Problem {
+	return redirect.Problem{
+		What:   fmt.Sprintf("%s: registration %s of service %s names allocation %s and changes nothing there: %s", codeForeignRegistration, p.ID, p.Self.Name, s.Job.AllocID, why),
+		Remedy: "find out who registered it, and deregister it with 'consul services deregister'; where the allocation does run that proxy, leave its task the name that Nomad injects",
+	}
+}
+
+func (s subject) unproven(p proxy) redirect.Problem {
+	return redirect.Problem{
+		What: fmt.Sprintf("%s: registration %s of service %s names allocation %s and changes nothing there: no task that Nomad injects for it runs, and nothing listens on its ports under the proxy's UID",
+			codeUnprovenRegistration, p.ID, p.Self.Name, s.Job.AllocID),
+		Remedy: "see whether the allocation's proxy runs; one whose task the job names itself is told by its UID: proxy { default_uid }, or transparent_proxy { uid }",
+	}
+}
+
+// listeners are the ports on which the proxy is for others: that of the mesh, or
+// a gateway's.
+func (p proxy) listeners(known facts) []uint16 {
+	if !p.isGateway() {
+		return []uint16{p.Inbound}
+	}
+	return slices.Concat(p.Open, known.GatewayPorts[p.entry()])
+}
+
+func sharePorts(p, q proxy, known facts) bool {
+	ports := q.listeners(known)
+	return slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return slices.Contains(ports, port) })
+}
+
+// maps reports whether a port of the proxy's is one that Nomad gave to the
+// allocation: in the plugin's request, or mapped from the host.
+func (s subject) maps(p proxy, known facts) bool {
+	own := s.mappedPorts()
+	if s.Known != nil && s.Known.Request.InboundPort != 0 {
+		own = append(own, s.Known.Request.InboundPort)
+	}
+	return slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return port != 0 && slices.Contains(own, port) })
+}
+
+// identify keeps of the subjects' registrations those that count.
+func (a *Agent) identify(subjects []subject, known facts, now time.Time) {
+	var due []*subject
+	var namespaces []string
+	a.unproven = time.Time{}
+	var foreign []redirect.Problem
+	for i := range subjects {
+		s := &subjects[i]
+		m := a.subjects[s.Key]
+		if m == nil {
+			m = &memory{born: now, view: WorkloadView{Since: now}}
+			a.subjects[s.Key] = m
+		}
+		m.remember(s.Proxies, now)
+		if len(s.Proxies) > 0 && m.doubtful(now) {
+			due = append(due, s)
+			if s.NetNS != "" {
+				namespaces = append(namespaces, s.NetNS)
+			}
+		}
+	}
+	cgroups := a.cgroupsIn(namespaces)
+	containers := a.containers()
+	for _, s := range due {
+		m := a.subjects[s.Key]
+		m.taskNames = nil
+		for _, path := range cgroups[s.NetNS] {
+			if task := taskOf(path, s.Job.AllocID, containers); task != "" && !slices.Contains(m.taskNames, task) {
+				m.taskNames = append(m.taskNames, task)
+			}
+		}
+		if len(m.taskNames) > 0 && m.running.IsZero() {
+			m.running = now
+		}
+		m.listens = nil
+	}
+	for i := range subjects {
+		s := &subjects[i]
+		if len(s.Proxies) > 0 {
+			foreign = append(foreign, a.identifyOne(s, known, now)...)
+		}
+	}
+	a.tellForeign(foreign)
+}
+
+// identifyOne judges the registrations of one allocation and remembers how.
+func (a *Agent) identifyOne(s *subject, known facts, now time.Time) (foreign []redirect.Problem) {
+	m := a.subjects[s.Key]
+	listens := func() []uint16 {
+		if m.listens == nil { // a namespace that cannot be asked shows nothing
+			ports, _ := redirect.ListeningAs(s.NetNS, s.proxyUID(a.config.Proxy.DefaultUID))
+			m.listens = append([]uint16{}, ports...)
+		}
+		return m.listens
+	}
+	e := evidence{Tasks: m.taskNames, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > settling}
+	counted, others := e.judge(*s, known)
+	for _, p := range s.Proxies {
+		c := m.claims[p.ID]
+		why, refused := others[p.ID]
+		s.Withdrawn = s.Withdrawn || refused && c.counted
+		if c.counted = !refused; refused && now.Sub(c.since) > settling {
+			foreign = append(foreign, why)
+		}
+		c.shown = c.shown || slices.ContainsFunc(m.taskNames, func(task string) bool { return injected(task, []proxy{p}) })
+		m.claims[p.ID] = c
+	}
+	s.Withdrawn = s.Withdrawn && len(counted) == 0
+	s.Proxies = counted
+	if next := m.lookAgain; m.doubts() && (a.unproven.IsZero() || next.Before(a.unproven)) {
+		a.unproven = next
+	}
+	return foreign
+}
+
+// proxyUID is that under which the allocation's proxies run.
+func (s subject) proxyUID(standard uint32) uint32 {
+	if s.Known != nil {
+		return s.Known.Request.ProxyUID
+	}
+	return standard
+}
+
+// cgroupsIn is redirect.CgroupsIn for those that can be looked at.
+func (a *Agent) cgroupsIn(namespaces []string) map[string][]string {
+	if len(namespaces) == 0 {
+		return nil
+	}
+	found, err := redirect.CgroupsIn(namespaces...)
+	if err == nil {
+		return found
+	}
+	found = make(map[string][]string)
+	for _, path := range namespaces {
+		if one, err := redirect.CgroupsIn(path); err == nil {
+			found[path] = one[path]
+		}
+	}
+	return found
+}
+
+// remember keeps the claims of the registrations that there are.
+func (m *memory) remember(proxies []proxy, now time.Time) {
+	next := make(map[string]claim, len(proxies))
+	for _, p := range proxies {
+		c, seen := m.claims[p.ID]
+		if !seen {
+			c.since, m.lookAgain, m.looks = now, time.Time{}, 0
+		}
+		next[p.ID] = c
+	}
+	m.claims = next
+}
+
+// doubts reports whether the task of some registration was not seen yet.
+func (m *memory) doubts() bool {
+	for _, c := range m.claims {
+		if !c.shown {
+			return true
+		}
+	}
+	return false
+}
+
+// doubtful reports whether it is time to look at the allocation's tasks, at first
+// often, then ever more seldom.
+func (m *memory) doubtful(now time.Time) bool {
+	const first, soon, last = 200 * time.Millisecond, 5 * time.Second, 5 * time.Minute
+	if !m.doubts() || now.Before(m.lookAgain) {
+		return false
+	}
+	longest := last
+	for _, c := range m.claims {
+		if !c.counted {
+			longest = soon // its task may come at any time
+		}
+	}
+	m.lookAgain = now.Add(min(first<<min(m.looks, 12), longest))
+	m.looks++
+	return true
+}
+
+// tellForeign shows the registrations that do not count, and logs each once.
+func (a *Agent) tellForeign(problems []redirect.Problem) {
+	a.mu.Lock()
+	before := a.foreign
+	a.foreign = problems
+	a.mu.Unlock()
+	for _, problem := range problems {
+		if !slices.Contains(before, problem) {
+			a.log.Warn("registration in Consul does not count", "why", problem.What)
+		}
+	}
+}
+
+// untilProven is how long nobody looks whether allocations run the proxies that
+// are registered for them. It asks for a pass where that is due.
+func (a *Agent) untilProven(now time.Time) time.Duration {
+	if a.unproven.IsZero() {
+		return tick
+	}
+	if !now.Before(a.unproven) {
+		a.hurry()
+	}
+	return max(a.unproven.Sub(now), firstSearch)
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// Which registrations count for an allocation: its job maps 20001, 8181 and 8080.
+func TestWhichRegistrationsCount(t *testing.T) {
+	web := sidecar(func(p *proxy) { p.ID, p.Self.Name = "web", "web-sidecar-proxy" })
+	api := sidecar(func(p *proxy) { p.ID, p.Self.Name, p.Inbound = "api", "api-sidecar-proxy", 8080 })
+	evil := sidecar(func(p *proxy) { p.ID, p.Self.Name = "evil", "evil-sidecar-proxy" }) // at web's port
+	at := func(p proxy, port uint16) proxy { p.Inbound = port; return p }
+	free := func(p proxy) proxy { p.AllocID = ""; return p } // by its address
+	edge := proxy{ID: "edge", Kind: kindAPI, Self: service{Name: "edge"}, Open: []uint16{8181}}
+	intruder := proxy{ID: "intruder", Kind: kindAPI, Self: service{Name: "intruder"}, Open: []uint16{19000}}
+	transparent := func() *redirect.Known {
+		known := onRecord(redirect.ModeTransparent)
+		known.Request.InboundPort = 20005
+		return known
+	}
+	counted := func(ids ...string) map[string]claim {
+		claims := make(map[string]claim)
+		for _, id := range ids {
+			claims[id] = claim{counted: true}
+		}
+		return claims
+	}
+	for _, c := range []struct {
+		name    string
+		proxies []proxy
+		e       evidence
+		listens []uint16
+		known   *redirect.Known
+		uncached,
+		gateway bool // the job is edge's
+		want string
+	}{
+		{name: "its port is mapped, and nothing runs yet", proxies: []proxy{web}, want: "web"},
+		{name: "its port is that of the request", proxies: []proxy{at(web, 20005)}, known: transparent(), want: "web"},
+		{name: "its port is not the allocation's", proxies: []proxy{at(web, 20009)}, known: transparent()},
+		{name: "... but its task runs", proxies: []proxy{at(web, 20009)}, e: evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
+		{name: "its task runs under the other name that Nomad gives", proxies: []proxy{web}, e: evidence{Tasks: []string{"connect-proxy-web-1a2b3c"}}, want: "web"},
+		{name: "another's at the same port", proxies: []proxy{evil, web}, e: evidence{Tasks: []string{"app", "connect-proxy-web"}}, want: "web"},
+		{name: "another's at another mapped port", proxies: []proxy{at(evil, 8181), web}, e: evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
+		{name: "another's alone, while the allocation's own is deregistered", proxies: []proxy{evil}, e: evidence{Tasks: []string{"connect-proxy-web"}}},
+		{name: "another's, whose author gives a task below a helper's name", proxies: []proxy{evil, web},
+			e: evidence{Tasks: []string{"connect-proxy-evil-helper", "connect-proxy-web"}}, want: "web"},
+		{name: "the task was seen once, and is restarting", proxies: []proxy{api, web},
+			e: evidence{Tasks: []string{"connect-proxy-web"}, Claims: map[string]claim{"api": {shown: true}}, Settled: true}, want: "api web"},
+		{name: "both tasks of a group with two", proxies: []proxy{api, web}, e: evidence{Tasks: []string{"connect-proxy-web", "connect-proxy-api"}}, want: "api web"},
+		{name: "the second one's task is on its way", proxies: []proxy{api, web},
+			e: evidence{Tasks: []string{"connect-proxy-web"}, Claims: counted("api", "web")}, want: "api web"},
+		{name: "... and does not come", proxies: []proxy{api, web},
+			e: evidence{Tasks: []string{"connect-proxy-web"}, Claims: counted("api", "web"), Settled: true}, want: "web"},
+		{name: "a job that is not in the mesh", proxies: []proxy{at(evil, 8080)}, e: evidence{Tasks: []string{"app"}}},
+		{name: "... while nothing of it ran yet", proxies: []proxy{at(evil, 8080)}, e: evidence{Tasks: []string{"app"}, Claims: counted("evil"), Settled: true}},
+		{name: "a proxy's task that the job names", proxies: []proxy{web}, e: evidence{Tasks: []string{"app", "envoy"}}, listens: []uint16{20001}, want: "web"},
+		{name: "... and another's at the same port", proxies: []proxy{evil, web}, e: evidence{Tasks: []string{"app", "envoy"}, Claims: counted("web"), Settled: true},
+			listens: []uint16{20001}, want: "web"},
+		{name: "... of which none was first", proxies: []proxy{evil, web}, e: evidence{Tasks: []string{"app", "envoy"}}, listens: []uint16{20001}},
+		{name: "two at one port before anything runs", proxies: []proxy{evil, web}},
+		{name: "two whose tasks no name tells", proxies: []proxy{api, web}, listens: []uint16{20001, 8080}, want: "api web"},
+		{name: "libcni knows nothing, and nothing is seen to run", proxies: []proxy{web}, uncached: true},
+		{name: "... and its task runs", proxies: []proxy{web}, uncached: true, e: evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
+		{name: "by the address, and it listens", proxies: []proxy{free(web)}, listens: []uint16{20001}, want: "web"},
+		{name: "by the address, and nobody listens", proxies: []proxy{free(web)}},
+		{name: "by the address of an allocation that runs another's", proxies: []proxy{free(evil), web}, e: evidence{Tasks: []string{"connect-proxy-web"}},
+			listens: []uint16{20001}, want: "web"},
+		{name: "a gateway of the job's name", proxies: []proxy{edge}, gateway: true, want: "edge"},
+		{name: "... and one that names its administration by the address", proxies: []proxy{edge, intruder}, gateway: true, listens: []uint16{8181, 19000}, want: "edge"},
+		{name: "two gateways by the address", proxies: []proxy{edge, intruder}, e: evidence{Claims: counted("edge")}, listens: []uint16{8181, 19000}, want: "edge"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := subject{attachment: found(), Cached: !c.uncached, Known: c.known, Proxies: c.proxies}
+			if c.gateway {
+				s.Job.ID = "edge"
+			}
+			if c.uncached {
+				s.Ports = nil
+			}
+			c.e.Listens = func() []uint16 { return c.listens }
+			got, others := c.e.judge(s, facts{})
+			var ids []string
+			for _, p := range got {
+				ids = append(ids, p.ID)
+			}
+			slices.Sort(ids)
+			if diff := cmp.Diff(c.want, strings.Join(ids, " ")); diff != "" {
+				t.Errorf("what counts (-want +got):\n%s", diff)
+			}
+			if len(got)+len(others) != len(c.proxies) {
+				t.Errorf("%d count, %d problems, of %d", len(got), len(others), len(c.proxies))
+			}
+			for id, problem := range others {
+				if !strings.Contains(problem.What, allocation) || !strings.Contains(problem.What, id) || problem.Remedy == "" {
+					t.Errorf("problem %q: want allocation, registration and a remedy", problem)
+				}
+			}
+		})
+	}
+}
+
+// Whoever may register a service of his own in Consul gives it the ID of another's
+// allocation: nothing changes there, and it is a problem.
+func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
+	n := newNode(t)
+	n.ports = append(n.ports, mapped(20002))
+	id, ns := numbered(1), test.NewNetNS(t)
+	key := redirect.Key{ContainerID: id, IfName: "eth0"}
+	n.cached(id, ns.Path, "")
+	plain, bystander := numbered(2), test.NewNetNS(t)
+	n.cached(plain, bystander.Path, "")
+	runsTask(t, plain, "app", bystander.Path)
+	registration := func(alloc, name string, port int, proxy map[string]any) (string, any) {
+		return fmt.Sprintf("_nomad-task-%s-group-g-%s-80-sidecar-proxy", alloc, name),
+			map[string]any{"Kind": "connect-proxy", "Service": name + "-sidecar-proxy", "Port": port, "Proxy": proxy, "Meta": map[string]any{"weir-guard": "enforce"}}
+	}
+	services := make(map[string]any)
+	answer := func() {
+		data, err := json.Marshal(services)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.fake.answers(say(200, string(data)))
+	}
+	webID, web := registration(id, "web", 20001, map[string]any{"DestinationServiceName": "web"})
+	services[webID] = web
+	answer()
+	runsTask(t, id, "connect-proxy-web", ns.Path)
+	n.run()
+	n.eventually(id, StateManaged)
+	overlay := func() redirect.Overlay {
+		list, err := n.Known()
+		if err != nil {
+			t.Fatal(err)
+		}
+		i := slices.IndexFunc(list, func(k redirect.Known) bool { return k.Key == key })
+		if i < 0 {
+			t.Fatal("it is not on record")
+		}
+		return list[i].Overlay
+	}
+	test.Eventually(t, func() error {
+		if o := overlay(); o.InboundPort != 20001 || o.Guard != redirect.GuardEnforce {
+			return fmt.Errorf("it is %+v", o)
+		}
+		return nil
+	}, "its own registration to be in force")
+	before := overlay()
+	for _, port := range []int{20001, 20002, 8080} {
+		for _, of := range []string{id, plain} {
+			evilID, evil := registration(of, fmt.Sprintf("evil%d", port), port, map[string]any{
+				"DestinationServiceName": "evil", "Upstreams": []any{map[string]any{"DestinationName": "db", "LocalBindPort": 9999}},
+				"Expose": map[string]any{"Paths": []any{map[string]any{"ListenerPort": 8080}}}})
+			services[evilID] = evil
+		}
+	}
+	n.fake.set(&n.fake.chain, say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`))
+	answer()
+	n.agent.follower.wake()
+	began := time.Now()
+	test.Eventually(t, func() error {
+		told := 0
+		for _, problem := range n.agent.Status().Problems {
+			if strings.Contains(problem.What, "evil") && (strings.HasPrefix(problem.What, codeForeignRegistration) || strings.HasPrefix(problem.What, codeUnprovenRegistration)) {
+				told++
+			}
+		}
+		if told != 6 {
+			return fmt.Errorf("after %s %d of 6 are told: %q", time.Since(began), told, n.agent.Status().Problems)
+		}
+		return nil
+	}, "each to be a problem")
+	if diff := cmp.Diff(before, overlay(), sameAddrs()); diff != "" {
+		t.Errorf("what is in force changed (-before +after):\n%s", diff)
+	}
+	if list, err := n.Known(); err != nil || len(list) != 1 {
+		t.Errorf("on record: %+v, %v; want nothing of the allocation that is not in the mesh", list, err)
+	}
+}
