@@ -5,8 +5,12 @@ package agent
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -15,6 +19,30 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
+
+// runsTask runs a task of the allocation in the namespace, which does
+// not listen, and returns what ends it: until then the namespace lives.
+func runsTask(t *testing.T, id, name, netns string) (end func()) {
+	t.Helper()
+	dir, err := os.Open(test.NewCgroup(t).Child(t, id+"."+name+".scope").Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	task := exec.Command("nsenter", "--net="+netns, "sleep", "600")
+	task.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
+	if err := task.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		if err := task.Process.Kill(); err != nil {
+			t.Error(err)
+		}
+		_ = task.Wait() // it was killed
+	})
+	t.Cleanup(end)
+	return end
+}
 
 // Which registrations count for an allocation: its job maps 20001, 8181 and 8080.
 func TestWhichRegistrationsCount(t *testing.T) {

@@ -15,8 +15,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -116,30 +114,6 @@ func (n *node) result(id, netns, mesh string, addresses ...string) {
 
 func mapped(port int) any {
 	return map[string]any{"hostPort": port, "containerPort": port, "protocol": "tcp"}
-}
-
-// runsTask runs a task of the allocation in the namespace, which does
-// not listen, and returns what ends it: until then the namespace lives.
-func runsTask(t *testing.T, id, name, netns string) (end func()) {
-	t.Helper()
-	dir, err := os.Open(test.NewCgroup(t).Child(t, id+"."+name+".scope").Path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer dir.Close()
-	task := exec.Command("nsenter", "--net="+netns, "sleep", "600")
-	task.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(dir.Fd()), Pdeathsig: syscall.SIGKILL}
-	if err := task.Start(); err != nil {
-		t.Fatal(err)
-	}
-	end = sync.OnceFunc(func() {
-		if err := task.Process.Kill(); err != nil {
-			t.Error(err)
-		}
-		_ = task.Wait() // it was killed
-	})
-	t.Cleanup(end)
-	return end
 }
 
 // registered is the bulk answer with a sidecar for each allocation.
