@@ -252,6 +252,9 @@ func (c *consul) virtualIPs(ctx context.Context, of service) ([]string, error) {
 		return nil, err
 	}
 	options.Namespace, options.Partition = of.Namespace, of.Partition
+	if of.Peer != "" {
+		return c.peerVirtualIPs(of, options)
+	}
 	var chain struct {
 		Chain *struct{ AutoVirtualIPs, ManualVirtualIPs []string }
 	}
@@ -262,6 +265,31 @@ func (c *consul) virtualIPs(ctx context.Context, of service) ([]string, error) {
 		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, errEmpty)
 	}
 	return append(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs...), nil
+}
+
+// peerVirtualIPs are the addresses by which the mesh of this cluster knows a
+// peer's service, which its imported instances carry: a discovery chain has none.
+// A service that the peer does not export, or not yet, has no instance.
+func (c *consul) peerVirtualIPs(of service, options *api.QueryOptions) ([]string, error) {
+	options.Peer = of.Peer
+	var instances []struct {
+		Service struct {
+			TaggedAddresses map[string]struct{ Address string }
+		}
+	}
+	if _, err := c.client.Raw().Query("/v1/health/connect/"+url.PathEscape(of.Name), &instances, options); err != nil {
+		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, brief(err))
+	}
+	if instances == nil {
+		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, errEmpty)
+	}
+	var addresses []string
+	for _, instance := range instances {
+		if virtual, ok := instance.Service.TaggedAddresses["consul-virtual"]; ok && !slices.Contains(addresses, virtual.Address) {
+			addresses = append(addresses, virtual.Address)
+		}
+	}
+	return addresses, nil
 }
 
 // intentions are those that allow a service, named by itself, to dial another:

@@ -195,7 +195,7 @@ func upstreams(p proxy, known facts, record *redirect.Known) []redirect.Upstream
 		addresses, answered := known.VirtualIPs[u.Of]
 		if !answered && record != nil {
 			for _, before := range record.Overlay.Upstreams {
-				if before.Name == u.Of.Name {
+				if before.Name == u.Of.label() {
 					addresses = append(addresses, before.Addresses...)
 				}
 			}
@@ -203,7 +203,7 @@ func upstreams(p proxy, known facts, record *redirect.Known) []redirect.Upstream
 		if u.Remote || len(addresses) == 0 {
 			continue
 		}
-		list = append(list, redirect.Upstream{Name: u.Of.Name, Addresses: slices.Clone(addresses), Listener: u.Listener})
+		list = append(list, redirect.Upstream{Name: u.Of.label(), Addresses: slices.Clone(addresses), Listener: u.Listener})
 	}
 	slices.SortFunc(list, byListener)
 	return list

@@ -256,5 +256,5 @@ func questions(byAllocation map[string][]proxy, intentions []intention) (service
 }
 
 func compareServices(a, b service) int {
-	return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name, b.Partition+"/"+b.Namespace+"/"+b.Name)
+	return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name+"/"+a.Peer, b.Partition+"/"+b.Namespace+"/"+b.Name+"/"+b.Peer)
 }

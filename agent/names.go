@@ -146,7 +146,7 @@ func (n *names) of(s service) presence {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	own := n.consul.config
-	if n.known == nil || named("", s.Namespace, s.Partition) != named("", oneNamespace(own.Namespace), own.Partition) {
+	if n.known == nil || s.Peer != "" || named("", s.Namespace, s.Partition) != named("", oneNamespace(own.Namespace), own.Partition) {
 		return presenceUnknown
 	}
 	if _, found := n.known[s.Name]; found {
@@ -195,6 +195,12 @@ func gatewayInterval(gateways int) time.Duration {
 	return max(5*time.Second, time.Duration(gateways)*2*time.Second)
 }
 
+// peerInterval is how soon the virtual IP of a peer's service is asked for again:
+// no list of this cluster has it.
+func peerInterval(services int) time.Duration {
+	return max(30*time.Second, time.Duration(services)*2*time.Second)
+}
+
 // heed lets those be asked at once whose service came to the catalog or went,
 // and all of them, one after the other, where that may have been missed.
 func (l *lookups) heed() {
@@ -225,15 +231,21 @@ func (l *lookups) hasten() {
 	if len(l.virtual) > 0 {
 		l.names.need()
 	}
-	count := 0
-	for _, question := range l.virtual {
+	count, peers := 0, 0
+	for of, question := range l.virtual {
 		if question.presence == absent {
 			count++
 		}
+		if of.Peer != "" {
+			peers++
+		}
 	}
-	for _, question := range l.virtual {
+	for of, question := range l.virtual {
 		if question.presence == absent {
 			question.next = earlier(question.next, l.now().Add(absentInterval(count)))
+		}
+		if of.Peer != "" {
+			question.next = earlier(question.next, l.now().Add(peerInterval(peers)))
 		}
 	}
 	for _, question := range l.gateways {

@@ -30,8 +30,17 @@ const (
 const guardMeta = "weir-guard"
 
 // service names a service in Consul. Namespace and partition are empty in the
-// free edition.
-type service struct{ Name, Namespace, Partition string }
+// free edition, the peer where it is none of another cluster's.
+type service struct{ Name, Namespace, Partition, Peer string }
+
+// label is what operators read: that of a peer's is the beginning of its name in
+// Consul's DNS.
+func (s service) label() string {
+	if s.Peer == "" {
+		return s.Name
+	}
+	return s.Name + "." + s.Peer
+}
 
 // gateway names a gateway's configuration entry.
 type gateway struct {
@@ -65,7 +74,7 @@ type proxy struct {
 type upstream struct {
 	Of       service
 	Listener netip.AddrPort
-	Remote   bool // in another cluster, or no single service: it has no virtual IP here
+	Remote   bool // in another datacenter, or no single service: it has no virtual IP here
 }
 
 // isGateway reports whether the proxy is one of the gateways.
@@ -95,7 +104,6 @@ type registration struct {
 			DestinationPeer, DestinationName, Datacenter                string
 			LocalBindAddress, LocalBindSocketPath                       string
 			LocalBindPort                                               int
-			CentrallyConfigured                                         bool
 		}
 		Expose struct {
 			Checks bool
@@ -174,10 +182,7 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 	for _, u := range r.Proxy.Upstreams {
 		port, ok := portNumber(u.LocalBindPort)
 		if !ok {
-			if !u.CentrallyConfigured && u.LocalBindSocketPath == "" {
-				problem("upstream %s has no local port", u.DestinationName)
-			}
-			continue // defaults for all upstreams, or a Unix socket
+			continue // a Unix socket, or central defaults: Consul refuses any other
 		}
 		listener, err := listenerOf(u.LocalBindAddress, loopback, port)
 		if err != nil {
@@ -185,13 +190,9 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 			continue
 		}
 		p.Upstreams = append(p.Upstreams, upstream{
-			Of: service{
-				Name:      u.DestinationName,
-				Namespace: cmp.Or(u.DestinationNamespace, r.Namespace), // as Consul reads it
-				Partition: cmp.Or(u.DestinationPartition, r.Partition),
-			},
+			Of:       r.service(u.DestinationName, u.DestinationNamespace, u.DestinationPartition, u.DestinationPeer),
 			Listener: listener,
-			Remote:   u.DestinationPeer != "" || u.Datacenter != "" && u.Datacenter != r.Datacenter || u.DestinationType == "prepared_query",
+			Remote:   u.Datacenter != "" && u.Datacenter != r.Datacenter || u.DestinationType == "prepared_query",
 		})
 	}
 	if asked, ok := r.Meta[guardMeta]; ok {
@@ -203,6 +204,18 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 		}
 	}
 	return p
+}
+
+// service is what the registration names by these, as Consul reads it. The free
+// edition takes the names of its only namespace and partition in a registration,
+// and in no question.
+func (r registration) service(name, namespace, partition, peer string) service {
+	if r.Namespace == "" && r.Partition == "" {
+		of := named(name, namespace, partition)
+		of.Peer = peer
+		return of
+	}
+	return service{Name: name, Namespace: cmp.Or(namespace, r.Namespace), Partition: cmp.Or(partition, r.Partition), Peer: peer}
 }
 
 // binds are the ports of a gateway's listeners beside the default one. To an API

@@ -160,7 +160,7 @@ func describe(s subject, state State, w wish, problems []redirect.Problem, known
 	for _, p := range s.Proxies {
 		v.Proxies = append(v.Proxies, ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})
 		for _, u := range p.Upstreams {
-			v.Upstreams = append(v.Upstreams, UpstreamView{Name: u.Of.Name, Listener: u.Listener, VirtualIPs: append([]netip.Addr{}, known.VirtualIPs[u.Of]...)})
+			v.Upstreams = append(v.Upstreams, UpstreamView{Name: u.Of.label(), Listener: u.Listener, VirtualIPs: append([]netip.Addr{}, known.VirtualIPs[u.Of]...)})
 		}
 	}
 	return v

@@ -4,6 +4,7 @@ package consul
 
 import (
 	"fmt"
+	"net/http"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -94,5 +95,28 @@ func (s *Server) authority(dir string) {
 		if out, err := cmd.CombinedOutput(); err != nil {
 			s.tb.Fatalf("consul tls %v: %v: %s", args, err, out)
 		}
+	}
+}
+
+// WithPeering lets servers of two clusters know each other: the datacenter is
+// this one's name, and the peer's.
+func WithPeering(datacenter string) Option {
+	return func(s *Server, config settings) {
+		config["datacenter"], config["node_name"] = datacenter, "node-"+datacenter
+		config["peering"] = settings{"enabled": true}
+		config["ports"].(settings)["grpc_tls"] = freePorts(s.tb, 1)[0]
+	}
+}
+
+// Peer makes other a peer of s, each under the name that the other calls it.
+func (s *Server) Peer(other *Server, name, otherName string) {
+	s.tb.Helper()
+	var token struct{ PeeringToken string }
+	err := s.call(http.MethodPost, "/v1/peering/token", settings{"PeerName": otherName}, &token)
+	if err == nil {
+		err = other.call(http.MethodPost, "/v1/peering/establish", settings{"PeerName": name, "PeeringToken": token.PeeringToken}, nil)
+	}
+	if err != nil {
+		s.tb.Fatal(err)
 	}
 }

@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+	realconsul "github.com/weirmesh/weir/test/consul"
+)
+
+// The virtual IP of another cluster's service is known from a real Consul, and in
+// a plain connect job it goes to the upstream's listener like any other.
+func TestVirtualIPOfAPeersService(t *testing.T) {
+	here, there := realconsul.Start(t, false, realconsul.WithPeering("dc1")), realconsul.Start(t, false, realconsul.WithPeering("dc2"))
+	here.Peer(there, "dc1", "dc2")
+	there.Register(object{"Kind": "mesh-gateway", "Name": "mesh-gateway", "ID": "mesh-gateway", "Port": 8443, "Address": "127.0.0.1",
+		"TaggedAddresses": object{"wan": object{"Address": "127.0.0.1", "Port": 8443}, "lan": object{"Address": "127.0.0.1", "Port": 8443}}})
+	here.Register(object{"Name": "api", "ID": "api-1", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20005}}})
+	id := "_nomad-task-" + numbered(1) + "-group-g-web-80"
+	here.Register(object{"Name": "web", "ID": id, "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001, "Proxy": object{
+		"Upstreams": []object{
+			{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "api", "DestinationPeer": "dc2", "LocalBindPort": 9292},
+		}}}}})
+	config := *DefaultConfig().Consul
+	config.Address = here.Address
+	follower := runFollower(t, config, func(f *follower) { f.consul.read = defaultPatience().read })
+	local, peers := service{Name: "api"}, service{Name: "api", Peer: "dc2"}
+	before := follower.eventually(t, "the question to be answered", func(v view) bool {
+		_, answered := v.Facts.VirtualIPs[peers]
+		return answered && len(v.Facts.VirtualIPs[local]) == 1
+	})
+	if addresses := before.Facts.VirtualIPs[peers]; len(addresses) > 0 {
+		t.Errorf("a service that the peer does not export has virtual IPs %v", addresses)
+	}
+	there.Register(object{"Name": "api", "ID": "api-2", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001}}})
+	there.Put("/v1/config", object{"Kind": "exported-services", "Name": "default", "Services": []object{{"Name": "api", "Consumers": []object{{"Peer": "dc1"}}}}})
+	got := follower.eventually(t, "the virtual IP of the peer's service", func(v view) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
+	virtual, own := got.Facts.VirtualIPs[peers][0], got.Facts.VirtualIPs[local][0]
+	if virtual == own {
+		t.Errorf("both services have %s: nothing was tested", own)
+	}
+
+	// The desired state is that of any upstream.
+	s := subject{attachment: attachment{Key: redirect.Key{ContainerID: numbered(1)}, Job: redirect.Job{AllocID: numbered(1)}}}
+	s.Known = &redirect.Known{Request: redirect.Request{Mode: redirect.ModeDirect}}
+	s.Proxies = got.of(s.attachment)
+	wanted := desire(s, got.Facts, policy{Guard: redirect.GuardAudit})
+	want := []redirect.Upstream{
+		{Name: "api", Addresses: []netip.Addr{own}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
+		{Name: "api.dc2", Addresses: []netip.Addr{virtual}, Listener: netip.MustParseAddrPort("127.0.0.1:9292")},
+	}
+	if diff := cmp.Diff(want, wanted.Overlay.Upstreams, sameAddrs()); diff != "" {
+		t.Errorf("upstreams (-want +got):\n%s", diff)
+	}
+	if problems := append(got.problems("consul"), wanted.Problems...); len(problems) > 0 {
+		t.Errorf("problems are %v", problems)
+	}
+}
