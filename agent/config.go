@@ -60,6 +60,7 @@ type ConsulConfig struct {
 // GuardConfig is the node's guard. A job may ask for a stronger one.
 type GuardConfig struct {
 	Default string `hcl:"default,optional"` // `off`, `audit`, `enforce`; a job strengthens it, never weakens it
+	Forward bool   `hcl:"forward,optional"` // let packets be forwarded through the namespaces of allocations, past their proxies
 }
 
 // ProxyConfig is what is assumed of proxies that no plugin was told about.

@@ -40,6 +40,7 @@ type facts struct {
 // policy is the operator's part.
 type policy struct {
 	Guard    redirect.Guard
+	Forward  bool
 	ProxyUID uint32
 }
 
@@ -99,7 +100,7 @@ func desire(s subject, known facts, node policy) wish {
 				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
 		}
 	}
-	overlay := redirect.Overlay{Guard: guard}
+	overlay := redirect.Overlay{Guard: guard, Forward: node.Forward}
 	proxies := inOrder(s.Proxies)
 	w.Problems = append(w.Problems, sidecars(&overlay, proxies, mode, known, s.Known)...)
 	var open []uint16

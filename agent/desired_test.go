@@ -108,6 +108,12 @@ func TestDesire(t *testing.T) {
 			},
 		},
 		{
+			name:    "the operator lets packets be forwarded",
+			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
+			policy:  policy{Guard: redirect.GuardEnforce, Forward: true},
+			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce, Forward: true}},
+		},
+		{
 			name:    "checks that nobody exposes are no problem",
 			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
 			facts:   facts{NoChecks: redirect.Problem{What: "forbidden", Remedy: "a token"}},

@@ -125,7 +125,7 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 		a.subjects[s.Key] = m
 	}
 	m.fresh = false
-	wanted := desire(s, consul.Facts, policy{Guard: redirect.Guard(a.config.Guard.Default), ProxyUID: a.config.Proxy.DefaultUID})
+	wanted := desire(s, consul.Facts, policy{Guard: redirect.Guard(a.config.Guard.Default), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
 	state := a.place(s, m, wanted, now)
 	inForce := !m.fresh
 	if state == StateManaged && wanted.Overlay != nil && !m.fresh {

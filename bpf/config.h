@@ -20,6 +20,7 @@ enum config_flag {
 	CONFIG_PROXIES = 1 << 10,    /* there are proxies beside the first */
 	CONFIG_LISTENERS = 1 << 11,  /* proxies have exposed ports */
 	CONFIG_SOURCES = 1 << 12,    /* the own address depends on the origin: see map sources */
+	CONFIG_FORWARD = 1 << 13,    /* the operator lets it forward */
 };
 
 /* One generation of a workload's configuration. Never changed in place. */

@@ -25,6 +25,7 @@ func jobArgs() []jobArg {
 	return []jobArg{
 		{"mode", applyMode},
 		{"guard", applyGuard},
+		{"forward", applyForward},
 		{"proxy-uid", applyProxyUID},
 		{"inbound-port", applyInboundPort},
 		{"outbound-port", applyOutboundPort},
@@ -161,6 +162,15 @@ func applyGuard(value string, asked *jobRequest) error {
 		return fmt.Errorf("want %s or %s: a job strengthens the guard and never weakens it", redirect.GuardAudit, redirect.GuardEnforce)
 	}
 	asked.Guard = guard
+	return nil
+}
+
+// applyForward takes no "false": what the operator lets all jobs do, none undoes.
+func applyForward(value string, asked *jobRequest) error {
+	if value != "true" {
+		return errors.New("want true: packets are not forwarded without it, unless the operator of this node lets all jobs do so")
+	}
+	asked.Forward = true
 	return nil
 }
 

@@ -79,6 +79,9 @@ func TestJobArguments(t *testing.T) {
 			wantRequest(t, ownArgs(args), everyJobArg(), want)
 		})
 	}
+	forwarding := ownBase(redirect.ModeDirect)
+	forwarding.Forward = true
+	wantRequest(t, ownArgs("weir.mode=direct;weir.forward=true"), everyJobArg(), forwarding)
 	direct := ownBase(redirect.ModeDirect)
 	direct.Guard, direct.ExcludeInboundPorts, direct.ProxyUID = redirect.GuardEnforce, []uint16{8080}, 7
 	direct.Notes = []string{"the job excludes inbound ports http@8080"}
@@ -108,6 +111,7 @@ func TestBadJobArguments(t *testing.T) {
 	for name, groups := range map[string][][]string{
 		"mode":                   {{"", "x", "Transparent", "transparent,direct"}},
 		"guard":                  {{"", "off", "x", "Enforce"}},
+		"forward":                {{"", "false", "1", "True"}},
 		"proxy-uid":              {{"", "-1", "+1", "envoy", "1-2", "4294967295", "4294967296"}},
 		"inbound-port":           {numbers},
 		"outbound-port":          {numbers},

@@ -43,6 +43,20 @@ type policyConf struct {
 	JobArgs          json.RawMessage `json:"jobArgs"`
 	ConsulExclusions json.RawMessage `json:"consulExclusions"`
 	ConfigDir        json.RawMessage `json:"configDir"`
+	Forward          json.RawMessage `json:"forward"`
+}
+
+// forwards reports whether the network lets packets be forwarded through the
+// namespaces of its allocations.
+func (c policyConf) forwards() (bool, error) {
+	if empty(c.Forward) {
+		return false, nil
+	}
+	allowed, err := decode[bool](c.Forward, "true or false")
+	if err != nil {
+		return false, fmt.Errorf("forward: %w", err)
+	}
+	return allowed, nil
 }
 
 // readPolicy is the default, overridden by the files in the configuration

@@ -45,6 +45,7 @@ func TestPolicyOfJobArguments(t *testing.T) {
 		{name: "by default no UID", args: base + ";weir.exclude-uids=0", refused: "weir.exclude-uids"},
 		{name: "by default no UID of the proxy", args: base + ";weir.proxy-uid=0", refused: "weir.proxy-uid"},
 		{name: "by default no resolver", args: base + ";weir.dns=10.0.0.1:5432", refused: "weir.dns"},
+		{name: "by default no forwarding", args: base + ";weir.forward=true", refused: "weir.forward: the operator"},
 		{name: "beside Consul's request too", args: "weir.exclude-uids=0;" + meshArgs, refused: "weir.exclude-uids"},
 		{name: "the network allows", args: excluding, conf: `"jobArgs":["mode","inbound-port","exclude-outbound-ports"]`},
 		{name: "the network allows none", args: "weir.mode=direct", conf: `"jobArgs":[]`, refused: "allowed by jobArgs of the network configuration: none"},
@@ -189,5 +190,22 @@ func TestExampleConfigurationIsTheDefaultPolicy(t *testing.T) {
 	want.source = got.source
 	if diff := cmp.Diff(want, got, cmp.AllowUnexported(policy{})); diff != "" {
 		t.Errorf("policy (-default +example):\n%s", diff)
+	}
+}
+
+// The network's own word is enough for what its allocations forward, and only true is one.
+func TestForwardOfTheNetwork(t *testing.T) {
+	for value, want := range map[string]bool{"true": true, "false": false, "null": false} {
+		b := newBench()
+		if err := b.Add(call(meshArgs, confWith(`"forward":`+value))); err != nil {
+			t.Fatal(err)
+		}
+		if got := b.fake.added[0].Request.Forward; got != want {
+			t.Errorf("forward %s: the request says %t", value, got)
+		}
+	}
+	b := newBench()
+	if err := b.Add(call(meshArgs, confWith(`"forward":"allow"`))); err == nil || !strings.Contains(err.Error(), "forward") || len(b.fake.added) > 0 {
+		t.Errorf("forward of another type: %v, want an error that names the key", err)
 	}
 }

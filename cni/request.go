@@ -81,6 +81,11 @@ func (p *Plugin) request(r requester, args arguments, conf *netConf) (*redirect.
 			return nil, r.fail(types.ErrInvalidEnvironmentVariables, err.Error())
 		}
 	}
+	forwards, err := conf.forwards()
+	if err != nil {
+		return nil, r.fail(types.ErrInvalidNetworkConfig, err.Error())
+	}
+	asked.Forward = asked.Forward || forwards
 	request := asked.finish(mesh)
 	return &request, nil
 }

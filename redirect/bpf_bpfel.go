@@ -98,6 +98,7 @@ const (
 	bpfConfigFlagCONFIG_PROXIES     bpfConfigFlag = 1024
 	bpfConfigFlagCONFIG_LISTENERS   bpfConfigFlag = 2048
 	bpfConfigFlagCONFIG_SOURCES     bpfConfigFlag = 4096
+	bpfConfigFlagCONFIG_FORWARD     bpfConfigFlag = 8192
 )
 
 type bpfConfigKey struct {
@@ -251,29 +252,31 @@ const (
 	bpfVerdictVERDICT_INBOUND_EXCLUDED          bpfVerdict = 11
 	bpfVerdictVERDICT_GUARD_AUDIT               bpfVerdict = 12
 	bpfVerdictVERDICT_GUARD_EPHEMERAL           bpfVerdict = 13
-	bpfVerdictVERDICT_LISTENER                  bpfVerdict = 14
-	bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY bpfVerdict = 15
-	bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  bpfVerdict = 16
-	bpfVerdictVERDICT_REFUSED_LISTENER_TABLE    bpfVerdict = 17
-	bpfVerdictVERDICT_REFUSED_ENCODED           bpfVerdict = 18
-	bpfVerdictVERDICT_REFUSED_FAMILY            bpfVerdict = 19
-	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 20
-	bpfVerdictVERDICT_REFUSED_OPTION            bpfVerdict = 21
-	bpfVerdictVERDICT_REFUSED_BROADCAST         bpfVerdict = 22
-	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 23
-	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 24
-	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 25
-	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 26
-	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 27
-	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 28
-	bpfVerdictVERDICT_MAX                       bpfVerdict = 29
-	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 18
+	bpfVerdictVERDICT_FORWARDED                 bpfVerdict = 14
+	bpfVerdictVERDICT_LISTENER                  bpfVerdict = 15
+	bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY bpfVerdict = 16
+	bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  bpfVerdict = 17
+	bpfVerdictVERDICT_REFUSED_LISTENER_TABLE    bpfVerdict = 18
+	bpfVerdictVERDICT_REFUSED_ENCODED           bpfVerdict = 19
+	bpfVerdictVERDICT_REFUSED_FAMILY            bpfVerdict = 20
+	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 21
+	bpfVerdictVERDICT_REFUSED_OPTION            bpfVerdict = 22
+	bpfVerdictVERDICT_REFUSED_BROADCAST         bpfVerdict = 23
+	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 24
+	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 25
+	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 26
+	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 27
+	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 28
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 29
+	bpfVerdictVERDICT_REFUSED_FORWARDED         bpfVerdict = 30
+	bpfVerdictVERDICT_MAX                       bpfVerdict = 31
+	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 19
 )
 
 type bpfVerdictCounts struct {
 	_          structs.HostLayout
 	Names      [0]bpfVerdict
-	Count      [29]uint64
+	Count      [31]uint64
 	EventsLost uint64
 	EventDue   uint64
 }

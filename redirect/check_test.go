@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -90,16 +91,24 @@ func TestCheckMends(t *testing.T) {
 		"lookup detached":     func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.lookup(a.Cookie())) },
 		"IPv4 route lost":     func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V4) },
 		"IPv6 route lost":     func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V6) },
-		"workload row lost":   row("workloads"),
-		"config row lost":     row("configs"),
-		"exclusions lost":     row("exclusions"),
-		"addresses lost":      row("addresses"),
-		"CIDRs lost":          row("cidrs"),
-		"budget row lost":     row("budgets"),
-		"proxy row lost":      row("proxies"),
-		"verdict row lost":    row("verdicts"),
-		"releases row lost":   row("releases"),
-		"listeners lost":      row("listeners"),
+		"filters lost":        lose("filters"),
+		"a filter lost":       lose("filters", "weir_input"),
+		"filter table lost": func(t *testing.T, a *alloc) {
+			a.nftables(func(conn *nftables.Conn, table *nftables.Table) { conn.DelTable(table) })
+		},
+		"filter rules lost": func(t *testing.T, a *alloc) {
+			a.nftables(func(conn *nftables.Conn, table *nftables.Table) { conn.FlushTable(table) })
+		},
+		"workload row lost": row("workloads"),
+		"config row lost":   row("configs"),
+		"exclusions lost":   row("exclusions"),
+		"addresses lost":    row("addresses"),
+		"CIDRs lost":        row("cidrs"),
+		"budget row lost":   row("budgets"),
+		"proxy row lost":    row("proxies"),
+		"verdict row lost":  row("verdicts"),
+		"releases row lost": row("releases"),
+		"listeners lost":    row("listeners"),
 		"lo down": func(t *testing.T, a *alloc) {
 			a.Do(func() {
 				lo, err := netlink.LinkByIndex(1)

@@ -223,7 +223,8 @@ func (d *Datapath) teardown(tables *tables, r *record) error {
 	return errors.Join(rows, detachLookup(d.paths, r.Cookie), removeRoutes(r))
 }
 
-// removeRoutes removes the routes of a workload whose namespace still lives.
+// removeRoutes removes the routes and the filter of a workload whose namespace
+// still lives.
 func removeRoutes(r *record) error {
 	ns, err := r.open()
 	if errors.Is(err, ErrNetNSGone) || errors.Is(err, ErrHostNetNS) {
@@ -233,7 +234,8 @@ func removeRoutes(r *record) error {
 		return err
 	}
 	defer ns.Close()
-	return ns.removeRoutes()
+	_, err = ns.removeFilter()
+	return errors.Join(err, ns.removeRoutes())
 }
 
 // Check verifies that a workload is redirected as its record says, down to the

@@ -191,6 +191,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	flag(ipv6, bpfConfigFlagCONFIG_IPV6)
 	flag(w.Guard == GuardAudit, bpfConfigFlagCONFIG_AUDIT)
 	flag(w.Guard == GuardEnforce, bpfConfigFlagCONFIG_ENFORCE)
+	flag(w.Forward, bpfConfigFlagCONFIG_FORWARD)
 	return r
 }
 

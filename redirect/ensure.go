@@ -84,6 +84,13 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 	if attached {
 		changed = append(changed, "lookup program attached")
 	}
+	filtered, err := d.paths.setFilter(ns, workload)
+	if err != nil {
+		return changed, err
+	}
+	if filtered {
+		changed = append(changed, "filter of forwarded packets set")
+	}
 	adopted, err := adopt(tables, d.paths, ns, workload, r.Strangers)
 	if err != nil {
 		return changed, err

@@ -17,7 +17,7 @@ import (
 
 // unconnected is a UDP socket on a fixed port of the allocation that is never
 // connected, as an NTP or a SIP client has it. It runs in the test's process.
-func (a *alloc) unconnected(family int, port int) int {
+func (a *alloc) unconnected(family int, port int, options ...func(fd int) error) int {
 	t := a.node.t
 	t.Helper()
 	any := netip.IPv4Unspecified()
@@ -30,8 +30,11 @@ func (a *alloc) unconnected(family int, port int) int {
 		if fd, err = unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
 			return
 		}
+		for _, option := range options {
+			err = errors.Join(err, option(fd))
+		}
 		timeout := unix.NsecToTimeval(int64(3 * time.Second))
-		err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
+		err = errors.Join(err, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout),
 			unix.Bind(fd, sockaddr(fd, netip.AddrPortFrom(any, uint16(port)))))
 	})
 	if err != nil {

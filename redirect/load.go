@@ -145,6 +145,11 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err != nil {
 		return result, err
 	}
+	filters, err := loadFilterPrograms(filepath.Join(staging, "maps"), filepath.Join(staging, "filters"))
+	if err != nil {
+		return result, err
+	}
+	filters.Close()
 	// The programs are attached already: a listener that opens now is not missed.
 	staged := New(d.paths)
 	staged.paths.PinDir = staging
@@ -214,7 +219,7 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 	}
 	did, problems := d.renewLookups(pinned)
 	result.Did = append(result.Did, did...)
-	result.left(problems)
+	result.left(append(problems, d.renewFilters()))
 	if did, err = d.detachFormer(spec); err != nil {
 		return result, err
 	}

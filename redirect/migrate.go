@@ -85,9 +85,10 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	if err := d.publish(staging, changes); err != nil {
 		return result, err
 	}
+	renewed := d.renewFilters()
 	did, problems := d.ensureAll(records)
 	result.Did = append(result.Did, did...)
-	result.left(problems)
+	result.left(append(problems, renewed))
 	return result, nil
 }
 

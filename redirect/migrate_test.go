@@ -56,6 +56,17 @@ func (n *node) loadFormer(number uint32, edit func(name string, spec *ebpf.MapSp
 	defer collection.Close()
 	_, err = attachAll(collection.Programs, spec.Programs, root, n.paths.links())
 	fail(err)
+	if number != layout {
+		return // it had no filters
+	}
+	filters, err := loadFilter()
+	fail(err)
+	for name, mapSpec := range filters.Maps {
+		edit(name, mapSpec)
+	}
+	programs, err := pinFilterPrograms(filters, n.paths.maps(), n.paths.filters())
+	fail(err)
+	programs.Close()
 }
 
 // objectsOfLayout2 takes the place of this version's until the result is called.
@@ -230,7 +241,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 		t.Errorf("the next load did %q, %v; want nothing", again.Did, err)
 	}
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(mapNames()), len(programNames()) + 2, len(programNames()) + 2})
+	held.settle(t, [3]int{len(mapNames()), len(programNames()) + len(filterNames()) + 2, len(programNames()) + 2})
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)
 	}

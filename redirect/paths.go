@@ -54,6 +54,7 @@ func (p Paths) Or(fallback Paths) Paths {
 
 func (p Paths) maps() string            { return filepath.Join(p.PinDir, "maps") }
 func (p Paths) links() string           { return filepath.Join(p.PinDir, "links") }
+func (p Paths) filters() string         { return filepath.Join(p.PinDir, "filters") }
 func (p Paths) lookups() string         { return filepath.Join(p.PinDir, "lookups") }
 func (p Paths) staging() string         { return p.PinDir + "_new" } // bpffs reserves names with dots
 func (p Paths) workloads() string       { return filepath.Join(p.StateDir, "workloads") }

@@ -46,6 +46,9 @@ func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
 	if own == nil || own.ending {
 		return nil, nil
 	}
+	if control == 0 && d.ends(root, own) {
+		return nil, nil
+	}
 	did, err = d.pinTables(own)
 	if errors.Is(err, errEnding) {
 		return nil, nil
@@ -55,6 +58,22 @@ func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
 	}
 	links, err := d.pinLinks(own)
 	return append(did, links...), err
+}
+
+// ends waits a moment where some of the set's programs run no more, and reports
+// whether the others ended too: the kernel ends them one by one, and rules of
+// nftables in namespaces hold the tables meanwhile.
+func (d *Datapath) ends(root *os.File, own *programSet) bool {
+	for deadline := time.Now().Add(500 * time.Millisecond); len(own.programs) < len(programNames()); time.Sleep(5 * time.Millisecond) {
+		sets, err := setsAt(root)
+		if err != nil || time.Now().After(deadline) {
+			return false
+		}
+		if !slices.ContainsFunc(sets, func(s *programSet) bool { return s.tables["control"] == own.tables["control"] }) {
+			return true
+		}
+	}
+	return false
 }
 
 // openOrReclaim is openTables for who must not take a node without pins for one

@@ -228,6 +228,13 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	if !routed {
 		problem(anew, "routes to the proxy are missing: redirected connections do not arrive")
 	}
+	filtered, err := d.paths.filtered(ns, w)
+	if err != nil {
+		return err
+	}
+	if !filtered {
+		problem(anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
+	}
 	lookups, err := lookupsIn(tables, ns)
 	if err != nil {
 		return err

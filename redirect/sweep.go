@@ -98,5 +98,5 @@ func (d *Datapath) Hooked(cookie uint64) bool {
 // Directories are where a change by somebody else can be seen: records, pinned
 // maps, links and lookup programs. Not all need exist.
 func (p Paths) Directories() []string {
-	return []string{p.workloads(), p.maps(), p.links(), p.lookups()}
+	return []string{p.workloads(), p.maps(), p.links(), p.lookups(), p.filters()}
 }

@@ -154,7 +154,7 @@ func dropIf[K, V any](m *tables, name string, match func(K) bool) error {
 
 // digest names the objects in this binary.
 func digest() [2]uint64 {
-	sum := sha256.Sum256(append(append([]byte(nil), _BpfBytes...), _LookupBytes...))
+	sum := sha256.Sum256(slices.Concat(_BpfBytes, _LookupBytes, _FilterBytes))
 	return [2]uint64{binary.NativeEndian.Uint64(sum[:]), binary.NativeEndian.Uint64(sum[8:])}
 }
 

@@ -31,6 +31,7 @@ func (d *Datapath) Unload() (removed []string, err error) {
 			problems = append(problems, removeRoutes(r), d.paths.removeRecord(r.Key))
 			removed = append(removed, "workload "+r.Key.String())
 		}
+		problems = append(problems, d.dropWorkloads())
 		for _, dir := range []string{d.paths.PinDir, d.paths.staging()} {
 			pins, err := unpinAll(dir)
 			removed = append(removed, pins...)
@@ -42,6 +43,17 @@ func (d *Datapath) Unload() (removed []string, err error) {
 		return errors.Join(append(problems, removeTree(d.paths.workloads()), removeTree(d.paths.eventsLock()))...)
 	})
 	return removed, err
+}
+
+// dropWorkloads makes the programs leave every namespace alone: without a record
+// nobody knows the path to one, whose rules of nftables ask them until it ends.
+func (d *Datapath) dropWorkloads() error {
+	tables, err := openTables(d.paths.maps())
+	if err != nil {
+		return nil // there are none, or some that this version does not know
+	}
+	defer tables.Close()
+	return dropIf[uint64, bpfWorkload](tables, "workloads", func(uint64) bool { return true })
 }
 
 // detachHidden detaches what this instance has attached and no pin leads to.

@@ -221,7 +221,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	b.works()
 	// The old programs are gone, not only out of the way.
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(held.maps), len(programNames()) + 2, len(programNames()) + 2})
+	held.settle(t, [3]int{len(held.maps), len(programNames()) + len(filterNames()) + 2, len(programNames()) + 2})
 	counts := a.counts()
 	for verdict := range counts {
 		if verdict != Redirected && verdict != Inbound && verdict != Listener {

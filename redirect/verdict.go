@@ -27,6 +27,7 @@ const (
 	InboundExcluded         = Verdict(bpfVerdictVERDICT_INBOUND_EXCLUDED)
 	GuardAudited            = Verdict(bpfVerdictVERDICT_GUARD_AUDIT)
 	GuardEphemeral          = Verdict(bpfVerdictVERDICT_GUARD_EPHEMERAL)
+	Forwarded               = Verdict(bpfVerdictVERDICT_FORWARDED)
 	Listener                = Verdict(bpfVerdictVERDICT_LISTENER)
 	RefusedListenerIdentity = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
 	RefusedListenerAddress  = Verdict(bpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
@@ -42,6 +43,7 @@ const (
 	RefusedInboundNoProxy   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY)
 	RefusedInboundUnknown   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN)
 	RefusedGuard            = Verdict(bpfVerdictVERDICT_REFUSED_GUARD)
+	RefusedForwarded        = Verdict(bpfVerdictVERDICT_REFUSED_FORWARDED)
 	verdictMax              = Verdict(bpfVerdictVERDICT_MAX)
 	verdictFirstRefused     = Verdict(bpfVerdictVERDICT_FIRST_REFUSED)
 )
@@ -64,6 +66,7 @@ func (v Verdict) text() verdictText {
 		InboundExcluded:         {"inbound_excluded", "from outside, left alone: its port is excluded"},
 		GuardAudited:            {"guard_audit", "from outside, let in: the guard would refuse it in mode enforce"},
 		GuardEphemeral:          {"guard_ephemeral", "from outside, let in: a datagram to an ephemeral port may be a reply"},
+		Forwarded:               {"forwarded", "let through: forwarded through the namespace, past the proxy; of TCP each connection, of all else each packet"},
 		Listener:                {"listener", "a listener of the proxy was registered"},
 		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
 		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
@@ -79,6 +82,7 @@ func (v Verdict) text() verdictText {
 		RefusedInboundNoProxy:   {"refused_inbound_no_proxy", "from outside, refused: the proxy has no inbound listener"},
 		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
 		RefusedGuard:            {"refused_guard", "from outside, refused by the guard: not the proxy's port nor an allowed one"},
+		RefusedForwarded:        {"refused_forwarded", "refused: a packet to be forwarded through the namespace, past the proxy"},
 	}
 	if v == EventsLost {
 		return verdictText{"lost", "no connection: events that the reader does not get"}

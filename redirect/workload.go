@@ -112,7 +112,8 @@ type Request struct {
 	InboundPort  uint16 `json:"inbound_port"` // 0: not known yet; inbound is refused by name until it is
 	OutboundPort uint16 `json:"outbound_port"`
 	DNS          DNS    `json:"dns,omitzero"`
-	Guard        Guard  `json:"guard,omitempty"` // the least that the overlay's may be
+	Guard        Guard  `json:"guard,omitempty"`   // the least that the overlay's may be
+	Forward      bool   `json:"forward,omitempty"` // let packets be forwarded through the namespace
 
 	ExcludeInboundPorts  []uint16       `json:"exclude_inbound_ports,omitempty"`
 	ExcludeOutboundPorts []uint16       `json:"exclude_outbound_ports,omitempty"`
@@ -148,7 +149,8 @@ type Overlay struct {
 	OutboundPort        uint16     `json:"outbound_port,omitempty"`
 	ExcludeInboundPorts []uint16   `json:"exclude_inbound_ports,omitempty"` // added to the request's
 	Upstreams           []Upstream `json:"upstreams,omitempty"`
-	Guard               Guard      `json:"guard,omitempty"` // "" is GuardOff
+	Guard               Guard      `json:"guard,omitempty"`   // "" is GuardOff
+	Forward             bool       `json:"forward,omitempty"` // or the request's
 
 	// ExposedPorts are those of the first proxy's listeners for what is not the
 	// mesh's: expose paths, metrics, a gateway's own. One is open while the
@@ -178,6 +180,7 @@ type Workload struct {
 	Upstreams            []Upstream
 	ExposedPorts         []uint16 // of the first proxy
 	Guard                Guard
+	Forward              bool // it may forward packets
 	Budget               uint32
 	Ephemeral            PortRange
 	Sources              Sources
@@ -208,6 +211,7 @@ func Merge(request Request, overlay Overlay) Workload {
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
 		Guard:                Stronger(request.Guard, overlay.Guard),
+		Forward:              request.Forward || overlay.Forward,
 		Budget:               request.Budget,
 		Service:              overlay.Service,
 	}
@@ -305,7 +309,7 @@ func (w Workload) Validate() error {
 func (w Workload) Equal(other Workload) bool {
 	return w.Mode == other.Mode && w.ProxyUID == other.ProxyUID &&
 		w.InboundPort == other.InboundPort && w.OutboundPort == other.OutboundPort &&
-		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard && w.Ephemeral == other.Ephemeral &&
+		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard && w.Forward == other.Forward && w.Ephemeral == other.Ephemeral &&
 		slices.Equal(w.ExcludeInboundPorts, other.ExcludeInboundPorts) &&
 		slices.Equal(w.ExposedPorts, other.ExposedPorts) &&
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&

@@ -32,9 +32,12 @@ consul {
 # What may be reached from outside a mesh allocation beside its proxy, expose
 # paths and mapped ports: off (everything), audit (everything, but counted),
 # enforce (nothing). A job strengthens it by sidecar_service { meta { weir-guard =
-# "enforce" } } and never weakens it.
+# "enforce" } } and never weakens it. Forward lets packets be forwarded through the
+# namespaces of allocations, past their proxies, as Docker in Docker does: without
+# it that is refused in transparent mode, and under enforce in any.
 guard {
   # default = "audit"
+  # forward = false
 }
 
 # The UID of proxies that no plugin was told about.

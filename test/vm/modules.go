@@ -23,7 +23,7 @@ var guestModules = strings.Fields(`
 	nf_tables nf_nat nft_chain_nat nft_nat nft_masq nft_redir nft_ct nft_compat nft_fib_inet nft_reject_inet
 	nft_counter? nft_limit nft_log nft_hash nft_numgen nf_conntrack_netlink
 	ip_tables ip6_tables iptable_nat iptable_filter iptable_mangle ip6table_nat ip6table_filter
-	xt_REDIRECT xt_MASQUERADE xt_nat xt_owner xt_comment xt_conntrack xt_addrtype xt_tcpudp xt_multiport xt_mark
+	xt_REDIRECT xt_MASQUERADE xt_nat xt_owner xt_comment xt_conntrack xt_addrtype xt_tcpudp xt_multiport xt_mark xt_bpf
 	ipt_REJECT ip6t_REJECT nf_conntrack
 	tls? mptcp_diag? xfrm_user`)
 

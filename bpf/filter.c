@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MPL-2.0
+/*
+ * What no hook of a socket sees. Netfilter asks these programs in a workload's
+ * namespace, where a rule of ours names them (redirect/filter.go):
+ *
+ *   forward   weir_forward   what is forwarded through the namespace, to a
+ *                            namespace or a machine inside of it, or from there
+ *   input     weir_input     what comes in by a device and sk_lookup is not asked
+ *                            for: broadcast, multicast, UDP-Lite, SCTP, DCCP, and
+ *                            IPv6 with a source of the workload's own
+ *
+ * 1 refuses the packet, 0 lets it go on. The programs are the node's: a rule has
+ * no constant, so each packet names its namespace by its device.
+ */
+#include "guard.h"
+#include "kernel.h"
+#include "maps.h"
+#include "origin.h"
+#include "packet.h"
+#include "verdict.h"
+
+static __always_inline int end(const struct view *view, const struct packet *packet,
+			       enum verdict verdict)
+{
+	struct event *event = event_reserve(count(view->cookie, verdict));
+
+	if (event) {
+		event->cookie = view->cookie;
+		event->source = packet->source;
+		event->source_port = packet->source_port;
+		event->destination = packet->destination;
+		event->destination_port = packet->destination_port;
+		event->verdict = verdict;
+		bpf_ringbuf_submit(event, 0);
+	}
+	return is_refusal(verdict);
+}
+
+SEC("socket")
+int weir_forward(struct __sk_buff *skb)
+{
+	struct packet packet;
+	enum config_flag flags;
+	struct view view;
+
+	if (!view_open(&view, packet_netns(skb)))
+		return 0;
+	packet_read(skb, &packet);
+	if (!view.config)
+		return end(&view, &packet, VERDICT_REFUSED_TABLE);
+	flags = view.config->flags;
+	if (!(flags & CONFIG_FORWARD) && flags & (CONFIG_TRANSPARENT | CONFIG_ENFORCE))
+		return end(&view, &packet, VERDICT_REFUSED_FORWARDED);
+	/* A connection counts once; of what has none, each packet. */
+	if (packet.established)
+		return 0;
+	return end(&view, &packet, VERDICT_FORWARDED);
+}
+
+/* What the guard says of a packet that sk_lookup has not seen. */
+static __always_inline enum verdict decide(const struct view *view, const struct packet *packet)
+{
+	if (!view->config)
+		return VERDICT_REFUSED_TABLE;
+	if (!(view->config->flags & (CONFIG_AUDIT | CONFIG_ENFORCE)))
+		return VERDICT_DIRECT;
+	/* Without a port it is a later fragment, which is nothing without the first. */
+	if (!packet->ports)
+		return packet->fragment ? VERDICT_DIRECT : guard_refusal(view->config);
+	/* Unicast to a port of UDP: sk_lookup decides, or a connected socket has it.
+	 * sk_lookup takes a source of the workload's own for one that is inside. */
+	if (packet->protocol == IPPROTO_UDP && is_own(view, &packet->destination) &&
+	    !is_own(view, &packet->source) && !addr_is_local(&packet->source))
+		return VERDICT_DIRECT;
+	if (view->config->flags & CONFIG_PORTS_IN) {
+		__u32 *row = view_row(view, EXCLUSION_PORT_IN, packet->destination_port);
+
+		if (row && !*row)
+			return VERDICT_INBOUND_EXCLUDED;
+	}
+	return guard_datagram(view, packet->destination_port, &packet->source,
+			      packet->source_port);
+}
+
+SEC("socket")
+int weir_input(struct __sk_buff *skb)
+{
+	struct packet packet;
+	enum verdict verdict;
+	struct view view;
+
+	packet_read(skb, &packet);
+	switch (packet.protocol) {
+	case IPPROTO_UDP:
+	case IPPROTO_UDPLITE:
+	case IPPROTO_SCTP:
+	case IPPROTO_DCCP:
+	/* What they carry is behind more headers than are followed. */
+	case IPPROTO_HOPOPTS:
+	case IPPROTO_ROUTING:
+	case IPPROTO_FRAGMENT:
+	case IPPROTO_DSTOPTS:
+	case IPPROTO_AH:
+		break;
+	default:
+		return 0;
+	}
+	if (!view_open(&view, packet_netns(skb)))
+		return 0;
+	verdict = decide(&view, &packet);
+	return verdict == VERDICT_DIRECT ? 0 : end(&view, &packet, verdict);
+}
+
+char LICENSE[] SEC("license") = "Dual MPL/GPL";

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/google/nftables/xt"
+	"golang.org/x/sys/unix"
+)
+
+// What is forwarded through a namespace has no socket in it, and for broadcast,
+// multicast and UDP-Lite the kernel asks no sk_lookup. So each namespace gets a
+// table of nftables with two chains at most, whose rules ask the programs of
+// ../bpf/filter.c. A rule goes with its namespace; a pinned link of netfilter
+// (Linux 6.4) would keep the namespace alive.
+
+// filterTable is the table's name, of family inet.
+const filterTable = "weir_filter"
+
+// chainPrograms are the programs of ../bpf/filter.c by the chain that asks
+// them, loaded once for the node and pinned under these names.
+type chainPrograms map[string]*ebpf.Program
+
+func (f chainPrograms) Close() {
+	for _, program := range f {
+		program.Close()
+	}
+}
+
+func filterNames() map[string]string {
+	return map[string]string{"forward": "weir_forward", "input": "weir_input"}
+}
+
+// loadFilterPrograms loads the programs over the tables and pins them in dir,
+// which must not have any.
+func loadFilterPrograms(maps, dir string) (chainPrograms, error) {
+	spec, err := loadFilter()
+	if err != nil {
+		return nil, fmt.Errorf("read filter programs: %w", err)
+	}
+	return pinFilterPrograms(spec, maps, dir)
+}
+
+func pinFilterPrograms(spec *ebpf.CollectionSpec, maps, dir string) (chainPrograms, error) {
+	pins, err := pinnedMaps(spec, maps)
+	defer closeMaps(pins)
+	if err != nil {
+		return nil, err
+	}
+	collection, err := newCollection(spec, pins)
+	if err != nil {
+		return nil, err
+	}
+	defer collection.Close()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("create pin directory: %w", err)
+	}
+	programs := make(chainPrograms)
+	for chain, name := range filterNames() {
+		programs[chain] = collection.DetachProgram(name)
+		if err := programs[chain].Pin(filepath.Join(dir, name)); err != nil {
+			programs.Close()
+			return nil, fmt.Errorf("pin %s: %w", name, err)
+		}
+	}
+	return programs, nil
+}
+
+// openChainPrograms opens the node's programs. fs.ErrNotExist says that a pin
+// is gone.
+func (p Paths) openChainPrograms() (chainPrograms, error) {
+	programs := make(chainPrograms)
+	for chain, name := range filterNames() {
+		program, err := ebpf.LoadPinnedProgram(filepath.Join(p.filters(), name), nil)
+		if err != nil {
+			programs.Close()
+			return nil, fmt.Errorf("open %s: %w", name, err)
+		}
+		programs[chain] = program
+	}
+	return programs, nil
+}
+
+// renewFilterPrograms replaces the node's programs by this binary's. Namespaces
+// whose rules ask the former ones get the new by setFilter.
+func (p Paths) renewFilterPrograms() (chainPrograms, error) {
+	if err := removeTree(p.filters()); err != nil {
+		return nil, err
+	}
+	return loadFilterPrograms(p.maps(), p.filters())
+}
+
+// renewFilters brings this binary's programs to every workload. One that it cannot
+// reach goes on with those that it has, and the next look at it repairs that.
+func (d *Datapath) renewFilters() error {
+	programs, err := d.paths.renewFilterPrograms()
+	if err != nil {
+		return err
+	}
+	programs.Close()
+	records, err := d.paths.readRecords()
+	if err != nil && !errors.Is(err, ErrUnreadable) {
+		return err
+	}
+	var problems []error
+	for _, r := range records {
+		ns, err := r.open()
+		if errors.Is(err, ErrNetNSGone) {
+			continue
+		}
+		if err == nil {
+			_, err = d.paths.setFilter(ns, r.desired())
+			ns.Close()
+		}
+		if err != nil {
+			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
+		}
+	}
+	return errors.Join(problems...)
+}
+
+// chains are those that the workload's namespace should have.
+func (w Workload) chains() (names []string) {
+	guarded := w.Guard == GuardAudit || w.Guard == GuardEnforce
+	if guarded || w.Mode == ModeTransparent {
+		names = append(names, "forward")
+	}
+	if guarded {
+		names = append(names, "input")
+	}
+	return names
+}
+
+// filterRule is a rule of the table. Its comment tells it, and the program that
+// it asks.
+type filterRule struct {
+	comment string
+	exprs   []expr.Any
+}
+
+// rules are those of the chains that the workload should have.
+func (f chainPrograms) rules(w Workload) (map[string][]filterRule, error) {
+	rules := make(map[string][]filterRule)
+	for _, chain := range w.chains() {
+		info, err := f[chain].Info()
+		if err != nil {
+			return nil, fmt.Errorf("read filter program: %w", err)
+		}
+		id, _ := info.ID()
+		comment, program := fmt.Sprintf("program %d refuses", id), asks(f[chain])
+		tcp, lo := []byte{unix.IPPROTO_TCP}, binary.NativeEndian.AppendUint32(nil, 1)
+		accept := &expr.Verdict{Kind: expr.VerdictAccept}
+		if chain == "forward" {
+			rules[chain] = []filterRule{
+				{comment + " TCP", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), program, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})},
+				{comment, append(is(expr.MetaKeyL4PROTO, expr.CmpOpNeq, tcp), program,
+					&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED})},
+			}
+			continue
+		}
+		rules[chain] = []filterRule{
+			{"TCP is for sk_lookup", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), accept)},
+			{"what comes by lo is from inside", append(is(expr.MetaKeyIIF, expr.CmpOpEq, lo), accept)},
+			{comment, []expr.Any{program, &expr.Verdict{Kind: expr.VerdictDrop}}},
+		}
+	}
+	return rules, nil
+}
+
+// asks is the match "bpf" of xtables (xt_bpf), by a descriptor of the program: it
+// is the one way for a rule to ask a program with tables.
+func asks(program *ebpf.Program) expr.Any {
+	const (
+		modeFD   = 2               // XT_BPF_MODE_FD_ELF
+		infoSize = 2 + 2 + 4 + 512 // struct xt_bpf_info_v1 up to its pointer, which is the kernel's
+	)
+	info := make(xt.Unknown, infoSize+8)
+	binary.NativeEndian.PutUint16(info, modeFD)
+	binary.NativeEndian.PutUint32(info[4:], uint32(program.FD()))
+	return &expr.Match{Name: "bpf", Rev: 1, Info: &info}
+}
+
+func is(key expr.MetaKey, op expr.CmpOp, value []byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: value}}
+}
+
+// setFilter makes the namespace's table what the workload should have, in one
+// step, and reports whether it was not. A namespace that should have none keeps
+// none.
+func (p Paths) setFilter(ns *namespace, w Workload) (changed bool, err error) {
+	if len(w.chains()) == 0 {
+		return ns.removeFilter()
+	}
+	programs, err := p.openChainPrograms()
+	if errors.Is(err, fs.ErrNotExist) {
+		programs, err = p.renewFilterPrograms()
+	}
+	if err != nil {
+		return false, err
+	}
+	defer programs.Close()
+	rules, err := programs.rules(w)
+	if err != nil {
+		return false, err
+	}
+	err = ns.nftables(func(conn *nftables.Conn) error {
+		there, err := hasFilter(conn, rules)
+		if err != nil || there {
+			return err
+		}
+		changed = true
+		return replaceFilter(conn, rules)
+	})
+	if err != nil {
+		return false, fmt.Errorf("set filter of forwarded packets: the kernel needs nf_tables with nft_compat, nft_reject_inet and xt_bpf: %w", err)
+	}
+	return changed, nil
+}
+
+// filtered reports whether the namespace's table is what the workload should have.
+func (p Paths) filtered(ns *namespace, w Workload) (there bool, err error) {
+	if len(w.chains()) == 0 {
+		return true, nil
+	}
+	programs, err := p.openChainPrograms()
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer programs.Close()
+	rules, err := programs.rules(w)
+	if err != nil {
+		return false, err
+	}
+	err = ns.nftables(func(conn *nftables.Conn) error {
+		there, err = hasFilter(conn, rules)
+		return err
+	})
+	return there, err
+}
+
+func hasFilter(conn *nftables.Conn, wanted map[string][]filterRule) (bool, error) {
+	table := &nftables.Table{Name: filterTable, Family: nftables.TableFamilyINet}
+	for chain := range filterNames() {
+		present, err := conn.GetRules(table, &nftables.Chain{Name: chain})
+		if err != nil {
+			return false, fmt.Errorf("list rules: %w", err)
+		}
+		same := slices.EqualFunc(wanted[chain], present, func(want filterRule, is *nftables.Rule) bool {
+			comment, ok := userdata.GetString(is.UserData, userdata.TypeComment)
+			return ok && comment == want.comment
+		})
+		if !same {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// replaceFilter makes the table anew in one step. A new namespace has none to
+// delete, and does not wait for the kernel to free it.
+func replaceFilter(conn *nftables.Conn, rules map[string][]filterRule) error {
+	table := &nftables.Table{Name: filterTable, Family: nftables.TableFamilyINet}
+	if _, err := conn.ListTableOfFamily(filterTable, nftables.TableFamilyINet); err == nil {
+		conn.DelTable(table)
+	} else if !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("find table: %w", err)
+	}
+	conn.AddTable(table)
+	hooks := map[string]*nftables.ChainHook{"forward": nftables.ChainHookForward, "input": nftables.ChainHookInput}
+	for name, list := range rules {
+		chain := conn.AddChain(&nftables.Chain{
+			Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hooks[name], Priority: nftables.ChainPriorityRaw,
+		})
+		for _, r := range list {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: r.exprs,
+				UserData: userdata.AppendString(nil, userdata.TypeComment, r.comment)})
+		}
+	}
+	return conn.Flush()
+}
+
+// removeFilter removes the namespace's table and reports whether there was one.
+// A kernel without nf_tables has none.
+func (ns *namespace) removeFilter() (removed bool, err error) {
+	err = ns.nftables(func(conn *nftables.Conn) error {
+		conn.DelTable(&nftables.Table{Name: filterTable, Family: nftables.TableFamilyINet})
+		return conn.Flush()
+	})
+	for _, none := range []error{unix.ENOENT, unix.EPROTONOSUPPORT, unix.EINVAL, unix.EOPNOTSUPP} {
+		if errors.Is(err, none) {
+			return false, nil
+		}
+	}
+	if err != nil {
+		return false, fmt.Errorf("remove filter of forwarded packets: %w", err)
+	}
+	return true, nil
+}
+
+// nftables hands action a connection to the namespace's nftables.
+func (ns *namespace) nftables(action func(*nftables.Conn) error) error {
+	return ns.do(func() (err error) {
+		conn, err := nftables.New(nftables.AsLasting())
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		defer func() { err = errors.Join(err, conn.CloseLasting()) }()
+		return action(conn)
+	})
+}
