@@ -117,6 +117,7 @@ func describeProgram(id ebpf.ProgramID) (found attachedProgram, err error) {
 // programs, with the tables that they share.
 type programSet struct {
 	instance uint32 // 0: of a version that did not say
+	layout   uint32 // of its tables; 0: not known
 	ending   bool   // some of its tables are gone already
 	tables   map[string]ebpf.MapID
 	programs map[string][]ebpf.ProgramID // at the root, by name
@@ -147,7 +148,7 @@ func setOf(program attachedProgram) (*programSet, error) {
 		if err == nil {
 			s.tables[info.Name] = id
 			if info.Name == "control" {
-				s.instance = instanceIn(table)
+				s.layout, s.instance = signatureOf(table)
 			}
 		}
 		table.Close()
@@ -158,13 +159,21 @@ func setOf(program attachedProgram) (*programSet, error) {
 	return s, nil
 }
 
-// instanceIn reads a row of whatever layout; see struct control.
-func instanceIn(control *ebpf.Map) uint32 {
+// signatureOf reads the node's row of whatever layout; see struct control.
+func signatureOf(control *ebpf.Map) (layout, instance uint32) {
 	row, err := control.LookupBytes(uint32(0))
 	if err != nil || len(row) < 16 {
-		return 0
+		return 0, 0
 	}
-	return binary.NativeEndian.Uint32(row[12:])
+	return binary.NativeEndian.Uint32(row[8:]), binary.NativeEndian.Uint32(row[12:])
+}
+
+// ends reports whether some of the set is gone already, which the rest is about to
+// follow: that of an instance whose last pins were just removed.
+func (s *programSet) ends() bool {
+	return s.ending || s.tables["control"] == 0 || s.layout == layout && slices.ContainsFunc(mapNames(), func(name string) bool {
+		return s.tables[name] == 0
+	})
 }
 
 // setsAt returns the instances of Weir at a cgroup root.
@@ -199,7 +208,7 @@ func joinSets(sets []*programSet, program attachedProgram) ([]*programSet, error
 			apart = append(apart, s)
 			continue
 		}
-		one.instance, one.ending = max(one.instance, s.instance), one.ending || s.ending
+		one.instance, one.layout, one.ending = max(one.instance, s.instance), max(one.layout, s.layout), one.ending || s.ending
 		for name, id := range s.tables {
 			one.tables[name] = id
 		}

@@ -43,7 +43,7 @@ func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
 			own = list[0]
 		}
 	}
-	if own == nil || own.ending {
+	if own == nil || own.ends() {
 		return nil, nil
 	}
 	if control == 0 && d.ends(root, own) {
