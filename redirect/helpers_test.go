@@ -6,12 +6,13 @@ package redirect
 // as a process of its own; see test.Helper.
 func helpers() map[string]func(args []string) error {
 	return map[string]func(args []string) error{
-		eventsFunc:    serveEvents,
-		socketsFunc:   serveSockets,
-		scriptFunc:    serveScripts,
-		loadProxyFunc: serveLoadProxy,
-		loadTaskFunc:  serveLoadTask,
-		operateFunc:   serveOperations,
-		foreignFunc:   serveForeign,
+		eventsFunc:     serveEvents,
+		cgroupRootFunc: tellCgroupRoot,
+		socketsFunc:    serveSockets,
+		scriptFunc:     serveScripts,
+		loadProxyFunc:  serveLoadProxy,
+		loadTaskFunc:   serveLoadTask,
+		operateFunc:    serveOperations,
+		foreignFunc:    serveForeign,
 	}
 }

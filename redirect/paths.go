@@ -86,8 +86,10 @@ func (p Paths) cgroupRoot() (*os.File, error) {
 		return nil, errors.Join(fmt.Errorf("cgroup root %s: not a cgroup v2 directory", path), dir.Close())
 	}
 	if _, err := os.Stat(filepath.Join(path, "cgroup.type")); err == nil && p.CgroupRoot == "" {
-		return nil, errors.Join(fmt.Errorf("cgroup root %s: not the real root of cgroup v2, run in the host's cgroup namespace: %w",
-			path, ErrUnsupported), dir.Close())
+		return nil, errors.Join(fmt.Errorf("cgroup root %s: not the real root of cgroup v2 but that of a cgroup namespace, as in a system container: "+
+			"run weir in the host's cgroup namespace, or set cgroup_root = %q (WEIR_CGROUP_ROOT; cgroupRoot in a conflist): "+
+			"processes that are moved to a cgroup outside of it are not redirected then, and nothing is once that cgroup is removed: %w",
+			path, path, ErrUnsupported), dir.Close())
 	}
 	return dir, nil
 }

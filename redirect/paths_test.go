@@ -4,7 +4,9 @@ package redirect
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -75,5 +77,50 @@ func TestCgroupRootIsTheRealOne(t *testing.T) {
 	}
 	if id != 1 {
 		t.Errorf("ID of the root's cgroup = %d, want 1", id)
+	}
+}
+
+const cgroupRootFunc = "redirect.cgroupRoot"
+
+// tellCgroupRoot prints why the root of this process's cgroup namespace is none.
+func tellCgroupRoot(args []string) error {
+	dir, err := Paths{CgroupRoot: args[0]}.cgroupRoot()
+	if err == nil {
+		fmt.Println("root", dir.Name())
+		return dir.Close()
+	}
+	fmt.Println(err)
+	return nil
+}
+
+// In a system container the root is that of its cgroup namespace: the refusal
+// names the way out, which works, and what it costs.
+func TestCgroupRootOfASystemContainer(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.Tool("unshare"))
+	dir, cgroup := t.TempDir(), test.NewCgroup(t)
+	binary, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside := func(root string) string {
+		t.Helper()
+		const script = `echo $$ > "$1"/cgroup.procs && exec unshare --cgroup --mount sh -c '
+			mount -t cgroup2 none "$2" && exec "$3" -test.run=^$ -- "$4"' sh "$@"`
+		command := exec.Command("sh", "-c", script, "sh", cgroup.Path, dir, binary, root)
+		command.Env = append(os.Environ(), "WEIR_TEST_HELPER="+cgroupRootFunc)
+		out, err := command.CombinedOutput()
+		if err != nil {
+			t.Fatalf("in a cgroup namespace of its own: %v\n%s", err, out)
+		}
+		return string(out)
+	}
+	refusal := inside("")
+	for _, want := range []string{dir, "system container", "host's cgroup namespace", fmt.Sprintf("cgroup_root = %q", dir), "not redirected"} {
+		if !strings.Contains(refusal, want) {
+			t.Errorf("refusal = %q, want %q in it", refusal, want)
+		}
+	}
+	if got := inside(dir); got != "root "+dir+"\n" {
+		t.Errorf("with cgroup_root it says %q, want that root", got)
 	}
 }
