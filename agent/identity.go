@@ -71,9 +71,10 @@ func (e evidence) judge(s subject, known facts) (counted []proxy, others map[str
 	all := slices.Concat(counted, byListener)
 	for _, p := range byListener {
 		rival := func(q proxy) bool {
-			return q.ID != p.ID && (p.AllocID == "" || q.AllocID == "" || sharePorts(p, q, known))
+			first := e.Claims[p.ID].counted && !e.Claims[q.ID].counted
+			return q.ID != p.ID && !first && (p.AllocID == "" || q.AllocID == "" || sharePorts(p, q, known))
 		}
-		if i := slices.IndexFunc(all, func(q proxy) bool { return rival(q) && !(e.Claims[p.ID].counted && !e.Claims[q.ID].counted) }); i >= 0 {
+		if i := slices.IndexFunc(all, rival); i >= 0 {
 			others[p.ID] = s.foreign(p, fmt.Sprintf("registration %s claims the same listener, and no task of the allocation tells whose it is", all[i].ID))
 			continue
 		}

@@ -169,6 +169,7 @@ func (n *privateNode) result(t *testing.T, a *privateAlloc, mesh string) {
 	text, err := json.Marshal(map[string]any{
 		"kind": "cniCacheV1", "containerId": a.id, "ifName": "eth0", "networkName": "nomad", "netns": a.path,
 		"cniArgs": args, "result": json.RawMessage(a.interfaces()),
+		"capabilityArgs": map[string]any{"portMappings": []map[string]any{{"hostPort": inboundPort, "containerPort": inboundPort, "protocol": "tcp"}}},
 	})
 	if err != nil {
 		t.Fatal(err)
