@@ -243,6 +243,18 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 	return VERDICT_REDIRECTED;
 }
 
+/* Whether a socket is bound to an address that the workload does not have, which
+ * IPV6_FREEBIND lets anybody do. What answers in the namespace answers to there. */
+static __always_inline bool is_foreign_source(const struct view *view, const struct addr *source)
+{
+	struct address *address;
+
+	if (addr_is_local(source)) /* or bound to none */
+		return false;
+	address = view_address(view, source);
+	return !address || address->kind != ADDRESS_OWN;
+}
+
 /* The rules of a TCP connection; the first that matches decides. */
 static __always_inline enum verdict decide(struct bpf_sock *sk, const struct view *view,
 					   struct dial *dial)
@@ -250,6 +262,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	struct addr source = source_of(sk, dial);
 	struct address *address;
 	struct proxy *proxy;
+	bool foreign;
 	__u32 index;
 	__u16 port;
 
@@ -275,7 +288,10 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	/* The packets would go by its way, whatever is decided here. */
 	if ((view->config->flags & CONFIG_TRANSPARENT) && kernel_source_routed(sk))
 		return VERDICT_REFUSED_OPTION;
+	foreign = (view->config->flags & CONFIG_TRANSPARENT) && is_foreign_source(view, &source);
 	if (addr_is_local(&dial->origin)) {
+		if (foreign)
+			return VERDICT_REFUSED_SOURCE;
 		if (!sk->bound_dev_if || sk->bound_dev_if == LO_IFINDEX)
 			return VERDICT_LOCAL;
 		/* By another device it leaves the namespace. */
@@ -284,14 +300,14 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	}
 	address = view_address(view, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
-		return VERDICT_LOCAL;
+		return foreign ? VERDICT_REFUSED_SOURCE : VERDICT_LOCAL;
 	if (address && address->kind == ADDRESS_PROXY) {
 		proxy = proxy_at(view->cookie, address->seat);
 		port = address->port;
 	} else if (address && address->kind == ADDRESS_UPSTREAM) {
 		dial->destination = address->listener;
 		dial->destination_port = address->port;
-		return VERDICT_UPSTREAM;
+		return foreign ? VERDICT_REFUSED_SOURCE : VERDICT_UPSTREAM;
 	}
 	if ((view->config->flags & CONFIG_PORTS_OUT) &&
 	    view_excludes(view, EXCLUSION_PORT_OUT, dial->port))
@@ -303,6 +319,8 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	/* As the kernel does; the proxy would take it, and an index be spent. */
 	if (addr_is_multicast(&dial->origin) || (address && address->kind == ADDRESS_BROADCAST))
 		return VERDICT_REFUSED_BROADCAST;
+	if (foreign)
+		return VERDICT_REFUSED_SOURCE;
 	/* The proxy is on lo; such a socket cannot send there. */
 	if (sk->bound_dev_if)
 		return VERDICT_REFUSED_DEVICE;

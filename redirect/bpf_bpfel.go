@@ -262,21 +262,22 @@ const (
 	bpfVerdictVERDICT_REFUSED_DEVICE            bpfVerdict = 21
 	bpfVerdictVERDICT_REFUSED_OPTION            bpfVerdict = 22
 	bpfVerdictVERDICT_REFUSED_BROADCAST         bpfVerdict = 23
-	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 24
-	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 25
-	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 26
-	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 27
-	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 28
-	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 29
-	bpfVerdictVERDICT_REFUSED_FORWARDED         bpfVerdict = 30
-	bpfVerdictVERDICT_MAX                       bpfVerdict = 31
+	bpfVerdictVERDICT_REFUSED_SOURCE            bpfVerdict = 24
+	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 25
+	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 26
+	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 27
+	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 28
+	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 29
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 30
+	bpfVerdictVERDICT_REFUSED_FORWARDED         bpfVerdict = 31
+	bpfVerdictVERDICT_MAX                       bpfVerdict = 32
 	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 19
 )
 
 type bpfVerdictCounts struct {
 	_          structs.HostLayout
 	Names      [0]bpfVerdict
-	Count      [31]uint64
+	Count      [32]uint64
 	EventsLost uint64
 	EventDue   uint64
 }

@@ -36,8 +36,8 @@ func watchStrays(t *testing.T, ns *test.NetNS, device string) strays {
 
 func htons(n uint16) uint16 { return n<<8 | n>>8 }
 
-// seen are the destinations among the packets so far, ARP requests included, that
-// are loopback's or carry an origin.
+// seen are the addresses in the packets so far, ARP requests included, that are
+// loopback's or carry an origin.
 func (s strays) seen() (found []netip.Addr) {
 	frame := make([]byte, 1<<16)
 	for {
@@ -45,17 +45,21 @@ func (s strays) seen() (found []netip.Addr) {
 		if err != nil {
 			return found
 		}
-		var addr netip.Addr
+		var addr, source netip.Addr
 		switch packet := frame[:n]; uint16(packet[12])<<8 | uint16(packet[13]) {
 		case unix.ETH_P_IP:
 			addr, _ = netip.AddrFromSlice(packet[30:34])
+			source, _ = netip.AddrFromSlice(packet[26:30])
 		case unix.ETH_P_ARP:
 			addr, _ = netip.AddrFromSlice(packet[38:42])
 		case unix.ETH_P_IPV6:
 			addr, _ = netip.AddrFromSlice(packet[38:54])
+			source, _ = netip.AddrFromSlice(packet[22:38])
 		}
-		if addr.IsLoopback() || encodedPrefix6.Contains(addr) {
-			found = append(found, addr)
+		for _, one := range []netip.Addr{addr, source} {
+			if one.IsLoopback() || encodedPrefix6.Contains(one) {
+				found = append(found, one)
+			}
 		}
 	}
 }

@@ -85,7 +85,7 @@ func TestOriginOfManyConnections(t *testing.T) {
 		a.startLoadProxy(t, uint64(i+1))
 		loads[a] = load{
 			Proxy: uint64(i + 1), Connections: connections, Destinations: destinations,
-			Ports: 20, Workers: 8, Source: a.v4,
+			Ports: 20, Workers: 8, Source: a.v4, Source6: a.v6,
 		}
 	}
 	for a, got := range runLoad(t, loads) {
@@ -115,10 +115,10 @@ func TestOriginBudget(t *testing.T) {
 	for i, a := range twins {
 		a.startLoadProxy(t, uint64(i+1))
 	}
-	flood := load{Proxy: 1, Connections: 2 * budget, Destinations: 2 * budget, Ports: 1, Workers: workers, Source: hostile.v4}
+	flood := load{Proxy: 1, Connections: 2 * budget, Destinations: 2 * budget, Ports: 1, Workers: workers, Source: hostile.v4, Source6: hostile.v6}
 	results := runLoad(t, map[*alloc]load{
 		hostile:   flood,
-		neighbour: {Proxy: 2, Connections: peaceful, Destinations: peaceful, Ports: 1, Workers: workers, Source: neighbour.v4},
+		neighbour: {Proxy: 2, Connections: peaceful, Destinations: peaceful, Ports: 1, Workers: workers, Source: neighbour.v4, Source6: neighbour.v6},
 	})
 	if diff := cmp.Diff(loadResult{Good: peaceful}, results[neighbour]); diff != "" {
 		t.Errorf("connections of the neighbour (-want +got):\n%s", diff)
@@ -147,7 +147,7 @@ func TestOriginOnAThousandPorts(t *testing.T) {
 	a.add()
 	a.startLoadProxy(t, 7)
 	ports := test.Scale(1000)
-	scan := load{Proxy: 7, Connections: ports, Destinations: 1, Ports: ports, Workers: 4, Source: a.v4}
+	scan := load{Proxy: 7, Connections: ports, Destinations: 1, Ports: ports, Workers: 4, Source: a.v4, Source6: a.v6}
 	if diff := cmp.Diff(loadResult{Good: ports}, runLoad(t, map[*alloc]load{a: scan})[a]); diff != "" {
 		t.Errorf("connections (-want +got):\n%s", diff)
 	}

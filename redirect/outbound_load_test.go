@@ -128,6 +128,7 @@ type load struct {
 	Ports        int // per destination, one after each round of the destinations
 	Workers      int
 	Source       netip.Addr // every second worker binds to it, and to a port that it chooses
+	Source6      netip.Addr // what the task sees of it beside an IPv6 origin
 }
 
 // loadResult is what became of them.
@@ -241,12 +242,16 @@ func (l load) one(to, source netip.AddrPort, r *loadResult) error {
 	}
 	origin := netip.AddrPortFrom(netip.AddrFrom16(reply.Origin).Unmap(), reply.OriginPort)
 	peer := netip.AddrPortFrom(netip.AddrFrom16(reply.Peer).Unmap(), reply.PeerPort)
+	own := l.Source
+	if to.Addr().Is6() {
+		own = l.Source6 // see answered
+	}
 	switch {
 	case reply.Proxy != l.Proxy:
 		r.WrongProxy++
 	case origin != to:
 		r.WrongOrigin++
-	case peer != names.Answer.From || peer.Addr() != l.Source:
+	case names.Answer.From != netip.AddrPortFrom(own, peer.Port()) || peer.Addr() != l.Source:
 		r.WrongPeer++
 	case names.Answer.To != to:
 		r.WrongName++

@@ -37,6 +37,7 @@ const (
 	RefusedDevice           = Verdict(bpfVerdictVERDICT_REFUSED_DEVICE)
 	RefusedOption           = Verdict(bpfVerdictVERDICT_REFUSED_OPTION)
 	RefusedBroadcast        = Verdict(bpfVerdictVERDICT_REFUSED_BROADCAST)
+	RefusedSource           = Verdict(bpfVerdictVERDICT_REFUSED_SOURCE)
 	RefusedBudget           = Verdict(bpfVerdictVERDICT_REFUSED_BUDGET)
 	RefusedTable            = Verdict(bpfVerdictVERDICT_REFUSED_TABLE)
 	RefusedNoProxy          = Verdict(bpfVerdictVERDICT_REFUSED_NO_PROXY)
@@ -76,6 +77,7 @@ func (v Verdict) text() verdictText {
 		RefusedDevice:           {"refused_device", "refused: a socket bound to a device cannot reach the proxy"},
 		RefusedOption:           {"refused_option", "refused: a socket option would send the packets another way (a source route, IPV6_RTHDR)"},
 		RefusedBroadcast:        {"refused_broadcast", "refused: TCP has no multicast and no broadcast"},
+		RefusedSource:           {"refused_source", "refused: the socket is bound to an address that the workload does not have"},
 		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
 		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
 		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},
