@@ -13,7 +13,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -111,13 +110,9 @@ func clientTLS(config ConsulConfig, address string) (*tls.Config, error) {
 // options are those of every request. The token is read anew: whoever
 // replaces the file needs to tell nobody.
 func (c *consul) options(ctx context.Context) (*api.QueryOptions, error) {
-	token := c.config.Token
-	if c.config.TokenFile != "" {
-		data, err := os.ReadFile(c.config.TokenFile)
-		if err != nil {
-			return nil, fmt.Errorf("read Consul token: %w", err)
-		}
-		token = strings.TrimSpace(string(data))
+	token, err := c.token()
+	if err != nil {
+		return nil, err
 	}
 	options := &api.QueryOptions{Token: token, Namespace: c.config.Namespace, Partition: c.config.Partition, AllowStale: true}
 	return options.WithContext(ctx), nil

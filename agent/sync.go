@@ -45,6 +45,7 @@ type follower struct {
 	changed func() // tells that view changed
 
 	trigger chan struct{} // the blocking query returned, or a new allocation waits
+	renewed chan struct{} // the token is another one, or no longer one: this cuts a back-off short
 
 	mu      sync.Mutex
 	view    view
@@ -57,7 +58,7 @@ type follower struct {
 
 func newFollower(consul *consul, changed func()) *follower {
 	return &follower{
-		consul: consul, changed: changed, trigger: make(chan struct{}, 1),
+		consul: consul, changed: changed, trigger: make(chan struct{}, 1), renewed: make(chan struct{}, 1),
 		view: view{Since: time.Now()}, lookups: newLookups(consul),
 	}
 }
@@ -96,6 +97,7 @@ func (f *follower) run(ctx context.Context) {
 		watcher.Go(func() { f.watch(ctx) })
 	}
 	watcher.Go(func() { f.lookups.names.follow(ctx) })
+	watcher.Go(func() { f.watchToken(ctx) })
 	failures := 0
 	for {
 		if f.read(ctx) {
@@ -127,7 +129,7 @@ func (f *follower) rest(ctx context.Context, until time.Time, failing bool) bool
 	for {
 		length, trigger, moved, asks := time.Until(until), f.trigger, f.lookups.names.moved, false
 		if failing {
-			trigger, moved = nil, nil // nothing shortens the back-off
+			trigger, moved = nil, nil // nothing but another token shortens the back-off
 		} else if due := f.lookups.due; !due.IsZero() && due.Before(until) {
 			length, asks = max(time.Until(due), atOnce), true
 		}
@@ -136,6 +138,8 @@ func (f *follower) rest(ctx context.Context, until time.Time, failing bool) bool
 		case <-ctx.Done():
 		case <-timer.C:
 		case <-trigger:
+			early = true
+		case <-f.renewed:
 			early = true
 		case <-moved:
 			asks = true
