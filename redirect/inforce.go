@@ -53,7 +53,7 @@ func (d *Datapath) InForce(netns string) (bool, error) {
 // hasEncodedRoute reports whether the encoded IPv4 range is routed to lo.
 func (ns *namespace) hasEncodedRoute() (there bool, err error) {
 	err = ns.do(func() error {
-		found, err := setEncodedRoutes()
+		found, err := presentRoutes()
 		there = slices.ContainsFunc(found, func(r netlink.Route) bool { return !isIPv6(&r) })
 		return err
 	})

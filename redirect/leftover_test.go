@@ -194,7 +194,7 @@ func routesOf(t *testing.T, ns *test.NetNS) (v4, v6 bool) {
 	}
 	defer opened.Close()
 	err = opened.do(func() error {
-		found, err := setEncodedRoutes()
+		found, err := presentRoutes()
 		for _, route := range found {
 			v4, v6 = v4 || !isIPv6(&route), v6 || isIPv6(&route)
 		}

@@ -239,15 +239,9 @@ func (ns *namespace) setRoutes(w Workload) (ipv6 bool, err error) {
 			}
 			ipv6 = ipv6 && err == nil
 		}
-		found, err := setEncodedRoutes()
-		if err != nil {
-			return err
-		}
-		for _, route := range found {
-			if !slices.ContainsFunc(wanted, func(r *netlink.Route) bool { return r.Dst.String() == route.Dst.String() }) {
-				if err := deleteRoute(&route); err != nil { // of a network that is gone
-					return err
-				}
+		if w.Sliced {
+			if err := deleteOtherRoutes(wanted); err != nil {
+				return err
 			}
 		}
 		_, err = setDeviceRoutes(w.Mode == ModeTransparent, ipv6)
@@ -256,9 +250,27 @@ func (ns *namespace) setRoutes(w Workload) (ipv6 bool, err error) {
 	return ipv6, err
 }
 
-// setEncodedRoutes are the routes of the encoded ranges that the calling
-// thread's namespace has.
-func setEncodedRoutes() (found []netlink.Route, err error) {
+// deleteOtherRoutes deletes those to the encoded ranges that are of a network
+// which is gone.
+func deleteOtherRoutes(wanted []*netlink.Route) error {
+	found, err := presentRoutes()
+	if err != nil {
+		return err
+	}
+	for _, route := range found {
+		if slices.ContainsFunc(wanted, func(r *netlink.Route) bool { return r.Dst.String() == route.Dst.String() }) {
+			continue
+		}
+		if err := deleteRoute(&route); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// presentRoutes are the routes of the encoded ranges that the calling thread's
+// namespace has.
+func presentRoutes() (found []netlink.Route, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := dump(func() ([]netlink.Route, error) {
 			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
@@ -299,7 +311,7 @@ func dump[T any](list func() ([]T, error)) (found []T, err error) {
 // the sources that they should have.
 func (ns *namespace) hasRoutes(w Workload, ipv6 bool) (there bool, err error) {
 	err = ns.do(func() error {
-		found, err := setEncodedRoutes()
+		found, err := presentRoutes()
 		if err != nil {
 			return err
 		}
@@ -320,7 +332,7 @@ func (ns *namespace) hasRoutes(w Workload, ipv6 bool) (there bool, err error) {
 
 func (ns *namespace) removeRoutes() error {
 	return ns.do(func() error {
-		found, err := setEncodedRoutes()
+		found, err := presentRoutes()
 		if err != nil {
 			return err
 		}
