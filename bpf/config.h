@@ -40,15 +40,16 @@ struct config {
 
 /* What a port or a UID means to a workload. */
 enum exclusion_kind {
-	EXCLUSION_PORT_OUT = 1,
-	/* The value is 0, or the inbound port of the proxy that the port belongs to
-	 * instead of to the first, or the port itself with PROXY_LISTENS_HERE: open
-	 * while a listener of the proxy is there, and to that one alone. */
-	EXCLUSION_PORT_IN = 2,
+	EXCLUSION_PORT_OUT = 1, /* in `ports` */
+	EXCLUSION_PORT_IN = 2,  /* likewise */
 	EXCLUSION_UID = 3,
 	/* No exclusion: the port of a listener that config does not name. The value
 	 * is the seat of its proxy with LISTENS_OUTBOUND or LISTENS_EXPOSED. */
 	EXCLUSION_LISTENER = 4,
+	/* Nor is this: an inbound port that belongs to a proxy. The value is the inbound
+	 * port of one beside the first, or the port itself with PROXY_LISTENS_HERE: open
+	 * while a listener of the proxy is there, and to that one alone. */
+	EXCLUSION_SERVICE = 5,
 };
 #define LISTENS_OUTBOUND (1 << 8) /* for what goes out */
 #define LISTENS_EXPOSED (1 << 9)  /* a port with PROXY_LISTENS_HERE */

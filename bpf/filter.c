@@ -72,14 +72,10 @@ static __always_inline enum verdict decide(const struct view *view, const struct
 	if (packet->protocol == IPPROTO_UDP && is_own(view, &packet->destination) &&
 	    !is_own(view, &packet->source) && !addr_is_local(&packet->source))
 		return VERDICT_DIRECT;
-	if (view->config->flags & CONFIG_PORTS_IN) {
-		__u32 *row = view_row(view, EXCLUSION_PORT_IN, packet->destination_port);
-
-		if (row && !*row)
-			return VERDICT_INBOUND_EXCLUDED;
-	}
-	return guard_datagram(view, packet->destination_port, &packet->source,
-			      packet->source_port);
+	if ((view->config->flags & CONFIG_PORTS_IN) &&
+	    view_excludes_port(view, EXCLUSION_PORT_IN, packet->destination_port))
+		return VERDICT_INBOUND_EXCLUDED;
+	return guard_datagram(view, packet->destination_port, &packet->source, packet->source_port);
 }
 
 SEC("socket")

@@ -160,11 +160,12 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 		if (from_inside(view, local, remote))
 			return VERDICT_LOCAL;
 		inbound_port = config->inbound_port;
-		if (config->flags & CONFIG_PORTS_IN) {
-			__u32 *row = view_row(view, EXCLUSION_PORT_IN, port);
+		if ((config->flags & CONFIG_PORTS_IN) &&
+		    view_excludes_port(view, EXCLUSION_PORT_IN, port))
+			return VERDICT_INBOUND_EXCLUDED;
+		if (config->flags & (CONFIG_PROXIES | CONFIG_LISTENERS)) {
+			__u32 *row = view_row(view, EXCLUSION_SERVICE, port);
 
-			if (row && !*row)
-				return VERDICT_INBOUND_EXCLUDED;
 			if (row)
 				inbound_port = *row;
 			/* An exposed port is for the proxy's listener there, or

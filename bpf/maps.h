@@ -10,6 +10,7 @@
 
 #define MAX_WORKLOADS 16384
 #define MAX_ROWS 262144
+#define MAX_EXCLUSIONS 131072
 #define MAX_ORIGINS 1048576
 #define LISTENER_SLOTS 64
 /* A workload holds so many flows at most, one in each slot. */
@@ -50,6 +51,7 @@ enum verdict {
 	VERDICT_REFUSED_BROADCAST,
 	VERDICT_REFUSED_SOURCE,
 	VERDICT_REFUSED_BUDGET,
+	VERDICT_REFUSED_SHARE,
 	VERDICT_REFUSED_TABLE,
 	VERDICT_REFUSED_NO_PROXY,
 	VERDICT_REFUSED_INBOUND_NO_PROXY,
@@ -91,7 +93,13 @@ struct exclusion_key {
 	__u64 cookie;
 	__u64 generation;
 	enum exclusion_kind kind;
-	__u32 value; /* port or UID */
+	__u32 value; /* port or UID; in `ports` which row of the kind */
+};
+
+/* Excluded ports, a bit each: a range costs a row for every 1,024 ports. */
+#define PORTS_PER_ROW 1024
+struct ports {
+	__u64 bits[PORTS_PER_ROW / 64];
 };
 
 struct address_key {
@@ -142,6 +150,18 @@ struct index_key {
 	__u64 cookie;
 	__u32 index;
 	__u32 pad;
+};
+
+/* What a workload may hold however full the node's table is, and how many rows
+ * of the table are for workloads that hold more. The rest is a reserve: nobody
+ * can take the first destinations from others. */
+#define ORIGIN_SHARE 128
+#define ORIGIN_HIGH_WATER (MAX_ORIGINS / 8 * 7)
+
+enum index_total {
+	INDEXES_GIVEN = 0, /* by the programs */
+	INDEXES_FREED = 1, /* by user space */
+	INDEX_TOTALS = 2,
 };
 
 /* A workload's share of the index space. Written by the programs only. */
@@ -229,11 +249,12 @@ struct event {
 /* Writer, reader, end of life:
  *   workloads   user space    every hook    DEL, or its namespace is gone
  *   configs     user space    every hook    a newer generation is in force
- *   exclusions, addresses, cidrs, sources   as configs
+ *   exclusions, ports, addresses, cidrs, sources   as configs
  *   proxies     the kernel    connect       as workloads; a seat with its proxy
  *   budgets, origins, indexes the kernel    as workloads; origins by the collector
  *   listeners   sockops       sk_lookup     the socket closes
  *   releases    the collector connect       as workloads
+ *   index_totals the kernel and the collector, a row each; never
  *   flows       sendmsg       sk_lookup     as workloads; the next in its slot
  *   verdicts    every hook    user space    as workloads
  */
@@ -256,10 +277,18 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_ROWS);
+	__uint(max_entries, MAX_EXCLUSIONS);
 	__type(key, struct exclusion_key);
 	__type(value, __u32);
 } exclusions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, MAX_EXCLUSIONS);
+	__type(key, struct exclusion_key);
+	__type(value, struct ports);
+} ports SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -313,6 +342,14 @@ struct {
 	__type(key, __u64);
 	__type(value, __u32);
 } releases SEC(".maps");
+
+/* The same two counts for the node as a whole. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, INDEX_TOTALS);
+	__type(key, __u32);
+	__type(value, __u32);
+} index_totals SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -68,6 +68,21 @@ static __always_inline bool view_excludes(const struct view *view, enum exclusio
 	return view_row(view, kind, value) != NULL;
 }
 
+/* Whether the workload excludes a port, of those that go out or come in. */
+static __always_inline bool view_excludes_port(const struct view *view, enum exclusion_kind kind,
+					       __u16 port)
+{
+	struct exclusion_key key = {
+		.cookie = view->cookie,
+		.generation = view->generation,
+		.kind = kind,
+		.value = port / PORTS_PER_ROW,
+	};
+	struct ports *row = bpf_map_lookup_elem(&ports, &key);
+
+	return row && row->bits[port % PORTS_PER_ROW / 64] >> port % 64 & 1;
+}
+
 /* What an address means to the workload; NULL: nothing. */
 static __always_inline struct address *view_address(const struct view *view,
 						    const struct addr *addr)
@@ -149,6 +164,26 @@ static long index_try(__u32 round, struct index_search *search)
 	return err != -EEXIST;
 }
 
+/* How many indexes the workloads of the node hold together. */
+static __always_inline __u32 indexes_held(void)
+{
+	__u32 given_at = INDEXES_GIVEN, freed_at = INDEXES_FREED;
+	__u32 *given = bpf_map_lookup_elem(&index_totals, &given_at);
+	__u32 *freed = bpf_map_lookup_elem(&index_totals, &freed_at);
+
+	return given && freed ? *given - *freed : 0;
+}
+
+static __always_inline void index_given(struct budget *budget, __u32 how_many)
+{
+	__u32 at = INDEXES_GIVEN;
+	__u32 *given = bpf_map_lookup_elem(&index_totals, &at);
+
+	__sync_fetch_and_add(&budget->used, how_many);
+	if (given)
+		__sync_fetch_and_add(given, how_many);
+}
+
 /* The index of an origin, or 0 and the verdict that says why there is none.
  * An index belongs to one origin from its first use on: the row in `indexes`
  * is made with BPF_NOEXIST before anybody can learn of it. */
@@ -162,7 +197,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	struct index_search search = { .first = INDEX_FIRST, .count = INDEX_COUNT };
 	__u64 exists = BPF_NOEXIST;
 	struct budget *budget;
-	__u32 *released;
+	__u32 *released, held;
 	__u64 cookie = view->cookie;
 
 	if (view->config->flags & CONFIG_SOURCES) {
@@ -185,11 +220,16 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	if (!budget)
 		return 0;
 	released = bpf_map_lookup_elem(&releases, &cookie);
-	if (budget->used - (released ? *released : 0) >= view->config->budget) {
+	held = budget->used - (released ? *released : 0);
+	if (held >= view->config->budget) {
 		*refusal = VERDICT_REFUSED_BUDGET;
 		return 0;
 	}
-	__sync_fetch_and_add(&budget->used, 1);
+	if (held >= ORIGIN_SHARE && indexes_held() >= ORIGIN_HIGH_WATER) {
+		*refusal = VERDICT_REFUSED_SHARE;
+		return 0;
+	}
+	index_given(budget, 1);
 	search.budget = budget;
 	search.addr = addr;
 	search.key.cookie = cookie;
@@ -197,7 +237,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	fresh.index = search.found;
 	reverse.index = search.found;
 	if (!fresh.index) {
-		__sync_fetch_and_add(&budget->used, -1);
+		index_given(budget, -1);
 		return 0;
 	}
 	if (!bpf_map_update_elem(&origins, &key, &fresh, exists))
@@ -205,7 +245,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	/* Another CPU was first with the same origin: its index stands, and ours
 	 * never left this program. The other reason is a full table. */
 	bpf_map_delete_elem(&indexes, &reverse);
-	__sync_fetch_and_add(&budget->used, -1);
+	index_given(budget, -1);
 	known = bpf_map_lookup_elem(&origins, &key);
 	return known ? origin_index(view->cookie, addr, known) : 0;
 }

@@ -310,7 +310,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 		return foreign ? VERDICT_REFUSED_SOURCE : VERDICT_UPSTREAM;
 	}
 	if ((view->config->flags & CONFIG_PORTS_OUT) &&
-	    view_excludes(view, EXCLUSION_PORT_OUT, dial->port))
+	    view_excludes_port(view, EXCLUSION_PORT_OUT, dial->port))
 		return VERDICT_PORT_EXCLUDED;
 	if ((view->config->flags & CONFIG_CIDRS) && view_excludes_cidr(view, &dial->origin))
 		return VERDICT_CIDR_EXCLUDED;

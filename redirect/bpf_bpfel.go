@@ -157,6 +157,7 @@ const (
 	bpfExclusionKindEXCLUSION_PORT_IN  bpfExclusionKind = 2
 	bpfExclusionKindEXCLUSION_UID      bpfExclusionKind = 3
 	bpfExclusionKindEXCLUSION_LISTENER bpfExclusionKind = 4
+	bpfExclusionKindEXCLUSION_SERVICE  bpfExclusionKind = 5
 )
 
 type bpfFlow struct {
@@ -212,6 +213,11 @@ type bpfOriginKey struct {
 	Addr   bpfAddr
 }
 
+type bpfPorts struct {
+	_    structs.HostLayout
+	Bits [16]uint64
+}
+
 type bpfProxy struct {
 	_         structs.HostLayout
 	Cgroup    uint64
@@ -264,20 +270,21 @@ const (
 	bpfVerdictVERDICT_REFUSED_BROADCAST         bpfVerdict = 23
 	bpfVerdictVERDICT_REFUSED_SOURCE            bpfVerdict = 24
 	bpfVerdictVERDICT_REFUSED_BUDGET            bpfVerdict = 25
-	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 26
-	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 27
-	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 28
-	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 29
-	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 30
-	bpfVerdictVERDICT_REFUSED_FORWARDED         bpfVerdict = 31
-	bpfVerdictVERDICT_MAX                       bpfVerdict = 32
+	bpfVerdictVERDICT_REFUSED_SHARE             bpfVerdict = 26
+	bpfVerdictVERDICT_REFUSED_TABLE             bpfVerdict = 27
+	bpfVerdictVERDICT_REFUSED_NO_PROXY          bpfVerdict = 28
+	bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  bpfVerdict = 29
+	bpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   bpfVerdict = 30
+	bpfVerdictVERDICT_REFUSED_GUARD             bpfVerdict = 31
+	bpfVerdictVERDICT_REFUSED_FORWARDED         bpfVerdict = 32
+	bpfVerdictVERDICT_MAX                       bpfVerdict = 33
 	bpfVerdictVERDICT_FIRST_REFUSED             bpfVerdict = 19
 )
 
 type bpfVerdictCounts struct {
 	_          structs.HostLayout
 	Names      [0]bpfVerdict
-	Count      [32]uint64
+	Count      [33]uint64
 	EventsLost uint64
 	EventDue   uint64
 }
@@ -301,9 +308,11 @@ const (
 	bpfMapEvents          = "events"
 	bpfMapExclusions      = "exclusions"
 	bpfMapFlows           = "flows"
+	bpfMapIndexTotals     = "index_totals"
 	bpfMapIndexes         = "indexes"
 	bpfMapListeners       = "listeners"
 	bpfMapOrigins         = "origins"
+	bpfMapPorts           = "ports"
 	bpfMapProxies         = "proxies"
 	bpfMapReleases        = "releases"
 	bpfMapSources         = "sources"
@@ -387,24 +396,26 @@ type bpfProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type bpfMapSpecs struct {
-	Addresses  *ebpf.MapSpec `ebpf:"addresses"`
-	Binders    *ebpf.MapSpec `ebpf:"binders"`
-	Budgets    *ebpf.MapSpec `ebpf:"budgets"`
-	Cidrs      *ebpf.MapSpec `ebpf:"cidrs"`
-	Configs    *ebpf.MapSpec `ebpf:"configs"`
-	Control    *ebpf.MapSpec `ebpf:"control"`
-	Dials      *ebpf.MapSpec `ebpf:"dials"`
-	Events     *ebpf.MapSpec `ebpf:"events"`
-	Exclusions *ebpf.MapSpec `ebpf:"exclusions"`
-	Flows      *ebpf.MapSpec `ebpf:"flows"`
-	Indexes    *ebpf.MapSpec `ebpf:"indexes"`
-	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
-	Origins    *ebpf.MapSpec `ebpf:"origins"`
-	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
-	Releases   *ebpf.MapSpec `ebpf:"releases"`
-	Sources    *ebpf.MapSpec `ebpf:"sources"`
-	Verdicts   *ebpf.MapSpec `ebpf:"verdicts"`
-	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
+	Addresses   *ebpf.MapSpec `ebpf:"addresses"`
+	Binders     *ebpf.MapSpec `ebpf:"binders"`
+	Budgets     *ebpf.MapSpec `ebpf:"budgets"`
+	Cidrs       *ebpf.MapSpec `ebpf:"cidrs"`
+	Configs     *ebpf.MapSpec `ebpf:"configs"`
+	Control     *ebpf.MapSpec `ebpf:"control"`
+	Dials       *ebpf.MapSpec `ebpf:"dials"`
+	Events      *ebpf.MapSpec `ebpf:"events"`
+	Exclusions  *ebpf.MapSpec `ebpf:"exclusions"`
+	Flows       *ebpf.MapSpec `ebpf:"flows"`
+	IndexTotals *ebpf.MapSpec `ebpf:"index_totals"`
+	Indexes     *ebpf.MapSpec `ebpf:"indexes"`
+	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
+	Origins     *ebpf.MapSpec `ebpf:"origins"`
+	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Proxies     *ebpf.MapSpec `ebpf:"proxies"`
+	Releases    *ebpf.MapSpec `ebpf:"releases"`
+	Sources     *ebpf.MapSpec `ebpf:"sources"`
+	Verdicts    *ebpf.MapSpec `ebpf:"verdicts"`
+	Workloads   *ebpf.MapSpec `ebpf:"workloads"`
 }
 
 // bpfVariableSpecs contains global variables before they are loaded into the kernel.
@@ -433,24 +444,26 @@ func (o *bpfObjects) Close() error {
 //
 // It can be passed to loadBpfObjects or ebpf.CollectionSpec.LoadAndAssign.
 type bpfMaps struct {
-	Addresses  *ebpf.Map `ebpf:"addresses"`
-	Binders    *ebpf.Map `ebpf:"binders"`
-	Budgets    *ebpf.Map `ebpf:"budgets"`
-	Cidrs      *ebpf.Map `ebpf:"cidrs"`
-	Configs    *ebpf.Map `ebpf:"configs"`
-	Control    *ebpf.Map `ebpf:"control"`
-	Dials      *ebpf.Map `ebpf:"dials"`
-	Events     *ebpf.Map `ebpf:"events"`
-	Exclusions *ebpf.Map `ebpf:"exclusions"`
-	Flows      *ebpf.Map `ebpf:"flows"`
-	Indexes    *ebpf.Map `ebpf:"indexes"`
-	Listeners  *ebpf.Map `ebpf:"listeners"`
-	Origins    *ebpf.Map `ebpf:"origins"`
-	Proxies    *ebpf.Map `ebpf:"proxies"`
-	Releases   *ebpf.Map `ebpf:"releases"`
-	Sources    *ebpf.Map `ebpf:"sources"`
-	Verdicts   *ebpf.Map `ebpf:"verdicts"`
-	Workloads  *ebpf.Map `ebpf:"workloads"`
+	Addresses   *ebpf.Map `ebpf:"addresses"`
+	Binders     *ebpf.Map `ebpf:"binders"`
+	Budgets     *ebpf.Map `ebpf:"budgets"`
+	Cidrs       *ebpf.Map `ebpf:"cidrs"`
+	Configs     *ebpf.Map `ebpf:"configs"`
+	Control     *ebpf.Map `ebpf:"control"`
+	Dials       *ebpf.Map `ebpf:"dials"`
+	Events      *ebpf.Map `ebpf:"events"`
+	Exclusions  *ebpf.Map `ebpf:"exclusions"`
+	Flows       *ebpf.Map `ebpf:"flows"`
+	IndexTotals *ebpf.Map `ebpf:"index_totals"`
+	Indexes     *ebpf.Map `ebpf:"indexes"`
+	Listeners   *ebpf.Map `ebpf:"listeners"`
+	Origins     *ebpf.Map `ebpf:"origins"`
+	Ports       *ebpf.Map `ebpf:"ports"`
+	Proxies     *ebpf.Map `ebpf:"proxies"`
+	Releases    *ebpf.Map `ebpf:"releases"`
+	Sources     *ebpf.Map `ebpf:"sources"`
+	Verdicts    *ebpf.Map `ebpf:"verdicts"`
+	Workloads   *ebpf.Map `ebpf:"workloads"`
 }
 
 func (m *bpfMaps) Close() error {
@@ -465,9 +478,11 @@ func (m *bpfMaps) Close() error {
 		m.Events,
 		m.Exclusions,
 		m.Flows,
+		m.IndexTotals,
 		m.Indexes,
 		m.Listeners,
 		m.Origins,
+		m.Ports,
 		m.Proxies,
 		m.Releases,
 		m.Sources,

@@ -237,9 +237,9 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 	a.add(full)
 	a.startProxy()
 	rows, generation := rowCounts(t, n.Datapath), generationOf(t, n.Datapath, a.NetNS)
-	ports := make([]uint16, 0, 65535)
-	for port := range 65535 {
-		ports = append(ports, uint16(port+1))
+	many := Upstream{Name: "many", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}
+	for i := range rowShare - 8 {
+		many.Addresses = append(many.Addresses, netip.AddrFrom4([4]byte{240, 1, byte(i >> 8), byte(i)}))
 	}
 	// The table is filled by others.
 	tables, err := openTables(n.paths.maps())
@@ -248,14 +248,14 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 	}
 	defer tables.Close()
 	filler := Workload{OutboundPort: 1}
-	for uid := range uint32(262144 - 60000) {
-		filler.ExcludeUIDs = append(filler.ExcludeUIDs, uid)
+	for i := range uint32(262144 - rowShare/2) {
+		filler.Addresses = append(filler.Addresses, netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)}))
 	}
 	if err := tables.writeRows(1<<60, filler, false); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 3 {
-		if err := n.SetOverlay(a.key, Overlay{ExcludeInboundPorts: ports}); err == nil {
+		if err := n.SetOverlay(a.key, Overlay{Upstreams: []Upstream{many}}); err == nil {
 			t.Fatal("the change succeeded")
 		} else if i == 0 {
 			t.Log(err)

@@ -36,6 +36,8 @@ func (a *alloc) dropRow(t *testing.T, name string) {
 		}
 	case "exclusions":
 		err = dropIf[bpfExclusionKey, uint32](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
+	case "ports":
+		err = dropIf[bpfExclusionKey, bpfPorts](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
 	case "addresses":
 		err = dropIf[bpfAddressKey, bpfAddress](tables, name, func(k bpfAddressKey) bool { return k.Cookie == cookie })
 	case "cidrs":
@@ -102,6 +104,7 @@ func TestCheckMends(t *testing.T) {
 		"workload row lost": row("workloads"),
 		"config row lost":   row("configs"),
 		"exclusions lost":   row("exclusions"),
+		"ports lost":        row("ports"),
 		"addresses lost":    row("addresses"),
 		"CIDRs lost":        row("cidrs"),
 		"budget row lost":   row("budgets"),

@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"slices"
 	"time"
-
-	"github.com/cilium/ebpf"
 )
 
 // Defaults of a Collector.
@@ -34,46 +32,43 @@ const (
 //
 // What is between the two steps can be read off the tables (an index whose
 // origin has another one, or none), so a Collector that dies leaves nothing
-// behind but a new grace period. One Collector per node; not safe for
-// concurrent use.
+// behind but a new grace period. Nothing is read under the node's lock, and rows
+// go in slices, so that an ADD does not wait; what is remembered is bounded. One
+// Collector per node; not safe for concurrent use.
 type Collector struct {
 	Rest  time.Duration // how long an origin must not have been dialled
 	Grace time.Duration // between the two steps; not below what a connect may take
 
 	datapath  *Datapath
-	condemned map[bpfIndexKey]time.Time
+	condemned map[bpfIndexKey]time.Time // indexes between the two steps, and since when
+	searched  map[uint64]time.Time      // when a workload's indexes were searched for more of them
 }
+
+// searchAgain is how long after a search there may be indexes again that nobody
+// condemned: an origin gets another one when the network that leads to it changes.
+const searchAgain = 10 * time.Minute
+
+// maxCondemned is how many indexes may be between the two steps: some 10 MiB.
+const maxCondemned = 1 << 17
 
 // NewCollector returns a collector with the default times.
 func (d *Datapath) NewCollector() *Collector {
-	return &Collector{Rest: DefaultRest, Grace: DefaultGrace, datapath: d, condemned: make(map[bpfIndexKey]time.Time)}
+	return &Collector{
+		Rest: DefaultRest, Grace: DefaultGrace, datapath: d,
+		condemned: make(map[bpfIndexKey]time.Time), searched: make(map[uint64]time.Time),
+	}
 }
 
 // Run makes one pass over the node and returns how many indexes it gave back.
-// It touches only workloads that hold more than half of their budget, unless
-// the node's table itself is more than half full.
+// It touches only workloads that hold more than half of their budget and, where
+// the node's table itself is more than half full, those that hold more than
+// every workload may.
 func (c *Collector) Run() (freed int, err error) {
-	err = c.datapath.locked(func() error {
-		freed, err = c.run()
-		return err
-	})
+	freed, err = c.run()
 	if err != nil {
 		return freed, fmt.Errorf("collect origins: %w", err)
 	}
 	return freed, nil
-}
-
-// held is how many origin addresses a workload holds.
-func (t *tables) held(cookie uint64) (uint32, error) {
-	var budget bpfBudget
-	var released uint32
-	if _, err := t.get("budgets", cookie, &budget); err != nil {
-		return 0, err
-	}
-	if _, err := t.get("releases", cookie, &released); err != nil {
-		return 0, err
-	}
-	return budget.Used - released, nil
 }
 
 func (c *Collector) run() (freed int, err error) {
@@ -82,7 +77,7 @@ func (c *Collector) run() (freed int, err error) {
 		return 0, err
 	}
 	defer tables.Close()
-	excess, err := pressed(tables)
+	excess, err := c.excess(tables)
 	if err != nil || len(excess) == 0 && len(c.condemned) == 0 {
 		return 0, err
 	}
@@ -90,42 +85,64 @@ func (c *Collector) run() (freed int, err error) {
 	if err != nil && !errors.Is(err, ErrUnreadable) {
 		return 0, err
 	}
-	held, err := readHeld(tables)
+	if err := c.search(tables, excess); err != nil {
+		return 0, err
+	}
+	condemned := make(map[uint64][]bpfIndexKey)
+	for key := range c.condemned {
+		condemned[key.Cookie] = append(condemned[key.Cookie], key)
+		excess[key.Cookie]--
+	}
+	quota := make(map[uint64]int)
+	for cookie, count := range excess {
+		// At least one each, if there is room at all: the others' turn comes.
+		if most := min(count, max((maxCondemned-len(c.condemned))/len(excess), 1)); most > 0 {
+			quota[cookie] = most
+		}
+	}
+	rested, err := c.rested(tables, quota)
 	if err != nil {
 		return 0, err
 	}
 	var problems []error
-	seen := make(map[bpfIndexKey]time.Time)
 	for _, r := range records {
-		n, err := c.collect(tables, r, held[r.Cookie], excess[r.Cookie], seen)
+		n, err := c.collect(tables, r, condemned[r.Cookie], rested[r.Cookie], quota[r.Cookie])
 		freed += n
 		if err != nil && !errors.Is(err, ErrNetNSGone) {
 			problems = append(problems, fmt.Errorf("workload %s: %w", r.Key, err))
 		}
+		delete(condemned, r.Cookie)
 	}
-	c.condemned = seen
+	for _, keys := range condemned { // of workloads that are gone
+		for _, key := range keys {
+			delete(c.condemned, key)
+		}
+	}
 	return freed, errors.Join(problems...)
 }
 
-// pressed returns how many origins each workload should give up. It reads the
+// excess returns how many origins each workload should give up. It reads the
 // tables alone: a node full of calm workloads costs a few system calls.
-func pressed(tables *tables) (map[uint64]int, error) {
+func (c *Collector) excess(tables *tables) (map[uint64]int, error) {
 	table, err := tables.table("origins")
 	if err != nil {
 		return nil, err
 	}
 	limit := int(table.MaxEntries())
-	held := make(map[uint64]uint32) // both counts may have gone round
-	if err := walk(tables, "budgets", func(cookie uint64, row bpfBudget) { held[cookie] += row.Used }); err != nil {
+	held, total, err := tables.heldByAll()
+	if err != nil {
 		return nil, err
 	}
-	if err := walk(tables, "releases", func(cookie uint64, released uint32) { held[cookie] -= released }); err != nil {
+	_, off, err := tables.totalIsOff()
+	if err == nil && off {
+		err = c.datapath.locked(tables.correctTotal)
+	}
+	if err != nil {
 		return nil, err
 	}
 	excess := make(map[uint64]int)
-	total := 0
 	for cookie, count := range held {
-		if total += int(count); count == 0 {
+		if count == 0 {
 			continue
 		}
 		generation, err := tables.generation(cookie)
@@ -137,70 +154,105 @@ func pressed(tables *tables) (map[uint64]int, error) {
 		if err != nil {
 			return nil, err
 		}
-		if over := int(count) - int(config.Budget)/2; found && over > 0 {
+		over := 0
+		if found {
+			over = int(count) - int(config.Budget)/2
+		}
+		if int(total) > limit/2 {
+			over = max(over, int(count)-originShare)
+		}
+		if over > 0 {
 			excess[cookie] = over
 		}
 	}
-	if total > limit/2 {
-		for cookie := range held {
-			excess[cookie] = limit
+	for cookie := range c.searched {
+		if _, still := held[cookie]; !still {
+			delete(c.searched, cookie)
 		}
 	}
 	return excess, nil
 }
 
-// heldOrigin is one index of a workload. Condemned says that its forward row
-// is gone or has another index.
-type heldOrigin struct {
-	index     uint32
-	addr      bpfAddr
-	usedNs    uint64
-	condemned bool
-}
-
-// readHeld reads the tables of all workloads once, in large batches.
-func readHeld(tables *tables) (map[uint64][]heldOrigin, error) {
-	forward := make(map[bpfOriginKey]bpfOrigin)
-	err := walk(tables, "origins", func(key bpfOriginKey, row bpfOrigin) { forward[key] = row })
-	if err != nil {
-		return nil, err
-	}
-	held := make(map[uint64][]heldOrigin)
-	err = walk(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) {
-		row, found := forward[bpfOriginKey{Cookie: key.Cookie, Addr: addr}]
-		held[key.Cookie] = append(held[key.Cookie], heldOrigin{
-			index: key.Index, addr: addr, usedNs: row.UsedNs, condemned: !found || row.Index != key.Index,
-		})
-	})
-	return held, err
-}
-
-// walk visits every row of a hash table in batches (Linux 5.6).
-func walk[K, V any](tables *tables, name string, visit func(K, V)) error {
-	table, err := tables.table(name)
-	if err != nil {
-		return err
-	}
-	const batch = 4096
-	keys, values := make([]K, batch), make([]V, batch)
-	var cursor ebpf.MapBatchCursor
-	for {
-		n, err := table.BatchLookup(&cursor, keys, values, nil)
-		for i := range n {
-			visit(keys[i], values[i])
+// search finds, for each workload now and then, indexes that are between the two
+// steps and not remembered, such as those of a former collector: their origin has
+// another index, or none.
+func (c *Collector) search(tables *tables, excess map[uint64]int) error {
+	wanted := make(map[uint64]bool)
+	now := time.Now()
+	for cookie := range excess {
+		if now.Sub(c.searched[cookie]) > searchAgain {
+			wanted[cookie] = true
 		}
-		if errors.Is(err, ebpf.ErrKeyNotExist) {
+	}
+	if len(wanted) == 0 {
+		return nil
+	}
+	err := walk(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) error {
+		if !wanted[key.Cookie] || len(c.condemned) >= maxCondemned {
 			return nil
 		}
-		if err != nil {
-			return fmt.Errorf("walk map %s: %w", name, err)
+		condemned, err := tables.isCondemned(key, addr)
+		if _, known := c.condemned[key]; condemned && !known {
+			c.condemned[key] = now
+		}
+		return err
+	})
+	if err == nil && len(c.condemned) < maxCondemned {
+		for cookie := range wanted {
+			c.searched[cookie] = now
 		}
 	}
+	return err
 }
 
-// collect makes both steps for one workload.
-func (c *Collector) collect(tables *tables, r *record, held []heldOrigin, excess int, seen map[bpfIndexKey]time.Time) (freed int, err error) {
-	if len(held) == 0 {
+// isCondemned reports whether no connect can pick the index any more.
+func (t *tables) isCondemned(key bpfIndexKey, addr bpfAddr) (bool, error) {
+	var row bpfOrigin
+	found, err := t.get("origins", bpfOriginKey{Cookie: key.Cookie, Addr: addr}, &row)
+	return err == nil && (!found || row.Index != key.Index), err
+}
+
+// restedOrigin is an origin that was not dialled for a while.
+type restedOrigin struct {
+	addr   bpfAddr
+	index  uint32
+	usedNs uint64
+}
+
+// rested returns origins that each workload may give up, longest rested first:
+// up to twice its quota, since sockets may carry some of them.
+func (c *Collector) rested(tables *tables, quota map[uint64]int) (map[uint64][]restedOrigin, error) {
+	rested := make(map[uint64][]restedOrigin)
+	if len(quota) == 0 {
+		return rested, nil
+	}
+	oldest := func(list []restedOrigin, most int) []restedOrigin {
+		slices.SortFunc(list, func(a, b restedOrigin) int { return cmp.Compare(a.usedNs, b.usedNs) })
+		return list[:min(len(list), most)]
+	}
+	before := monotonicNow() - min(uint64(c.Rest), monotonicNow())
+	err := walk(tables, "origins", func(key bpfOriginKey, row bpfOrigin) error {
+		most := quota[key.Cookie]
+		if most == 0 || row.UsedNs > before {
+			return nil
+		}
+		list := append(rested[key.Cookie], restedOrigin{addr: key.Addr, index: row.Index, usedNs: row.UsedNs})
+		if len(list) >= 4*most+16 { // memory is bounded, whatever a workload dials
+			list = oldest(list, 2*most)
+		}
+		rested[key.Cookie] = list
+		return nil
+	})
+	for cookie, list := range rested {
+		rested[cookie] = oldest(list, 2*quota[cookie])
+	}
+	return rested, err
+}
+
+// collect makes both steps for one workload: it frees condemned indexes, and
+// condemns up to quota of those of rested origins.
+func (c *Collector) collect(tables *tables, r *record, condemned []bpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
+	if len(condemned)+len(rested) == 0 {
 		return 0, nil
 	}
 	ns, err := r.open()
@@ -208,62 +260,76 @@ func (c *Collector) collect(tables *tables, r *record, held []heldOrigin, excess
 		return 0, err
 	}
 	defer ns.Close()
+	now := time.Now() // before the look at the sockets
 	inUse, err := ns.encodedInUse()
 	if err != nil {
 		return 0, err
 	}
-	now := time.Now()
-	for _, origin := range held {
-		key := bpfIndexKey{Cookie: r.Cookie, Index: origin.index}
-		if !origin.condemned {
-			continue
-		}
-		since, known := c.condemned[key]
-		if !known {
-			since = now
-		}
-		if inUse[origin.index] || now.Sub(since) < c.Grace {
-			seen[key] = since
-			continue
-		}
-		if err := tables.drop("indexes", key); err != nil {
-			return freed, err
-		}
-		freed++
+	condemned = slices.DeleteFunc(condemned, func(key bpfIndexKey) bool {
+		return inUse[key.Index] || now.Sub(c.condemned[key]) < c.Grace
+	})
+	rested = slices.DeleteFunc(rested, func(origin restedOrigin) bool { return inUse[origin.index] })
+	rested = rested[:min(len(rested), quota)]
+	err = c.datapath.inSlices(func() (more bool, err error) {
+		slice := condemned[:min(len(condemned), sliceRows)]
+		condemned = condemned[len(slice):]
+		n, err := c.free(tables, r.Cookie, slice)
+		freed += n
+		return len(condemned) > 0, err
+	})
+	if err != nil {
+		return freed, err
 	}
-	if freed > 0 {
-		if err := tables.release(r.Cookie, freed); err != nil {
-			return freed, err
-		}
-	}
-	return freed, c.condemn(tables, r.Cookie, held, inUse, excess-freed, seen)
+	return freed, c.datapath.inSlices(func() (more bool, err error) {
+		slice := rested[:min(len(rested), sliceRows)]
+		rested = rested[len(slice):]
+		return len(rested) > 0, c.condemn(tables, r.Cookie, slice)
+	})
 }
 
-// condemn takes the forward rows of up to excess origins, longest rested first.
-func (c *Collector) condemn(tables *tables, cookie uint64, held []heldOrigin, inUse map[uint32]bool, excess int, seen map[bpfIndexKey]time.Time) error {
-	slices.SortFunc(held, func(a, b heldOrigin) int { return cmp.Compare(a.usedNs, b.usedNs) })
-	before := monotonicNow() - min(uint64(c.Rest), monotonicNow())
-	for _, origin := range held {
-		if excess <= 0 || origin.usedNs > before {
-			break
+// free gives condemned indexes back. Each is looked at again: the workload may
+// have been removed and added again since, and the index be another origin's.
+func (c *Collector) free(tables *tables, cookie uint64, condemned []bpfIndexKey) (freed int, err error) {
+	var free []bpfIndexKey
+	for _, key := range condemned {
+		var addr bpfAddr
+		found, err := tables.get("indexes", key, &addr)
+		if err == nil && found {
+			found, err = tables.isCondemned(key, addr)
 		}
-		if origin.condemned || inUse[origin.index] {
-			continue
+		if err != nil {
+			return 0, err
 		}
-		if err := tables.drop("origins", bpfOriginKey{Cookie: cookie, Addr: origin.addr}); err != nil {
+		if found {
+			free = append(free, key)
+		}
+		delete(c.condemned, key)
+	}
+	if len(free) == 0 {
+		return 0, nil
+	}
+	if err := dropMany(tables, "indexes", free); err != nil {
+		return 0, err
+	}
+	return len(free), tables.release(cookie, len(free))
+}
+
+// condemn takes the forward rows of origins that are as they were seen.
+func (c *Collector) condemn(tables *tables, cookie uint64, rested []restedOrigin) error {
+	var stale []bpfOriginKey
+	now := time.Now()
+	for _, origin := range rested {
+		key := bpfOriginKey{Cookie: cookie, Addr: origin.addr}
+		var row bpfOrigin
+		found, err := tables.get("origins", key, &row)
+		if err != nil {
 			return err
 		}
-		seen[bpfIndexKey{Cookie: cookie, Index: origin.index}] = time.Now()
-		excess--
+		if !found || row.Index != origin.index || row.UsedNs != origin.usedNs {
+			continue
+		}
+		stale = append(stale, key)
+		c.condemned[bpfIndexKey{Cookie: cookie, Index: origin.index}] = now
 	}
-	return nil
-}
-
-// release counts indexes as given back.
-func (t *tables) release(cookie uint64, freed int) error {
-	var released uint32
-	if _, err := t.get("releases", cookie, &released); err != nil {
-		return err
-	}
-	return t.put("releases", cookie, released+uint32(freed), ebpf.UpdateAny)
+	return dropMany(tables, "origins", stale)
 }

@@ -178,6 +178,9 @@ func (d *Datapath) disown(r *record) error {
 // to remove, and needs neither the namespace nor loaded programs.
 func (d *Datapath) Remove(key Key) error {
 	err := d.locked(func() error { return d.remove(key) })
+	if err == nil {
+		err = d.eraseDead()
+	}
 	if err != nil {
 		return fmt.Errorf("remove workload %s: %w", key, err)
 	}
@@ -337,5 +340,5 @@ func (d *Datapath) Collect(network string, valid []Key) (removed []Key, err erro
 		}
 		return errors.Join(append(problems, d.sweep())...)
 	})
-	return removed, err
+	return removed, errors.Join(err, d.eraseDead())
 }

@@ -27,6 +27,11 @@ const (
 	flowSlots     = 128 // FLOW_SLOTS
 	indexFirst    = 1   // INDEX_FIRST
 
+	portsPerRow  = 1024 // PORTS_PER_ROW
+	originShare  = 128  // ORIGIN_SHARE
+	indexesGiven = 0    // INDEXES_GIVEN
+	indexesFreed = 1    // INDEXES_FREED
+
 	listensOutbound  = 1 << 8  // LISTENS_OUTBOUND
 	listensExposed   = 1 << 9  // LISTENS_EXPOSED
 	proxyListensHere = 1 << 16 // PROXY_LISTENS_HERE
@@ -76,6 +81,7 @@ func decodeIndex(addr netip.Addr) (index uint32, encoded bool) {
 type rows struct {
 	config     bpfConfig
 	exclusions map[bpfExclusionKey]uint32
+	ports      map[bpfExclusionKey]bpfPorts
 	addresses  map[bpfAddressKey]bpfAddress
 	cidrs      map[bpfCidrKey]uint32 // the family that the prefix was written in
 	sources    map[bpfCidrKey]uint32 // the slice of the encoded range
@@ -98,6 +104,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			Seats: w.takenSeats(),
 		},
 		exclusions: make(map[bpfExclusionKey]uint32),
+		ports:      make(map[bpfExclusionKey]bpfPorts),
 		addresses:  make(map[bpfAddressKey]bpfAddress),
 		cidrs:      make(map[bpfCidrKey]uint32),
 		sources:    make(map[bpfCidrKey]uint32),
@@ -110,7 +117,14 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	mean := func(kind bpfExclusionKind, value, meaning uint32) {
 		r.exclusions[bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}] = meaning
 	}
-	exclude := func(kind bpfExclusionKind, value uint32) { mean(kind, value, 0) }
+	excludePorts := func(kind bpfExclusionKind, ports []uint16) {
+		for _, port := range ports {
+			key := bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: uint32(port) / portsPerRow}
+			row := r.ports[key]
+			row.Bits[port%portsPerRow/64] |= 1 << (port % 64)
+			r.ports[key] = row
+		}
+	}
 	// What comes later overwrites: the last proxy first, then what goes before any proxy.
 	for i := len(w.Proxies) - 1; i >= 0; i-- {
 		p, seat := w.Proxies[i], uint32(w.seat(i+1))
@@ -120,7 +134,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			}
 		}
 		for _, port := range p.ServicePorts {
-			mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(port), uint32(p.InboundPort))
+			mean(bpfExclusionKindEXCLUSION_SERVICE, uint32(port), uint32(p.InboundPort))
 		}
 		if p.OutboundPort != 0 {
 			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), seat|listensOutbound)
@@ -131,22 +145,18 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	}
 	for _, p := range w.all() {
 		if p.InboundPort != 0 && len(w.Proxies) > 0 {
-			mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(p.InboundPort), uint32(p.InboundPort))
+			mean(bpfExclusionKindEXCLUSION_SERVICE, uint32(p.InboundPort), uint32(p.InboundPort))
 		}
 	}
 	exposed := w.exposed()
 	for _, p := range exposed {
-		mean(bpfExclusionKindEXCLUSION_PORT_IN, uint32(p.port), uint32(p.port)|proxyListensHere)
+		mean(bpfExclusionKindEXCLUSION_SERVICE, uint32(p.port), uint32(p.port)|proxyListensHere)
 		mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.port), uint32(p.seat)|listensExposed)
 	}
-	for _, port := range w.ExcludeOutboundPorts {
-		exclude(bpfExclusionKindEXCLUSION_PORT_OUT, uint32(port))
-	}
-	for _, port := range w.ExcludeInboundPorts {
-		exclude(bpfExclusionKindEXCLUSION_PORT_IN, uint32(port))
-	}
+	excludePorts(bpfExclusionKindEXCLUSION_PORT_OUT, w.ExcludeOutboundPorts)
+	excludePorts(bpfExclusionKindEXCLUSION_PORT_IN, w.ExcludeInboundPorts)
 	for _, uid := range w.ExcludeUIDs {
-		exclude(bpfExclusionKindEXCLUSION_UID, uid)
+		mean(bpfExclusionKindEXCLUSION_UID, uid, 0)
 	}
 	for _, cidr := range w.ExcludeOutboundCIDRs {
 		r.cidrs[encodeCIDR(cidr, cookie, generation)] = cidrFamily(cidr)
@@ -184,7 +194,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	flag(len(w.ExcludeOutboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_OUT)
 	flag(len(w.Proxies) > 0, bpfConfigFlagCONFIG_PROXIES)
 	flag(len(exposed) > 0, bpfConfigFlagCONFIG_LISTENERS)
-	flag(len(w.ExcludeInboundPorts)+len(w.Proxies)+len(exposed) > 0, bpfConfigFlagCONFIG_PORTS_IN)
+	flag(len(w.ExcludeInboundPorts) > 0, bpfConfigFlagCONFIG_PORTS_IN)
 	flag(len(w.ExcludeUIDs) > 0, bpfConfigFlagCONFIG_UIDS)
 	flag(len(w.ExcludeOutboundCIDRs) > 0, bpfConfigFlagCONFIG_CIDRS)
 	flag(w.Sources.sliced(), bpfConfigFlagCONFIG_SOURCES)

@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"encoding/binary"
+	"maps"
 	"net/netip"
 	"testing"
 	"unsafe"
@@ -133,9 +134,12 @@ func TestEncodeRows(t *testing.T) {
 			EphemeralFirst: 32768, EphemeralLast: 60999, Seats: 1,
 		},
 		exclusions: map[bpfExclusionKey]uint32{
-			exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 1): 0, exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 65535): 0,
-			exclusion(bpfExclusionKindEXCLUSION_PORT_IN, 8080): 0,
-			exclusion(bpfExclusionKindEXCLUSION_UID, 0):        0, exclusion(bpfExclusionKindEXCLUSION_UID, 70000): 0,
+			exclusion(bpfExclusionKindEXCLUSION_UID, 0): 0, exclusion(bpfExclusionKindEXCLUSION_UID, 70000): 0,
+		},
+		ports: map[bpfExclusionKey]bpfPorts{
+			exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 0):  {Bits: [16]uint64{0: 1 << 1}},
+			exclusion(bpfExclusionKindEXCLUSION_PORT_OUT, 63): {Bits: [16]uint64{15: 1 << 63}},
+			exclusion(bpfExclusionKindEXCLUSION_PORT_IN, 7):   {Bits: [16]uint64{(8080 - 7*1024) / 64: 1 << (8080 % 64)}},
 		},
 		addresses: map[bpfAddressKey]bpfAddress{
 			// An address that is both stays the workload's own.
@@ -148,7 +152,8 @@ func TestEncodeRows(t *testing.T) {
 		},
 	}
 	if diff := cmp.Diff(want, encodeRows(w, cookie, generation, true), cmp.AllowUnexported(rows{}), cmpopts.EquateEmpty(),
-		cmp.Comparer(func(a, b bpfConfig) bool { return a == b }), cmp.Comparer(func(a, b bpfAddress) bool { return a == b })); diff != "" {
+		cmp.Comparer(func(a, b bpfConfig) bool { return a == b }), cmp.Comparer(func(a, b bpfAddress) bool { return a == b }),
+		cmp.Comparer(func(a, b bpfPorts) bool { return a == b })); diff != "" {
 		t.Errorf("rows (-want +got):\n%s", diff)
 	}
 }
@@ -169,7 +174,7 @@ func TestEncodeFlags(t *testing.T) {
 		"ports out":   {func(w *Workload) { w.ExcludeOutboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_OUT},
 		"ports in":    {func(w *Workload) { w.ExcludeInboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_IN},
 		"CIDRs":       {func(w *Workload) { w.ExcludeOutboundCIDRs = prefixes("::/0") }, false, bpfConfigFlagCONFIG_CIDRS},
-		"two proxies": {func(w *Workload) { w.Proxies = []Sidecar{{InboundPort: 1}} }, false, bpfConfigFlagCONFIG_PROXIES | bpfConfigFlagCONFIG_PORTS_IN},
+		"two proxies": {func(w *Workload) { w.Proxies = []Sidecar{{InboundPort: 1}} }, false, bpfConfigFlagCONFIG_PROXIES},
 		"audit":       {func(w *Workload) { w.Guard = GuardAudit }, false, bpfConfigFlagCONFIG_AUDIT},
 		"enforce":     {func(w *Workload) { w.Guard = GuardEnforce }, false, bpfConfigFlagCONFIG_ENFORCE},
 	} {
@@ -221,14 +226,20 @@ func TestEncodeProxies(t *testing.T) {
 	exclusion := func(kind bpfExclusionKind, value uint32) bpfExclusionKey {
 		return bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}
 	}
-	const in, listener = bpfExclusionKindEXCLUSION_PORT_IN, bpfExclusionKindEXCLUSION_LISTENER
+	const service, listener = bpfExclusionKindEXCLUSION_SERVICE, bpfExclusionKindEXCLUSION_LISTENER
 	got := encodeRows(w, cookie, generation, false)
 	if diff := cmp.Diff(map[bpfExclusionKey]uint32{
-		exclusion(in, 9000): 0, exclusion(in, 8080): 20001, exclusion(in, 8081): 20002,
-		exclusion(in, 20000): 20000, exclusion(in, 20001): 20001, exclusion(in, 20002): 20002,
+		exclusion(service, 9000): 20001, exclusion(service, 8080): 20001, exclusion(service, 8081): 20002,
+		exclusion(service, 20000): 20000, exclusion(service, 20001): 20001, exclusion(service, 20002): 20002,
 		exclusion(listener, 15002): 0 | listensOutbound, exclusion(listener, 20001): 0, exclusion(listener, 20002): 5,
 	}, got.exclusions); diff != "" {
 		t.Errorf("exclusions (-want +got):\n%s", diff)
+	}
+	excluded := map[bpfExclusionKey]bpfPorts{
+		exclusion(bpfExclusionKindEXCLUSION_PORT_IN, 8): {Bits: [16]uint64{(9000 - 8*1024) / 64: 1 << (9000 % 64)}},
+	}
+	if !maps.Equal(got.ports, excluded) {
+		t.Errorf("excluded ports %v, want %v", got.ports, excluded)
 	}
 	kinds := make(map[string]bpfAddressKind)
 	for key, row := range got.addresses {

@@ -117,6 +117,9 @@ func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workl
 	if err != nil {
 		return err
 	}
+	if err := tables.admit(encodeRows(before.Applied, r.Cookie, old, before.IPv6), encodeRows(workload, r.Cookie, old, r.IPv6)); err != nil {
+		return err
+	}
 	if err := tables.writeRows(r.Cookie, workload, r.IPv6); err != nil || before.fresh {
 		return err
 	}

@@ -26,7 +26,7 @@ func (l *lostEvents) count(tables *tables) (map[uint64]uint64, error) {
 		lost = make(map[uint64]uint64)
 	}
 	l.unread = nil
-	err := walk(tables, "verdicts", func(cookie uint64, row bpfVerdictCounts) {
+	err := walk(tables, "verdicts", func(cookie uint64, row bpfVerdictCounts) error {
 		told := l.told[cookie]
 		if row.EventsLost < told { // the workload was removed and added again
 			told = 0
@@ -35,6 +35,7 @@ func (l *lostEvents) count(tables *tables) (map[uint64]uint64, error) {
 			lost[cookie] += row.EventsLost - told
 		}
 		l.told[cookie] = row.EventsLost
+		return nil
 	})
 	return lost, err
 }

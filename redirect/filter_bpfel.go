@@ -26,9 +26,11 @@ const (
 	filterMapEvents       = "events"
 	filterMapExclusions   = "exclusions"
 	filterMapFlows        = "flows"
+	filterMapIndexTotals  = "index_totals"
 	filterMapIndexes      = "indexes"
 	filterMapListeners    = "listeners"
 	filterMapOrigins      = "origins"
+	filterMapPorts        = "ports"
 	filterMapProxies      = "proxies"
 	filterMapReleases     = "releases"
 	filterMapSources      = "sources"
@@ -88,24 +90,26 @@ type filterProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type filterMapSpecs struct {
-	Addresses  *ebpf.MapSpec `ebpf:"addresses"`
-	Binders    *ebpf.MapSpec `ebpf:"binders"`
-	Budgets    *ebpf.MapSpec `ebpf:"budgets"`
-	Cidrs      *ebpf.MapSpec `ebpf:"cidrs"`
-	Configs    *ebpf.MapSpec `ebpf:"configs"`
-	Control    *ebpf.MapSpec `ebpf:"control"`
-	Dials      *ebpf.MapSpec `ebpf:"dials"`
-	Events     *ebpf.MapSpec `ebpf:"events"`
-	Exclusions *ebpf.MapSpec `ebpf:"exclusions"`
-	Flows      *ebpf.MapSpec `ebpf:"flows"`
-	Indexes    *ebpf.MapSpec `ebpf:"indexes"`
-	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
-	Origins    *ebpf.MapSpec `ebpf:"origins"`
-	Proxies    *ebpf.MapSpec `ebpf:"proxies"`
-	Releases   *ebpf.MapSpec `ebpf:"releases"`
-	Sources    *ebpf.MapSpec `ebpf:"sources"`
-	Verdicts   *ebpf.MapSpec `ebpf:"verdicts"`
-	Workloads  *ebpf.MapSpec `ebpf:"workloads"`
+	Addresses   *ebpf.MapSpec `ebpf:"addresses"`
+	Binders     *ebpf.MapSpec `ebpf:"binders"`
+	Budgets     *ebpf.MapSpec `ebpf:"budgets"`
+	Cidrs       *ebpf.MapSpec `ebpf:"cidrs"`
+	Configs     *ebpf.MapSpec `ebpf:"configs"`
+	Control     *ebpf.MapSpec `ebpf:"control"`
+	Dials       *ebpf.MapSpec `ebpf:"dials"`
+	Events      *ebpf.MapSpec `ebpf:"events"`
+	Exclusions  *ebpf.MapSpec `ebpf:"exclusions"`
+	Flows       *ebpf.MapSpec `ebpf:"flows"`
+	IndexTotals *ebpf.MapSpec `ebpf:"index_totals"`
+	Indexes     *ebpf.MapSpec `ebpf:"indexes"`
+	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
+	Origins     *ebpf.MapSpec `ebpf:"origins"`
+	Ports       *ebpf.MapSpec `ebpf:"ports"`
+	Proxies     *ebpf.MapSpec `ebpf:"proxies"`
+	Releases    *ebpf.MapSpec `ebpf:"releases"`
+	Sources     *ebpf.MapSpec `ebpf:"sources"`
+	Verdicts    *ebpf.MapSpec `ebpf:"verdicts"`
+	Workloads   *ebpf.MapSpec `ebpf:"workloads"`
 }
 
 // filterVariableSpecs contains global variables before they are loaded into the kernel.
@@ -134,24 +138,26 @@ func (o *filterObjects) Close() error {
 //
 // It can be passed to loadFilterObjects or ebpf.CollectionSpec.LoadAndAssign.
 type filterMaps struct {
-	Addresses  *ebpf.Map `ebpf:"addresses"`
-	Binders    *ebpf.Map `ebpf:"binders"`
-	Budgets    *ebpf.Map `ebpf:"budgets"`
-	Cidrs      *ebpf.Map `ebpf:"cidrs"`
-	Configs    *ebpf.Map `ebpf:"configs"`
-	Control    *ebpf.Map `ebpf:"control"`
-	Dials      *ebpf.Map `ebpf:"dials"`
-	Events     *ebpf.Map `ebpf:"events"`
-	Exclusions *ebpf.Map `ebpf:"exclusions"`
-	Flows      *ebpf.Map `ebpf:"flows"`
-	Indexes    *ebpf.Map `ebpf:"indexes"`
-	Listeners  *ebpf.Map `ebpf:"listeners"`
-	Origins    *ebpf.Map `ebpf:"origins"`
-	Proxies    *ebpf.Map `ebpf:"proxies"`
-	Releases   *ebpf.Map `ebpf:"releases"`
-	Sources    *ebpf.Map `ebpf:"sources"`
-	Verdicts   *ebpf.Map `ebpf:"verdicts"`
-	Workloads  *ebpf.Map `ebpf:"workloads"`
+	Addresses   *ebpf.Map `ebpf:"addresses"`
+	Binders     *ebpf.Map `ebpf:"binders"`
+	Budgets     *ebpf.Map `ebpf:"budgets"`
+	Cidrs       *ebpf.Map `ebpf:"cidrs"`
+	Configs     *ebpf.Map `ebpf:"configs"`
+	Control     *ebpf.Map `ebpf:"control"`
+	Dials       *ebpf.Map `ebpf:"dials"`
+	Events      *ebpf.Map `ebpf:"events"`
+	Exclusions  *ebpf.Map `ebpf:"exclusions"`
+	Flows       *ebpf.Map `ebpf:"flows"`
+	IndexTotals *ebpf.Map `ebpf:"index_totals"`
+	Indexes     *ebpf.Map `ebpf:"indexes"`
+	Listeners   *ebpf.Map `ebpf:"listeners"`
+	Origins     *ebpf.Map `ebpf:"origins"`
+	Ports       *ebpf.Map `ebpf:"ports"`
+	Proxies     *ebpf.Map `ebpf:"proxies"`
+	Releases    *ebpf.Map `ebpf:"releases"`
+	Sources     *ebpf.Map `ebpf:"sources"`
+	Verdicts    *ebpf.Map `ebpf:"verdicts"`
+	Workloads   *ebpf.Map `ebpf:"workloads"`
 }
 
 func (m *filterMaps) Close() error {
@@ -166,9 +172,11 @@ func (m *filterMaps) Close() error {
 		m.Events,
 		m.Exclusions,
 		m.Flows,
+		m.IndexTotals,
 		m.Indexes,
 		m.Listeners,
 		m.Origins,
+		m.Ports,
 		m.Proxies,
 		m.Releases,
 		m.Sources,

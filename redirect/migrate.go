@@ -194,5 +194,8 @@ func (d *Datapath) ensureAll(records []*record) (did []string, problems []error)
 		}
 		did = append(did, "migrated "+r.Key.String())
 	}
+	if err := tables.correctTotal(); err != nil { // a version that had none counted none
+		problems = append(problems, err)
+	}
 	return did, problems
 }

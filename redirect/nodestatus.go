@@ -5,14 +5,11 @@ package redirect
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 )
 
@@ -100,7 +97,7 @@ func (d *Datapath) status() (Status, error) {
 		l.problem("run 'weir load' with the version that the node should run", "the node runs programs of another version")
 	}
 	l.links(tables)
-	l.Maps, err = mapInfos(d.paths.maps())
+	l.Maps, err = tables.infos()
 	l.unseen("the tables", err)
 	l.workloads(tables)
 	return l.Status, nil
@@ -173,6 +170,7 @@ func (l *nodeLook) workloads(tables *tables) {
 			l.problem(what.Remedy, "workload %s: %s", w.Key, what.What)
 		}
 	}
+	l.Problems = append(l.Problems, fillProblems(l.Maps, workloads)...)
 	orphans, err := l.node.orphans(owned)
 	l.unseen("the lookup programs without a record", err)
 	for _, o := range orphans {
@@ -180,28 +178,4 @@ func (l *nodeLook) workloads(tables *tables) {
 			l.problem("restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
 		}
 	}
-}
-
-func mapInfos(dir string) (infos []MapInfo, err error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return nil, fmt.Errorf("list maps: %w", err)
-	}
-	for _, entry := range entries {
-		table, err := ebpf.LoadPinnedMap(filepath.Join(dir, entry.Name()), &ebpf.LoadPinOptions{ReadOnly: true})
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // it went meanwhile
-		}
-		if err != nil {
-			return infos, fmt.Errorf("open map %s: %w", entry.Name(), err)
-		}
-		info, err := table.Info()
-		table.Close()
-		if err != nil {
-			return infos, fmt.Errorf("read map %s: %w", entry.Name(), err)
-		}
-		bytes, _ := info.Memlock()
-		infos = append(infos, MapInfo{Name: entry.Name(), MaxEntries: info.MaxEntries, Bytes: bytes})
-	}
-	return infos, nil
 }

@@ -17,8 +17,8 @@ import (
 // mapNames are the node's tables, each pinned under its name.
 func mapNames() []string {
 	return []string{
-		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions",
-		"flows", "indexes", "listeners", "origins", "proxies", "releases", "sources", "verdicts", "workloads",
+		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions", "flows",
+		"index_totals", "indexes", "listeners", "origins", "ports", "proxies", "releases", "sources", "verdicts", "workloads",
 	}
 }
 

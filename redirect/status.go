@@ -51,13 +51,6 @@ type Status struct {
 	Problems   []Problem `json:"problems"`
 }
 
-// MapInfo is one of the node's tables.
-type MapInfo struct {
-	Name       string `json:"name"`
-	MaxEntries uint32 `json:"max_entries"`
-	Bytes      uint64 `json:"bytes"` // of kernel memory, as the kernel accounts it
-}
-
 // Healthy reports whether nothing is wrong.
 func (s Status) Healthy() bool { return s.Loaded && len(s.Problems) == 0 }
 

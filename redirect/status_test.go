@@ -82,7 +82,12 @@ func damages() []damage {
 		}},
 		damage{"row in exclusions", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.drop("exclusions", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432})
+				return tables.drop("exclusions", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_UID, Value: 1500})
+			})
+		}},
+		damage{"row in ports", "rows are missing", func(t *testing.T, a *alloc) {
+			dropRow(t, a, func(tables *tables, generation uint64) error {
+				return tables.drop("ports", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432 / portsPerRow})
 			})
 		}},
 		damage{"row in addresses", "rows are missing", func(t *testing.T, a *alloc) {
@@ -158,6 +163,7 @@ func TestStatusNamesDamage(t *testing.T) {
 	a := n.newAlloc()
 	a.add(func(r *Request) {
 		r.ExcludeOutboundPorts = []uint16{5432}
+		r.ExcludeUIDs = []uint32{1500}
 		r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("172.16.0.0/12")}
 	})
 	a.startProxy()

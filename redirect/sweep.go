@@ -69,7 +69,7 @@ func (d *Datapath) Sweep() (removed []Key, err error) {
 		}
 		return swept
 	})
-	return removed, err
+	return removed, errors.Join(err, d.eraseDead())
 }
 
 // Unhooked returns the workloads on record whose lookup program is not pinned

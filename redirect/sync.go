@@ -4,7 +4,6 @@ package redirect
 
 import (
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -48,23 +47,14 @@ func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool) error {
 
 // putRows writes a generation that is not in force yet.
 func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
-	for key, meaning := range fresh.exclusions {
-		if err := m.put("exclusions", key, meaning, ebpf.UpdateAny); err != nil {
-			return err
-		}
-	}
-	for key, row := range fresh.addresses {
-		if err := m.put("addresses", key, row, ebpf.UpdateAny); err != nil {
-			return err
-		}
-	}
-	for key, family := range fresh.cidrs {
-		if err := m.put("cidrs", key, family, ebpf.UpdateAny); err != nil {
-			return err
-		}
-	}
-	for key, slice := range fresh.sources {
-		if err := m.put("sources", key, slice, ebpf.UpdateAny); err != nil {
+	for _, put := range []func() error{
+		func() error { return putAll(m, "exclusions", fresh.exclusions) },
+		func() error { return putAll(m, "ports", fresh.ports) },
+		func() error { return putAll(m, "addresses", fresh.addresses) },
+		func() error { return putAll(m, "cidrs", fresh.cidrs) },
+		func() error { return putAll(m, "sources", fresh.sources) },
+	} {
+		if err := put(); err != nil {
 			return err
 		}
 	}
@@ -72,6 +62,35 @@ func (m *tables) putRows(fresh rows, cookie, generation uint64) error {
 		return err
 	}
 	return m.ensureShared(cookie, fresh.config.Seats)
+}
+
+func putAll[K, V comparable](m *tables, name string, rows map[K]V) error {
+	for key, row := range rows {
+		if err := m.put(name, key, row, ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// hasAll reports whether the table has all of these rows.
+func hasAll[K, V comparable](m *tables, name string, rows map[K]V) (bool, error) {
+	for key, wanted := range rows {
+		var row V
+		if found, err := m.get(name, key, &row); err != nil || !found || row != wanted {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+func dropAll[K, V comparable](m *tables, name string, rows map[K]V) error {
+	for key := range rows {
+		if err := m.drop(name, key); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ensureShared makes the rows that the programs write to. They outlive every
@@ -105,27 +124,14 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 	if found, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil || !found || config != want.config {
 		return false, err
 	}
-	for key, meaning := range want.exclusions {
-		var row uint32
-		if found, err := m.get("exclusions", key, &row); err != nil || !found || row != meaning {
-			return false, err
-		}
-	}
-	for key, wanted := range want.addresses {
-		var row bpfAddress
-		if found, err := m.get("addresses", key, &row); err != nil || !found || row != wanted {
-			return false, err
-		}
-	}
-	for key, family := range want.cidrs {
-		var row uint32
-		if found, err := m.get("cidrs", key, &row); err != nil || !found || row != family {
-			return false, err
-		}
-	}
-	for key, slice := range want.sources {
-		var row uint32
-		if found, err := m.get("sources", key, &row); err != nil || !found || row != slice {
+	for _, has := range []func() (bool, error){
+		func() (bool, error) { return hasAll(m, "exclusions", want.exclusions) },
+		func() (bool, error) { return hasAll(m, "ports", want.ports) },
+		func() (bool, error) { return hasAll(m, "addresses", want.addresses) },
+		func() (bool, error) { return hasAll(m, "cidrs", want.cidrs) },
+		func() (bool, error) { return hasAll(m, "sources", want.sources) },
+	} {
+		if all, err := has(); err != nil || !all {
 			return false, err
 		}
 	}
@@ -163,21 +169,15 @@ func (m *tables) recount(cookie uint64) (budget bpfBudget, released uint32, err 
 	if err != nil || hasBudget && hasReleased {
 		return budget, released, err
 	}
-	table, err := m.table("indexes")
-	if err != nil {
-		return budget, 0, err
-	}
 	var held, last uint32
-	var key bpfIndexKey
-	var addr bpfAddr
-	rows := table.Iterate()
-	for rows.Next(&key, &addr) {
+	err = walk(m, "indexes", func(key bpfIndexKey, _ bpfAddr) error {
 		if key.Cookie == cookie {
 			held, last = held+1, max(last, key.Index)
 		}
-	}
-	if err := rows.Err(); err != nil {
-		return budget, 0, fmt.Errorf("walk map indexes: %w", err)
+		return nil
+	})
+	if err != nil {
+		return budget, 0, err
 	}
 	if hasBudget {
 		return budget, budget.Used - held, nil
@@ -186,25 +186,15 @@ func (m *tables) recount(cookie uint64) (budget bpfBudget, released uint32, err 
 }
 
 func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
-	for key := range stale.exclusions {
-		if err := m.drop("exclusions", key); err != nil {
-			return err
-		}
-	}
-	for key := range stale.addresses {
-		if err := m.drop("addresses", key); err != nil {
-			return err
-		}
-	}
-	for key := range stale.cidrs {
-		if err := m.drop("cidrs", key); err != nil {
-			return err
-		}
-	}
-	for key := range stale.sources {
-		if err := m.drop("sources", key); err != nil {
-			return err
-		}
+	err := errors.Join(
+		dropAll(m, "exclusions", stale.exclusions),
+		dropAll(m, "ports", stale.ports),
+		dropAll(m, "addresses", stale.addresses),
+		dropAll(m, "cidrs", stale.cidrs),
+		dropAll(m, "sources", stale.sources),
+	)
+	if err != nil {
+		return err
 	}
 	return m.drop("configs", bpfConfigKey{Cookie: cookie, Generation: generation})
 }
@@ -228,6 +218,7 @@ func (m *tables) dropStale(cookie uint64, w *Workload) error {
 	}
 	return errors.Join(
 		dropIf[bpfExclusionKey, uint32](m, "exclusions", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		dropIf[bpfExclusionKey, bpfPorts](m, "ports", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
 		dropIf[bpfAddressKey, bpfAddress](m, "addresses", func(k bpfAddressKey) bool { return k.Cookie == cookie && k.Generation != current }),
 		dropIf[bpfCidrKey, uint32](m, "cidrs", staleCIDR),
 		dropIf[bpfCidrKey, uint32](m, "sources", staleCIDR),
@@ -235,79 +226,6 @@ func (m *tables) dropStale(cookie uint64, w *Workload) error {
 		m.evict(cookie, ports),
 		m.dropSeats(cookie, vacant),
 	)
-}
-
-// erase removes all that the tables hold of a workload. With applied nil, what
-// the rows were made from is not known and the tables are walked.
-func (m *tables) erase(cookie uint64, applied *Workload) error {
-	generation, err := m.generation(cookie)
-	if err != nil {
-		return err
-	}
-	if err := m.drop("workloads", cookie); err != nil {
-		return err
-	}
-	if applied != nil && generation != 0 {
-		err = m.dropRows(encodeRows(*applied, cookie, generation, true), cookie, generation)
-	} else {
-		err = m.dropStale(cookie, nil)
-	}
-	if err != nil {
-		return err
-	}
-	if err := m.eraseListeners(cookie, applied); err != nil {
-		return err
-	}
-	if err := m.eraseOrigins(cookie, applied); err != nil {
-		return err
-	}
-	for slot := range uint32(flowSlots) {
-		if err := m.drop("flows", bpfFlowKey{Cookie: cookie, Slot: slot}); err != nil {
-			return err
-		}
-	}
-	for _, name := range []string{"verdicts", "budgets", "releases"} {
-		if err := m.drop(name, cookie); err != nil {
-			return err
-		}
-	}
-	if applied == nil || generation == 0 {
-		return nil // dropStale has
-	}
-	return m.dropSeats(cookie, applied.takenSeats())
-}
-
-// eraseOrigins removes a dead workload's origins. Its indexes were given out
-// from the first one on, so they can be counted through, unless there were
-// more than a walk of the table costs.
-func (m *tables) eraseOrigins(cookie uint64, applied *Workload) error {
-	var budget bpfBudget
-	if found, err := m.get("budgets", cookie, &budget); err != nil {
-		return err
-	} else if !found || budget.Next > 1<<17 || applied == nil || applied.Sliced {
-		return errors.Join(
-			dropIf[bpfOriginKey, bpfOrigin](m, "origins", func(k bpfOriginKey) bool { return k.Cookie == cookie }),
-			dropIf[bpfIndexKey, bpfAddr](m, "indexes", func(k bpfIndexKey) bool { return k.Cookie == cookie }),
-		)
-	}
-	for index := uint32(indexFirst); index < indexFirst+budget.Next; index++ {
-		key := bpfIndexKey{Cookie: cookie, Index: index}
-		var addr bpfAddr
-		found, err := m.get("indexes", key, &addr)
-		if err != nil {
-			return err
-		}
-		if !found {
-			continue
-		}
-		if err := m.drop("origins", bpfOriginKey{Cookie: cookie, Addr: addr}); err != nil {
-			return err
-		}
-		if err := m.drop("indexes", key); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // Barrier is how a change waits for programs that still read the old rows.

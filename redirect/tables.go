@@ -18,7 +18,7 @@ import (
 
 // layout numbers the structs in ../bpf/maps.h. It changes whenever one of them
 // does; a node that runs another layout is refused, not guessed at.
-const layout = 4
+const layout = 5
 
 // tables is the node's tables, opened from their pins as they are needed. A pin
 // has the name of its map.
@@ -121,33 +121,6 @@ func (m *tables) drop(name string, key any) error {
 	}
 	if err := table.Delete(key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("delete from map %s: %w", name, err)
-	}
-	return nil
-}
-
-// dropIf walks a whole table and deletes what matches. Only the ways back from
-// damage need it: it costs as much as the table is large.
-func dropIf[K, V any](m *tables, name string, match func(K) bool) error {
-	table, err := m.table(name)
-	if err != nil {
-		return err
-	}
-	var key K
-	var value V
-	var doomed []K
-	rows := table.Iterate()
-	for rows.Next(&key, &value) {
-		if match(key) {
-			doomed = append(doomed, key)
-		}
-	}
-	if err := rows.Err(); err != nil {
-		return fmt.Errorf("walk map %s: %w", name, err)
-	}
-	for _, key := range doomed {
-		if err := m.drop(name, key); err != nil {
-			return err
-		}
 	}
 	return nil
 }

@@ -39,6 +39,7 @@ const (
 	RefusedBroadcast        = Verdict(bpfVerdictVERDICT_REFUSED_BROADCAST)
 	RefusedSource           = Verdict(bpfVerdictVERDICT_REFUSED_SOURCE)
 	RefusedBudget           = Verdict(bpfVerdictVERDICT_REFUSED_BUDGET)
+	RefusedShare            = Verdict(bpfVerdictVERDICT_REFUSED_SHARE)
 	RefusedTable            = Verdict(bpfVerdictVERDICT_REFUSED_TABLE)
 	RefusedNoProxy          = Verdict(bpfVerdictVERDICT_REFUSED_NO_PROXY)
 	RefusedInboundNoProxy   = Verdict(bpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY)
@@ -79,6 +80,7 @@ func (v Verdict) text() verdictText {
 		RefusedBroadcast:        {"refused_broadcast", "refused: TCP has no multicast and no broadcast"},
 		RefusedSource:           {"refused_source", "refused: the socket is bound to an address that the workload does not have"},
 		RefusedBudget:           {"refused_budget", "refused: the workload holds as many destinations as it may"},
+		RefusedShare:            {"refused_share", "refused: the node's table of destinations is nearly full, and the workload holds more than its share"},
 		RefusedTable:            {"refused_table", "refused: the node's tables are full, or rows are lost"},
 		RefusedNoProxy:          {"refused_no_proxy", "refused: the proxy has no outbound listener"},
 		RefusedInboundNoProxy:   {"refused_inbound_no_proxy", "from outside, refused: the proxy has no inbound listener"},

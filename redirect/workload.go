@@ -277,6 +277,9 @@ func (w Workload) Validate() error {
 	if err := w.validateProxies(); err != nil {
 		return err
 	}
+	if err := w.validateRows(); err != nil {
+		return err
+	}
 	if w.Budget > MaxBudget {
 		return fmt.Errorf("budget %d: a workload has at most %d origin addresses", w.Budget, MaxBudget)
 	}
@@ -300,6 +303,25 @@ func (w Workload) Validate() error {
 			if !addr.IsValid() || addr.IsUnspecified() {
 				return fmt.Errorf("upstream %q: address %q: not a virtual IP", upstream.Name, addr)
 			}
+		}
+	}
+	return nil
+}
+
+// validateRows holds a workload to its part of the node's tables.
+func (w Workload) validateRows() error {
+	addresses := len(w.Addresses)
+	for _, upstream := range w.Upstreams {
+		addresses += len(upstream.Addresses)
+	}
+	for _, proxy := range w.Proxies {
+		addresses += len(proxy.VirtualIPs)
+	}
+	for what, count := range map[string]int{
+		"excluded CIDRs": len(w.ExcludeOutboundCIDRs), "excluded UIDs": len(w.ExcludeUIDs), "addresses and virtual IPs": addresses,
+	} {
+		if count > MaxRows {
+			return fmt.Errorf("%s: %w: these are %d, a workload has at most %d", what, ErrFull, count, MaxRows)
 		}
 	}
 	return nil

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"time"
+)
+
+// sliceRows is how many rows one process changes in bulk before it lets another
+// have the lock: some milliseconds' worth.
+const sliceRows = 1024
+
+// erase removes all that the tables hold of a workload. With applied nil, what
+// the rows were made from is not known and the tables are walked. Origins that it
+// takes a walk to find it leaves to eraseDead, and with them the row that counts
+// them.
+func (m *tables) erase(cookie uint64, applied *Workload) error {
+	generation, err := m.generation(cookie)
+	if err != nil {
+		return err
+	}
+	if err := m.drop("workloads", cookie); err != nil {
+		return err
+	}
+	if applied != nil && generation != 0 {
+		err = m.dropRows(encodeRows(*applied, cookie, generation, true), cookie, generation)
+	} else {
+		err = m.dropStale(cookie, nil)
+	}
+	if err != nil {
+		return err
+	}
+	if err := m.eraseListeners(cookie, applied); err != nil {
+		return err
+	}
+	if applied != nil && generation != 0 { // else dropStale has
+		if err := m.dropSeats(cookie, applied.takenSeats()); err != nil {
+			return err
+		}
+	}
+	for slot := range uint32(flowSlots) {
+		if err := m.drop("flows", bpfFlowKey{Cookie: cookie, Slot: slot}); err != nil {
+			return err
+		}
+	}
+	if err := m.drop("verdicts", cookie); err != nil {
+		return err
+	}
+	return m.eraseOrigins(cookie, applied)
+}
+
+// eraseOrigins removes the origins of a workload that had few: its indexes were
+// given out from the first one on, so they can be counted through.
+func (m *tables) eraseOrigins(cookie uint64, applied *Workload) error {
+	var budget bpfBudget
+	found, err := m.get("budgets", cookie, &budget)
+	if err != nil || !found || applied == nil || applied.Sliced || budget.Next > 4*sliceRows {
+		return err
+	}
+	var held []bpfIndexKey
+	var origins []bpfOriginKey
+	for index := uint32(indexFirst); index < indexFirst+budget.Next; index++ {
+		key := bpfIndexKey{Cookie: cookie, Index: index}
+		var addr bpfAddr
+		found, err := m.get("indexes", key, &addr)
+		if err != nil {
+			return err
+		}
+		if found {
+			held, origins = append(held, key), append(origins, bpfOriginKey{Cookie: cookie, Addr: addr})
+		}
+	}
+	if err := m.dropOrigins(cookie, origins, held); err != nil {
+		return err
+	}
+	return m.eraseBudget(cookie)
+}
+
+// dropOrigins removes origins with their indexes.
+func (m *tables) dropOrigins(cookie uint64, origins []bpfOriginKey, indexes []bpfIndexKey) error {
+	if len(indexes) == 0 {
+		return nil
+	}
+	return errors.Join(dropMany(m, "origins", origins), dropMany(m, "indexes", indexes), m.release(cookie, len(indexes)))
+}
+
+// eraseBudget removes the rows that count a workload's indexes. What they still
+// count is not there any more.
+func (m *tables) eraseBudget(cookie uint64) error {
+	held, err := m.held(cookie)
+	if err == nil && held > 0 {
+		err = m.freeForNode(held)
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(m.drop("budgets", cookie), m.drop("releases", cookie))
+}
+
+// eraseDead removes what erase left of workloads that are not under Weir any
+// more. It takes the lock for a slice at a time, so that an ADD does not wait for
+// the DEL of a workload with very many destinations. A process that dies half way
+// leaves the rest to the next one.
+func (d *Datapath) eraseDead() error {
+	tables, err := openTables(d.paths.maps())
+	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncompatible) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer tables.Close()
+	dead := make(map[uint64]bool)
+	err = walk(tables, "budgets", func(cookie uint64, _ bpfBudget) error { dead[cookie] = true; return nil })
+	if err != nil {
+		return err
+	}
+	err = walk(tables, "workloads", func(cookie uint64, _ bpfWorkload) error { delete(dead, cookie); return nil })
+	if err != nil {
+		return err
+	}
+	if len(dead) == 0 {
+		return nil
+	}
+	// A namespace that was added again goes on with what is left.
+	spare := func() error {
+		for cookie := range dead {
+			generation, err := tables.generation(cookie)
+			if err != nil {
+				return err
+			}
+			if generation != 0 {
+				delete(dead, cookie)
+			}
+		}
+		return nil
+	}
+	cursor := batchCursor[bpfIndexKey, bpfAddr]{size: sliceRows}
+	err = d.inSlices(func() (more bool, err error) {
+		if err := spare(); err != nil {
+			return false, err
+		}
+		origins, indexes := make(map[uint64][]bpfOriginKey), make(map[uint64][]bpfIndexKey)
+		more, err = cursor.next(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) error {
+			if dead[key.Cookie] {
+				origins[key.Cookie] = append(origins[key.Cookie], bpfOriginKey{Cookie: key.Cookie, Addr: addr})
+				indexes[key.Cookie] = append(indexes[key.Cookie], key)
+			}
+			return nil
+		})
+		for cookie := range indexes {
+			err = errors.Join(err, tables.dropOrigins(cookie, origins[cookie], indexes[cookie]))
+		}
+		return more && len(dead) > 0, err
+	})
+	if err != nil {
+		return err
+	}
+	return d.locked(func() error {
+		err := spare()
+		for cookie := range dead {
+			err = errors.Join(err, tables.eraseBudget(cookie))
+		}
+		return err
+	})
+}
+
+// inSlices calls slice, under the lock, until there is no more to do. Between
+// two calls it waits as long as the last one took, for others to get the lock.
+func (d *Datapath) inSlices(slice func() (more bool, err error)) error {
+	for {
+		var more bool
+		var took time.Duration
+		err := d.locked(func() (err error) {
+			start := time.Now()
+			more, err = slice()
+			took = time.Since(start)
+			return err
+		})
+		if err != nil || !more {
+			return err
+		}
+		time.Sleep(max(took, time.Millisecond))
+	}
+}

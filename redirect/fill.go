@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"reflect"
+	"slices"
+
+	"github.com/cilium/ebpf"
+)
+
+// What one workload may take of the node's tables, so that none can fill one to
+// the harm of another.
+const (
+	// MaxRows is how many addresses, CIDRs and UIDs a workload may have each.
+	// Excluded ports need no limit: all of them take 64 rows.
+	MaxRows = 4096
+
+	// rowShare is how many rows of a table a workload may have however full the
+	// table is. One that asks for more is refused them while seven eighths are
+	// taken: the rest is kept for allocations that ask for few.
+	rowShare = 64
+
+	alarmPercent = 80 // of a table's rows; see Status
+)
+
+// admit reports ErrFull where a change to these rows would take what is kept for
+// others. Rows that the workload has are its own.
+func (m *tables) admit(before, fresh rows) error {
+	for _, t := range []struct {
+		name      string
+		had, want int
+	}{
+		{"exclusions", len(before.exclusions), len(fresh.exclusions)},
+		{"ports", len(before.ports), len(fresh.ports)},
+		{"addresses", len(before.addresses), len(fresh.addresses)},
+		{"cidrs", len(before.cidrs), len(fresh.cidrs)},
+		{"sources", len(before.sources), len(fresh.sources)},
+	} {
+		if t.want <= max(t.had, rowShare) {
+			continue
+		}
+		table, err := m.table(t.name)
+		if err != nil {
+			return err
+		}
+		used, err := m.rowsOf(t.name)
+		if err != nil {
+			return err
+		}
+		if limit := uint64(table.MaxEntries()) / 8 * 7; used+uint64(t.want) > limit {
+			return fmt.Errorf("write map %s: %w: %d of its %d rows are taken; this workload asks for %d, and while more than %d are taken none gets more than %d",
+				t.name, ErrFull, used, table.MaxEntries(), t.want, limit, rowShare)
+		}
+	}
+	return nil
+}
+
+// MapInfo is one of the node's tables.
+type MapInfo struct {
+	Name       string `json:"name"`
+	Rows       uint64 `json:"rows"` // in use; 0 where the kind of table has no such number
+	MaxEntries uint32 `json:"max_entries"`
+	Bytes      uint64 `json:"bytes"` // of kernel memory, as the kernel accounts it
+}
+
+// Percent is how full a table is.
+func (i MapInfo) Percent() int { return int(i.Rows * 100 / max(uint64(i.MaxEntries), 1)) }
+
+// Maps returns the node's tables, sorted by name.
+func (d *Datapath) Maps() ([]MapInfo, error) {
+	tables, err := openTablesToRead(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	return tables.infos()
+}
+
+func (m *tables) infos() (infos []MapInfo, err error) {
+	entries, err := os.ReadDir(m.dir)
+	if err != nil {
+		return nil, fmt.Errorf("list maps: %w", err)
+	}
+	for _, entry := range entries {
+		table, err := m.table(entry.Name())
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it went meanwhile
+		}
+		if err != nil {
+			return infos, err
+		}
+		info, err := table.Info()
+		if err != nil {
+			return infos, fmt.Errorf("read map %s: %w", entry.Name(), err)
+		}
+		bytes, _ := info.Memlock()
+		rows, err := m.rowsOf(entry.Name())
+		if err != nil {
+			return infos, err
+		}
+		infos = append(infos, MapInfo{Name: entry.Name(), Rows: rows, MaxEntries: info.MaxEntries, Bytes: bytes})
+	}
+	return infos, nil
+}
+
+// rowsOf counts the rows of a table. Origins are counted by the programs, the
+// others are few enough to be walked.
+func (m *tables) rowsOf(name string) (uint64, error) {
+	if name == "origins" || name == "indexes" {
+		held, err := m.heldByNode()
+		return uint64(held), err
+	}
+	table, err := m.table(name)
+	if err != nil {
+		return 0, err
+	}
+	switch table.Type() {
+	case ebpf.Hash:
+		return countBatches(name, table)
+	case ebpf.LPMTrie, ebpf.SockHash:
+		return countKeys(name, table)
+	}
+	return 0, nil
+}
+
+func countBatches(name string, table *ebpf.Map) (rows uint64, err error) {
+	size := min(batchRows, int(table.MaxEntries()))
+	batch := func(bytes uint32) any {
+		row := reflect.ArrayOf(int(bytes), reflect.TypeFor[byte]())
+		return reflect.MakeSlice(reflect.SliceOf(row), size, size).Interface()
+	}
+	keys, values := batch(table.KeySize()), batch(table.ValueSize())
+	var cursor ebpf.MapBatchCursor
+	for {
+		n, err := table.BatchLookup(&cursor, keys, values, nil)
+		rows += uint64(n)
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return rows, nil
+		}
+		if err != nil {
+			return rows, fmt.Errorf("count rows of map %s: %w", name, err)
+		}
+	}
+}
+
+// countKeys is for tables without batches. A row that goes while it is the one
+// to go on from ends the count with the first row again, so there is an end.
+func countKeys(name string, table *ebpf.Map) (rows uint64, err error) {
+	key, next := []byte(nil), make([]byte, table.KeySize())
+	for rows < uint64(table.MaxEntries()) {
+		if key == nil {
+			err = table.NextKey(nil, &next)
+		} else {
+			err = table.NextKey(key, &next)
+		}
+		if errors.Is(err, ebpf.ErrKeyNotExist) {
+			return rows, nil
+		}
+		if err != nil {
+			return rows, fmt.Errorf("count rows of map %s: %w", name, err)
+		}
+		key = slices.Clone(next)
+		rows++
+	}
+	return rows, nil
+}
+
+// fillProblems names tables that are nearly full, who takes most, and what helps.
+func fillProblems(infos []MapInfo, workloads []WorkloadStatus) (problems []Problem) {
+	for _, info := range infos {
+		if info.Percent() < alarmPercent || info.Name == "indexes" { // as full as origins
+			continue
+		}
+		problem := Problem{
+			What:   fmt.Sprintf("table %s is %d %% full: %d of %d rows", info.Name, info.Percent(), info.Rows, info.MaxEntries),
+			Remedy: "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
+		}
+		if info.Name == "origins" && len(workloads) > 0 {
+			most := slices.MaxFunc(workloads, func(a, b WorkloadStatus) int { return int(a.Origins) - int(b.Origins) })
+			problem.What += fmt.Sprintf("; workload %s holds most, %d destinations", most.Key, most.Origins)
+			problem.Remedy = "stop the allocations that dial so many destinations ('weir workloads' shows how many), exclude those in their jobs, or see that the agent runs: it gives back what is not in use"
+		}
+		if info.Name == "listeners" {
+			problem.Remedy = "let the proxies open fewer listeners: fewer workers ('--concurrency')"
+		}
+		problems = append(problems, problem)
+	}
+	return problems
+}
