@@ -341,6 +341,11 @@ func TestTelemetry(t *testing.T) {
 	if err := scraped(verdict(redirect.RefusedEncoded, 1), verdict(redirect.RefusedNoProxy, 1), verdict(redirect.Redirected, 3), verdict(redirect.Local, 1)); err != nil {
 		t.Error(err)
 	}
+	err := scraped(`weir_table_rows{table="origins"} 2`, `weir_table_max_rows{table="origins"} 1.048576e+06`,
+		`weir_table_rows{table="workloads"} 2`, fmt.Sprintf(`weir_events_lost_total{alloc=%q,group="",job=""} 0`, key))
+	if err != nil {
+		t.Error(err)
+	}
 
 	changed := int(n.agent.Status().Counts.Changes)
 	n.fake.answers(registeredAt(20002, numbered(1)))

@@ -28,7 +28,7 @@ type collector struct {
 	all   []*prometheus.Desc // in the order of docs/metrics.md
 
 	verdicts, workloads, inStep           *prometheus.Desc
-	eventsLost                            *prometheus.Desc
+	eventsLost, tableRows, tableLimit     *prometheus.Desc
 	consulInStep, consulHidden, proxies   *prometheus.Desc
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
@@ -45,6 +45,8 @@ func newCollector(agent *Agent) *collector {
 		agent:          agent,
 		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", "alloc", "job", "group", "verdict", "refused"),
 		eventsLost:     desc("events_lost_total", "Events that a reader of 'weir events' did not get.", "alloc", "job", "group"),
+		tableRows:      desc("table_rows", "Rows in use of each of the node's tables.", "table"),
+		tableLimit:     desc("table_max_rows", "Rows that each of the node's tables holds at most.", "table"),
 		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
 		inStep:         desc("workload_in_step", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
 		consulInStep:   desc("consul_in_step", "Whether the last read of Consul succeeded."),
@@ -112,6 +114,20 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		gauge(c.workloads, float64(count), k.state, k.mode, k.guard)
 	}
 	c.collectVerdicts(counter)
+	c.collectTables(gauge)
+}
+
+func (c *collector) collectTables(gauge func(*prometheus.Desc, float64, ...string)) {
+	tables, err := c.agent.datapath.Maps()
+	if err != nil {
+		c.agent.trouble("read tables", err)
+	}
+	for _, table := range tables {
+		if table.Counted {
+			gauge(c.tableRows, float64(table.Rows), table.Name)
+			gauge(c.tableLimit, float64(table.MaxEntries), table.Name)
+		}
+	}
 }
 
 func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...string)) {

@@ -63,7 +63,8 @@ func (m *tables) admit(before, fresh rows) error {
 // MapInfo is one of the node's tables.
 type MapInfo struct {
 	Name       string `json:"name"`
-	Rows       uint64 `json:"rows"` // in use; 0 where the kind of table has no such number
+	Counted    bool   `json:"counted"` // its kind has rows that can be in use or not
+	Rows       uint64 `json:"rows"`    // in use
 	MaxEntries uint32 `json:"max_entries"`
 	Bytes      uint64 `json:"bytes"` // of kernel memory, as the kernel accounts it
 }
@@ -103,7 +104,7 @@ func (m *tables) infos() (infos []MapInfo, err error) {
 		if err != nil {
 			return infos, err
 		}
-		infos = append(infos, MapInfo{Name: entry.Name(), Rows: rows, MaxEntries: info.MaxEntries, Bytes: bytes})
+		infos = append(infos, MapInfo{Name: entry.Name(), Counted: counted(table), Rows: rows, MaxEntries: info.MaxEntries, Bytes: bytes})
 	}
 	return infos, nil
 }
@@ -126,6 +127,10 @@ func (m *tables) rowsOf(name string) (uint64, error) {
 		return countKeys(name, table)
 	}
 	return 0, nil
+}
+
+func counted(table *ebpf.Map) bool {
+	return slices.Contains([]ebpf.MapType{ebpf.Hash, ebpf.LPMTrie, ebpf.SockHash}, table.Type())
 }
 
 func countBatches(name string, table *ebpf.Map) (rows uint64, err error) {
