@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -44,16 +45,16 @@ func filterNames() map[string]string {
 
 // loadFilterPrograms loads the programs over the tables and pins them in dir,
 // which must not have any.
-func loadFilterPrograms(maps, dir string) (chainPrograms, error) {
+func loadFilterPrograms(tables, dir string) (chainPrograms, error) {
 	spec, err := loadFilter()
 	if err != nil {
 		return nil, fmt.Errorf("read filter programs: %w", err)
 	}
-	return pinFilterPrograms(spec, maps, dir)
+	return pinFilterPrograms(spec, tables, dir)
 }
 
-func pinFilterPrograms(spec *ebpf.CollectionSpec, maps, dir string) (chainPrograms, error) {
-	pins, err := pinnedMaps(spec, maps)
+func pinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainPrograms, error) {
+	pins, err := pinnedMaps(spec, tables)
 	defer closeMaps(pins)
 	if err != nil {
 		return nil, err
@@ -99,6 +100,36 @@ func (p Paths) renewFilterPrograms() (chainPrograms, error) {
 		return nil, err
 	}
 	return loadFilterPrograms(p.maps(), p.filters())
+}
+
+// pinFilters pins the programs again that read the set's tables. Rules of
+// namespaces ask them, or a pin that cannot be seen leads to them.
+func (p Paths) pinFilters(s *programSet) (did []string, err error) {
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		found, err := describeProgram(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it ended
+		}
+		if err != nil {
+			return did, err
+		}
+		if !slices.Contains(slices.Collect(maps.Values(filterNames())), found.name) || !slices.ContainsFunc(found.maps, s.reads) {
+			continue
+		}
+		program, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue
+		}
+		pinned, err := pinAgain(filepath.Join(p.filters(), found.name), program)
+		program.Close()
+		if err != nil {
+			return did, err
+		}
+		if pinned {
+			did = append(did, "pin of "+found.name+" put back")
+		}
+	}
+	return did, nil
 }
 
 // renewFilters brings this binary's programs to every workload. One that it cannot

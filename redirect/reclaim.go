@@ -57,7 +57,12 @@ func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
 		return did, err
 	}
 	links, err := d.pinLinks(own)
-	return append(did, links...), err
+	did = append(did, links...)
+	if err != nil {
+		return did, err
+	}
+	filters, err := d.paths.pinFilters(own)
+	return append(did, filters...), err
 }
 
 // ends waits a moment where some of the set's programs run no more, and reports
