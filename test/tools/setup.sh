@@ -54,8 +54,8 @@ packages() {
 	((EUID == 0)) || die "root is needed to install: ${missing[*]}"
 	say "$step: install ${missing[*]}"
 	export DEBIAN_FRONTEND=noninteractive
-	apt-get -qq update || die "update the package lists"
-	apt-get -qq install --no-install-recommends "${missing[@]}" >/dev/null || die "install ${missing[*]}"
+	apt-get -qq update || die "cannot update the package lists"
+	apt-get -qq install --no-install-recommends "${missing[@]}" >/dev/null || die "cannot install ${missing[*]}"
 }
 
 setup_build() {
