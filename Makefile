@@ -43,7 +43,7 @@ tools: ## Install and build what tests and demo run: Envoy, Consul, Nomad, CNI p
 	test/tools/setup.sh build lint test race envoy consul nomad cni docker package
 
 demo: build ## Show a redirected allocation on this machine, in namespaces of its own (root)
-	test/tools/setup.sh envoy
+	test/tools/setup.sh rules envoy
 	$(GORUN) ./test/demo
 
 bench: build ## Measure side by side with Consul's iptables rules, and the agent (root)

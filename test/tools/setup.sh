@@ -11,6 +11,7 @@
 #	build  the pinned clang, kernel headers, make
 #	lint   golangci-lint                              -> .tools/bin
 #	test   iptables, nftables, iproute2, systemd, bpftool
+#	rules  iptables and nftables, as the demo shows that no rule takes part
 #	race   a C compiler, for Go's race detector
 #	envoy  Envoy                                      -> .tools/envoy/envoy
 #	consul Consul, built from test/tools/consul       -> .tools/bin/consul
@@ -76,6 +77,10 @@ setup_lint() {
 
 setup_test() {
 	packages iptables nftables iproute2 bpftool util-linux systemd
+}
+
+setup_rules() {
+	packages iptables nftables
 }
 
 setup_race() {
@@ -201,7 +206,7 @@ setup_vm() {
 }
 
 main() {
-	(($#)) || die "name the groups to set up: go build lint test race envoy consul nomad cni docker package vm"
+	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker package vm"
 	local group start
 	for group in go "$@"; do
 		step=$group busy= start=$SECONDS
