@@ -68,7 +68,8 @@ func (a *alloc) forge(protocol byte, source, to netip.Addr, port uint16, headers
 			return
 		}
 		defer unix.Close(fd)
-		err = unix.Sendto(fd, packet, 0, sockaddr(fd, netip.AddrPortFrom(to, 0)))
+		err = errors.Join(unix.BindToDevice(fd, fmt.Sprintf("veth%d", a.number)),
+			unix.Sendto(fd, packet, 0, sockaddr(fd, netip.AddrPortFrom(to, 0))))
 	})
 	if err != nil {
 		t.Fatalf("forge a packet from %s to %s: %v", source, to, err)
