@@ -22,8 +22,8 @@ struct packet {
 	__u16 source_port;
 	__u16 destination_port;
 	__u8 protocol;
-	bool ports;	  /* they could be read */
-	bool fragment;	  /* not the first one of a datagram */
+	bool ports;       /* they could be read */
+	bool fragment;    /* not the first one of a datagram */
 	bool established; /* TCP that does not begin a connection */
 };
 
@@ -110,8 +110,8 @@ static __always_inline void packet_read(struct __sk_buff *skb, struct packet *pa
 	__u8 flags;
 
 	__builtin_memset(packet, 0, sizeof(*packet));
-	offset = skb->protocol == bpf_htons(ETH_P_IP) ? packet_read4(skb, packet) :
-							packet_read6(skb, packet);
+	offset = skb->protocol == bpf_htons(ETH_P_IP) ? packet_read4(skb, packet)
+						      : packet_read6(skb, packet);
 	if (!offset || packet->fragment || bpf_skb_load_bytes(skb, offset, ports, sizeof(ports)))
 		return;
 	packet->ports = true;

@@ -68,7 +68,7 @@ func TestPortRangesLeaveRoom(t *testing.T) {
 	b.add(func(r *Request) { r.ExcludeOutboundPorts = []uint16{8080} })
 	test.Echo(t, n.remote, "tcp", "[::]:8080")
 	b.startProxy()
-	if moved := b.rose(func() { b.ask("tcp4", addrPort(remote4(b.number), 8080)) }); moved[PortExcluded] != 1 {
+	if moved := b.rose(func() { _, _ = b.ask("tcp4", addrPort(remote4(b.number), 8080)) }); moved[PortExcluded] != 1 {
 		t.Errorf("verdicts %v, want one %s", moved, PortExcluded)
 	}
 	n.healthy()

@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
 )
 
 // What somebody reads of a run is its end: what was not run and why, and then, last of
@@ -67,8 +65,8 @@ FAIL
 			if err != nil {
 				got += err.Error() + "\n"
 			}
-			if diff := cmp.Diff(c.want, got); diff != "" {
-				t.Errorf("summary (-want +got):\n%s", diff)
+			if got != c.want {
+				t.Errorf("summary:\n%s\nwant:\n%s", got, c.want)
 			}
 			if strings.Contains(c.log, "FAIL") && err == nil {
 				t.Error("a run with failures has status 0")
