@@ -25,22 +25,24 @@ func TestConnection(t *testing.T) {
 		target netip.AddrPort
 		peer   netip.AddrPort // what the task is told that it is connected to
 		local  netip.Addr     // what the task is told that it is
+		remote netip.Addr     // who web's proxy is dialled by
 		source netip.Addr     // who web's proxy dials api from
 	}{
 		{
 			name: "IPv4", socket: ipv4, target: netip.MustParseAddrPort("10.77.0.12:8080"),
 			peer: netip.MustParseAddrPort("10.77.0.12:8080"), local: netip.MustParseAddr("10.77.0.11"),
-			source: netip.MustParseAddr("10.77.0.11"),
+			remote: netip.MustParseAddr("10.77.0.11"), source: netip.MustParseAddr("10.77.0.11"),
 		},
 		{
 			name: "IPv4-mapped IPv6", socket: mapped, target: netip.MustParseAddrPort("10.77.0.12:8080"),
 			peer: netip.MustParseAddrPort("[::ffff:10.77.0.12]:8080"), local: netip.MustParseAddr("::ffff:10.77.0.11"),
-			source: netip.MustParseAddr("10.77.0.11"),
+			remote: netip.MustParseAddr("10.77.0.11"), source: netip.MustParseAddr("10.77.0.11"),
 		},
 		{
 			name: "IPv6", socket: ipv6, target: netip.MustParseAddrPort("[fd77::12]:8080"),
-			peer: netip.MustParseAddrPort("[fd77::12]:8080"), local: netip.MustParseAddr("::ffff:10.77.0.11"),
-			source: netip.MustParseAddr("fd77::11"),
+			peer: netip.MustParseAddrPort("[fd77::12]:8080"), local: netip.MustParseAddr("fd77::11"),
+			// The proxy listens for IPv4 only: it is dialled from the task's IPv4 address.
+			remote: netip.MustParseAddr("10.77.0.11"), source: netip.MustParseAddr("fd77::11"),
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -62,8 +64,8 @@ func TestConnection(t *testing.T) {
 			if out.Listener != "outbound" || out.Local != c.target || out.Upstream != c.target.String() {
 				t.Errorf("web's proxy saw %+v, want the outbound origin %s", out, c.target)
 			}
-			if want := netip.AddrPortFrom(c.local.Unmap(), got[0].Local.Port()); out.Remote != want {
-				t.Errorf("web's proxy saw the source %s, want the task's own %s", out.Remote, want)
+			if want := netip.AddrPortFrom(c.remote, got[0].Local.Port()); out.Remote != want {
+				t.Errorf("web's proxy saw the source %s, want the task's %s", out.Remote, want)
 			}
 			in := mesh.api.saw(t, 1)[0]
 			if in.Listener != "inbound" || unmapped(in.Local) != c.target || unmapped(in.Remote).Addr() != c.source {
