@@ -19,15 +19,15 @@ func TestUnitUnderSystemd(t *testing.T) {
 		out, err := m.run("weir", "status")
 		return err != nil && strings.Contains(out, "not in step with Consul")
 	})
-	m.must(t, "sh", "-c", "echo 'consul { enabled = false }' >/etc/weir.d/without.hcl && systemctl restart "+unitName)
-	wait(t, "the agent without Consul is ready", m.active)
-	if out, err := m.run("weir", "status"); err != nil {
-		t.Errorf("weir status: %v\n%s", err, out)
+	before := m.must(t, "systemctl", "show", "-P", "MainPID", unitName)
+	m.must(t, "sh", "-c", "echo 'consul { enabled = false }' >/etc/weir.d/without.hcl && systemctl reload "+unitName)
+	wait(t, "the agent without Consul is in order", func() bool { _, err := m.run("weir", "status"); return err == nil && m.active() })
+	if now := m.must(t, "systemctl", "show", "-P", "MainPID", unitName); now != before {
+		t.Errorf("the process is %s after a reload, and was %s", now, before)
 	}
 	const pin = "/sys/fs/bpf/weir/links/weir_connect4"
 	m.must(t, "rm", pin)
 	wait(t, "a removed pin is put back", func() bool { _, err := m.run("test", "-e", pin); return err == nil })
-	before := m.must(t, "systemctl", "show", "-P", "MainPID", unitName)
 	m.must(t, "systemctl", "kill", "--kill-whom=main", "-s", "KILL", unitName)
 	wait(t, "a killed agent is back", func() bool {
 		now, _ := m.run("systemctl", "show", "-P", "MainPID", unitName)

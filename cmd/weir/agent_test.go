@@ -4,13 +4,20 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net"
+	"net/http"
+	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/cli"
+	"golang.org/x/sys/unix"
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
@@ -71,5 +78,157 @@ func TestAgentTellsItsManager(t *testing.T) {
 	}
 	if _, err := datapath.Unload(); err != nil {
 		t.Error(err)
+	}
+}
+
+// SIGHUP has the agent read its configuration anew within its process. What it
+// cannot use it logs once, and goes on with what it has. A workload that runs
+// keeps its programs, its rows and a connection through all of it.
+func TestAgentReloads(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	dir := t.TempDir()
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	t.Setenv("NOTIFY_SOCKET", filepath.Join(dir, "notify"))
+	paths := redirect.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(dir, "state"), CgroupRoot: test.NewCgroup(t).Path}
+	datapath := redirect.New(paths)
+	t.Cleanup(func() {
+		if _, err := datapath.Unload(); err != nil {
+			t.Error(err)
+		}
+	})
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("1.hcl", fmt.Sprintf("pin_dir = %q\nstate_dir = %q\ncgroup_root = %q\nconsul {\n enabled = false\n}\ndocker {\n socket = \"\"\n}\n",
+		paths.PinDir, paths.StateDir, paths.CgroupRoot))
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan int, 1)
+	ui := cli.NewMockUi()
+	told := func() []string { // by systemd's rules, without the sign of life
+		t.Helper()
+		for buffer := make([]byte, 200); ; {
+			if err := manager.SetReadDeadline(time.Now().Add(30 * time.Second)); err != nil {
+				t.Fatal(err)
+			}
+			n, err := manager.Read(buffer)
+			if err != nil {
+				t.Fatalf("wait for the agent: %v; it wrote: %s", err, ui.OutputWriter)
+			}
+			if text := string(buffer[:n]); text != "WATCHDOG=1" {
+				return strings.Split(text, "\n")
+			}
+		}
+	}
+	wantTold := func(want string) {
+		t.Helper()
+		if got := told(); got[0] != want {
+			t.Fatalf("the agent tells %q, want %s; it wrote: %s", got, want, ui.OutputWriter)
+		}
+	}
+	reload := func() {
+		t.Helper()
+		if err := unix.Kill(os.Getpid(), unix.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		got := told()
+		if len(got) < 2 || got[0] != "RELOADING=1" || !strings.HasPrefix(got[1], "MONOTONIC_USEC=") {
+			t.Fatalf("the agent tells %q, want that it reloads, with the time", got)
+		}
+		wantTold("READY=1")
+	}
+	health := func(address string) bool {
+		answer, err := http.Get("http://" + address + "/health")
+		return err == nil && answer.Body.Close() == nil && answer.StatusCode == http.StatusOK
+	}
+	free := func() string {
+		t.Helper()
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		return listener.Addr().String()
+	}
+	first, second, third := free(), free(), free()
+	listen := func(address string) string { return fmt.Sprintf("telemetry {\n listen = %q\n}\n", address) }
+	write("2.hcl", listen(first))
+	go func() { ended <- weirTo(ctx, ui, nil, "agent", "-config", dir) }()
+	wantTold("READY=1")
+	ns := test.NewNetNS(t)
+	key := redirect.Key{ContainerID: "alloc", IfName: "eth0"}
+	if err := datapath.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
+		Network: "nomad", Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001}}); err != nil {
+		t.Fatal(err)
+	}
+	before, err := datapath.Workloads()
+	if err != nil || len(before) != 1 {
+		t.Fatalf("workloads are %+v, %v", before, err)
+	}
+	writes := test.CountMapWrites(t)
+	running := func(want, gone string) {
+		t.Helper()
+		if !health(want) {
+			t.Errorf("nothing answers at %s; the agent wrote: %s", want, ui.OutputWriter)
+		}
+		if gone != "" && health(gone) {
+			t.Errorf("there is still an answer at %s", gone)
+		}
+		if _, err := agent.ReadStatus(t.Context(), paths.StateDir); err != nil {
+			t.Errorf("the local API: %v", err)
+		}
+	}
+	running(first, "")
+	write("2.hcl", listen(second))
+	reload()
+	running(second, first)
+
+	for _, c := range []struct{ what, text, want string }{
+		{"no HCL", "telemetry {", "2.hcl:1"},
+		{"a wrong value", listen(third) + `log_level = "loud"`, "log_level"},
+		{"other pins", listen(third) + `pin_dir = "/sys/fs/bpf/other"`, "a reload cannot change it"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			earlier := len(ui.OutputWriter.String())
+			write("2.hcl", c.text)
+			reload()
+			running(second, third)
+			written := ui.OutputWriter.String()[earlier:]
+			if strings.Count(written, "level=ERROR") != 1 || !strings.Contains(written, c.want) {
+				t.Errorf("the agent wrote %q, want one error with %q", written, c.want)
+			}
+		})
+	}
+
+	// What only shows when it begins: somebody else has the address.
+	taken, err := net.Listen("tcp", third)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	write("2.hcl", listen(third))
+	reload()
+	running(second, "")
+	if written := ui.OutputWriter.String(); !strings.Contains(written, "goes on with the former") || !strings.Contains(written, "address already in use") {
+		t.Errorf("the agent wrote: %s", written)
+	}
+
+	after, err := datapath.Workloads()
+	if diff := cmp.Diff(before, after, cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{})); err != nil || diff != "" {
+		t.Errorf("the workload changed, %v (-before +after):\n%s", err, diff)
+	}
+	if seen := writes.Seen(); len(seen) > 0 {
+		t.Errorf("reloads wrote to maps: %v", seen)
+	}
+	stop()
+	wantTold("STOPPING=1")
+	if code := <-ended; code != 0 {
+		t.Errorf("exit code %d: %s", code, ui.ErrorWriter)
 	}
 }
