@@ -328,7 +328,7 @@ func (a *Agent) check(key redirect.Key) {
 	for _, what := range mended {
 		a.log.Warn("workload mended", "workload", key.String(), "what", what)
 	}
-	if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+	if ends(err) {
 		a.subjects[key].inode = 0
 		a.swept = time.Time{}
 		a.hurry()

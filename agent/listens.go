@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -35,7 +34,7 @@ func (a *Agent) checkListens(key redirect.Key, m *memory, seen []redirect.Sighti
 	case now.Sub(m.silent) > proxyStart && now.Sub(m.heard) > listenInterval:
 		m.heard = now
 		ports, rejected, err := a.datapath.RejectedListeners(key)
-		if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+		if ends(err) {
 			return // it went meanwhile
 		}
 		a.note(m, "listeners", err)

@@ -2,7 +2,14 @@
 
 package agent
 
-import "time"
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
 
 // note remembers how a step went, tells when that changes, and sees to another
 // try.
@@ -10,10 +17,13 @@ func (a *Agent) note(m *memory, step string, err error) {
 	if m == nil {
 		return
 	}
-	text := errorText(err)
+	text, level := errorText(err), slog.LevelWarn
+	if ends(err) {
+		level = slog.LevelDebug
+	}
 	if text != m.errors[step] {
 		if err != nil {
-			a.log.Warn("workload "+step+" failed", "error", err)
+			a.log.Log(context.Background(), level, "workload "+step+" failed", "error", err)
 		}
 		if m.errors == nil {
 			m.errors = make(map[string]string)
@@ -25,10 +35,20 @@ func (a *Agent) note(m *memory, step string, err error) {
 	if err != nil {
 		m.failures++
 		m.retry = time.Now().Add(tempo{failures: m.failures}.pause(0.5))
-		a.count(func(c *Counts) { c.Failures++ })
+		if level != slog.LevelDebug {
+			a.count(func(c *Counts) { c.Failures++ })
+		}
 	} else if len(m.errors) == 0 {
 		m.failures, m.retry = 0, time.Time{}
 	}
+}
+
+// ends reports whether an error is what a step meets when the allocation ended
+// meanwhile: its record or its namespace is gone. The next pass finds the same,
+// and there a record that somebody else took away is told, as is an allocation
+// that libcni still names.
+func ends(err error) bool {
+	return errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone)
 }
 
 func (a *Agent) retryDue(now time.Time) bool {

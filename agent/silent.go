@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -76,7 +75,7 @@ func (a *Agent) recognise(now time.Time) time.Duration {
 				continue
 			}
 			err := a.datapath.Trust(key, service, cgroup)
-			if errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone) {
+			if ends(err) {
 				err = nil // it went meanwhile
 			}
 			a.note(m, "recognise", err)

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// An allocation that comes and goes is no warning, whichever of its parts goes
+// first and whatever the agent was about to do with it by then.
+func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
+	for _, c := range []struct {
+		what        string
+		transparent bool
+	}{{"transparent proxy", true}, {"plain connect", false}} {
+		t.Run(c.what, func(t *testing.T) {
+			n := newNode(t)
+			var log bytes.Buffer
+			a := n.newStepwise()
+			a.log = slog.New(slog.NewTextHandler(&log, nil))
+			var ns *test.NetNS
+			var id string
+			var key redirect.Key
+			round := 0
+			start := func() {
+				t.Helper()
+				round++
+				id = numbered(round)
+				key = redirect.Key{ContainerID: id, IfName: "eth0"}
+				if c.transparent {
+					ns, _ = n.transparent(id)
+				} else {
+					ns = test.NewNetNS(t)
+					n.cached(id, ns.Path, "")
+				}
+				n.fake.answers(registered(id))
+				for range 3 {
+					a.asks(t.Context())
+				}
+				if w := a.Status().Workloads; len(w) != 1 || w[0].State != StateManaged || !w[0].InStep {
+					t.Fatalf("the agent shows %+v; it wrote: %s", w, &log)
+				}
+			}
+			// Each is what the agent does to a workload that it still takes for one.
+			for _, meets := range []struct {
+				what string
+				do   func(s subject)
+			}{
+				{"a pass", func(subject) { a.pass(true) }},
+				{"a look", func(subject) { a.checkSome(); a.lookSome() }},
+				{"a change", func(s subject) {
+					overlay := s.Known.Overlay
+					overlay.InboundPort++
+					a.apply(s, a.subjects[key], overlay)
+				}},
+				{"a removal", func(s subject) {
+					s.Cached, s.Live = false, false
+					a.forget([]subject{s}, time.Now())
+				}},
+				{"an addition", func(s subject) {
+					a.add(s, a.subjects[key], s.Known.Request, "test")
+				}},
+			} {
+				for _, goes := range []string{"record", "namespace", "record and namespace"} {
+					start()
+					known, err := n.Known()
+					if err != nil || len(known) != 1 {
+						t.Fatalf("on record: %+v, %v", known, err)
+					}
+					cached, _, err := a.cache.read()
+					if err != nil {
+						t.Fatal(err)
+					}
+					s := subject{attachment: cached[key], Known: &known[0], Cached: true}
+					if strings.Contains(goes, "record") {
+						if err := n.Remove(key); err != nil {
+							t.Fatal(err)
+						}
+					}
+					if strings.Contains(goes, "namespace") {
+						ns.End()
+					}
+					meets.do(s)
+					if err := os.Remove(filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+id+"-eth0")); err != nil {
+						t.Fatal(err)
+					}
+					n.fake.answers(registered())
+					meets.do(s)
+					if !strings.Contains(goes, "namespace") {
+						ns.End()
+					}
+					test.Eventually(t, func() error {
+						a.sweep()
+						a.asks(t.Context())
+						if left := a.Status().Workloads; len(left) > 0 {
+							return fmt.Errorf("the agent shows %+v", left)
+						}
+						return nil
+					}, "the allocation to be forgotten")
+					if told := log.String(); strings.Contains(told, "level=WARN") || strings.Contains(told, "level=ERROR") {
+						t.Errorf("the %s is gone when %s meets it: the agent wrote:\n%s", goes, meets.what, told)
+					}
+					if failures := a.Status().Counts.Failures; failures > 0 {
+						t.Errorf("the %s is gone when %s meets it: %d failures are counted", goes, meets.what, failures)
+						a.count(func(c *Counts) { c.Failures = 0 })
+					}
+					log.Reset()
+				}
+			}
+		})
+	}
+}
