@@ -185,7 +185,7 @@ func TestFollowerTellsWhatItAssumes(t *testing.T) {
 	fake.set(&fake.self, say(403, "Permission denied"))
 	follower := fake.follow(t, unwatched)
 	got := follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
-	if told := fmt.Sprint(got.problems("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, "agent_prefix") || got.Watch.What != "" {
+	if told := fmt.Sprint(got.problems("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, `agent "NODE"`) || got.Watch.What != "" {
 		t.Errorf("problems = %s, want that IPv4 is assumed and the rule that is missing", told)
 	}
 	fake.set(&fake.self, say(200, `{"Config":{"NodeName":"node"}}`))

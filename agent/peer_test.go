@@ -4,6 +4,8 @@ package agent
 
 import (
 	"net/netip"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -15,7 +17,7 @@ import (
 // The virtual IP of another cluster's service is known from a real Consul, and in
 // a plain connect job it goes to the upstream's listener like any other.
 func TestVirtualIPOfAPeersService(t *testing.T) {
-	here, there := realconsul.Start(t, false, realconsul.WithPeering("dc1")), realconsul.Start(t, false, realconsul.WithPeering("dc2"))
+	here, there := realconsul.Start(t, true, realconsul.WithPeering("dc1")), realconsul.Start(t, false, realconsul.WithPeering("dc2"))
 	here.Peer(there, "dc1", "dc2")
 	there.Register(object{"Kind": "mesh-gateway", "Name": "mesh-gateway", "ID": "mesh-gateway", "Port": 8443, "Address": "127.0.0.1",
 		"TaggedAddresses": object{"wan": object{"Address": "127.0.0.1", "Port": 8443}, "lan": object{"Address": "127.0.0.1", "Port": 8443}}})
@@ -26,7 +28,16 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 			{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "api", "DestinationPeer": "dc2", "LocalBindPort": 9292},
 		}}}}})
 	config := *DefaultConfig().Consul
-	config.Address = here.Address
+	config.Address, config.TokenFile = here.Address, filepath.Join(t.TempDir(), "token")
+	use := func(name, rules string) {
+		t.Helper()
+		here.Put("/v1/acl/policy", object{"Name": name, "Rules": rules})
+		var token struct{ SecretID string }
+		here.Post("/v1/acl/token", object{"Policies": []object{{"Name": name}}}, &token)
+		writeFile(t, config.TokenFile, token.SecretID)
+	}
+	rules := strings.ReplaceAll(realconsul.DocumentedPolicy(t), `"node"`, `"node-dc1"`)
+	use("all-nodes", strings.Replace(rules, `node "node-dc1"`, `node_prefix ""`, 1))
 	follower := runFollower(t, config, func(f *follower) { f.consul.read = defaultPatience().read })
 	local, peers := service{Name: "api"}, service{Name: "api", Peer: "dc2"}
 	before := follower.eventually(t, "the question to be answered", func(v view) bool {
@@ -42,6 +53,16 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	virtual, own := got.Facts.VirtualIPs[peers][0], got.Facts.VirtualIPs[local][0]
 	if virtual == own {
 		t.Errorf("both services have %s: nothing was tested", own)
+	}
+
+	// To the policy without peers it is nothing, and no error.
+	use("own-node", rules)
+	weak, err := newConsul(config, defaultPatience())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if addresses, err := weak.virtualIPs(t.Context(), peers); err != nil || len(addresses) > 0 {
+		t.Errorf("virtual IPs of the peer's service are %v, %v for who may read one node; docs/install.md says that they are hidden", addresses, err)
 	}
 
 	// The desired state is that of any upstream.

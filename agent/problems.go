@@ -30,7 +30,7 @@ func consulProblem(err error) redirect.Problem {
 	var status api.StatusError
 	switch {
 	case errors.As(err, &status) && status.Code == http.StatusForbidden:
-		remedy = `give the agent a token with node_prefix, agent_prefix and service_prefix "" { policy = "read" }; where intentions are asked for, intentions = "read" as well`
+		remedy = `give the agent a token with node "NODE" { policy = "read" }, agent "NODE" { policy = "read" } and service_prefix "" { policy = "read" }, where NODE is the name of its Consul node`
 	case errors.As(err, &status) && status.Code == http.StatusTooManyRequests:
 		remedy = "raise Consul's limits.http_max_conns_per_client or its request limits"
 	case errors.As(err, &status) && status.Code == http.StatusNotFound:

@@ -3,25 +3,26 @@
 package agent
 
 import (
+	"errors"
+	"net/http"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/hashicorp/consul/api"
+
+	"github.com/weirmesh/weir/test"
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
-
-// leastPolicy is what docs/install.md says that the agent of the node needs.
-const leastPolicy = `
-	node "node" { policy = "read" }
-	agent "node" { policy = "read" }
-	service_prefix "" { policy = "read" }`
 
 // A token that Consul revokes is told within five seconds, and another one in the
 // file is used at once, whatever blocking query is open or however long Consul was
 // not answering.
 func TestTokenIsRevokedAndReplaced(t *testing.T) {
 	server := realconsul.Start(t, true)
-	server.Put("/v1/acl/policy", object{"Name": "weir", "Rules": leastPolicy})
+	server.Put("/v1/acl/policy", object{"Name": "weir", "Rules": realconsul.DocumentedPolicy(t)})
 	type token struct{ AccessorID, SecretID string }
 	next := func() (made token) {
 		server.Post("/v1/acl/token", object{"Policies": []object{{"Name": "weir"}}}, &made)
@@ -47,6 +48,77 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 		follower.eventually(t, "the new token to be used", good)
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("used after %s, want at once", took)
+		}
+	}
+}
+
+// Everything that the agent asks is answered to a token of the documented policy,
+// and the remedies and the configuration name no other one.
+func TestLeastPolicyOfTheToken(t *testing.T) {
+	server := realconsul.Start(t, true)
+	rules := realconsul.DocumentedPolicy(t)
+	server.Put("/v1/acl/policy", object{"Name": "weir", "Rules": rules})
+	var token struct{ SecretID string }
+	server.Post("/v1/acl/token", object{"Policies": []object{{"Name": "weir"}}}, &token)
+	server.Register(object{"Name": "web", "ID": "web", "Port": 8080, "Check": object{"Name": "up", "TTL": "1m"}, "Connect": object{"SidecarService": object{"Port": 20001}}})
+	server.Put("/v1/config", object{"Kind": "service-intentions", "Name": "web", "Sources": []object{{"Name": "api", "Action": "allow"}}})
+	server.Put("/v1/config", object{"Kind": "ingress-gateway", "Name": "ingress", "Listeners": []object{
+		{"Port": 9090, "Protocol": "tcp", "Services": []object{{"Name": "web"}}}}})
+	config := *DefaultConfig().Consul
+	config.Address, config.Token = server.Address, token.SecretID
+	consul, err := newConsul(config, defaultPatience())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	for what, ask := range map[string]func() (bool, error){
+		"the services of the node": func() (bool, error) {
+			got, err := consul.services(ctx)
+			return strings.Contains(string(got.body), "web-sidecar-proxy") && !got.hidden, err
+		},
+		"its name":               func() (bool, error) { got, err := consul.self(ctx); return got.Node == "node", err },
+		"that something changed": func() (bool, error) { got, err := consul.changed(ctx, "node", 0); return got > 0, err },
+		"the names of services": func() (bool, error) {
+			got, _, err := consul.names(ctx, 0)
+			_, found := got["web"]
+			return found, err
+		},
+		"virtual IPs": func() (bool, error) {
+			got, err := consul.virtualIPs(ctx, service{Name: "web"})
+			return len(got) == 1, err
+		},
+		"intentions": func() (bool, error) { got, err := consul.intentions(ctx); return len(got) == 1, err },
+		"a gateway's listener": func() (bool, error) {
+			got, err := consul.gatewayPorts(ctx, gateway{service: service{Name: "ingress"}, Kind: kindIngress})
+			return len(got) == 1, err
+		},
+		"checks":                func() (bool, error) { _, err := consul.checks(ctx); return err == nil, err },
+		"that the token is one": func() (bool, error) { return !consul.revoked(ctx), nil },
+	} {
+		test.Eventually(t, func() error { // Consul gives the virtual IP a moment after the registration
+			answered, err := ask()
+			if err == nil && !answered {
+				err = errors.New("the answer lacks it")
+			}
+			return err
+		}, what+" to be told")
+	}
+
+	shipped, err := os.ReadFile("../deploy/weir.d/weir.hcl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	words := func(text string) string { return strings.Join(strings.Fields(strings.ReplaceAll(text, "#", "")), " ") }
+	for where, text := range map[string]string{
+		"the remedy of a 403": consulProblem(api.StatusError{Code: http.StatusForbidden}).Remedy, "deploy/weir.d/weir.hcl": string(shipped),
+	} {
+		for rule := range strings.Lines(strings.ReplaceAll(rules, `"node"`, `"NODE"`)) {
+			if !strings.Contains(words(text), words(rule)) {
+				t.Errorf("%s does not have %s", where, rule)
+			}
+		}
+		if strings.Contains(text, "agent_prefix") || strings.Contains(text, "intentions =") {
+			t.Errorf("%s names more than is needed: %s", where, text)
 		}
 	}
 }

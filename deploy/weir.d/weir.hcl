@@ -10,8 +10,12 @@
 # log_level = "info"                # debug, info, warn, error
 # log_json  = false
 
-# The local Consul agent. The token needs node_prefix, agent_prefix and
-# service_prefix "" { policy = "read" }.
+# The local Consul agent. What the token needs, where NODE is the name of its node:
+#   node "NODE" { policy = "read" }
+#   agent "NODE" { policy = "read" }
+#   service_prefix "" { policy = "read" }
+# Where jobs have upstreams of a peer, node_prefix "" { policy = "read" } in place of
+# the first.
 consul {
   # enabled         = true
   # address         = "127.0.0.1:8500"   # or https://, or unix:///run/consul/http.sock

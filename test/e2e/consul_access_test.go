@@ -17,12 +17,6 @@ import (
 	"github.com/weirmesh/weir/test/consul"
 )
 
-// agentPolicy is what deploy/weir.d/weir.hcl says that the agent's token needs.
-const agentPolicy = `
-	node_prefix "" { policy = "read" }
-	agent_prefix "" { policy = "read" }
-	service_prefix "" { policy = "read" }`
-
 // aclToken is a token of Consul's.
 type aclToken struct{ AccessorID, SecretID string }
 
@@ -42,7 +36,8 @@ func (n *meshNode) newToken(policies ...string) (token aclToken) {
 // the last good state as it is, and a connection that is open through both Envoys.
 func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	n := newMeshNode(t, true)
-	n.consul.Put("/v1/acl/policy", object{"Name": "weir", "Rules": agentPolicy})
+	rules := consul.DocumentedPolicy(t)
+	n.consul.Put("/v1/acl/policy", object{"Name": "weir", "Rules": rules})
 	n.config.Consul.TokenFile = filepath.Join(n.dir, "token")
 	writeToken := func(token aclToken) {
 		t.Helper()
@@ -74,7 +69,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	}
 
 	// One that may read all but the agent itself: nothing tells of changes.
-	n.consul.Put("/v1/acl/policy", object{"Name": "deaf", "Rules": strings.Replace(agentPolicy, `agent_prefix "" { policy = "read" }`, "", 1)})
+	n.consul.Put("/v1/acl/policy", object{"Name": "deaf", "Rules": strings.Replace(rules, `agent "node" { policy = "read" }`, "", 1)})
 	writeToken(n.newToken("deaf"))
 	test.Eventually(t, func() error {
 		status := n.mustStatus(t)
