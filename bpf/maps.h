@@ -119,6 +119,8 @@ enum proxy_flag {
 	PROXY_LISTENS6 = 1 << 1, /* ... IPv6 */
 	PROXY_SHARED = 1 << 2,   /* a task of another UID runs in its cgroup: the UID decides */
 	PROXY_PINNED = 1 << 3,   /* user space set the cgroup; the kernel does not learn another */
+	PROXY_TAKEN =
+		1 << 4, /* the cgroup took another's place by listening: it has it while it does */
 };
 
 /* A proxy keeps its seat while the ports and the order of proxies change. */

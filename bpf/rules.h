@@ -36,7 +36,10 @@ static __always_inline bool is_proxy(struct proxy *proxy, bool proxy_uid, __u64 
 			__sync_fetch_and_or((__u32 *)&proxy->flags, PROXY_SHARED);
 		return false;
 	}
-	return !proxy || !proxy->cgroup || proxy->cgroup == cgroup;
+	if (!proxy || !proxy->cgroup)
+		return true;
+	/* One that only listened in another's place is a task again afterwards. */
+	return proxy->cgroup == cgroup && (!(proxy->flags & PROXY_TAKEN) || proxy->listeners);
 }
 
 /* Likewise where there are several: a cgroup that has not shown itself may be
@@ -126,6 +129,8 @@ static __always_inline bool claim(struct proxy *proxy, const struct binder *bind
 		return false;
 	/* Whether tasks share this one is for the next of them to show. */
 	__sync_fetch_and_and((__u32 *)&proxy->flags, ~PROXY_SHARED);
+	if (known)
+		__sync_fetch_and_or((__u32 *)&proxy->flags, PROXY_TAKEN);
 	return true;
 }
 

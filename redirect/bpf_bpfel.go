@@ -232,6 +232,7 @@ const (
 	bpfProxyFlagPROXY_LISTENS6 bpfProxyFlag = 2
 	bpfProxyFlagPROXY_SHARED   bpfProxyFlag = 4
 	bpfProxyFlagPROXY_PINNED   bpfProxyFlag = 8
+	bpfProxyFlagPROXY_TAKEN    bpfProxyFlag = 16
 )
 
 type bpfProxyKey struct {

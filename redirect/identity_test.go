@@ -105,6 +105,39 @@ func TestIdentityOfARestartedProxy(t *testing.T) {
 	}
 }
 
+// A task that takes the proxy's port in the moment in which the proxy is down is
+// taken for it only as long as it listens there.
+func TestIdentityTakeoverEndsWithItsListener(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
+	a.startProxy()
+	proxy := a.proxyCg
+	for range 2 {
+		a.outbound.Stop()
+		a.inbound.Stop()
+		a.proxyCg = a.taskCg
+		a.startProxy()
+		a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
+		a.outbound.Stop()
+		a.dials(proxyUID, a.taskCg, remote.Name, Proxy) // one listener is left
+		a.inbound.Stop()
+		moved := a.rose(func() {
+			if answer, err := a.askAs(proxyUID, a.taskCg, "tcp4", addrPort(remote4(a.number), 80)); err == nil {
+				t.Errorf("the task got out again: %+v", answer)
+			}
+		})
+		if moved[Proxy] != 0 {
+			t.Errorf("verdicts %v: the task is still taken for the proxy", moved)
+		}
+		a.proxyCg = proxy
+		a.startProxy()
+		a.dials(proxyUID, proxy, remote.Name, Proxy)
+		a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+	}
+}
+
 // Who comes second under the proxy's UID, while the first lives, is a task.
 func TestIdentitySecondClaimant(t *testing.T) {
 	n := newNode(t)

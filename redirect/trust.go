@@ -40,14 +40,15 @@ func (d *Datapath) Trust(key Key, service string, cgroup uint64) error {
 
 func (t *tables) trust(paths Paths, ns *namespace, w Workload, seat uint8, cgroup uint64) error {
 	proxy, err := t.proxyState(ns.cookie, seat)
-	if err != nil || proxy.Cgroup == cgroup || proxy.Listeners > 0 {
+	vouched := proxy.Cgroup == cgroup && proxy.Flags&bpfProxyFlagPROXY_TAKEN == 0
+	if err != nil || vouched || proxy.Listeners > 0 {
 		return err
 	}
 	registered, err := t.listenersOf(ns.cookie, seat, w)
 	if err != nil || len(registered) > 0 {
 		return err
 	}
-	proxy.Cgroup, proxy.Flags = cgroup, proxy.Flags&^(bpfProxyFlagPROXY_SHARED|bpfProxyFlagPROXY_PINNED)
+	proxy.Cgroup, proxy.Flags = cgroup, proxy.Flags&^(bpfProxyFlagPROXY_SHARED|bpfProxyFlagPROXY_PINNED|bpfProxyFlagPROXY_TAKEN)
 	for range 8 {
 		if err := t.put("proxies", proxyKey(ns.cookie, seat), proxy, ebpf.UpdateAny); err != nil {
 			return err
