@@ -200,6 +200,7 @@ func (n *privateNode) register(t *testing.T, a *privateAlloc, proxy map[string]a
 
 // agentView is what the agent tells on its socket.
 type agentView struct {
+	DataPath string `json:"data_path"`
 	Problems []string
 	Consul   struct {
 		InStep bool `json:"in_step"`
