@@ -214,13 +214,13 @@ func (a *Agent) tellConsul(consul view) {
 	}
 }
 
-// tellUnreadable logs each file and registration that cannot be read, once.
+// tellUnreadable logs what cannot be read, files, registrations or Docker, once.
 func (a *Agent) tellUnreadable(problems []string) {
 	now := make(map[string]bool)
 	for _, problem := range problems {
 		now[problem] = true
 		if !a.reported[problem] {
-			a.log.Warn("skipped", "why", problem)
+			a.log.Warn("cannot be read", "why", problem)
 		}
 	}
 	a.reported = now
