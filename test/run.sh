@@ -54,8 +54,9 @@ else
 fi
 
 export CGO_ENABLED=0 # as in make build, so that all packages are compiled once
-run "${#others[@]} packages" -trimpath "${others[@]}"
-CGO_ENABLED=$cgo run "agent and plugin, ${#racy[@]} packages, ${race[0]}" "${race[@]}" "${racy[@]}"
+# A slow machine takes longer than the ten minutes that go test gives a package.
+run "${#others[@]} packages" -trimpath -timeout 30m "${others[@]}"
+CGO_ENABLED=$cgo run "agent and plugin, ${#racy[@]} packages, ${race[0]}" "${race[@]}" -timeout 30m "${racy[@]}"
 run "test/e2e, which has the machine for itself" -trimpath -timeout 30m "${walks[@]}"
 
 notrun+=('job files on whole nodes: make e2e' 'kernels in virtual machines: make test-vm')
