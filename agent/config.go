@@ -18,6 +18,7 @@ import (
 	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclparse"
 
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -98,7 +99,7 @@ func DefaultConfig() Config {
 		Proxy:    &ProxyConfig{DefaultUID: 101},
 		CNI: &CNIConfig{
 			CacheDir: "/var/lib/cni", NetNSDir: "/var/run/netns",
-			JobArgs: []string{"mode", "guard", "inbound-port", "outbound-port"}, ConsulExclusions: true,
+			JobArgs: request.DefaultJobArgs(), ConsulExclusions: true,
 		},
 		Docker:    &DockerConfig{Socket: "/var/run/docker.sock"},
 		Telemetry: &TelemetryConfig{},
@@ -114,9 +115,10 @@ func ReadConfig(path string, getenv func(string) string) (Config, error) {
 	if err != nil {
 		return config, err
 	}
+	parser := hclparse.NewParser()
 	for _, file := range files {
-		if err := config.decode(file); err != nil {
-			return config, err
+		if problems := config.decode(parser, file); problems.HasErrors() {
+			return config, fmt.Errorf("read configuration: %w", diagnostics(problems))
 		}
 	}
 	if err := config.environment(getenv); err != nil {
@@ -146,15 +148,12 @@ func configFiles(path string) ([]string, error) {
 
 // decode sets what the file says and leaves the rest: gohcl touches neither
 // attributes nor blocks that a file does not have.
-func (c *Config) decode(file string) error {
-	parsed, problems := hclparse.NewParser().ParseHCLFile(file)
+func (c *Config) decode(parser *hclparse.Parser, file string) hcl.Diagnostics {
+	parsed, problems := parser.ParseHCLFile(file)
 	if problems.HasErrors() {
-		return fmt.Errorf("read configuration: %w", diagnostics(problems))
+		return problems
 	}
-	if problems := gohcl.DecodeBody(parsed.Body, nil, c); problems.HasErrors() {
-		return fmt.Errorf("read configuration: %w", diagnostics(problems))
-	}
-	return nil
+	return gohcl.DecodeBody(parsed.Body, nil, c)
 }
 
 // diagnostics shows each of the library's problems on a line of its own.
@@ -195,41 +194,13 @@ func (c *Config) environment(getenv func(string) string) error {
 	return nil
 }
 
-// Validate reports every value that the agent cannot work with.
+// Validate reports every value that the agent or the plugin cannot work with.
 func (c Config) Validate() error {
-	var problems []error
-	wrong := func(key, value, want string) {
-		problems = append(problems, fmt.Errorf("%s = %q: want %s", key, value, want))
+	var list []error
+	for _, problem := range c.problems() {
+		list = append(list, problem)
 	}
-	for key, path := range map[string]string{"pin_dir": c.PinDir, "state_dir": c.StateDir, "cni.cache_dir": c.CNI.CacheDir, "cni.netns_dir": c.CNI.NetNSDir} {
-		if !filepath.IsAbs(path) {
-			wrong(key, path, "an absolute path")
-		}
-	}
-	for key, path := range map[string]string{"cgroup_root": c.CgroupRoot, "docker.socket": c.Docker.Socket} {
-		if path != "" && !filepath.IsAbs(path) {
-			wrong(key, path, "an absolute path, or nothing")
-		}
-	}
-	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
-		wrong("log_level", c.LogLevel, "debug, info, warn or error")
-	}
-	if _, known := guardStrength(redirect.Guard(c.Guard.Default)); !known {
-		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
-	}
-	if c.Telemetry.Listen != "" && !isHostPort(c.Telemetry.Listen) {
-		wrong("telemetry.listen", c.Telemetry.Listen, "host:port")
-	}
-	if c.Consul.Enabled {
-		if _, _, err := splitAddress(c.Consul.Address); err != nil {
-			wrong("consul.address", c.Consul.Address, "host:port, or a URL with http, https or unix")
-		}
-		if (c.Consul.CertFile == "") != (c.Consul.KeyFile == "") {
-			problems = append(problems, errors.New("consul.cert_file and consul.key_file: want both or neither"))
-		}
-	}
-	slices.SortFunc(problems, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
-	if err := errors.Join(problems...); err != nil {
+	if err := errors.Join(list...); err != nil {
 		return fmt.Errorf("check configuration: %w", err)
 	}
 	return nil

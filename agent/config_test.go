@@ -84,6 +84,7 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 		{"relative socket", `consul { address = "unix://x" }`, "", `consul.address = "unix://x"`},
 		{"half a key pair", `consul { cert_file = "/c" }`, "", `consul.key_file`},
 		{"log level", `log_level = "loud"`, "", `log_level = "loud"`},
+		{"unknown job argument", `cni { job_args = ["mode", "garud"] }`, "", `cni.job_args = "garud": want names of mode, guard, forward`},
 		{"environment", "", "maybe", `CONSUL_HTTP_SSL="maybe"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {

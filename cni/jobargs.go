@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -23,27 +24,21 @@ type jobArg struct {
 // first, since others depend on it.
 func jobArgs() []jobArg {
 	return []jobArg{
-		{"mode", applyMode},
-		{"guard", applyGuard},
-		{"forward", applyForward},
-		{"proxy-uid", applyProxyUID},
-		{"inbound-port", applyInboundPort},
-		{"outbound-port", applyOutboundPort},
-		{"dns", applyDNS},
-		{"exclude-inbound-ports", applyExcludedInbound},
-		{"exclude-outbound-ports", applyExcludedOutbound},
-		{"exclude-outbound-cidrs", applyExcludedCIDRs},
-		{"exclude-uids", applyExcludedUIDs},
+		{request.Mode, applyMode},
+		{request.Guard, applyGuard},
+		{request.Forward, applyForward},
+		{request.ProxyUID, applyProxyUID},
+		{request.InboundPort, applyInboundPort},
+		{request.OutboundPort, applyOutboundPort},
+		{request.DNS, applyDNS},
+		{request.ExcludeInboundPorts, applyExcludedInbound},
+		{request.ExcludeOutboundPorts, applyExcludedOutbound},
+		{request.ExcludeOutboundCIDRs, applyExcludedCIDRs},
+		{request.ExcludeUIDs, applyExcludedUIDs},
 	}
 }
 
-func jobArgNames() string {
-	var names []string
-	for _, arg := range jobArgs() {
-		names = append(names, arg.name)
-	}
-	return strings.Join(names, ", ")
-}
+func jobArgNames() string { return strings.Join(request.JobArgs(), ", ") }
 
 // jobRequest is a request while a job's arguments are applied to it.
 type jobRequest struct {

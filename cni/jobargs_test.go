@@ -12,6 +12,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -266,4 +267,15 @@ func FuzzJobArguments(f *testing.F) {
 			t.Errorf("%q: request %+v", args, request)
 		}
 	})
+}
+
+// Names and what applies them stand in two packages, so that the agent knows the names.
+func TestEveryJobArgumentIsApplied(t *testing.T) {
+	var applied []string
+	for _, arg := range jobArgs() {
+		applied = append(applied, arg.name)
+	}
+	if diff := cmp.Diff(request.JobArgs(), applied); diff != "" {
+		t.Errorf("arguments (-named +applied):\n%s", diff)
+	}
 }

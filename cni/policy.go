@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/weirmesh/weir/cni/request"
 )
 
 // DefaultConfigDir is where the agent has its configuration. The plugin reads
@@ -32,7 +34,7 @@ type policy struct {
 // says stays as it is with Consul's own plugin.
 func defaultPolicy() policy {
 	return policy{
-		jobArgs: []string{"mode", "guard", "inbound-port", "outbound-port"}, consulExclusions: true,
+		jobArgs: request.DefaultJobArgs(), consulExclusions: true,
 		proxyUID: defaultProxyUID, source: "the default",
 	}
 }
@@ -99,12 +101,29 @@ func readPolicy(conf policyConf, dir string) (policy, error) {
 			return p, fmt.Errorf("consulExclusions: %w", err)
 		}
 	}
+	return p, p.known()
+}
+
+// known refuses names that no argument has.
+func (p policy) known() error {
 	for _, name := range p.jobArgs {
-		if !slices.ContainsFunc(jobArgs(), func(arg jobArg) bool { return arg.name == name }) {
-			return p, fmt.Errorf("%s: %s: want names of %s", p.source, quote(name), jobArgNames())
+		if !slices.Contains(request.JobArgs(), name) {
+			return fmt.Errorf("%s: %s: want names of %s", p.source, quote(name), jobArgNames())
 		}
 	}
-	return p, nil
+	return nil
+}
+
+// CheckPolicy reports what the plugin would refuse in files of the configuration
+// directory, in their order.
+func CheckPolicy(files []string) error {
+	p := defaultPolicy()
+	for _, file := range files {
+		if err := p.readFile(file); err != nil {
+			return err
+		}
+	}
+	return p.known()
 }
 
 // allow refuses the first argument that a job may not set.

@@ -63,6 +63,8 @@ type command struct {
 	paths    redirect.Paths
 	json     bool
 	verbose  bool
+	usage    string // the operand in the help, as [PATH]; empty: there is none
+	operand  string
 	asUser   func() bool // whether it can do its work without root
 	do       func() (code int, err error)
 }
@@ -91,13 +93,19 @@ func (c *command) withJSON() *command {
 	return c
 }
 
+// withOperand lets the command have one operand, which may be left out.
+func (c *command) withOperand(usage string) *command {
+	c.usage = usage
+	return c
+}
+
 // Synopsis is the command's line in the list of commands.
 func (c *command) Synopsis() string { return c.synopsis }
 
 // Help is the command's help, flags included.
 func (c *command) Help() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "Usage: weir %s [options]\n\n%s\n\nOptions:\n", c.name, c.about)
+	fmt.Fprintf(&text, "Usage: weir %s [options]%s\n\n%s\n\nOptions:\n", c.name, strings.TrimRight(" "+c.usage, " "), c.about)
 	c.flags.VisitAll(func(f *flag.Flag) {
 		value, usage := flag.UnquoteUsage(f)
 		fmt.Fprintf(&text, "\n  -%s\n      %s\n", strings.TrimSpace(f.Name+" "+value), usage)
@@ -112,8 +120,12 @@ func (c *command) Run(args []string) int {
 		c.ui.Output(c.Help())
 		return 0
 	}
-	if err == nil && c.flags.NArg() > 0 {
-		err = fmt.Errorf("unexpected argument %q", c.flags.Arg(0))
+	operands := c.flags.Args()
+	if c.usage != "" && len(operands) > 0 {
+		c.operand, operands = operands[0], operands[1:]
+	}
+	if err == nil && len(operands) > 0 {
+		err = fmt.Errorf("unexpected argument %q", operands[0])
 	}
 	if err != nil {
 		c.ui.Error(fmt.Sprintf("weir %s: %v\nFor the options: weir %s -help", c.name, err, c.name))
@@ -197,10 +209,15 @@ const (
 
 // paint gives text a colour where somebody can see it.
 func (c *command) paint(code, text string) string {
-	if !c.terminal || c.json || c.getenv("NO_COLOR") != "" || c.getenv("TERM") == "dumb" {
+	if !c.coloured() {
 		return text
 	}
 	return "\x1b[" + code + "m" + text + "\x1b[0m"
+}
+
+// coloured reports whether somebody can see colours and did not say no to them.
+func (c *command) coloured() bool {
+	return c.terminal && !c.json && c.getenv("NO_COLOR") == "" && c.getenv("TERM") != "dumb"
 }
 
 // table aligns rows in columns. The first row is the heading.

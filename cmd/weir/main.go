@@ -79,7 +79,7 @@ func run(args []string, world env) int {
 func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
-		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads, newVerdicts, newEvents, newVersion,
+		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads, newVerdicts, newEvents, newConfigValidate, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

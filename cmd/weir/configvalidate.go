@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+
+	"github.com/hashicorp/cli"
+	"github.com/hashicorp/hcl/v2"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cni"
+)
+
+// columns is the width of what is printed for people.
+const columns = 80
+
+// configReport is what config validate prints as JSON.
+type configReport struct {
+	Schema   int             `json:"schema"`
+	Valid    bool            `json:"valid"`
+	Files    []string        `json:"files"`
+	Problems []configProblem `json:"problems"`
+}
+
+// configProblem is one problem and where it is. File is empty where no line of a
+// file is at fault.
+type configProblem struct {
+	Severity string `json:"severity"` // error or warning
+	File     string `json:"file,omitempty"`
+	Line     int    `json:"line,omitempty"`
+	Column   int    `json:"column,omitempty"`
+	Summary  string `json:"summary"`
+	Detail   string `json:"detail"`
+}
+
+func newConfigValidate(env env) *command {
+	c := newCommand(env, "config validate", "Check configuration files", `  Checks a file, or the .hcl files of a directory, by the rules of the agent and of
+  the plugin, and shows the line of each error. Without PATH it checks /etc/weir.d.
+  It asks nothing of the node and changes nothing, so that it can run where the
+  files are written. The environment, which wins over them on a node, is not read.
+
+  The exit code is 0 where agent and plugin accept the files, and 1 otherwise.
+
+  Check the directory before it goes to a node:
+
+    $ weir config validate ./weir.d`).withJSON().withOperand("[PATH]")
+	c.asUser = func() bool { return true }
+	c.do = func() (int, error) {
+		path := c.operand
+		if path == "" {
+			path = cni.DefaultConfigDir
+		}
+		checked, err := agent.CheckConfig(path)
+		if err != nil {
+			return 1, err
+		}
+		if !checked.Problems.HasErrors() { // the plugin's rules are stricter in some respects
+			if err := cni.CheckPolicy(checked.Files); err != nil {
+				checked.Problems = append(checked.Problems, &hcl.Diagnostic{
+					Severity: hcl.DiagError, Summary: "Refused by the plugin", Detail: err.Error(),
+				})
+			}
+		}
+		code := 0
+		if checked.Problems.HasErrors() {
+			code = 1
+		}
+		if c.json {
+			return code, c.printJSON(reportOf(checked))
+		}
+		writer := hcl.NewDiagnosticTextWriter(&cli.UiWriter{Ui: c.ui}, checked.Sources, columns-2, c.coloured())
+		if err := writer.WriteDiagnostics(checked.Problems); err != nil {
+			return 1, fmt.Errorf("print problems: %w", err)
+		}
+		switch {
+		case code != 0:
+			c.ui.Output(c.paint(red, fmt.Sprintf("%s: not valid: %s", path, countOf(len(checked.Problems.Errs()), "error"))))
+		case len(checked.Files) == 0:
+			c.ui.Output(c.paint(green, path+": valid: it has no .hcl file, every key has its default"))
+		default:
+			c.ui.Output(c.paint(green, fmt.Sprintf("%s: valid: %s", path, countOf(len(checked.Files), "file"))))
+		}
+		return code, nil
+	}
+	return c
+}
+
+func reportOf(checked agent.CheckedConfig) configReport {
+	report := configReport{Schema: 1, Valid: !checked.Problems.HasErrors(), Files: append([]string{}, checked.Files...), Problems: []configProblem{}}
+	for _, problem := range checked.Problems {
+		each := configProblem{Severity: "error", Summary: problem.Summary, Detail: problem.Detail}
+		if problem.Severity == hcl.DiagWarning {
+			each.Severity = "warning"
+		}
+		if at := problem.Subject; at != nil {
+			each.File, each.Line, each.Column = at.Filename, at.Start.Line, at.Start.Column
+		}
+		report.Problems = append(report.Problems, each)
+	}
+	return report
+}
