@@ -55,8 +55,14 @@ func (m *tables) erase(cookie uint64, applied *Workload) error {
 func (m *tables) eraseOrigins(cookie uint64, applied *Workload) error {
 	var budget bpfBudget
 	found, err := m.get("budgets", cookie, &budget)
-	if err != nil || !found || applied == nil || applied.Sliced || budget.Next > 4*sliceRows {
+	if err != nil || !found {
 		return err
+	}
+	if budget.Next == 0 { // it has none, as after an ADD that failed
+		return m.eraseBudget(cookie)
+	}
+	if applied == nil || applied.Sliced || budget.Next > 4*sliceRows {
+		return nil
 	}
 	var held []bpfIndexKey
 	var origins []bpfOriginKey

@@ -83,7 +83,7 @@ func pinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainProg
 func (p Paths) openChainPrograms() (chainPrograms, error) {
 	programs := make(chainPrograms)
 	for chain, name := range filterNames() {
-		program, err := ebpf.LoadPinnedProgram(filepath.Join(p.filters(), name), nil)
+		program, err := ebpf.LoadPinnedProgram(filepath.Join(p.filters(), name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
 			programs.Close()
 			return nil, fmt.Errorf("open %s: %w", name, err)
