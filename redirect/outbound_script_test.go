@@ -202,7 +202,7 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 	case "bind":
 		return o, unix.Bind(fd, sockaddr(fd, s.Addr))
 	case "listen":
-		return o, unix.Listen(fd, 16)
+		return o, unix.Listen(fd, max(16, s.Args[0]))
 	case "accept":
 		accepted, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
 		if err == nil {

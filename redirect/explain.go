@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+)
+
+// NoUID is that of a task whose UID no rule names.
+const NoUID = math.MaxUint32
+
+// Connection is a TCP connection to explain. Its socket is bound to no address and no device
+// and has no options; one that is may be refused where this one is not.
+type Connection struct {
+	Destination netip.AddrPort
+	From        netip.AddrPort // who connects from outside; not valid: a task of the allocation connects
+	UID         uint32         // of the task; NoUID: one that no rule names
+	Cgroup      uint64         // of the task; 0: not the proxy's
+	IPv6Socket  bool           // an IPv4 address is dialled through an IPv6 socket, as ::ffff:a.b.c.d
+}
+
+func (c Connection) inbound() bool { return c.From.IsValid() }
+
+func (c Connection) ipv4Socket() bool { return c.Destination.Addr().Is4() && !c.IPv6Socket }
+
+// The rules in a Step. Names and results are promises.
+const (
+	RuleRows      = "rows"
+	RuleEncoded   = "encoded_range"
+	RuleDNS       = "dns"
+	RuleProxy     = "proxy"
+	RuleUID       = "excluded_uid"
+	RuleLoopback  = "loopback"
+	RuleOwn       = "own_address"
+	RuleUpstream  = "upstream"
+	RulePort      = "excluded_port"
+	RuleCIDR      = "excluded_cidr"
+	RuleMode      = "mode"
+	RuleBroadcast = "broadcast"
+	RuleFamily    = "family"
+	RuleBudget    = "budget"
+	RuleListener  = "listener"
+	RuleInside    = "inside"
+	RuleService   = "service_port"
+	RuleGuard     = "guard"
+	RuleInbound   = "inbound_port"
+
+	ResultMatch   = "match"
+	ResultNoMatch = "no_match"
+)
+
+// Step is one rule that a connection meets. The last one decides.
+type Step struct {
+	Rule   string `json:"rule"`
+	Result string `json:"result"`
+	Detail string `json:"detail"`
+	Source string `json:"source"` // of the value that the rule looks at; empty: no value of a configuration
+}
+
+// Explanation is what the programs make of a connection.
+type Explanation struct {
+	Verdict Verdict
+	Steps   []Step
+	Service string         // behind the destination, where it is known
+	SentTo  netip.AddrPort // the listener in the namespace that the connection is sent to; not valid: it goes where it was dialled
+	Listens bool           // something listens there, or on the own address that was dialled
+	Local   bool           // Listens says something: the connection stays in the namespace
+}
+
+// Explain decides what the programs would make of a connection now, rule by rule, from the
+// rows in the kernel. It takes no lock and changes nothing.
+func (d *Datapath) Explain(key Key, c Connection) (Explanation, error) {
+	r, err := d.paths.readRecord(key)
+	if err != nil {
+		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
+	}
+	tables, err := openTablesToRead(d.paths.maps())
+	if err != nil {
+		return Explanation{}, err
+	}
+	defer tables.Close()
+	inForce, err := d.InForce(r.NetNS)
+	if err != nil {
+		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
+	}
+	if !inForce {
+		return Explanation{}, fmt.Errorf("explain %s: its programs are not in force, so its connections pass or are refused unseen: run 'weir load', then its CNI CHECK or restart the allocation", key)
+	}
+	c = c.unmapped()
+	rows, err := tables.snapshot(r.Cookie, c)
+	if err != nil {
+		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
+	}
+	steps, verdict := evaluate(rows, c)
+	e := Explanation{Verdict: verdict, Steps: steps, Service: r.serviceBehind(c)}
+	for i := range e.Steps {
+		e.Steps[i].Source = r.source(&e.Steps[i], c)
+	}
+	return e, e.lookBehind(r, rows, c)
+}
+
+func (c Connection) unmapped() Connection {
+	if c.Destination.Addr().Is4In6() {
+		c.IPv6Socket = true
+	}
+	c.Destination = netip.AddrPortFrom(c.Destination.Addr().Unmap().WithZone(""), c.Destination.Port())
+	if c.From.IsValid() {
+		c.From = netip.AddrPortFrom(c.From.Addr().Unmap().WithZone(""), c.From.Port())
+	}
+	return c
+}
+
+// lookBehind finds where a connection that stays in the namespace ends.
+func (e *Explanation) lookBehind(r *record, rows *snapshot, c Connection) error {
+	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
+	switch e.Verdict {
+	case Redirected, RefusedNoProxy:
+		e.SentTo = netip.AddrPortFrom(loopback, rows.arrivalPort())
+		e.Local, e.Listens = true, e.Verdict == Redirected
+		return nil
+	case Inbound, RefusedInboundNoProxy:
+		e.SentTo = netip.AddrPortFrom(c.Destination.Addr(), rows.inboundPort())
+		e.Local, e.Listens = true, e.Verdict == Inbound
+		return nil
+	case ToUpstream:
+		e.SentTo = decodeAddrPort(rows.address.Listener, rows.address.Port)
+	case ToDNS:
+		e.SentTo = decodeAddrPort(rows.config.DnsAddr, rows.config.DnsPort)
+		if !e.SentTo.Addr().IsLoopback() {
+			return nil
+		}
+	case Local, InboundExcluded, GuardAudited:
+	default:
+		return nil
+	}
+	to := c.Destination
+	if e.SentTo.IsValid() {
+		to = e.SentTo
+	}
+	ns, err := r.open()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
+	sockets, err := ns.listening()
+	e.Local = err == nil
+	for _, s := range sockets {
+		addr := s.addr.Unmap()
+		family := addr.Is4() == to.Addr().Is4() || addr.Is6() && addr.IsUnspecified() && !s.v6only
+		e.Listens = e.Listens || s.port == to.Port() && family && (addr == to.Addr() || addr.IsUnspecified())
+	}
+	return err
+}
+
+// snapshot reads the rows that decide about a connection, all of one generation.
+func (m *tables) snapshot(cookie uint64, c Connection) (*snapshot, error) {
+	const tries = 4 // GENERATION_TRIES
+	for range tries {
+		before, err := m.generation(cookie)
+		if err != nil {
+			return nil, err
+		}
+		if before == 0 {
+			return nil, errors.New("the kernel has no row of its namespace: its connections pass Weir by; run its CNI CHECK or restart the allocation")
+		}
+		rows, err := m.snapshotOf(cookie, before, c)
+		if err != nil {
+			return nil, err
+		}
+		after, err := m.generation(cookie)
+		if err != nil || before == after {
+			return rows, err
+		}
+	}
+	return nil, errors.New("its rows change faster than they can be read: try again")
+}
+
+func (m *tables) snapshotOf(cookie, generation uint64, c Connection) (*snapshot, error) {
+	s := &snapshot{proxies: make(map[uint32]bpfProxy), listeners: make(map[bpfListenerKey]bool)}
+	var config bpfConfig
+	found, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config)
+	if err != nil || !found {
+		return s, err
+	}
+	s.config = &config
+	addr, port := c.Destination.Addr(), c.Destination.Port()
+	if c.inbound() {
+		own, err := m.addressRow(cookie, generation, c.From.Addr())
+		if err != nil {
+			return nil, err
+		}
+		s.ownRemote = own != nil && own.Kind == bpfAddressKindADDRESS_OWN
+	}
+	var problems [8]error
+	s.address, problems[0] = m.addressRow(cookie, generation, addr)
+	s.portOut, problems[1] = m.portRow(cookie, generation, bpfExclusionKindEXCLUSION_PORT_OUT, port)
+	s.portIn, problems[2] = m.portRow(cookie, generation, bpfExclusionKindEXCLUSION_PORT_IN, port)
+	exclusion := bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: bpfExclusionKindEXCLUSION_UID, Value: c.UID}
+	var value uint32
+	s.uidExcluded, problems[3] = m.get("exclusions", exclusion, &value)
+	exclusion.Kind, exclusion.Value = bpfExclusionKindEXCLUSION_SERVICE, uint32(port)
+	if found, problems[4] = m.get("exclusions", exclusion, &value); found {
+		s.service = &value
+	}
+	var family uint32
+	whole := netip.PrefixFrom(addr, addr.BitLen())
+	found, problems[5] = m.get("cidrs", encodeCIDR(whole, cookie, generation), &family)
+	s.cidr = found && family == cidrFamily(whole)
+	s.origin, problems[6] = m.originRows(cookie, generation, s, addr)
+	problems[7] = eachSeat(cookie, math.MaxUint8, func(key bpfProxyKey) error {
+		var proxy bpfProxy
+		_, err := m.get("proxies", key, &proxy)
+		s.proxies[key.Seat] = proxy
+		return err
+	})
+	if err := errors.Join(problems[:]...); err != nil {
+		return nil, err
+	}
+	return s, m.readListeners(cookie, s)
+}
+
+func (m *tables) addressRow(cookie, generation uint64, addr netip.Addr) (*bpfAddress, error) {
+	var row bpfAddress
+	found, err := m.get("addresses", bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}, &row)
+	if !found {
+		return nil, err
+	}
+	return &row, nil
+}
+
+func (m *tables) portRow(cookie, generation uint64, kind bpfExclusionKind, port uint16) (bool, error) {
+	var row bpfPorts
+	key := bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: uint32(port) / portsPerRow}
+	_, err := m.get("ports", key, &row)
+	return row.Bits[port%portsPerRow/64]>>(port%64)&1 != 0, err
+}
+
+// originRows reads what origin_intern in ../bpf/origin.h does.
+func (m *tables) originRows(cookie, generation uint64, s *snapshot, addr netip.Addr) (rows originRows, err error) {
+	origins, err := m.table("origins")
+	if err != nil {
+		return rows, err
+	}
+	rows.highWater = origins.MaxEntries() / 8 * 7
+	var budget bpfBudget
+	if rows.counted, err = m.get("budgets", cookie, &budget); err != nil {
+		return rows, err
+	}
+	if rows.held, err = m.held(cookie); err != nil {
+		return rows, err
+	}
+	if rows.heldByAll, err = m.heldByNode(); err != nil {
+		return rows, err
+	}
+	var origin bpfOrigin
+	found, err := m.get("origins", bpfOriginKey{Cookie: cookie, Addr: encodeAddr(addr)}, &origin)
+	if err != nil || !found {
+		return rows, err
+	}
+	var reverse bpfAddr
+	found, err = m.get("indexes", bpfIndexKey{Cookie: cookie, Index: origin.Index}, &reverse)
+	rows.known = found && reverse == encodeAddr(addr)
+	if err != nil || !s.has(bpfConfigFlagCONFIG_SOURCES) {
+		return rows, err
+	}
+	var slice uint32
+	if _, err := m.get("sources", encodeCIDR(netip.PrefixFrom(addr, addr.BitLen()), cookie, generation), &slice); err != nil {
+		return rows, err
+	}
+	rows.known = rows.known && origin.Index>>sliceShift == slice
+	return rows, nil
+}
+
+// readListeners reads which of the listeners that the rules may ask for are registered.
+func (m *tables) readListeners(cookie uint64, s *snapshot) error {
+	_, outbound := s.outboundProxy()
+	for _, key := range []bpfListenerKey{
+		{Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: outbound}, {Role: bpfListenerRoleLISTENER_OUTBOUND6, Port: outbound},
+		{Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: s.arrivalPort()}, {Role: bpfListenerRoleLISTENER_OUTBOUND6, Port: s.arrivalPort()},
+		{Role: bpfListenerRoleLISTENER_INBOUND4, Port: s.inboundPort()}, {Role: bpfListenerRoleLISTENER_INBOUND6, Port: s.inboundPort()},
+	} {
+		if _, known := s.listeners[key]; known {
+			continue
+		}
+		sockets, err := m.registered(cookie, key.Role, key.Port)
+		if err != nil {
+			return err
+		}
+		s.listeners[key] = len(sockets) > 0
+	}
+	return nil
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+// Explain says where the value comes from that decides, which service is meant, and whether
+// somebody listens where the connection ends.
+func TestExplainTellsWhatLiesBehind(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(func(r *Request) {
+		r.ExcludeOutboundPorts = []uint16{5432}
+		r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("198.51.0.0/16"), netip.MustParsePrefix("198.51.100.0/24")}
+		r.ExcludeInboundPorts = []uint16{9000}
+	})
+	listener := netip.MustParseAddrPort("127.0.0.1:9191")
+	err := n.SetOverlay(a.key, Overlay{Service: "web", ExcludeInboundPorts: []uint16{9001}, Guard: GuardAudit,
+		Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: listener}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:15001")
+	a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
+	a.serve(proxyUID, a.proxyCg, "tcp4", listener.String())
+	outside := netip.AddrPortFrom(remote4(a.number), 40000)
+	for _, tc := range []struct {
+		to   string
+		from netip.AddrPort
+		want Explanation // with the last step alone
+	}{
+		{to: "203.0.113.7:80", want: Explanation{Verdict: Redirected, SentTo: netip.MustParseAddrPort("127.0.0.1:15001"), Local: true, Listens: true,
+			Steps: []Step{{RuleListener, ResultMatch, "the proxy listens on its outbound port 15001: it gets the connection", SourceNode}}}},
+		{to: "203.0.113.7:5432", want: Explanation{Verdict: PortExcluded,
+			Steps: []Step{{RulePort, ResultMatch, "outbound port 5432 is excluded", SourceJob}}}},
+		{to: "198.51.100.1:80", want: Explanation{Verdict: CIDRExcluded,
+			Steps: []Step{{RuleCIDR, ResultMatch, "198.51.100.1 is in the excluded CIDR 198.51.100.0/24", SourceJob}}}},
+		{to: "240.0.0.5:5432", want: Explanation{Verdict: ToUpstream, Service: "db", SentTo: listener, Local: true, Listens: true,
+			Steps: []Step{{RuleUpstream, ResultMatch, "240.0.0.5 is a virtual IP of an upstream: sent to its listener 127.0.0.1:9191", SourceConsul}}}},
+		{to: "127.0.0.1:9000", want: Explanation{Verdict: Local, Local: true, Listens: true,
+			Steps: []Step{{RuleLoopback, ResultMatch, "127.0.0.1 stays in the namespace", ""}}}},
+		{to: "127.0.0.1:9002", want: Explanation{Verdict: Local, Local: true,
+			Steps: []Step{{RuleLoopback, ResultMatch, "127.0.0.1 stays in the namespace", ""}}}},
+		{to: addrPort(a.v4, 9000), from: outside, want: Explanation{Verdict: InboundExcluded, Service: "web", Local: true, Listens: true,
+			Steps: []Step{{RulePort, ResultMatch, "inbound port 9000 is open: whatever listens there gets the connection", SourceJob}}}},
+		{to: addrPort(a.v4, 9001), from: outside, want: Explanation{Verdict: InboundExcluded, Service: "web", Local: true,
+			Steps: []Step{{RulePort, ResultMatch, "inbound port 9001 is open: whatever listens there gets the connection", SourceConsul}}}},
+		{to: addrPort(a.v4, 80), from: outside, want: Explanation{Verdict: RefusedInboundNoProxy, Service: "web", Local: true,
+			SentTo: netip.AddrPortFrom(a.v4, inboundPort),
+			Steps:  []Step{{RuleListener, ResultMatch, "the proxy does not listen on port 20000", SourceNode}}}},
+	} {
+		got, err := n.Explain(a.key, Connection{Destination: netip.MustParseAddrPort(tc.to), From: tc.from, UID: NoUID})
+		if err != nil {
+			t.Errorf("%s: %v", tc.to, err)
+			continue
+		}
+		got.Steps = got.Steps[len(got.Steps)-1:]
+		if diff := cmp.Diff(tc.want, got, cmpopts.EquateComparable(netip.AddrPort{})); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tc.to, diff)
+		}
+	}
+	// Where the programs are gone, what the rows say is not what happens.
+	if _, err := n.Unload(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.Explain(a.key, Connection{Destination: netip.MustParseAddrPort("203.0.113.7:80"), UID: NoUID}); err == nil || !strings.Contains(err.Error(), "alloc-1") {
+		t.Errorf("explain after unload: %v, want an error that names the workload", err)
+	}
+}

@@ -1,0 +1,293 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// explained is a namespace whose configuration and listeners change at random, and what dials there.
+type explained struct {
+	*alloc
+	t       *testing.T
+	random  *rand.Rand
+	tables  *tables
+	proxy   actor // owns the listeners
+	dialers []dialer
+	outside actor
+	seen    map[Verdict]int
+}
+
+// dialer is a process of the allocation with what the rules look at.
+type dialer struct {
+	actor
+	uid    uint32
+	cgroup uint64
+}
+
+const (
+	explainedUID      = 2000
+	explainedPort     = 9001
+	explainedOpen     = 9000
+	explainedExposed  = 9102
+	explainedUpstream = 9191
+	explainedDNS      = 8600
+)
+
+func newExplained(t *testing.T) *explained {
+	n := newNode(t)
+	a := n.newAlloc()
+	tables, err := openTablesToRead(n.paths.maps())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tables.Close() })
+	x := &explained{alloc: a, t: t, tables: tables, seen: make(map[Verdict]int)}
+	x.proxy = a.actor(t, proxyUID, a.proxyCg)
+	for _, who := range []struct {
+		uid    uint32
+		cgroup *test.Cgroup
+	}{{taskUID, a.taskCg}, {proxyUID, a.taskCg}, {proxyUID, a.proxyCg}, {taskUID, a.proxyCg}, {explainedUID, a.taskCg}, {0, a.taskCg}} {
+		x.dialers = append(x.dialers, dialer{actor: a.actor(t, who.uid, who.cgroup), uid: who.uid, cgroup: who.cgroup.ID})
+	}
+	x.outside = actor{test.Helper(t, test.Spec{NetNS: n.remote}, scriptFunc)}
+	return x
+}
+
+func (x *explained) chance(percent int) bool { return x.random.IntN(100) < percent }
+
+func pick[T any](x *explained, list ...T) T { return list[x.random.IntN(len(list))] }
+
+// configure puts the namespace under Weir with another configuration than before.
+func (x *explained) configure(again bool) {
+	var closing script
+	for _, name := range []string{"out", "out6", "in", "second", "exposed", "upstream"} {
+		closing = closing.on(name).open(unix.AF_INET6, unix.IPPROTO_TCP)
+	}
+	x.proxy.run(x.t, closing)
+	if again {
+		if err := x.node.Remove(x.key); err != nil {
+			x.t.Fatal(err)
+		}
+	}
+	x.add(func(r *Request) {
+		r.Mode = pick(x, ModeTransparent, ModeTransparent, ModeTransparent, ModeTransparent, ModeDirect, ModeGateway)
+		r.DNS = pick(x, DNS{}, DNS{}, DNS{Port: explainedDNS}, DNS{Address: netip.MustParseAddr("127.0.0.1")}, DNS{Address: netip.IPv6Loopback(), Port: explainedDNS})
+		r.InboundPort = pick(x, inboundPort, inboundPort, inboundPort, uint16(0))
+		if x.chance(40) {
+			r.ExcludeUIDs = []uint32{explainedUID}
+		}
+		if x.chance(40) {
+			r.ExcludeOutboundPorts = []uint16{explainedPort, 65535}
+		}
+		if x.chance(40) {
+			r.ExcludeInboundPorts = []uint16{explainedOpen}
+		}
+		if x.chance(40) {
+			r.ExcludeOutboundCIDRs = []netip.Prefix{pick(x,
+				netip.MustParsePrefix("198.51.100.0/25"), netip.MustParsePrefix("::/0"), netip.MustParsePrefix("0.0.0.0/1"), netip.MustParsePrefix("fd09::/16"))}
+		}
+		r.Budget = pick(x, 0, 0, 4, uint32(12))
+	})
+	overlay := Overlay{Guard: pick(x, GuardOff, GuardAudit, GuardEnforce)}
+	if x.chance(50) {
+		overlay.Upstreams = []Upstream{{Name: "db", Addresses: addrs("240.0.0.5", "fd09:1::5"),
+			Listener: netip.AddrPortFrom(pick(x, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()), explainedUpstream)}}
+	}
+	if x.chance(40) {
+		overlay.ExposedPorts = []uint16{explainedExposed}
+	}
+	if x.chance(40) {
+		overlay.Service = "api"
+		overlay.Proxies = []Sidecar{{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
+			ServicePorts: []uint16{8081}, VirtualIPs: addrs("240.0.1.1", "fd09:1::6")}}
+	}
+	if err := x.node.SetOverlay(x.key, overlay); err != nil {
+		x.t.Fatal(err)
+	}
+	x.listen()
+}
+
+// listen opens some of the proxy's listeners. They are never accepted from: there is room for all.
+func (x *explained) listen() {
+	var listening script
+	open := func(name string, domain int, addr string, only6 int) {
+		listening = listening.on(name).open(domain, unix.IPPROTO_TCP).set(unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+		if domain == unix.AF_INET6 {
+			listening = listening.set(unix.SOL_IPV6, unix.IPV6_V6ONLY, only6)
+		}
+		listening = listening.bind(addr).do(step{Do: "listen", Args: [3]int{4096}})
+	}
+	switch x.random.IntN(6) {
+	case 0, 1:
+		open("out", unix.AF_INET, "127.0.0.1:15001", 0)
+	case 2:
+		open("out6", unix.AF_INET6, "[::1]:15001", 1)
+	case 3:
+		open("out", unix.AF_INET, "127.0.0.1:15001", 0)
+		open("out6", unix.AF_INET6, "[::1]:15001", 1)
+		if x.chance(60) { // both were seen, and one of them has gone
+			listening = listening.on(pick(x, "out", "out6")).open(unix.AF_INET6, unix.IPPROTO_TCP)
+		}
+	case 4:
+		open("out", unix.AF_INET6, "[::]:15001", 0)
+	}
+	switch x.random.IntN(4) {
+	case 0:
+		open("in", unix.AF_INET, "0.0.0.0:20000", 0)
+	case 1:
+		open("in", unix.AF_INET6, "[::]:20000", 0)
+	case 2:
+		open("in", unix.AF_INET6, "[::]:20000", 1)
+	}
+	if x.chance(50) {
+		open("second", unix.AF_INET, fmt.Sprintf("127.0.0.1:%d", secondOutbound), 0)
+	}
+	if x.chance(50) {
+		open("exposed", unix.AF_INET, fmt.Sprintf("0.0.0.0:%d", explainedExposed), 0)
+	}
+	x.proxy.run(x.t, listening)
+}
+
+// outbound is a random connection of one of the allocation's processes.
+func (x *explained) outbound() (Connection, dialer) {
+	who := pick(x, x.dialers...)
+	destination := netip.MustParseAddr(pick(x,
+		"10.9.1.1", "fd09:1::1", "10.9.1.2", "fd09:1::2", "10.9.1.255", "127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "224.0.0.1", "ff0e::1",
+		"255.255.255.255", "240.0.0.5", "fd09:1::5", "240.0.1.1", "fd09:1::6", "127.128.0.7", "fd77:6569:7200::7",
+		"198.51.100.1", "198.51.100.127", "198.51.100.128", "203.0.113.7", "2001:db8::1", "8.8.8.8"))
+	if x.chance(40) {
+		destination = netip.AddrFrom4([4]byte{198, 51, 100, byte(x.random.IntN(256))})
+	}
+	port := pick(x, DefaultDNSPort, 80, explainedPort, explainedPort+1024, 65535, 15001, inboundPort, explainedUpstream, uint16(1+x.random.IntN(65535)))
+	return Connection{
+		Destination: netip.AddrPortFrom(destination, port), UID: who.uid, Cgroup: who.cgroup, IPv6Socket: destination.Is6() || x.chance(30),
+	}, who
+}
+
+// inboundConnection is a random connection from the remote host.
+func (x *explained) inboundConnection() Connection {
+	own, from := x.v4, remote4(x.number)
+	if x.chance(50) {
+		own, from = x.v6, remote6(x.number)
+	}
+	port := pick(x, 80, 8081, explainedOpen, explainedExposed, inboundPort, outboundPort, secondInbound, uint16(1+x.random.IntN(65535)))
+	return Connection{Destination: netip.AddrPortFrom(own, port), From: netip.AddrPortFrom(from, 1), UID: NoUID}
+}
+
+func inboundVerdicts() []Verdict {
+	return []Verdict{Inbound, InboundExcluded, GuardAudited, GuardEphemeral, RefusedInboundNoProxy, RefusedInboundUnknown, RefusedGuard}
+}
+
+// moved is which counters of the connection's direction a dial moved.
+func (x *explained) moved(cookie uint64, inbound bool, dial func()) map[Verdict]uint64 {
+	read := func() bpfVerdictCounts {
+		var row bpfVerdictCounts
+		if _, err := x.tables.get("verdicts", cookie, &row); err != nil {
+			x.t.Fatal(err)
+		}
+		return row
+	}
+	before := read()
+	dial()
+	after, moved := read(), make(map[Verdict]uint64)
+	for i, count := range after.Count {
+		if n := count - before.Count[i]; n > 0 && slices.Contains(inboundVerdicts(), Verdict(i)) == inbound {
+			moved[Verdict(i)] = n
+		}
+	}
+	return moved
+}
+
+// expectedCounts is what a verdict makes the kernel count.
+func expectedCounts(verdict Verdict, inbound bool) map[Verdict]uint64 {
+	switch {
+	case verdict == RefusedNoProxy: // it was sent to the proxy, which was not there
+		return map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1}
+	case inbound && (verdict == Direct || verdict == Local || verdict == RefusedEncoded || verdict == RefusedTable):
+		return map[Verdict]uint64{}
+	}
+	return map[Verdict]uint64{verdict: 1}
+}
+
+// check dials for real, and fails the test where the kernel did not do as explained.
+func (x *explained) check(cookie uint64, c Connection, who actor) bool {
+	rows, err := x.tables.snapshot(cookie, c)
+	if err != nil {
+		x.t.Fatal(err)
+	}
+	steps, verdict := evaluate(rows, c)
+	how := "connectStart"
+	if c.inbound() || verdict == Redirected || verdict == RefusedNoProxy {
+		how = "connectLater" // what is counted on arrival has been counted when it ends
+	}
+	domain, dialled := unix.AF_INET, c.Destination
+	if !c.ipv4Socket() {
+		domain = unix.AF_INET6
+	}
+	var outcomes []outcome
+	moved := x.moved(cookie, c.inbound(), func() {
+		if err := who.Call(stream(domain).to(how, dialled.String()), &outcomes); err != nil {
+			x.t.Fatal(err)
+		}
+	})
+	for _, v := range []Verdict{Inbound, InboundExcluded, GuardAudited} { // see verdictsAre
+		if moved[v] > 1 {
+			moved[v] = 1
+		}
+	}
+	x.seen[verdict]++
+	errno := outcomes[len(outcomes)-1].Errno
+	want := syscall.Errno(0)
+	if verdict == RefusedNoProxy {
+		want = unix.ECONNREFUSED
+	}
+	diff := cmp.Diff(expectedCounts(verdict, c.inbound()), moved)
+	if diff == "" && (how == "connectStart" || c.inbound() || errno == want) {
+		return true
+	}
+	x.t.Errorf("%+v:\nexplained as %s by %+v\nthe kernel ended it with %s and counted (-explained +counted):\n%s", c, verdict, steps, errnoName(errno), diff)
+	return false
+}
+
+// What explain says of a connection is what the kernel does with it, whatever the configuration, the
+// destination, the UID, the cgroup and the family of the socket.
+func TestExplainAgreesWithTheKernel(t *testing.T) {
+	x := newExplained(t)
+	cookie, failures := x.Cookie(), 0
+	configurations := test.Scale(100)
+	for i := range configurations {
+		x.random = rand.New(rand.NewPCG(1, uint64(i)))
+		x.configure(i > 0)
+		for range 100 {
+			c, who := x.outbound()
+			process := who.actor
+			if x.chance(30) {
+				c, process = x.inboundConnection(), x.outside
+			}
+			if !x.check(cookie, c, process) {
+				failures++
+			}
+			if failures > 5 {
+				t.Fatalf("configuration %d: enough", i)
+			}
+		}
+	}
+	t.Logf("connections by verdict: %v", x.seen)
+	for _, verdict := range []Verdict{Redirected, Proxy, UIDExcluded, Local, ToUpstream, PortExcluded, CIDRExcluded, Direct, ToDNS, Inbound, InboundExcluded,
+		GuardAudited, RefusedEncoded, RefusedFamily, RefusedBroadcast, RefusedBudget, RefusedNoProxy, RefusedInboundNoProxy, RefusedInboundUnknown, RefusedGuard} {
+		if x.seen[verdict] == 0 && configurations >= 100 {
+			t.Errorf("no connection was explained as %s: the test does not try enough", verdict)
+		}
+	}
+}
