@@ -26,8 +26,11 @@ import (
 //  2. The programs are swapped through their links, one by one. Each finds in its
 //     maps what its predecessor found.
 //  3. What the old programs counted meanwhile is added, the new pins take the
-//     place of the old ones, and the row that tells the layout is written last: a
+//     place of the old ones, the one of the row that tells the layout last: a
 //     process that dies before leaves a node that the next Load migrates again.
+//  4. The filters of the namespaces are swapped, and only then the row tells whose
+//     programs these are: a process that dies before leaves a node that the next
+//     Load upgrades.
 //
 // The map that says what an index stands for has no copy: a connection whose
 // index one program gives out in one map is read by another a moment later. So
@@ -82,6 +85,9 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	result.Did = append(result.Did, did...)
+	if err := changes.fresh.setDigest([2]uint64{}); err != nil {
+		return result, err
+	}
 	if err := d.publish(staging, changes); err != nil {
 		return result, err
 	}
@@ -89,7 +95,17 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	did, problems := d.ensureAll(records)
 	result.Did = append(result.Did, did...)
 	result.left(append(problems, renewed))
-	return result, nil
+	return result, changes.fresh.setDigest(digest())
+}
+
+// setDigest says which objects the programs of the node are from.
+func (m *tables) setDigest(digest [2]uint64) error {
+	var row bpfControl
+	if _, err := m.get("control", uint32(0), &row); err != nil {
+		return err
+	}
+	row.Digest = digest
+	return m.put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
