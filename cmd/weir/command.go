@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/cli"
+	"github.com/posener/complete"
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
@@ -58,15 +59,19 @@ type command struct {
 	env
 	name     string
 	synopsis string // one line
-	about    string // paragraphs of the help, indented by two
+	about    string // paragraphs of the help, indented by two, with an example
 	flags    *flag.FlagSet
-	paths    redirect.Paths
-	json     bool
-	verbose  bool
-	usage    string // the operand in the help, as [PATH]; empty: there is none
-	operand  string
-	asUser   func() bool // whether it can do its work without root
-	do       func() (code int, err error)
+
+	usage    string // the operands in the help, as [PATH]; empty: there are none
+	most     int    // how many operands it takes
+	operands []string
+	predict  complete.Predictor // what a shell offers for them
+
+	paths   redirect.Paths
+	json    bool
+	verbose bool
+	asUser  func() bool // whether it can do its work without root
+	do      func() (code int, err error)
 }
 
 // newCommand makes a command with the flags that all commands have.
@@ -93,10 +98,18 @@ func (c *command) withJSON() *command {
 	return c
 }
 
-// withOperand lets the command have one operand, which may be left out.
-func (c *command) withOperand(usage string) *command {
-	c.usage = usage
+// withOperands lets the command have operands, which may be left out.
+func (c *command) withOperands(most int, usage string) *command {
+	c.most, c.usage = most, usage
 	return c
+}
+
+// operand is the first of them; empty where none was given.
+func (c *command) operand() string {
+	if len(c.operands) == 0 {
+		return ""
+	}
+	return c.operands[0]
 }
 
 // Synopsis is the command's line in the list of commands.
@@ -115,17 +128,10 @@ func (c *command) Help() string {
 
 // Run parses the flags, does the command's work and tells its error.
 func (c *command) Run(args []string) int {
-	err := c.flags.Parse(args)
+	err := c.parse(args)
 	if errors.Is(err, flag.ErrHelp) {
 		c.ui.Output(c.Help())
 		return 0
-	}
-	operands := c.flags.Args()
-	if c.usage != "" && len(operands) > 0 {
-		c.operand, operands = operands[0], operands[1:]
-	}
-	if err == nil && len(operands) > 0 {
-		err = fmt.Errorf("unexpected argument %q", operands[0])
 	}
 	if err != nil {
 		c.ui.Error(fmt.Sprintf("weir %s: %v\nFor the options: weir %s -help", c.name, err, c.name))
@@ -146,6 +152,24 @@ func (c *command) Run(args []string) int {
 		return 1
 	}
 	return code
+}
+
+// parse takes flags and operands apart, in whatever order they are given.
+func (c *command) parse(args []string) error {
+	c.operands = nil
+	for {
+		if err := c.flags.Parse(args); err != nil {
+			return err
+		}
+		if c.flags.NArg() == 0 {
+			return nil
+		}
+		if len(c.operands) == c.most {
+			return fmt.Errorf("unexpected argument %q", c.flags.Arg(0))
+		}
+		c.operands = append(c.operands, c.flags.Arg(0))
+		args = c.flags.Args()[1:]
+	}
 }
 
 // datapath opens the instance that flags and environment name.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/hashicorp/cli"
 	"github.com/hashicorp/hcl/v2"
+	"github.com/posener/complete"
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
@@ -44,10 +45,11 @@ func newConfigValidate(env env) *command {
 
   Check the directory before it goes to a node:
 
-    $ weir config validate ./weir.d`).withJSON().withOperand("[PATH]")
+      $ weir config validate ./weir.d`).withJSON().withOperands(1, "[PATH]")
 	c.asUser = func() bool { return true }
+	c.predict = complete.PredictFiles("*")
 	c.do = func() (int, error) {
-		path := c.operand
+		path := c.operand()
 		if path == "" {
 			path = cni.DefaultConfigDir
 		}

@@ -24,7 +24,13 @@ func newEvents(env env) *command {
   has its share of the room for them, which no other takes from it. One that the
   reader is too slow for is lost; the connection never is, and "weir verdicts"
   counts all. A line with the verdict "lost" says how many of which workload,
-  within a second and at the end, and the exit code is 1 then.`).withPaths().withJSON()
+  within a second and at the end, and the exit code is 1 then.
+
+  With an allocation or a job only their connections and losses are shown.
+
+  Follow the connections of job api:
+
+      $ weir events -f api`).withPaths().withJSON().withSelection()
 	follow := c.flags.Bool("f", false, "go on until interrupted")
 	duration := c.flags.Duration("duration", 2*time.Second, "how `long` to listen without -f")
 	c.do = func() (int, error) {
@@ -35,7 +41,7 @@ func newEvents(env env) *command {
 			defer cancel()
 		}
 		datapath := c.datapath()
-		names, err := newEventNames(datapath)
+		names, err := c.newEventNames(datapath)
 		if err != nil {
 			return 1, err
 		}
@@ -44,6 +50,10 @@ func newEvents(env env) *command {
 		}
 		var lost uint64
 		err = datapath.Events(ctx, func(event redirect.Event) error {
+			from := names.of(event.Cookie)
+			if !from.selected {
+				return nil
+			}
 			lost += event.Lost
 			if c.json {
 				line, err := json.Marshal(event)
@@ -53,7 +63,7 @@ func newEvents(env env) *command {
 				c.ui.Output(string(line))
 				return nil
 			}
-			c.ui.Output(c.renderEvent(event, names.of(event.Cookie)))
+			c.ui.Output(c.renderEvent(event, from.name))
 			return nil
 		})
 		if lost > 0 {
@@ -64,34 +74,48 @@ func newEvents(env env) *command {
 	return c
 }
 
-// eventNames finds the names of the workloads that events come from. A
-// workload may come while events are read, so an unknown one is looked up
-// anew.
+// eventNames finds the names of the workloads that events come from, and whether
+// they are asked about. A workload may come while events are read, so an unknown
+// one is looked up anew.
 type eventNames struct {
 	datapath datapath
-	known    map[uint64]string
+	chosen   selection
+	known    map[uint64]eventSource
 }
 
-func newEventNames(datapath datapath) (*eventNames, error) {
-	n := &eventNames{datapath: datapath, known: map[uint64]string{}}
-	return n, n.look()
+type eventSource struct {
+	name     string
+	selected bool
 }
 
-func (n *eventNames) look() error {
-	list, err := n.datapath.Verdicts()
-	for _, workload := range list {
-		n.known[workload.Cookie] = name(workload.Job, workload.Group, workload.Key)
+func (c *command) newEventNames(datapath datapath) (*eventNames, error) {
+	n := &eventNames{datapath: datapath, known: map[uint64]eventSource{}}
+	list, err := datapath.Verdicts()
+	if err != nil {
+		return nil, err
 	}
-	return err
+	if n.chosen, err = selected(c, list, countedBy); err != nil {
+		return nil, err
+	}
+	n.learn(list)
+	return n, nil
 }
 
-func (n *eventNames) of(cookie uint64) string {
-	if text, ok := n.known[cookie]; ok {
-		return text
+func (n *eventNames) learn(list []redirect.WorkloadVerdicts) {
+	for _, w := range list {
+		n.known[w.Cookie] = eventSource{name(w.Job, w.Group, w.Key), n.chosen.has(countedBy(w))}
+	}
+}
+
+func (n *eventNames) of(cookie uint64) eventSource {
+	if source, ok := n.known[cookie]; ok {
+		return source
 	}
 	// It stays unknown where it was removed meanwhile, or cannot be read.
-	n.known[cookie] = fmt.Sprintf("netns %d", cookie)
-	_ = n.look()
+	n.known[cookie] = eventSource{fmt.Sprintf("netns %d", cookie), n.chosen == selection{}}
+	if list, err := n.datapath.Verdicts(); err == nil || errors.Is(err, redirect.ErrUnreadable) {
+		n.learn(list)
+	}
 	return n.known[cookie]
 }
 

@@ -6,10 +6,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
+	"strings"
 
 	"github.com/hashicorp/cli"
 	"golang.org/x/sys/unix"
@@ -45,8 +49,9 @@ func main() {
 	os.Exit(code)
 }
 
-// run is the whole program. It returns the exit code: 0, or 1 when a command
-// could not do its work or when status has found something wrong.
+// run is the whole program. It returns the exit code: 0; 1 when a command could
+// not do its work or when status has found something wrong; 127 where there is no
+// such command.
 func run(args []string, world env) int {
 	if command := world.getenv("CNI_COMMAND"); command != "" {
 		world.ui.Output(cniError(command, world.getenv("CNI_CONTAINERID")))
@@ -56,23 +61,41 @@ func run(args []string, world env) int {
 	if len(args) == 1 && (args[0] == "-version" || args[0] == "--version" || args[0] == "-v") {
 		args = []string{"version"}
 	}
-	writer := &cli.UiWriter{Ui: world.ui}
+	list := commands(world)
+	var usage bytes.Buffer
 	program := &cli.CLI{
-		Name:       "weir",
-		Args:       args,
-		Commands:   commands(world),
-		HelpFunc:   cli.BasicHelpFunc("weir"),
-		HelpWriter: writer,
+		Name:         "weir",
+		Args:         args,
+		Commands:     list,
+		Autocomplete: true,
+		HelpFunc:     cli.BasicHelpFunc("weir"),
+		HelpWriter:   &cli.UiWriter{Ui: world.ui},
+		ErrorWriter:  &usage,
 	}
 	code, err := program.Run()
 	if err != nil {
 		world.ui.Error(fmt.Sprintf("weir: %v", err))
 		return 1
 	}
-	if code == 127 { // no such command; the library has printed the help
-		return 1
+	switch name := program.Subcommand(); {
+	case code == noSuchCommand && name != "":
+		world.ui.Error(unknownCommand(name, slices.Collect(maps.Keys(list))))
+	case usage.Len() > 0:
+		world.ui.Error(strings.TrimRight(usage.String(), "\n"))
 	}
 	return code
+}
+
+// noSuchCommand is the exit code where no command was named, or none of that name is there. A shell
+// and the library have the same.
+const noSuchCommand = 127
+
+func unknownCommand(name string, names []string) string {
+	text := fmt.Sprintf("weir: no command is named %q", name)
+	if guess := closest(name, names); guess != "" {
+		text += fmt.Sprintf(": did you mean %q?", guess)
+	}
+	return text + "\nFor the list of commands: weir -help"
 }
 
 // commands is the grammar: nouns read, verbs change.

@@ -30,6 +30,7 @@ type node struct {
 	known    []redirect.Known
 	verdicts []redirect.WorkloadVerdicts
 	events   []redirect.Event
+	onEvents func()        // what happens once they are read
 	agent    *agent.Status // nil: none runs
 	silence  error         // why none answers; nil: it has no socket
 	unit     bool          // systemd is to run one
@@ -61,6 +62,9 @@ func (n *node) Remove(_ context.Context, a ended.Attachment) error {
 	return nil
 }
 func (n *node) Events(ctx context.Context, deliver func(redirect.Event) error) error {
+	if n.onEvents != nil {
+		n.onEvents()
+	}
 	for _, event := range n.events {
 		if err := deliver(event); err != nil {
 			return err
@@ -163,10 +167,25 @@ Options:
 `})
 }
 
+// As with Nomad and Consul: 127, and nothing on standard output for a script to take for an answer.
 func TestUnknownCommand(t *testing.T) {
-	got := try(t, &node{}, nil, "reload")
-	if got.code != 1 || !strings.HasPrefix(got.stdout+got.stderr, "Usage: weir ") {
-		t.Errorf("outcome = %+v, want code 1 and the list of commands", got)
+	for _, c := range []struct{ command, guess string }{
+		{"statsu", `: did you mean "status"?`},
+		{"workload", `: did you mean "workloads"?`},
+		{"verd", `: did you mean "verdicts"?`},
+		{"reload", `: did you mean "load"?`},
+		{"frobnicate", ""},
+	} {
+		want(t, try(t, &node{}, nil, c.command, "-json"), outcome{code: 127, stderr: fmt.Sprintf(`weir: no command is named %q%s
+For the list of commands: weir -help
+`, c.command, c.guess)})
+	}
+	got := try(t, &node{}, nil)
+	if got.code != 127 || got.stdout != "" || !strings.HasPrefix(got.stderr, "Usage: weir ") {
+		t.Errorf("weir alone: %+v, want 127 and the list of commands on standard error", got)
+	}
+	if got := try(t, &node{}, nil, "-json", "version"); got.code != 1 || got.stdout != "" || !strings.HasPrefix(got.stderr, "Invalid flags before the subcommand") {
+		t.Errorf("weir -json version: %+v, want an error on standard error", got)
 	}
 }
 

@@ -11,14 +11,22 @@ import (
 )
 
 func newVerdicts(env env) *command {
-	c := newCommand(env, "verdicts", "Count what was decided about connections, per workload", `  Prints for every workload which verdicts its connections got, how often, and
-  what each verdict means. Counts start at the ADD of the workload.`).withPaths().withJSON()
+	c := newCommand(env, "verdicts", "Count what was decided about connections, per workload", `  Prints for every workload, or for one allocation or the allocations of one job,
+  which verdicts their connections got, how often, and what each verdict means.
+  Counts start at the ADD of the workload.
+
+  Count for the allocation whose ID begins with 0b5d:
+
+      $ weir verdicts 0b5d`).withPaths().withJSON().withSelection()
 	all := c.flags.Bool("all", false, "also print verdicts that never happened")
 	c.do = func() (int, error) {
 		list, err := c.datapath().Verdicts()
 		if errors.Is(err, redirect.ErrUnreadable) {
 			c.ui.Error("left out: " + err.Error())
 		} else if err != nil {
+			return 1, err
+		}
+		if list, err = selectFrom(c, list, countedBy); err != nil {
 			return 1, err
 		}
 		if c.json {
@@ -31,6 +39,10 @@ func newVerdicts(env env) *command {
 		return 0, nil
 	}
 	return c
+}
+
+func countedBy(w redirect.WorkloadVerdicts) named {
+	return named{id: allocID(w.ID, w.Key), job: w.Job, group: w.Group}
 }
 
 func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) string {
