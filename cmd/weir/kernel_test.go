@@ -99,7 +99,7 @@ func TestOnAKernel(t *testing.T) {
 		}
 	}
 	_, ui = weir(t.Context(), "workloads")
-	if line := "0b5d0c1e  demo  web    transparent  101        uid       20000    15001     0          1 of 65536\n"; !strings.Contains(ui.OutputWriter.String(), line) {
+	if line := "0b5d0c1e  demo  web    yes        redirect  down   off    -\n"; !strings.Contains(ui.OutputWriter.String(), line) {
 		t.Errorf("workloads: no %q in:\n%s", line, ui.OutputWriter.String())
 	}
 

@@ -16,6 +16,8 @@ import (
 type seenWorkload struct {
 	redirect.WorkloadStatus
 	Agent *agent.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
+
+	outside bool // the agent sees it, and it is no workload in the kernel
 }
 
 // withAgent joins the workloads with the agent's view of them. What is not under
@@ -35,7 +37,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	}
 	for i, w := range view.Workloads {
 		if !known[w.Key] && w.State != agent.StateManaged { // that one's ADD or DEL is under way
-			seen = append(seen, seenWorkload{Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
+			seen = append(seen, seenWorkload{outside: true, Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
 				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NetNS: w.NetNS,
 				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []redirect.Problem{},
 			}})
@@ -44,41 +46,9 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	return seen
 }
 
-// renderAgent shows the agent's view of the node's allocations.
-func (c *command) renderAgent(view agent.Status, now time.Time) string {
-	var text, below strings.Builder
-	fmt.Fprintln(&text, c.summary(view, now))
-	rows := [][]string{{"ID", "JOB", "STATE", "KIND", "TASK", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
-	for _, w := range view.Workloads {
-		var kinds, upstreams []string
-		for _, p := range w.Proxies {
-			kinds = append(kinds, p.Kind)
-		}
-		for _, u := range w.Upstreams {
-			upstreams = append(upstreams, fmt.Sprintf("%s=%s", u.Name, u.Listener))
-		}
-		rows = append(rows, []string{
-			short(w.ID), orDash(w.Job), string(w.State), orDash(strings.Join(kinds, " ")), orDash(w.Task), orDash(string(w.Guard)), inStep(w),
-			now.Sub(w.Since).Round(time.Second).String(), orDash(strings.Join(upstreams, " ")), orDash(strings.Trim(fmt.Sprint(w.Open), "[]")),
-		})
-		if len(w.Problems) == 0 {
-			continue
-		}
-		fmt.Fprintf(&below, "\n\n%s\n", c.paint(bold, name(w.Job, w.Group, w.Key)))
-		below.WriteString(c.renderProblems("", w.Problems))
-	}
-	if len(rows) > 1 {
-		text.WriteString(table("", rows))
-	}
-	return strings.TrimRight(text.String(), "\n") + strings.TrimRight(below.String(), "\n")
-}
-
 // summary is the agent's view in a few lines, without the allocations.
 func (c *command) summary(view agent.Status, now time.Time) string {
-	lines := []string{c.consulLine(view.Consul, now)}
-	if view.Docker != "" {
-		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
-	}
+	lines := c.sources(view, now)
 	count := make(map[agent.State]int)
 	for _, w := range view.Workloads {
 		count[w.State]++
@@ -102,15 +72,13 @@ func (c *command) summary(view agent.Status, now time.Time) string {
 	return strings.Join(lines, "\n")
 }
 
-// inStep says how the kernel stands to what Consul has registered.
-func inStep(w agent.WorkloadView) string {
-	switch {
-	case w.InStep:
-		return "in step"
-	case len(w.Proxies) == 0:
-		return "not registered"
+// sources says how good the agent's knowledge is.
+func (c *command) sources(view agent.Status, now time.Time) []string {
+	lines := []string{c.consulLine(view.Consul, now)}
+	if view.Docker != "" {
+		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
 	}
-	return "behind"
+	return lines
 }
 
 func (c *command) consulLine(consul agent.ConsulStatus, now time.Time) string {

@@ -30,13 +30,23 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []redirect.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
 		},
 	}
-	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Mode: redirect.ModeDirect}}, agent: view}
+	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", Mode: redirect.ModeDirect, Guard: redirect.GuardAudit,
+		Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID}}}, agent: view}
 	got := try(t, n, nil, "workloads")
 	for _, want := range []string{
-		"agent: in step with Consul at 127.0.0.1:8500 for 1m0s\n",
-		"0b5d0c1e  demo  managed      connect-proxy  -     audit  in step         1m0s   api=127.0.0.1:9191  8081 21500\n",
-		"1c6e1d2f  -     unprotected  -              -     -      not registered  1m0s   -                   -\n",
+		"\nagent: in step with Consul at 127.0.0.1:8500 for 1m0s\n",
+		"0b5d0c1e  demo  web    audit      guard  -      audit  in sync\n",
+		"1c6e1d2f  -     -      no         -      -      -      absent\n",
 		"\n  no namespace\n    remedy: set cache_dir\n",
+	} {
+		if !strings.Contains(got.stdout, want) {
+			t.Errorf("output lacks %q:\n%s", want, got.stdout)
+		}
+	}
+	got = try(t, n, nil, "workloads", "-verbose")
+	for _, want := range []string{
+		"0b5d0c1e-7c0f  demo  web    audit      guard  managed      direct  connect-proxy  -     -      101        uid ",
+		" in sync  1m0s   api=127.0.0.1:9191  8081 21500\n",
 	} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("output lacks %q:\n%s", want, got.stdout)
@@ -65,12 +75,10 @@ func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 	}}}
 	n := &node{agent: view}
 	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each\n"
-	for _, args := range []string{"status", "workloads"} {
-		if got := try(t, n, nil, args); !strings.Contains(got.stdout+"\n", summary) {
-			t.Errorf("%s lacks %q:\n%s", args, summary, got.stdout)
-		}
+	if got := try(t, n, nil, "status"); !strings.Contains(got.stdout+"\n", summary) {
+		t.Errorf("status lacks %q:\n%s", summary, got.stdout)
 	}
-	if got := try(t, n, nil, "workloads"); !strings.Contains(got.stdout, "1c6e1d2f  demo  consul ") {
+	if got := try(t, n, nil, "workloads"); !strings.Contains(got.stdout, "1c6e1d2f  demo  -      no         consul  -      -      absent\n") {
 		t.Errorf("workloads does not list it:\n%s", got.stdout)
 	}
 	var list []struct {

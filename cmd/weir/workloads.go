@@ -5,25 +5,41 @@ package main
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
 func newWorkloads(env env) *command {
-	c := newCommand(env, "workloads", "List the allocations under Weir", `  Prints a line for each workload of this node: which allocation it is, how its
-  proxy is told from its tasks, the proxy's ports, and how many destinations it
-  holds of how many it may. What is wrong with a workload follows below.
+	c := newCommand(env, "workloads", "List the allocations of the mesh and whether they are protected", `  Prints a line for each allocation of the mesh on this node, or for one of them,
+  or for those of one job. What is wrong with one, and why one is not protected,
+  follows below.
 
-  IDENTITY is "cgroup" where the proxy is known by UID and cgroup, "uid" where
-  the UID alone decides: a task under that UID is not redirected.
+  PROTECTED is "yes" where no TCP connection from outside reaches a task past the
+  proxy, "audit" where one is let in and counted, and "no" where nothing sees it or
+  something is wrong. About UDP decides GUARD. A port that the job maps or excludes
+  is open in each case.
 
-  Where the agent runs, it follows what the agent knows of each allocation: its
-  guard and whether the kernel is in step with Consul. It follows, too, what is not
-  under Weir, with the reason. Its STATE is "unprotected" where that is wrong,
-  "consul" where Consul's own rules redirect it, "host" for a gateway on the node's
-  own network, and "unclaimed" for a proxy that is no allocation's.`).withPaths().withJSON()
+  BY is what protects: the redirect of a transparent allocation, or the guard of
+  another one. With "consul" it is Consul's own rules, from before Weir, and with
+  "host" a gateway on the node's own network has nothing around it.
+
+  PROXY is "up" while a listener of it is known to the kernel. CONSUL is "in sync"
+  where the kernel has what Consul has registered, "behind" where the agent still
+  brings it there, and "absent" without a registration. A "-" stands for what is not
+  known, as without an agent.
+
+  Names that do not fit are cut, and -verbose shows them whole, with IDs, ports and
+  upstreams. IDENTITY is "cgroup" there where the proxy is known by UID and cgroup,
+  and "uid" where the UID alone decides: a task under that UID is not redirected.
+
+  Show the allocations of job api:
+
+      $ weir workloads api`).withPaths().withJSON().withSelection()
+	c.flags.Lookup("verbose").Usage = "print every column and whole names; and errors in full, with the kernel's verifier log"
 	c.do = func() (int, error) {
 		list, err := c.datapath().Workloads()
 		if errors.Is(err, redirect.ErrUnreadable) {
@@ -32,12 +48,16 @@ func newWorkloads(env env) *command {
 			return 1, err
 		}
 		view, running, dead := c.agent()
-		if c.json {
-			return 0, c.printJSON(withAgent(list, view))
+		seen, err := selectFrom(c, withAgent(list, view), seenWorkload.named)
+		if err != nil {
+			return 1, err
 		}
-		text := c.renderWorkloads(list)
+		if c.json {
+			return 0, c.printJSON(seen)
+		}
+		text := c.renderWorkloads(seen, time.Now())
 		if running {
-			text += "\n\n" + c.renderAgent(view, time.Now())
+			text += "\n\n" + strings.Join(c.sources(view, time.Now()), "\n")
 		} else if dead.What != "" {
 			text += "\n\n" + strings.TrimRight(c.renderProblems("", []redirect.Problem{dead}), "\n")
 		}
@@ -47,33 +67,107 @@ func newWorkloads(env env) *command {
 	return c
 }
 
-func (c *command) renderWorkloads(list []redirect.WorkloadStatus) string {
+func (c *command) renderWorkloads(list []seenWorkload, now time.Time) string {
 	if len(list) == 0 {
 		return "no workloads"
 	}
-	rows := [][]string{{"ID", "JOB", "GROUP", "MODE", "PROXY UID", "IDENTITY", "INBOUND", "OUTBOUND", "LISTENERS", "ORIGINS"}}
-	var below strings.Builder
-	for _, w := range list {
-		rows = append(rows, []string{
-			short(w.ID), orDash(w.Job), orDash(w.Group), string(w.Mode),
-			fmt.Sprint(w.Proxy.UID), string(w.Proxy.Identity), port(w.Proxy.Inbound), port(w.Proxy.Outbound),
-			fmt.Sprint(w.Proxy.Listeners), fmt.Sprintf("%d of %d", w.Origins, w.Budget),
-		})
-		for _, p := range w.Sidecars {
+	var text string
+	if c.verbose {
+		text = table("", wideRows(list, now))
+	} else {
+		rows := [][]string{{"ID", "JOB", "GROUP", "PROTECTED", "BY", "PROXY", "GUARD", "CONSUL"}}
+		for _, w := range list {
 			rows = append(rows, []string{
-				"", "", "+ " + p.Service, "", fmt.Sprint(p.UID), string(p.Identity), port(p.Inbound), port(p.Outbound), fmt.Sprint(p.Listeners), "",
+				short(w.ID), orDash(w.Job), orDash(w.Group), w.protection().answer, w.protection().by, w.proxy(), orDash(string(w.Guard)), w.consul(),
 			})
 		}
-		if len(w.Problems)+len(w.Notes) == 0 {
-			continue
+		text = table("", cut(rows, 80, 1, 2))
+	}
+	return text + strings.TrimRight(c.renderReasons(list)+c.renderProblemsOf(list), "\n")
+}
+
+// wideRows is all that is known of each workload.
+func wideRows(list []seenWorkload, now time.Time) [][]string {
+	rows := [][]string{{"ID", "JOB", "GROUP", "PROTECTED", "BY", "STATE", "MODE", "KIND", "TASK", "PROXY", "PROXY UID", "IDENTITY",
+		"INBOUND", "OUTBOUND", "LISTENERS", "ORIGINS", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
+	for _, w := range list {
+		view := w.Agent
+		since := "-"
+		if view == nil {
+			view = &agent.WorkloadView{}
+		} else if !view.Since.IsZero() {
+			since = now.Sub(view.Since).Round(time.Second).String()
 		}
-		fmt.Fprintf(&below, "\n\n%s\n", c.paint(bold, name(w.Job, w.Group, w.Key)))
-		below.WriteString(c.renderProblems("", w.Problems))
-		for _, note := range w.Notes {
-			fmt.Fprintf(&below, "  note: %s\n", note)
+		var kinds, upstreams []string
+		for _, p := range view.Proxies {
+			kinds = append(kinds, p.Kind)
+		}
+		for _, u := range view.Upstreams {
+			upstreams = append(upstreams, fmt.Sprintf("%s=%s", u.Name, u.Listener))
+		}
+		row := []string{w.ID, orDash(w.Job), orDash(w.Group), w.protection().answer, w.protection().by, orDash(string(view.State)),
+			orDash(string(w.Mode)), orDash(strings.Join(kinds, " ")), orDash(view.Task), w.proxy()}
+		kernel := []string{"-", "-", "-", "-", "-", "-"}
+		if !w.outside {
+			kernel = append(proxyCells(w.Proxy), fmt.Sprintf("%d of %d", w.Origins, w.Budget))
+		}
+		row = append(append(row, kernel...), orDash(string(w.Guard)), w.consul(), since,
+			orDash(strings.Join(upstreams, " ")), orDash(strings.Trim(fmt.Sprint(view.Open), "[]")))
+		rows = append(rows, row)
+		for _, p := range w.Sidecars {
+			rows = append(rows, append([]string{"", "", "+ " + p.Service, "", "", "", "", "", "", ""}, proxyCells(p)...))
 		}
 	}
-	return table("", rows) + strings.TrimRight(below.String(), "\n")
+	return rows
+}
+
+func proxyCells(p redirect.ProxyStatus) []string {
+	return []string{fmt.Sprint(p.UID), orDash(string(p.Identity)), port(p.Inbound), port(p.Outbound), fmt.Sprint(p.Listeners)}
+}
+
+// renderReasons says why workloads are not, or not wholly, protected: once for all that have a reason
+// in common.
+func (c *command) renderReasons(list []seenWorkload) string {
+	const most = 5
+	var order []string
+	who := make(map[string][]string)
+	for _, w := range list {
+		p := w.protection()
+		if p.why == "" {
+			continue
+		}
+		reason := p.answer + ": " + p.why
+		if len(who[reason]) == 0 {
+			order = append(order, reason)
+		}
+		who[reason] = append(who[reason], short(w.ID))
+	}
+	var text strings.Builder
+	for _, reason := range order {
+		ids := who[reason]
+		more := ""
+		if len(ids) > most {
+			more = fmt.Sprintf(" and %d more", len(ids)-most)
+		}
+		fmt.Fprintf(&text, "\n\n%s\n  %s%s", c.paint(yellow, reason), strings.Join(ids[:min(len(ids), most)], " "), more)
+	}
+	return text.String()
+}
+
+// renderProblemsOf says what is wrong with each workload and what to do, a paragraph each.
+func (c *command) renderProblemsOf(list []seenWorkload) string {
+	var text strings.Builder
+	for _, w := range list {
+		problems := w.problems()
+		if len(problems)+len(w.Notes) == 0 {
+			continue
+		}
+		fmt.Fprintf(&text, "\n\n%s\n%s", c.paint(bold, name(w.Job, w.Group, w.Key)), c.renderProblems("", problems))
+		for _, note := range w.Notes {
+			fmt.Fprintf(&text, "  note: %s\n", note)
+		}
+	}
+	return text.String()
 }
 
 // port shows a port that is not known yet as such.
@@ -82,4 +176,32 @@ func port(number uint16) string {
 		return "-"
 	}
 	return fmt.Sprint(number)
+}
+
+// cut shortens the cells of some columns, the longest first, until the table is no wider than asked.
+func cut(rows [][]string, width int, columns ...int) [][]string {
+	const gap, least = 2, 6
+	widths := make([]int, len(rows[0]))
+	total := -gap
+	for column := range widths {
+		for _, row := range rows {
+			widths[column] = max(widths[column], len([]rune(row[column])))
+		}
+		total += widths[column] + gap
+	}
+	for ; total > width; total-- {
+		widest := slices.MaxFunc(columns, func(a, b int) int { return widths[a] - widths[b] })
+		if widths[widest] <= least {
+			break
+		}
+		widths[widest]--
+	}
+	for _, row := range rows {
+		for _, column := range columns {
+			if cell := []rune(row[column]); len(cell) > widths[column] {
+				row[column] = string(cell[:widths[column]-1]) + "…"
+			}
+		}
+	}
+	return rows
 }

@@ -3,8 +3,11 @@
 package main
 
 import (
+	"fmt"
+	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -12,28 +15,106 @@ func TestWorkloads(t *testing.T) {
 	n := &node{list: []redirect.WorkloadStatus{
 		{
 			Key: redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
-			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: redirect.ModeTransparent,
+			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
 			Proxy:    redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
 			Sidecars: []redirect.ProxyStatus{{Service: "api", UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20001, Listeners: 1}},
 			Origins:  12, Budget: 65536,
 		},
 		{
-			Key: redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: redirect.ModeTransparent,
+			Key: redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
 			Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID, Outbound: 15001}, Budget: 65536,
 			Notes:    []string{"port \"0\" in ExcludeInboundPorts means nothing"},
 			Problems: []redirect.Problem{{What: "its namespace is gone", Remedy: "run CNI DEL or GC"}},
 		},
 	}}
-	want(t, try(t, n, nil, "workloads"), outcome{stdout: `ID        JOB   GROUP  MODE         PROXY UID  IDENTITY  INBOUND  OUTBOUND  LISTENERS  ORIGINS
-0b5d0c1e  demo  web    transparent  101        cgroup    20000    15001     4          12 of 65536
-                + api               101        cgroup    20001    -         1
-1c6e1d2f  -     -      transparent  101        uid       -        15001     0          0 of 65536
+	want(t, try(t, n, nil, "workloads"), outcome{stdout: `ID        JOB   GROUP  PROTECTED  BY        PROXY  GUARD    CONSUL
+0b5d0c1e  demo  web    yes        redirect  up     enforce  -
+1c6e1d2f  -     -      no         redirect  down   enforce  -
 
 1c6e1d2f
   its namespace is gone
     remedy: run CNI DEL or GC
   note: port "0" in ExcludeInboundPorts means nothing
 `})
+	got := try(t, n, nil, "workloads", "-verbose", "0b5").stdout
+	for _, want := range []string{
+		"PROXY UID  IDENTITY  INBOUND  OUTBOUND  LISTENERS  ORIGINS      GUARD ",
+		"\n0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01  demo  web    yes        redirect  -      transparent  -     -     up     101        cgroup    20000    15001     4          12 of 65536  enforce  -       -      -          -\n",
+		" + api  ", " 101        cgroup    20001    -         1\n",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("workloads -verbose lacks %q:\n%s", want, got)
+		}
+	}
+}
+
+// Whatever the names: a terminal has 80 columns.
+func TestWorkloadsFitATerminal(t *testing.T) {
+	n := &node{agent: &agent.Status{}}
+	for i, job := range []string{"payments-settlement-production", "web", "größte-aller-möglichen-bezeichnungen"} {
+		w := redirect.WorkloadStatus{
+			Key: redirect.Key{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
+			Group: "settlement-workers", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
+		}
+		n.list = append(n.list, w)
+		n.agent.Workloads = append(n.agent.Workloads, agent.WorkloadView{Key: w.Key, State: agent.StateManaged, Proxies: []agent.ProxyView{{}}})
+	}
+	got := try(t, n, nil, "workloads").stdout
+	for line := range strings.Lines(got) {
+		if width := len([]rune(strings.TrimRight(line, "\n"))); width > 80 {
+			t.Errorf("a line has %d columns:\n%s", width, line)
+		}
+	}
+	if !strings.Contains(got, "06e1d2f8  payments-s…  settlement-…  ") || !strings.Contains(got, "16e1d2f8  web          settlement-…  ") || !strings.Contains(got, "26e1d2f8  größte-all…  settlement-…  ") {
+		t.Errorf("names are not cut to what there is room for:\n%s", got)
+	}
+	if got := try(t, n, nil, "workloads", "-verbose").stdout; !strings.Contains(got, "payments-settlement-production        settlement-workers  ") {
+		t.Errorf("-verbose does not show whole names:\n%s", got)
+	}
+}
+
+// Each answer is what the node really does about a connection past the proxy, and no answer but yes
+// is without its reason.
+func TestProtected(t *testing.T) {
+	wrong := []redirect.Problem{{What: "rows are missing", Remedy: "run CNI CHECK"}}
+	for _, c := range []struct {
+		mode     redirect.Mode
+		guard    redirect.Guard
+		problems []redirect.Problem
+		state    agent.State
+		want     string
+		reason   string
+	}{
+		{redirect.ModeTransparent, redirect.GuardOff, nil, agent.StateManaged, "yes redirect", ""},
+		{redirect.ModeTransparent, redirect.GuardAudit, nil, "", "yes redirect", ""},
+		{redirect.ModeTransparent, redirect.GuardEnforce, wrong, agent.StateManaged, "no redirect", "\n  rows are missing\n"},
+		{redirect.ModeDirect, redirect.GuardEnforce, nil, agent.StateManaged, "yes guard", ""},
+		{redirect.ModeDirect, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: connections past the proxy are let in and counted; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
+		{redirect.ModeGateway, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: "},
+		{redirect.ModeDirect, "", nil, "", "no -", "\nno: the guard is off: connections past the proxy are let in\n"},
+		{"", "", nil, agent.StateConsul, "no consul", "\nno: Consul's own rules redirect it"},
+		{"", "", nil, agent.StateHost, "no host", "\nno: it is on the node's own network"},
+		{"", "", wrong, agent.StateUnprotected, "no -", "\n  rows are missing\n"},
+		{"", "", wrong, agent.StateUnclaimed, "no -", "\n  rows are missing\n"},
+		{"", "", wrong, agent.StateEnded, "- -", "\n  rows are missing\n"},
+	} {
+		key := redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}
+		n := &node{}
+		if c.mode != "" {
+			n.list = []redirect.WorkloadStatus{{Key: key, ID: "1c6e1d2f", Mode: c.mode, Guard: c.guard, Problems: c.problems}}
+		}
+		if c.state != "" {
+			n.agent = &agent.Status{Workloads: []agent.WorkloadView{{Key: key, ID: "1c6e1d2f", State: c.state, Problems: c.problems}}}
+		}
+		got := try(t, n, nil, "workloads").stdout
+		row := strings.Fields(strings.Split(got, "\n")[1])
+		if strings.Join(row[3:5], " ") != c.want || !strings.Contains(got, c.reason) || c.reason == "" && strings.Contains(got, "1c6e1d2f\n") {
+			t.Errorf("%+v:\n%s", c, got)
+		}
+		if count := strings.Count(got, "rows are missing"); count > 1 {
+			t.Errorf("%+v: the problem is told %d times:\n%s", c, count, got)
+		}
+	}
 }
 
 func TestNoWorkloads(t *testing.T) {
