@@ -27,7 +27,11 @@ func newAgent(env env) *command {
   The configuration is HCL: a file, or a directory whose .hcl files are read in
   lexical order. The environment wins over it, WEIR_* and Consul's own CONSUL_*,
   and the flags win over both. SIGHUP reads it anew; what cannot be used is
-  logged, and the agent goes on with what it has.`).withPaths()
+  logged, and the agent goes on with what it has.
+
+  Run it with the configuration of a node, and without systemd:
+
+      $ weir agent -config /etc/weir.d`).withPaths()
 	path := c.flags.String("config", "", "`path` of the configuration, a file or a directory")
 	address := c.flags.String("consul", "", "`address` of the local Consul agent; or CONSUL_HTTP_ADDR (default 127.0.0.1:8500)")
 	guard := c.flags.String("guard", "", "the node's guard: off, audit or `enforce` (default audit)")

@@ -41,7 +41,11 @@ func newGC(env env) *command {
   about to start a task, and only Nomad can tell: it is shown, and taken away
   where -empty names it.
 
-  Run it where all processes of the node are to be seen, not in a container.`).withPaths().withJSON()
+  Run it where all processes of the node are to be seen, not in a container.
+
+  End the network of an allocation that Nomad says has ended:
+
+      $ weir gc -empty 0b5d0c1e`).withPaths().withJSON()
 	node := ended.Node{}
 	empty := c.flags.String("empty", "", "allocations that Nomad says have ended, as `ID,…` of eight characters or more, or \"all\": take them away although their namespaces are there")
 	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")

@@ -35,7 +35,11 @@ func newInstall(env env) *command {
 
   The last installation's directories are the defaults of the next. A directory
   given as "" leaves its part out. Where this program comes from a package, which
-  has the program, unit and configuration in their places, those are left out.`).withJSON()
+  has the program, unit and configuration in their places, those are left out.
+
+  See what an installation in the place of consul-cni would change:
+
+      $ weir install -replace -dry-run`).withJSON()
 	node, layout := c.withNode()
 	plugin := c.flags.String("plugin", "", "`file` of weir-cni (default: beside this program, or in ../lib/weir)")
 	replace := c.flags.Bool("replace", false, "keep files of others that are in the way aside, as NAME.weir-saved")

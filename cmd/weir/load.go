@@ -8,7 +8,11 @@ func newLoad(env env) *command {
 	c := newCommand(env, "load", "Load or upgrade the data path of this node", `  Loads the programs, attaches them at the cgroup-v2 root and pins them; or
   replaces them by this version's, with every map and every workload kept. It
   may be called at any time and does nothing when all is in place. The plugin
-  does the same at the first ADD of a node that has nothing loaded.`).withPaths().withJSON()
+  does the same at the first ADD of a node that has nothing loaded.
+
+  Bring the node to this program's version:
+
+      $ weir load`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		result, err := c.datapath().Load()
 		if err != nil {

@@ -159,12 +159,30 @@ func TestHelpOfCommand(t *testing.T) {
   Prints the version of this program and what it was built with. It asks
   nothing of the node.
 
+  Compare the programs of two nodes:
+
+      $ weir version -json
+
 Options:
 
   -json
       print JSON
 
 `})
+}
+
+func TestEveryHelpHasAnExample(t *testing.T) {
+	for name := range commands(env{}) {
+		got := try(t, &node{}, nil, append(strings.Fields(name), "-help")...)
+		if example := "\n\n      $ weir " + name; got.code != 0 || !strings.Contains(got.stdout, example) {
+			t.Errorf("weir %s -help has no line %q:\n%s", name, strings.TrimSpace(example), got.stdout)
+		}
+		for line := range strings.Lines(got.stdout) {
+			if text := strings.TrimRight(line, "\n"); len([]rune(text)) > 100 && !strings.HasPrefix(text, "      ") {
+				t.Errorf("weir %s -help: a line is too long:\n%s", name, text)
+			}
+		}
+	}
 }
 
 // As with Nomad and Consul: 127, and nothing on standard output for a script to take for an answer.

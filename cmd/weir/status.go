@@ -22,7 +22,11 @@ func newStatus(env env) *command {
   includes that nothing is loaded, that an agent which should run does not answer,
   and that an allocation which ended holds a host port of one that runs. Where no
   agent was started nothing is wrong, as the data path works without, and the first
-  line tells so: jobs without transparent_proxy are not guarded then.`).withPaths().withJSON()
+  line tells so: jobs without transparent_proxy are not guarded then.
+
+  Fail a script where something is wrong, and keep what:
+
+      $ weir status -json > status.json || exit 1`).withPaths().withJSON()
 	c.do = func() (int, error) {
 		status, err := c.datapath().Status()
 		if err != nil {

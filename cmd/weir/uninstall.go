@@ -53,7 +53,11 @@ func newUninstall(env env) *command {
   Weir was called for, Nomad can no longer take care: it gives such an allocation up
   as failed when its client starts again, unless a consul-cni that is brought back sees
   to it; in cni/* its tasks run on, until somebody ends them. What is left of networks
-  weir gc takes away then, once Weir is installed again.`).withPaths().withJSON()
+  weir gc takes away then, once Weir is installed again.
+
+  See what would be taken off the node:
+
+      $ weir uninstall -dry-run`).withPaths().withJSON()
 	node, layout := c.withNode()
 	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect, their guard and the care for their networks")
 	dryRun := c.flags.Bool("dry-run", false, "say what would be done and change nothing")

@@ -11,7 +11,11 @@ func newUnload(env env) *command {
   upgrade needs no unload: weir load takes running workloads along.
 
   With -force those allocations run on without a redirect: new connections of theirs
-  no longer reach their Envoy.`).withPaths().withJSON()
+  no longer reach their Envoy.
+
+  Unload a node that was drained:
+
+      $ weir unload`).withPaths().withJSON()
 	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect and their guard")
 	c.do = func() (int, error) {
 		if !*force {

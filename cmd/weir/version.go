@@ -19,7 +19,11 @@ type versionInfo struct {
 
 func newVersion(env env) *command {
 	c := newCommand(env, "version", "Print the version of this program", `  Prints the version of this program and what it was built with. It asks
-  nothing of the node.`).withJSON()
+  nothing of the node.
+
+  Compare the programs of two nodes:
+
+      $ weir version -json`).withJSON()
 	c.asUser = func() bool { return true }
 	c.do = func() (int, error) {
 		info := versionInfo{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}

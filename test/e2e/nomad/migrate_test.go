@@ -82,12 +82,12 @@ func TestMigration(t *testing.T) {
 	if now := inode(t, old.client.NetNS("client")); now != netns {
 		t.Errorf("namespace of the old allocation was %d, is %d", netns, now)
 	}
-	// "weir workloads" lists them below the table of Weir's own, with their state.
+	// "weir workloads" lists them with what redirects them.
 	test.Eventually(t, func() error {
 		listed := n.Command("weir", "workloads")
 		for _, a := range []*nomad.Alloc{old.client, old.server} {
 			row := regexp.MustCompile(`(?m)^`+a.ID[:8]+` .*$`).FindAllString(listed, -1)
-			if len(row) != 1 || !regexp.MustCompile(`^\S+ +old +consul `).MatchString(row[0]) {
+			if len(row) != 1 || !regexp.MustCompile(`^\S+ +old +\S+ +no +consul `).MatchString(row[0]) {
 				return fmt.Errorf("of %s it says %q", a.ID, row)
 			}
 		}
