@@ -55,7 +55,7 @@ fi
 
 export CGO_ENABLED=0 # as in make build, so that all packages are compiled once
 # A slow machine takes longer than the ten minutes that go test gives a package.
-run "${#others[@]} packages" -trimpath -timeout 20m -timeout 30m "${others[@]}"
+run "${#others[@]} packages" -trimpath -timeout 30m "${others[@]}"
 CGO_ENABLED=$cgo run "agent and plugin, ${#racy[@]} packages, ${race[0]}" "${race[@]}" -timeout 30m "${racy[@]}"
 run "test/e2e, which has the machine for itself" -trimpath -timeout 30m "${walks[@]}"
 
