@@ -66,7 +66,7 @@ func (l *lostEvents) rest(reader *ringbuf.Reader, since uint64, deliver func(Eve
 	for reader.AvailableBytes() > 0 {
 		reader.SetDeadline(time.Now().Add(50 * time.Millisecond))
 		err := reader.ReadInto(&record)
-		if errors.Is(err, os.ErrDeadlineExceeded) {
+		if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, ringbuf.ErrFlushed) {
 			continue // what is left are records that were given up
 		}
 		if err != nil {
