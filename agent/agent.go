@@ -54,6 +54,7 @@ type Agent struct {
 	cache           *cache
 	watcher         *watcher
 	networks        *networks
+	flows           *flows        // nil: they are not to be recorded
 	resting         time.Duration // between two runs of origins
 	repairNetworks  func() ([]string, error)
 	networkInterval time.Duration
@@ -126,6 +127,10 @@ func New(config Config, options Options) (*Agent, error) {
 			a.hurry()
 		})
 	}
+	var err error
+	if a.flows, err = newFlows(a); err != nil {
+		return nil, err
+	}
 	if config.Docker.Socket != "" {
 		a.docker = newDocker(config.Docker.Socket, a.arrive)
 	}
@@ -176,6 +181,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	if a.docker != nil {
 		background.Go(func() { a.docker.run(ctx) })
+	}
+	if a.flows != nil {
+		background.Go(func() { a.flows.run(ctx) })
 	}
 	if a.repairNetworks != nil {
 		background.Go(func() { a.keepNetworks(ctx) })

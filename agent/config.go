@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
@@ -37,6 +38,7 @@ type Config struct {
 	CNI        *CNIConfig       `hcl:"cni,block"`
 	Docker     *DockerConfig    `hcl:"docker,block"`
 	Telemetry  *TelemetryConfig `hcl:"telemetry,block"`
+	Flows      *FlowsConfig     `hcl:"flows,block"`
 }
 
 // ConsulConfig says how the local Consul agent is reached. Its keys are those
@@ -88,6 +90,13 @@ type TelemetryConfig struct {
 	Listen string `hcl:"listen,optional"` // `host:port` of `/metrics` and `/health`; empty: nowhere
 }
 
+// FlowsConfig says what is kept of the node's connections, for `weir flows`.
+type FlowsConfig struct {
+	Enabled bool   `hcl:"enabled,optional"` // whether connections are recorded at all; each costs its process a little more then
+	Memory  string `hcl:"memory,optional"`  // the most that the records may take: a number with `KiB`, `MiB` or `GiB`; the oldest give way
+	History string `hcl:"history,optional"` // how long they are kept at most: a duration
+}
+
 // DefaultConfig is the configuration of a node whose files say nothing.
 func DefaultConfig() Config {
 	return Config{
@@ -103,6 +112,7 @@ func DefaultConfig() Config {
 		},
 		Docker:    &DockerConfig{Socket: "/var/run/docker.sock"},
 		Telemetry: &TelemetryConfig{},
+		Flows:     &FlowsConfig{Enabled: true, Memory: "64MiB", History: "1h"},
 	}
 }
 
@@ -204,6 +214,26 @@ func (c Config) Validate() error {
 		return fmt.Errorf("check configuration: %w", err)
 	}
 	return nil
+}
+
+// bytes are what the records of flows may take; 0 where Memory does not say.
+func (c *FlowsConfig) bytes() int {
+	units := map[string]int{"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+	unit := c.Memory[max(0, len(c.Memory)-3):]
+	number, err := strconv.ParseUint(strings.TrimSuffix(c.Memory, unit), 10, 16)
+	if err != nil {
+		return 0
+	}
+	return int(number) * units[unit]
+}
+
+// length is how long records of flows are kept; 0 where History does not say.
+func (c *FlowsConfig) length() time.Duration {
+	length, err := time.ParseDuration(c.History)
+	if err != nil {
+		return 0
+	}
+	return length
 }
 
 // Paths are where the data path keeps its state.

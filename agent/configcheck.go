@@ -55,6 +55,12 @@ func (c Config) problems() (list []valueProblem) {
 	if c.Telemetry.Listen != "" && !isHostPort(c.Telemetry.Listen) {
 		wrong("telemetry.listen", c.Telemetry.Listen, "host:port")
 	}
+	if c.Flows.bytes() == 0 {
+		wrong("flows.memory", c.Flows.Memory, "a number from 1 to 65535 with KiB, MiB or GiB")
+	}
+	if c.Flows.length() <= 0 {
+		wrong("flows.history", c.Flows.History, "a duration, such as 1h")
+	}
 	if c.Consul.Enabled {
 		if _, _, err := splitAddress(c.Consul.Address); err != nil {
 			wrong("consul.address", c.Consul.Address, "host:port, or a URL with http, https or unix")

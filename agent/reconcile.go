@@ -68,6 +68,7 @@ func (a *Agent) reconcile(now time.Time) {
 		unreadable = append(unreadable, err.Error())
 	}
 	consul := a.consulNow()
+	a.flows.learn(known, consul)
 	if a.follower != nil {
 		a.tellConsul(consul)
 	}

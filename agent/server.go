@@ -144,6 +144,8 @@ func (a *Agent) localAPI() http.Handler {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
 		a.writeJSON(w, http.StatusOK, a.Status())
 	})
+	mux.HandleFunc("GET /v1/flows", a.serveFlows)
+	mux.HandleFunc("GET /v1/events", a.serveEvents)
 	return mux
 }
 
@@ -174,26 +176,35 @@ func (a *Agent) writeJSON(w http.ResponseWriter, code int, value any) {
 // ErrNotRunning says that no agent answers on the local API.
 var ErrNotRunning = errors.New("the agent does not run")
 
-// ReadStatus asks the agent whose state is in stateDir.
-func ReadStatus(ctx context.Context, stateDir string) (Status, error) {
-	path := filepath.Join(stateDir, socketName)
+// ask sends a request to the agent whose state is in stateDir.
+func ask(ctx context.Context, stateDir, path string) (*http.Response, error) {
+	socket := filepath.Join(stateDir, socketName)
 	client := &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", path)
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 		},
 	}}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent/v1/status", nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
 	if err != nil {
-		return Status{}, fmt.Errorf("ask agent: %w", err)
+		return nil, fmt.Errorf("ask agent: %w", err)
 	}
 	response, err := client.Do(request)
 	var dial *net.OpError
 	if errors.As(err, &dial) && dial.Op == "dial" {
-		return Status{}, fmt.Errorf("ask agent: %w: %w", ErrNotRunning, err)
+		return nil, fmt.Errorf("ask agent: %w: %w", ErrNotRunning, err)
 	}
 	if err != nil {
-		return Status{}, fmt.Errorf("ask agent: %w", err)
+		return nil, fmt.Errorf("ask agent: %w", err)
+	}
+	return response, nil
+}
+
+// ReadStatus asks the agent whose state is in stateDir.
+func ReadStatus(ctx context.Context, stateDir string) (Status, error) {
+	response, err := ask(ctx, stateDir, "/v1/status")
+	if err != nil {
+		return Status{}, err
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {

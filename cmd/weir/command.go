@@ -34,8 +34,10 @@ type env struct {
 	uid        int  // effective user ID of this process
 	open       func(redirect.Paths) datapath
 	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
-	unit       func() bool                                                      // whether systemd is to run the agent on this node
-	executable func() (string, error)                                           // this program's file
+	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
+	askFlows   func(ctx context.Context, stateDir string, query agent.FlowQuery, deliver func(agent.Flow) error) error
+	unit       func() bool            // whether systemd is to run the agent on this node
+	executable func() (string, error) // this program's file
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
 	removeNetworks func(stateDir string) (removed, kept []string, err error)

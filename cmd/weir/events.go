@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -19,6 +20,9 @@ func newEvents(env env) *command {
   when, which workload, the verdict, who dialled, what was dialled and where it
   was sent. Without -f it stops after a moment; with -f only at an interrupt.
   With -json each line is a JSON object.
+
+  Where the agent runs and records flows, it is the one reader of the kernel's
+  events, and tells them to this command. Without it the command reads them.
 
   Events cost the node something only while somebody reads them. Each workload
   has its share of the room for them, which no other takes from it. One that the
@@ -49,7 +53,7 @@ func newEvents(env env) *command {
 			c.ui.Output(c.paint(bold, eventColumns("TIME", "WORKLOAD", "VERDICT", "UID", "PID", "ORIGIN -> DESTINATION")))
 		}
 		var lost uint64
-		err = datapath.Events(ctx, func(event redirect.Event) error {
+		err = c.readEvents(ctx, datapath, func(event redirect.Event) error {
 			from := names.of(event.Cookie)
 			if !from.selected {
 				return nil
@@ -72,6 +76,16 @@ func newEvents(env env) *command {
 		return 0, err
 	}
 	return c
+}
+
+// readEvents reads the kernel's ring, or has the agent tell what it reads from
+// it: the ring has one reader.
+func (c *command) readEvents(ctx context.Context, datapath datapath, deliver func(redirect.Event) error) error {
+	err := c.askEvents(ctx, c.stateDir(), deliver)
+	if errors.Is(err, agent.ErrNotRunning) || errors.Is(err, agent.ErrFlowsOff) || errors.Is(err, agent.ErrFlowsProblem) {
+		return datapath.Events(ctx, deliver)
+	}
+	return err
 }
 
 // eventNames finds the names of the workloads that events come from, and whether

@@ -72,3 +72,13 @@ func TestEventsTellTheirLosses(t *testing.T) {
 	want(t, try(t, n, nil, "events", "-json", "-duration", "1ms"), outcome{code: 1, stderr: told, stdout: `{"time":"2026-11-23T12:30:00Z","cookie":"4711","verdict":"lost",` +
 		`"origin":"","destination":"","uid":0,"pid":0,"cgroup":0,"command":"","lost":12}` + "\n"})
 }
+
+// Where the agent reads the kernel's ring it tells the command, in the same words.
+func TestEventsByTheAgent(t *testing.T) {
+	n := threeEvents()
+	n.told, n.events = n.events[:1], nil
+	n.recording = true
+	want(t, try(t, n, nil, "events", "-duration", "1ms"), outcome{stdout: "" +
+		"TIME             WORKLOAD                      VERDICT                      UID      PID  ORIGIN -> DESTINATION\n" +
+		"12:30:00.123456  demo/web/0b5d0c1e             redirected                  1000      815  10.0.0.9:8080 -> 127.128.0.0:8080\n"})
+}

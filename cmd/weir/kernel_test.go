@@ -115,7 +115,7 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus,
+		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows,
 		leftovers: func(ended.Node) leftovers { return &node{} },
 	})
 }

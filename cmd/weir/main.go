@@ -35,6 +35,8 @@ func main() {
 		uid:        os.Geteuid(),
 		open:       func(paths redirect.Paths) datapath { return redirect.New(paths) },
 		ask:        agent.ReadStatus,
+		askEvents:  agent.ReadEvents,
+		askFlows:   agent.ReadFlows,
 		unit:       unitEnabled,
 		executable: os.Executable,
 

@@ -41,6 +41,11 @@ type node struct {
 	others   []string // ... and that are not
 	err      error
 
+	recording bool             // the agent does
+	told      []redirect.Event // ... of the kernel's
+	flows     []agent.Flow
+	query     agent.FlowQuery // of the last reader of them
+
 	left      []ended.Attachment     // of allocations that are over
 	stuck     map[redirect.Key]error // why one of them cannot be removed
 	collected []redirect.Key         // that were removed
@@ -109,6 +114,12 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 				return agent.Status{}, n.silence
 			}
 			return agent.Status{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+		},
+		askEvents: func(_ context.Context, _ string, deliver func(redirect.Event) error) error {
+			return n.agentEvents(deliver)
+		},
+		askFlows: func(_ context.Context, _ string, query agent.FlowQuery, deliver func(agent.Flow) error) error {
+			return n.agentFlows(query, deliver)
 		},
 		unit:       func() bool { return n.unit },
 		executable: func() (string, error) { return n.program, nil },

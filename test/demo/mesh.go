@@ -74,10 +74,11 @@ func (s *story) joinMesh(ctx context.Context) (err error) {
 }
 
 // startAgent starts weir agent with the places of the demo alone: it must find
-// nothing of a node that this machine may be.
+// nothing of a node that this machine may be. The kernel's events are the
+// watch's.
 func (s *story) startAgent() (err error) {
 	file := filepath.Join(runDir, "agent.hcl")
-	config := fmt.Sprintf("pin_dir = %q\nstate_dir = %q\nconsul { address = %q }\ncni {\n  cache_dir = %q\n  netns_dir = %q\n}\ndocker { socket = \"\" }\n",
+	config := fmt.Sprintf("pin_dir = %q\nstate_dir = %q\nconsul { address = %q }\ncni {\n  cache_dir = %q\n  netns_dir = %q\n}\ndocker { socket = \"\" }\nflows { enabled = false }\n",
 		pinDir, filepath.Join(runDir, "state"), s.consul.http, filepath.Join(runDir, "cni"), filepath.Join(runDir, "nomad"))
 	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 		return fmt.Errorf("start agent: %w", err)

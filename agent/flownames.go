@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// flowFacts are what a pass of the loop found, from which flows get their names.
+type flowFacts struct {
+	known  []redirect.Known
+	consul view
+}
+
+// flowNames puts names to what the kernel tells. It belongs to who records flows
+// and to nobody else.
+type flowNames struct {
+	known      func() ([]redirect.Known, error)
+	cgroupPath func(uint64) (string, error)
+	containers func() containers
+
+	facts     *flowFacts // that the rest was made from
+	workloads map[uint64]*flowWorkload
+	addresses map[netip.Addr]*flowWorkload // of workloads; nil: more than one has it
+	virtual   map[netip.Addr]string        // services by virtual IP
+	listeners map[flowListener]string      // services by the upstream's or the proxy's listener
+	tasks     map[uint64]flowTask          // by cgroup
+	lookedAt  time.Time                    // for a workload that was not known
+}
+
+type flowListener struct {
+	cookie uint64
+	addr   netip.AddrPort // inbound: without an address
+}
+
+type flowTask struct {
+	name  string
+	until time.Time // when to look again; zero: it stays so
+}
+
+// The bounds of what is kept of cgroups, and how often something is looked for
+// that nobody knows.
+const (
+	flowTasks     = 4096
+	flowLookAgain = time.Second
+)
+
+// learn takes in what a pass found.
+func (n *flowNames) learn(facts *flowFacts) {
+	before := n.workloads
+	n.facts = facts
+	n.workloads = make(map[uint64]*flowWorkload, len(facts.known))
+	n.addresses = make(map[netip.Addr]*flowWorkload, len(facts.known))
+	n.virtual, n.listeners = make(map[netip.Addr]string), make(map[flowListener]string)
+	for of, addresses := range facts.consul.Facts.VirtualIPs {
+		for _, addr := range addresses {
+			n.virtual[addr.Unmap()] = of.label()
+		}
+	}
+	for _, k := range facts.known {
+		w := flowWorkload{
+			cookie: k.Cookie, allocID: k.Request.Job.AllocID, namespace: k.Request.Job.Namespace,
+			job: k.Request.Job.ID, group: k.Request.Job.Group,
+		}
+		if w.allocID == "" {
+			w.allocID = k.Key.ContainerID
+		}
+		n.services(&w, facts.consul.Proxies[w.allocID])
+		for _, upstream := range k.Overlay.Upstreams {
+			n.listeners[flowListener{k.Cookie, upstream.Listener}] = upstream.Name
+			for _, addr := range upstream.Addresses {
+				n.virtual[addr.Unmap()] = upstream.Name
+			}
+		}
+		// Records point to it: as long as nothing changes it is the same one.
+		if known := before[k.Cookie]; known != nil && *known == w {
+			n.workloads[k.Cookie] = known
+		} else {
+			n.workloads[k.Cookie] = &w
+		}
+		for _, addr := range k.Request.Addresses {
+			if _, twice := n.addresses[addr.Unmap()]; twice {
+				n.addresses[addr.Unmap()] = nil
+			} else {
+				n.addresses[addr.Unmap()] = n.workloads[k.Cookie]
+			}
+		}
+	}
+}
+
+// services notes what the workload's proxies are the sidecars of.
+func (n *flowNames) services(w *flowWorkload, proxies []proxy) {
+	for i, p := range proxies {
+		name := p.Service
+		if p.isGateway() {
+			name = p.Self.Name
+		}
+		if i == 0 {
+			w.service = name
+		} else if w.service != name {
+			w.service = ""
+		}
+		for _, port := range []uint16{p.Inbound, p.Local} {
+			if port != 0 {
+				n.listeners[flowListener{w.cookie, netip.AddrPortFrom(netip.Addr{}, port)}] = name
+			}
+		}
+		for _, u := range p.Upstreams {
+			n.listeners[flowListener{w.cookie, u.Listener}] = u.Of.label()
+		}
+	}
+}
+
+// workload is whose event it is. One that came after the last pass is looked for
+// among the records.
+func (n *flowNames) workload(cookie uint64) *flowWorkload {
+	if w := n.workloads[cookie]; w != nil {
+		return w
+	}
+	if time.Since(n.lookedAt) > flowLookAgain {
+		n.lookedAt = time.Now()
+		if list, _ := n.known(); list != nil { // what can be read of them
+			n.learn(&flowFacts{known: list, consul: n.facts.consul})
+		}
+		if w := n.workloads[cookie]; w != nil {
+			return w
+		}
+	}
+	return &flowWorkload{cookie: cookie}
+}
+
+// task names the task of the workload that a cgroup belongs to.
+func (n *flowNames) task(w *flowWorkload, cgroup uint64) string {
+	if cgroup == 0 || w.allocID == "" {
+		return ""
+	}
+	now := time.Now()
+	if task, ok := n.tasks[cgroup]; ok && (task.until.IsZero() || now.Before(task.until)) {
+		return task.name
+	}
+	if len(n.tasks) >= flowTasks || n.tasks == nil {
+		n.tasks = make(map[uint64]flowTask)
+	}
+	var task flowTask
+	if path, err := n.cgroupPath(cgroup); err == nil {
+		task.name = taskOf(path, w.allocID, n.containers())
+	}
+	if task.name == "" {
+		task.until = now.Add(flowLookAgain) // Docker may not have told yet
+	}
+	n.tasks[cgroup] = task
+	return task.name
+}
+
+// record is what the ring keeps of an event.
+func (n *flowNames) record(event redirect.Event) flowRecord {
+	r := flowRecord{
+		at: event.Time.UnixNano(), cgroup: event.Cgroup, uid: event.UID, pid: event.PID, verdict: event.Verdict,
+		lost: uint32(min(event.Lost, 1<<32-1)), workload: n.workload(event.Cookie),
+	}
+	copy(r.command[:], event.Command)
+	r.source, r.sourcePort, r.valid[0] = packAddr(event.Source)
+	r.origin, r.originPort, r.valid[1] = packAddr(event.Origin)
+	r.destination, r.destinationPort, r.valid[2] = packAddr(event.Destination)
+	if event.Verdict == redirect.EventsLost {
+		return r
+	}
+	dialled := event.Origin.Addr().Unmap()
+	if directionOf(event.Verdict) == DirectionInbound {
+		r.peer = n.addresses[event.Source.Addr().Unmap()]
+		if r.service = n.listeners[flowListener{event.Cookie, netip.AddrPortFrom(netip.Addr{}, event.Origin.Port())}]; r.service == "" {
+			r.service = r.workload.service
+		}
+		return r
+	}
+	r.task = n.task(r.workload, event.Cgroup)
+	if r.peer = n.addresses[dialled]; dialled.IsLoopback() && event.Verdict == redirect.Local {
+		r.peer = r.workload
+	}
+	if r.service = n.virtual[dialled]; r.service == "" {
+		r.service = n.listeners[flowListener{event.Cookie, netip.AddrPortFrom(dialled, event.Origin.Port())}]
+	}
+	if r.service == "" && r.peer != nil {
+		r.service = n.listeners[flowListener{r.peer.cookie, netip.AddrPortFrom(netip.Addr{}, event.Origin.Port())}]
+	}
+	return r
+}
+
+// flow is what readers see of a record.
+func (r *flowRecord) flow(node string) Flow {
+	flow := Flow{Schema: 1, Time: time.Unix(0, r.at), Node: node, Verdict: r.verdict.String(), Refused: r.verdict.Refused()}
+	source, destination := r.workload, r.peer
+	if r.verdict == redirect.EventsLost {
+		flow.Lost, flow.Cause = uint64(r.lost), LostInKernel
+		flow.Source.is(source)
+		return flow
+	}
+	flow.Direction = directionOf(r.verdict)
+	switch flow.Direction {
+	case DirectionInbound:
+		source, destination = r.peer, r.workload
+	case DirectionForwarded: // either end may be any other
+		source, destination = nil, r.peer
+	}
+	flow.Source.is(source)
+	if destination != nil {
+		flow.Destination = FlowDestination{
+			AllocID: destination.allocID, Namespace: destination.namespace, Job: destination.job, TaskGroup: destination.group,
+		}
+	}
+	flow.Destination.Service = r.service
+	origin := unpackAddr(r.origin, r.originPort, r.valid[1])
+	flow.Destination.IP, flow.Destination.Port = origin.Addr(), origin.Port()
+	from := unpackAddr(r.source, r.sourcePort, r.valid[0])
+	flow.Source.IP, flow.Source.Port = from.Addr(), from.Port()
+	if r.pid != 0 {
+		uid := r.uid
+		flow.Source.Task, flow.Source.PID, flow.Source.UID, flow.Source.Command = r.task, r.pid, &uid, r.commandName()
+	}
+	return flow
+}
+
+func (s *FlowSource) is(w *flowWorkload) {
+	if w != nil {
+		s.AllocID, s.Namespace, s.Job, s.TaskGroup, s.Service = w.allocID, w.namespace, w.job, w.group, w.service
+	}
+}
