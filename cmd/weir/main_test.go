@@ -154,7 +154,7 @@ func TestCalledAsThePlugin(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	got := try(t, &node{}, nil, "-help")
-	for _, name := range []string{"install", "uninstall", "load", "unload", "status", "workloads", "verdicts", "events", "version"} {
+	for _, name := range []string{"install", "uninstall", "load", "unload", "status", "workloads", "verdicts", "events", "flows", "version"} {
 		if !strings.Contains(got.stdout, "\n    "+name+" ") {
 			t.Errorf("help does not list %s:\n%s", name, got.stdout)
 		}

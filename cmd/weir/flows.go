@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// fewFlows is how many are shown where nothing says how many or since when.
+const fewFlows = 20
+
+func newFlows(env env) *command {
+	c := newCommand(env, "flows", "Show connections, past and present, by name", fmt.Sprintf(`  Prints a line for each connection that the agent has recorded: when, who opened
+  it, what was dialled, and the verdict. Where the node or Consul know a name it
+  stands in the place of the address. Without -f it is history: the newest %d, or
+  what -last, -since and -until say. With -f it goes on until interrupted.
+
+  All filters that are given must match; -not shows what does not match them. An
+  end of -from and -to is a job, a task, a service, an address, a CIDR, or the
+  beginning of an allocation's ID, of four characters or more. With an allocation
+  or a job as argument only its connections are shown, in and out.
+
+  -summary shows who talks to what: each source, destination and verdict with the
+  number of connections, the most frequent first, of all the history.
+
+  The agent keeps the history in memory, as flows { memory, history } in its
+  configuration say. What was lost is a line of its own, with the verdict "lost".
+  With -json each line is a JSON object; -summary is one object.
+
+  See what was refused in the last ten minutes:
+
+      $ weir flows -refused -since 10m`, fewFlows)).withPaths().withJSON().withSelection()
+	var query agent.FlowQuery
+	c.flags.BoolVar(&query.Follow, "f", false, "go on until interrupted")
+	c.flags.IntVar(&query.Last, "last", 0, "the newest `count` of those that were recorded")
+	since := c.flags.String("since", "", "not older than this `time`: 10m, or 2006-01-02T15:04:05Z")
+	until := c.flags.String("until", "", "not newer than this `time`")
+	c.flags.StringVar(&query.From, "from", "", "who opened the connection: an `end`, as above")
+	c.flags.StringVar(&query.To, "to", "", "what was dialled: an `end`, as above")
+	c.flags.StringVar(&query.Job, "job", "", "`job` of either end")
+	c.flags.StringVar(&query.Alloc, "alloc", "", "`allocation` of either end, by the beginning of its ID")
+	c.flags.StringVar(&query.Task, "task", "", "`task` that opened the connection")
+	c.flags.StringVar(&query.Service, "service", "", "`service` of either end")
+	port := c.flags.Uint("port", 0, "`port` that was dialled")
+	verdicts := c.flags.String("verdict", "", "one of these `verdicts`, with commas between them")
+	c.flags.BoolVar(&query.Refused, "refused", false, "refused connections alone")
+	c.flags.BoolVar(&query.Not, "not", false, "what does not match the filters")
+	summary := c.flags.Bool("summary", false, "who talks to what, with counts")
+	numeric := c.flags.Bool("numeric", false, "addresses and IDs in the place of names")
+	c.do = func() (int, error) {
+		asked, err := c.flowQuery(query, *since, *until, *port, *verdicts, *summary)
+		if err != nil {
+			return 1, err
+		}
+		if *summary {
+			return 0, c.summarise(asked, *numeric)
+		}
+		return 0, c.listFlows(asked, *numeric)
+	}
+	return c
+}
+
+// flowQuery is what the flags and the operand ask for.
+func (c *command) flowQuery(query agent.FlowQuery, since, until string, port uint, verdicts string, summary bool) (agent.FlowQuery, error) {
+	now := time.Now()
+	for name, moment := range map[string]struct {
+		text string
+		to   *time.Time
+	}{"since": {since, &query.Since}, "until": {until, &query.Until}} {
+		if moment.text == "" {
+			continue
+		}
+		at, err := agent.ParseMoment(moment.text, now)
+		if err != nil {
+			return query, fmt.Errorf("read -%s: %w", name, err)
+		}
+		*moment.to = at
+	}
+	switch {
+	case port > 1<<16-1:
+		return query, fmt.Errorf("read -port: %d is no port", port)
+	case query.Last < 0:
+		return query, fmt.Errorf("read -last: %d is no count", query.Last)
+	case summary && query.Follow:
+		return query, errors.New("-summary is of what was recorded, and -f of what is to come: give one of them")
+	}
+	query.Port = uint16(port)
+	if verdicts != "" {
+		query.Verdicts = strings.Split(verdicts, ",")
+	}
+	if !summary && !query.Follow && query.Last == 0 && query.Since.IsZero() && query.Until.IsZero() {
+		query.Last = fewFlows
+	}
+	if len(c.operands) == 0 {
+		return query, nil
+	}
+	if query.Alloc != "" || query.Job != "" {
+		return query, fmt.Errorf("%q beside -alloc or -job: give one of them", c.operands[0])
+	}
+	known, err := c.datapath().Known()
+	if err != nil && !errors.Is(err, redirect.ErrUnreadable) {
+		return query, err
+	}
+	chosen, err := selected(c, known, func(k redirect.Known) named {
+		return named{allocID(k.Request.Job.AllocID, k.Key), k.Request.Job.ID, k.Request.Job.Group}
+	})
+	query.Alloc, query.Job = chosen.id, chosen.job
+	return query, err
+}
+
+// readFlows asks the agent, without which there is no history.
+func (c *command) readFlows(query agent.FlowQuery, deliver func(agent.Flow) error) error {
+	err := c.askFlows(c.ctx, c.stateDir(), query, deliver)
+	if errors.Is(err, agent.ErrNotRunning) || errors.Is(err, agent.ErrFlowsOff) {
+		return fmt.Errorf("%w; 'weir events -f' shows connections without it", err)
+	}
+	return err
+}
+
+func (c *command) listFlows(query agent.FlowQuery, numeric bool) error {
+	if !c.json {
+		c.ui.Output(c.paint(bold, flowColumns("TIME", "SOURCE", "DESTINATION", "VERDICT")))
+	}
+	return c.readFlows(query, func(flow agent.Flow) error {
+		if c.json {
+			line, err := json.Marshal(flow)
+			if err != nil {
+				return fmt.Errorf("render JSON: %w", err)
+			}
+			c.ui.Output(string(line))
+			return nil
+		}
+		at := flow.Time.Local().Format("15:04:05")
+		if flow.Lost > 0 {
+			c.ui.Output(c.paint(red, fmt.Sprintf("%-8s  lost: %s", at, lossText(flow))))
+			return nil
+		}
+		line := flowColumns(at, sourceText(flow, numeric), destinationText(flow, numeric), flow.Verdict)
+		if flow.Refused {
+			line = c.paint(red, line)
+		}
+		c.ui.Output(line)
+		return nil
+	})
+}
+
+// lossText says what a reader does not get, and what to do about it.
+func lossText(flow agent.Flow) string {
+	switch flow.Cause {
+	case agent.LostInKernel:
+		return fmt.Sprintf("%d of %s: more than its share of the kernel's ring", flow.Lost, orDash(short(flow.Source.AllocID)))
+	case agent.LostByMemory:
+		return fmt.Sprintf("%d older ones: flows { memory } of the agent is full", flow.Lost)
+	case agent.LostByReader:
+		return fmt.Sprintf("%d: what reads them is slower than connections happen", flow.Lost)
+	}
+	return fmt.Sprint(flow.Lost)
+}
+
+// edge is who talks to what.
+type edge struct {
+	Direction   agent.Direction       `json:"direction"`
+	Source      agent.FlowSource      `json:"source,omitzero"`
+	Destination agent.FlowDestination `json:"destination,omitzero"`
+	Verdict     string                `json:"verdict"`
+	Refused     bool                  `json:"refused"`
+}
+
+type countedEdge struct {
+	edge
+	Count uint64 `json:"count"`
+}
+
+// flowSummary is what -summary -json prints.
+type flowSummary struct {
+	Schema int           `json:"schema"`
+	Edges  []countedEdge `json:"edges"`
+	Lost   uint64        `json:"lost"` // connections that are not among them
+}
+
+func (c *command) summarise(query agent.FlowQuery, numeric bool) error {
+	counts := make(map[edge]uint64)
+	seen := flowSummary{Schema: 1, Edges: []countedEdge{}}
+	err := c.readFlows(query, func(flow agent.Flow) error {
+		if flow.Lost > 0 {
+			seen.Lost += flow.Lost
+			return nil
+		}
+		s := flow.Source
+		s.PID, s.UID, s.Command, s.Port = 0, nil, "", 0 // of one connection, not of who talks
+		counts[edge{flow.Direction, s, flow.Destination, flow.Verdict, flow.Refused}]++
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for edge, count := range counts {
+		seen.Edges = append(seen.Edges, countedEdge{edge, count})
+	}
+	text := func(e countedEdge) (source, destination string) {
+		flow := agent.Flow{Source: e.Source, Destination: e.Destination}
+		return sourceText(flow, numeric), destinationText(flow, numeric)
+	}
+	slices.SortFunc(seen.Edges, func(a, b countedEdge) int {
+		from, to := text(a)
+		fromB, toB := text(b)
+		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(from, fromB), strings.Compare(to, toB), strings.Compare(a.Verdict, b.Verdict))
+	})
+	if c.json {
+		return c.printJSON(seen)
+	}
+	c.ui.Output(c.paint(bold, flowColumns("COUNT", "SOURCE", "DESTINATION", "VERDICT")))
+	for _, e := range seen.Edges {
+		source, destination := text(e)
+		line := flowColumns(strconv.FormatUint(e.Count, 10), source, destination, e.Verdict)
+		if e.Refused {
+			line = c.paint(red, line)
+		}
+		c.ui.Output(line)
+	}
+	if seen.Lost > 0 {
+		c.ui.Output(c.paint(red, fmt.Sprintf("%-8d  lost: these connections are not among those above", seen.Lost)))
+	}
+	return nil
+}
+
+// The widths of a line of 80 columns, whose neighbours are not known yet.
+const (
+	sourceWidth      = 20
+	destinationWidth = 22
+)
+
+func flowColumns(first, source, destination, verdict string) string {
+	return fmt.Sprintf("%-8s  %-*s  %-*s  %s", first, sourceWidth, clip(source, sourceWidth, ""),
+		destinationWidth, clip(destination, destinationWidth, ":"), verdict)
+}
+
+// clip shortens text to a width. What follows the last mark is kept.
+func clip(text string, width int, mark string) string {
+	letters := []rune(text)
+	if len(letters) <= width {
+		return text
+	}
+	var tail []rune
+	if i := strings.LastIndex(text, mark); mark != "" && i >= 0 {
+		tail = []rune(text[i:])
+	}
+	return string(letters[:max(width-1-len(tail), 0)]) + "…" + string(tail)
+}
+
+// sourceText names who opened a connection: its job with the task, or the group
+// where that is not known; else its allocation; else its address.
+func sourceText(flow agent.Flow, numeric bool) string {
+	s := flow.Source
+	switch {
+	case numeric && s.IP.IsValid():
+		return s.IP.String()
+	case numeric && s.PID != 0:
+		return fmt.Sprintf("%s/%d", orDash(short(s.AllocID)), s.PID)
+	case s.Job != "" && !numeric:
+		return s.Job + "/" + cmp.Or(s.Task, s.TaskGroup)
+	case s.AllocID != "":
+		return short(s.AllocID)
+	case s.IP.IsValid():
+		return s.IP.String()
+	}
+	return "-"
+}
+
+// destinationText names what was dialled: the service, or whose address it is.
+func destinationText(flow agent.Flow, numeric bool) string {
+	d := flow.Destination
+	name := d.Service
+	if name == "" && d.Job != "" {
+		name = d.Job + "/" + d.TaskGroup
+	}
+	if name == "" {
+		name = short(d.AllocID)
+	}
+	if numeric || name == "" {
+		if !d.IP.IsValid() {
+			return "-"
+		}
+		return netip.AddrPortFrom(d.IP, d.Port).String()
+	}
+	return name + ":" + strconv.Itoa(int(d.Port))
+}
