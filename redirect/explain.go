@@ -19,6 +19,7 @@ type Connection struct {
 	From        netip.AddrPort // who connects from outside; not valid: a task of the allocation connects
 	UID         uint32         // of the task; NoUID: one that no rule names
 	Cgroup      uint64         // of the task; 0: not the proxy's
+	Proxy       bool           // it is a proxy, whatever its cgroup
 	IPv6Socket  bool           // an IPv4 address is dialled through an IPv6 socket, as ::ffff:a.b.c.d
 }
 

@@ -169,8 +169,8 @@ func askProxy(s *snapshot, c Connection) finding {
 		if proxy.Cgroup == 0 {
 			return decides(Proxy, "UID %d is the proxy's, and its cgroup is not known yet: the UID alone decides", c.UID)
 		}
-		if proxy.Cgroup == c.Cgroup {
-			return decides(Proxy, "UID %d and cgroup %d are the proxy's", c.UID, c.Cgroup)
+		if c.Proxy || proxy.Cgroup == c.Cgroup {
+			return decides(Proxy, "UID %d and cgroup %d are the proxy's", c.UID, proxy.Cgroup)
 		}
 	}
 	return passes("UID %d is the proxy's, the cgroup is not: a task that runs under the same UID", c.UID)

@@ -52,6 +52,8 @@ type datapath interface {
 	Known() ([]redirect.Known, error)
 	Workloads() ([]redirect.WorkloadStatus, error)
 	Verdicts() ([]redirect.WorkloadVerdicts, error)
+	Explain(redirect.Key, redirect.Connection) (redirect.Explanation, error)
+	Settings(redirect.Key) (settings []redirect.Setting, silent bool, err error)
 	Events(ctx context.Context, deliver func(redirect.Event) error) error
 }
 

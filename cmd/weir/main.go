@@ -104,7 +104,7 @@ func unknownCommand(name string, names []string) string {
 func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
-		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads, newVerdicts, newEvents, newFlows, newConfigValidate, newVersion,
+		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads, newVerdicts, newExplain, newEvents, newFlows, newConfigValidate, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

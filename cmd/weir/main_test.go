@@ -41,10 +41,14 @@ type node struct {
 	others   []string // ... and that are not
 	err      error
 
-	recording bool             // the agent does
-	told      []redirect.Event // ... of the kernel's
-	flows     []agent.Flow
-	query     agent.FlowQuery // of the last reader of them
+	recording   bool             // the agent does
+	told        []redirect.Event // ... of the kernel's
+	flows       []agent.Flow
+	query       agent.FlowQuery // of the last reader of them
+	explanation redirect.Explanation
+	asked       []redirect.Connection // of explain
+	settings    []redirect.Setting
+	silent      bool // a proxy does not listen
 
 	left      []ended.Attachment     // of allocations that are over
 	stuck     map[redirect.Key]error // why one of them cannot be removed
@@ -58,7 +62,14 @@ func (n *node) Status() (redirect.Status, error)               { return n.status
 func (n *node) Known() ([]redirect.Known, error)               { return n.known, n.err }
 func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
 func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
-func (n *node) Find() ([]ended.Attachment, error)              { return n.left, n.err }
+func (n *node) Explain(_ redirect.Key, c redirect.Connection) (redirect.Explanation, error) {
+	n.asked = append(n.asked, c)
+	return n.explanation, n.err
+}
+func (n *node) Settings(redirect.Key) ([]redirect.Setting, bool, error) {
+	return n.settings, n.silent, n.err
+}
+func (n *node) Find() ([]ended.Attachment, error) { return n.left, n.err }
 func (n *node) Remove(_ context.Context, a ended.Attachment) error {
 	if err := n.stuck[a.Key]; err != nil {
 		return err

@@ -1,0 +1,336 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/mitchellh/go-wordwrap"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+)
+
+// explained is the answer of explain, as JSON has it.
+type explained struct {
+	Schema    int                `json:"schema"`
+	AllocID   string             `json:"alloc_id"`
+	Verdict   *string            `json:"verdict"` // null without a destination
+	Refused   *bool              `json:"refused"`
+	Steps     []redirect.Step    `json:"steps"`
+	SentTo    *netip.AddrPort    `json:"sent_to"` // the listener in the namespace that gets it; null: it goes where it was dialled
+	Listens   *bool              `json:"listens"` // whether anybody listens there; null: not of the namespace
+	Service   *string            `json:"service"`
+	Intention *string            `json:"intention"` // Consul is not asked yet
+	Instances *explainInstances  `json:"instances"`
+	Remedy    string             `json:"remedy"`
+	Settings  []redirect.Setting `json:"settings"` // without a destination
+}
+
+type explainInstances struct {
+	Passing int `json:"passing"`
+	Total   int `json:"total"`
+}
+
+// explainFlags are what explain is told beside its operands.
+type explainFlags struct {
+	destination string
+	uid         string
+	task        string
+	inbound     bool
+	from        string
+	mapped      bool
+}
+
+func newExplain(env env) *command {
+	var f explainFlags
+	c := newCommand(env, "explain", "Say what happens to a connection of an allocation, and why", `  Decides as the kernel's programs would now, rule by rule, what becomes of a TCP
+  connection: the value that each rule looks at, where it comes from, and what
+  lies behind. Without a destination it prints all that decides about the
+  allocation's connections.
+
+  ALLOC is the beginning of an allocation's ID, or a job that has one allocation
+  on this node. The destination is ADDR:PORT or NAME[:PORT]. NAME is an upstream
+  of the allocation, else it is resolved on this node. With -inbound it may be
+  PORT alone, which is that of the allocation's first address.
+
+  The source of a value is "job" (what the job asked for at ADD, with what the
+  node's configuration adds), "consul", "agent" (the operator's policy or the
+  service's metadata), "default", or "node" (read from the namespace).
+
+  The socket is taken to be bound to no address and no device. Consul is not
+  asked whether an intention allows the connection, nor for healthy instances.
+
+  The exit code is 0 where the connection is let through, 2 where it would fail,
+  and 1 where that cannot be told.
+
+  Example, for all of an allocation, of a connection, and of one from outside:
+
+      $ weir explain 0b5d
+      $ weir explain 0b5d 10.0.0.7:5432 -uid 1000
+      $ weir explain demo 8080 -inbound -from 10.0.0.9`).withPaths().withJSON().withSelection()
+	c.withOperands(2, "ALLOC [ADDR:PORT | NAME[:PORT]]") // completed as the first one is
+	c.flags.StringVar(&f.uid, "uid", "", "user `ID` that the task runs under (default: one that no rule names)")
+	c.flags.StringVar(&f.task, "task", "", "`name` of the task that connects; the agent knows which one is the proxy")
+	c.flags.BoolVar(&f.inbound, "inbound", false, "explain a connection from outside to the allocation")
+	c.flags.StringVar(&f.from, "from", "", "`address` that it comes from, with -inbound")
+	c.flags.BoolVar(&f.mapped, "ipv6-socket", false, "an IPv4 address is dialled through an IPv6 socket, as ::ffff:a.b.c.d")
+	c.do = func() (int, error) { return c.explain(f) }
+	return c
+}
+
+func (c *command) explain(f explainFlags) (int, error) {
+	if c.operand() == "" {
+		return 1, errors.New("name an allocation: 'weir workloads' lists them")
+	}
+	if len(c.operands) > 1 {
+		f.destination = c.operands[1]
+	}
+	datapath := c.datapath()
+	view, _, _ := c.agent()
+	workload, err := c.workload(datapath, view)
+	if err != nil {
+		return 1, err
+	}
+	answer := explained{Schema: 1, AllocID: allocationOf(workload), Steps: []redirect.Step{}, Settings: []redirect.Setting{}}
+	if f.destination == "" {
+		return c.explainWhole(datapath, workload, answer, view)
+	}
+	connection, err := c.connection(f, workload, view)
+	if err != nil {
+		return 1, err
+	}
+	e, err := datapath.Explain(workload.Key, connection)
+	if err != nil {
+		return 1, err
+	}
+	verdict, fails := e.Verdict.String(), e.Verdict.Refused()
+	refused := fails
+	fails = fails || e.Local && !e.Listens
+	answer.Verdict, answer.Refused, answer.Steps, answer.Remedy = &verdict, &refused, e.Steps, explainRemedy(e, connection)
+	if e.SentTo.IsValid() {
+		answer.SentTo = &e.SentTo
+	}
+	if e.Local {
+		answer.Listens = &e.Listens
+	}
+	if service := serviceOf(e, connection, workload.Key, view); service != "" {
+		answer.Service = &service
+	}
+	code := 0
+	if fails {
+		code = 2
+	}
+	if c.json {
+		return code, c.printJSON(answer)
+	}
+	c.ui.Output(c.renderExplanation(e, connection, workload, answer, fails))
+	return code, nil
+}
+
+func (c *command) explainWhole(datapath datapath, workload redirect.Known, answer explained, view agent.Status) (int, error) {
+	settings, silent, err := datapath.Settings(workload.Key)
+	if err != nil {
+		return 1, err
+	}
+	answer.Settings = settings
+	code := 0
+	if silent {
+		code, answer.Remedy = 2, proxyRemedy
+	}
+	if c.json {
+		return code, c.printJSON(answer)
+	}
+	var text strings.Builder
+	fmt.Fprintln(&text, c.paint(bold, name(workload.Request.Job.ID, workload.Request.Job.Group, workload.Key)))
+	rows := [][]string{{"SETTING", "VALUE", "SOURCE"}}
+	for _, s := range settings {
+		const width = 36 // of a value: three columns stay within 80
+		for i, line := range strings.Split(wordwrap.WrapString(s.Value, width), "\n") {
+			if i == 0 {
+				rows = append(rows, []string{s.Name, line, s.Source})
+			} else {
+				rows = append(rows, []string{"", line, ""})
+			}
+		}
+	}
+	fmt.Fprintln(&text, table("  ", rows))
+	for _, w := range view.Workloads {
+		if w.Key == workload.Key {
+			fmt.Fprintf(&text, "\nAgent: %s, Consul: %s\n", w.State, seenWorkload{Agent: &w}.consul())
+		}
+	}
+	if silent {
+		fmt.Fprintf(&text, "\n%s\n%s\n", c.paint(red, hang("A proxy does not listen: connections to it are refused.")), hang("Remedy: "+answer.Remedy))
+	}
+	c.ui.Output(strings.TrimRight(text.String(), "\n"))
+	return code, nil
+}
+
+// workload is the one that the first operand names.
+func (c *command) workload(datapath datapath, view agent.Status) (redirect.Known, error) {
+	known, unreadable := datapath.Known()
+	if unreadable != nil && !errors.Is(unreadable, redirect.ErrUnreadable) {
+		return redirect.Known{}, unreadable
+	}
+	list, err := selectFrom(c, known, func(w redirect.Known) named {
+		return named{id: allocationOf(w), job: w.Request.Job.ID, group: w.Request.Job.Group}
+	})
+	switch {
+	case len(list) == 1:
+		return list[0], nil
+	case len(list) > 1:
+		var names []string
+		for _, w := range list {
+			names = append(names, name(w.Request.Job.ID, w.Request.Job.Group, w.Key))
+		}
+		return redirect.Known{}, fmt.Errorf("%q is several: name one of %s", c.operand(), strings.Join(names, ", "))
+	}
+	for _, w := range view.Workloads {
+		if w.ID != "" && strings.HasPrefix(w.ID, c.operand()) || w.Job == c.operand() {
+			return redirect.Known{}, fmt.Errorf("allocation %s is not under Weir (%s): see 'weir workloads'", short(w.ID), w.State)
+		}
+	}
+	return redirect.Known{}, errors.Join(err, unreadable)
+}
+
+func allocationOf(w redirect.Known) string { return allocID(w.Request.Job.AllocID, w.Key) }
+
+// connection is what the flags and the destination name.
+func (c *command) connection(f explainFlags, w redirect.Known, view agent.Status) (redirect.Connection, error) {
+	connection := redirect.Connection{UID: redirect.NoUID, IPv6Socket: f.mapped}
+	if f.from != "" && !f.inbound {
+		return connection, errors.New("-from: it needs -inbound")
+	}
+	if f.uid != "" {
+		uid, err := strconv.ParseUint(f.uid, 10, 32)
+		if err != nil {
+			return connection, fmt.Errorf("-uid %q: want a number", f.uid)
+		}
+		connection.UID = uint32(uid)
+	}
+	if f.task != "" {
+		if err := asTask(&connection, f, w, view); err != nil {
+			return connection, err
+		}
+	}
+	if f.inbound {
+		return inboundConnection(connection, f, w)
+	}
+	var err error
+	connection.Destination, err = c.resolve(f.destination, w, view)
+	return connection, err
+}
+
+// asTask makes the connection that of a task: the proxy's where the agent knows it as the proxy.
+func asTask(connection *redirect.Connection, f explainFlags, w redirect.Known, view agent.Status) error {
+	for _, seen := range view.Workloads {
+		if seen.Key != w.Key || !slices.Contains(strings.FieldsFunc(seen.Task, func(r rune) bool { return r == ' ' || r == ',' }), f.task) {
+			continue
+		}
+		if f.uid != "" && connection.UID != w.Request.ProxyUID {
+			return fmt.Errorf("-task %s is the proxy, which has UID %d, and -uid says %s", f.task, w.Request.ProxyUID, f.uid)
+		}
+		connection.UID, connection.Proxy = w.Request.ProxyUID, true
+	}
+	return nil
+}
+
+func inboundConnection(connection redirect.Connection, f explainFlags, w redirect.Known) (redirect.Connection, error) {
+	from := netip.MustParseAddr("192.0.2.1") // any address that is not the allocation's
+	if f.from != "" {
+		var err error
+		if from, err = netip.ParseAddr(f.from); err != nil {
+			return connection, fmt.Errorf("-from %q: want an address", f.from)
+		}
+	}
+	connection.From = netip.AddrPortFrom(from, 0)
+	if port, err := strconv.ParseUint(f.destination, 10, 16); err == nil && len(w.Request.Addresses) > 0 {
+		connection.Destination = netip.AddrPortFrom(w.Request.Addresses[0], uint16(port))
+		return connection, nil
+	}
+	var err error
+	if connection.Destination, err = netip.ParseAddrPort(f.destination); err != nil {
+		return connection, fmt.Errorf("destination %q: with -inbound want ADDR:PORT or PORT, of the allocation", f.destination)
+	}
+	return connection, nil
+}
+
+// resolve is the destination as an address: written as one, the virtual IP or the listener of an
+// upstream, or what this node resolves the name to.
+func (c *command) resolve(text string, w redirect.Known, view agent.Status) (netip.AddrPort, error) {
+	if to, err := netip.ParseAddrPort(text); err == nil {
+		return to, nil
+	}
+	if addr, err := netip.ParseAddr(text); err == nil {
+		return netip.AddrPort{}, fmt.Errorf("destination %s: name a port too", addr)
+	}
+	host, port := text, uint16(0)
+	if head, tail, found := strings.Cut(text, ":"); found {
+		number, err := strconv.ParseUint(tail, 10, 16)
+		if err != nil {
+			return netip.AddrPort{}, fmt.Errorf("destination %q: want ADDR:PORT or NAME[:PORT]", text)
+		}
+		host, port = head, uint16(number)
+	}
+	for _, upstream := range upstreamsOf(w, view) {
+		if upstream.Name != strings.TrimSuffix(host, ".virtual.consul") {
+			continue
+		}
+		if len(upstream.Addresses) == 0 {
+			return upstream.Listener, nil
+		}
+		if port == 0 {
+			port = upstream.Listener.Port()
+		}
+		return netip.AddrPortFrom(upstream.Addresses[0], port), nil
+	}
+	if port == 0 {
+		return netip.AddrPort{}, fmt.Errorf("destination %q: no upstream of the allocation has this name; any other needs a port", text)
+	}
+	ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
+	defer cancel()
+	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	if err != nil || len(found) == 0 {
+		return netip.AddrPort{}, fmt.Errorf("destination %q: no upstream of the allocation, and this node cannot resolve it: %w", text, err)
+	}
+	return netip.AddrPortFrom(found[0].Unmap(), port), nil
+}
+
+// upstreamsOf are those of the record, then those that the agent knows.
+func upstreamsOf(w redirect.Known, view agent.Status) []redirect.Upstream {
+	list := slices.Clone(w.Overlay.Upstreams)
+	for _, seen := range view.Workloads {
+		if seen.Key != w.Key {
+			continue
+		}
+		for _, u := range seen.Upstreams {
+			list = append(list, redirect.Upstream{Name: u.Name, Addresses: u.VirtualIPs, Listener: u.Listener})
+		}
+	}
+	return list
+}
+
+// serviceOf names the service behind the destination: by the allocation's own upstreams, else by
+// those of any allocation of the node, because a virtual IP is the same for all.
+func serviceOf(e redirect.Explanation, connection redirect.Connection, key redirect.Key, view agent.Status) string {
+	if e.Service != "" || connection.From.IsValid() {
+		return e.Service
+	}
+	for _, seen := range view.Workloads {
+		for _, u := range seen.Upstreams {
+			if slices.Contains(u.VirtualIPs, connection.Destination.Addr()) || seen.Key == key && u.Listener == connection.Destination {
+				return u.Name
+			}
+		}
+	}
+	return ""
+}

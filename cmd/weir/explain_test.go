@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"encoding/json"
+	"net/netip"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/cli"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// explainNode has two allocations of one job and one of another.
+func explainNode() *node {
+	known := func(id, job string) redirect.Known {
+		return redirect.Known{
+			Key: redirect.Key{ContainerID: id, IfName: "eth0"},
+			Request: redirect.Request{Job: redirect.Job{ID: job, Group: "web", AllocID: id}, ProxyUID: 101,
+				Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")}},
+			Overlay: redirect.Overlay{Upstreams: []redirect.Upstream{
+				{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5")}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
+				{Name: "cache", Listener: netip.MustParseAddrPort("127.0.0.1:9192")},
+			}},
+		}
+	}
+	return &node{
+		known: []redirect.Known{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
+		agent: &agent.Status{Workloads: []agent.WorkloadView{
+			{Key: redirect.Key{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: agent.StateManaged, Task: "connect-proxy-api",
+				Upstreams: []agent.UpstreamView{{Name: "far", VirtualIPs: []netip.Addr{netip.MustParseAddr("240.0.0.9")}}}},
+			{ID: "2d7f3333-7c0f", Job: "plain", State: agent.StateUnprotected},
+		}},
+		explanation: redirect.Explanation{Verdict: redirect.Redirected, Local: true, Listens: true,
+			SentTo: netip.MustParseAddrPort("127.0.0.1:15001"),
+			Steps:  []redirect.Step{{Rule: redirect.RuleListener, Result: redirect.ResultMatch, Detail: "the proxy listens", Source: redirect.SourceNode}}},
+	}
+}
+
+func TestExplainNamesTheAllocation(t *testing.T) {
+	for _, tc := range []struct{ operand, problem string }{
+		{"0b5d", ""},
+		{"1c6e1d2f-7c0f", ""},
+		{"other", ""},
+		{"0b5", `"0b5" is the beginning of 2 allocations' IDs, so give more of it`},
+		{"demo", `"demo" is several: name one of demo/web/0b5d0c1e, demo/web/0b5e2222`},
+		{"plain", "allocation 2d7f3333 is not under Weir (unprotected)"},
+		{"nobody", `"nobody" is no job and no beginning of an allocation's ID on this node`},
+	} {
+		got := try(t, explainNode(), nil, "explain", tc.operand, "203.0.113.7:80")
+		if tc.problem == "" && got.code != 0 || tc.problem != "" && (got.code != 1 || !strings.Contains(got.stderr, tc.problem)) {
+			t.Errorf("explain %s: %+v, want %q", tc.operand, got, tc.problem)
+		}
+	}
+}
+
+func TestExplainReadsTheConnection(t *testing.T) {
+	outside := func(from, to string) redirect.Connection {
+		return redirect.Connection{From: netip.AddrPortFrom(netip.MustParseAddr(from), 0), Destination: netip.MustParseAddrPort(to), UID: redirect.NoUID}
+	}
+	to := func(text string) redirect.Connection {
+		return redirect.Connection{Destination: netip.MustParseAddrPort(text), UID: redirect.NoUID}
+	}
+	asUID, asProxy := to("1.2.3.4:5"), to("1.2.3.4:5")
+	asUID.UID, asUID.IPv6Socket, asProxy.UID, asProxy.Proxy = 1000, true, 101, true
+	for _, tc := range []struct {
+		args    string
+		want    redirect.Connection
+		problem string
+	}{
+		{"other 1.2.3.4:5", to("1.2.3.4:5"), ""},
+		{"other [2001:db8::1]:5", to("[2001:db8::1]:5"), ""},
+		{"other 1.2.3.4:5 -uid 1000 -ipv6-socket", asUID, ""},
+		{"-task connect-proxy-api other 1.2.3.4:5", asProxy, ""},
+		{"-task web other 1.2.3.4:5", to("1.2.3.4:5"), ""},
+		{"other db", to("240.0.0.5:9191"), ""},
+		{"other db.virtual.consul:5432", to("240.0.0.5:5432"), ""},
+		{"other cache", to("127.0.0.1:9192"), ""},
+		{"-inbound -from 10.0.0.9 other 8080", outside("10.0.0.9", "10.0.0.2:8080"), ""},
+		{"-inbound other 10.0.0.2:8080", outside("192.0.2.1", "10.0.0.2:8080"), ""},
+		{"other 1.2.3.4", redirect.Connection{}, "name a port too"},
+		{"other unheard", redirect.Connection{}, "any other needs a port"},
+		{"other db:many", redirect.Connection{}, "want ADDR:PORT or NAME[:PORT]"},
+		{"-uid me other 1.2.3.4:5", redirect.Connection{}, "want a number"},
+		{"-from 10.0.0.9 other 1.2.3.4:5", redirect.Connection{}, "it needs -inbound"},
+		{"-inbound -from here other 80", redirect.Connection{}, "want an address"},
+		{"other 1.2.3.4:5 more", redirect.Connection{}, `unexpected argument "more"`},
+		{"", redirect.Connection{}, "name an allocation"},
+	} {
+		n := explainNode()
+		got := try(t, n, nil, append([]string{"explain"}, strings.Fields(tc.args)...)...)
+		if tc.problem != "" {
+			if got.code != 1 || !strings.Contains(got.stderr, tc.problem) {
+				t.Errorf("explain %s: %+v, want %q", tc.args, got, tc.problem)
+			}
+			continue
+		}
+		if got.code != 0 || len(n.asked) != 1 || n.asked[0] != tc.want {
+			t.Errorf("explain %s: %+v asked %+v, want %+v", tc.args, got, n.asked, tc.want)
+		}
+	}
+}
+
+func TestExplainAsJSON(t *testing.T) {
+	n := explainNode()
+	const want = `{
+  "schema": 1,
+  "alloc_id": "1c6e1d2f-7c0f",
+  "verdict": "redirected",
+  "refused": false,
+  "steps": [
+    {
+      "rule": "listener",
+      "result": "match",
+      "detail": "the proxy listens",
+      "source": "node"
+    }
+  ],
+  "sent_to": "127.0.0.1:15001",
+  "listens": true,
+  "service": "far",
+  "intention": null,
+  "instances": null,
+  "remedy": "",
+  "settings": []
+}
+`
+	if diff := cmp.Diff(want, try(t, n, nil, "explain", "-json", "other", "240.0.0.9:80").stdout); diff != "" {
+		t.Errorf("JSON (-want +got):\n%s", diff)
+	}
+}
+
+// What an operator is told on a node whose allocation has no proxy, and the exit codes.
+func TestExplainOnAKernel(t *testing.T) {
+	test.Need(t, test.Root, test.CgroupV2, test.BPF)
+	environment := map[string]string{"WEIR_PIN_DIR": filepath.Join(test.BPFFS(t), "weir"), "WEIR_STATE_DIR": t.TempDir()}
+	weir := func(args ...string) outcome {
+		ui := cli.NewMockUi()
+		code := weirTo(t.Context(), ui, environment, args...)
+		return outcome{code: code, stdout: ui.OutputWriter.String(), stderr: ui.ErrorWriter.String()}
+	}
+	if got := weir("load"); got.code != 0 {
+		t.Fatalf("load: %+v", got)
+	}
+	t.Cleanup(func() { weir("unload", "-force") })
+	ns := test.NewNetNS(t)
+	err := redirect.New(redirect.PathsFromEnv(func(name string) string { return environment[name] })).Add(redirect.Attachment{
+		Key:   redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+		NetNS: ns.Path,
+		Request: redirect.Request{
+			Network: "nomad", Job: redirect.Job{ID: "demo", Group: "web"}, Mode: redirect.ModeTransparent,
+			ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001, ExcludeOutboundPorts: []uint16{5432},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		args string
+		code int
+		want string
+	}{
+		{"demo 203.0.113.7:80", 2, refusedText},
+		{"0b5d 203.0.113.7:5432", 0, "> excluded_port   outbound port 5432 is excluded [job]\n\nVerdict: port_excluded (left alone: its port is excluded)\n"},
+		{"-inbound demo 127.0.0.1:80", 2, "Verdict: refused_inbound_no_proxy ("},
+		{"demo", 2, wholeText},
+	} {
+		got := weir(append([]string{"explain"}, strings.Fields(tc.args)...)...)
+		if got.code != tc.code || !strings.Contains(got.stdout, tc.want) {
+			t.Errorf("explain %s: code %d, %s\n%s\nwant code %d and\n%s", tc.args, got.code, got.stderr, got.stdout, tc.code, tc.want)
+		}
+		for line := range strings.Lines(got.stdout) {
+			if len(strings.TrimRight(line, "\n")) > 80 {
+				t.Errorf("explain %s: a line has more than 80 columns: %s", tc.args, line)
+			}
+		}
+		var answer explained
+		asJSON := weir(append([]string{"explain", "-json"}, strings.Fields(tc.args)...)...)
+		if err := json.Unmarshal([]byte(asJSON.stdout), &answer); err != nil || asJSON.code != tc.code || answer.Schema != 1 {
+			t.Errorf("explain -json %s: code %d, %v: %s", tc.args, asJSON.code, err, asJSON.stdout)
+		}
+	}
+}
+
+const refusedText = `A connection of a task of demo/web/0b5d0c1e to 203.0.113.7:80
+
+  rows            the rows of the workload are in force
+  encoded_range   203.0.113.7 is not in the range that carries destinations to
+                  the proxy
+  dns             DNS is not sent to Consul
+  proxy           the UID is not the proxy's, which is 101 [job]
+  excluded_uid    no UID is excluded
+  loopback        203.0.113.7 is not a loopback address
+  own_address     203.0.113.7 is not an address of the allocation
+  upstream        203.0.113.7 is no virtual IP of an explicit upstream
+  excluded_port   outbound port 80 is not excluded
+  excluded_cidr   203.0.113.7 is in no excluded CIDR
+  mode            the allocation is in transparent mode: what no rule exempts is
+                  redirected [job]
+  broadcast       203.0.113.7 is neither multicast nor broadcast
+  family          the proxy takes it by IPv4 [node]
+  budget          the workload holds 0 destinations, of 65536 that it may
+                  [default]
+> listener        the proxy does not listen on its outbound port 15001 [node]
+
+Verdict: refused_no_proxy (refused: the proxy has no outbound listener)
+Behind it: nothing listens on 127.0.0.1:15001, so the connection is refused
+  there.
+Remedy: 'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not
+  listen; 'weir events -f' names a listener that was not accepted
+`
+
+const wholeText = `demo/web/0b5d0c1e
+  SETTING                  VALUE                             SOURCE
+  mode                     transparent                       job
+  proxy UID                101                               job
+  outbound port            15001, the proxy does not listen  default
+  inbound port             20000, the proxy does not listen  job
+  guard                    off                               default
+  excluded outbound ports  5432                              job
+  destinations             0 of 65536                        default
+
+A proxy does not listen: connections to it are refused.
+Remedy: 'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not
+  listen; 'weir events -f' names a listener that was not accepted
+`

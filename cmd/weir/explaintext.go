@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+
+	"github.com/mitchellh/go-wordwrap"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+const proxyRemedy = "'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not listen; 'weir events -f' names a listener that was not accepted"
+
+// hang breaks a sentence into lines of 80 columns, the later ones indented.
+func hang(text string) string {
+	const width = 78
+	return strings.ReplaceAll(wordwrap.WrapString(text, width), "\n", "\n  ")
+}
+
+// renderExplanation shows each rule and then, in sentences, what becomes of the connection.
+func (c *command) renderExplanation(e redirect.Explanation, connection redirect.Connection, w redirect.Known, answer explained, fails bool) string {
+	var text strings.Builder
+	of := name(w.Request.Job.ID, w.Request.Job.Group, w.Key)
+	switch {
+	case connection.From.IsValid():
+		fmt.Fprintf(&text, "%s\n\n", hang(fmt.Sprintf("A connection from %s to %s of %s", connection.From.Addr(), connection.Destination, of)))
+	case connection.UID == redirect.NoUID:
+		fmt.Fprintf(&text, "%s\n\n", hang(fmt.Sprintf("A connection of a task of %s to %s", of, connection.Destination)))
+	default:
+		fmt.Fprintf(&text, "%s\n\n", hang(fmt.Sprintf("A connection of UID %d in %s to %s", connection.UID, of, connection.Destination)))
+	}
+	for i, step := range e.Steps {
+		mark := " "
+		if i == len(e.Steps)-1 {
+			mark = ">"
+		} else if step.Result == redirect.ResultMatch {
+			mark = "+"
+		}
+		detail := step.Detail
+		if step.Source != "" {
+			detail += " [" + step.Source + "]"
+		}
+		const indent, width = 18, 62
+		detail = strings.ReplaceAll(wordwrap.WrapString(detail, width), "\n", "\n"+strings.Repeat(" ", indent))
+		fmt.Fprintf(&text, "%s %-15s %s\n", mark, step.Rule, detail)
+	}
+	colour := green
+	if fails {
+		colour = red
+	}
+	fmt.Fprintf(&text, "\n%s\n", c.paint(colour, hang(fmt.Sprintf("Verdict: %s (%s)", e.Verdict, e.Verdict.Describe()))))
+	if line := behind(e, connection.Destination); line != "" {
+		fmt.Fprintln(&text, hang(line))
+	}
+	if answer.Service != nil {
+		fmt.Fprintf(&text, "Service: %s\n", *answer.Service)
+	}
+	if answer.Remedy != "" {
+		fmt.Fprintln(&text, hang("Remedy: "+answer.Remedy))
+	}
+	return strings.TrimRight(text.String(), "\n")
+}
+
+// behind says whether somebody takes the connection where it ends in the namespace.
+func behind(e redirect.Explanation, dialled netip.AddrPort) string {
+	if !e.Local {
+		return ""
+	}
+	to := dialled
+	if e.SentTo.IsValid() {
+		to = e.SentTo
+	}
+	if e.Listens {
+		return fmt.Sprintf("Behind it: a socket listens on %s.", to)
+	}
+	return fmt.Sprintf("Behind it: nothing listens on %s, so the connection is refused there.", to)
+}
+
+// explainRemedy says what to do where a connection would fail.
+func explainRemedy(e redirect.Explanation, connection redirect.Connection) string {
+	if !e.Verdict.Refused() {
+		if e.Local && !e.Listens {
+			return "start what should listen there, or dial the port where it listens"
+		}
+		return ""
+	}
+	port := connection.Destination.Port()
+	switch e.Verdict {
+	case redirect.RefusedNoProxy, redirect.RefusedInboundNoProxy:
+		return proxyRemedy
+	case redirect.RefusedInboundUnknown:
+		return "the agent names the port as soon as the service is registered in Consul: 'weir workloads' says whether it is"
+	case redirect.RefusedGuard:
+		return fmt.Sprintf("map port %d in the job, exclude it with exclude_inbound_ports, give it an expose path, or let the client use the mesh", port)
+	case redirect.RefusedEncoded:
+		return "dial the service itself: 127.128.0.0/9 and fd77:6569:7200::/96 are Weir's own"
+	case redirect.RefusedFamily:
+		return "dial by the other address family, or let the proxy listen in both"
+	case redirect.RefusedBroadcast:
+		return "dial one address; where it must be, exclude it with exclude_outbound_cidrs"
+	}
+	return fmt.Sprintf("see %s in docs/runbook.md", e.Verdict)
+}
