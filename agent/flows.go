@@ -34,6 +34,7 @@ type flows struct {
 	log      *slog.Logger
 	pin      string        // of the kernel's ring
 	done     chan struct{} // closed when nothing is recorded any more
+	readers  atomic.Int32  // that wait for what is to come
 
 	mu      sync.Mutex
 	problem string // why nothing is recorded at present; empty: it is
@@ -245,14 +246,10 @@ func (f *flows) copy(ctx context.Context, out *flowWriter, query FlowQuery, line
 			if err := errors.Join(out.lost(missed, LostByReader), out.flush()); err != nil || !query.Follow {
 				return err
 			}
-			select {
-			case <-changed:
-				continue
-			case <-ctx.Done():
-				return nil
-			case <-f.done:
+			if !f.wait(ctx, changed) {
 				return nil
 			}
+			continue
 		}
 		number += missed + uint64(len(records))
 		err = errors.Join(out.extend(), out.lost(missed, LostByReader))
@@ -270,6 +267,19 @@ func (f *flows) copy(ctx context.Context, out *flowWriter, query FlowQuery, line
 		}
 	}
 	return err
+}
+
+// wait returns once there is more; false: there will be nothing more.
+func (f *flows) wait(ctx context.Context, changed <-chan struct{}) bool {
+	f.readers.Add(1)
+	defer f.readers.Add(-1)
+	select {
+	case <-changed:
+		return true
+	case <-ctx.Done():
+	case <-f.done:
+	}
+	return false
 }
 
 func (q *FlowQuery) sinceNano() int64 {
