@@ -28,6 +28,7 @@ const flowProblem = "Weir-Problem"
 type flows struct {
 	ring     *flowRing
 	names    flowNames
+	guard    *guardTable
 	facts    atomic.Pointer[flowFacts] // of the newest pass
 	datapath *redirect.Datapath
 	node     string
@@ -50,7 +51,7 @@ func newFlows(a *Agent) (*flows, error) {
 		return nil, fmt.Errorf("read host name: %w", err)
 	}
 	f := &flows{
-		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), datapath: a.datapath, node: node, log: a.log,
+		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), guard: newGuardTable(time.Now()), datapath: a.datapath, node: node, log: a.log,
 		pin: filepath.Join(a.datapath.Paths().PinDir, "maps", "events"), done: make(chan struct{}),
 		names: flowNames{known: a.datapath.Known, cgroupPath: redirect.CgroupPath, containers: a.containers},
 	}
@@ -62,6 +63,7 @@ func newFlows(a *Agent) (*flows, error) {
 func (f *flows) learn(known []redirect.Known, consul view) {
 	if f != nil {
 		f.facts.Store(&flowFacts{known: known, consul: consul})
+		f.guard.keep(known, time.Now())
 	}
 }
 
@@ -106,7 +108,9 @@ func (f *flows) read(ctx context.Context) error {
 			f.facts.CompareAndSwap(facts, nil)
 			f.names.learn(facts)
 		}
-		f.ring.append(f.names.record(event))
+		record := f.names.record(event)
+		f.ring.append(record)
+		f.guard.note(&record)
 		return nil
 	})
 	if errors.Is(err, redirect.ErrBusy) {

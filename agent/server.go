@@ -146,6 +146,7 @@ func (a *Agent) localAPI() http.Handler {
 	})
 	mux.HandleFunc("GET /v1/flows", a.serveFlows)
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
+	mux.HandleFunc("GET /v1/guard", a.serveGuard)
 	return mux
 }
 

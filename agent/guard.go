@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// GuardList is what came in past the proxies of a node's allocations since the
+// agent began to record: what guard "enforce" refuses, or would refuse.
+type GuardList struct {
+	Schema  int          `json:"schema"`
+	Since   time.Time    `json:"since"`
+	Entries []GuardEntry `json:"entries"`
+	Omitted uint64       `json:"omitted"` // connections for which the table has no entry: it was full
+	Lost    uint64       `json:"lost"`    // connections of any kind that the kernel could not tell of
+}
+
+// GuardEntry is what came from one source to one port of an allocation.
+type GuardEntry struct {
+	AllocID   string    `json:"alloc_id"`
+	Job       string    `json:"job"`
+	TaskGroup string    `json:"task_group"`
+	Protocol  string    `json:"protocol"` // tcp or udp by who serves the port now; empty where nobody or both do
+	Port      uint16    `json:"port"`
+	Source    string    `json:"source"`  // allocation of this node as job/group/ID, or an address
+	Verdict   string    `json:"verdict"` // of the last one: guard_audit or refused_guard
+	Count     uint64    `json:"count"`   // connections over TCP, datagrams over UDP
+	First     time.Time `json:"first"`
+	Last      time.Time `json:"last"`
+	Remedy    string    `json:"remedy"` // the line of the job that lets it in
+}
+
+// The bounds of the table. Whoever scans ports fills no more than the share of the
+// allocation that is scanned.
+const (
+	guardEntries = 8192
+	guardShare   = 256
+)
+
+// guardTable counts what came in past the proxies. A port that is ephemeral counts
+// nowhere: under enforce, too, a datagram to one is let in.
+type guardTable struct {
+	mu      sync.Mutex
+	began   time.Time
+	entries map[guardKey]*guardCount
+	share   map[uint64]int // entries by the workload's cookie
+	omitted uint64
+	lost    uint64
+}
+
+type guardKey struct {
+	cookie uint64
+	port   uint16
+	source netip.Addr
+}
+
+type guardCount struct {
+	workload    *flowWorkload
+	peer        *flowWorkload // the source, where it is a workload of this node
+	verdict     redirect.Verdict
+	count       uint64
+	first, last int64 // Unix time in nanoseconds
+}
+
+func newGuardTable(now time.Time) *guardTable {
+	return &guardTable{began: now, entries: make(map[guardKey]*guardCount), share: make(map[uint64]int)}
+}
+
+// note takes in a record, which it keeps nothing of but the names.
+func (g *guardTable) note(r *flowRecord) {
+	switch r.verdict { //nolint:exhaustive // nothing else is for the guard
+	case redirect.GuardAudited, redirect.RefusedGuard, redirect.EventsLost:
+	default:
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if r.verdict == redirect.EventsLost {
+		g.lost += uint64(r.lost)
+		return
+	}
+	key := guardKey{cookie: r.workload.cookie, port: r.originPort, source: unpackAddr(r.source, 0, r.valid[0]).Addr()}
+	entry := g.entries[key]
+	if entry == nil {
+		if len(g.entries) >= guardEntries || g.share[key.cookie] >= guardShare {
+			g.omitted++
+			return
+		}
+		entry = &guardCount{first: r.at}
+		g.entries[key] = entry
+		g.share[key.cookie]++
+	}
+	entry.workload, entry.verdict, entry.last = r.workload, r.verdict, r.at
+	if r.peer != nil {
+		entry.peer = r.peer // and it stays so when that allocation ends
+	}
+	entry.count++
+}
+
+// keep drops what is of workloads that are gone. One that came after the list was
+// made is not gone.
+func (g *guardTable) keep(known []redirect.Known, now time.Time) {
+	there := make(map[uint64]bool, len(known))
+	for _, k := range known {
+		there[k.Cookie] = true
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for key, entry := range g.entries {
+		if there[key.cookie] || now.Sub(time.Unix(0, entry.last)) < time.Minute {
+			continue
+		}
+		delete(g.entries, key)
+		if g.share[key.cookie]--; g.share[key.cookie] == 0 {
+			delete(g.share, key.cookie)
+		}
+	}
+}
+
+// list is the table as it is now, sorted, beside the mode and the namespace of
+// each workload as they are known.
+func (g *guardTable) list(known []redirect.Known, served func(netns string) (tcp, udp map[uint16]bool, err error)) GuardList {
+	of := make(map[uint64]redirect.Known, len(known))
+	for _, k := range known {
+		of[k.Cookie] = k
+	}
+	g.mu.Lock()
+	list := GuardList{Schema: 1, Since: g.began, Entries: make([]GuardEntry, 0, len(g.entries)), Omitted: g.omitted, Lost: g.lost}
+	cookies := make([]uint64, 0, len(g.entries))
+	for key, e := range g.entries {
+		source := key.source.String()
+		if e.peer != nil {
+			source = e.peer.label()
+		}
+		list.Entries = append(list.Entries, GuardEntry{
+			AllocID: e.workload.allocID, Job: e.workload.job, TaskGroup: e.workload.group, Port: key.port, Source: source,
+			Verdict: e.verdict.String(), Count: e.count, First: time.Unix(0, e.first), Last: time.Unix(0, e.last),
+			Remedy: guardRemedy(of[key.cookie].Request.Mode, key.port),
+		})
+		cookies = append(cookies, key.cookie)
+	}
+	g.mu.Unlock()
+	type ports struct{ tcp, udp map[uint16]bool }
+	seen := make(map[uint64]ports)
+	for i, cookie := range cookies {
+		if _, ok := seen[cookie]; !ok {
+			var p ports
+			if k, ok := of[cookie]; ok {
+				p.tcp, p.udp, _ = served(k.NetNS) // it ended meanwhile, and its protocols are not known
+			}
+			seen[cookie] = p
+		}
+		e, p := &list.Entries[i], seen[cookie]
+		switch tcp, udp := p.tcp[e.Port], p.udp[e.Port]; {
+		case tcp && !udp:
+			e.Protocol = "tcp"
+		case udp && !tcp:
+			e.Protocol = "udp"
+		}
+	}
+	slices.SortFunc(list.Entries, func(a, b GuardEntry) int {
+		return cmp.Or(cmp.Compare(a.Job, b.Job), cmp.Compare(a.AllocID, b.AllocID), cmp.Compare(a.Port, b.Port), cmp.Compare(a.Source, b.Source))
+	})
+	return list
+}
+
+// guardRemedy is what lets connections to the port in, as a line of the job. Only a
+// transparent job can exclude a port: in another one it is mapped.
+func guardRemedy(mode redirect.Mode, port uint16) string {
+	if mode == redirect.ModeTransparent {
+		return fmt.Sprintf(`transparent_proxy { exclude_inbound_ports = ["%d"] }`, port)
+	}
+	return fmt.Sprintf(`network { port "port-%d" { to = %d } }`, port, port)
+}
+
+// label names a workload as commands do.
+func (w *flowWorkload) label() string {
+	const short = 8 // as Nomad shortens IDs
+	text := w.allocID
+	if len(text) > short {
+		text = text[:short]
+	}
+	if w.group != "" {
+		text = w.group + "/" + text
+	}
+	if w.job != "" {
+		text = w.job + "/" + text
+	}
+	return text
+}
+
+// serveGuard answers with a GuardList.
+func (a *Agent) serveGuard(w http.ResponseWriter, _ *http.Request) {
+	if a.flows == nil {
+		http.Error(w, ErrFlowsOff.Error(), http.StatusNotImplemented)
+		return
+	}
+	known, err := a.datapath.Known()
+	if err != nil && known == nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	a.writeJSON(w, http.StatusOK, a.flows.guard.list(known, redirect.Served))
+}
+
+// ReadGuard asks the agent whose state is in stateDir for what came in past the
+// proxies.
+func ReadGuard(ctx context.Context, stateDir string) (GuardList, error) {
+	response, err := ask(ctx, stateDir, "/v1/guard")
+	if err != nil {
+		return GuardList{}, err
+	}
+	defer response.Body.Close()
+	switch response.StatusCode {
+	case http.StatusOK:
+	case http.StatusNotImplemented, http.StatusNotFound: // an agent of a version before
+		return GuardList{}, ErrFlowsOff
+	default:
+		return GuardList{}, fmt.Errorf("ask agent: answer %s", response.Status)
+	}
+	const limit = 16 << 20 // bytes; an entry has some three hundred
+	var list GuardList
+	if err := json.NewDecoder(&boundedBody{body: response.Body, limit: limit}).Decode(&list); err != nil {
+		return GuardList{}, fmt.Errorf("ask agent: %w", err)
+	}
+	return list, nil
+}

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+)
+
+// guardedBy is registered with the guard that the job of the first asks for.
+func guardedBy(guard redirect.Guard, ids ...string) http.HandlerFunc {
+	services := make(map[string]any)
+	for i, id := range ids {
+		service := map[string]any{"Kind": "connect-proxy", "Service": "web-sidecar-proxy", "Port": 20001}
+		if i == 0 {
+			service["Meta"] = map[string]any{"weir-guard": string(guard)}
+		}
+		services["_nomad-task-"+id+"-group-g-web-80-sidecar-proxy"] = service
+	}
+	data, err := json.Marshal(services)
+	if err != nil {
+		return say(500, err.Error())
+	}
+	return say(200, string(data))
+}
+
+// attempt is a connection from outside, as the list names it.
+type attempt struct {
+	Source, Protocol string
+	Port             uint16
+}
+
+// The list says what enforce would refuse: the same traffic again is refused where
+// the list has it, and nowhere else. And the line that it names lets it in.
+func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
+	n := newNode(t)
+	server, client, outside := test.NewNetNS(t), test.NewNetNS(t), test.NewNetNS(t)
+	own, neighbour, stranger := netip.MustParsePrefix("10.77.1.2/24"), netip.MustParsePrefix("10.77.1.3/24"), netip.MustParsePrefix("10.77.2.3/24")
+	test.Veth(t, test.VethEnd{NetNS: server, Addrs: []netip.Prefix{own}}, test.VethEnd{NetNS: client, Addrs: []netip.Prefix{neighbour}})
+	test.Veth(t, test.VethEnd{NetNS: server, Name: "eth1", Addrs: []netip.Prefix{netip.MustParsePrefix("10.77.2.2/24")}},
+		test.VethEnd{NetNS: outside, Addrs: []netip.Prefix{stranger}})
+	ids := []string{numbered(1), numbered(2)}
+	paths := make(map[string]string)
+	for id, ns := range map[string]*test.NetNS{ids[0]: server, ids[1]: client} {
+		n.mounted(id, ns)
+		paths[id] = n.config.CNI.NetNSDir + "/" + id
+	}
+	n.cachedWith(ids[0], paths[ids[0]], own.String())
+	n.cachedWith(ids[1], paths[ids[1]], neighbour.String())
+	for _, at := range []struct{ network, addr string }{{"tcp4", "0.0.0.0:8080"}, {"tcp4", "0.0.0.0:9000"}, {"udp4", "0.0.0.0:9090"}, {"tcp4", "0.0.0.0:20001"}} {
+		test.Echo(t, server, at.network, at.addr)
+	}
+	n.fake.answers(guardedBy(redirect.GuardAudit, ids...))
+	n.run()
+	n.eventually(ids[0], StateManaged)
+	n.eventually(ids[1], StateManaged)
+
+	named := "b412a0b1" // what the agent calls the client: its job has no name here
+	replay := func() (refused []attempt) {
+		for _, from := range []struct {
+			ns     *test.NetNS
+			source string
+			to     netip.Addr
+		}{{client, named, own.Addr()}, {outside, stranger.Addr().String(), netip.MustParseAddr("10.77.2.2")}} {
+			for _, at := range []attempt{{from.source, "tcp", 8080}, {from.source, "tcp", 9000}, {from.source, "udp", 9090}, {from.source, "tcp", 20001}} {
+				if from.ns == outside && at.Port == 9000 {
+					continue // nobody dials that one
+				}
+				if _, err := test.Ask(from.ns, at.Protocol+"4", netip.AddrPortFrom(from.to, at.Port).String()); err != nil {
+					refused = append(refused, at)
+				}
+			}
+		}
+		return refused
+	}
+	var list GuardList
+	listed := func(verdict redirect.Verdict) (found []attempt) {
+		var err error
+		if list, err = ReadGuard(context.Background(), n.config.StateDir); err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range list.Entries {
+			if e.AllocID != ids[0] || e.Count == 0 || e.Last.Before(e.First) || e.First.Before(list.Since) {
+				t.Fatalf("entry %+v: want the allocation, a count and when", e)
+			}
+			if e.Verdict == verdict.String() {
+				found = append(found, attempt{e.Source, e.Protocol, e.Port})
+			}
+		}
+		return found
+	}
+	const dialled = 5 // pairs of source and port past the proxy
+	test.Eventually(t, func() error {
+		if refused := replay(); len(refused) > 0 {
+			return fmt.Errorf("audit refuses %v", refused)
+		}
+		if got := listed(redirect.GuardAudited); len(got) != dialled {
+			return fmt.Errorf("the list is %+v", got)
+		}
+		return nil
+	}, "the audit to list what comes in")
+	audited := listed(redirect.GuardAudited)
+
+	n.fake.answers(guardedBy(redirect.GuardEnforce, ids...))
+	n.eventuallyGuarded(ids[0], redirect.GuardEnforce)
+	order := func(a, b attempt) int {
+		return strings.Compare(fmt.Sprint(a.Port, a.Source), fmt.Sprint(b.Port, b.Source))
+	}
+	refused := replay()
+	slices.SortFunc(audited, order)
+	slices.SortFunc(refused, order)
+	if diff := cmp.Diff(audited, refused); diff != "" {
+		t.Errorf("listed by audit (-) and refused by enforce (+):\n%s", diff)
+	}
+	test.Eventually(t, func() error {
+		got := listed(redirect.RefusedGuard)
+		slices.SortFunc(got, order)
+		if diff := cmp.Diff(audited, got); diff != "" {
+			return errors.New(diff)
+		}
+		return nil
+	}, "the list to tell that they are refused")
+
+	// The remedy for port 8080, as libcni shows it of the job that has it.
+	remedy := list.Entries[slices.IndexFunc(list.Entries, func(e GuardEntry) bool { return e.Port == 8080 })].Remedy
+	if want := `network { port "port-8080" { to = 8080 } }`; remedy != want {
+		t.Errorf("remedy = %q, want %q", remedy, want)
+	}
+	n.ports = append(n.ports, mapped(8080))
+	n.cachedWith(ids[0], paths[ids[0]], own.String())
+	test.Eventually(t, func() error {
+		return test.DialErr(t, client, netip.AddrPortFrom(own.Addr(), 8080).String())
+	}, "the port to be let in")
+}
+
+func (n *node) eventuallyGuarded(id string, guard redirect.Guard) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		list, err := n.Workloads()
+		for _, w := range list {
+			if w.Key.ContainerID == id && w.Guard == guard {
+				return nil
+			}
+		}
+		return fmt.Errorf("workloads: %+v, %w", list, err)
+	}, "the guard to be "+string(guard))
+}
+
+// Whoever scans takes the share of one allocation, and what ended takes none.
+func TestGuardTableIsBounded(t *testing.T) {
+	now := time.Now()
+	g := newGuardTable(now)
+	put := func(w *flowWorkload, port, source int, verdict redirect.Verdict) {
+		r := flowRecord{at: now.UnixNano(), workload: w, verdict: verdict, originPort: uint16(port), lost: 7}
+		r.source, r.sourcePort, r.valid[0] = packAddr(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(source >> 8), byte(source)}), 1))
+		g.note(&r)
+	}
+	scanned, quiet := &flowWorkload{cookie: 1, allocID: "a"}, &flowWorkload{cookie: 2, allocID: "b", job: "shop", group: "api"}
+	for i := range 1000 {
+		put(scanned, i+1, 1, redirect.GuardAudited)
+	}
+	put(scanned, 1, 1, redirect.GuardAudited)
+	put(quiet, 80, 1, redirect.GuardAudited)
+	put(quiet, 80, 1, redirect.RefusedGuard)
+	put(quiet, 40000, 1, redirect.GuardEphemeral) // enforce lets it in
+	put(quiet, 80, 2, redirect.Inbound)
+	put(quiet, 0, 0, redirect.EventsLost)
+	none := func(string) (tcp, udp map[uint16]bool, err error) { return nil, nil, redirect.ErrNetNSGone }
+	list := g.list([]redirect.Known{{Cookie: 2, Request: redirect.Request{Mode: redirect.ModeTransparent}}}, none)
+	if len(list.Entries) != guardShare+1 || list.Omitted != 1000-guardShare || list.Lost != 7 || list.Entries[0].Count != 2 {
+		t.Errorf("%d entries, %d omitted, %d lost, the first counts %d; want %d, %d, 7, 2",
+			len(list.Entries), list.Omitted, list.Lost, list.Entries[0].Count, guardShare+1, 1000-guardShare)
+	}
+	at := time.Unix(0, now.UnixNano())
+	want := GuardEntry{
+		AllocID: "b", Job: "shop", TaskGroup: "api", Port: 80, Source: "10.0.0.1", Verdict: "refused_guard", Count: 2, First: at, Last: at,
+		Remedy: `transparent_proxy { exclude_inbound_ports = ["80"] }`,
+	}
+	if diff := cmp.Diff(want, list.Entries[guardShare]); diff != "" {
+		t.Errorf("entry (-want +got):\n%s", diff)
+	}
+	g.keep([]redirect.Known{{Cookie: 2}}, now.Add(30*time.Second))
+	if len(g.entries) != guardShare+1 {
+		t.Errorf("%d entries while the list of workloads may be older", len(g.entries))
+	}
+	g.keep([]redirect.Known{{Cookie: 2}}, now.Add(2*time.Minute))
+	if len(g.entries) != 1 || !slices.Equal(slices.Collect(maps.Keys(g.share)), []uint64{2}) {
+		t.Errorf("%d entries, shares %v; want those of the workload that is there", len(g.entries), g.share)
+	}
+}
