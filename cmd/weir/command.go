@@ -36,6 +36,7 @@ type env struct {
 	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
 	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
 	askFlows   func(ctx context.Context, stateDir string, query agent.FlowQuery, deliver func(agent.Flow) error) error
+	askGuard   func(ctx context.Context, stateDir string) (agent.GuardList, error)
 	unit       func() bool            // whether systemd is to run the agent on this node
 	executable func() (string, error) // this program's file
 

@@ -37,6 +37,7 @@ func main() {
 		ask:        agent.ReadStatus,
 		askEvents:  agent.ReadEvents,
 		askFlows:   agent.ReadFlows,
+		askGuard:   agent.ReadGuard,
 		unit:       unitEnabled,
 		executable: os.Executable,
 
@@ -104,7 +105,8 @@ func unknownCommand(name string, names []string) string {
 func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
-		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads, newVerdicts, newExplain, newEvents, newFlows, newConfigValidate, newVersion,
+		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads,
+		newVerdicts, newExplain, newEvents, newFlows, newConfigValidate, newGuard, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

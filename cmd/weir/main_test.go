@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,10 +33,11 @@ type node struct {
 	events   []redirect.Event
 	onEvents func()        // what happens once they are read
 	agent    *agent.Status // nil: none runs
-	silence  error         // why none answers; nil: it has no socket
-	unit     bool          // systemd is to run one
-	uid      int           // who runs the program
-	program  string        // the CLI's file
+	guard    *agent.GuardList
+	silence  error  // why none answers; nil: it has no socket
+	unit     bool   // systemd is to run one
+	uid      int    // who runs the program
+	program  string // the CLI's file
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
 	others   []string // ... and that are not
@@ -131,6 +133,17 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		},
 		askFlows: func(_ context.Context, _ string, query agent.FlowQuery, deliver func(agent.Flow) error) error {
 			return n.agentFlows(query, deliver)
+		},
+		askGuard: func(context.Context, string) (agent.GuardList, error) {
+			switch {
+			case n.guard != nil:
+				list := *n.guard
+				list.Entries = slices.Clone(list.Entries)
+				return list, nil
+			case n.silence != nil:
+				return agent.GuardList{}, n.silence
+			}
+			return agent.GuardList{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
 		},
 		unit:       func() bool { return n.unit },
 		executable: func() (string, error) { return n.program, nil },

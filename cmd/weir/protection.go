@@ -35,7 +35,7 @@ func (w seenWorkload) protection() protection {
 	case transparent || w.Guard == redirect.GuardEnforce:
 		return protection{answer: "yes", by: by}
 	case w.Guard == redirect.GuardAudit:
-		return protection{answer: "audit", by: by, why: "connections past the proxy are let in and counted; guard \"enforce\" refuses them"}
+		return protection{answer: "audit", by: by, why: "connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them"}
 	}
 	return protection{answer: "no", by: "-", why: "the guard is off: connections past the proxy are let in"}
 }

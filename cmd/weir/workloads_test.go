@@ -89,7 +89,7 @@ func TestProtected(t *testing.T) {
 		{redirect.ModeTransparent, redirect.GuardAudit, nil, "", "yes redirect", ""},
 		{redirect.ModeTransparent, redirect.GuardEnforce, wrong, agent.StateManaged, "no redirect", "\n  rows are missing\n"},
 		{redirect.ModeDirect, redirect.GuardEnforce, nil, agent.StateManaged, "yes guard", ""},
-		{redirect.ModeDirect, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: connections past the proxy are let in and counted; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
+		{redirect.ModeDirect, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
 		{redirect.ModeGateway, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: "},
 		{redirect.ModeDirect, "", nil, "", "no -", "\nno: the guard is off: connections past the proxy are let in\n"},
 		{"", "", nil, agent.StateConsul, "no consul", "\nno: Consul's own rules redirect it"},

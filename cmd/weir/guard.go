@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect"
+)
+
+func newGuard(env env) *command {
+	c := newCommand(env, "guard", "List what came in past the proxy", `  Prints what came to the allocations of this node past their proxies since the
+  agent began to record: to which port, from whom, how often, when first and last.
+  In audit it was let in, and it is what guard "enforce" would refuse; a line in red
+  was refused. What to write into the job so that it is let in follows below.
+
+  SOURCE is an allocation of this node, or an address. COUNT has the connections
+  over TCP and the datagrams over UDP. PROTO is that of the socket that serves the
+  port now, and "-" where there is none, or one of each. A datagram to an ephemeral
+  port is not listed, as "enforce" lets it in, too; "weir verdicts" counts it as
+  guard_ephemeral.
+
+  The agent keeps the list, of at most 256 ports and sources an allocation, and what
+  it has no room for is counted below. See what would be refused of job api:
+
+      $ weir guard api`).withPaths().withJSON().withSelection()
+	c.flags.Lookup("verbose").Usage = "print whole names; and errors in full, with the kernel's verifier log"
+	c.do = func() (int, error) {
+		ctx, cancel := context.WithTimeout(c.ctx, 10*time.Second)
+		defer cancel()
+		list, err := c.askGuard(ctx, c.stateDir())
+		if errors.Is(err, agent.ErrNotRunning) {
+			return 1, fmt.Errorf("%w: it keeps the list; next: %s", agent.ErrNotRunning, startAgent)
+		}
+		if err != nil {
+			return 1, err
+		}
+		known, err := c.datapath().Known()
+		if err != nil && known == nil {
+			return 1, err
+		}
+		chosen, err := selected(c, known, func(k redirect.Known) named {
+			return named{id: allocID(k.Request.Job.AllocID, k.Key), job: k.Request.Job.ID, group: k.Request.Job.Group}
+		})
+		if err != nil {
+			return 1, err
+		}
+		list.Entries = slices.DeleteFunc(list.Entries, func(e agent.GuardEntry) bool {
+			return !chosen.has(named{id: e.AllocID, job: e.Job})
+		})
+		if c.json {
+			return 0, c.printJSON(list)
+		}
+		c.ui.Output(c.renderGuard(list, time.Now()))
+		return 0, nil
+	}
+	return c
+}
+
+func (c *command) renderGuard(list agent.GuardList, now time.Time) string {
+	since := "since the agent began to record, " + ago(now, list.Since) + " ago"
+	if len(list.Entries) == 0 {
+		return "nothing came in past a proxy " + since + incomplete(list)
+	}
+	rows := [][]string{{"ALLOC", "JOB", "PROTO", "PORT", "SOURCE", "COUNT", "FIRST", "LAST"}}
+	for _, e := range list.Entries {
+		rows = append(rows, []string{
+			short(e.AllocID), orDash(e.Job), orDash(e.Protocol), fmt.Sprint(e.Port), e.Source, fmt.Sprint(e.Count), ago(now, e.First), ago(now, e.Last),
+		})
+	}
+	if !c.verbose {
+		rows = cut(rows, 80, 1, 4)
+	}
+	lines := strings.Split(table("", rows), "\n")
+	for i, e := range list.Entries {
+		if e.Verdict == redirect.RefusedGuard.String() {
+			lines[i+1] = c.paint(red, lines[i+1])
+		}
+	}
+	var remedies []string
+	for _, e := range list.Entries {
+		group := strings.Trim(e.Job+"/"+e.TaskGroup, "/")
+		if group == "" {
+			group = short(e.AllocID)
+		}
+		if line := "  " + group + ": " + e.Remedy; !slices.Contains(remedies, line) {
+			remedies = append(remedies, line)
+		}
+	}
+	return strings.Join(lines, "\n") + "\n\nTo let it in, in the job's group:\n" + strings.Join(remedies, "\n") +
+		"\n\nall of it " + since + "; FIRST and LAST are how long ago" + incomplete(list)
+}
+
+// incomplete tells what the list does not have.
+func incomplete(list agent.GuardList) string {
+	var text string
+	if list.Omitted > 0 {
+		text += fmt.Sprintf("\nnot listed: %d that came to allocations which have 256 entries, or to a full table", list.Omitted)
+	}
+	if list.Lost > 0 {
+		text += fmt.Sprintf("\nperhaps not listed: %d connections of any kind that the kernel could not tell of", list.Lost)
+	}
+	return text
+}
+
+// ago is how long a moment is over, in one unit.
+func ago(now, at time.Time) string {
+	d := max(now.Sub(at), 0)
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%ds", int(d.Seconds()))
+	case d < time.Hour:
+		return fmt.Sprintf("%dm", int(d.Minutes()))
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(d.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(d.Hours()/24))
+}
