@@ -135,7 +135,7 @@ func pauseWhileNomadIsDown(t *testing.T, n *nomad.Node, meshes []*mesh) {
 	wantInMeshStill(t, n, before)
 	n.Nomad.Start(t)
 	var replaced []*nomad.Alloc
-	test.Eventually(t, func() error {
+	test.EventuallyIn(t, inLine, func() error {
 		replaced = nil
 		for _, m := range before {
 			wantProxyAlone(t, n, m)
