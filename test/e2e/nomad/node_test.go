@@ -32,6 +32,7 @@ func TestNode(t *testing.T) {
 		{"CNIWeirPair", cniWeirPair},
 		{"CNIWeirTwo", cniWeirTwo},
 		{"CNIWeirChained", cniWeirChained},
+		{"FlushedRules", flushedRules}, // last: it takes Nomad's own rules too
 	} {
 		t.Run(each.name, func(t *testing.T) { each.test(t, node.For(t)) })
 	}
