@@ -73,7 +73,7 @@ func decides(verdict Verdict, detail string, args ...any) finding {
 	return finding{detail: fmt.Sprintf(detail, args...), matches: true, decides: true, verdict: verdict}
 }
 
-// rule is one test that the programs make. A nil finding: not made here.
+// rule is one test that the programs make.
 type rule struct {
 	name string
 	ask  func(s *snapshot, c Connection) finding
