@@ -15,6 +15,7 @@ import (
 type headers struct {
 	filtered bool
 	policy   string // on what no rule of a token names
+	date     string // of the answer, by Consul's clock
 }
 
 type headersKey struct{}
@@ -34,6 +35,7 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 	}
 	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
 		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+		seen.date = response.Header.Get("Date")
 		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
 	}
 	response.Body = &boundedBody{body: response.Body, limit: answerLimit}

@@ -39,6 +39,7 @@ type env struct {
 	askGuard   func(ctx context.Context, stateDir string) (agent.GuardList, error)
 	unit       func() bool            // whether systemd is to run the agent on this node
 	executable func() (string, error) // this program's file
+	proc       string                 // where processes are; empty: /proc
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
 	removeNetworks func(stateDir string) (removed, kept []string, err error)
@@ -50,6 +51,7 @@ type datapath interface {
 	Load() (redirect.LoadResult, error)
 	Unload() (removed []string, err error)
 	Status() (redirect.Status, error)
+	Readiness() []redirect.Check
 	Known() ([]redirect.Known, error)
 	Workloads() ([]redirect.WorkloadStatus, error)
 	Verdicts() ([]redirect.WorkloadVerdicts, error)

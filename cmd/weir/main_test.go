@@ -41,6 +41,8 @@ type node struct {
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
 	others   []string // ... and that are not
+	ready    []redirect.Check
+	proc     string // where processes are
 	err      error
 
 	recording   bool             // the agent does
@@ -61,6 +63,7 @@ type node struct {
 func (n *node) Load() (redirect.LoadResult, error)             { return n.load, n.err }
 func (n *node) Unload() ([]string, error)                      { return n.removed, n.err }
 func (n *node) Status() (redirect.Status, error)               { return n.status, n.err }
+func (n *node) Readiness() []redirect.Check                    { return n.ready }
 func (n *node) Known() ([]redirect.Known, error)               { return n.known, n.err }
 func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
 func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
@@ -147,6 +150,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		},
 		unit:       func() bool { return n.unit },
 		executable: func() (string, error) { return n.program, nil },
+		proc:       n.proc,
 
 		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
 		removeNetworks: func(string) (removed, kept []string, err error) { return n.bridges, n.others, n.err },

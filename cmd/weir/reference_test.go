@@ -59,9 +59,31 @@ func TestReferenceOfTheRunbook(t *testing.T) {
 	for _, code := range codes {
 		wanted = append(wanted, "Code "+code[1])
 	}
+	wanted = append(wanted, codesOfChecks(t)...)
 	for _, heading := range wanted {
 		if !headings[heading] {
 			t.Errorf("docs/runbook.md: no heading %q", heading)
 		}
 	}
+}
+
+// codesOfChecks are all codes that "weir doctor" may show.
+func codesOfChecks(t *testing.T) (codes []string) {
+	t.Helper()
+	for _, path := range []string{"../../redirect/readiness.go", "../../agent/readiness.go", "../../deploy/readiness.go", "doctor.go"} {
+		source, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		before := len(codes)
+		for _, found := range regexp.MustCompile(`\.(?:OK|Warn|Fault|Version)\("([a-z-]+)", `).FindAllStringSubmatch(string(source), -1) {
+			if !slices.Contains(codes, found[1]) {
+				codes = append(codes, found[1])
+			}
+		}
+		if len(codes) == before {
+			t.Errorf("%s: no code of a check is found there", path)
+		}
+	}
+	return codes
 }
