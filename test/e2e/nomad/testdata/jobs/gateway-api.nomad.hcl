@@ -5,7 +5,7 @@ variable "mode" {}
 variable "door" {}
 
 job "gateway-api" {
-  id = "gateway-${var.id}"
+  id = var.id # as the service: by its name and its port Weir knows whose registration that is
 
   group "gateway" {
     network {
