@@ -172,7 +172,7 @@ func ensurePortMaps(conn *nftables.Conn) (repaired []string, err error) {
 		}})
 	}
 	if err := conn.Flush(); err != nil {
-		return nil, fmt.Errorf("make the maps of host ports: %w", err)
+		return nil, fmt.Errorf("make the maps of host ports in table inet %s: %w", Table, taken(err))
 	}
 	return []string{"maps of host ports"}, nil
 }

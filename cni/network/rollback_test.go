@@ -69,6 +69,13 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 			},
 			mend: "nft delete table inet weir", is: ErrTaken, part: "inet weir postrouting",
 		},
+		"the maps of host ports": {
+			spoil: func(t *testing.T, n *node, _ *allocation) {
+				n.config.PortMappings = json.RawMessage(`[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]`)
+				n.run(t, "sh", "-ec", "nft add table inet weir; nft 'add chain inet weir prerouting { type filter hook input priority 0; }'; nft add chain inet weir others; nft add rule inet weir others counter")
+			},
+			mend: "nft delete table inet weir", is: ErrTaken, part: "maps of host ports in table inet weir",
+		},
 		"the interface's name is taken": {
 			spoil: func(t *testing.T, n *node, a *allocation) {
 				a.ns.Do(func() { runHere(t, "ip", "link", "add", "eth0", "type", "bridge") })

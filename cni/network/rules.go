@@ -116,10 +116,7 @@ func ensureIn(conn *nftables.Conn, chain *nftables.Chain, wanted []rule) (repair
 		repaired = append(repaired, "rule "+w.comment)
 	}
 	if err := conn.Flush(); err != nil {
-		if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
-			err = fmt.Errorf("the chain is %w: %w", ErrTaken, err)
-		}
-		return nil, fmt.Errorf("add rules to %s: %w", chainName(chain), err)
+		return nil, fmt.Errorf("add rules to %s: %w", chainName(chain), taken(err))
 	}
 	return repaired, nil
 }
@@ -142,6 +139,15 @@ func hairpin(bridge string, subnet *net.IPNet) rule {
 	exprs = append(exprs, device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpEq)...)
 	exprs = append(exprs, conntrack(expr.CtKeySTATUS, ctStatusDNAT)...)
 	return rule{fmt.Sprintf("weir: hairpin %s on %s", subnet, bridge), append(exprs, &expr.Counter{}, &expr.Masq{})}
+}
+
+// taken says of an error of the kernel's that a chain or a map is another's: of
+// another type, on another hook, or with an owner.
+func taken(err error) error {
+	if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
+		return fmt.Errorf("the chain is %w: %w", ErrTaken, err)
+	}
+	return err
 }
 
 // removeRules removes every rule for the bridge, and the plugin's table when
