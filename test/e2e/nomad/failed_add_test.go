@@ -42,7 +42,8 @@ func nodeFaults() []faults {
 				name: "owned", mode: "cni/weir",
 				inject: `mkfifo /run/owned; setsid nft -i </run/owned >/dev/null 2>&1 & exec 9>/run/owned
 					setsid sleep 600 9>&9 >/dev/null 2>&1 & echo $! >/run/owned.pid
-					printf '%s\n' 'add table inet firewalld { flags owner; }' 'add chain inet firewalld forward { type filter hook forward priority 10; policy drop; }' >&9`,
+					printf '%s\n' 'add table inet firewalld { flags owner; }' 'add chain inet firewalld forward { type filter hook forward priority 10; policy drop; }' >&9
+					until nft list chain inet firewalld forward >/dev/null 2>&1; do sleep 0.1; done # it reads when it comes to it`,
 				mend: "kill $(cat /run/owned.pid); rm /run/owned /run/owned.pid",
 				want: []string{"bridge weir", "inet firewalld forward", "drops", "firewall-cmd"},
 			},

@@ -92,9 +92,13 @@ func ownFaults(cgroup string) []fault {
 			mend: `sed -i 's/,"gw":"224.0.0.1"//' $conf`, want: []string{"add route 0.0.0.0/0 by 224.0.0.1"},
 		},
 		{
+			// Only an allocation with host ports needs that chain. The other one has a
+			// rule, so that nobody takes the table away as empty.
 			name: "ports", ports: true,
-			inject: "nft add table ip cni_hostport; nft add chain ip cni_hostport prerouting '{ type filter hook input priority 0; }'; nft add rule ip cni_hostport prerouting counter",
-			mend:   "nft delete table ip cni_hostport", want: []string{"map host ports", "cni_hostport"},
+			inject: `nft add table inet weir; nft add chain inet weir prerouting '{ type filter hook input priority 0; }'
+				nft add chain inet weir others; nft add rule inet weir others counter`,
+			mend: "nft delete chain inet weir prerouting; nft flush chain inet weir others; nft delete chain inet weir others",
+			want: []string{"maps of host ports", "inet weir", "in use by another"},
 		},
 		{
 			name: "consul", args: `{"CONSUL_IPTABLES_CONFIG": "{\"ProxyUserID\":\"101\",\"ProxyInboundPort\":20000}"}`,
