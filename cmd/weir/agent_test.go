@@ -158,6 +158,7 @@ func TestAgentReloads(t *testing.T) {
 	}
 	first, second, third := free(), free(), free()
 	listen := func(address string) string { return fmt.Sprintf("telemetry {\n listen = %q\n}\n", address) }
+	write("3.hcl", "flows {\n enabled = false\n}\n") // whoever records asks the kernel for events, by a map
 	write("2.hcl", listen(first))
 	go func() { ended <- weirTo(ctx, ui, nil, "agent", "-config", dir) }()
 	wantTold("READY=1")

@@ -80,7 +80,11 @@ func run(args []string, world env) int {
 		world.ui.Error(fmt.Sprintf("weir: %v", err))
 		return 1
 	}
-	switch name := program.Subcommand(); {
+	name, operands := program.Subcommand(), program.SubcommandArgs()
+	if code == 1 && list[name] == nil && len(operands) > 0 && !strings.HasPrefix(operands[0], "-") {
+		name, code = name+" "+operands[0], noSuchCommand // "config" has commands below it, and this is none
+	}
+	switch {
 	case code == noSuchCommand && name != "":
 		world.ui.Error(unknownCommand(name, slices.Collect(maps.Keys(list))))
 	case usage.Len() > 0:

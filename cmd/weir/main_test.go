@@ -237,6 +237,9 @@ func TestUnknownCommand(t *testing.T) {
 For the list of commands: weir -help
 `, c.command, c.guess)})
 	}
+	want(t, try(t, &node{}, nil, "config", "validat"), outcome{code: 127, stderr: `weir: no command is named "config validat": did you mean "config validate"?
+For the list of commands: weir -help
+`})
 	got := try(t, &node{}, nil)
 	if got.code != 127 || got.stdout != "" || !strings.HasPrefix(got.stderr, "Usage: weir ") {
 		t.Errorf("weir alone: %+v, want 127 and the list of commands on standard error", got)
