@@ -24,6 +24,9 @@ var ErrBusy = errors.New("events have another reader")
 // themselves when a reader died without a word.
 const eventLease = 5 * time.Second
 
+// eventPause is how long events gather in the ring where they come one by one.
+const eventPause = 50 * time.Millisecond
+
 // EventsLost is the verdict of an Event that is no connection: it tells how many
 // events of a workload the reader does not get.
 const EventsLost = ^Verdict(0)
@@ -138,6 +141,15 @@ func drain(ctx context.Context, reader *ringbuf.Reader, since uint64, deliver fu
 		}
 		if err := deliver(decodeEvent(row)); err != nil {
 			return err
+		}
+		if reader.AvailableBytes() > 0 {
+			continue
+		}
+		// The kernel wakes the reader for an event that finds the ring empty, at the
+		// cost of who connects. So the next ones find one in it.
+		select {
+		case <-ctx.Done():
+		case <-time.After(eventPause):
 		}
 	}
 	return nil
