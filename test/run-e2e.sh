@@ -11,6 +11,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ((EUID == 0)) || { echo 'a node needs root' >&2; exit 1; }
 test/tools/setup.sh test envoy consul nomad cni docker
 
+# One run at a time: nodes share the kernel, and where the pins of one are not seen its
+# programs are found there, which may be those of another.
+lock=/run/weir-e2e.lock
+flock --nonblock "$lock" true || echo 'e2e: waits for the end of another run'
+
 # Progress is told as it goes: a node that hangs shows where.
 export CGO_ENABLED=0 # as in make build, so that all packages are compiled once
-exec go test -trimpath -count=1 -v -timeout 30m "$@" ./test/e2e/nomad
+exec flock --close "$lock" go test -trimpath -count=1 -v -timeout 30m "$@" ./test/e2e/nomad
