@@ -106,7 +106,9 @@ func TestAgentReloads(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	write("1.hcl", fmt.Sprintf("pin_dir = %q\nstate_dir = %q\ncgroup_root = %q\nconsul {\n enabled = false\n}\ndocker {\n socket = \"\"\n}\n",
+	// Who records flows renews its lease in a map each second: writes are counted here.
+	write("1.hcl", fmt.Sprintf("pin_dir = %q\nstate_dir = %q\ncgroup_root = %q\nconsul {\n enabled = false\n}\ndocker {\n socket = \"\"\n}\n"+
+		"flows {\n enabled = false\n}\n",
 		paths.PinDir, paths.StateDir, paths.CgroupRoot))
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan int, 1)
