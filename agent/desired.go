@@ -51,8 +51,8 @@ type wish struct {
 	Problems []redirect.Problem
 }
 
-func (w *wish) problem(remedy, what string) {
-	w.Problems = append(w.Problems, redirect.Problem{What: what, Remedy: remedy})
+func (w *wish) problem(code redirect.ProblemCode, remedy, what string) {
+	w.Problems = append(w.Problems, redirect.NewProblem(code, remedy, what))
 }
 
 // desire is the pure function from what is known to what should be. Without a
@@ -78,7 +78,7 @@ func desire(s subject, known facts, node policy) wish {
 		}
 		guard = redirect.Stronger(guard, p.Guard)
 		for _, what := range p.Problems {
-			w.problem("correct its job's connect block and run the job again", what)
+			w.problem(redirect.ProblemRegistration, "correct its job's connect block and run the job again", what)
 		}
 	}
 	switch {
@@ -88,7 +88,7 @@ func desire(s subject, known facts, node policy) wish {
 		mode = s.Known.Request.Mode
 		guard = redirect.Stronger(guard, s.Known.Request.Guard)
 		if mode == redirect.ModeTransparent && !transparent {
-			w.problem(`set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
+			w.problem(redirect.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
 				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
 		}
 	default:
@@ -96,7 +96,7 @@ func desire(s subject, known facts, node policy) wish {
 			Network: s.Network, Job: s.Job, Mode: mode, ProxyUID: node.ProxyUID, Addresses: s.Addresses,
 		}
 		if transparent {
-			w.problem("give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
+			w.problem(redirect.ProblemModeMismatch, "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
 				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
 		}
 	}
@@ -135,9 +135,6 @@ func desire(s subject, known facts, node policy) wish {
 	return w
 }
 
-// codeHostPort is the code of a problem with a port of the host.
-const codeHostPort = "host-port-in-mesh"
-
 // portsInMesh tells of host ports that lead to the proxy's listener for the mesh:
 // dynamic ones that have the same number inside, which no exclusion can name.
 func (s subject) portsInMesh(overlay redirect.Overlay) (problems []redirect.Problem) {
@@ -153,10 +150,9 @@ func (s subject) portsInMesh(overlay redirect.Overlay) (problems []redirect.Prob
 			continue
 		}
 		told = append(told, port)
-		problems = append(problems, redirect.Problem{
-			What:   fmt.Sprintf("%s: port %d of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded", codeHostPort, port),
-			Remedy: `give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
-		})
+		problems = append(problems, redirect.NewProblem(redirect.ProblemHostPortInMesh,
+			`give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
+			fmt.Sprintf("port %d of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded", port)))
 	}
 	return problems
 }

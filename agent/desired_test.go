@@ -53,6 +53,7 @@ func addrs(texts ...string) (list []netip.Addr) {
 
 func TestDesire(t *testing.T) {
 	audit := policy{Guard: redirect.GuardAudit, ProxyUID: 101}
+	forbidden := redirect.NewProblem(redirect.ProblemConsulForbidden, "a token", "forbidden")
 	transparent := func(p *proxy) { p.Transparent, p.Outbound = true, 15009 }
 	add := func(mode redirect.Mode) *redirect.Request {
 		a := found()
@@ -100,11 +101,11 @@ func TestDesire(t *testing.T) {
 		{
 			name:    "exposed checks that Consul does not tell are told to whom they concern",
 			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
-			facts:   facts{NoChecks: redirect.Problem{What: "forbidden", Remedy: "a token"}, NoIntentions: redirect.Problem{What: "of others"}},
+			facts:   facts{NoChecks: forbidden, NoIntentions: redirect.Problem{What: "of others"}},
 			policy:  policy{Guard: redirect.GuardEnforce},
 			want: wish{
 				Overlay:  &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce},
-				Problems: []redirect.Problem{{What: "forbidden", Remedy: "a token"}},
+				Problems: []redirect.Problem{forbidden},
 			},
 		},
 		{
@@ -116,7 +117,7 @@ func TestDesire(t *testing.T) {
 		{
 			name:    "checks that nobody exposes are no problem",
 			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
-			facts:   facts{NoChecks: redirect.Problem{What: "forbidden", Remedy: "a token"}},
+			facts:   facts{NoChecks: forbidden},
 			policy:  audit,
 			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit}},
 		},
@@ -126,10 +127,9 @@ func TestDesire(t *testing.T) {
 			policy:  audit,
 			want: wish{
 				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit},
-				Problems: []redirect.Problem{{
-					What:   "it is redirected, but Consul has its proxy in direct mode, without an outbound listener",
-					Remedy: `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
-				}},
+				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemModeMismatch,
+					`set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
+					"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")},
 			},
 		},
 		{
@@ -150,10 +150,9 @@ func TestDesire(t *testing.T) {
 				Add: add(redirect.ModeDirect),
 				Overlay: &redirect.Overlay{
 					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
-				Problems: []redirect.Problem{{
-					What:   "Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh",
-					Remedy: "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
-				}},
+				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemModeMismatch,
+					"give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
+					"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")},
 			},
 		},
 		{
@@ -206,13 +205,13 @@ func TestDesire(t *testing.T) {
 				})}},
 			facts: facts{
 				VirtualIPs: map[service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
-				Unanswered: map[service]redirect.Problem{{Name: "new"}: {What: "forbidden", Remedy: "a token"}},
+				Unanswered: map[service]redirect.Problem{{Name: "new"}: forbidden},
 			},
 			policy: audit,
 			want: wish{
 				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit, Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
-				Problems: []redirect.Problem{{What: "forbidden", Remedy: "a token"}},
+				Problems: []redirect.Problem{forbidden},
 			},
 		},
 		{
@@ -294,10 +293,9 @@ func TestDesire(t *testing.T) {
 			policy: audit,
 			want: wish{
 				Overlay: &redirect.Overlay{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit},
-				Problems: []redirect.Problem{{
-					What:   "host-port-in-mesh: port 25001 of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded",
-					Remedy: `give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
-				}},
+				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemHostPortInMesh,
+					`give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
+					"port 25001 of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded")},
 			},
 		},
 		{

@@ -15,12 +15,6 @@ import (
 // metadata. It counts for an allocation only where this node shows that the
 // allocation runs that proxy.
 
-// The codes of problems with registrations.
-const (
-	codeForeignRegistration  = "foreign-registration"  // another allocation's, or nobody's
-	codeUnprovenRegistration = "unproven-registration" // nothing on the node shows it yet
-)
-
 // claim is what the loop remembers of a registration that names an allocation.
 type claim struct {
 	since   time.Time
@@ -84,18 +78,18 @@ func (e evidence) judge(s subject, known facts) (counted []proxy, others map[str
 }
 
 func (s subject) foreign(p proxy, why string) redirect.Problem {
-	return redirect.Problem{
-		What:   fmt.Sprintf("%s: registration %s of service %s names allocation %s and changes nothing there: %s", codeForeignRegistration, p.ID, p.Self.Name, s.Job.AllocID, why),
-		Remedy: "find out who registered it, and deregister it with 'consul services deregister'; where the allocation does run that proxy, leave its task the name that Nomad injects",
-	}
+	return redirect.NewProblem(redirect.ProblemForeignRegistration,
+		"find out who registered it, and deregister it with 'consul services deregister'; where the allocation does run that proxy, leave its task the name that Nomad injects",
+		fmt.Sprintf("service %s names allocation %s and changes nothing there: %s", p.Self.Name, s.Job.AllocID, why)).
+		Of("registration "+p.ID, s.Job.AllocID)
 }
 
 func (s subject) unproven(p proxy) redirect.Problem {
-	return redirect.Problem{
-		What: fmt.Sprintf("%s: registration %s of service %s names allocation %s and changes nothing there: no task that Nomad injects for it runs, and nothing listens on its ports under the proxy's UID",
-			codeUnprovenRegistration, p.ID, p.Self.Name, s.Job.AllocID),
-		Remedy: "see whether the allocation's proxy runs; one whose task the job names itself is told by its UID: proxy { default_uid }, or transparent_proxy { uid }",
-	}
+	return redirect.NewProblem(redirect.ProblemUnprovenRegistration,
+		"see whether the allocation's proxy runs; one whose task the job names itself is told by its UID: proxy { default_uid }, or transparent_proxy { uid }",
+		fmt.Sprintf("service %s names allocation %s and changes nothing there: no task that Nomad injects for it runs, and nothing listens on its ports under the proxy's UID",
+			p.Self.Name, s.Job.AllocID)).
+		Of("registration "+p.ID, s.Job.AllocID)
 }
 
 // listeners are the ports on which the proxy is for others: that of the mesh, or
@@ -272,7 +266,7 @@ func (a *Agent) tellForeign(problems []redirect.Problem) {
 	a.mu.Unlock()
 	for _, problem := range problems {
 		if !slices.Contains(before, problem) {
-			a.log.Warn("registration in Consul does not count", "why", problem.What)
+			a.log.Warn("registration in Consul does not count", "alloc_id", problem.AllocID, "why", problem.Text())
 		}
 	}
 }

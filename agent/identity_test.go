@@ -202,7 +202,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	test.Eventually(t, func() error {
 		told := 0
 		for _, problem := range n.agent.Status().Problems {
-			if strings.Contains(problem.What, "evil") && (strings.HasPrefix(problem.What, codeForeignRegistration) || strings.HasPrefix(problem.What, codeUnprovenRegistration)) {
+			if slices.Contains([]string{redirect.ProblemForeignRegistration.String(), redirect.ProblemUnprovenRegistration.String()}, problem.Code) && strings.Contains(problem.Subject, "evil") {
 				told++
 			}
 		}

@@ -59,10 +59,8 @@ func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener
 	}
 	what := fmt.Sprintf("its proxy does not listen on port %s", strings.Join(missing, " and "))
 	if len(rejected) == 0 {
-		return redirect.Problem{
-			What:   what + ": nothing does",
-			Remedy: "see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul",
-		}
+		return redirect.NewProblem(redirect.ProblemProxyNotListening,
+			"see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul", what+": nothing does")
 	}
 	var sockets []string
 	for _, r := range rejected {
@@ -76,9 +74,9 @@ func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener
 	of := func(is func(redirect.RejectedListener) bool) bool { return slices.ContainsFunc(rejected, is) }
 	switch {
 	case of(func(r redirect.RejectedListener) bool { return r.Usable && r.UID != ports.UID }):
-		return redirect.Problem{What: what, Remedy: fmt.Sprintf("let Envoy run under UID %d as the node sees it: where Docker remaps users, userns_mode = \"host\" in the sidecar_task's config; where it is a task's socket, give the task another port", ports.UID)}
+		return redirect.NewProblem(redirect.ProblemProxyNotListening, fmt.Sprintf("let Envoy run under UID %d as the node sees it: where Docker remaps users, userns_mode = \"host\" in the sidecar_task's config; where it is a task's socket, give the task another port", ports.UID), what)
 	case of(func(r redirect.RejectedListener) bool { return r.Usable }):
-		return redirect.Problem{What: what, Remedy: "where it is another task's, give that task a user of its own; where it is Envoy's, an MPTCP socket cannot be handed connections, and 'weir verdicts' says what else is wrong"}
+		return redirect.NewProblem(redirect.ProblemProxyNotListening, "where it is another task's, give that task a user of its own; where it is Envoy's, an MPTCP socket cannot be handed connections, and 'weir verdicts' says what else is wrong", what)
 	}
-	return redirect.Problem{What: what, Remedy: "let Envoy listen on 127.0.0.1 or on all addresses: take bind_address out of the proxy's config"}
+	return redirect.NewProblem(redirect.ProblemProxyNotListening, "let Envoy listen on 127.0.0.1 or on all addresses: take bind_address out of the proxy's config", what)
 }

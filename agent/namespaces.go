@@ -81,7 +81,7 @@ func isNamespace(path string) bool {
 // leftBehind says what became of an allocation for which Nomad made no DEL: one
 // that it found ended when its client started, as after a power cut.
 func leftBehind() redirect.Problem {
-	return redirect.Problem{What: "it is over and its namespace is gone, but nobody ended its network", Remedy: "'weir gc' takes away what is left"}
+	return redirect.NewProblem(redirect.ProblemLeftBehind, "'weir gc' takes away what is left", "it is over and its namespace is gone, but nobody ended its network")
 }
 
 // over reports an attachment that libcni alone knows: nothing can run in it any

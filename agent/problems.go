@@ -26,10 +26,12 @@ func consulProblem(err error) redirect.Problem {
 	if err == nil {
 		return redirect.Problem{}
 	}
+	code := redirect.ProblemConsulUnreachable
 	remedy := "see whether Consul's agent runs and whether consul { address } of the configuration is where it listens"
 	var status api.StatusError
 	switch {
 	case errors.As(err, &status) && status.Code == http.StatusForbidden:
+		code = redirect.ProblemConsulForbidden
 		remedy = `give the agent a token with node "NODE" { policy = "read" }, agent "NODE" { policy = "read" } and service_prefix "" { policy = "read" }, where NODE is the name of its Consul node`
 	case errors.As(err, &status) && status.Code == http.StatusTooManyRequests:
 		remedy = "raise Consul's limits.http_max_conns_per_client or its request limits"
@@ -38,43 +40,39 @@ func consulProblem(err error) redirect.Problem {
 	case errors.As(err, &status) && status.Code >= http.StatusInternalServerError:
 		remedy = "see the log of Consul's agent, and whether its servers have a leader"
 	}
-	return redirect.Problem{What: err.Error(), Remedy: remedy}
+	return redirect.NewProblem(code, remedy, err.Error())
 }
 
 // problems are what is wrong with the node's view of Consul.
 func (v view) problems(address string) (list []redirect.Problem) {
 	none := redirect.Problem{}
 	if v.Error != none { // what else is said is of the last good answer
-		return []redirect.Problem{{
-			What:   fmt.Sprintf("not in step with Consul at %s: %s", address, v.Error.What),
-			Remedy: v.Error.Remedy + "; until then the last known state stays",
-		}}
+		problem := v.Error
+		problem.What = fmt.Sprintf("not in step with Consul at %s: %s", address, v.Error.What)
+		problem.Remedy += "; until then the last known state stays"
+		return []redirect.Problem{problem}
 	}
 	if v.Hidden {
-		list = append(list, redirect.Problem{
-			What:   fmt.Sprintf("Consul at %s hides services of this node from the token: their allocations may not be guarded", address),
-			Remedy: `give the agent's token service_prefix "" { policy = "read" }`,
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemConsulHidden,
+			`give the agent's token service_prefix "" { policy = "read" }`,
+			fmt.Sprintf("Consul at %s hides services of this node from the token: their allocations may not be guarded", address)))
 	}
 	if v.Watch != none {
-		list = append(list, redirect.Problem{
-			What:   fmt.Sprintf("no change in Consul tells itself, it is read every 7 to 23 seconds instead: %s", v.Watch.What),
-			Remedy: v.Watch.Remedy + "; where a blocking query cannot be had, consul { watch = false }",
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemConsulWatch,
+			v.Watch.Remedy+"; where a blocking query cannot be had, consul { watch = false }",
+			fmt.Sprintf("no change in Consul tells itself, it is read every 7 to 23 seconds instead: %s", v.Watch.What)))
 	} else if v.Bind != none {
-		list = append(list, redirect.Problem{
-			What:   fmt.Sprintf("whether proxies listen on IPv4 or IPv6 is not known, IPv4 is assumed: %s", v.Bind.What),
-			Remedy: v.Bind.Remedy,
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemConsulFamily,
+			v.Bind.Remedy,
+			fmt.Sprintf("whether proxies listen on IPv4 or IPv6 is not known, IPv4 is assumed: %s", v.Bind.What)))
 	}
 	if why := v.Facts.NoNames; why != none {
-		list = append(list, redirect.Problem{
-			What:   fmt.Sprintf("a virtual IP that Consul gives to another service is noticed within minutes, not at once: %s", why.What),
-			Remedy: why.Remedy,
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemConsulNames,
+			why.Remedy,
+			fmt.Sprintf("a virtual IP that Consul gives to another service is noticed within minutes, not at once: %s", why.What)))
 	}
 	for _, what := range v.Problems {
-		list = append(list, redirect.Problem{What: what, Remedy: "correct that registration in Consul, or deregister it"})
+		list = append(list, redirect.NewProblem(redirect.ProblemRegistration, "correct that registration in Consul, or deregister it", what))
 	}
 	return list
 }
@@ -84,24 +82,22 @@ func (v view) problems(address string) (list []redirect.Problem) {
 func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
 	var list []redirect.Problem
 	if a.discoveryError != "" {
-		list = append(list, redirect.Problem{What: a.discoveryError, Remedy: "see whether the agent can read cni { cache_dir } and its records in state_dir; until then nothing new is found or changed"})
+		list = append(list, redirect.NewProblem(redirect.ProblemDiscovery, "see whether the agent can read cni { cache_dir } and its records in state_dir; until then nothing new is found or changed", a.discoveryError))
 	}
 	list = append(list, consul.problems(a.config.Consul.Address)...)
 	if docker != "" {
-		list = append(list, redirect.Problem{
-			What:   "Docker's containers may be other ones by now: " + docker,
-			Remedy: `see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemDocker,
+			`see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
+			"Docker's containers may be other ones by now: "+docker))
 	}
 	if a.networks.problem != "" {
-		list = append(list, redirect.Problem{
-			What:   "an address or route that changes after ADD is found within minutes, not at once: " + a.networks.problem,
-			Remedy: "give the agent CAP_NET_BROADCAST, as its systemd unit does",
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemNetworkWatch,
+			"give the agent CAP_NET_BROADCAST, as its systemd unit does",
+			"an address or route that changes after ADD is found within minutes, not at once: "+a.networks.problem))
 	}
 	list = append(list, a.foreign...)
 	for _, what := range a.unreadable {
-		list = append(list, redirect.Problem{What: what, Remedy: "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of"})
+		list = append(list, redirect.NewProblem(redirect.ProblemStateUnreadable, "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of", what))
 	}
 	return list
 }
@@ -111,29 +107,29 @@ func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
 func (s Status) problems(now time.Time) []redirect.Problem {
 	var list []redirect.Problem
 	if since := now.Sub(s.Alive); since > stuck {
-		list = append(list, redirect.Problem{
-			What:   fmt.Sprintf("the agent's loop has not turned for %s", since.Round(time.Second)),
-			Remedy: "see the agent's log; 'systemctl restart weir-agent' changes nothing for any allocation",
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemAgentStalled,
+			"see the agent's log; 'systemctl restart weir-agent' changes nothing for any allocation",
+			fmt.Sprintf("the agent's loop has not turned for %s", since.Round(time.Second))))
 	}
 	if s.DataPath != "" {
-		list = append(list, redirect.Problem{What: "the agent cannot mend the data path: " + s.DataPath, Remedy: "see the agent's log, and run 'weir load'"})
+		list = append(list, redirect.NewProblem(redirect.ProblemRepairFailed, "see the agent's log, and run 'weir load'", "the agent cannot mend the data path: "+s.DataPath))
 	}
 	var order []redirect.Problem
-	who := make(map[redirect.Problem][]string)
+	who := make(map[redirect.Problem][]WorkloadView)
 	for _, w := range s.Workloads {
 		if w.State != StateManaged && w.State != StateUnprotected || now.Sub(w.Since) < settling {
 			continue
 		}
 		for _, problem := range w.Problems {
+			problem = problem.Of("", "")
 			if len(who[problem]) == 0 {
 				order = append(order, problem)
 			}
-			who[problem] = append(who[problem], w.name())
+			who[problem] = append(who[problem], w)
 		}
 	}
 	for _, problem := range order {
-		list = append(list, redirect.Problem{What: subjectsOf(who[problem]) + ": " + problem.What, Remedy: problem.Remedy})
+		list = append(list, problem.Of(subjectsOf(who[problem])))
 	}
 	return slices.Clip(list)
 }
@@ -146,30 +142,38 @@ func (w WorkloadView) name() string {
 	return fmt.Sprintf("%s (%s/%s)", w.ID, w.Job, w.Group)
 }
 
-// subjectsOf names allocations that have a problem in common, few of many.
-func subjectsOf(names []string) string {
+// subjectsOf names allocations that have a problem in common, few of many, and
+// the ID of one that is alone.
+func subjectsOf(list []WorkloadView) (subject, id string) {
 	const most = 3
-	switch {
-	case len(names) == 1:
-		return "allocation " + names[0]
-	case len(names) <= most:
-		return fmt.Sprintf("%d allocations, %s", len(names), strings.Join(names, ", "))
+	if len(list) == 1 {
+		return "allocation " + list[0].name(), list[0].ID
 	}
-	return fmt.Sprintf("%d allocations, among them %s", len(names), strings.Join(names[:most], ", "))
+	var names []string
+	for _, w := range list {
+		names = append(names, w.name())
+	}
+	switch {
+	case len(names) <= most:
+		return fmt.Sprintf("%d allocations, %s", len(names), strings.Join(names, ", ")), ""
+	}
+	return fmt.Sprintf("%d allocations, among them %s", len(names), strings.Join(names[:most], ", ")), ""
 }
 
 // stepProblem is what to do about a step that the agent tries again.
 func stepProblem(step, what string) redirect.Problem {
-	remedy := "the agent tries again; where it stays, 'nomad alloc stop' the allocation"
+	code, remedy := redirect.ProblemStepFailed, "the agent tries again; where it stays, 'nomad alloc stop' the allocation"
 	switch step {
 	case "record":
+		code = redirect.ProblemRecordMissing
 		remedy = "restart Nomad's client, whose CHECK makes the record anew, or 'nomad alloc stop' the allocation"
 	case "namespace":
 		remedy = "'nomad alloc stop' the allocation where it still runs"
 	case "add":
+		code = redirect.ProblemUnprotected
 		remedy = "the agent tries again; see its log and 'weir status' for the data path"
 	case "configure":
 		remedy = "the agent tries again; until then the last known state stays"
 	}
-	return redirect.Problem{What: what, Remedy: remedy}
+	return redirect.NewProblem(code, remedy, what)
 }

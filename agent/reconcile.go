@@ -137,15 +137,14 @@ func (a *Agent) settle(s subject, consul view, now time.Time) {
 		problems = append(problems, stepProblem(step, m.errors[step]))
 	}
 	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
-		problems = append(problems, redirect.Problem{
-			What: "libcni has no result of it: the ports that its job maps are not known", Remedy: "'nomad alloc stop' it: the one in its place has a result",
-		})
+		problems = append(problems, redirect.NewProblem(redirect.ProblemResultMissing,
+			"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known"))
 	}
 	if state == StateEnded {
 		problems = []redirect.Problem{leftBehind()}
 	}
 	if m.stranger != "" {
-		problems = append(problems, redirect.Problem{What: m.stranger, Remedy: "give that task a user of its own in the job"})
+		problems = append(problems, redirect.NewProblem(redirect.ProblemTaskAsProxy, "give that task a user of its own in the job", m.stranger))
 	}
 	if m.mute.What != "" && state == StateManaged {
 		problems = append(problems, m.mute)

@@ -89,8 +89,8 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 	}
 	take := func(port uint16, p proxy, what, remedy string) bool {
 		if other, taken := ports[port]; taken {
-			problems = append(problems, redirect.Problem{Remedy: remedy, What: fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
-				what, p.service().Name, port, other.service().Name)})
+			problems = append(problems, redirect.NewProblem(redirect.ProblemProxyPorts, remedy, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
+				what, p.service().Name, port, other.service().Name)))
 			return false
 		}
 		ports[port] = p
@@ -98,8 +98,8 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 	}
 	for _, p := range slices.Concat(proxies[1:], unmeshed) {
 		if len(o.Proxies) == redirect.MaxProxies-1 {
-			problems = append(problems, redirect.Problem{Remedy: "put it into a group of its own", What: fmt.Sprintf(
-				"service %s: a workload has at most %d proxies, and it has more: it gets no connections", p.service().Name, redirect.MaxProxies)})
+			problems = append(problems, redirect.NewProblem(redirect.ProblemProxyPorts, "put it into a group of its own", fmt.Sprintf(
+				"service %s: a workload has at most %d proxies, and it has more: it gets no connections", p.service().Name, redirect.MaxProxies)))
 			continue
 		}
 		if p.Inbound != 0 && !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {

@@ -66,10 +66,11 @@ type Counts struct {
 
 // WorkloadView is the agent's view of one attachment.
 type WorkloadView struct {
-	Key       redirect.Key       `json:"key"`
-	ID        string             `json:"id"` // allocation ID
-	Job       string             `json:"job"`
-	Group     string             `json:"group"`
+	Key   redirect.Key `json:"key"`
+	ID    string       `json:"id"` // allocation ID
+	Job   string       `json:"job"`
+	Group string       `json:"group"`
+	redirect.NomadNames
 	NetNS     string             `json:"netns"`
 	State     State              `json:"state"`
 	Mode      redirect.Mode      `json:"mode,omitempty"`
@@ -139,11 +140,19 @@ func (a *Agent) consulStatus(consul view) ConsulStatus {
 // describe is the view of one attachment.
 func describe(s subject, state State, w wish, problems []redirect.Problem, known facts) WorkloadView {
 	v := WorkloadView{
-		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NetNS: s.NetNS, State: state,
-		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: append([]redirect.Problem{}, problems...),
+		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NomadNames: s.Job.Names(s.Key), NetNS: s.NetNS, State: state,
+		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: []redirect.Problem{},
 	}
 	if v.ID == "" {
 		v.ID = s.Key.ContainerID
+	}
+	for _, problem := range problems {
+		if state == StateUnclaimed { // its ID is the registration's
+			problem = problem.Of("proxy "+v.ID, "")
+		} else {
+			problem = problem.Of("allocation "+v.name(), v.ID)
+		}
+		v.Problems = append(v.Problems, problem)
 	}
 	overlay := w.Overlay
 	if s.Known != nil {

@@ -68,17 +68,15 @@ func (a *Agent) strays(subjects []subject, consul view, now time.Time) (lines []
 func judgeStray(proxies []proxy, onNode bool) (State, []redirect.Problem) {
 	switch {
 	case proxies[0].AllocID == "":
-		return StateUnclaimed, []redirect.Problem{{
-			What:   "no allocation of this node is known to run it: its ID names none, and neither an address nor a job with a mapped port is its own; where it runs in an allocation, nothing guards it there",
-			Remedy: "nothing where it runs outside of Nomad; a gateway that registers itself is found by -address, or by its job's name",
-		}}
+		return StateUnclaimed, []redirect.Problem{redirect.NewProblem(redirect.ProblemUnclaimedProxy,
+			"nothing where it runs outside of Nomad; a gateway that registers itself is found by -address, or by its job's name",
+			"no allocation of this node is known to run it: its ID names none, and neither an address nor a job with a mapped port is its own; where it runs in an allocation, nothing guards it there")}
 	case onNode && mayBeOnNode(proxies) || !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode }):
 		return StateHost, nil
 	}
-	return StateUnprotected, []redirect.Problem{{
-		What:   "no network namespace of it is known on this node",
-		Remedy: "where it runs, set cni { cache_dir, netns_dir } to where Nomad's client has them; where it has ended, 'consul services deregister' what is left of it",
-	}}
+	return StateUnprotected, []redirect.Problem{redirect.NewProblem(redirect.ProblemUnprotected,
+		"where it runs, set cni { cache_dir, netns_dir } to where Nomad's client has them; where it has ended, 'consul services deregister' what is left of it",
+		"no network namespace of it is known on this node")}
 }
 
 // mayBeOnNode reports proxies of which their registration does not tell that

@@ -135,7 +135,8 @@ func TestGatewayIsSeenOnTheNode(t *testing.T) {
 func TestProblemsOfManyAllocations(t *testing.T) {
 	now := time.Now()
 	old := now.Add(-time.Hour)
-	forbidden, gone := redirect.Problem{What: "403", Remedy: "a token"}, redirect.Problem{What: "its namespace is gone", Remedy: "stop it"}
+	forbidden := redirect.NewProblem(redirect.ProblemConsulForbidden, "a token", "403")
+	gone := redirect.NewProblem(redirect.ProblemStepFailed, "stop it", "its namespace is gone")
 	status := Status{Alive: now.Add(-stuck - time.Second), DataPath: "no cgroup root", Workloads: []WorkloadView{
 		{ID: "1", Job: "web", Group: "g", State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden}},
 		{ID: "2", State: StateUnprotected, Since: old, Problems: []redirect.Problem{gone}},
@@ -145,15 +146,18 @@ func TestProblemsOfManyAllocations(t *testing.T) {
 		{ID: "6", State: StateUnprotected, Since: now, Problems: []redirect.Problem{gone}},
 	}}
 	for i := 7; i < 11; i++ {
-		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden}})
+		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden.Of("allocation "+fmt.Sprint(i), fmt.Sprint(i))}})
 	}
 	want := []string{
-		"the agent's loop has not turned for 31s", "the agent cannot mend the data path: no cgroup root",
-		"5 allocations, among them 1 (web/g), 7, 8: 403", "allocation 2: its namespace is gone",
+		"the agent's loop has not turned for 31s [agent-stalled]", "the agent cannot mend the data path: no cgroup root [repair-failed]",
+		"5 allocations, among them 1 (web/g), 7, 8: 403 [consul-forbidden]", "allocation 2: its namespace is gone [step-failed]",
 	}
 	var got []string
 	for _, problem := range status.problems(now) {
-		got = append(got, problem.What)
+		got = append(got, problem.Text())
+		if alone := problem.Subject == "allocation 2"; alone != (problem.AllocID == "2") {
+			t.Errorf("%q is of allocation %q", problem, problem.AllocID)
+		}
 		if problem.Remedy == "" {
 			t.Errorf("%q has no remedy", problem.What)
 		}

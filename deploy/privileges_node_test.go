@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/consul"
 )
@@ -201,7 +202,7 @@ func (n *privateNode) register(t *testing.T, a *privateAlloc, proxy map[string]a
 // agentView is what the agent tells on its socket.
 type agentView struct {
 	DataPath string `json:"data_path"`
-	Problems []string
+	Problems []redirect.Problem
 	Consul   struct {
 		InStep bool `json:"in_step"`
 		Error  string
@@ -209,7 +210,7 @@ type agentView struct {
 	Workloads []struct {
 		ID, State string
 		InStep    bool `json:"in_step"`
-		Problems  []string
+		Problems  []redirect.Problem
 	}
 }
 

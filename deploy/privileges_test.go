@@ -213,7 +213,7 @@ func (n *privateNode) hearsOfNetworks() error {
 	if err != nil {
 		return err
 	}
-	if text := strings.Join(view.Problems, "; "); strings.Contains(text, "watch networks") {
+	if text := fmt.Sprint(view.Problems); strings.Contains(text, "watch networks") {
 		return errors.New(text)
 	}
 	return nil
@@ -231,7 +231,7 @@ func (n *privateNode) state(a *privateAlloc, want string) error {
 			continue
 		}
 		if w.State != want || want == "managed" && !w.InStep {
-			return fmt.Errorf("it is %s, in step %t: %s", w.State, w.InStep, strings.Join(w.Problems, "; "))
+			return fmt.Errorf("it is %s, in step %t: %v", w.State, w.InStep, w.Problems)
 		}
 		return nil
 	}

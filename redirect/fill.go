@@ -181,10 +181,8 @@ func fillProblems(infos []MapInfo, workloads []WorkloadStatus) (problems []Probl
 		if info.Percent() < alarmPercent || info.Name == "indexes" { // as full as origins
 			continue
 		}
-		problem := Problem{
-			What:   fmt.Sprintf("table %s is %d %% full: %d of %d rows", info.Name, info.Percent(), info.Rows, info.MaxEntries),
-			Remedy: "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
-		}
+		problem := NewProblem(ProblemTableFull, "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
+			fmt.Sprintf("table %s is %d %% full: %d of %d rows", info.Name, info.Percent(), info.Rows, info.MaxEntries))
 		if info.Name == "origins" && len(workloads) > 0 {
 			most := slices.MaxFunc(workloads, func(a, b WorkloadStatus) int { return int(a.Origins) - int(b.Origins) })
 			problem.What += fmt.Sprintf("; workload %s holds most, %d destinations", most.Key, most.Origins)

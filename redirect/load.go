@@ -16,16 +16,16 @@ import (
 type LoadResult struct {
 	Changed bool     `json:"changed"`
 	Did     []string `json:"did"` // one line per step, past tense
-	// Problems are workloads that did not come along, a line each. The others
+	// Problems are workloads that did not come along, each with its own. The others
 	// did: a bad one is no reason to leave the node as it was.
-	Problems []string `json:"problems"`
+	Problems []Problem `json:"problems"`
 }
 
 // left notes what did not come along.
 func (r *LoadResult) left(problems []error) {
 	for _, err := range problems {
 		if err != nil {
-			r.Problems = append(r.Problems, err.Error())
+			r.Problems = append(r.Problems, NewProblem(ProblemLoadIncomplete, "restart the allocation, or run its CNI CHECK: the others came along", err.Error()))
 		}
 	}
 }

@@ -43,14 +43,14 @@ type nodeLook struct {
 	own  []*programSet
 }
 
-func (l *nodeLook) problem(remedy, what string, args ...any) {
-	l.Problems = append(l.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
+func (l *nodeLook) problem(code ProblemCode, remedy, what string, args ...any) {
+	l.Problems = append(l.Problems, NewProblem(code, remedy, fmt.Sprintf(what, args...)))
 }
 
 // unseen notes what could not be looked at: that is no sign that it is not there.
 func (l *nodeLook) unseen(what string, err error) {
 	if err != nil {
-		l.problem("what is in force stays; see the error", "%s cannot be looked at: %v", what, err)
+		l.problem(ProblemStateUnreadable, "what is in force stays; see the error", "%s cannot be looked at: %v", what, err)
 	}
 }
 
@@ -60,7 +60,7 @@ func (d *Datapath) status() (Status, error) {
 	}}
 	var err error
 	if l.root, err = d.paths.cgroupRoot(); err != nil {
-		l.problem("mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
+		l.problem(ProblemNoCgroup2, "mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
 		return l.Status, nil
 	}
 	defer l.root.Close()
@@ -75,14 +75,14 @@ func (d *Datapath) status() (Status, error) {
 	switch {
 	case errors.Is(err, ErrNotLoaded) && len(l.own) > 0:
 		l.Workloads = l.own[0].serves(d.cookies())
-		l.problem("run 'weir load', which pins them again", "the programs run and redirect %d workloads, but no pin in %s leads to them: nothing can be changed",
+		l.problem(ProblemPinsLost, "run 'weir load', which pins them again", "the programs run and redirect %d workloads, but no pin in %s leads to them: nothing can be changed",
 			l.Workloads, d.paths.PinDir)
 		return l.Status, nil
 	case errors.Is(err, ErrNotLoaded):
-		l.problem("start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
+		l.problem(ProblemNotLoaded, "start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
 		return l.Status, nil
 	case errors.Is(err, ErrIncompatible):
-		l.problem("run 'weir load' with the version that the node should run, or start its agent: it takes running workloads along", "%v", err)
+		l.problem(ProblemOtherLayout, "run 'weir load' with the version that the node should run, or start its agent: it takes running workloads along", "%v", err)
 		return l.Status, nil
 	case err != nil:
 		l.unseen("the data path", err)
@@ -94,7 +94,7 @@ func (d *Datapath) status() (Status, error) {
 	if _, err := tables.get("control", uint32(0), &row); err != nil {
 		l.unseen("the node's row", err)
 	} else if l.Current = row.Digest == digest(); !l.Current {
-		l.problem("run 'weir load' with the version that the node should run", "the node runs programs of another version")
+		l.problem(ProblemOtherVersion, "run 'weir load' with the version that the node should run", "the node runs programs of another version")
 	}
 	l.links(tables)
 	l.Maps, err = tables.infos()
@@ -116,11 +116,11 @@ func (d *Datapath) cookies() (list []uint64) {
 func (l *nodeLook) changeable() {
 	for _, dir := range []string{l.node.paths.StateDir, l.node.paths.PinDir} {
 		if err := unix.Access(dir, unix.W_OK); errors.Is(err, unix.EROFS) {
-			l.problem("remount it writable", "%s is read-only: what is in force stays, but nothing can be changed", dir)
+			l.problem(ProblemStateReadOnly, "remount it writable", "%s is read-only: what is in force stays, but nothing can be changed", dir)
 		}
 	}
 	if holder, held := lockedBy(l.node.paths.lock()); held && holder.stopped() {
-		l.problem("let it go on, or end it", "%s has the lock %s and is stopped: what is in force stays, but nothing can be changed", holder, l.node.paths.lock())
+		l.problem(ProblemLockHeld, "let it go on, or end it", "%s has the lock %s and is stopped: what is in force stays, but nothing can be changed", holder, l.node.paths.lock())
 	}
 }
 
@@ -137,7 +137,7 @@ func (l *nodeLook) links(tables *tables) {
 		}
 	}
 	for _, what := range slices.Sorted(maps.Values(broken)) {
-		l.problem("run 'weir load'", "%s", what)
+		l.problem(ProblemProgramDetached, "run 'weir load'", "%s", what)
 	}
 	if len(broken) == 0 {
 		l.Links = programNames()
@@ -149,7 +149,7 @@ func (l *nodeLook) links(tables *tables) {
 	control, err := mapID(table)
 	for _, s := range l.own {
 		if err == nil && s.tables["control"] != control {
-			l.problem("run 'weir load', which detaches them", "%d programs of this instance are attached that no pin leads to: they refuse what the others redirect", len(s.programs))
+			l.problem(ProblemUnpinnedPrograms, "run 'weir load', which detaches them", "%d programs of this instance are attached that no pin leads to: they refuse what the others redirect", len(s.programs))
 		}
 	}
 }
@@ -158,7 +158,7 @@ func (l *nodeLook) links(tables *tables) {
 func (l *nodeLook) workloads(tables *tables) {
 	workloads, err := l.node.workloads(tables)
 	if errors.Is(err, ErrUnreadable) {
-		l.problem("the agent makes it anew where libcni knows the allocation, and so does a restart of Nomad's client, by its CHECK; its redirect stays as it is", "%v", err)
+		l.problem(ProblemRecordUnreadable, "the agent makes it anew where libcni knows the allocation, and so does a restart of Nomad's client, by its CHECK; its redirect stays as it is", "%v", err)
 	} else {
 		l.unseen("the records", err)
 	}
@@ -166,16 +166,14 @@ func (l *nodeLook) workloads(tables *tables) {
 	owned := make(map[uint64]bool)
 	for _, w := range workloads {
 		owned[w.Cookie] = true
-		for _, what := range w.Problems {
-			l.problem(what.Remedy, "workload %s: %s", w.Key, what.What)
-		}
+		l.Problems = append(l.Problems, w.Problems...)
 	}
 	l.Problems = append(l.Problems, fillProblems(l.Maps, workloads)...)
 	orphans, err := l.node.orphans(owned)
 	l.unseen("the lookup programs without a record", err)
 	for _, o := range orphans {
 		if o.alive { // else it is the next sweep's
-			l.problem("restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
+			l.problem(ProblemRecordMissing, "restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
 		}
 	}
 }

@@ -139,14 +139,14 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	loaded, err := n.Load()
-	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0], n.paths.record(broken)) {
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.record(broken)) {
 		t.Errorf("load: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	a.works()
 	b.works()
 	staleDigest(t, n.Datapath)
 	loaded, err = n.Load()
-	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0], n.paths.record(broken)) {
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.record(broken)) {
 		t.Errorf("upgrade: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	if status, err := n.Status(); err != nil || !status.Current {

@@ -14,29 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Problem is something that is wrong, and what to do about it. In JSON it is
-// one text.
-type Problem struct {
-	What   string
-	Remedy string
-}
-
-func (p Problem) String() string { return p.What + remedyMark + p.Remedy }
-
-// MarshalText makes one text of both.
-func (p Problem) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
-
-// UnmarshalText takes them apart again.
-func (p *Problem) UnmarshalText(text []byte) error {
-	p.What, p.Remedy = string(text), ""
-	if i := strings.LastIndex(p.What, remedyMark); i >= 0 {
-		p.What, p.Remedy = p.What[:i], p.What[i+len(remedyMark):]
-	}
-	return nil
-}
-
-const remedyMark = "; remedy: "
-
 // Status is the state of the node's data path.
 type Status struct {
 	Loaded     bool      `json:"loaded"`
@@ -94,10 +71,11 @@ type ProxyStatus struct {
 
 // WorkloadStatus is the state of one workload.
 type WorkloadStatus struct {
-	Key       Key           `json:"key"`
-	ID        string        `json:"id"` // allocation ID
-	Job       string        `json:"job"`
-	Group     string        `json:"group"`
+	Key   Key    `json:"key"`
+	ID    string `json:"id"` // allocation ID
+	Job   string `json:"job"`
+	Group string `json:"group"`
+	NomadNames
 	NetNS     string        `json:"netns"`
 	Cookie    uint64        `json:"cookie,string"`
 	Mode      Mode          `json:"mode"`
@@ -138,9 +116,8 @@ func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
 	for _, r := range records {
 		status, err := d.workload(tables, r)
 		if err != nil { // it says nothing of the others
-			status.Problems = append(status.Problems, Problem{
-				What: fmt.Sprintf("it cannot be looked at: %v", err), Remedy: "what is in force stays; see the error",
-			})
+			status.Problems = append(status.Problems, NewProblem(ProblemStateUnreadable, "what is in force stays; see the error",
+				fmt.Sprintf("it cannot be looked at: %v", err)).Of("workload "+status.Key.String(), status.ID))
 		}
 		list = append(list, status)
 	}
@@ -154,14 +131,15 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 	w := r.desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
-		NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Addresses: w.Addresses,
+		NomadNames: r.Request.Job.Names(r.Key), NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Addresses: w.Addresses,
 		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []Problem{},
 	}
 	if status.ID == "" {
 		status.ID = r.Key.ContainerID
 	}
-	problem := func(remedy, what string, args ...any) {
-		status.Problems = append(status.Problems, Problem{What: fmt.Sprintf(what, args...), Remedy: remedy})
+	problem := func(code ProblemCode, remedy, what string, args ...any) {
+		problem := NewProblem(code, remedy, fmt.Sprintf(what, args...))
+		status.Problems = append(status.Problems, problem.Of("workload "+r.Key.String(), status.ID))
 	}
 	var err error
 	if status.Origins, err = tables.held(r.Cookie); err != nil {
@@ -182,7 +160,7 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 }
 
 // inspect compares the kernel with the record.
-func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *WorkloadStatus, problem func(remedy, what string, args ...any)) error {
+func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *WorkloadStatus, problem func(code ProblemCode, remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
 	served, err := tables.served(r.Cookie, w)
 	if err != nil {
@@ -190,7 +168,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	}
 	ns, err := r.open()
 	if errors.Is(err, ErrNetNSGone) {
-		problem("run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
+		problem(ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
 		return nil
 	}
 	if err != nil {
@@ -198,13 +176,13 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	}
 	defer ns.Close()
 	if !r.Complete {
-		problem(anew, "its ADD, CHECK or change did not finish")
+		problem(ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
 	}
 	moved := *r
 	if changed, err := moved.observe(ns); err != nil {
 		return err
 	} else if len(changed) > 0 {
-		problem("run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
+		problem(ProblemAddressesChanged, "run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
 	}
 	written, err := tables.hasRows(r.Cookie, w, r.IPv6)
 	if err != nil {
@@ -212,33 +190,33 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	}
 	if !written {
 		status.Proxy.Identity = IdentityNone
-		problem(anew, "rows are missing: its connections are refused or pass untouched")
+		problem(ProblemRowsMissing, anew, "rows are missing: its connections are refused or pass untouched")
 	}
 	routed, err := ns.hasRoutes(w, r.IPv6)
 	if err != nil {
 		return err
 	}
 	if !routed {
-		problem(anew, "routes to the proxy are missing: redirected connections do not arrive")
+		problem(ProblemRoutesMissing, anew, "routes to the proxy are missing: redirected connections do not arrive")
 	}
 	filtered, err := d.paths.filtered(ns, w)
 	if err != nil {
 		return err
 	}
 	if !filtered {
-		problem(anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
+		problem(ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
 	}
 	lookups, err := lookupsIn(tables, ns)
 	if err != nil {
 		return err
 	}
 	if lookups.own == 0 {
-		problem(anew, "its lookup program is not attached: inbound connections pass the mesh")
+		problem(ProblemLookupMissing, anew, "its lookup program is not attached: inbound connections pass the mesh")
 	} else if _, err := os.Lstat(d.paths.lookup(ns.cookie)); errors.Is(err, fs.ErrNotExist) {
-		problem(anew, "its lookup program runs without a pin")
+		problem(ProblemLookupMissing, anew, "its lookup program runs without a pin")
 	}
 	if lookups.other != nil {
-		problem("end the allocation with the paths that it was started with, or unload that instance",
+		problem(ProblemOtherInstance, "end the allocation with the paths that it was started with, or unload that instance",
 			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.other.id)
 	}
 	sockets, err := ns.listening()
@@ -249,7 +227,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 		port, roles := s.roles(w)
 		unserved := func(role bpfListenerRole) bool { return !served[listenerKey(r.Cookie, role, port.port, 0)] }
 		if s.uid == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
-			problem("run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
+			problem(ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
 				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.addr, s.port))
 		}
 	}
@@ -258,10 +236,11 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 
 // WorkloadVerdicts are the counters of one workload since it was added.
 type WorkloadVerdicts struct {
-	Key    Key               `json:"key"`
-	ID     string            `json:"id"`
-	Job    string            `json:"job"`
-	Group  string            `json:"group"`
+	Key   Key    `json:"key"`
+	ID    string `json:"id"`
+	Job   string `json:"job"`
+	Group string `json:"group"`
+	NomadNames
 	Cookie uint64            `json:"cookie,string"`
 	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out
 
@@ -283,7 +262,7 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 			return nil, err
 		}
 		list = append(list, WorkloadVerdicts{Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID,
-			Group: r.Request.Job.Group, Cookie: r.Cookie, Counts: counts, EventsLost: lost})
+			Group: r.Request.Job.Group, NomadNames: r.Request.Job.Names(r.Key), Cookie: r.Cookie, Counts: counts, EventsLost: lost})
 	}
 	return list, unreadable
 }

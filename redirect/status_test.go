@@ -272,8 +272,10 @@ func TestWorkloadsJSON(t *testing.T) {
 	}
 	var rows []struct {
 		ID, Job, Group, NetNS, Cookie, Mode, Guard string
-		Addresses, Notes, Problems                 []string
-		Proxy                                      struct {
+		Addresses, Notes                           []string
+		Problems                                   []Problem
+		NomadNames
+		Proxy struct {
 			UID, Cgroup, Inbound, Outbound uint64
 			Identity                       string
 			Listeners                      int
@@ -290,12 +292,16 @@ func TestWorkloadsJSON(t *testing.T) {
 		row.Cookie != strconv.FormatUint(a.Cookie(), 10) || row.Mode != "transparent" || row.Guard != "off" {
 		t.Errorf("workload: %+v", row)
 	}
+	if row.AllocID != row.ID || row.TaskGroup != "group" {
+		t.Errorf("names of Nomad: %+v", row.NomadNames)
+	}
 	if p := row.Proxy; p.UID != proxyUID || p.Cgroup != a.proxyCg.ID || p.Inbound != inboundPort || p.Outbound != outboundPort ||
 		p.Identity != "cgroup" || p.Listeners != 2 {
 		t.Errorf("proxy: %+v", p)
 	}
-	if len(row.Problems) != 1 || !strings.Contains(row.Problems[0], "lookup program is not attached") || !strings.Contains(row.Problems[0], "CNI CHECK") {
-		t.Errorf("problems: %q, want one text with its remedy", row.Problems)
+	if p := row.Problems; len(p) != 1 || p[0].Code != "lookup-missing" || p[0].Severity != SeverityError || p[0].AllocID != row.ID ||
+		p[0].Subject != "workload "+a.key.String() || !strings.Contains(p[0].What, "lookup program is not attached") || !strings.Contains(p[0].Remedy, "CNI CHECK") {
+		t.Errorf("problems: %q, want one with its code, its allocation and its remedy", row.Problems)
 	}
 	if diff := cmp.Diff([]string{"a remark"}, row.Notes); diff != "" {
 		t.Errorf("notes (-want +got):\n%s", diff)
@@ -304,7 +310,7 @@ func TestWorkloadsJSON(t *testing.T) {
 	if err := json.Unmarshal(text, &names); err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"addresses", "budget", "cookie", "group", "guard", "id", "job", "key", "mode", "netns", "notes", "origins", "problems", "proxy"}
+	want := []string{"addresses", "alloc_id", "budget", "cookie", "group", "guard", "id", "job", "key", "mode", "namespace", "netns", "notes", "origins", "problems", "proxy", "task_group"}
 	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(names[0]))); diff != "" {
 		t.Errorf("names in JSON (-want +got):\n%s", diff)
 	}

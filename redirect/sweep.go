@@ -46,7 +46,7 @@ func (d *Datapath) Mend() (did []string, err error) {
 		result, err := d.load(false)
 		did = result.Did
 		for _, problem := range result.Problems {
-			err = errors.Join(err, errors.New(problem))
+			err = errors.Join(err, errors.New(problem.What))
 		}
 		return err
 	})

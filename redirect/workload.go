@@ -72,6 +72,21 @@ type Job struct {
 	AllocID   string `json:"alloc_id,omitempty"`
 }
 
+// NomadNames are the names by which Nomad knows an allocation, under the keys that
+// everything has in JSON and in logs. Metrics have nomad_job, as Prometheus has a
+// "job" of its own.
+type NomadNames struct {
+	AllocID   string `json:"alloc_id"`
+	Namespace string `json:"namespace"`
+	TaskGroup string `json:"task_group"`
+}
+
+// Names are those of the job's allocation, which the key names where the request
+// named none.
+func (j Job) Names(key Key) NomadNames {
+	return NomadNames{AllocID: cmp.Or(j.AllocID, key.ContainerID), Namespace: j.Namespace, TaskGroup: j.Group}
+}
+
 // SetArg takes in one of the arguments by which Nomad names the job to plugins,
 // and reports whether it is one.
 func (j *Job) SetArg(name, value string) bool {

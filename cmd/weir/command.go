@@ -199,13 +199,13 @@ func (c *command) agent() (view agent.Status, ok bool, dead redirect.Problem) {
 		return view, true, dead
 	case none && (stateDir != redirect.DefaultStateDir || !c.unit()):
 		return view, false, dead
-	case none || errors.Is(err, agent.ErrNotRunning):
-		dead.What = "the agent does not run: nothing follows Consul, guards new allocations or mends the data path"
-	default:
-		dead.What = fmt.Sprintf("the agent does not answer: %v", err)
 	}
-	dead.Remedy = "see its log, 'journalctl -u weir-agent' or that of Nomad's job, and start it: 'systemctl restart weir-agent'"
-	return agent.Status{}, false, dead
+	what := fmt.Sprintf("the agent does not answer: %v", err)
+	if none || errors.Is(err, agent.ErrNotRunning) {
+		what = "the agent does not run: nothing follows Consul, guards new allocations or mends the data path"
+	}
+	return agent.Status{}, false, redirect.NewProblem(redirect.ProblemAgentNotRunning,
+		"see its log, 'journalctl -u weir-agent' or that of Nomad's job, and start it: 'systemctl restart weir-agent'", what)
 }
 
 // unitEnabled reports whether systemd is to run the agent on this node.
@@ -221,7 +221,11 @@ func (c *command) stateDir() string {
 	return c.paths.Or(redirect.PathsFromEnv(c.getenv)).Or(redirect.Paths{StateDir: redirect.DefaultStateDir}).StateDir
 }
 
-// printJSON prints one value.
+// jsonSchema is the form of what commands print as JSON, told in the key "schema"
+// of each object. Keys may be added to it, without another number.
+const jsonSchema = 1
+
+// printJSON prints one object.
 func (c *command) printJSON(value any) error {
 	text, err := json.MarshalIndent(value, "", "  ")
 	if err != nil {

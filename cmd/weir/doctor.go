@@ -170,7 +170,7 @@ func allocationsSeen(view agent.Status) []redirect.Check {
 			checks.Warn("allocation-consul", "nothing, it goes on as it is; 'nomad alloc stop' it for one that is under Weir",
 				"%s was redirected by consul-cni: its own rules hold until Nomad starts a new one in its place", who)
 		case agent.StateUnprotected:
-			problem := redirect.Problem{What: "no reason is known yet", Remedy: "see the agent's log"}
+			problem := redirect.NewProblem(redirect.ProblemUnprotected, "see the agent's log", "no reason is known yet")
 			if len(w.Problems) > 0 {
 				problem = w.Problems[0]
 			}

@@ -23,6 +23,7 @@ type leftovers interface {
 
 // gcReport is what gc prints as JSON.
 type gcReport struct {
+	Schema  int                `json:"schema"`
 	DryRun  bool               `json:"dry_run"`
 	Removed []ended.Attachment `json:"removed"` // with -dry-run: what would be
 	Kept    []ended.Attachment `json:"kept"`    // not in use, but not to be removed without -empty, or not to be removed at all
@@ -66,7 +67,7 @@ func newGC(env env) *command {
 		on := c.leftovers(node)
 		list, err := on.Find()
 		problems := []error{err, named.unknown(list)}
-		report := gcReport{DryRun: *dryRun, Removed: []ended.Attachment{}, Kept: []ended.Attachment{}}
+		report := gcReport{Schema: jsonSchema, DryRun: *dryRun, Removed: []ended.Attachment{}, Kept: []ended.Attachment{}}
 		for _, a := range list {
 			if a.State == ended.Empty && !named.has(a) {
 				report.Kept = append(report.Kept, a)

@@ -106,6 +106,7 @@ func TestGCTellsWhatItCannotRead(t *testing.T) {
 
 func TestGCJSON(t *testing.T) {
 	want(t, try(t, leftBehind(), nil, "gc", "-dry-run", "-json"), outcome{stdout: `{
+  "schema": 1,
   "dry_run": true,
   "removed": [
     {

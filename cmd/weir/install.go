@@ -15,6 +15,7 @@ import (
 
 // installReport is what install and uninstall print as JSON.
 type installReport struct {
+	Schema    int          `json:"schema"`
 	DryRun    bool         `json:"dry_run"`
 	Steps     deploy.Steps `json:"steps"`
 	Workloads []affected   `json:"workloads,omitempty"` // of an uninstallation: what loses its redirect
@@ -175,6 +176,7 @@ func (c *command) tellInstall(report installReport) error {
 		if report.Steps == nil {
 			report.Steps = deploy.Steps{}
 		}
+		report.Schema = jsonSchema
 		return c.printJSON(report)
 	}
 	would := ""

@@ -65,7 +65,7 @@ func TestInstallCommand(t *testing.T) {
 
 	got = try(t, n, nil, "install", "-root", root, "-replace", "-unit-dir", "", "-json")
 	var report installReport
-	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || !report.Steps.Changes() || report.DryRun {
+	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || report.Schema != 1 || !report.Steps.Changes() || report.DryRun {
 		t.Errorf("install -json = %+v, %v", got, err)
 	}
 	// Without -unit-dir: the last installation's directories are the defaults.

@@ -48,11 +48,9 @@ func shadowProblems(a ended.Attachment) (list []redirect.Problem) {
 		if shadow.By != nil {
 			owner = "of " + name(shadow.Job.ID, shadow.Job.Group, *shadow.By) + ", which runs"
 		}
-		list = append(list, redirect.Problem{
-			What: fmt.Sprintf("allocation %s has no process any more and still holds host port %d/%s %s: connections to it from outside are lost",
-				nameOf(a), shadow.Port, shadow.Protocol, owner),
-			Remedy: remedy,
-		})
+		list = append(list, redirect.NewProblem(redirect.ProblemHostPortTaken, remedy,
+			fmt.Sprintf("it has no process any more and still holds host port %d/%s %s: connections to it from outside are lost",
+				shadow.Port, shadow.Protocol, owner)).Of("allocation "+nameOf(a), a.Key.ContainerID))
 	}
 	return list
 }

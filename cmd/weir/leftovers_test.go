@@ -42,15 +42,16 @@ func TestStatusOfPortsThatLeadNowhere(t *testing.T) {
 	heir := redirect.Key{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
 	n.left[0].Shadows = []ended.Shadow{{Port: 28101, Protocol: "tcp", By: &heir, Job: redirect.Job{ID: "demo", Group: "new"}}}
 	n.left[1].Shadows = []ended.Shadow{{Port: 8443, Protocol: "udp"}}
-	wanted := []redirect.Problem{{
-		What:   "allocation demo/web/0b5d0c1e has no process any more and still holds host port 28101/tcp of demo/new/77aa00bb, which runs: connections to it from outside are lost",
-		Remedy: "run 'weir gc'",
-	}, {
-		What:   "allocation demo/db/6e1d0a01 has no process any more and still holds host port 8443/udp on which a process of the node itself listens: connections to it from outside are lost",
-		Remedy: "where 'nomad alloc status 6e1d0a01' says that it ended, run 'weir gc -empty 6e1d0a01'",
-	}}
+	wanted := []redirect.Problem{
+		redirect.NewProblem(redirect.ProblemHostPortTaken, "run 'weir gc'",
+			"it has no process any more and still holds host port 28101/tcp of demo/new/77aa00bb, which runs: connections to it from outside are lost").
+			Of("allocation demo/web/0b5d0c1e", n.left[0].Key.ContainerID),
+		redirect.NewProblem(redirect.ProblemHostPortTaken, "where 'nomad alloc status 6e1d0a01' says that it ended, run 'weir gc -empty 6e1d0a01'",
+			"it has no process any more and still holds host port 8443/udp on which a process of the node itself listens: connections to it from outside are lost").
+			Of("allocation demo/db/6e1d0a01", n.left[1].Key.ContainerID),
+	}
 	got := try(t, n, nil, "status")
-	if got.code != 1 || !strings.HasPrefix(got.stdout, "not healthy: 2 problems\n  "+wanted[0].What+"\n    remedy: run 'weir gc'\n  "+wanted[1].What+"\n") {
+	if got.code != 1 || !strings.HasPrefix(got.stdout, "not healthy: 2 problems\n  "+wanted[0].Text()+"\n    remedy: run 'weir gc'\n  "+wanted[1].Text()+"\n") {
 		t.Errorf("status ends with %d:\n%s", got.code, got.stdout)
 	}
 	got = try(t, n, nil, "status", "-json")

@@ -2,7 +2,17 @@
 
 package main
 
-import "strings"
+import (
+	"strings"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// loadReport is what load prints as JSON.
+type loadReport struct {
+	Schema int `json:"schema"`
+	redirect.LoadResult
+}
 
 func newLoad(env env) *command {
 	c := newCommand(env, "load", "Load or upgrade the data path of this node", `  Loads the programs, attaches them at the cgroup-v2 root and pins them; or
@@ -19,10 +29,10 @@ func newLoad(env env) *command {
 			return 1, err
 		}
 		if c.json {
-			return 0, c.printJSON(result)
+			return 0, c.printJSON(loadReport{Schema: jsonSchema, LoadResult: result})
 		}
 		for _, problem := range result.Problems {
-			c.ui.Error("did not come along: " + problem)
+			c.ui.Error("did not come along: " + problem.Text())
 		}
 		if !result.Changed {
 			c.ui.Output("nothing to do: the data path is loaded and of this version")

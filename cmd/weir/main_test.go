@@ -348,7 +348,7 @@ invalid argument:
 
 func TestUnload(t *testing.T) {
 	want(t, try(t, &node{}, nil, "unload"), outcome{stdout: "nothing to do: nothing is loaded\n"})
-	want(t, try(t, &node{}, nil, "unload", "-json"), outcome{stdout: "[]\n"})
+	want(t, try(t, &node{}, nil, "unload", "-json"), outcome{stdout: "{\n  \"schema\": 1,\n  \"removed\": []\n}\n"})
 	n := &node{removed: []string{"link connect4", "map origins"}}
 	want(t, try(t, n, nil, "unload"), outcome{stdout: "removed link connect4\nremoved map origins\n"})
 }

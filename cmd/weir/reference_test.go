@@ -45,9 +45,15 @@ func TestReferenceOfTheRunbook(t *testing.T) {
 		headings[found[1]] = true
 	}
 	var wanted []string
+	rows := [][]string{{"code", "severity", "what is wrong"}}
 	for _, verdict := range redirect.AllVerdicts() {
 		wanted = append(wanted, verdict.String())
 	}
+	for _, code := range redirect.AllProblemCodes() {
+		wanted = append(wanted, code.String())
+		rows = append(rows, []string{fmt.Sprintf("[`%s`](#%s)", code, code), string(code.Severity()), code.Title()})
+	}
+	reference.Check(t, "runbook.md", "problems", reference.Table(rows))
 	source, err := os.ReadFile("../../cni/errors.go")
 	if err != nil {
 		t.Fatal(err)

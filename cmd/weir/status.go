@@ -37,7 +37,7 @@ func newStatus(env env) *command {
 			status.Problems = append(status.Problems, dead)
 		}
 		for _, problem := range view.Problems {
-			same := func(p redirect.Problem) bool { return p.What == problem.What }
+			same := func(p redirect.Problem) bool { return p.What == problem.What && p.AllocID == problem.AllocID }
 			if !slices.ContainsFunc(status.Problems, same) { // both may have seen it
 				status.Problems = append(status.Problems, problem)
 			}
@@ -49,7 +49,7 @@ func newStatus(env env) *command {
 			code = 1
 		}
 		if c.json {
-			whole := nodeStatus{Status: status}
+			whole := nodeStatus{Schema: jsonSchema, Status: status}
 			if running {
 				whole.Agent = summarise(view)
 			}
@@ -71,6 +71,7 @@ func newStatus(env env) *command {
 
 // nodeStatus is the data path with what the agent adds. Problems are those of both.
 type nodeStatus struct {
+	Schema int `json:"schema"`
 	redirect.Status
 	Agent *agentSummary `json:"agent"` // null where none answers
 }
@@ -108,7 +109,7 @@ func (c *command) renderStatus(status redirect.Status, agent bool) string {
 	default:
 		fmt.Fprintln(&text, c.paint(yellow, "healthy: "+countOf(status.Workloads, "workload")+"; no agent runs, so plain connect jobs are not guarded"))
 	}
-	text.WriteString(c.renderProblems("", status.Problems))
+	text.WriteString(c.renderProblems(status.Problems))
 	if !status.Loaded {
 		return strings.TrimRight(text.String(), "\n")
 	}
@@ -150,11 +151,16 @@ func renderOthers(others []redirect.Other) string {
 	return "\n" + table("", rows) + "\n"
 }
 
-// renderProblems says what is wrong and what to do, a paragraph each.
-func (c *command) renderProblems(indent string, problems []redirect.Problem) string {
+// renderProblems says what is wrong and what to do, a paragraph each. The code at
+// the end of the first line is a heading of the runbook.
+func (c *command) renderProblems(problems []redirect.Problem) string {
 	var text strings.Builder
 	for _, problem := range problems {
-		fmt.Fprintf(&text, "%s  %s\n%s    remedy: %s\n", indent, c.paint(red, problem.What), indent, problem.Remedy)
+		colour := red
+		if problem.Severity == redirect.SeverityWarning {
+			colour = yellow
+		}
+		fmt.Fprintf(&text, "  %s\n    remedy: %s\n", c.paint(colour, problem.Text()), problem.Remedy)
 	}
 	return text.String()
 }

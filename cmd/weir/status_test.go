@@ -49,10 +49,10 @@ agent: none runs, so nothing follows Consul and only allocations with transparen
 
 func TestStatusNotLoaded(t *testing.T) {
 	status := redirect.Status{Problems: []redirect.Problem{
-		{What: "the data path is not loaded: no workload is redirected", Remedy: "run 'weir load'"},
+		redirect.NewProblem(redirect.ProblemNotLoaded, "run 'weir load'", "the data path is not loaded: no workload is redirected"),
 	}}
 	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded
-  the data path is not loaded: no workload is redirected
+  the data path is not loaded: no workload is redirected [not-loaded]
     remedy: run 'weir load'
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
@@ -64,13 +64,13 @@ func TestStatusWithProblems(t *testing.T) {
 	status := healthy()
 	status.Links, status.Maps = nil, nil
 	status.Problems = []redirect.Problem{
-		{What: "link connect4 is gone", Remedy: "run 'weir load'"},
-		{What: "workload 0b5d0c1e-eth0: its namespace is gone", Remedy: "run CNI DEL or GC; nothing of it is in use"},
+		redirect.NewProblem(redirect.ProblemProgramDetached, "run 'weir load'", "link connect4 is gone"),
+		redirect.NewProblem(redirect.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
 	}
 	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 2 problems; no agent answers, so plain connect jobs are not guarded
-  link connect4 is gone
+  link connect4 is gone [program-detached]
     remedy: run 'weir load'
-  workload 0b5d0c1e-eth0: its namespace is gone
+  workload 0b5d0c1e-eth0: its namespace is gone [namespace-gone]
     remedy: run CNI DEL or GC; nothing of it is in use
 
 pins         /sys/fs/bpf/weir
@@ -85,8 +85,11 @@ agent: none runs, so nothing follows Consul and only allocations with transparen
 }
 
 func TestStatusJSON(t *testing.T) {
-	status := redirect.Status{Links: []string{}, Maps: []redirect.MapInfo{}, Problems: []redirect.Problem{{What: "w", Remedy: "r"}}}
+	status := redirect.Status{Links: []string{}, Maps: []redirect.MapInfo{}, Problems: []redirect.Problem{
+		redirect.NewProblem(redirect.ProblemTableFull, "r", "w").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
+	}}
 	want(t, try(t, &node{status: status}, nil, "status", "-json"), outcome{code: 1, stdout: `{
+  "schema": 1,
   "loaded": false,
   "current": false,
   "paths": {
@@ -100,7 +103,14 @@ func TestStatusJSON(t *testing.T) {
   "barrier": "",
   "workloads": 0,
   "problems": [
-    "w; remedy: r"
+    {
+      "code": "table-full",
+      "severity": "warning",
+      "subject": "workload 0b5d0c1e-eth0",
+      "alloc_id": "0b5d0c1e",
+      "what": "w",
+      "remedy": "r"
+    }
   ],
   "agent": null
 }

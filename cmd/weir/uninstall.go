@@ -33,9 +33,10 @@ const nomadsBridge = "nomad"
 
 // affected is an allocation that runs and that an uninstallation strips.
 type affected struct {
-	ID    string   `json:"id"`
-	Job   string   `json:"job"`
-	Group string   `json:"group"`
+	ID    string `json:"id"`
+	Job   string `json:"job"`
+	Group string `json:"group"`
+	redirect.NomadNames
 	Loses []string `json:"loses"`
 }
 
@@ -173,7 +174,7 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 			continue
 		}
 		list = append(list, affected{
-			ID: cmp.Or(n.Job.AllocID, n.Key.ContainerID), Job: n.Job.ID, Group: n.Job.Group, Loses: []string{loseNetwork},
+			ID: cmp.Or(n.Job.AllocID, n.Key.ContainerID), Job: n.Job.ID, Group: n.Job.Group, NomadNames: n.Job.Names(n.Key), Loses: []string{loseNetwork},
 		})
 	}
 	return list, errors.Join(err, unread)
@@ -195,7 +196,7 @@ func (c *command) redirected() (list []affected, err error) {
 // withoutDataPath is an allocation with what the data path does for it.
 func withoutDataPath(k redirect.Known) affected {
 	a := affected{
-		ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, Loses: []string{loseGuard},
+		ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, NomadNames: k.Request.Job.Names(k.Key), Loses: []string{loseGuard},
 	}
 	if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
 		a.Loses = []string{loseTransparent}

@@ -2,6 +2,12 @@
 
 package main
 
+// unloadReport is what unload prints as JSON.
+type unloadReport struct {
+	Schema  int      `json:"schema"`
+	Removed []string `json:"removed"`
+}
+
 func newUnload(env env) *command {
 	c := newCommand(env, "unload", "Remove the data path from this node", `  Removes every link, program, map and record, this version's and older ones',
   and says what it removed.
@@ -32,7 +38,7 @@ func newUnload(env env) *command {
 			if removed == nil {
 				removed = []string{}
 			}
-			if err := c.printJSON(removed); err != nil {
+			if err := c.printJSON(unloadReport{Schema: jsonSchema, Removed: removed}); err != nil {
 				return 1, err
 			}
 			return 0, err

@@ -10,6 +10,12 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
+// verdictsReport is what verdicts prints as JSON.
+type verdictsReport struct {
+	Schema    int                         `json:"schema"`
+	Workloads []redirect.WorkloadVerdicts `json:"workloads"`
+}
+
 func newVerdicts(env env) *command {
 	c := newCommand(env, "verdicts", "Count what was decided about connections, per workload", `  Prints for every workload, or for one allocation or the allocations of one job,
   which verdicts their connections got, how often, and what each verdict means.
@@ -33,7 +39,7 @@ func newVerdicts(env env) *command {
 			if list == nil {
 				list = []redirect.WorkloadVerdicts{}
 			}
-			return 0, c.printJSON(list)
+			return 0, c.printJSON(verdictsReport{Schema: jsonSchema, Workloads: list})
 		}
 		c.ui.Output(c.renderVerdicts(list, *all))
 		return 0, nil

@@ -44,5 +44,5 @@ func TestAllVerdicts(t *testing.T) {
 
 func TestNoVerdicts(t *testing.T) {
 	want(t, try(t, &node{}, nil, "verdicts"), outcome{stdout: "no workloads\n"})
-	want(t, try(t, &node{}, nil, "verdicts", "-json"), outcome{stdout: "[]\n"})
+	want(t, try(t, &node{}, nil, "verdicts", "-json"), outcome{stdout: "{\n  \"schema\": 1,\n  \"workloads\": []\n}\n"})
 }

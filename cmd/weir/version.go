@@ -12,6 +12,7 @@ var version = "v0.0.0-unknown"
 
 // versionInfo is what the binary knows of itself.
 type versionInfo struct {
+	Schema   int    `json:"schema"`
 	Version  string `json:"version"`
 	Go       string `json:"go"`
 	Platform string `json:"platform"`
@@ -26,7 +27,7 @@ func newVersion(env env) *command {
       $ weir version -json`).withJSON()
 	c.asUser = func() bool { return true }
 	c.do = func() (int, error) {
-		info := versionInfo{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
+		info := versionInfo{Schema: jsonSchema, Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}
 		if c.json {
 			return 0, c.printJSON(info)
 		}

@@ -38,7 +38,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	for i, w := range view.Workloads {
 		if !known[w.Key] && w.State != agent.StateManaged { // that one's ADD or DEL is under way
 			seen = append(seen, seenWorkload{outside: true, Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
-				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NetNS: w.NetNS,
+				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NomadNames: w.NomadNames, NetNS: w.NetNS,
 				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []redirect.Problem{},
 			}})
 		}

@@ -52,14 +52,17 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 			t.Errorf("output lacks %q:\n%s", want, got.stdout)
 		}
 	}
-	var list []struct {
-		ID    string
-		Mode  string
-		Agent *agent.WorkloadView
+	var told struct {
+		Workloads []struct {
+			ID    string
+			Mode  string
+			Agent *agent.WorkloadView
+		}
 	}
-	if err := json.Unmarshal([]byte(try(t, n, nil, "workloads", "-json").stdout), &list); err != nil {
+	if err := json.Unmarshal([]byte(try(t, n, nil, "workloads", "-json").stdout), &told); err != nil {
 		t.Fatal(err)
 	}
+	list := told.Workloads
 	if len(list) != 2 || list[0].Mode != "direct" || list[0].Agent == nil || !list[0].Agent.InStep {
 		t.Fatalf("JSON = %+v, want the workload with the agent's view, and what is no workload", list)
 	}
@@ -81,12 +84,14 @@ func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 	if got := try(t, n, nil, "workloads"); !strings.Contains(got.stdout, "1c6e1d2f  demo  -      no         consul  -      -      absent\n") {
 		t.Errorf("workloads does not list it:\n%s", got.stdout)
 	}
-	var list []struct {
-		ID    string
-		Agent *agent.WorkloadView
+	var told struct {
+		Workloads []struct {
+			ID    string
+			Agent *agent.WorkloadView
+		}
 	}
 	got := try(t, n, nil, "workloads", "-json")
-	if err := json.Unmarshal([]byte(got.stdout), &list); err != nil || len(list) != 1 || list[0].ID != "1c6e1d2f" || list[0].Agent.State != agent.StateConsul {
+	if err := json.Unmarshal([]byte(got.stdout), &told); err != nil || len(told.Workloads) != 1 || told.Workloads[0].ID != "1c6e1d2f" || told.Workloads[0].Agent.State != agent.StateConsul {
 		t.Errorf("JSON = %s, %v; want the allocation", got.stdout, err)
 	}
 }

@@ -13,6 +13,12 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
+// workloadsReport is what workloads prints as JSON.
+type workloadsReport struct {
+	Schema    int            `json:"schema"`
+	Workloads []seenWorkload `json:"workloads"`
+}
+
 func newWorkloads(env env) *command {
 	c := newCommand(env, "workloads", "List the allocations of the mesh and whether they are protected", `  Prints a line for each allocation of the mesh on this node, or for one of them,
   or for those of one job. What is wrong with one, and why one is not protected,
@@ -53,13 +59,13 @@ func newWorkloads(env env) *command {
 			return 1, err
 		}
 		if c.json {
-			return 0, c.printJSON(seen)
+			return 0, c.printJSON(workloadsReport{Schema: jsonSchema, Workloads: seen})
 		}
 		text := c.renderWorkloads(seen, time.Now())
 		if running {
 			text += "\n\n" + strings.Join(c.sources(view, time.Now()), "\n")
 		} else if dead.What != "" {
-			text += "\n\n" + strings.TrimRight(c.renderProblems("", []redirect.Problem{dead}), "\n")
+			text += "\n\n" + strings.TrimRight(c.renderProblems([]redirect.Problem{dead}), "\n")
 		}
 		c.ui.Output(text)
 		return 0, nil
@@ -162,12 +168,20 @@ func (c *command) renderProblemsOf(list []seenWorkload) string {
 		if len(problems)+len(w.Notes) == 0 {
 			continue
 		}
-		fmt.Fprintf(&text, "\n\n%s\n%s", c.paint(bold, name(w.Job, w.Group, w.Key)), c.renderProblems("", problems))
+		fmt.Fprintf(&text, "\n\n%s\n%s", c.paint(bold, name(w.Job, w.Group, w.Key)), c.renderProblems(ownProblems(problems)))
 		for _, note := range w.Notes {
 			fmt.Fprintf(&text, "  note: %s\n", note)
 		}
 	}
 	return text.String()
+}
+
+// ownProblems are those of one workload, for where its name stands above them.
+func ownProblems(problems []redirect.Problem) (list []redirect.Problem) {
+	for _, problem := range problems {
+		list = append(list, problem.Of("", problem.AllocID))
+	}
+	return list
 }
 
 // port shows a port that is not known yet as such.

@@ -119,5 +119,5 @@ func TestProtected(t *testing.T) {
 
 func TestNoWorkloads(t *testing.T) {
 	want(t, try(t, &node{}, nil, "workloads"), outcome{stdout: "no workloads\n"})
-	want(t, try(t, &node{}, nil, "workloads", "-json"), outcome{stdout: "[]\n"})
+	want(t, try(t, &node{}, nil, "workloads", "-json"), outcome{stdout: "{\n  \"schema\": 1,\n  \"workloads\": []\n}\n"})
 }

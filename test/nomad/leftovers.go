@@ -125,8 +125,8 @@ func (n *Node) leftRules() error {
 }
 
 func (n *Node) leftWorkloads() error {
-	var list []Workload
-	if err := n.Weir(&list, "workloads", "-json"); err != nil {
+	list, err := n.tryWorkloads()
+	if err != nil {
 		return err
 	}
 	// A gateway that registered itself stays in Consul.

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"time"
+
+	"github.com/weirmesh/weir/redirect"
 )
 
 // Workload is what "weir workloads -json" tells of an allocation.
@@ -19,11 +21,12 @@ type Workload struct {
 		Inbound, Outbound uint16
 		Listeners         int
 	}
-	Notes, Problems []string
+	Notes    []string
+	Problems []redirect.Problem
 	// Agent is what the agent adds; nil where it does not run.
 	Agent *struct {
 		State, Guard string
-		Problems     []string
+		Problems     []redirect.Problem
 	}
 }
 
@@ -42,11 +45,17 @@ func (n *Node) Weir(answer any, args ...string) error {
 // Workloads is what "weir workloads" tells.
 func (n *Node) Workloads() []Workload {
 	n.tb.Helper()
-	var list []Workload
-	if err := n.Weir(&list, "workloads", "-json"); err != nil {
+	list, err := n.tryWorkloads()
+	if err != nil {
 		n.tb.Fatal(err)
 	}
 	return list
+}
+
+func (n *Node) tryWorkloads() ([]Workload, error) {
+	var told struct{ Workloads []Workload }
+	err := n.Weir(&told, "workloads", "-json")
+	return told.Workloads, err
 }
 
 // Workload is what "weir workloads" tells of the allocation.
@@ -82,14 +91,16 @@ func (a *Alloc) EventuallyWorkload(what string, check func(Workload) bool) (foun
 // Verdicts are the counters of the allocation, by the verdicts' names.
 func (a *Alloc) Verdicts() map[string]uint64 {
 	a.node.tb.Helper()
-	var list []struct {
-		ID     string
-		Counts map[string]uint64
+	var told struct {
+		Workloads []struct {
+			ID     string
+			Counts map[string]uint64
+		}
 	}
-	if err := a.node.Weir(&list, "verdicts", "-json"); err != nil {
+	if err := a.node.Weir(&told, "verdicts", "-json"); err != nil {
 		a.node.tb.Fatal(err)
 	}
-	for _, w := range list {
+	for _, w := range told.Workloads {
 		if w.ID == a.ID {
 			return w.Counts
 		}

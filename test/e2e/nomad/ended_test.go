@@ -85,8 +85,8 @@ func TestEndedWhileNomadWasDown(t *testing.T) {
 		t.Errorf("status is content although a service cannot be reached:\n%s", status)
 	}
 	lines := []string{
-		"the network of 1 allocation that is over", "the namespace of 2 allocations",
-		fmt.Sprintf("ended-old/bridge/%s has no process any more and still holds host port %s/tcp of ended-new/bridge/%s, which runs",
+		"not healthy: 1 problem\n", "the network of 1 allocation that is over", "the namespace of 2 allocations",
+		fmt.Sprintf("ended-old/bridge/%s: it has no process any more and still holds host port %s/tcp of ended-new/bridge/%s, which runs",
 			ids["bridge"][:8], ports["bridge"], again.Alloc("bridge").ID[:8]),
 		"run 'weir gc -empty " + ids["bridge"][:8] + "'",
 	}
