@@ -301,8 +301,15 @@ type object = map[string]any
 // that Nomad gives.
 func (a *meshAlloc) register(name string, sidecar object, checks ...object) (proxyID string) {
 	a.node.t.Helper()
-	id := serviceID(a.id, name)
 	a.mapPort(name, sidecar["Port"])
+	return a.registerInConsul(name, sidecar, checks...)
+}
+
+// registerInConsul registers alone: the allocation has the sidecar's port from its
+// beginning, or does not run yet.
+func (a *meshAlloc) registerInConsul(name string, sidecar object, checks ...object) (proxyID string) {
+	a.node.t.Helper()
+	id := serviceID(a.id, name)
 	if sidecar["Address"] == nil {
 		sidecar["Address"] = a.addr.String()
 	}

@@ -27,13 +27,13 @@ func TestTimeUntilTheGuard(t *testing.T) {
 	}{
 		{"from libcni's result, with Consul already knowing the proxy", func() time.Duration {
 			next := &meshAlloc{node: n, id: allocID(n.allocs + 1)}
-			next.register("web", object{"Address": "10.88.0.2", "Port": 20001})
+			next.registerInConsul("web", object{"Address": "10.88.0.2", "Port": 20001})
 			test.Eventually(t, func() error {
 				_, err := next.view()
 				return err
 			}, "the agent to know the registration")
 			n.wantCalm(t)
-			a := n.allocate("")
+			a := n.allocate("", object{"hostPort": 20001, "containerPort": 20001, "protocol": "tcp"})
 			return a.untilRefused(t, time.Now())
 		}},
 		{"from the registration in Consul, of an allocation that waits for it", func() time.Duration {
