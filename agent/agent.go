@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Package agent is Weir's daemon: it finds every mesh allocation of the node,
-// keeps its ports in step with Consul, and repairs the data path. Nothing that
+// keeps its ports in sync with Consul, and repairs the data path. Nothing that
 // runs depends on it: its exit changes nothing for any workload.
 package agent
 
@@ -23,7 +23,7 @@ import (
 const (
 	tick          = 2 * time.Second // a look at the links
 	resync        = 5 * time.Minute // everything anew
-	sweepInterval = 2 * time.Minute // or as soon as one is seen to be gone
+	pruneInterval = 2 * time.Minute // or as soon as one is seen to be gone
 	freeInterval  = 30 * time.Second
 	checksPerTick = 4                      // of few workloads
 	fewWorkloads  = 64                     // of more it is half of that
@@ -48,9 +48,9 @@ type Agent struct {
 	log             *slog.Logger
 	notify          func(string)
 	datapath        *redirect.Datapath
-	origins         *redirect.Collector
-	follower        *follower // nil: Consul is not to be asked
-	docker          *docker   // nil: Docker is not to be asked
+	origins         *redirect.IndexReclaimer
+	consul          *consulWatcher // nil: Consul is not to be asked
+	docker          *docker        // nil: Docker is not to be asked
 	cache           *cache
 	watcher         *watcher
 	networks        *networks
@@ -74,23 +74,23 @@ type Agent struct {
 	socketError string // why there is no local API, as last told
 
 	// The loop's own memory.
-	behind   bool // the data path may be another version's: nobody could look yet
-	subjects map[redirect.Key]*memory
-	inStep   bool // as last told
-	hidden   bool // ... too
-	deaf     bool // no change in Consul tells itself, as last told
-	broken   string
-	managed  []redirect.Key    // under Weir as of the last pass, sorted
-	tasks    map[string]string // containers.Tasks as of the last search for tasks of proxies
-	nextTurn int               // of the round of checks
-	nextLook int               // of the round of looks
-	resynced time.Time
-	swept    time.Time
-	freed    time.Time
-	reported map[string]bool  // files and registrations that could not be read, as told
-	strayed  map[string]stray // proxies without a namespace, by allocation or proxy ID
-	unproven time.Time        // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
-	turn     turn
+	behind         bool // the data path may be another version's: nobody could look yet
+	allocations    map[redirect.AttachmentID]*allocState
+	inSync         bool // as last told
+	aclFiltered    bool // ... too
+	watchFailing   bool // the Consul watch is failing, as last told
+	broken         string
+	managed        []redirect.AttachmentID // under Weir as of the last pass, sorted
+	tasks          map[string]string       // containers.Tasks as of the last search for tasks of proxies
+	nextTurn       int                     // of the round of checks
+	nextLook       int                     // of the round of looks
+	resynced       time.Time
+	pruned         time.Time
+	freed          time.Time
+	reported       map[string]bool           // files and registrations that could not be read, as told
+	unmatchedSince map[string]unmatchedProxy // proxies without a namespace, by allocation or proxy ID
+	unproven       time.Time                 // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
+	budget         passBudget
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.
@@ -100,31 +100,31 @@ func New(config Config, options Options) (*Agent, error) {
 	}
 	a := &Agent{
 		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, networkInterval: networkInterval,
-		datapath: redirect.New(config.Paths()).Within(lockPatience),
-		cache:    &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
-		resting:  freeInterval,
-		wake:     make(chan struct{}, 1),
-		subjects: make(map[redirect.Key]*memory),
-		reported: make(map[string]bool),
-		strayed:  make(map[string]stray),
-		inStep:   true,
-		turn:     defaultTurn(),
-		networks: newNetworks(),
+		datapath:       redirect.New(config.Paths()).Within(lockPatience),
+		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
+		resting:        freeInterval,
+		wake:           make(chan struct{}, 1),
+		allocations:    make(map[redirect.AttachmentID]*allocState),
+		reported:       make(map[string]bool),
+		unmatchedSince: make(map[string]unmatchedProxy),
+		inSync:         true,
+		budget:         defaultPassBudget(),
+		networks:       newNetworks(),
 	}
-	a.origins = a.datapath.NewCollector()
+	a.origins = a.datapath.NewIndexReclaimer()
 	if a.notify == nil {
 		a.notify = func(string) {}
 	}
 	if config.Consul.Enabled {
-		consul, err := newConsul(*config.Consul, defaultPatience())
+		consul, err := newConsul(*config.Consul, defaultTimeouts())
 		if err != nil {
 			return nil, err
 		}
-		a.follower = newFollower(consul, func() {
+		a.consul = newConsulWatcher(consul, func() {
 			if a.expects.Load() {
-				a.arrive()
+				a.allocationArrived()
 			}
-			a.hurry()
+			a.trigger()
 		})
 	}
 	var err error
@@ -132,13 +132,13 @@ func New(config Config, options Options) (*Agent, error) {
 		return nil, err
 	}
 	if config.Docker.Socket != "" {
-		a.docker = newDocker(config.Docker.Socket, a.arrive)
+		a.docker = newDocker(config.Docker.Socket, a.allocationArrived)
 	}
 	return a, nil
 }
 
-// hurry asks for a pass soon.
-func (a *Agent) hurry() {
+// trigger asks for a pass soon.
+func (a *Agent) trigger() {
 	select {
 	case a.wake <- struct{}{}:
 	default:
@@ -171,13 +171,13 @@ func (a *Agent) Run(ctx context.Context) error {
 				a.pins.Store(true)
 			}
 			if dir == a.cache.dir || dir == a.config.CNI.NetNSDir {
-				a.arrive()
+				a.allocationArrived()
 			}
-			a.hurry()
+			a.trigger()
 		})
 	})
-	if a.follower != nil {
-		background.Go(func() { a.follower.run(ctx) })
+	if a.consul != nil {
+		background.Go(func() { a.consul.run(ctx) })
 	}
 	if a.docker != nil {
 		background.Go(func() { a.docker.run(ctx) })
@@ -211,9 +211,9 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-a.wake:
 			a.pass(true)
 			rest := storm
-			if a.cache.halfway || a.turn.left > 0 {
+			if a.cache.halfway || a.budget.left > 0 {
 				rest = moment
-				a.hurry()
+				a.trigger()
 			}
 			if _, alive := pause(ctx, rest, nil); !alive {
 				return
@@ -224,7 +224,7 @@ func (a *Agent) loop(ctx context.Context) {
 			a.checkMoved()
 		case <-search.C:
 		}
-		search.Reset(min(a.recognise(time.Now()), a.untilProven(time.Now())))
+		search.Reset(min(a.identifyProxies(time.Now()), a.untilProven(time.Now())))
 		a.notify("WATCHDOG=1")
 	}
 }
@@ -234,31 +234,31 @@ func (a *Agent) loop(ctx context.Context) {
 func (a *Agent) pass(changed bool) {
 	fresh, err := a.watcher.ensure()
 	if err != nil {
-		a.trouble("watch directories", err)
+		a.warnOnce("watch directories", err)
 	}
 	a.keepSocket()
 	now := time.Now()
-	if !a.mend() {
+	if !a.repair() {
 		a.turned() // nothing can be changed now, and all of it would wait in vain
 		return
 	}
 	if a.pins.Swap(false) {
 		a.checkUnhooked()
 	}
-	// Before a sweep, so that a namespace that was replaced is taken over first.
-	sweeps := now.Sub(a.swept) > sweepInterval
-	if changed || fresh || sweeps || now.Sub(a.resynced) > resync || a.retryDue(now) {
+	// Before a prune, so that a namespace that was replaced is taken over first.
+	prunes := now.Sub(a.pruned) > pruneInterval
+	if changed || fresh || prunes || now.Sub(a.resynced) > resync || a.retryDue(now) {
 		if now.Sub(a.resynced) > resync {
-			for _, m := range a.subjects {
+			for _, m := range a.allocations {
 				m.inode = 0
 			}
 			a.resynced = now
 		}
 		a.reconcile(now)
 	}
-	if sweeps {
-		a.swept = now
-		a.sweep()
+	if prunes {
+		a.pruned = now
+		a.prune()
 	}
 	if now.Sub(a.freed) > a.resting {
 		a.freed = now
@@ -278,15 +278,15 @@ func (a *Agent) turned() {
 	a.status.Alive = time.Now()
 }
 
-// sweep forgets namespaces that died.
-func (a *Agent) sweep() {
-	removed, err := a.datapath.Sweep()
-	a.count(func(c *Counts) { c.Swept += uint64(len(removed)) })
+// prune forgets namespaces that died.
+func (a *Agent) prune() {
+	removed, err := a.datapath.PruneDead()
+	a.count(func(c *Counts) { c.Pruned += uint64(len(removed)) })
 	for _, key := range removed {
 		a.log.Info("workload removed: its namespace is gone", "workload", key.String())
 	}
 	if err != nil {
-		a.trouble("remove dead namespaces", err)
+		a.warnOnce("remove dead namespaces", err)
 	}
 }
 
@@ -295,7 +295,7 @@ func (a *Agent) free() {
 	freed, err := a.origins.Run()
 	a.count(func(c *Counts) { c.Freed += uint64(freed) })
 	if err != nil {
-		a.trouble("give back origins", err)
+		a.warnOnce("give back origins", err)
 	}
 }
 
@@ -316,33 +316,33 @@ func (a *Agent) checkSome() {
 // One whose ADD or DEL is under way is found in order once they let go of the
 // node's lock.
 func (a *Agent) checkUnhooked() {
-	keys, err := a.datapath.Unhooked()
+	keys, err := a.datapath.LookupsMissing()
 	if err != nil {
-		a.trouble("look at lookup programs", err)
+		a.warnOnce("look at lookup programs", err)
 	}
 	for _, key := range keys {
-		if a.subjects[key] != nil {
+		if a.allocations[key] != nil {
 			a.check(key)
 		}
 	}
 }
 
-func (a *Agent) check(key redirect.Key) {
-	if a.subjects[key] == nil {
+func (a *Agent) check(key redirect.AttachmentID) {
+	if a.allocations[key] == nil {
 		return // it went meanwhile
 	}
-	mended, err := a.datapath.Check(key, "")
-	a.count(func(c *Counts) { c.Mended += uint64(len(mended)) })
-	for _, what := range mended {
-		a.log.Warn("workload mended", "workload", key.String(), "what", what)
+	repairs, err := a.datapath.Check(key, "")
+	a.count(func(c *Counts) { c.Repaired += uint64(len(repairs)) })
+	for _, what := range repairs {
+		a.log.Warn("workload repaired", "workload", key.String(), "what", what)
 	}
 	if ends(err) {
-		a.subjects[key].inode = 0
-		a.swept = time.Time{}
-		a.hurry()
+		a.allocations[key].inode = 0
+		a.pruned = time.Time{}
+		a.trigger()
 		return
 	}
-	a.note(a.subjects[key], "check", err)
+	a.note(a.allocations[key], "check", err)
 }
 
 func (a *Agent) count(add func(*Counts)) {
@@ -351,8 +351,8 @@ func (a *Agent) count(add func(*Counts)) {
 	add(&a.status.Counts)
 }
 
-// trouble tells of an error that the next pass may not have.
-func (a *Agent) trouble(what string, err error) {
+// warnOnce tells of an error that the next pass may not have.
+func (a *Agent) warnOnce(what string, err error) {
 	a.count(func(c *Counts) { c.Failures++ })
 	a.log.Error(what, "error", err)
 }

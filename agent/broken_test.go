@@ -51,11 +51,11 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			fake := newFakeConsul(t)
 			fake.answers(say(200, oneProxy))
 			follower := fake.follow(t)
-			good := follower.eventually(t, "the first answer", inStep)
+			good := follower.eventually(t, "the first answer", inSync)
 
 			fake.answers(c.answer)
 			follower.wake()
-			bad := follower.eventually(t, "the failure to be told", func(v view) bool { return !v.InStep })
+			bad := follower.eventually(t, "the failure to be told", func(v snapshot) bool { return !v.InSync })
 			if !strings.Contains(bad.Error.What, c.want) || len(bad.Error.What) > 400 {
 				t.Errorf("error = %q, want a short one that has %q", bad.Error, c.want)
 			}
@@ -63,11 +63,11 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 				t.Errorf("the last known state changed (-before +after):\n%s", diff)
 			}
 			if !bad.Since.After(good.Since) {
-				t.Error("the view does not say since when it is out of step")
+				t.Error("the view does not say since when it is out of sync")
 			}
 
 			fake.answers(say(200, oneProxy))
-			follower.eventually(t, "Consul to be followed again", inStep)
+			follower.eventually(t, "Consul to be followed again", inSync)
 			fake.mu.Lock()
 			defer fake.mu.Unlock()
 			// The server learns later than the client that one has ended.
@@ -108,11 +108,11 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				works := *field
 				fake.set(field, c.answer)
 				follower := fake.follow(t)
-				bad := follower.eventually(t, "the dead trigger to be told", func(v view) bool { return inStep(v) && v.Watch.What != "" })
+				bad := follower.eventually(t, "the dead trigger to be told", func(v snapshot) bool { return inSync(v) && v.Watch.What != "" })
 				if !strings.Contains(bad.Watch.What, c.want) || len(bad.Watch.What) > 400 || bad.Watch.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q", bad.Watch, c.want)
 				}
-				if follower.tempo(0).watch {
+				if follower.pollInterval(0).watch {
 					t.Error("Consul is read as seldom as with a trigger")
 				}
 				told := fmt.Sprint(bad.problems("127.0.0.1:8500"))
@@ -121,9 +121,9 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				}
 
 				fake.set(field, works)
-				again := follower.eventually(t, "the trigger to be back", func(v view) bool { return v.Watch.What == "" && v.Bind.What == "" && inStep(v) })
-				if list := again.problems(""); !follower.tempo(0).watch || len(list) > 0 {
-					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.tempo(0), list)
+				again := follower.eventually(t, "the trigger to be back", func(v snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
+				if list := again.problems(""); !follower.pollInterval(0).watch || len(list) > 0 {
+					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.pollInterval(0), list)
 				}
 			})
 		}
@@ -144,13 +144,13 @@ func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
 	})
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	good := follower.eventually(t, "the trigger", func(v view) bool { return inStep(v) && v.Counts.Reads > 1 })
-	if good.Watch.What != "" || !follower.tempo(0).watch {
+	good := follower.eventually(t, "the trigger", func(v snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
+	if good.Watch.What != "" || !follower.pollInterval(0).watch {
 		t.Errorf("the trigger passes for dead: %q", good.Watch)
 	}
 	fake.set(&fake.changes, say(500, "no cluster leader"))
 	close(dies)
-	follower.eventually(t, "the dead trigger to be told and its part done", func(v view) bool {
+	follower.eventually(t, "the dead trigger to be told and its part done", func(v snapshot) bool {
 		return v.Watch.What != "" && v.Counts.Reads > good.Counts.Reads
 	})
 }
@@ -162,7 +162,7 @@ func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	fake.set(&fake.chain, say(200, `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`))
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	good := follower.eventually(t, "the virtual IP", func(v view) bool { return inStep(v) && len(v.Facts.VirtualIPs) == 1 })
+	good := follower.eventually(t, "the virtual IP", func(v snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
 	if list := good.problems(""); len(list) > 0 {
 		t.Errorf("problems = %q, want none", list)
 	}
@@ -170,12 +170,12 @@ func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	broken.set(&broken.names, say(500, "No known Consul servers"))
 	broken.answers(say(200, oneProxy))
 	follower = broken.follow(t)
-	bad := follower.eventually(t, "the failure to be told", func(v view) bool { return inStep(v) && v.Facts.NoNames.What != "" })
+	bad := follower.eventually(t, "the failure to be told", func(v snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
 	if told := fmt.Sprint(bad.problems("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
 		t.Errorf("problems = %s, want what it means and why", told)
 	}
 	broken.set(&broken.names, allNames)
-	follower.eventually(t, "the names to be known", func(v view) bool { return inStep(v) && len(v.problems("")) == 0 })
+	follower.eventually(t, "the names to be known", func(v snapshot) bool { return inSync(v) && len(v.problems("")) == 0 })
 }
 
 // Where no trigger is wanted, a token that may not read the agent still costs
@@ -184,13 +184,13 @@ func TestFollowerTellsWhatItAssumes(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.set(&fake.self, say(403, "Permission denied"))
 	follower := fake.follow(t, unwatched)
-	got := follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
+	got := follower.eventually(t, "an answer", func(v snapshot) bool { return v.InSync })
 	if told := fmt.Sprint(got.problems("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, `agent "NODE"`) || got.Watch.What != "" {
 		t.Errorf("problems = %s, want that IPv4 is assumed and the rule that is missing", told)
 	}
 	fake.set(&fake.self, say(200, `{"Config":{"NodeName":"node"}}`))
 	follower.wake()
-	follower.eventually(t, "the answer", func(v view) bool { return v.Bind.What == "" })
+	follower.eventually(t, "the answer", func(v snapshot) bool { return v.Bind.What == "" })
 }
 
 // registeredAs is that of a proxy of the allocation with a number.
@@ -223,43 +223,45 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 		good, before  string // answers: the right one, and that before the second was there where it differs
 		first, second string // registrations; the second asks what the first does not
 		nothing       bool   // "null" is an answer
-		kept          func(facts) bool
-		why           func(facts) redirect.Problem
-		answered      func(facts) bool
+		kept          func(catalogData) bool
+		why           func(catalogData) redirect.Problem
+		answered      func(catalogData) bool
 	}{
 		{
 			name: "virtual IPs", field: func(f *fakeConsul) *http.HandlerFunc { return &f.chain },
 			good: `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`, first: node(upstream(1, "web", "api")), second: node(upstream(1, "web", "api"), upstream(2, "app", "db")),
-			kept:     func(f facts) bool { return len(f.VirtualIPs[service{Name: "api"}]) == 1 },
-			why:      func(f facts) redirect.Problem { return f.Unanswered[service{Name: "db"}] },
-			answered: func(f facts) bool { return len(f.VirtualIPs[service{Name: "db"}]) == 1 },
+			kept:     func(f catalogData) bool { return len(f.VirtualIPs[service{Name: "api"}]) == 1 },
+			why:      func(f catalogData) redirect.Problem { return f.Unanswered[service{Name: "db"}] },
+			answered: func(f catalogData) bool { return len(f.VirtualIPs[service{Name: "db"}]) == 1 },
 		},
 		{
 			name: "listeners of a gateway", field: func(f *fakeConsul) *http.HandlerFunc { return &f.entry },
 			good: `{"Kind": "ingress-gateway", "Listeners": [{"Port": 9090}]}`, first: node(ingress(1, "front")), second: node(ingress(1, "front"), ingress(2, "side")),
-			kept:     func(f facts) bool { return len(f.GatewayPorts[gateway{service{Name: "front"}, kindIngress}]) == 1 },
-			why:      func(f facts) redirect.Problem { return f.Unanswered[service{Name: "side"}] },
-			answered: func(f facts) bool { return len(f.GatewayPorts[gateway{service{Name: "side"}, kindIngress}]) == 1 },
+			kept: func(f catalogData) bool {
+				return len(f.GatewayPorts[gateway{service{Name: "front"}, kindIngress}]) == 1
+			},
+			why:      func(f catalogData) redirect.Problem { return f.Unanswered[service{Name: "side"}] },
+			answered: func(f catalogData) bool { return len(f.GatewayPorts[gateway{service{Name: "side"}, kindIngress}]) == 1 },
 		},
 		{
 			name: "exposed checks", field: func(f *fakeConsul) *http.HandlerFunc { return &f.checks },
 			good:   `{"a": {"ServiceID": "web", "ExposedPort": 21500}, "b": {"ServiceID": "app", "ExposedPort": 21501}}`,
 			before: `{"a": {"ServiceID": "web", "ExposedPort": 21500}}`,
 			first:  node(checks(1, "web")), second: node(checks(1, "web"), checks(2, "app")),
-			kept:     func(f facts) bool { return len(f.CheckPorts["web"]) == 1 },
-			why:      func(f facts) redirect.Problem { return f.NoChecks },
-			answered: func(f facts) bool { return len(f.CheckPorts["app"]) == 1 },
+			kept:     func(f catalogData) bool { return len(f.CheckPorts["web"]) == 1 },
+			why:      func(f catalogData) redirect.Problem { return f.NoChecks },
+			answered: func(f catalogData) bool { return len(f.CheckPorts["app"]) == 1 },
 		},
 		{
 			name: "intentions", field: func(f *fakeConsul) *http.HandlerFunc { return &f.intentions }, nothing: true,
 			good:  `[{"SourceName": "web", "DestinationName": "api", "Action": "allow"}]`,
 			first: node(transparent("web")), second: node(transparent("web"), transparent("app")),
-			kept:     func(facts) bool { return true },
-			why:      func(f facts) redirect.Problem { return f.NoIntentions },
-			answered: func(f facts) bool { return len(f.Intentions) == 1 },
+			kept:     func(catalogData) bool { return true },
+			why:      func(f catalogData) redirect.Problem { return f.NoIntentions },
+			answered: func(f catalogData) bool { return len(f.Intentions) == 1 },
 		},
 	} {
-		asked := func(v view) bool { return v.InStep && len(v.Proxies[numbered(2)])+len(v.Proxies[numbered(1)]) == 2 }
+		asked := func(v snapshot) bool { return v.InSync && len(v.Proxies[numbered(2)])+len(v.Proxies[numbered(1)]) == 2 }
 		for _, c := range append(breakages(question.good), breakage{"slow", slow(question.good), ""}) {
 			if c.name == "another form" && question.nothing {
 				c.answer = say(200, "{}")
@@ -273,16 +275,18 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				fake.set(field, say(200, cmp.Or(question.before, question.good)))
 				fake.answers(say(200, question.first))
 				follower := fake.followInHaste(t)
-				follower.eventually(t, "the first answer", func(v view) bool { return v.InStep && question.kept(v.Facts) })
+				follower.eventually(t, "the first answer", func(v snapshot) bool { return v.InSync && question.kept(v.Facts) })
 
 				fake.set(field, c.answer)
 				fake.answers(say(200, question.second))
 				follower.wake()
 				if c.name == "slow" {
-					follower.eventually(t, "a slow answer", func(v view) bool { return asked(v) && question.answered(v.Facts) && question.why(v.Facts).What == "" })
+					follower.eventually(t, "a slow answer", func(v snapshot) bool {
+						return asked(v) && question.answered(v.Facts) && question.why(v.Facts).What == ""
+					})
 					return
 				}
-				bad := follower.eventually(t, "the failure to be told", func(v view) bool { return asked(v) && question.why(v.Facts).What != "" })
+				bad := follower.eventually(t, "the failure to be told", func(v snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
 				if why := question.why(bad.Facts); !strings.Contains(why.What, c.want) || len(why.What) > 400 || why.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q, and what to do", why, c.want)
 				}
@@ -291,7 +295,7 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				}
 
 				fake.set(field, say(200, question.good))
-				follower.eventually(t, "an answer", func(v view) bool {
+				follower.eventually(t, "an answer", func(v snapshot) bool {
 					follower.wake() // or it comes later
 					return asked(v) && question.kept(v.Facts) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 				})
@@ -313,7 +317,7 @@ func TestLookupsTellWhatTheyDidNotAsk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	lookups := newLookups(fake.consul(t, 5*time.Second))
+	lookups := newQueries(fake.consul(t, 5*time.Second))
 	known, moved := lookups.refresh(t.Context(), byAllocation(proxies))
 	if asked := fake.times("/v1/agent/checks"); asked > 0 || !moved || !strings.Contains(known.NoChecks.What, "no cluster leader") {
 		t.Errorf("checks were asked for %d times and are %q, want none and why", asked, known.NoChecks)
@@ -329,8 +333,8 @@ func TestFollowerWaitsForASlowConsul(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(slow(oneProxy))
 	fake.set(&fake.self, slow(`{"Config":{"NodeName":"node"}}`))
-	fake.follow(t).eventually(t, "the slow answers", func(v view) bool {
-		return inStep(v) && v.Watch.What == "" && v.Bind.What == "" && v.Counts.Failures == 0
+	fake.follow(t).eventually(t, "the slow answers", func(v snapshot) bool {
+		return inSync(v) && v.Watch.What == "" && v.Bind.What == "" && v.Counts.Failures == 0
 	})
 }
 

@@ -20,7 +20,7 @@ func (a *Agent) keepNetworks(ctx context.Context) {
 		for _, what := range repaired {
 			a.log.Warn("network repaired", "what", what)
 		}
-		a.count(func(c *Counts) { c.Mended += uint64(len(repaired)) })
+		a.count(func(c *Counts) { c.Repaired += uint64(len(repaired)) })
 		if text := errorText(err); text != failing {
 			failing = text
 			if err != nil {

@@ -56,7 +56,7 @@ func TestNetworksAreRepaired(t *testing.T) {
 		}
 		return nil
 	}, "networks are looked at")
-	if got := n.agent.Status().Counts.Mended; got != 1 {
+	if got := n.agent.Status().Counts.Repaired; got != 1 {
 		t.Errorf("%d repairs counted, want 1", got)
 	}
 	for _, want := range []string{"host port tcp 0.0.0.0:8080", "list chains: no", "networks can be repaired again"} {

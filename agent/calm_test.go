@@ -37,8 +37,8 @@ func (n *node) newStepwise() *Agent {
 
 // asks is a turn of the loop after a read of Consul.
 func (a *Agent) asks(ctx context.Context) {
-	a.follower.read(ctx)
-	a.follower.look(ctx)
+	a.consul.read(ctx)
+	a.consul.look(ctx)
 	a.pass(true)
 }
 
@@ -69,18 +69,18 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 	upstream(9191)
 	a := n.newStepwise()
-	inStep := func(port uint16) error {
-		list, err := n.Known()
+	inSync := func(port uint16) error {
+		list, err := n.Records()
 		if err == nil && len(list) != 2 {
 			err = fmt.Errorf("%d workloads are on record, want 2", len(list))
 		}
 		for _, known := range list {
-			if len(known.Overlay.Upstreams) != 1 || known.Overlay.Upstreams[0].Listener.Port() != port {
-				err = fmt.Errorf("overlay of %s is %+v", known.Key, known.Overlay)
+			if len(known.MeshConfig.Upstreams) != 1 || known.MeshConfig.Upstreams[0].Listener.Port() != port {
+				err = fmt.Errorf("mesh configuration of %s is %+v", known.Key, known.MeshConfig)
 			}
 		}
 		for _, w := range a.Status().Workloads {
-			if !w.InStep || len(w.Problems) > 0 {
+			if !w.InSync || len(w.Problems) > 0 {
 				err = fmt.Errorf("%s has problems %q", w.ID, w.Problems)
 			}
 		}
@@ -88,8 +88,8 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 	test.Eventually(t, func() error {
 		a.asks(t.Context())
-		return inStep(9191)
-	}, "both allocations to be in step")
+		return inSync(9191)
+	}, "both allocations to be in sync")
 	if w, err := n.workload(key); err != nil || w.Proxy.Identity == redirect.IdentityNone {
 		t.Fatalf("the kernel has %+v, %v; want its proxy known", w, err)
 	}
@@ -103,7 +103,7 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 		{"passes", func() { a.pass(true) }},
 		{"reads of Consul", func() { a.asks(t.Context()) }},
 		{"looks at everything anew", func() {
-			a.resynced, a.swept, a.freed = time.Time{}, time.Time{}, time.Time{}
+			a.resynced, a.pruned, a.freed = time.Time{}, time.Time{}, time.Time{}
 			a.pass(false)
 		}},
 		{"starts", func() {
@@ -118,7 +118,7 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 		if seen := writes.Seen(); len(seen) > 0 {
 			t.Errorf("%d %s wrote to maps: %v", times, c.what, seen)
 		}
-		if err := inStep(9191); err != nil {
+		if err := inSync(9191); err != nil {
 			t.Errorf("after %d %s: %v", times, c.what, err)
 		}
 	}
@@ -128,7 +128,7 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 	upstream(9292)
 	a.asks(t.Context())
-	if err := inStep(9292); err != nil {
+	if err := inSync(9292); err != nil {
 		t.Errorf("after a change: %v", err)
 	}
 	if len(writes.Seen()) == 0 {
@@ -136,7 +136,7 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 }
 
-func (n *node) workload(key redirect.Key) (found redirect.WorkloadStatus, err error) {
+func (n *node) workload(key redirect.AttachmentID) (found redirect.WorkloadStatus, err error) {
 	list, err := n.Workloads()
 	for _, w := range list {
 		if w.Key == key {
@@ -156,20 +156,20 @@ func TestDoubtAboutAProxyIsNoNews(t *testing.T) {
 	a := n.newStepwise()
 	a.asks(t.Context())
 	a.lookSome()
-	m := a.subjects[key]
-	if len(m.claimants) != 1 {
-		t.Fatalf("claimants are %+v, want the process of no task", m.claimants)
+	m := a.allocations[key]
+	if len(m.candidates) != 1 {
+		t.Fatalf("candidates are %+v, want the process of no task", m.candidates)
 	}
 	select {
 	case <-a.wake: // it was listed for the first time
 	default:
 	}
-	for cgroup, c := range m.claimants {
+	for cgroup, c := range m.candidates {
 		before := c.tries
 		c.next = time.Now().Add(-time.Second)
-		m.claimants[cgroup] = c
+		m.candidates[cgroup] = c
 		a.lookSome()
-		if got := m.claimants[cgroup].tries; got != before+1 {
+		if got := m.candidates[cgroup].tries; got != before+1 {
 			t.Errorf("it was looked at %d times, want %d", got, before+1)
 		}
 	}

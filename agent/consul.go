@@ -26,13 +26,13 @@ const (
 	connections = 3         // two may block, the other asks
 )
 
-// patience is how long Consul may take to answer.
-type patience struct {
+// timeouts is how long Consul may take to answer.
+type timeouts struct {
 	read  time.Duration // any request but the blocking one
 	block time.Duration // the blocking one, to which Consul adds up to a sixteenth
 }
 
-func defaultPatience() patience { return patience{read: 10 * time.Second, block: 5 * time.Minute} }
+func defaultTimeouts() timeouts { return timeouts{read: 10 * time.Second, block: 5 * time.Minute} }
 
 // consul asks the local Consul agent. It is bounded in time, bytes and
 // connections, and reads the token's file anew for each request, the files of
@@ -40,11 +40,11 @@ func defaultPatience() patience { return patience{read: 10 * time.Second, block:
 type consul struct {
 	client *api.Client
 	config ConsulConfig
-	patience
+	timeouts
 }
 
 // newConsul opens nothing yet but the files that TLS needs.
-func newConsul(config ConsulConfig, patience patience) (*consul, error) {
+func newConsul(config ConsulConfig, timeouts timeouts) (*consul, error) {
 	scheme, rest, err := splitAddress(config.Address)
 	if err != nil {
 		return nil, fmt.Errorf("configure Consul: %w", err)
@@ -55,7 +55,7 @@ func newConsul(config ConsulConfig, patience patience) (*consul, error) {
 	if config.SSL && scheme != "unix" {
 		scheme = "https"
 	}
-	dialer := &net.Dialer{Timeout: patience.read}
+	dialer := &net.Dialer{Timeout: timeouts.read}
 	transport := &http.Transport{
 		MaxConnsPerHost: connections, MaxIdleConnsPerHost: connections,
 		IdleConnTimeout: 90 * time.Second, DialContext: dialer.DialContext,
@@ -79,7 +79,7 @@ func newConsul(config ConsulConfig, patience patience) (*consul, error) {
 			return (&tls.Dialer{NetDialer: dialer, Config: conf}).DialContext(ctx, network, address)
 		}
 	}
-	c := &consul{config: config, patience: patience}
+	c := &consul{config: config, timeouts: timeouts}
 	conf.HttpClient = &http.Client{Transport: &boundedTransport{next: transport}}
 	if host, prefix, found := strings.Cut(conf.Address, "/"); found {
 		conf.Address, conf.PathPrefix = host, "/"+prefix
@@ -212,11 +212,11 @@ func loopback4() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
 // changed returns when the catalog's view of the node is no longer that of
 // index, or after some minutes all the same.
 func (c *consul) changed(ctx context.Context, node string, index uint64) (uint64, error) {
-	patience := c.read
+	timeouts := c.read
 	if index > 0 { // else there is nothing to wait for
-		patience += c.block + c.block/8
+		timeouts += c.block + c.block/8
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeouts)
 	defer cancel()
 	options, err := c.options(ctx)
 	if err != nil {
@@ -311,8 +311,8 @@ func (c *consul) intentions(ctx context.Context) (allowed []intention, err error
 			continue
 		}
 		allowed = append(allowed, intention{
-			Source:      named(i.SourceName, i.SourceNS, i.SourcePartition),
-			Destination: named(i.DestinationName, i.DestinationNS, i.DestinationPartition),
+			Source:      serviceOf(i.SourceName, i.SourceNS, i.SourcePartition),
+			Destination: serviceOf(i.DestinationName, i.DestinationNS, i.DestinationPartition),
 		})
 	}
 	slices.SortFunc(allowed, func(a, b intention) int {

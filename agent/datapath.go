@@ -56,36 +56,36 @@ func (a *Agent) load() error {
 	return nil
 }
 
-// mend puts back what somebody took off the node, and says so.
+// repair puts back what somebody took off the node, and says so.
 // It reports whether the node could be changed at all.
-func (a *Agent) mend() bool {
+func (a *Agent) repair() bool {
 	if a.behind {
 		if err := a.load(); err != nil {
-			a.trouble("load data path", err)
+			a.warnOnce("load data path", err)
 		}
 	}
-	did, err := a.datapath.Mend()
+	did, err := a.datapath.Repair()
 	reason, _ := redirect.CouldNotLook(err)
 	a.mu.Lock()
-	a.status.Counts.Mended += uint64(len(did))
+	a.status.Counts.Repaired += uint64(len(did))
 	a.status.DataPath, a.unseen.node = "", reason
 	if err != nil {
 		a.status.DataPath = err.Error()
 	}
 	a.mu.Unlock()
 	for _, what := range did {
-		a.log.Warn("data path mended", "what", what)
+		a.log.Warn("data path repaired", "what", what)
 	}
 	if text := errorText(err); text != a.broken {
 		a.broken = text
 		if err != nil {
-			a.log.Error("data path cannot be mended", "error", err)
+			a.log.Error("data path cannot be repaired", "error", err)
 		} else {
 			a.log.Info("data path is whole again")
 		}
 	}
 	if len(did) > 0 {
-		a.hurry()
+		a.trigger()
 	}
 	return !errors.Is(err, unix.EAGAIN)
 }

@@ -12,21 +12,21 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// subject is everything that is known of one attachment when its desired state
+// allocation is everything that is known of one attachment when its desired state
 // is worked out.
-type subject struct {
+type allocation struct {
 	attachment
-	Cached  bool            // libcni knows it
-	Live    bool            // Nomad or Docker have its namespace
-	Known   *redirect.Known // nil: not on record
-	Proxies []proxy         // of the allocation, sorted by ID
+	Cached  bool             // libcni knows it
+	Live    bool             // Nomad or Docker have its namespace
+	Record  *redirect.Record // nil: not on record
+	Proxies []proxy          // of the allocation, sorted by ID
 
 	Withdrawn bool // what counted so far is seen to be no proxy of the allocation's, and there is no other
 }
 
-// facts are what proxies have in common, looked up for them. What was not
+// catalogData are what proxies have in common, looked up for them. What was not
 // answered yet is not there, and is no reason to take anything back.
-type facts struct {
+type catalogData struct {
 	VirtualIPs   map[service][]netip.Addr
 	GatewayPorts map[gateway][]uint16
 	CheckPorts   map[string][]uint16          // by service ID; nil: not answered yet
@@ -44,27 +44,27 @@ type policy struct {
 	ProxyUID uint32
 }
 
-// wish is what should be done for one attachment.
-type wish struct {
-	Add      *redirect.Request // put it under Weir first; nil: it is, or need not be
-	Overlay  *redirect.Overlay // nil: leave it as it is
-	Problems []redirect.Problem
+// plan is what should be done for one attachment.
+type plan struct {
+	Add        *redirect.Request    // put it under Weir first; nil: it is, or need not be
+	MeshConfig *redirect.MeshConfig // nil: leave it as it is
+	Problems   []redirect.Problem
 }
 
-func (w *wish) problem(code redirect.ProblemCode, remedy, what string) {
+func (w *plan) problem(code redirect.ProblemCode, remedy, what string) {
 	w.Problems = append(w.Problems, redirect.NewProblem(code, remedy, what))
 }
 
-// desire is the pure function from what is known to what should be. Without a
+// planFor is the pure function from what is known to what should be. Without a
 // registration in Consul nothing is wished: what was last known stays.
-func desire(s subject, known facts, node policy) wish {
-	var w wish
-	if s.Withdrawn && s.Known != nil {
-		overlay := redirect.Overlay{Guard: redirect.Stronger(node.Guard, s.Known.Request.Guard)}
-		if s.Known.Request.Mode != redirect.ModeTransparent {
-			overlay.ExcludeInboundPorts = s.mappedPorts()
+func planFor(s allocation, known catalogData, node policy) plan {
+	var w plan
+	if s.Withdrawn && s.Record != nil {
+		meshConfig := redirect.MeshConfig{Guard: redirect.MaxGuard(node.Guard, s.Record.Request.Guard)}
+		if s.Record.Request.Mode != redirect.ModeTransparent {
+			meshConfig.ExcludeInboundPorts = s.mappedPorts()
 		}
-		w.Overlay = &overlay
+		w.MeshConfig = &meshConfig
 	}
 	if len(s.Proxies) == 0 {
 		return w
@@ -76,17 +76,17 @@ func desire(s subject, known facts, node policy) wish {
 		if p.isGateway() {
 			mode = redirect.ModeGateway
 		}
-		guard = redirect.Stronger(guard, p.Guard)
+		guard = redirect.MaxGuard(guard, p.Guard)
 		for _, what := range p.Problems {
 			w.problem(redirect.ProblemRegistration, "correct its job's connect block and run the job again", what)
 		}
 	}
 	switch {
-	case s.Known == nil && s.asked():
+	case s.Record == nil && s.asked():
 		return w // the plugin's, whose request comes first
-	case s.Known != nil:
-		mode = s.Known.Request.Mode
-		guard = redirect.Stronger(guard, s.Known.Request.Guard)
+	case s.Record != nil:
+		mode = s.Record.Request.Mode
+		guard = redirect.MaxGuard(guard, s.Record.Request.Guard)
 		if mode == redirect.ModeTransparent && !transparent {
 			w.problem(redirect.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
 				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
@@ -100,15 +100,15 @@ func desire(s subject, known facts, node policy) wish {
 				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
 		}
 	}
-	overlay := redirect.Overlay{Guard: guard, Forward: node.Forward}
+	meshConfig := redirect.MeshConfig{Guard: guard, Forward: node.Forward}
 	proxies := inOrder(s.Proxies)
-	w.Problems = append(w.Problems, sidecars(&overlay, proxies, mode, known, s.Known)...)
+	w.Problems = append(w.Problems, sidecars(&meshConfig, proxies, mode, known, s.Record)...)
 	var open []uint16
 	for _, p := range proxies {
 		if p.ExposeCheck && known.NoChecks.What != "" {
 			w.Problems = append(w.Problems, known.NoChecks)
 		}
-		overlay.Upstreams = append(overlay.Upstreams, upstreams(p, known, s.Known)...)
+		meshConfig.Upstreams = append(meshConfig.Upstreams, upstreams(p, known, s.Record)...)
 		if why := known.Unanswered[p.Self]; why.What != "" && p.isGateway() {
 			w.Problems = append(w.Problems, why)
 		}
@@ -119,27 +119,27 @@ func desire(s subject, known facts, node policy) wish {
 		}
 	}
 	if mode == redirect.ModeTransparent {
-		open = append(open, s.staticPorts(unnamedPorts(s.Mesh), overlay.InboundPort)...)
+		open = append(open, s.staticPorts(unnamedPorts(s.Mesh), meshConfig.InboundPort)...)
 	} else {
 		open = append(open, s.mappedPorts()...)
 	}
 	open = slices.DeleteFunc(open, func(port uint16) bool {
-		return port == overlay.InboundPort || slices.ContainsFunc(overlay.Proxies, func(p redirect.Sidecar) bool { return p.InboundPort == port })
+		return port == meshConfig.InboundPort || slices.ContainsFunc(meshConfig.Proxies, func(p redirect.Sidecar) bool { return p.InboundPort == port })
 	})
-	overlay.ExcludeInboundPorts = sortedPorts(open)
-	overlay.Upstreams = firstListeners(overlay.Upstreams)
-	w.Overlay = &overlay
-	if mode == redirect.ModeTransparent && s.Known != nil {
-		w.Problems = append(w.Problems, s.portsInMesh(overlay)...)
+	meshConfig.ExcludeInboundPorts = sortedPorts(open)
+	meshConfig.Upstreams = firstListeners(meshConfig.Upstreams)
+	w.MeshConfig = &meshConfig
+	if mode == redirect.ModeTransparent && s.Record != nil {
+		w.Problems = append(w.Problems, s.portsInMesh(meshConfig)...)
 	}
 	return w
 }
 
 // portsInMesh tells of host ports that lead to the proxy's listener for the mesh:
 // dynamic ones that have the same number inside, which no exclusion can name.
-func (s subject) portsInMesh(overlay redirect.Overlay) (problems []redirect.Problem) {
-	open := slices.Concat(openPorts(overlay), s.Known.Request.ExcludeInboundPorts, []uint16{overlay.InboundPort, s.Known.Request.InboundPort})
-	for _, p := range overlay.Proxies {
+func (s allocation) portsInMesh(meshConfig redirect.MeshConfig) (problems []redirect.Problem) {
+	open := slices.Concat(openPorts(meshConfig), s.Record.Request.ExcludeInboundPorts, []uint16{meshConfig.InboundPort, s.Record.Request.InboundPort})
+	for _, p := range meshConfig.Proxies {
 		open = append(open, p.InboundPort)
 	}
 	var told []uint16
@@ -159,14 +159,14 @@ func (s subject) portsInMesh(overlay redirect.Overlay) (problems []redirect.Prob
 
 // exposed are the ports of the proxy's listeners beside the mesh's. Those on
 // record stay until Consul has answered; an older record has them among the excluded.
-func (f facts) exposed(p proxy, record *redirect.Known) []uint16 {
+func (f catalogData) exposed(p proxy, record *redirect.Record) []uint16 {
 	ports := slices.Concat(p.Open, f.GatewayPorts[p.entry()])
 	if p.ExposeCheck {
 		ports = append(ports, f.CheckPorts[p.ServiceID]...)
 		ports = append(ports, f.CheckPorts[p.ID]...)
 	}
 	if record != nil && f.lacksPorts(p) {
-		before := record.Overlay
+		before := record.MeshConfig
 		ports = append(ports, before.ExcludeInboundPorts...)
 		i := slices.IndexFunc(before.Proxies, func(q redirect.Sidecar) bool { return q.Service == p.service().Name })
 		if i >= 0 {
@@ -179,19 +179,19 @@ func (f facts) exposed(p proxy, record *redirect.Known) []uint16 {
 }
 
 // lacksPorts reports whether some of the proxy's listeners are not known yet.
-func (f facts) lacksPorts(p proxy) bool {
+func (f catalogData) lacksPorts(p proxy) bool {
 	_, answered := f.GatewayPorts[p.entry()]
 	return !answered && (p.Kind == kindIngress || p.Kind == kindAPI) || p.ExposeCheck && f.CheckPorts == nil
 }
 
 // upstreams are the explicit upstreams of a proxy that have a virtual IP: the
 // one on record until Consul has answered.
-func upstreams(p proxy, known facts, record *redirect.Known) []redirect.Upstream {
+func upstreams(p proxy, known catalogData, record *redirect.Record) []redirect.Upstream {
 	var list []redirect.Upstream
 	for _, u := range p.Upstreams {
 		addresses, answered := known.VirtualIPs[u.Of]
 		if !answered && record != nil {
-			for _, before := range record.Overlay.Upstreams {
+			for _, before := range record.MeshConfig.Upstreams {
 				if before.Name == u.Of.label() {
 					addresses = append(addresses, before.Addresses...)
 				}
@@ -237,9 +237,9 @@ func guardStrength(guard redirect.Guard) (strength int, known bool) {
 
 // openPorts are those that Consul and the job's mapped ports open: exposed ones
 // to the proxy alone.
-func openPorts(overlay redirect.Overlay) []uint16 {
-	ports := slices.Concat([]uint16{}, overlay.ExcludeInboundPorts, overlay.ExposedPorts)
-	for _, p := range overlay.Proxies {
+func openPorts(meshConfig redirect.MeshConfig) []uint16 {
+	ports := slices.Concat([]uint16{}, meshConfig.ExcludeInboundPorts, meshConfig.ExposedPorts)
+	for _, p := range meshConfig.Proxies {
 		ports = append(ports, p.ExposedPorts...)
 	}
 	return sortedPorts(ports)

@@ -12,28 +12,28 @@ import (
 )
 
 // The pieces of the table: one allocation, and what may be known of it.
-const allocation = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
+const exampleAlloc = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
 
 func found() attachment {
 	return attachment{
-		Key: redirect.Key{ContainerID: allocation, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + allocation,
-		Job: redirect.Job{ID: "j1", AllocID: allocation}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
+		Key: redirect.AttachmentID{ContainerID: exampleAlloc, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + exampleAlloc,
+		Job: redirect.Job{ID: "j1", AllocID: exampleAlloc}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
 		Ports: []portMapping{{HostPort: 20001, ContainerPort: 20001}, {HostPort: 8181, ContainerPort: 8181}, {HostPort: 25000, ContainerPort: 8080}},
 	}
 }
 
-func onRecord(mode redirect.Mode) *redirect.Known {
-	return &redirect.Known{Key: found().Key, Request: redirect.Request{Mode: mode}, Complete: true}
+func onRecord(mode redirect.Mode) *redirect.Record {
+	return &redirect.Record{Key: found().Key, Request: redirect.Request{Mode: mode}, Complete: true}
 }
 
-func recorded(overlay redirect.Overlay) *redirect.Known {
+func recorded(meshConfig redirect.MeshConfig) *redirect.Record {
 	known := onRecord(redirect.ModeDirect)
-	known.Overlay = overlay
+	known.MeshConfig = meshConfig
 	return known
 }
 
 func sidecar(change ...func(*proxy)) proxy {
-	p := proxy{ID: "web-sidecar-proxy", Kind: kindSidecar, AllocID: allocation, ServiceID: "web", Inbound: 20001}
+	p := proxy{ID: "web-sidecar-proxy", Kind: kindSidecar, AllocID: exampleAlloc, ServiceID: "web", Inbound: 20001}
 	for _, edit := range change {
 		edit(&p)
 	}
@@ -61,72 +61,72 @@ func TestDesire(t *testing.T) {
 	}
 	for _, c := range []struct {
 		name    string
-		subject subject
-		facts   facts
+		subject allocation
+		facts   catalogData
 		policy  policy
-		want    wish
+		want    plan
 	}{
 		{
 			name:    "Consul knows nothing of it: what is stays",
-			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent)},
+			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent)},
 			policy:  audit,
 		},
 		{
 			name:    "transparent: ports of Consul win, mapped ports stay the proxy's",
-			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
 			policy:  audit,
-			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit}},
+			want:    plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit}},
 		},
 		{
 			name: "transparent: a static port without to is opened",
-			subject: subject{attachment: func() attachment {
+			subject: allocation{attachment: func() attachment {
 				a := found()
 				a.Mesh = `{"ExcludeInboundPorts":["0","7071"]}`
 				return a
-			}(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			}(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
 			policy: audit,
-			want: wish{Overlay: &redirect.Overlay{
+			want: plan{MeshConfig: &redirect.MeshConfig{
 				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8181}}},
 		},
 		{
 			name: "expose paths, metrics and exposed checks are open to the proxy's listeners",
-			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
+			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
 				p.Open, p.ExposeCheck = []uint16{9102, 21500}, true
 			})}},
-			facts:  facts{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
+			facts:  catalogData{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
 			policy: audit,
-			want: wish{Overlay: &redirect.Overlay{
+			want: plan{MeshConfig: &redirect.MeshConfig{
 				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExposedPorts: []uint16{9102, 21500, 21501}}},
 		},
 		{
 			name:    "exposed checks that Consul does not tell are told to whom they concern",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
-			facts:   facts{NoChecks: forbidden, NoIntentions: redirect.Problem{What: "of others"}},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
+			facts:   catalogData{NoChecks: forbidden, NoIntentions: redirect.Problem{What: "of others"}},
 			policy:  policy{Guard: redirect.GuardEnforce},
-			want: wish{
-				Overlay:  &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce},
-				Problems: []redirect.Problem{forbidden},
+			want: plan{
+				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce},
+				Problems:   []redirect.Problem{forbidden},
 			},
 		},
 		{
 			name:    "the operator lets packets be forwarded",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
 			policy:  policy{Guard: redirect.GuardEnforce, Forward: true},
-			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce, Forward: true}},
+			want:    plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce, Forward: true}},
 		},
 		{
 			name:    "checks that nobody exposes are no problem",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
-			facts:   facts{NoChecks: forbidden},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
+			facts:   catalogData{NoChecks: forbidden},
 			policy:  audit,
-			want:    wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit}},
+			want:    plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardAudit}},
 		},
 		{
 			name:    "transparent on record, direct in Consul",
-			subject: subject{attachment: found(), Known: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar()}},
+			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar()}},
 			policy:  audit,
-			want: wish{
-				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit},
+			want: plan{
+				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardAudit},
 				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemModeMismatch,
 					`set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
 					"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")},
@@ -134,21 +134,21 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name:    "no plugin was called: put under Weir, mapped ports open",
-			subject: subject{attachment: found(), Proxies: []proxy{sidecar()}},
+			subject: allocation{attachment: found(), Proxies: []proxy{sidecar()}},
 			policy:  audit,
-			want: wish{
+			want: plan{
 				Add: add(redirect.ModeDirect),
-				Overlay: &redirect.Overlay{
+				MeshConfig: &redirect.MeshConfig{
 					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
 			},
 		},
 		{
 			name:    "no plugin was called, and Consul has it transparent",
-			subject: subject{attachment: found(), Proxies: []proxy{sidecar(transparent)}},
+			subject: allocation{attachment: found(), Proxies: []proxy{sidecar(transparent)}},
 			policy:  audit,
-			want: wish{
+			want: plan{
 				Add: add(redirect.ModeDirect),
-				Overlay: &redirect.Overlay{
+				MeshConfig: &redirect.MeshConfig{
 					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
 				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemModeMismatch,
 					"give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
@@ -157,7 +157,7 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a plugin was asked, but its record is not there: not the agent's to make up",
-			subject: subject{attachment: func() attachment {
+			subject: allocation{attachment: func() attachment {
 				a := found()
 				a.Mesh = `{}`
 				return a
@@ -166,28 +166,28 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a gateway: its listeners are open and it has none for the mesh",
-			subject: subject{attachment: found(), Proxies: []proxy{{
-				ID: "in", Kind: kindIngress, AllocID: allocation, Self: service{Name: "in"}, Open: []uint16{8443}}}},
-			facts:  facts{GatewayPorts: map[gateway][]uint16{{service{Name: "in"}, kindIngress}: {8080, 9090}}},
+			subject: allocation{attachment: found(), Proxies: []proxy{{
+				ID: "in", Kind: kindIngress, AllocID: exampleAlloc, Self: service{Name: "in"}, Open: []uint16{8443}}}},
+			facts:  catalogData{GatewayPorts: map[gateway][]uint16{{service{Name: "in"}, kindIngress}: {8080, 9090}}},
 			policy: audit,
-			want: wish{
+			want: plan{
 				Add: add(redirect.ModeGateway),
-				Overlay: &redirect.Overlay{
+				MeshConfig: &redirect.MeshConfig{
 					Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 20001}, ExposedPorts: []uint16{8080, 8443, 9090}},
 			},
 		},
 		{
 			name: "two services in one allocation",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) { p.Upstreams = []upstream{to("cache", "127.0.0.1:6379")} }),
 				sidecar(func(p *proxy) {
 					p.ID, p.Service, p.Inbound, p.Upstreams = "z", "z", 20002, []upstream{to("api", "127.0.0.1:9191")}
 				}),
 			}},
-			facts: facts{VirtualIPs: map[service][]netip.Addr{
+			facts: catalogData{VirtualIPs: map[service][]netip.Addr{
 				{Name: "api"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2", "10.1.1.1")}},
 			policy: audit,
-			want: wish{Overlay: &redirect.Overlay{
+			want: plan{MeshConfig: &redirect.MeshConfig{
 				InboundPort: 20001, Service: "web", Proxies: []redirect.Sidecar{{Service: "z", InboundPort: 20002}}, Guard: redirect.GuardAudit,
 				Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
@@ -197,28 +197,28 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "upstreams without a virtual IP here are left to their listener",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) {
 					far := to("api", "127.0.0.1:7000")
 					far.Remote = true
 					p.Upstreams = []upstream{far, to("new", "127.0.0.1:7001"), to("api", "127.0.0.1:9191"), to("api", "127.0.0.1:9292")}
 				})}},
-			facts: facts{
+			facts: catalogData{
 				VirtualIPs: map[service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
 				Unanswered: map[service]redirect.Problem{{Name: "new"}: forbidden},
 			},
 			policy: audit,
-			want: wish{
-				Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardAudit, Upstreams: []redirect.Upstream{
+			want: plan{
+				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardAudit, Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
 				Problems: []redirect.Problem{forbidden},
 			},
 		},
 		{
 			name: "what Consul has not answered yet stays as it is on record",
-			subject: subject{
+			subject: allocation{
 				attachment: attachment{Key: found().Key},
-				Known: recorded(redirect.Overlay{ExposedPorts: []uint16{8181}, Upstreams: []redirect.Upstream{
+				Record: recorded(redirect.MeshConfig{ExposedPorts: []uint16{8181}, Upstreams: []redirect.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 					{Name: "cache", Addresses: addrs("240.0.0.2"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
 					{Name: "gone", Addresses: addrs("240.0.0.3"), Listener: netip.MustParseAddrPort("127.0.0.1:7000")},
@@ -227,44 +227,44 @@ func TestDesire(t *testing.T) {
 					p.ExposeCheck = true
 					p.Upstreams = []upstream{to("api", "127.0.0.1:9292"), to("cache", "127.0.0.1:6379")}
 				})}},
-			facts:  facts{VirtualIPs: map[service][]netip.Addr{{Name: "cache"}: nil}},
+			facts:  catalogData{VirtualIPs: map[service][]netip.Addr{{Name: "cache"}: nil}},
 			policy: audit,
-			want: wish{Overlay: &redirect.Overlay{
+			want: plan{MeshConfig: &redirect.MeshConfig{
 				InboundPort: 20001, ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit,
 				Upstreams: []redirect.Upstream{{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9292")}},
 			}},
 		},
 		{
 			name: "listeners of a gateway that Consul has not answered yet stay open",
-			subject: subject{
+			subject: allocation{
 				attachment: attachment{Key: found().Key},
-				Known:      recorded(redirect.Overlay{ExcludeInboundPorts: []uint16{8181}}),
+				Record:     recorded(redirect.MeshConfig{ExcludeInboundPorts: []uint16{8181}}),
 				Proxies: []proxy{sidecar(func(p *proxy) {
 					p.Kind, p.Inbound, p.Self = kindAPI, 0, service{Name: "gateway"}
 				})}},
 			policy: audit,
-			want:   wish{Overlay: &redirect.Overlay{ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit}},
+			want:   plan{MeshConfig: &redirect.MeshConfig{ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit}},
 		},
 		{
 			name: "a job strengthens the guard",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect),
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect),
 				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardEnforce })}},
 			policy: audit,
-			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+			want:   plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce}},
 		},
 		{
 			name: "a job strengthens the guard by the plugin",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: func() *redirect.Known {
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: func() *redirect.Record {
 				known := onRecord(redirect.ModeDirect)
 				known.Request.Guard = redirect.GuardEnforce
 				return known
 			}(), Proxies: []proxy{sidecar()}},
 			policy: audit,
-			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+			want:   plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce}},
 		},
 		{
 			name: "a plugin was asked by the job's own arguments, but its record is not there",
-			subject: subject{attachment: func() attachment {
+			subject: allocation{attachment: func() attachment {
 				a := found()
 				a.JobArgs = true
 				return a
@@ -273,26 +273,26 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a job does not weaken the guard",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect),
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect),
 				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardOff })}},
 			policy: policy{Guard: redirect.GuardEnforce},
-			want:   wish{Overlay: &redirect.Overlay{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+			want:   plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce}},
 		},
 		{
 			name: "transparent: a dynamic port that nobody can exclude ends in the mesh",
-			subject: subject{attachment: func() attachment {
+			subject: allocation{attachment: func() attachment {
 				a := found()
 				a.Ports = append(a.Ports, portMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "tcp"}, portMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "udp"},
 					portMapping{HostPort: 25002, ContainerPort: 25002})
 				return a
-			}(), Known: func() *redirect.Known {
+			}(), Record: func() *redirect.Record {
 				known := onRecord(redirect.ModeTransparent)
 				known.Request.ExcludeInboundPorts = []uint16{25002}
 				return known
 			}(), Proxies: []proxy{sidecar(transparent)}},
 			policy: audit,
-			want: wish{
-				Overlay: &redirect.Overlay{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit},
+			want: plan{
+				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit},
 				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemHostPortInMesh,
 					`give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
 					"port 25001 of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded")},
@@ -300,41 +300,41 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name:    "what counted is withdrawn: what the node itself knows stays",
-			subject: subject{attachment: found(), Known: onRecord(redirect.ModeDirect), Withdrawn: true},
+			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeDirect), Withdrawn: true},
 			policy:  audit,
-			want:    wish{Overlay: &redirect.Overlay{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: redirect.GuardAudit}},
+			want:    plan{MeshConfig: &redirect.MeshConfig{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: redirect.GuardAudit}},
 		},
 		{
 			name: "a gateway beside a sidecar has its listeners, and they are its own",
-			subject: subject{attachment: attachment{Key: found().Key}, Known: onRecord(redirect.ModeDirect), Proxies: []proxy{
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) { p.Open = []uint16{9102} }),
-				{ID: "edge", Kind: kindMesh, AllocID: allocation, Self: service{Name: "edge"}, Open: []uint16{8443}},
+				{ID: "edge", Kind: kindMesh, AllocID: exampleAlloc, Self: service{Name: "edge"}, Open: []uint16{8443}},
 			}},
 			policy: audit,
-			want: wish{Overlay: &redirect.Overlay{
+			want: plan{MeshConfig: &redirect.MeshConfig{
 				InboundPort: 20001, ExposedPorts: []uint16{9102}, Guard: redirect.GuardAudit,
 				Service: "web", Proxies: []redirect.Sidecar{{Service: "edge", ExposedPorts: []uint16{8443}}}}},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := desire(c.subject, c.facts, c.policy)
+			got := planFor(c.subject, c.facts, c.policy)
 			if diff := cmp.Diff(c.want, got, sameAddrs()); diff != "" {
 				t.Errorf("wish (-want +got):\n%s", diff)
 			}
-			if got.Overlay == nil {
+			if got.MeshConfig == nil {
 				return
 			}
 			request := redirect.Request{}
 			if got.Add != nil {
 				request = *got.Add
-			} else if c.subject.Known != nil {
-				request = c.subject.Known.Request
+			} else if c.subject.Record != nil {
+				request = c.subject.Record.Request
 			}
-			if err := redirect.Merge(request, *got.Overlay).Validate(); err != nil {
+			if err := redirect.Merge(request, *got.MeshConfig).Validate(); err != nil {
 				t.Errorf("the data path would refuse it: %v", err)
 			}
-			again := desire(c.subject, c.facts, c.policy)
-			if !redirect.Merge(request, *again.Overlay).Equal(redirect.Merge(request, *got.Overlay)) {
+			again := planFor(c.subject, c.facts, c.policy)
+			if !redirect.Merge(request, *again.MeshConfig).Equal(redirect.Merge(request, *got.MeshConfig)) {
 				t.Error("the same again is not the same")
 			}
 		})

@@ -39,7 +39,7 @@ func TestParseCache(t *testing.T) {
 	}
 	const id = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
 	want := attachment{
-		Key: redirect.Key{ContainerID: id, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + id,
+		Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + id,
 		Job:       redirect.Job{Region: "global", Namespace: "default", ID: "j1", Group: "g", AllocID: id},
 		Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13"), netip.MustParseAddr("fd00::2")},
 		Ports: []portMapping{

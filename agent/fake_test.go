@@ -139,7 +139,7 @@ func (f *fakeConsul) consul(t *testing.T, patient time.Duration) *consul {
 	t.Helper()
 	config := *DefaultConfig().Consul
 	config.Address = f.URL
-	c, err := newConsul(config, patience{read: patient, block: time.Minute})
+	c, err := newConsul(config, timeouts{read: patient, block: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +179,7 @@ func flood(w http.ResponseWriter, r *http.Request) {
 }
 
 // follow runs a follower of the fake until the test ends.
-func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *follower {
+func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *consulWatcher {
 	t.Helper()
 	config := *DefaultConfig().Consul
 	config.Address = f.URL
@@ -191,23 +191,23 @@ func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *follow
 
 // followInHaste is follow where what is asked beside the bulk read is asked again
 // twenty times as soon, when the follower is woken.
-func (f *fakeConsul) followInHaste(t *testing.T) *follower {
+func (f *fakeConsul) followInHaste(t *testing.T) *consulWatcher {
 	t.Helper()
 	config := *DefaultConfig().Consul
 	config.Address, config.Watch = f.URL, false
-	return runFollower(t, config, func(f *follower) {
+	return runFollower(t, config, func(f *consulWatcher) {
 		began := time.Now()
 		f.lookups.now = func() time.Time { return began.Add(20 * time.Since(began)) }
 	})
 }
 
-func runFollower(t *testing.T, config ConsulConfig, change ...func(*follower)) *follower {
+func runFollower(t *testing.T, config ConsulConfig, change ...func(*consulWatcher)) *consulWatcher {
 	t.Helper()
-	consul, err := newConsul(config, patience{read: 300 * time.Millisecond, block: time.Minute})
+	consul, err := newConsul(config, timeouts{read: 300 * time.Millisecond, block: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
-	follower := newFollower(consul, func() {})
+	follower := newConsulWatcher(consul, func() {})
 	for _, edit := range change {
 		edit(follower)
 	}
@@ -228,12 +228,12 @@ func runFollower(t *testing.T, config ConsulConfig, change ...func(*follower)) *
 	return follower
 }
 
-func (f *follower) eventually(t *testing.T, what string, ok func(view) bool) view {
+func (f *consulWatcher) eventually(t *testing.T, what string, ok func(snapshot) bool) snapshot {
 	t.Helper()
-	var last view
+	var last snapshot
 	test.Eventually(t, func() error {
 		if last = f.current(); !ok(last) {
-			return fmt.Errorf("in step %v, %q, %d allocations, %+v", last.InStep, last.Error, len(last.Proxies), last.Counts)
+			return fmt.Errorf("in sync %v, %q, %d allocations, %+v", last.InSync, last.Error, len(last.Proxies), last.Counts)
 		}
 		return nil
 	}, what)

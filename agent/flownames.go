@@ -11,14 +11,14 @@ import (
 
 // flowFacts are what a pass of the loop found, from which flows get their names.
 type flowFacts struct {
-	known  []redirect.Known
-	consul view
+	known  []redirect.Record
+	consul snapshot
 }
 
 // flowNames puts names to what the kernel tells. It belongs to who records flows
 // and to nobody else.
 type flowNames struct {
-	known      func() ([]redirect.Known, error)
+	known      func() ([]redirect.Record, error)
 	cgroupPath func(uint64) (string, error)
 	containers func() containers
 
@@ -69,7 +69,7 @@ func (n *flowNames) learn(facts *flowFacts) {
 			w.allocID = k.Key.ContainerID
 		}
 		n.services(&w, facts.consul.Proxies[w.allocID])
-		for _, upstream := range k.Overlay.Upstreams {
+		for _, upstream := range k.MeshConfig.Upstreams {
 			n.listeners[flowListener{k.Cookie, upstream.Listener}] = upstream.Name
 			for _, addr := range upstream.Addresses {
 				n.virtual[addr.Unmap()] = upstream.Name

@@ -53,14 +53,14 @@ func newFlows(a *Agent) (*flows, error) {
 	f := &flows{
 		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), guard: newGuardTable(time.Now()), datapath: a.datapath, node: node, log: a.log,
 		pin: filepath.Join(a.datapath.Paths().PinDir, "maps", "events"), done: make(chan struct{}),
-		names: flowNames{known: a.datapath.Known, cgroupPath: redirect.CgroupPath, containers: a.containers},
+		names: flowNames{known: a.datapath.Records, cgroupPath: redirect.CgroupPath, containers: a.containers},
 	}
 	f.names.learn(&flowFacts{})
 	return f, nil
 }
 
 // learn gives flows the names that a pass found.
-func (f *flows) learn(known []redirect.Known, consul view) {
+func (f *flows) learn(known []redirect.Record, consul snapshot) {
 	if f != nil {
 		f.facts.Store(&flowFacts{known: known, consul: consul})
 		f.guard.keep(known, time.Now())

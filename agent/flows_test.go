@@ -93,7 +93,7 @@ func TestFlows(t *testing.T) {
 	n.Datapath = redirect.New(n.config.Paths())
 	mesh := test.NewNetNS(t)
 	id := numbered(1)
-	err := n.Add(redirect.Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: mesh.Path, Request: redirect.Request{
+	err := n.Add(redirect.Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: mesh.Path, Request: redirect.Request{
 		Network: "nomad", Job: redirect.Job{AllocID: id, Namespace: "prod", ID: "shop", Group: "front"},
 		Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})

@@ -110,7 +110,7 @@ func (g *guardTable) note(r *flowRecord) {
 
 // keep drops what is of workloads that are gone. One that came after the list was
 // made is not gone.
-func (g *guardTable) keep(known []redirect.Known, now time.Time) {
+func (g *guardTable) keep(known []redirect.Record, now time.Time) {
 	there := make(map[uint64]bool, len(known))
 	for _, k := range known {
 		there[k.Cookie] = true
@@ -130,8 +130,8 @@ func (g *guardTable) keep(known []redirect.Known, now time.Time) {
 
 // list is the table as it is now, sorted, beside the mode and the namespace of
 // each workload as they are known.
-func (g *guardTable) list(known []redirect.Known, served func(netns string) (tcp, udp map[uint16]bool, err error)) GuardList {
-	of := make(map[uint64]redirect.Known, len(known))
+func (g *guardTable) list(known []redirect.Record, served func(netns string) (tcp, udp map[uint16]bool, err error)) GuardList {
+	of := make(map[uint64]redirect.Record, len(known))
 	for _, k := range known {
 		of[k.Cookie] = k
 	}
@@ -206,7 +206,7 @@ func (a *Agent) serveGuard(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, ErrFlowsOff.Error(), http.StatusNotImplemented)
 		return
 	}
-	known, err := a.datapath.Known()
+	known, err := a.datapath.Records()
 	if err != nil && known == nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return

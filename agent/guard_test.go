@@ -49,10 +49,10 @@ type attempt struct {
 func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 	n := newNode(t)
 	server, client, outside := test.NewNetNS(t), test.NewNetNS(t), test.NewNetNS(t)
-	own, neighbour, stranger := netip.MustParsePrefix("10.77.1.2/24"), netip.MustParsePrefix("10.77.1.3/24"), netip.MustParsePrefix("10.77.2.3/24")
+	own, neighbour, outsider := netip.MustParsePrefix("10.77.1.2/24"), netip.MustParsePrefix("10.77.1.3/24"), netip.MustParsePrefix("10.77.2.3/24")
 	test.Veth(t, test.VethEnd{NetNS: server, Addrs: []netip.Prefix{own}}, test.VethEnd{NetNS: client, Addrs: []netip.Prefix{neighbour}})
 	test.Veth(t, test.VethEnd{NetNS: server, Name: "eth1", Addrs: []netip.Prefix{netip.MustParsePrefix("10.77.2.2/24")}},
-		test.VethEnd{NetNS: outside, Addrs: []netip.Prefix{stranger}})
+		test.VethEnd{NetNS: outside, Addrs: []netip.Prefix{outsider}})
 	ids := []string{numbered(1), numbered(2)}
 	paths := make(map[string]string)
 	for id, ns := range map[string]*test.NetNS{ids[0]: server, ids[1]: client} {
@@ -75,7 +75,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 			ns     *test.NetNS
 			source string
 			to     netip.Addr
-		}{{client, named, own.Addr()}, {outside, stranger.Addr().String(), netip.MustParseAddr("10.77.2.2")}} {
+		}{{client, named, own.Addr()}, {outside, outsider.Addr().String(), netip.MustParseAddr("10.77.2.2")}} {
 			for _, at := range []attempt{{from.source, "tcp", 8080}, {from.source, "tcp", 9000}, {from.source, "udp", 9090}, {from.source, "tcp", 20001}} {
 				if from.ns == outside && at.Port == 9000 {
 					continue // nobody dials that one
@@ -180,7 +180,7 @@ func TestGuardTableIsBounded(t *testing.T) {
 	put(quiet, 80, 2, redirect.Inbound)
 	put(quiet, 0, 0, redirect.EventsLost)
 	none := func(string) (tcp, udp map[uint16]bool, err error) { return nil, nil, redirect.ErrNetNSGone }
-	list := g.list([]redirect.Known{{Cookie: 2, Request: redirect.Request{Mode: redirect.ModeTransparent}}}, none)
+	list := g.list([]redirect.Record{{Cookie: 2, Request: redirect.Request{Mode: redirect.ModeTransparent}}}, none)
 	if len(list.Entries) != guardShare+1 || list.Omitted != 1000-guardShare || list.Lost != 7 || list.Entries[0].Count != 2 {
 		t.Errorf("%d entries, %d omitted, %d lost, the first counts %d; want %d, %d, 7, 2",
 			len(list.Entries), list.Omitted, list.Lost, list.Entries[0].Count, guardShare+1, 1000-guardShare)
@@ -193,11 +193,11 @@ func TestGuardTableIsBounded(t *testing.T) {
 	if diff := cmp.Diff(want, list.Entries[guardShare]); diff != "" {
 		t.Errorf("entry (-want +got):\n%s", diff)
 	}
-	g.keep([]redirect.Known{{Cookie: 2}}, now.Add(30*time.Second))
+	g.keep([]redirect.Record{{Cookie: 2}}, now.Add(30*time.Second))
 	if len(g.entries) != guardShare+1 {
 		t.Errorf("%d entries while the list of workloads may be older", len(g.entries))
 	}
-	g.keep([]redirect.Known{{Cookie: 2}}, now.Add(2*time.Minute))
+	g.keep([]redirect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
 	if len(g.entries) != 1 || !slices.Equal(slices.Collect(maps.Keys(g.share)), []uint64{2}) {
 		t.Errorf("%d entries, shares %v; want those of the workload that is there", len(g.entries), g.share)
 	}

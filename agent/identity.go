@@ -32,7 +32,7 @@ type evidence struct {
 
 // judge tells the registrations that count, sorted as they came, from the
 // others, and why those do not.
-func (e evidence) judge(s subject, known facts) (counted []proxy, others map[string]redirect.Problem) {
+func (e evidence) judge(s allocation, known catalogData) (counted []proxy, others map[string]redirect.Problem) {
 	others = make(map[string]redirect.Problem)
 	named := func(p proxy) bool {
 		return e.Claims[p.ID].shown || known.runs(s.attachment, p) ||
@@ -77,14 +77,14 @@ func (e evidence) judge(s subject, known facts) (counted []proxy, others map[str
 	return counted, others
 }
 
-func (s subject) foreign(p proxy, why string) redirect.Problem {
+func (s allocation) foreign(p proxy, why string) redirect.Problem {
 	return redirect.NewProblem(redirect.ProblemForeignRegistration,
 		"find out who registered it, and deregister it with 'consul services deregister'; where the allocation does run that proxy, leave its task the name that Nomad injects",
 		fmt.Sprintf("service %s names allocation %s and changes nothing there: %s", p.Self.Name, s.Job.AllocID, why)).
 		Of("registration "+p.ID, s.Job.AllocID)
 }
 
-func (s subject) unproven(p proxy) redirect.Problem {
+func (s allocation) unproven(p proxy) redirect.Problem {
 	return redirect.NewProblem(redirect.ProblemUnprovenRegistration,
 		"see whether the allocation's proxy runs; one whose task the job names itself is told by its UID: proxy { default_uid }, or transparent_proxy { uid }",
 		fmt.Sprintf("service %s names allocation %s and changes nothing there: no task that Nomad injects for it runs, and nothing listens on its ports under the proxy's UID",
@@ -94,40 +94,40 @@ func (s subject) unproven(p proxy) redirect.Problem {
 
 // listeners are the ports on which the proxy is for others: that of the mesh, or
 // a gateway's.
-func (p proxy) listeners(known facts) []uint16 {
+func (p proxy) listeners(known catalogData) []uint16 {
 	if !p.isGateway() {
 		return []uint16{p.Inbound}
 	}
 	return slices.Concat(p.Open, known.GatewayPorts[p.entry()])
 }
 
-func sharePorts(p, q proxy, known facts) bool {
+func sharePorts(p, q proxy, known catalogData) bool {
 	ports := q.listeners(known)
 	return slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return slices.Contains(ports, port) })
 }
 
 // maps reports whether a port of the proxy's is one that Nomad gave to the
 // allocation: in the plugin's request, or mapped from the host.
-func (s subject) maps(p proxy, known facts) bool {
+func (s allocation) maps(p proxy, known catalogData) bool {
 	own := s.mappedPorts()
-	if s.Known != nil && s.Known.Request.InboundPort != 0 {
-		own = append(own, s.Known.Request.InboundPort)
+	if s.Record != nil && s.Record.Request.InboundPort != 0 {
+		own = append(own, s.Record.Request.InboundPort)
 	}
 	return slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return port != 0 && slices.Contains(own, port) })
 }
 
 // identify keeps of the subjects' registrations those that count.
-func (a *Agent) identify(subjects []subject, known facts, now time.Time) {
-	var due []*subject
+func (a *Agent) identify(allocations []allocation, known catalogData, now time.Time) {
+	var due []*allocation
 	var namespaces []string
 	a.unproven = time.Time{}
 	var foreign []redirect.Problem
-	for i := range subjects {
-		s := &subjects[i]
-		m := a.subjects[s.Key]
+	for i := range allocations {
+		s := &allocations[i]
+		m := a.allocations[s.Key]
 		if m == nil {
-			m = &memory{born: now, view: WorkloadView{Since: now}}
-			a.subjects[s.Key] = m
+			m = &allocState{born: now, view: WorkloadView{Since: now}}
+			a.allocations[s.Key] = m
 		}
 		m.remember(s.Proxies, now)
 		if len(s.Proxies) > 0 && m.doubtful(now) {
@@ -140,7 +140,7 @@ func (a *Agent) identify(subjects []subject, known facts, now time.Time) {
 	cgroups := a.cgroupsIn(namespaces)
 	containers := a.containers()
 	for _, s := range due {
-		m := a.subjects[s.Key]
+		m := a.allocations[s.Key]
 		m.taskNames = nil
 		for _, path := range cgroups[s.NetNS] {
 			if task := taskOf(path, s.Job.AllocID, containers); task != "" && !slices.Contains(m.taskNames, task) {
@@ -152,8 +152,8 @@ func (a *Agent) identify(subjects []subject, known facts, now time.Time) {
 		}
 		m.listens = nil
 	}
-	for i := range subjects {
-		s := &subjects[i]
+	for i := range allocations {
+		s := &allocations[i]
 		if len(s.Proxies) > 0 {
 			foreign = append(foreign, a.identifyOne(s, known, now)...)
 		}
@@ -162,8 +162,8 @@ func (a *Agent) identify(subjects []subject, known facts, now time.Time) {
 }
 
 // identifyOne judges the registrations of one allocation and remembers how.
-func (a *Agent) identifyOne(s *subject, known facts, now time.Time) (foreign []redirect.Problem) {
-	m := a.subjects[s.Key]
+func (a *Agent) identifyOne(s *allocation, known catalogData, now time.Time) (foreign []redirect.Problem) {
+	m := a.allocations[s.Key]
 	listens := func() []uint16 {
 		if m.listens == nil { // a namespace that cannot be asked shows nothing
 			ports, _ := redirect.ListeningAs(s.NetNS, s.proxyUID(a.config.Proxy.DefaultUID))
@@ -171,13 +171,13 @@ func (a *Agent) identifyOne(s *subject, known facts, now time.Time) (foreign []r
 		}
 		return m.listens
 	}
-	e := evidence{Tasks: m.taskNames, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > settling}
+	e := evidence{Tasks: m.taskNames, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > settleTime}
 	counted, others := e.judge(*s, known)
 	for _, p := range s.Proxies {
 		c := m.claims[p.ID]
 		why, refused := others[p.ID]
 		s.Withdrawn = s.Withdrawn || refused && c.counted
-		if c.counted = !refused; refused && now.Sub(c.since) > settling {
+		if c.counted = !refused; refused && now.Sub(c.since) > settleTime {
 			foreign = append(foreign, why)
 		}
 		c.shown = c.shown || slices.ContainsFunc(m.taskNames, func(task string) bool { return injected(task, []proxy{p}) })
@@ -192,9 +192,9 @@ func (a *Agent) identifyOne(s *subject, known facts, now time.Time) (foreign []r
 }
 
 // proxyUID is that under which the allocation's proxies run.
-func (s subject) proxyUID(standard uint32) uint32 {
-	if s.Known != nil {
-		return s.Known.Request.ProxyUID
+func (s allocation) proxyUID(standard uint32) uint32 {
+	if s.Record != nil {
+		return s.Record.Request.ProxyUID
 	}
 	return standard
 }
@@ -218,7 +218,7 @@ func (a *Agent) cgroupsIn(namespaces []string) map[string][]string {
 }
 
 // remember keeps the claims of the registrations that there are.
-func (m *memory) remember(proxies []proxy, now time.Time) {
+func (m *allocState) remember(proxies []proxy, now time.Time) {
 	next := make(map[string]claim, len(proxies))
 	for _, p := range proxies {
 		c, seen := m.claims[p.ID]
@@ -231,7 +231,7 @@ func (m *memory) remember(proxies []proxy, now time.Time) {
 }
 
 // doubts reports whether the task of some registration was not seen yet.
-func (m *memory) doubts() bool {
+func (m *allocState) doubts() bool {
 	for _, c := range m.claims {
 		if !c.shown {
 			return true
@@ -242,7 +242,7 @@ func (m *memory) doubts() bool {
 
 // doubtful reports whether it is time to look at the allocation's tasks, at first
 // often, then ever more seldom.
-func (m *memory) doubtful(now time.Time) bool {
+func (m *allocState) doubtful(now time.Time) bool {
 	const first, soon, last = 200 * time.Millisecond, 5 * time.Second, 5 * time.Minute
 	if !m.doubts() || now.Before(m.lookAgain) {
 		return false
@@ -278,7 +278,7 @@ func (a *Agent) untilProven(now time.Time) time.Duration {
 		return tick
 	}
 	if !now.Before(a.unproven) {
-		a.hurry()
+		a.trigger()
 	}
 	return max(a.unproven.Sub(now), firstSearch)
 }

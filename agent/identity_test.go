@@ -53,7 +53,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 	free := func(p proxy) proxy { p.AllocID = ""; return p } // by its address
 	edge := proxy{ID: "edge", Kind: kindAPI, Self: service{Name: "edge"}, Open: []uint16{8181}}
 	intruder := proxy{ID: "intruder", Kind: kindAPI, Self: service{Name: "intruder"}, Open: []uint16{19000}}
-	transparent := func() *redirect.Known {
+	transparent := func() *redirect.Record {
 		known := onRecord(redirect.ModeTransparent)
 		known.Request.InboundPort = 20005
 		return known
@@ -70,7 +70,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 		proxies []proxy
 		e       evidence
 		listens []uint16
-		known   *redirect.Known
+		known   *redirect.Record
 		uncached,
 		gateway bool // the job is edge's
 		want string
@@ -111,7 +111,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 		{name: "two gateways by the address", proxies: []proxy{edge, intruder}, e: evidence{Claims: counted("edge")}, listens: []uint16{8181, 19000}, want: "edge"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			s := subject{attachment: found(), Cached: !c.uncached, Known: c.known, Proxies: c.proxies}
+			s := allocation{attachment: found(), Cached: !c.uncached, Record: c.known, Proxies: c.proxies}
 			if c.gateway {
 				s.Job.ID = "edge"
 			}
@@ -119,7 +119,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 				s.Ports = nil
 			}
 			c.e.Listens = func() []uint16 { return c.listens }
-			got, others := c.e.judge(s, facts{})
+			got, others := c.e.judge(s, catalogData{})
 			var ids []string
 			for _, p := range got {
 				ids = append(ids, p.ID)
@@ -132,7 +132,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 				t.Errorf("%d count, %d problems, of %d", len(got), len(others), len(c.proxies))
 			}
 			for id, problem := range others {
-				if !strings.Contains(problem.What, allocation) || !strings.Contains(problem.What, id) || problem.Remedy == "" {
+				if !strings.Contains(problem.What, exampleAlloc) || !strings.Contains(problem.What, id) || problem.Remedy == "" {
 					t.Errorf("problem %q: want allocation, registration and a remedy", problem)
 				}
 			}
@@ -146,7 +146,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	n := newNode(t)
 	n.ports = append(n.ports, mapped(20002))
 	id, ns := numbered(1), test.NewNetNS(t)
-	key := redirect.Key{ContainerID: id, IfName: "eth0"}
+	key := redirect.AttachmentID{ContainerID: id, IfName: "eth0"}
 	n.cached(id, ns.Path, "")
 	plain, bystander := numbered(2), test.NewNetNS(t)
 	n.cached(plain, bystander.Path, "")
@@ -169,24 +169,24 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	runsTask(t, id, "connect-proxy-web", ns.Path)
 	n.run()
 	n.eventually(id, StateManaged)
-	overlay := func() redirect.Overlay {
-		list, err := n.Known()
+	meshConfig := func() redirect.MeshConfig {
+		list, err := n.Records()
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := slices.IndexFunc(list, func(k redirect.Known) bool { return k.Key == key })
+		i := slices.IndexFunc(list, func(k redirect.Record) bool { return k.Key == key })
 		if i < 0 {
 			t.Fatal("it is not on record")
 		}
-		return list[i].Overlay
+		return list[i].MeshConfig
 	}
 	test.Eventually(t, func() error {
-		if o := overlay(); o.InboundPort != 20001 || o.Guard != redirect.GuardEnforce {
+		if o := meshConfig(); o.InboundPort != 20001 || o.Guard != redirect.GuardEnforce {
 			return fmt.Errorf("it is %+v", o)
 		}
 		return nil
 	}, "its own registration to be in force")
-	before := overlay()
+	before := meshConfig()
 	for _, port := range []int{20001, 20002, 8080} {
 		for _, of := range []string{id, plain} {
 			evilID, evil := registration(of, fmt.Sprintf("evil%d", port), port, map[string]any{
@@ -197,7 +197,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	}
 	n.fake.set(&n.fake.chain, say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`))
 	answer()
-	n.agent.follower.wake()
+	n.agent.consul.wake()
 	began := time.Now()
 	test.Eventually(t, func() error {
 		told := 0
@@ -211,10 +211,10 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 		}
 		return nil
 	}, "each to be a problem")
-	if diff := cmp.Diff(before, overlay(), sameAddrs()); diff != "" {
+	if diff := cmp.Diff(before, meshConfig(), sameAddrs()); diff != "" {
 		t.Errorf("what is in force changed (-before +after):\n%s", diff)
 	}
-	if list, err := n.Known(); err != nil || len(list) != 1 {
+	if list, err := n.Records(); err != nil || len(list) != 1 {
 		t.Errorf("on record: %+v, %v; want nothing of the allocation that is not in the mesh", list, err)
 	}
 }

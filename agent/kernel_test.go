@@ -165,7 +165,7 @@ func TestAgentLeavesConsulsOwnRulesAlone(t *testing.T) {
 	n.run()
 	n.eventually(numbered(1), StateConsul)
 	n.eventually(numbered(2), StateConsul)
-	if list, err := n.Known(); err != nil || len(list) > 0 {
+	if list, err := n.Records(); err != nil || len(list) > 0 {
 		t.Errorf("on record: %+v, %v; want nothing", list, err)
 	}
 }
@@ -252,11 +252,11 @@ func TestAgentTakesOverAReplacedNamespace(t *testing.T) {
 func (n *node) wantCookie(cookie uint64) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
-		list, err := n.Known()
+		list, err := n.Records()
 		if err != nil {
 			return err
 		}
-		if len(list) != 1 || list[0].Cookie != cookie || list[0].Overlay.InboundPort != 20001 {
+		if len(list) != 1 || list[0].Cookie != cookie || list[0].MeshConfig.InboundPort != 20001 {
 			return fmt.Errorf("on record: %+v, want cookie %d with its overlay", list, cookie)
 		}
 		return nil
@@ -317,10 +317,10 @@ func TestTelemetry(t *testing.T) {
 		return fmt.Sprintf("weir_actions_total{action=%q} %d", name, count)
 	}
 	eventually("the node as it is",
-		`weir_healthy 1`, `weir_consul_in_step 1`, `weir_consul_proxies 2`,
+		`weir_healthy 1`, `weir_consul_in_sync 1`, `weir_consul_proxies 2`,
 		`weir_workloads{guard="audit",mode="direct",state="managed"} 1`, `weir_workloads{guard="audit",mode="transparent",state="managed"} 1`,
-		`weir_workload_in_step{alloc="`+numbered(1)+`-eth0",group="",job=""} 1`,
-		action("added", 1), action("mended", 0), action("swept", 0), action("removed", 0), action("failed", 0))
+		`weir_workload_in_sync{alloc="`+numbered(1)+`-eth0",group="",job=""} 1`,
+		action("added", 1), action("repaired", 0), action("pruned", 0), action("removed", 0), action("failed", 0))
 
 	verdict := func(verdict redirect.Verdict, count int) string {
 		return fmt.Sprintf(`weir_verdicts_total{alloc=%q,group="",job="",refused="%t",verdict=%q} %d`, key, verdict.Refused(), verdict, count)
@@ -353,9 +353,9 @@ func TestTelemetry(t *testing.T) {
 	if err := os.Remove(filepath.Join(n.config.PinDir, "links", "weir_getsockopt")); err != nil {
 		t.Fatal(err)
 	}
-	eventually("a repair to be counted", action("mended", 1), `weir_healthy 1`)
+	eventually("a repair to be counted", action("repaired", 1), `weir_healthy 1`)
 	dying.End()
-	eventually("the end of a namespace to be counted", action("swept", 1), action("mended", 1), action("changed", changed+1), action("removed", 0))
+	eventually("the end of a namespace to be counted", action("pruned", 1), action("repaired", 1), action("changed", changed+1), action("removed", 0))
 }
 
 func get(t *testing.T, url string) (int, string) {

@@ -20,18 +20,18 @@ const (
 
 // checkListens makes a problem of a proxy that does not listen, and says what
 // listens in its place.
-func (a *Agent) checkListens(key redirect.Key, m *memory, seen []redirect.Sighting, now time.Time) {
+func (a *Agent) checkListens(key redirect.AttachmentID, m *allocState, seen []redirect.ObservedProxy, now time.Time) {
 	before := m.mute
 	switch {
 	case len(seen) == 0:
 		return // its rows are not there yet
-	case !slices.ContainsFunc(seen, func(s redirect.Sighting) bool { return !s.Listens }):
-		m.listened, m.silent, m.mute, m.heard = true, time.Time{}, redirect.Problem{}, time.Time{}
-	case m.silent.IsZero():
-		m.silent = now
+	case !slices.ContainsFunc(seen, func(s redirect.ObservedProxy) bool { return !s.Listens }):
+		m.listened, m.notListeningSince, m.mute, m.heard = true, time.Time{}, redirect.Problem{}, time.Time{}
+	case m.notListeningSince.IsZero():
+		m.notListeningSince = now
 	case len(m.proxies) == 0 && m.listened:
 		m.mute = redirect.Problem{} // it ends
-	case now.Sub(m.silent) > proxyStart && now.Sub(m.heard) > listenInterval:
+	case now.Sub(m.notListeningSince) > proxyStart && now.Sub(m.heard) > listenInterval:
 		m.heard = now
 		ports, rejected, err := a.datapath.RejectedListeners(key)
 		if ends(err) {
@@ -43,7 +43,7 @@ func (a *Agent) checkListens(key redirect.Key, m *memory, seen []redirect.Sighti
 		}
 	}
 	if m.mute != before {
-		a.hurry() // it is shown
+		a.trigger() // it is shown
 	}
 }
 

@@ -13,28 +13,28 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// lookups are the questions that the bulk read leaves open: virtual IPs of
+// queries are the questions that the bulk read leaves open: virtual IPs of
 // upstreams, listeners of gateways, exposed checks. Each is asked once for all
 // proxies, seldom while it has an answer, ever more seldom while not, and at once
 // where there is a sign that the answer is another.
-type lookups struct {
+type queries struct {
 	consul *consul
 	now    func() time.Time
-	names  *names
+	names  *serviceList
 	missed int // of names, as heeded
 
-	virtual  map[service]*lookup[[]netip.Addr]
-	gateways map[gateway]*lookup[[]uint16]
-	checks   lookup[map[string][]uint16]
-	allowed  lookup[[]intention]
+	virtual  map[service]*query[[]netip.Addr]
+	gateways map[gateway]*query[[]uint16]
+	checks   query[map[string][]uint16]
+	allowed  query[[]intention]
 	exposed  []string         // services whose checks were asked for
 	unnamed  redirect.Problem // why nobody tells which services come and go
 	halted   redirect.Problem // what ended the last pass before every question had its turn
 	due      time.Time        // when the next question is; zero: there is none
 }
 
-// lookup is one question.
-type lookup[T any] struct {
+// query is one question.
+type query[T any] struct {
 	answer   T
 	answered bool             // once at least: nothing is an answer too
 	why      redirect.Problem // there is no answer
@@ -50,17 +50,17 @@ const (
 	listenerInterval = 30 * time.Second // of what may change without a sign
 )
 
-func newLookups(consul *consul) *lookups {
-	return &lookups{
-		consul: consul, now: time.Now, names: newNames(consul),
-		virtual: make(map[service]*lookup[[]netip.Addr]), gateways: make(map[gateway]*lookup[[]uint16]),
+func newQueries(consul *consul) *queries {
+	return &queries{
+		consul: consul, now: time.Now, names: newServiceList(consul),
+		virtual: make(map[service]*query[[]netip.Addr]), gateways: make(map[gateway]*query[[]uint16]),
 	}
 }
 
 // refresh asks what is due for these proxies, and returns what is known and
 // whether any of it moved. An error ends the pass, but for one that concerns
 // the question alone; what was known stays.
-func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) (known facts, moved bool) {
+func (l *queries) refresh(ctx context.Context, byAllocation map[string][]proxy) (known catalogData, moved bool) {
 	left := lookupsAtOnce
 	var failed redirect.Problem
 	halted := func() bool { return failed.What != "" }
@@ -84,16 +84,16 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		heard(err)
 	}
 	services, gateways, checks := questions(byAllocation, l.allowed.answer)
-	maps.DeleteFunc(l.virtual, func(of service, _ *lookup[[]netip.Addr]) bool {
+	maps.DeleteFunc(l.virtual, func(of service, _ *query[[]netip.Addr]) bool {
 		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
 		return !wanted
 	})
-	maps.DeleteFunc(l.gateways, func(of gateway, _ *lookup[[]uint16]) bool { return !slices.Contains(gateways, of) })
-	l.heed()
+	maps.DeleteFunc(l.gateways, func(of gateway, _ *query[[]uint16]) bool { return !slices.Contains(gateways, of) })
+	l.onCatalogChange()
 	for _, of := range services {
 		question := l.virtual[of]
 		if question == nil {
-			question = &lookup[[]netip.Addr]{presence: l.names.of(of)}
+			question = &query[[]netip.Addr]{presence: l.names.of(of)}
 			l.virtual[of] = question
 		}
 		if due(question.next) {
@@ -106,7 +106,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 	for _, of := range gateways {
 		question := l.gateways[of]
 		if question == nil {
-			question = new(lookup[[]uint16])
+			question = new(query[[]uint16])
 			l.gateways[of] = question
 		}
 		if due(question.next) {
@@ -126,7 +126,7 @@ func (l *lookups) refresh(ctx context.Context, byAllocation map[string][]proxy) 
 		l.checks.next = earlier(l.checks.next, l.now().Add(listenerInterval))
 		heard(err)
 	}
-	l.hasten()
+	l.shortenDeadlines()
 	unnamed := l.names.unknown()
 	moved = moved || failed != l.halted || unnamed != l.unnamed
 	l.halted, l.unnamed = failed, unnamed
@@ -165,7 +165,7 @@ func sooner(a, b time.Time) time.Time {
 }
 
 // turn is when to ask: now where it was never asked, for want of a turn.
-func (q *lookup[T]) turn(now time.Time) time.Time {
+func (q *query[T]) turn(now time.Time) time.Time {
 	if q.next.IsZero() {
 		return now
 	}
@@ -174,7 +174,7 @@ func (q *lookup[T]) turn(now time.Time) time.Time {
 
 // settle takes the answer in and says when to ask again. It reports whether that
 // there is an answer, or what it is, changed; same compares two.
-func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool, same func(a, b T) bool) (changed bool) {
+func (q *query[T]) settle(now time.Time, answer T, err error, something bool, same func(a, b T) bool) (changed bool) {
 	changed = err == nil && (!q.answered || !same(answer, q.answer)) || (err != nil) != (q.why.What != "")
 	if q.why = consulProblem(err); err == nil {
 		q.answer, q.answered = answer, true
@@ -190,7 +190,7 @@ func (q *lookup[T]) settle(now time.Time, answer T, err error, something bool, s
 
 // unanswered is why there is no answer: halted, what kept others from being
 // asked, where it never had its turn.
-func (q *lookup[T]) unanswered(halted redirect.Problem) redirect.Problem {
+func (q *query[T]) unanswered(halted redirect.Problem) redirect.Problem {
 	if q.why.What == "" && !q.answered {
 		return halted
 	}
@@ -199,8 +199,8 @@ func (q *lookup[T]) unanswered(halted redirect.Problem) redirect.Problem {
 
 // known copies the answers, which the view keeps. A question that was never
 // answered is not in it.
-func (l *lookups) known() facts {
-	known := facts{
+func (l *queries) known() catalogData {
+	known := catalogData{
 		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
 		Unanswered: make(map[service]redirect.Problem), NoIntentions: l.allowed.unanswered(l.halted),
 		NoChecks: l.checks.unanswered(l.halted), NoNames: l.unnamed,
@@ -246,7 +246,7 @@ func questions(byAllocation map[string][]proxy, intentions []intention) (service
 			}
 		}
 	}
-	for _, of := range dialled(byAllocation, intentions) {
+	for _, of := range dialledServices(byAllocation, intentions) {
 		wanted[of] = true
 	}
 	services = slices.SortedFunc(maps.Keys(wanted), compareServices)

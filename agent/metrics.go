@@ -27,9 +27,9 @@ type collector struct {
 	agent *Agent
 	all   []*prometheus.Desc // in the order of docs/metrics.md
 
-	verdicts, workloads, inStep           *prometheus.Desc
+	verdicts, workloads, inSync           *prometheus.Desc
 	eventsLost, tableRows, tableLimit     *prometheus.Desc
-	consulInStep, consulHidden, proxies   *prometheus.Desc
+	consulInSync, consulHidden, proxies   *prometheus.Desc
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
 	consulWatch, problems, unseen         *prometheus.Desc
@@ -48,10 +48,10 @@ func newCollector(agent *Agent) *collector {
 		tableRows:      desc("table_rows", "Rows in use of each of the node's tables.", "table"),
 		tableLimit:     desc("table_max_rows", "Rows that each of the node's tables holds at most.", "table"),
 		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
-		inStep:         desc("workload_in_step", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
-		consulInStep:   desc("consul_in_step", "Whether the last read of Consul succeeded."),
+		inSync:         desc("workload_in_sync", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
+		consulInSync:   desc("consul_in_sync", "Whether the last read of Consul succeeded."),
 		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
-		consulWatch:    desc("consul_watch", "Whether a change in Consul tells itself; not there where that is not asked for."),
+		consulWatch:    desc("consul_watch", "Whether a blocking query to Consul is open; not there where that is not asked for."),
 		problems:       desc("problems", "What 'weir status' lists of the agent's."),
 		unseen:         desc("state_unseen", "Records, or the node's state, that the agent could not look at or write; what is in force stays.", "reason"),
 		proxies:        desc("consul_proxies", "Proxies registered on this node."),
@@ -59,7 +59,7 @@ func newCollector(agent *Agent) *collector {
 		consulFailures: desc("consul_failures_total", "Bulk reads of Consul that failed."),
 		consulIn:       desc("consul_read_bytes_total", "Bytes of the bulk reads."),
 		actions:        desc("actions_total", "What the agent did.", "action"),
-		healthy:        desc("healthy", "Whether the data path is whole and the loop turns."),
+		healthy:        desc("healthy", "Whether the data path is whole and the reconcile loop runs."),
 	}
 	c.all = all
 	return c
@@ -83,7 +83,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	}
 	healthy, _ := status.Healthy(time.Now())
 	gauge(c.healthy, oneIf(healthy))
-	gauge(c.consulInStep, oneIf(status.Consul.InStep))
+	gauge(c.consulInSync, oneIf(status.Consul.InSync))
 	gauge(c.consulHidden, oneIf(status.Consul.Hidden))
 	if consul := c.agent.config.Consul; consul.Enabled && consul.Watch {
 		gauge(c.consulWatch, oneIf(status.Consul.Watch == ""))
@@ -98,7 +98,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	counter(c.consulIn, status.Consul.Counts.Bytes)
 	for action, count := range map[string]uint64{
 		"added": status.Counts.Added, "changed": status.Counts.Changes, "removed": status.Counts.Removed,
-		"mended": status.Counts.Mended, "swept": status.Counts.Swept, "freed": status.Counts.Freed, "failed": status.Counts.Failures,
+		"repaired": status.Counts.Repaired, "pruned": status.Counts.Pruned, "freed": status.Counts.Freed, "failed": status.Counts.Failures,
 	} {
 		counter(c.actions, count, action)
 	}
@@ -107,7 +107,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	for _, w := range status.Workloads {
 		kinds[kind{string(w.State), string(w.Mode), string(w.Guard)}]++
 		if w.State == StateManaged {
-			gauge(c.inStep, oneIf(w.InStep), w.Key.String(), w.Job, w.Group)
+			gauge(c.inSync, oneIf(w.InSync), w.Key.String(), w.Job, w.Group)
 		}
 	}
 	for k, count := range kinds {
@@ -120,7 +120,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 func (c *collector) collectTables(gauge func(*prometheus.Desc, float64, ...string)) {
 	tables, err := c.agent.datapath.Maps()
 	if err != nil {
-		c.agent.trouble("read tables", err)
+		c.agent.warnOnce("read tables", err)
 	}
 	for _, table := range tables {
 		if table.Counted {
@@ -133,7 +133,7 @@ func (c *collector) collectTables(gauge func(*prometheus.Desc, float64, ...strin
 func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...string)) {
 	list, err := c.agent.datapath.Verdicts()
 	if err != nil && !errors.Is(err, redirect.ErrUnreadable) { // the reconcile pass tells of those
-		c.agent.trouble("read verdicts", err)
+		c.agent.warnOnce("read verdicts", err)
 	}
 	refused := make(map[string]string)
 	for _, verdict := range redirect.AllVerdicts() {

@@ -14,10 +14,10 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// names are the services that Consul's catalog has instances of: one blocking
+// serviceList are the services that Consul's catalog has instances of: one blocking
 // query for all. As long as a service has one, Consul keeps its virtual IP; when
 // the last is gone the address may be another service's at once.
-type names struct {
+type serviceList struct {
 	consul *consul
 	moved  chan struct{} // the names are others now
 	needed chan struct{} // closed when somebody wants to know
@@ -35,14 +35,14 @@ type ignored struct{}
 // UnmarshalJSON is that of json.Unmarshaler.
 func (*ignored) UnmarshalJSON([]byte) error { return nil }
 
-func newNames(consul *consul) *names {
-	n := &names{consul: consul, moved: make(chan struct{}, 1), needed: make(chan struct{})}
+func newServiceList(consul *consul) *serviceList {
+	n := &serviceList{consul: consul, moved: make(chan struct{}, 1), needed: make(chan struct{})}
 	n.need = sync.OnceFunc(func() { close(n.needed) })
 	return n
 }
 
 // follow keeps the names until ctx ends, from when they are needed.
-func (n *names) follow(ctx context.Context) {
+func (n *serviceList) follow(ctx context.Context) {
 	select {
 	case <-ctx.Done():
 		return
@@ -73,26 +73,26 @@ func (n *names) follow(ctx context.Context) {
 
 // rest is the time between two questions: a large or busy catalog must not make
 // the agent busy.
-func (n *names) rest(services, failures int) time.Duration {
+func (n *serviceList) rest(services, failures int) time.Duration {
 	const atLeast, each = time.Second, time.Millisecond
 	switch {
 	case failures > 0:
-		return tempo{failures: failures}.pause(rand.Float64())
+		return pollInterval{failures: failures}.pause(rand.Float64())
 	case !n.consul.config.Watch:
-		return tempo{}.pause(rand.Float64())
+		return pollInterval{}.pause(rand.Float64())
 	}
 	return time.Duration(float64(max(atLeast, time.Duration(services)*each)) * (0.5 + rand.Float64()))
 }
 
 // unknown is why the names are not known; nothing where they are, or nobody asked.
-func (n *names) unknown() redirect.Problem {
+func (n *serviceList) unknown() redirect.Problem {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.why
 }
 
 // tell says why they are not known; nothing where they are.
-func (n *names) tell(why redirect.Problem) {
+func (n *serviceList) tell(why redirect.Problem) {
 	n.mu.Lock()
 	turned := why != n.why
 	n.why = why
@@ -102,7 +102,7 @@ func (n *names) tell(why redirect.Problem) {
 	}
 }
 
-func (n *names) signal() {
+func (n *serviceList) signal() {
 	select {
 	case n.moved <- struct{}{}:
 	default:
@@ -111,7 +111,7 @@ func (n *names) signal() {
 
 // set takes an answer in; nil is none. missed says that it does not continue the
 // one before.
-func (n *names) set(found map[string]ignored, missed bool) {
+func (n *serviceList) set(found map[string]ignored, missed bool) {
 	n.mu.Lock()
 	same := !missed && (found == nil) == (n.known == nil) && maps.Equal(found, n.known)
 	n.known = found
@@ -142,11 +142,11 @@ func oneNamespace(own string) string {
 }
 
 // of tells of a service. The names are those of the agent's own namespace alone.
-func (n *names) of(s service) presence {
+func (n *serviceList) of(s service) presence {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	own := n.consul.config
-	if n.known == nil || s.Peer != "" || named("", s.Namespace, s.Partition) != named("", oneNamespace(own.Namespace), own.Partition) {
+	if n.known == nil || s.Peer != "" || serviceOf("", s.Namespace, s.Partition) != serviceOf("", oneNamespace(own.Namespace), own.Partition) {
 		return presenceUnknown
 	}
 	if _, found := n.known[s.Name]; found {
@@ -158,11 +158,11 @@ func (n *names) of(s service) presence {
 // names returns the services of the catalog when they may no longer be those of
 // index, or after some minutes all the same.
 func (c *consul) names(ctx context.Context, index uint64) (found map[string]ignored, next uint64, err error) {
-	patience := c.read
+	timeouts := c.read
 	if index > 0 && c.config.Watch { // else there is nothing to wait for
-		patience += c.block + c.block/8
+		timeouts += c.block + c.block/8
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, timeouts)
 	defer cancel()
 	options, err := c.options(ctx)
 	if err != nil {
@@ -201,9 +201,9 @@ func peerInterval(services int) time.Duration {
 	return max(30*time.Second, time.Duration(services)*2*time.Second)
 }
 
-// heed lets those be asked at once whose service came to the catalog or went,
+// onCatalogChange lets those be asked at once whose service came to the catalog or went,
 // and all of them, one after the other, where that may have been missed.
-func (l *lookups) heed() {
+func (l *queries) onCatalogChange() {
 	l.names.mu.Lock()
 	missed := l.names.missed - l.missed
 	l.missed += missed
@@ -225,9 +225,9 @@ func (l *lookups) heed() {
 	}
 }
 
-// hasten brings forward what may change without a sign. What was never asked has
+// shortenDeadlines brings forward what may change without a sign. What was never asked has
 // its turn at once.
-func (l *lookups) hasten() {
+func (l *queries) shortenDeadlines() {
 	if len(l.virtual) > 0 {
 		l.names.need()
 	}

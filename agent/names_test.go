@@ -88,8 +88,8 @@ func (f *fakeConsul) chains(chain http.HandlerFunc) {
 	f.chain = chain
 }
 
-func virtualIPOf(name, addr string) func(view) bool {
-	return func(v view) bool {
+func virtualIPOf(name, addr string) func(snapshot) bool {
+	return func(v snapshot) bool {
 		return slices.Equal(v.Facts.VirtualIPs[service{Name: name}], addrs(addr))
 	}
 }
@@ -115,7 +115,7 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 
 	fake.chains(chainOf())
 	fake.catalog.set("db", "web")
-	follower.eventually(t, "api to have none", func(v view) bool {
+	follower.eventually(t, "api to have none", func(v snapshot) bool {
 		list, answered := v.Facts.VirtualIPs[service{Name: "api"}]
 		return answered && len(list) == 0
 	})
@@ -139,9 +139,9 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
 	fake := newFakeConsul(t)
 	l := fake.lookups(t)
-	l.virtual[service{Name: "api"}] = &lookup[[]netip.Addr]{presence: present, next: l.now().Add(lookupInterval)}
+	l.virtual[service{Name: "api"}] = &query[[]netip.Addr]{presence: present, next: l.now().Add(lookupInterval)}
 	l.names.set(map[string]ignored{"api": {}}, true)
-	l.heed()
+	l.onCatalogChange()
 	if next := l.virtual[service{Name: "api"}].next; next.After(l.now().Add(lookupInterval / 5)) {
 		t.Errorf("asked again in %s, want soon", next.Sub(l.now()))
 	}
@@ -152,7 +152,7 @@ func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
 func TestNamesTellOfAGap(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.catalog.set("api")
-	n := newNames(fake.client(t))
+	n := newServiceList(fake.client(t))
 	n.need()
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
@@ -184,11 +184,11 @@ func TestNamesTellOfAGap(t *testing.T) {
 func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.catalog.set("web")
-	fake.answers(registered(allocation))
+	fake.answers(registered(exampleAlloc))
 	follower := fake.follow(t)
-	follower.eventually(t, "the proxy", inStep)
+	follower.eventually(t, "the proxy", inSync)
 	follower.wake()
-	follower.eventually(t, "another read", func(v view) bool { return v.Counts.Reads > 1 })
+	follower.eventually(t, "another read", func(v snapshot) bool { return v.Counts.Reads > 1 })
 	if times := fake.times("/v1/catalog/services"); times > 0 {
 		t.Errorf("asked %d times, want never", times)
 	}
@@ -198,7 +198,7 @@ func TestFollowerNames(t *testing.T) {
 	fake := newFakeConsul(t)
 	consul := fake.client(t)
 	consul.config.Namespace = "default"
-	n := newNames(consul)
+	n := newServiceList(consul)
 	if got := n.of(service{Name: "api"}); got != presenceUnknown {
 		t.Errorf("before an answer: %v", got)
 	}
@@ -228,12 +228,12 @@ func TestHasten(t *testing.T) {
 	l.now = func() time.Time { return now }
 	later := now.Add(lookupInterval)
 	for i := range 60 {
-		l.virtual[service{Name: fmt.Sprint(i)}] = &lookup[[]netip.Addr]{presence: absent, next: later}
+		l.virtual[service{Name: fmt.Sprint(i)}] = &query[[]netip.Addr]{presence: absent, next: later}
 	}
-	l.virtual[service{Name: "api"}] = &lookup[[]netip.Addr]{presence: present, next: later}
-	l.virtual[service{Name: "never asked"}] = &lookup[[]netip.Addr]{presence: absent}
-	l.gateways[gateway{service: service{Name: "in"}}] = &lookup[[]uint16]{next: later}
-	l.hasten()
+	l.virtual[service{Name: "api"}] = &query[[]netip.Addr]{presence: present, next: later}
+	l.virtual[service{Name: "never asked"}] = &query[[]netip.Addr]{presence: absent}
+	l.gateways[gateway{service: service{Name: "in"}}] = &query[[]uint16]{next: later}
+	l.shortenDeadlines()
 	for name, want := range map[string]time.Time{"0": now.Add(61 * time.Second), "api": later, "never asked": {}} {
 		if got := l.virtual[service{Name: name}].next; !got.Equal(want) {
 			t.Errorf("%s is asked for at %s, want %s", name, got, want)
@@ -248,11 +248,11 @@ func (f *fakeConsul) client(t *testing.T) *consul {
 	t.Helper()
 	config := *DefaultConfig().Consul
 	config.Address = f.URL
-	consul, err := newConsul(config, defaultPatience())
+	consul, err := newConsul(config, defaultTimeouts())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return consul
 }
 
-func (f *fakeConsul) lookups(t *testing.T) *lookups { return newLookups(f.client(t)) }
+func (f *fakeConsul) lookups(t *testing.T) *queries { return newQueries(f.client(t)) }

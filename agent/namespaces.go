@@ -63,7 +63,7 @@ func (n namespaces) others(known map[string]bool) (list []attachment) {
 			known[id] = true
 			if path, live := n.of(id, ""); live {
 				list = append(list, attachment{
-					Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: path, Job: redirect.Job{AllocID: id},
+					Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: path, Job: redirect.Job{AllocID: id},
 				})
 			}
 		}
@@ -81,13 +81,13 @@ func isNamespace(path string) bool {
 // leftBehind says what became of an allocation for which Nomad made no DEL: one
 // that it found ended when its client started, as after a power cut.
 func leftBehind() redirect.Problem {
-	return redirect.NewProblem(redirect.ProblemLeftBehind, "'weir gc' takes away what is left", "it is over and its namespace is gone, but nobody ended its network")
+	return redirect.NewProblem(redirect.ProblemLeftBehind, "'weir gc' takes away what is left", "it has ended and its namespace is gone, but nobody ended its network")
 }
 
 // over reports an attachment that libcni alone knows: nothing can run in it any
 // more.
-func (s subject) over() bool {
-	return s.Known == nil && s.Cached && !s.Live && s.NetNS != "" && isGone(s.NetNS)
+func (s allocation) over() bool {
+	return s.Record == nil && s.Cached && !s.Live && s.NetNS != "" && isGone(s.NetNS)
 }
 
 // isGone reports whether no namespace is mounted there for certain: one that
@@ -113,8 +113,8 @@ func there(netns string, addresses []netip.Addr) ([]netip.Addr, error) {
 const mostDirectories = 16
 
 // directoriesOf are the directories in which the subjects' namespaces come and go.
-func directoriesOf(subjects []subject) (dirs []string) {
-	for _, s := range subjects {
+func directoriesOf(allocations []allocation) (dirs []string) {
+	for _, s := range allocations {
 		dir := filepath.Dir(s.NetNS)
 		if s.NetNS != "" && !strings.HasPrefix(dir, "/proc") && !slices.Contains(dirs, dir) && len(dirs) < mostDirectories {
 			dirs = append(dirs, dir)

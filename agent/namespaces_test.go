@@ -74,7 +74,7 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	if took := time.Since(began); took > 3*tick {
 		t.Errorf("its end was noticed after %s, want within seconds", took)
 	}
-	if list, err := n.Known(); err != nil || len(list) > 0 {
+	if list, err := n.Records(); err != nil || len(list) > 0 {
 		t.Errorf("on record: %+v, %v; want nothing", list, err)
 	}
 }
@@ -100,7 +100,7 @@ func TestAgentKeepsTheGuardOfAnAllocationWhoseResultIsGone(t *testing.T) {
 }
 
 // A namespace that is made anew has no address until Nomad adds it again: it is
-// guarded before, and its addresses are taken in when they come.
+// guarded before, and its addresses are registered when they come.
 func TestAgentGuardsAReplacedNamespaceBeforeItHasAnAddress(t *testing.T) {
 	n := newNode(t)
 	own := netip.MustParsePrefix("10.77.0.2/24")
@@ -126,7 +126,7 @@ func TestAgentGuardsAReplacedNamespaceBeforeItHasAnAddress(t *testing.T) {
 func (n *node) wantAddresses(want ...netip.Addr) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
-		list, err := n.Known()
+		list, err := n.Records()
 		if err != nil || len(list) != 1 {
 			return fmt.Errorf("on record: %+v, %v; want one", list, err)
 		}
@@ -164,7 +164,7 @@ func TestNamespacesOf(t *testing.T) {
 		})
 	}
 	if list := (namespaces{docker: map[string]string{"a": ns.Path, "b": ns.Path}}).others(map[string]bool{"a": true}); len(list) != 1 ||
-		list[0].Key != (redirect.Key{ContainerID: "b", IfName: "eth0"}) || list[0].NetNS != ns.Path {
+		list[0].Key != (redirect.AttachmentID{ContainerID: "b", IfName: "eth0"}) || list[0].NetNS != ns.Path {
 		t.Errorf("others = %+v, want b alone", list)
 	}
 }

@@ -19,11 +19,11 @@ type networks struct {
 	problem string // why there is no watch; the agent's mutex guards it
 
 	// The loop's alone.
-	followed map[redirect.Key]followedNetwork
+	followed map[redirect.AttachmentID]followedNetwork
 
 	mu      sync.Mutex
-	numbers map[int32]redirect.Key
-	moved   map[redirect.Key]bool // to look at
+	numbers map[int32]redirect.AttachmentID
+	moved   map[redirect.AttachmentID]bool // to look at
 }
 
 type followedNetwork struct {
@@ -33,15 +33,15 @@ type followedNetwork struct {
 
 func newNetworks() *networks {
 	return &networks{
-		wake: make(chan struct{}, 1), followed: make(map[redirect.Key]followedNetwork),
-		numbers: make(map[int32]redirect.Key), moved: make(map[redirect.Key]bool),
+		wake: make(chan struct{}, 1), followed: make(map[redirect.AttachmentID]followedNetwork),
+		numbers: make(map[int32]redirect.AttachmentID), moved: make(map[redirect.AttachmentID]bool),
 	}
 }
 
 // watchNetworks hears of the networks of workloads until Close.
 func (a *Agent) watchNetworks(background *sync.WaitGroup) {
 	failed := func(err error) {
-		a.trouble("watch networks", err)
+		a.warnOnce("watch networks", err)
 		a.mu.Lock()
 		a.networks.problem = err.Error()
 		a.mu.Unlock()
@@ -96,7 +96,7 @@ func (n *networks) tell() {
 
 // follow hears of the workload's namespace from now on. What happened to it
 // before is looked for once.
-func (n *networks) follow(key redirect.Key, netns string, cookie uint64) error {
+func (n *networks) follow(key redirect.AttachmentID, netns string, cookie uint64) error {
 	if n.watch == nil || n.followed[key].cookie == cookie {
 		return nil
 	}
@@ -117,10 +117,10 @@ func (n *networks) follow(key redirect.Key, netns string, cookie uint64) error {
 }
 
 // keep forgets the workloads that are not managed any more.
-func (n *networks) keep(managed func(redirect.Key) bool) {
+func (n *networks) keep(managed func(redirect.AttachmentID) bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	maps.DeleteFunc(n.followed, func(key redirect.Key, f followedNetwork) bool {
+	maps.DeleteFunc(n.followed, func(key redirect.AttachmentID, f followedNetwork) bool {
 		gone := !managed(key)
 		if gone && n.numbers[f.number] == key {
 			delete(n.numbers, f.number)
@@ -130,7 +130,7 @@ func (n *networks) keep(managed func(redirect.Key) bool) {
 }
 
 // take returns what is to be looked at, sorted.
-func (n *networks) take() []redirect.Key {
+func (n *networks) take() []redirect.AttachmentID {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	keys := slices.SortedFunc(maps.Keys(n.moved), compareKeys)
@@ -142,7 +142,7 @@ func (n *networks) take() []redirect.Key {
 // to a network concerns no row: then nothing is done.
 func (a *Agent) checkMoved() {
 	for _, key := range a.networks.take() {
-		if a.subjects[key] == nil {
+		if a.allocations[key] == nil {
 			continue
 		}
 		if moved, err := a.datapath.Moved(key); err == nil && moved {
@@ -152,17 +152,17 @@ func (a *Agent) checkMoved() {
 }
 
 // followNetworks hears of the networks of all that is under Weir.
-func (a *Agent) followNetworks(known []redirect.Known) {
-	there := make(map[redirect.Key]bool, len(known))
+func (a *Agent) followNetworks(known []redirect.Record) {
+	there := make(map[redirect.AttachmentID]bool, len(known))
 	for _, k := range known {
-		m := a.subjects[k.Key]
+		m := a.allocations[k.Key]
 		if m == nil || m.hook != k.Cookie {
 			continue
 		}
 		there[k.Key] = true
 		if err := a.networks.follow(k.Key, k.NetNS, k.Cookie); err != nil && inodeOf(k.NetNS) != 0 {
-			a.trouble("follow networks", err)
+			a.warnOnce("follow networks", err)
 		}
 	}
-	a.networks.keep(func(key redirect.Key) bool { return there[key] })
+	a.networks.keep(func(key redirect.AttachmentID) bool { return there[key] })
 }

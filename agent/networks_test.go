@@ -27,7 +27,7 @@ func TestAgentFollowsAReplacedAddress(t *testing.T) {
 	n.eventually(id, StateManaged)
 	test.Veth(t, test.VethEnd{NetNS: ns, Addrs: []netip.Prefix{netip.MustParsePrefix("10.8.0.2/24")}}, test.VethEnd{NetNS: test.NewNetNS(t)})
 	n.own(key, "10.8.0.2")
-	before := n.agent.Status().Counts.Mended
+	before := n.agent.Status().Counts.Repaired
 	var err error
 	ns.Do(func() {
 		var link netlink.Link
@@ -44,13 +44,13 @@ func TestAgentFollowsAReplacedAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.own(key, "10.8.0.3")
-	if now := n.agent.Status().Counts.Mended; now == before {
+	if now := n.agent.Status().Counts.Repaired; now == before {
 		t.Errorf("%d repairs are counted, want more than %d", now, before)
 	}
 }
 
 // own waits until that is the only IPv4 address of the workload.
-func (n *node) own(key redirect.Key, want string) {
+func (n *node) own(key redirect.AttachmentID, want string) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		if moved, err := n.Moved(key); err != nil || moved {

@@ -22,7 +22,7 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 	n.Datapath = redirect.New(n.config.Paths())
 	budget := max(uint32(test.Scale(1024)), 128)
 	ns := test.NewNetNS(t)
-	key := redirect.Key{ContainerID: numbered(1), IfName: "eth0"}
+	key := redirect.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}
 	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
 		Network: "nomad", Job: redirect.Job{AllocID: numbered(1)}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001, Budget: budget,
 	}})
@@ -33,7 +33,7 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 	n.fake.answers(registered(numbered(1)))
 	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: test.NewCgroup(t), UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
 	n.run(func(a *Agent) { // without the rests, which are minutes
-		a.resting, a.origins.Rest, a.origins.Grace = 0, 0, 0
+		a.resting, a.origins.IdleAfter, a.origins.FreeAfter = 0, 0, 0
 	})
 	n.eventually(numbered(1), StateManaged)
 
@@ -89,10 +89,10 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 
 // eventuallyHolds waits until the workload holds no more than most origins. It
 // asks the agent to look, which on a quiet node it does every other second.
-func (n *node) eventuallyHolds(key redirect.Key, most uint32) {
+func (n *node) eventuallyHolds(key redirect.AttachmentID, most uint32) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
-		n.agent.hurry()
+		n.agent.trigger()
 		list, err := n.Workloads()
 		if err != nil {
 			return err
@@ -106,7 +106,7 @@ func (n *node) eventuallyHolds(key redirect.Key, most uint32) {
 	}, "origins to be given back")
 }
 
-func (n *node) verdicts(key redirect.Key) (found []redirect.WorkloadVerdicts) {
+func (n *node) verdicts(key redirect.AttachmentID) (found []redirect.WorkloadVerdicts) {
 	n.t.Helper()
 	list, err := n.Verdicts()
 	if err != nil {

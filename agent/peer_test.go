@@ -38,9 +38,9 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	rules := strings.ReplaceAll(realconsul.DocumentedPolicy(t), `"node"`, `"node-dc1"`)
 	use("all-nodes", strings.Replace(rules, `node "node-dc1"`, `node_prefix ""`, 1))
-	follower := runFollower(t, config, func(f *follower) { f.consul.read = defaultPatience().read })
+	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = defaultTimeouts().read })
 	local, peers := service{Name: "api"}, service{Name: "api", Peer: "dc2"}
-	before := follower.eventually(t, "the question to be answered", func(v view) bool {
+	before := follower.eventually(t, "the question to be answered", func(v snapshot) bool {
 		_, answered := v.Facts.VirtualIPs[peers]
 		return answered && len(v.Facts.VirtualIPs[local]) == 1
 	})
@@ -49,7 +49,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	there.Register(object{"Name": "api", "ID": "api-2", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001}}})
 	there.Put("/v1/config", object{"Kind": "exported-services", "Name": "default", "Services": []object{{"Name": "api", "Consumers": []object{{"Peer": "dc1"}}}}})
-	got := follower.eventually(t, "the virtual IP of the peer's service", func(v view) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
+	got := follower.eventually(t, "the virtual IP of the peer's service", func(v snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
 	virtual, own := got.Facts.VirtualIPs[peers][0], got.Facts.VirtualIPs[local][0]
 	if virtual == own {
 		t.Errorf("both services have %s: nothing was tested", own)
@@ -57,7 +57,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 
 	// To the policy without peers it is nothing, and no error.
 	use("own-node", rules)
-	weak, err := newConsul(config, defaultPatience())
+	weak, err := newConsul(config, defaultTimeouts())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,15 +66,15 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 
 	// The desired state is that of any upstream.
-	s := subject{attachment: attachment{Key: redirect.Key{ContainerID: numbered(1)}, Job: redirect.Job{AllocID: numbered(1)}}}
-	s.Known = &redirect.Known{Request: redirect.Request{Mode: redirect.ModeDirect}}
+	s := allocation{attachment: attachment{Key: redirect.AttachmentID{ContainerID: numbered(1)}, Job: redirect.Job{AllocID: numbered(1)}}}
+	s.Record = &redirect.Record{Request: redirect.Request{Mode: redirect.ModeDirect}}
 	s.Proxies = got.of(s.attachment)
-	wanted := desire(s, got.Facts, policy{Guard: redirect.GuardAudit})
+	wanted := planFor(s, got.Facts, policy{Guard: redirect.GuardAudit})
 	want := []redirect.Upstream{
 		{Name: "api", Addresses: []netip.Addr{own}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 		{Name: "api.dc2", Addresses: []netip.Addr{virtual}, Listener: netip.MustParseAddrPort("127.0.0.1:9292")},
 	}
-	if diff := cmp.Diff(want, wanted.Overlay.Upstreams, sameAddrs()); diff != "" {
+	if diff := cmp.Diff(want, wanted.MeshConfig.Upstreams, sameAddrs()); diff != "" {
 		t.Errorf("upstreams (-want +got):\n%s", diff)
 	}
 	if problems := append(got.problems("consul"), wanted.Problems...); len(problems) > 0 {

@@ -15,10 +15,10 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// settling is how long an allocation may be on its way, in or out, before what
+// settleTime is how long an allocation may be on its way, in or out, before what
 // is not in order about it counts as wrong: a registration comes and goes beside
 // its namespace, and a record beside libcni's result.
-const settling = recordGrace
+const settleTime = recordGrace
 
 // consulProblem is an answer that Consul did not give, and what to do; nothing
 // where there is no error.
@@ -44,11 +44,11 @@ func consulProblem(err error) redirect.Problem {
 }
 
 // problems are what is wrong with the node's view of Consul.
-func (v view) problems(address string) (list []redirect.Problem) {
+func (v snapshot) problems(address string) (list []redirect.Problem) {
 	none := redirect.Problem{}
 	if v.Error != none { // what else is said is of the last good answer
 		problem := v.Error
-		problem.What = fmt.Sprintf("not in step with Consul at %s: %s", address, v.Error.What)
+		problem.What = fmt.Sprintf("not in sync with Consul at %s: %s", address, v.Error.What)
 		problem.Remedy += "; until then the last known state stays"
 		return []redirect.Problem{problem}
 	}
@@ -60,7 +60,7 @@ func (v view) problems(address string) (list []redirect.Problem) {
 	if v.Watch != none {
 		list = append(list, redirect.NewProblem(redirect.ProblemConsulWatch,
 			v.Watch.Remedy+"; where a blocking query cannot be had, consul { watch = false }",
-			fmt.Sprintf("no change in Consul tells itself, it is read every 7 to 23 seconds instead: %s", v.Watch.What)))
+			fmt.Sprintf("the Consul watch is failing, Consul is polled instead every 7 to 23 seconds instead: %s", v.Watch.What)))
 	} else if v.Bind != none {
 		list = append(list, redirect.NewProblem(redirect.ProblemConsulFamily,
 			v.Bind.Remedy,
@@ -79,7 +79,7 @@ func (v view) problems(address string) (list []redirect.Problem) {
 
 // nodeProblems are what is wrong with what the agent learns from others. The
 // caller holds the mutex.
-func (a *Agent) nodeProblems(consul view, docker string) []redirect.Problem {
+func (a *Agent) nodeProblems(consul snapshot, docker string) []redirect.Problem {
 	var list []redirect.Problem
 	if a.discoveryError != "" {
 		list = append(list, redirect.NewProblem(redirect.ProblemDiscovery, "see whether the agent can read cni { cache_dir } and its records in state_dir; until then nothing new is found or changed", a.discoveryError))
@@ -109,15 +109,15 @@ func (s Status) problems(now time.Time) []redirect.Problem {
 	if since := now.Sub(s.Alive); since > stuck {
 		list = append(list, redirect.NewProblem(redirect.ProblemAgentStalled,
 			"see the agent's log; 'systemctl restart weir-agent' changes nothing for any allocation",
-			fmt.Sprintf("the agent's loop has not turned for %s", since.Round(time.Second))))
+			fmt.Sprintf("the agent's reconcile loop has stalled for %s", since.Round(time.Second))))
 	}
 	if s.DataPath != "" {
-		list = append(list, redirect.NewProblem(redirect.ProblemRepairFailed, "see the agent's log, and run 'weir load'", "the agent cannot mend the data path: "+s.DataPath))
+		list = append(list, redirect.NewProblem(redirect.ProblemRepairFailed, "see the agent's log, and run 'weir load'", "the agent cannot repair the data path: "+s.DataPath))
 	}
 	var order []redirect.Problem
 	who := make(map[redirect.Problem][]WorkloadView)
 	for _, w := range s.Workloads {
-		if w.State != StateManaged && w.State != StateUnprotected || now.Sub(w.Since) < settling {
+		if w.State != StateManaged && w.State != StateUnprotected || now.Sub(w.Since) < settleTime {
 			continue
 		}
 		for _, problem := range w.Problems {
@@ -144,7 +144,7 @@ func (w WorkloadView) name() string {
 
 // subjectsOf names allocations that have a problem in common, few of many, and
 // the ID of one that is alone.
-func subjectsOf(list []WorkloadView) (subject, id string) {
+func subjectsOf(list []WorkloadView) (allocation, id string) {
 	const most = 3
 	if len(list) == 1 {
 		return "allocation " + list[0].name(), list[0].ID

@@ -30,13 +30,13 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 			a.log = slog.New(slog.NewTextHandler(&log, nil))
 			var ns *test.NetNS
 			var id string
-			var key redirect.Key
+			var key redirect.AttachmentID
 			round := 0
 			start := func() {
 				t.Helper()
 				round++
 				id = numbered(round)
-				key = redirect.Key{ContainerID: id, IfName: "eth0"}
+				key = redirect.AttachmentID{ContainerID: id, IfName: "eth0"}
 				if c.transparent {
 					ns, _ = n.transparent(id)
 				} else {
@@ -47,33 +47,33 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 				for range 3 {
 					a.asks(t.Context())
 				}
-				if w := a.Status().Workloads; len(w) != 1 || w[0].State != StateManaged || !w[0].InStep {
+				if w := a.Status().Workloads; len(w) != 1 || w[0].State != StateManaged || !w[0].InSync {
 					t.Fatalf("the agent shows %+v; it wrote: %s", w, &log)
 				}
 			}
 			// Each is what the agent does to a workload that it still takes for one.
 			for _, meets := range []struct {
 				what string
-				do   func(s subject)
+				do   func(s allocation)
 			}{
-				{"a pass", func(subject) { a.pass(true) }},
-				{"a look", func(subject) { a.checkSome(); a.lookSome() }},
-				{"a change", func(s subject) {
-					overlay := s.Known.Overlay
-					overlay.InboundPort++
-					a.apply(s, a.subjects[key], overlay)
+				{"a pass", func(allocation) { a.pass(true) }},
+				{"a look", func(allocation) { a.checkSome(); a.lookSome() }},
+				{"a change", func(s allocation) {
+					meshConfig := s.Record.MeshConfig
+					meshConfig.InboundPort++
+					a.apply(s, a.allocations[key], meshConfig)
 				}},
-				{"a removal", func(s subject) {
+				{"a removal", func(s allocation) {
 					s.Cached, s.Live = false, false
-					a.forget([]subject{s}, time.Now())
+					a.forget([]allocation{s}, time.Now())
 				}},
-				{"an addition", func(s subject) {
-					a.add(s, a.subjects[key], s.Known.Request, "test")
+				{"an addition", func(s allocation) {
+					a.add(s, a.allocations[key], s.Record.Request, "test")
 				}},
 			} {
 				for _, goes := range []string{"record", "namespace", "record and namespace"} {
 					start()
-					known, err := n.Known()
+					known, err := n.Records()
 					if err != nil || len(known) != 1 {
 						t.Fatalf("on record: %+v, %v", known, err)
 					}
@@ -81,7 +81,7 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					s := subject{attachment: cached[key], Known: &known[0], Cached: true}
+					s := allocation{attachment: cached[key], Record: &known[0], Cached: true}
 					if strings.Contains(goes, "record") {
 						if err := n.Remove(key); err != nil {
 							t.Fatal(err)
@@ -100,7 +100,7 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 						ns.End()
 					}
 					test.Eventually(t, func() error {
-						a.sweep()
+						a.prune()
 						a.asks(t.Context())
 						if left := a.Status().Workloads; len(left) > 0 {
 							return fmt.Errorf("the agent shows %+v", left)

@@ -56,7 +56,7 @@ func ConsulReadiness(ctx context.Context, config ConsulConfig) (checks []redirec
 	return c.List, consul.rights(ctx, c)
 }
 
-func defaultPatienceOf(read time.Duration) patience { return patience{read: read, block: read} }
+func defaultPatienceOf(read time.Duration) timeouts { return timeouts{read: read, block: read} }
 
 // reachable checks address, TLS, leader and clock by the one question that needs
 // no token.
@@ -221,7 +221,7 @@ func (c *consul) version(ctx context.Context) (string, error) {
 // AllocationReadiness names the allocations of the mesh on this node that have no
 // record: those of libcni's results that asked for it, or that Consul has proxies
 // of. before says that Weir is not installed yet: it takes none of them over.
-func AllocationReadiness(config Config, known []redirect.Known, services []byte, before bool) []redirect.Check {
+func AllocationReadiness(config Config, known []redirect.Record, services []byte, before bool) []redirect.Check {
 	c := &redirect.Checks{Group: "allocations"}
 	cached, unreadable, err := (&cache{dir: filepath.Join(config.CNI.CacheDir, "results")}).read()
 	spaces, spacesErr := findNamespaces(config.CNI.NetNSDir, containers{})
@@ -236,8 +236,8 @@ func AllocationReadiness(config Config, known []redirect.Known, services []byte,
 	if services != nil && err != nil {
 		c.Warn("allocation-unreadable", "see what answers at consul { address }", "the services of this node cannot be read: %v", err)
 	}
-	for _, s := range gather(cached, known, spaces, view{Proxies: byAllocation(proxies)}) {
-		if s.Known != nil || s.over() || !s.asked() && len(s.Proxies) == 0 {
+	for _, s := range gather(cached, known, spaces, snapshot{Proxies: byAllocation(proxies)}) {
+		if s.Record != nil || s.over() || !s.asked() && len(s.Proxies) == 0 {
 			continue
 		}
 		name := WorkloadView{ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group}.name()

@@ -194,7 +194,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 	writeFile(t, asks, strings.Replace(string(text), `"CONSUL_IPTABLES_CONFIG"`, `"weir.mode"`, 1))
 	answer := httptest.NewRecorder()
 	registered(numbered(2))(answer, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
-	known := []redirect.Known{{Key: redirect.Key{ContainerID: numbered(5), IfName: "eth0"}}}
+	known := []redirect.Record{{Key: redirect.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}
 	for before, plain := range map[bool]redirect.Result{false: redirect.ResultFault, true: redirect.ResultOK} {
 		got := make(map[string]redirect.Result)
 		checks := AllocationReadiness(n.config, known, answer.Body.Bytes(), before)

@@ -211,7 +211,7 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 // and in no question.
 func (r registration) service(name, namespace, partition, peer string) service {
 	if r.Namespace == "" && r.Partition == "" {
-		of := named(name, namespace, partition)
+		of := serviceOf(name, namespace, partition)
 		of.Peer = peer
 		return of
 	}

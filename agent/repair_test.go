@@ -19,9 +19,9 @@ import (
 const transparentMesh = `{"ProxyUserID":"101","ProxyInboundPort":20001,"ProxyOutboundPort":15001}`
 
 // transparent puts an allocation under Weir as the plugin does.
-func (n *node) transparent(id string) (ns *test.NetNS, key redirect.Key) {
+func (n *node) transparent(id string) (ns *test.NetNS, key redirect.AttachmentID) {
 	n.t.Helper()
-	ns, key = test.NewNetNS(n.t), redirect.Key{ContainerID: id, IfName: "eth0"}
+	ns, key = test.NewNetNS(n.t), redirect.AttachmentID{ContainerID: id, IfName: "eth0"}
 	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
 		Network: "nomad", Job: redirect.Job{AllocID: id}, Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})
@@ -34,7 +34,7 @@ func (n *node) transparent(id string) (ns *test.NetNS, key redirect.Key) {
 
 // Whatever somebody takes away while the agent runs is noticed within seconds,
 // put back, counted and told.
-func TestAgentMendsWhatSomebodyTookAway(t *testing.T) {
+func TestAgentRepairsWhatSomebodyTookAway(t *testing.T) {
 	n := newNode(t)
 	test.Need(t, test.Tool("bpftool"))
 	n.config.CgroupRoot = filepath.Join(test.NewCgroup(t).Path, "root")
@@ -76,19 +76,19 @@ func TestAgentMendsWhatSomebodyTookAway(t *testing.T) {
 		{"the cgroup root replaced", func() error { return errors.Join(os.Remove(n.config.CgroupRoot), mkdir()) }},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			before := n.agent.Status().Counts.Mended
+			before := n.agent.Status().Counts.Repaired
 			if err := c.damage(); err != nil {
 				t.Fatal(err)
 			}
 			began := time.Now()
 			test.Eventually(t, func() error {
-				if now := n.agent.Status().Counts.Mended; now == before {
-					return errors.New("nothing was mended")
+				if now := n.agent.Status().Counts.Repaired; now == before {
+					return errors.New("nothing was repaired")
 				}
 				return n.whole(key)
 			}, "the node to be whole")
 			if took := time.Since(began); took > 3*tick {
-				t.Errorf("mended after %s, want within seconds", took)
+				t.Errorf("repaired after %s, want within seconds", took)
 			}
 		})
 	}
@@ -139,7 +139,7 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 	if found := n.eventually(id, StateUnprotected); !strings.Contains(fmt.Sprint(found.Problems), errRecordMissing.Error()) {
 		t.Errorf("problems are %q, want the missing record", found.Problems)
 	}
-	err := n.Add(redirect.Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: redirect.Request{
+	err := n.Add(redirect.Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: redirect.Request{
 		Network: "nomad", Job: redirect.Job{AllocID: id}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})
 	if err != nil {
@@ -147,11 +147,11 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 	}
 	test.Eventually(t, func() error {
 		found := n.eventually(id, StateManaged)
-		if len(found.Problems) > 0 || !found.InStep {
-			return fmt.Errorf("in step: %t, problems %q", found.InStep, found.Problems)
+		if len(found.Problems) > 0 || !found.InSync {
+			return fmt.Errorf("in sync: %t, problems %q", found.InSync, found.Problems)
 		}
 		return nil
-	}, "the allocation to be in step without problems")
+	}, "the allocation to be in sync without problems")
 }
 
 // A namespace that cannot be looked at may be redirected by Consul's own rules:
@@ -170,7 +170,7 @@ func TestANamespaceThatCannotBeLookedAtIsNamed(t *testing.T) {
 }
 
 // whole reports what is wrong with the node, by a look of its own.
-func (n *node) whole(key redirect.Key) error {
+func (n *node) whole(key redirect.AttachmentID) error {
 	status, err := n.Status()
 	if err != nil {
 		return err
@@ -178,7 +178,7 @@ func (n *node) whole(key redirect.Key) error {
 	if !status.Healthy() || status.Workloads != 1 {
 		return fmt.Errorf("%d workloads, problems %v", status.Workloads, status.Problems)
 	}
-	known, err := n.Known()
+	known, err := n.Records()
 	if err != nil {
 		return err
 	}

@@ -13,7 +13,7 @@ import (
 
 // note remembers how a step went, tells when that changes, and sees to another
 // try.
-func (a *Agent) note(m *memory, step string, err error) {
+func (a *Agent) note(m *allocState, step string, err error) {
 	if m == nil {
 		return
 	}
@@ -34,7 +34,7 @@ func (a *Agent) note(m *memory, step string, err error) {
 	}
 	if err != nil {
 		m.failures++
-		m.retry = time.Now().Add(tempo{failures: m.failures}.pause(0.5))
+		m.retry = time.Now().Add(pollInterval{failures: m.failures}.pause(0.5))
 		if level != slog.LevelDebug {
 			a.count(func(c *Counts) { c.Failures++ })
 		}
@@ -52,7 +52,7 @@ func ends(err error) bool {
 }
 
 func (a *Agent) retryDue(now time.Time) bool {
-	for _, m := range a.subjects {
+	for _, m := range a.allocations {
 		if !m.retry.IsZero() && now.After(m.retry) {
 			return true
 		}

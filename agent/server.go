@@ -37,7 +37,7 @@ type servers struct {
 func (a *Agent) listen() error {
 	err := a.listenLocally()
 	if _, unseen := redirect.CouldNotLook(err); unseen {
-		a.trouble("open the local API", err) // and tried again
+		a.warnOnce("open the local API", err) // and tried again
 	} else if err != nil {
 		return err
 	}
@@ -77,7 +77,7 @@ func (a *Agent) keepSocket() {
 	if a.servers.local != nil {
 		// First: a listener that is closed removes what has its path.
 		if err := a.servers.local.Close(); err != nil {
-			a.trouble("close the local API", err)
+			a.warnOnce("close the local API", err)
 		}
 		a.servers.local = nil
 		a.log.Warn("the socket of the local API is gone: it is made anew", "path", a.socketPath())
@@ -85,7 +85,7 @@ func (a *Agent) keepSocket() {
 	if err := a.listenLocally(); errorText(err) != a.socketError {
 		a.socketError = errorText(err)
 		if err != nil {
-			a.trouble("open the local API", err)
+			a.warnOnce("open the local API", err)
 		}
 	}
 }
@@ -120,7 +120,7 @@ func (a *Agent) serve(listener net.Listener, handler http.Handler) *http.Server 
 	}
 	go func() {
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
-			a.trouble("serve "+listener.Addr().String(), err)
+			a.warnOnce("serve "+listener.Addr().String(), err)
 		}
 	}()
 	return server
@@ -161,7 +161,7 @@ func (a *Agent) telemetry() http.Handler {
 		if !healthy {
 			code = http.StatusServiceUnavailable
 		}
-		a.writeJSON(w, code, map[string]any{"healthy": healthy, "why": why, "consul_in_step": status.Consul.InStep})
+		a.writeJSON(w, code, map[string]any{"healthy": healthy, "why": why, "consul_in_sync": status.Consul.InSync})
 	})
 	return mux
 }

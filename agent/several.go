@@ -14,9 +14,9 @@ import (
 // intention is one that allows a service, named by itself, to dial another.
 type intention struct{ Source, Destination service }
 
-// named is a service as an intention names it, where the free edition has a
+// serviceOf is a service as an intention names it, where the free edition has a
 // namespace "default".
-func named(name, namespace, partition string) service {
+func serviceOf(name, namespace, partition string) service {
 	const standard = "default"
 	if namespace == standard {
 		namespace = ""
@@ -30,7 +30,7 @@ func named(name, namespace, partition string) service {
 // names reports whether the source is the proxy's service.
 func (i intention) names(p proxy) bool {
 	of := p.service()
-	return i.Source == named(of.Name, of.Namespace, of.Partition)
+	return i.Source == serviceOf(of.Name, of.Namespace, of.Partition)
 }
 
 // inOrder sorts the proxies of an allocation by the names of their services:
@@ -58,8 +58,8 @@ func transparent(proxies []proxy) []proxy {
 // outbound is where Consul puts the listener.
 func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, redirect.DefaultOutboundPort) }
 
-// sidecars tells the overlay who the proxies of the workload are. proxies are in order.
-func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known facts, record *redirect.Known) (problems []redirect.Problem) {
+// sidecars tells the mesh configuration who the proxies of the workload are. proxies are in order.
+func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known catalogData, record *redirect.Record) (problems []redirect.Problem) {
 	unmeshed := slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound != 0 })
 	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound == 0 })
 	if len(proxies) == 0 { // gateways, which come in no order
@@ -127,7 +127,7 @@ func sidecars(o *redirect.Overlay, proxies []proxy, mode redirect.Mode, known fa
 // owners gives each virtual IP to the first transparent proxy that an intention
 // names as allowed to dial its service. Who is not named owns nothing: that is
 // the first proxy's. Until Consul has answered, those on record stay.
-func (f facts) owners(proxies []proxy, record *redirect.Known) map[string][]netip.Addr {
+func (f catalogData) owners(proxies []proxy, record *redirect.Record) map[string][]netip.Addr {
 	owned, taken := make(map[string][]netip.Addr), make(map[netip.Addr]bool)
 	take := func(p proxy, list []netip.Addr) {
 		for _, addr := range list {
@@ -147,14 +147,14 @@ func (f facts) owners(proxies []proxy, record *redirect.Known) map[string][]neti
 			}
 		}
 		if !answered && record != nil {
-			take(p, onRecordOf(p, record.Overlay))
+			take(p, onRecordOf(p, record.MeshConfig))
 		}
 	}
 	return owned
 }
 
 // onRecordOf are the virtual IPs that the proxy owned so far.
-func onRecordOf(p proxy, before redirect.Overlay) []netip.Addr {
+func onRecordOf(p proxy, before redirect.MeshConfig) []netip.Addr {
 	i := slices.IndexFunc(before.Proxies, func(q redirect.Sidecar) bool { return q.Service == p.service().Name })
 	if i < 0 {
 		return nil
@@ -162,9 +162,9 @@ func onRecordOf(p proxy, before redirect.Overlay) []netip.Addr {
 	return before.Proxies[i].VirtualIPs
 }
 
-// dialled are the services that intentions allow the transparent proxies of
+// dialledServices are the services that intentions allow the transparent proxies of
 // groups with several to dial, by name.
-func dialled(byAllocation map[string][]proxy, intentions []intention) (services []service) {
+func dialledServices(byAllocation map[string][]proxy, intentions []intention) (services []service) {
 	for alloc, list := range byAllocation {
 		list = transparent(list)
 		if alloc == "" || len(list) < 2 {

@@ -18,17 +18,17 @@ const (
 	searchShare = 20 // of the time that a search takes, until the next one
 )
 
-// recognise tells the kernel who the proxies are that do not listen, by the
+// identifyProxies tells the kernel who the proxies are that do not listen, by the
 // names of their tasks: until one listens, all under its UID would be taken for
 // it. It returns when to look again.
-func (a *Agent) recognise(now time.Time) time.Duration {
+func (a *Agent) identifyProxies(now time.Time) time.Duration {
 	known, wait := a.containers(), tick
 	started := !maps.Equal(known.Tasks, a.tasks)
 	a.tasks = known.Tasks
-	due := make(map[redirect.Key]*memory)
+	due := make(map[redirect.AttachmentID]*allocState)
 	var cookies []uint64
-	for key, m := range a.subjects {
-		if m.silent.IsZero() || m.hook == 0 || m.view.Mode == redirect.ModeDirect || m.view.Mode == redirect.ModeGateway {
+	for key, m := range a.allocations {
+		if m.notListeningSince.IsZero() || m.hook == 0 || m.view.Mode == redirect.ModeDirect || m.view.Mode == redirect.ModeGateway {
 			continue // in those nothing is redirected from which the UID exempts
 		}
 		if !started && now.Before(m.sought) {
@@ -41,14 +41,14 @@ func (a *Agent) recognise(now time.Time) time.Duration {
 	if len(due) == 0 {
 		return wait
 	}
-	seen, err := a.datapath.Sightings(cookies)
+	seen, err := a.datapath.ObservedProxies(cookies)
 	if err != nil {
 		return tick // the data path is on its way back
 	}
 	var namespaces []string
 	for key, m := range due {
-		if !slices.ContainsFunc(seen[m.hook], func(s redirect.Sighting) bool { return !s.Listens }) {
-			m.silent = time.Time{}
+		if !slices.ContainsFunc(seen[m.hook], func(s redirect.ObservedProxy) bool { return !s.Listens }) {
+			m.notListeningSince = time.Time{}
 			delete(due, key)
 		} else if len(m.proxies) > 0 {
 			namespaces = append(namespaces, m.view.NetNS)
@@ -62,7 +62,7 @@ func (a *Agent) recognise(now time.Time) time.Duration {
 	if len(namespaces) > 0 {
 		began := time.Now()
 		if cgroups, err = redirect.CgroupsIn(namespaces...); err != nil {
-			a.trouble("look for the tasks of proxies", err)
+			a.warnOnce("look for the tasks of proxies", err)
 		}
 		cost = time.Since(began)
 	}
@@ -71,10 +71,10 @@ func (a *Agent) recognise(now time.Time) time.Duration {
 			continue // the kernel does not know of all of them yet
 		}
 		for service, cgroup := range m.proxiesAmong(cgroups[m.view.NetNS], known) {
-			if slices.ContainsFunc(seen[m.hook], func(s redirect.Sighting) bool { return s.Cgroup == cgroup }) {
+			if slices.ContainsFunc(seen[m.hook], func(s redirect.ObservedProxy) bool { return s.Cgroup == cgroup }) {
 				continue
 			}
-			err := a.datapath.Trust(key, service, cgroup)
+			err := a.datapath.SetProxyCgroup(key, service, cgroup)
 			if ends(err) {
 				err = nil // it went meanwhile
 			}
@@ -82,7 +82,7 @@ func (a *Agent) recognise(now time.Time) time.Duration {
 		}
 	}
 	for _, m := range due {
-		pause := max(min(max(now.Sub(m.silent)/16, firstSearch), tick), cost*searchShare)
+		pause := max(min(max(now.Sub(m.notListeningSince)/16, firstSearch), tick), cost*searchShare)
 		m.sought = now.Add(pause)
 		wait = min(wait, pause)
 	}
@@ -91,7 +91,7 @@ func (a *Agent) recognise(now time.Time) time.Duration {
 
 // proxiesAmong tells the proxies' cgroups by the names of the tasks: by service,
 // those for which there is one cgroup and no other.
-func (m *memory) proxiesAmong(paths []string, known containers) map[string]uint64 {
+func (m *allocState) proxiesAmong(paths []string, known containers) map[string]uint64 {
 	tasks := make(map[string][]string)
 	for _, path := range paths {
 		if of, ok := nearest(taskOf(path, m.view.ID, known), m.proxies); ok {

@@ -61,7 +61,7 @@ func TestAgentRecognisesAProxyThatDoesNotListen(t *testing.T) {
 	n.eventuallyTask(id, "connect-proxy-web")
 }
 
-func (n *node) verdictsOf(key redirect.Key) map[string]uint64 {
+func (n *node) verdictsOf(key redirect.AttachmentID) map[string]uint64 {
 	n.t.Helper()
 	list, err := n.Verdicts()
 	if err != nil {

@@ -44,7 +44,7 @@ type Status struct {
 type ConsulStatus struct {
 	Enabled bool         `json:"enabled"`
 	Address string       `json:"address"`
-	InStep  bool         `json:"in_step"`
+	InSync  bool         `json:"in_sync"`
 	Since   time.Time    `json:"since"`
 	Error   string       `json:"error"`
 	Watch   string       `json:"watch"`  // why no change tells itself; empty: it does, or is not asked to
@@ -58,26 +58,26 @@ type Counts struct {
 	Added    uint64 `json:"added"`    // workloads put under Weir
 	Changes  uint64 `json:"changes"`  // changes from Consul that were written
 	Removed  uint64 `json:"removed"`  // workloads whose allocation ended
-	Mended   uint64 `json:"mended"`   // links, pins, rows and listeners put back
-	Swept    uint64 `json:"swept"`    // workloads whose namespace died
+	Repaired uint64 `json:"repaired"` // links, pins, rows and listeners put back
+	Pruned   uint64 `json:"pruned"`   // workloads whose namespace died
 	Freed    uint64 `json:"freed"`    // origins given back
 	Failures uint64 `json:"failures"` // steps that will be tried again
 }
 
 // WorkloadView is the agent's view of one attachment.
 type WorkloadView struct {
-	Key   redirect.Key `json:"key"`
-	ID    string       `json:"id"` // allocation ID
-	Job   string       `json:"job"`
-	Group string       `json:"group"`
+	Key   redirect.AttachmentID `json:"key"`
+	ID    string                `json:"id"` // allocation ID
+	Job   string                `json:"job"`
+	Group string                `json:"group"`
 	redirect.NomadNames
 	NetNS     string             `json:"netns"`
 	State     State              `json:"state"`
 	Mode      redirect.Mode      `json:"mode,omitempty"`
 	Task      string             `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
 	Guard     redirect.Guard     `json:"guard,omitempty"`
-	InStep    bool               `json:"in_step"` // its registration in Consul is what the kernel has
-	Since     time.Time          `json:"since"`   // of State and InStep
+	InSync    bool               `json:"in_sync"` // its registration in Consul is what the kernel has
+	Since     time.Time          `json:"since"`   // of State and InSync
 	Proxies   []ProxyView        `json:"proxies"`
 	Open      []uint16           `json:"open"` // ports beside the proxy's listener
 	Upstreams []UpstreamView     `json:"upstreams"`
@@ -112,33 +112,33 @@ func (a *Agent) Status() Status {
 	status.Workloads = slices.Clone(status.Workloads)
 	for i := range status.Workloads {
 		w := &status.Workloads[i]
-		w.InStep = w.InStep && consul.InStep
+		w.InSync = w.InSync && consul.InSync
 	}
 	status.Problems = append(a.nodeProblems(consul, docker), status.problems(time.Now())...)
 	return status
 }
 
 // consulNow is what is known of Consul; nothing where it is not asked.
-func (a *Agent) consulNow() view {
-	if a.follower == nil {
-		return view{}
+func (a *Agent) consulNow() snapshot {
+	if a.consul == nil {
+		return snapshot{}
 	}
-	return a.follower.current()
+	return a.consul.current()
 }
 
-func (a *Agent) consulStatus(consul view) ConsulStatus {
+func (a *Agent) consulStatus(consul snapshot) ConsulStatus {
 	proxies := 0
 	for _, p := range consul.Proxies {
 		proxies += len(p)
 	}
 	return ConsulStatus{
-		Enabled: a.follower != nil, Address: a.config.Consul.Address, InStep: consul.InStep, Since: consul.Since,
+		Enabled: a.consul != nil, Address: a.config.Consul.Address, InSync: consul.InSync, Since: consul.Since,
 		Error: consul.Error.What, Watch: consul.Watch.What, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
 	}
 }
 
 // describe is the view of one attachment.
-func describe(s subject, state State, w wish, problems []redirect.Problem, known facts) WorkloadView {
+func describe(s allocation, state State, w plan, problems []redirect.Problem, known catalogData) WorkloadView {
 	v := WorkloadView{
 		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NomadNames: s.Job.Names(s.Key), NetNS: s.NetNS, State: state,
 		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: []redirect.Problem{},
@@ -154,17 +154,17 @@ func describe(s subject, state State, w wish, problems []redirect.Problem, known
 		}
 		v.Problems = append(v.Problems, problem)
 	}
-	overlay := w.Overlay
-	if s.Known != nil {
-		v.Mode = s.Known.Request.Mode
-		if overlay == nil {
-			overlay = &s.Known.Overlay
+	meshConfig := w.MeshConfig
+	if s.Record != nil {
+		v.Mode = s.Record.Request.Mode
+		if meshConfig == nil {
+			meshConfig = &s.Record.MeshConfig
 		}
 	} else if w.Add != nil {
 		v.Mode = w.Add.Mode
 	}
-	if overlay != nil && state == StateManaged {
-		v.Guard, v.Open = overlay.Guard, openPorts(*overlay)
+	if meshConfig != nil && state == StateManaged {
+		v.Guard, v.Open = meshConfig.Guard, openPorts(*meshConfig)
 	}
 	for _, p := range s.Proxies {
 		v.Proxies = append(v.Proxies, ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})
@@ -179,8 +179,8 @@ func describe(s subject, state State, w wish, problems []redirect.Problem, known
 func (a *Agent) publish(more []WorkloadView) {
 	var list []WorkloadView
 	a.managed = a.managed[:0]
-	for _, key := range slices.SortedFunc(maps.Keys(a.subjects), compareKeys) {
-		v := a.subjects[key].view
+	for _, key := range slices.SortedFunc(maps.Keys(a.allocations), compareKeys) {
+		v := a.allocations[key].view
 		if v.State != StateOutside {
 			list = append(list, v)
 		}
@@ -194,27 +194,27 @@ func (a *Agent) publish(more []WorkloadView) {
 	a.status.Workloads = list
 }
 
-// tellConsul logs when the agent falls out of step with Consul and when it is
+// tellConsul logs when the agent falls out of sync with Consul and when it is
 // back.
-func (a *Agent) tellConsul(consul view) {
-	if a.inStep && !consul.InStep && consul.Error.What != "" {
-		a.inStep = false
+func (a *Agent) tellConsul(consul snapshot) {
+	if a.inSync && !consul.InSync && consul.Error.What != "" {
+		a.inSync = false
 		a.log.Warn("Consul does not answer: the last known state stays", "error", consul.Error.What)
 	}
-	if !a.inStep && consul.InStep {
-		a.inStep = true
+	if !a.inSync && consul.InSync {
+		a.inSync = true
 		a.log.Info("Consul answers again")
 	}
-	if deaf := consul.Watch.What != ""; deaf != a.deaf {
-		a.deaf = deaf
-		if deaf {
-			a.log.Warn("no change in Consul tells itself: it is read at short intervals", "error", consul.Watch.What)
+	if failing := consul.Watch.What != ""; failing != a.watchFailing {
+		a.watchFailing = failing
+		if failing {
+			a.log.Warn("the Consul watch is failing: it is read at short intervals", "error", consul.Watch.What)
 		} else {
-			a.log.Info("changes in Consul tell themselves again")
+			a.log.Info("the Consul watch works again")
 		}
 	}
-	if consul.Hidden != a.hidden {
-		a.hidden = consul.Hidden
+	if consul.Hidden != a.aclFiltered {
+		a.aclFiltered = consul.Hidden
 		if consul.Hidden {
 			a.log.Warn("Consul hides services of this node: the token needs service_prefix \"\" { policy = \"read\" }")
 		} else {
@@ -237,13 +237,13 @@ func (a *Agent) tellUnreadable(problems []string) {
 
 // awaitRegistration tells the follower since when the newest allocation that
 // may be in the mesh waits for its registration.
-func (a *Agent) awaitRegistration(subjects []subject, now time.Time) {
-	if a.follower == nil {
+func (a *Agent) awaitRegistration(allocations []allocation, now time.Time) {
+	if a.consul == nil {
 		return
 	}
 	var newest time.Time
-	for _, s := range subjects {
-		m := a.subjects[s.Key]
+	for _, s := range allocations {
+		m := a.allocations[s.Key]
 		if m == nil || len(s.Proxies) > 0 || now.Sub(m.born) > 2*time.Minute {
 			continue
 		}
@@ -252,14 +252,14 @@ func (a *Agent) awaitRegistration(subjects []subject, now time.Time) {
 		}
 	}
 	a.expects.Store(!newest.IsZero())
-	a.follower.await(newest)
+	a.consul.await(newest)
 }
 
 // Healthy reports whether the node is in order, and what is not in words.
 func (s Status) Healthy(now time.Time) (bool, string) {
 	var wrong []string
 	if since := now.Sub(s.Alive); since > stuck {
-		wrong = append(wrong, fmt.Sprintf("the loop has not turned for %s", since.Round(time.Second)))
+		wrong = append(wrong, fmt.Sprintf("the reconcile loop has stalled for %s", since.Round(time.Second)))
 	}
 	if s.DataPath != "" {
 		wrong = append(wrong, s.DataPath)

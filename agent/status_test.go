@@ -39,15 +39,15 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 			}
 		}
 	})
-	n.allInStep(ids, 20001)
+	n.allInSync(ids, 20001)
 	mu.Lock()
 	halt = true
 	mu.Unlock()
-	n.agent.hurry()
+	n.agent.trigger()
 	<-stands // from here on there is no pass
 
 	before := n.agent.Status().Consul.Counts.Reads
-	n.agent.follower.wake()
+	n.agent.consul.wake()
 	test.Eventually(t, func() error {
 		told, err := ReadStatus(context.Background(), n.config.StateDir)
 		if err == nil && told.Consul.Counts.Reads == before {
@@ -64,26 +64,26 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 
 	n.fake.answers(say(500, "no leader"))
 	writeFile(t, n.config.Docker.Socket, "nobody listens")
-	n.agent.follower.wake()
+	n.agent.consul.wake()
 	test.Eventually(t, func() error {
 		told, err := ReadStatus(context.Background(), n.config.StateDir)
 		if err != nil {
 			return err
 		}
 		problems := fmt.Sprint(told.Problems)
-		if told.Consul.InStep || told.Workloads[0].InStep || !strings.Contains(problems, "no leader") || !strings.Contains(problems, "Docker") || told.Docker == "" {
+		if told.Consul.InSync || told.Workloads[0].InSync || !strings.Contains(problems, "no leader") || !strings.Contains(problems, "Docker") || told.Docker == "" {
 			return fmt.Errorf("told is %+v", told)
 		}
 		return nil
 	}, "what Consul and Docker do not answer to be told")
 	address := n.agent.Status().Telemetry
 	_, text := get(t, "http://"+address+"/metrics")
-	for _, want := range []string{"weir_consul_in_step 0", fmt.Sprintf(`weir_workload_in_step{alloc="%s-eth0",group="",job=""} 0`, ids[0]), "weir_problems 2"} {
+	for _, want := range []string{"weir_consul_in_sync 0", fmt.Sprintf(`weir_workload_in_sync{alloc="%s-eth0",group="",job=""} 0`, ids[0]), "weir_problems 2"} {
 		if !strings.Contains(text, "\n"+want+"\n") {
 			t.Errorf("metrics lack %s", want)
 		}
 	}
-	if _, text := get(t, "http://"+address+"/health"); !strings.Contains(text, `"consul_in_step":false`) {
-		t.Errorf("health = %s, want that Consul is not in step", text)
+	if _, text := get(t, "http://"+address+"/health"); !strings.Contains(text, `"consul_in_sync":false`) {
+		t.Errorf("health = %s, want that Consul is not in sync", text)
 	}
 }

@@ -13,19 +13,19 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// stray is what the loop remembers of a registration without a namespace.
-type stray struct {
+// unmatchedProxy is what the loop remembers of a registration without a namespace.
+type unmatchedProxy struct {
 	state  State
 	since  time.Time // of state
 	onNode bool      // its proxy was seen in the node's own network
 	looked time.Time // for its proxy
 }
 
-// strays are the proxies of this node that belong to no namespace here: a line
+// unmatched are the proxies of this node that belong to no namespace here: a line
 // for each allocation, and for each proxy that is no allocation's.
-func (a *Agent) strays(subjects []subject, consul view, now time.Time) (lines []WorkloadView) {
+func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Time) (lines []WorkloadView) {
 	found, claimed := make(map[string]bool), make(map[string]bool)
-	for _, s := range subjects {
+	for _, s := range allocations {
 		found[s.Job.AllocID] = true
 		for _, p := range s.Proxies {
 			claimed[p.ID] = true
@@ -42,30 +42,30 @@ func (a *Agent) strays(subjects []subject, consul view, now time.Time) (lines []
 			lists[p.ID] = []proxy{p}
 		}
 	}
-	maps.DeleteFunc(a.strayed, func(id string, _ stray) bool { return lists[id] == nil })
+	maps.DeleteFunc(a.unmatchedSince, func(id string, _ unmatchedProxy) bool { return lists[id] == nil })
 	for _, id := range slices.Sorted(maps.Keys(lists)) {
-		before := a.strayed[id]
+		before := a.unmatchedSince[id]
 		next := before
 		if again := 15 * tick; !next.onNode && mayBeOnNode(lists[id]) && now.Sub(next.looked) > again {
 			next.looked, next.onNode = now, a.seenOnNode(id, lists[id])
 		}
 		var problems []redirect.Problem
-		next.state, problems = judgeStray(lists[id], next.onNode)
+		next.state, problems = judgeUnmatched(lists[id], next.onNode)
 		if next.state != before.state {
 			next.since = now
 		}
-		a.strayed[id] = next
-		s := subject{attachment: attachment{Key: redirect.Key{ContainerID: id}, Job: redirect.Job{AllocID: id}}, Proxies: lists[id]}
-		line := describe(s, next.state, wish{}, problems, consul.Facts)
+		a.unmatchedSince[id] = next
+		s := allocation{attachment: attachment{Key: redirect.AttachmentID{ContainerID: id}, Job: redirect.Job{AllocID: id}}, Proxies: lists[id]}
+		line := describe(s, next.state, plan{}, problems, consul.Facts)
 		line.Since = next.since
 		lines = append(lines, line)
 	}
 	return lines
 }
 
-// judgeStray says what to make of the proxies of one allocation, or of one that
+// judgeUnmatched says what to make of the proxies of one allocation, or of one that
 // is no allocation's. onNode says that they were seen in the node's own network.
-func judgeStray(proxies []proxy, onNode bool) (State, []redirect.Problem) {
+func judgeUnmatched(proxies []proxy, onNode bool) (State, []redirect.Problem) {
 	switch {
 	case proxies[0].AllocID == "":
 		return StateUnclaimed, []redirect.Problem{redirect.NewProblem(redirect.ProblemUnclaimedProxy,

@@ -52,31 +52,31 @@ func TestStrays(t *testing.T) {
 			}
 			seen := time.Now()
 			if c.onNode { // and so it stays
-				a.strayed[c.line] = stray{onNode: true, looked: seen}
+				a.unmatchedSince[c.line] = unmatchedProxy{onNode: true, looked: seen}
 			}
-			consul := view{Proxies: byAllocation(proxies)}
-			lines := a.strays(nil, consul, seen)
+			consul := snapshot{Proxies: byAllocation(proxies)}
+			lines := a.unmatched(nil, consul, seen)
 			if len(lines) != 1 || lines[0].ID != c.line || lines[0].State != c.want || !lines[0].Since.Equal(seen) {
 				t.Fatalf("lines = %+v, want one for %s, %s since now", lines, c.line, c.want)
 			}
 			if told := len(lines[0].Problems) > 0; told != (c.want != StateHost) {
 				t.Errorf("problems = %q", lines[0].Problems)
 			}
-			again := a.strays(nil, consul, seen.Add(time.Minute))
+			again := a.unmatched(nil, consul, seen.Add(time.Minute))
 			if len(again) != 1 || !again[0].Since.Equal(seen) {
 				t.Errorf("a minute later: %+v, want it to be so since then", again)
 			}
-			faults := Status{Alive: seen, Workloads: again}.problems(seen.Add(settling - time.Second))
+			faults := Status{Alive: seen, Workloads: again}.problems(seen.Add(settleTime - time.Second))
 			if len(faults) > 0 {
 				t.Errorf("at once it counts as wrong: %q", faults)
 			}
-			faults = Status{Alive: seen, Workloads: again}.problems(seen.Add(settling))
+			faults = Status{Alive: seen, Workloads: again}.problems(seen.Add(settleTime))
 			if wrong := len(faults) > 0; wrong != (c.want == StateUnprotected) {
 				t.Errorf("then it counts as wrong: %t, %q", wrong, faults)
 			}
-			own := subject{attachment: attachment{Job: redirect.Job{AllocID: numbered(1)}}, Proxies: proxies}
-			if lines := a.strays([]subject{own}, consul, seen); len(lines) > 0 || len(a.strayed) > 0 {
-				t.Errorf("with a namespace: %+v, remembered %+v; want nothing", lines, a.strayed)
+			own := allocation{attachment: attachment{Job: redirect.Job{AllocID: numbered(1)}}, Proxies: proxies}
+			if lines := a.unmatched([]allocation{own}, consul, seen); len(lines) > 0 || len(a.unmatchedSince) > 0 {
+				t.Errorf("with a namespace: %+v, remembered %+v; want nothing", lines, a.unmatchedSince)
 			}
 		})
 	}
@@ -149,7 +149,7 @@ func TestProblemsOfManyAllocations(t *testing.T) {
 		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden.Of("allocation "+fmt.Sprint(i), fmt.Sprint(i))}})
 	}
 	want := []string{
-		"the agent's loop has not turned for 31s [agent-stalled]", "the agent cannot mend the data path: no cgroup root [repair-failed]",
+		"the agent's reconcile loop has stalled for 31s [agent-stalled]", "the agent cannot repair the data path: no cgroup root [repair-failed]",
 		"5 allocations, among them 1 (web/g), 7, 8: 403 [consul-forbidden]", "allocation 2: its namespace is gone [step-failed]",
 	}
 	var got []string
@@ -176,7 +176,7 @@ func TestAgentListsItsProblems(t *testing.T) {
 	writeFile(t, filepath.Join(n.config.CNI.CacheDir, "results", "half"), "{")
 	n.config.Docker.Socket = writeFile(t, filepath.Join(t.TempDir(), "docker.sock"), "nobody listens")
 	n.run()
-	wants := []string{"no change in Consul tells itself", "registration bad cannot be read", "CNI result", "Docker's containers may be other ones"}
+	wants := []string{"the Consul watch is failing", "registration bad cannot be read", "CNI result", "Docker's containers may be other ones"}
 	test.Eventually(t, func() error {
 		status := n.agent.Status()
 		told := fmt.Sprint(status.Problems)

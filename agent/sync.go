@@ -14,17 +14,17 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// view is the last good state of Consul, and how good it is now.
-type view struct {
+// snapshot is the last good state of Consul, and how good it is now.
+type snapshot struct {
 	Proxies  map[string][]proxy // by allocation ID; "" for those without one
-	Facts    facts
+	Facts    catalogData
 	Problems []string // registrations that cannot be read
 
 	Ready  bool // there was an answer at some time
 	Hidden bool // the token may not read all of the node
-	InStep bool // the last read succeeded
+	InSync bool // the last read succeeded
 	Since  time.Time
-	Error  redirect.Problem // why it is not in step
+	Error  redirect.Problem // why it is not in sync
 	Watch  redirect.Problem // why no change tells itself; none where that is not wanted
 	Bind   redirect.Problem // why IPv4 is assumed of listeners that name no address
 	Counts consulCounts
@@ -38,9 +38,9 @@ type consulCounts struct {
 	Bytes    uint64 `json:"bytes"`   // of the reads' answers
 }
 
-// follower keeps a view of Consul: one bulk read as truth, one blocking query
+// consulWatcher keeps a view of Consul: one bulk read as truth, one blocking query
 // as trigger. A failure leaves the view as it was.
-type follower struct {
+type consulWatcher struct {
 	consul  *consul
 	changed func() // tells that view changed
 
@@ -48,23 +48,23 @@ type follower struct {
 	renewed chan struct{} // the token is another one, or no longer one: this cuts a back-off short
 
 	mu      sync.Mutex
-	view    view
+	view    snapshot
 	waiting time.Time // since when the newest allocation waits for its registration; zero: none
 
 	self    self              // asked anew after a failure; Node is "" until it answered
 	digest  [sha256.Size]byte // of the last answer
-	lookups *lookups
+	lookups *queries
 }
 
-func newFollower(consul *consul, changed func()) *follower {
-	return &follower{
+func newConsulWatcher(consul *consul, changed func()) *consulWatcher {
+	return &consulWatcher{
 		consul: consul, changed: changed, trigger: make(chan struct{}, 1), renewed: make(chan struct{}, 1),
-		view: view{Since: time.Now()}, lookups: newLookups(consul),
+		view: snapshot{Since: time.Now()}, lookups: newQueries(consul),
 	}
 }
 
 // current is the view as it is now. Its maps are never written again.
-func (f *follower) current() view {
+func (f *consulWatcher) current() snapshot {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.view
@@ -72,7 +72,7 @@ func (f *follower) current() view {
 
 // await says since when the newest allocation waits for its registration; the
 // zero time says that none does.
-func (f *follower) await(since time.Time) {
+func (f *consulWatcher) await(since time.Time) {
 	f.mu.Lock()
 	began := since.After(f.waiting)
 	f.waiting = since
@@ -82,7 +82,7 @@ func (f *follower) await(since time.Time) {
 	}
 }
 
-func (f *follower) wake() {
+func (f *consulWatcher) wake() {
 	select {
 	case f.trigger <- struct{}{}:
 	default:
@@ -90,7 +90,7 @@ func (f *follower) wake() {
 }
 
 // run follows Consul until ctx ends.
-func (f *follower) run(ctx context.Context) {
+func (f *consulWatcher) run(ctx context.Context) {
 	var watcher sync.WaitGroup
 	defer watcher.Wait()
 	if f.consul.config.Watch {
@@ -105,17 +105,17 @@ func (f *follower) run(ctx context.Context) {
 		} else if ctx.Err() == nil {
 			failures++
 		}
-		if !f.rest(ctx, time.Now().Add(f.tempo(failures).pause(rand.Float64())), failures > 0) {
+		if !f.rest(ctx, time.Now().Add(f.pollInterval(failures).pause(rand.Float64())), failures > 0) {
 			return
 		}
 	}
 }
 
-// tempo is the pace after so many failures in a row.
-func (f *follower) tempo(failures int) tempo {
+// pollInterval is the pace after so many failures in a row.
+func (f *consulWatcher) pollInterval(failures int) pollInterval {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	t := tempo{watch: f.consul.config.Watch && f.view.Watch.What == "", failures: failures}
+	t := pollInterval{watch: f.consul.config.Watch && f.view.Watch.What == "", failures: failures}
 	if !f.waiting.IsZero() {
 		t.waiting = max(time.Since(f.waiting), 1)
 	}
@@ -124,7 +124,7 @@ func (f *follower) tempo(failures int) tempo {
 
 // rest waits for the trigger or until the next read, and asks meanwhile what
 // else is due. It reports false when ctx ended.
-func (f *follower) rest(ctx context.Context, until time.Time, failing bool) bool {
+func (f *consulWatcher) rest(ctx context.Context, until time.Time, failing bool) bool {
 	const atOnce = 100 * time.Millisecond // between two rounds of questions
 	for {
 		length, trigger, moved, asks := time.Until(until), f.trigger, f.lookups.names.moved, false
@@ -153,7 +153,7 @@ func (f *follower) rest(ctx context.Context, until time.Time, failing bool) bool
 }
 
 // look asks what is due beside the bulk read.
-func (f *follower) look(ctx context.Context) {
+func (f *consulWatcher) look(ctx context.Context) {
 	known, moved := f.lookups.refresh(ctx, f.current().Proxies)
 	if !moved {
 		return
@@ -177,8 +177,8 @@ func pause(ctx context.Context, length time.Duration, cut <-chan struct{}) (earl
 	return early, ctx.Err() == nil
 }
 
-// tempo decides when Consul is asked next.
-type tempo struct {
+// pollInterval decides when Consul is asked next.
+type pollInterval struct {
 	watch    bool
 	failures int           // in a row
 	waiting  time.Duration // of the newest allocation without a registration; 0: none
@@ -186,7 +186,7 @@ type tempo struct {
 
 // pause is the time until the next read. jitter is from 0 to 1, so that the
 // nodes of a cluster do not ask together.
-func (t tempo) pause(jitter float64) time.Duration {
+func (t pollInterval) pause(jitter float64) time.Duration {
 	const (
 		slowest = time.Minute
 		firstly = 5 * time.Second // Nomad registers within a moment of ADD
@@ -208,7 +208,7 @@ func (t tempo) pause(jitter float64) time.Duration {
 }
 
 // watch turns the return of the blocking query into the trigger.
-func (f *follower) watch(ctx context.Context) {
+func (f *consulWatcher) watch(ctx context.Context) {
 	var node string
 	var index uint64
 	failures := 0
@@ -235,7 +235,7 @@ func (f *follower) watch(ctx context.Context) {
 		failures++
 		if err != nil {
 			node, index = "", 0
-			length = tempo{failures: failures}.pause(rand.Float64())
+			length = pollInterval{failures: failures}.pause(rand.Float64())
 		} else {
 			failures = 0
 		}
@@ -248,7 +248,7 @@ func (f *follower) watch(ctx context.Context) {
 
 // watched tells how the blocking query went. Where it fails nobody says that
 // anything changed, so Consul is read at once and then at the pace without one.
-func (f *follower) watched(ctx context.Context, err error) {
+func (f *consulWatcher) watched(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // the agent ends
 	}
@@ -264,7 +264,7 @@ func (f *follower) watched(ctx context.Context, err error) {
 }
 
 // read reads Consul once and reports whether that succeeded.
-func (f *follower) read(ctx context.Context) bool {
+func (f *consulWatcher) read(ctx context.Context) bool {
 	got, err := f.consul.services(ctx)
 	if err != nil {
 		f.failed(ctx, err)
@@ -292,9 +292,9 @@ func (f *follower) read(ctx context.Context) bool {
 	if moved {
 		next.Facts = known
 	}
-	recovered := !next.InStep
+	recovered := !next.InSync
 	if recovered {
-		next.InStep, next.Error, next.Since = true, redirect.Problem{}, time.Now()
+		next.InSync, next.Error, next.Since = true, redirect.Problem{}, time.Now()
 	}
 	assumes := bind != next.Bind
 	next.Ready, next.Bind = true, bind
@@ -315,14 +315,14 @@ func (f *follower) read(ctx context.Context) bool {
 }
 
 // failed keeps the view and says why it may be old.
-func (f *follower) failed(ctx context.Context, err error) {
+func (f *consulWatcher) failed(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // the agent ends
 	}
 	f.self = self{}
 	f.mu.Lock()
-	if f.view.InStep || f.view.Error.What == "" {
-		f.view.InStep, f.view.Since = false, time.Now()
+	if f.view.InSync || f.view.Error.What == "" {
+		f.view.InSync, f.view.Since = false, time.Now()
 	}
 	news := f.view.Error.What != err.Error()
 	f.view.Error = consulProblem(err)
@@ -351,7 +351,7 @@ func byAllocation(proxies []proxy) map[string][]proxy {
 // of returns the proxies of an allocation: those whose ID names it, and of the
 // others those that are registered under one of its addresses or, gateways that
 // register themselves without an address, as what its job is for.
-func (v view) of(a attachment) []proxy {
+func (v snapshot) of(a attachment) []proxy {
 	list := slices.Clone(v.Proxies[a.Job.AllocID])
 	if a.Job.AllocID == "" {
 		list = nil
@@ -368,7 +368,7 @@ func (v view) of(a attachment) []proxy {
 // envoy -gateway -register" registered for it: without -address, as jobs for API
 // gateways have it, nothing tells but that it has the job's name and that the job
 // maps a port of its listeners. Neither alone is enough.
-func (f facts) runs(a attachment, p proxy) bool {
+func (f catalogData) runs(a attachment, p proxy) bool {
 	if !p.isGateway() || p.AllocID != "" || a.Job.ID == "" || a.Job.ID != p.Self.Name {
 		return false
 	}

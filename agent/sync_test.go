@@ -20,7 +20,7 @@ import (
 const oneProxy = `{"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f7-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
 	"Proxy": {"Upstreams": [{"DestinationName": "api", "LocalBindPort": 9191}]}}}`
 
-func inStep(v view) bool { return v.InStep && len(v.Proxies[allocation]) == 1 }
+func inSync(v snapshot) bool { return v.InSync && len(v.Proxies[exampleAlloc]) == 1 }
 
 func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 	for _, c := range []struct {
@@ -41,7 +41,7 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 				fmt.Fprint(w, "{}")
 			})
 			follower := fake.follow(t, func(config *ConsulConfig) { config.Token = c.token })
-			got := follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
+			got := follower.eventually(t, "an answer", func(v snapshot) bool { return v.InSync })
 			if got.Hidden != c.want {
 				t.Errorf("hidden = %v, want %v", got.Hidden, c.want)
 			}
@@ -53,10 +53,10 @@ func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
 	fake := newFakeConsul(t)
 	path := writeFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
 	follower := fake.follow(t, func(config *ConsulConfig) { config.TokenFile, config.Watch = path, false })
-	follower.eventually(t, "an answer", func(v view) bool { return v.InStep })
+	follower.eventually(t, "an answer", func(v snapshot) bool { return v.InSync })
 	writeFile(t, path, "second")
 	follower.wake()
-	follower.eventually(t, "another answer", func(v view) bool { return v.Counts.Reads > 1 })
+	follower.eventually(t, "another answer", func(v snapshot) bool { return v.Counts.Reads > 1 })
 	fake.mu.Lock()
 	defer fake.mu.Unlock()
 	if fake.tokens[0] != "first" || !slices.Contains(fake.tokens, "second") {
@@ -83,7 +83,7 @@ func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
 	})
 	config := *DefaultConfig().Consul
 	config.Address = "unix://" + path
-	runFollower(t, config).eventually(t, "an answer over the socket", inStep)
+	runFollower(t, config).eventually(t, "an answer over the socket", inSync)
 }
 
 func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
@@ -91,7 +91,7 @@ func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1","nonsense"],"ManualVirtualIPs":["10.1.1.1"]}}`)
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	got := follower.eventually(t, "virtual IPs", func(v view) bool { return len(v.Facts.VirtualIPs) > 0 })
+	got := follower.eventually(t, "virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
 	want := map[service][]netip.Addr{{Name: "api"}: addrs("10.1.1.1", "240.0.0.1")}
 	if diff := cmp.Diff(want, got.Facts.VirtualIPs, sameAddrs()); diff != "" {
 		t.Errorf("virtual IPs (-want +got):\n%s", diff)
@@ -99,7 +99,7 @@ func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
 	// A change elsewhere on the node asks nothing again.
 	fake.answers(say(200, strings.Replace(oneProxy, "20001", "20002", 1)))
 	follower.wake()
-	follower.eventually(t, "the change", func(v view) bool { return v.InStep && v.Proxies[allocation][0].Inbound == 20002 })
+	follower.eventually(t, "the change", func(v snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
 	if times := fake.times("/v1/discovery-chain/api"); times != 1 {
 		t.Errorf("asked %d times, want once", times)
 	}
@@ -113,11 +113,11 @@ func TestFollowerFindsAVirtualIPThatComesLater(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t, unwatched)
-	before := follower.eventually(t, "the proxy", inStep)
+	before := follower.eventually(t, "the proxy", inSync)
 	fake.mu.Lock()
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
 	fake.mu.Unlock()
-	after := follower.eventually(t, "the virtual IP", func(v view) bool { return len(v.Facts.VirtualIPs[service{Name: "api"}]) == 1 })
+	after := follower.eventually(t, "the virtual IP", func(v snapshot) bool { return len(v.Facts.VirtualIPs[service{Name: "api"}]) == 1 })
 	if after.Counts.Reads != before.Counts.Reads {
 		t.Errorf("%d bulk reads for it, want none", after.Counts.Reads-before.Counts.Reads)
 	}
@@ -127,7 +127,7 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(403, "Permission denied")
 	fake.answers(say(200, oneProxy))
-	got := fake.follow(t).eventually(t, "the refusal", func(v view) bool { return len(v.Facts.Unanswered) > 0 })
+	got := fake.follow(t).eventually(t, "the refusal", func(v snapshot) bool { return len(v.Facts.Unanswered) > 0 })
 	if why := got.Facts.Unanswered[service{Name: "api"}].What; !strings.Contains(why, "403") || !strings.Contains(why, "api") {
 		t.Errorf("why = %q, want the service and 403", why)
 	}
@@ -147,8 +147,8 @@ func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
 		upstreams = append(upstreams, fmt.Sprintf(`{"DestinationName": "api-%d", "LocalBindPort": %d}`, i, 1000+i))
 	}
 	fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
-		"Proxy": {"Upstreams": [%s]}}}`, allocation, strings.Join(upstreams, ","))))
-	got := fake.follow(t, unwatched).eventually(t, "all virtual IPs", func(v view) bool { return len(v.Facts.VirtualIPs) == count })
+		"Proxy": {"Upstreams": [%s]}}}`, exampleAlloc, strings.Join(upstreams, ","))))
+	got := fake.follow(t, unwatched).eventually(t, "all virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) == count })
 	if got.Counts.Reads != 1 {
 		t.Errorf("%d bulk reads for it, want one", got.Counts.Reads)
 	}
@@ -158,7 +158,7 @@ func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{}}`)
 	fake.answers(say(200, oneProxy))
-	fake.follow(t).eventually(t, "an answer without a virtual IP", func(v view) bool {
+	fake.follow(t).eventually(t, "an answer without a virtual IP", func(v snapshot) bool {
 		addrs, answered := v.Facts.VirtualIPs[service{Name: "api"}]
 		return answered && len(addrs) == 0
 	})
@@ -167,17 +167,17 @@ func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
 func TestTempo(t *testing.T) {
 	for _, c := range []struct {
 		name     string
-		tempo    tempo
+		tempo    pollInterval
 		min, max time.Duration
 	}{
-		{"calm, with a trigger", tempo{watch: true}, 30 * time.Second, 90 * time.Second},
-		{"calm, without", tempo{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
-		{"a new allocation", tempo{watch: true, waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
-		{"one that takes longer", tempo{watch: true, waiting: 20 * time.Second}, time.Second, 3 * time.Second},
-		{"one that is not in the mesh", tempo{watch: true, waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
-		{"the first failure", tempo{failures: 1, waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
-		{"the fourth", tempo{failures: 4}, 4 * time.Second, 12 * time.Second},
-		{"very many", tempo{failures: 1000}, 30 * time.Second, 90 * time.Second},
+		{"calm, with a trigger", pollInterval{watch: true}, 30 * time.Second, 90 * time.Second},
+		{"calm, without", pollInterval{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
+		{"a new allocation", pollInterval{watch: true, waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
+		{"one that takes longer", pollInterval{watch: true, waiting: 20 * time.Second}, time.Second, 3 * time.Second},
+		{"one that is not in the mesh", pollInterval{watch: true, waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
+		{"the first failure", pollInterval{failures: 1, waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
+		{"the fourth", pollInterval{failures: 4}, 4 * time.Second, 12 * time.Second},
+		{"very many", pollInterval{failures: 1000}, 30 * time.Second, 90 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := c.tempo.pause(0); got != c.min {

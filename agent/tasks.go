@@ -14,14 +14,14 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// claimant is who the kernel takes for a proxy of a workload.
-type claimant struct {
+// proxyCandidate is who the kernel takes for a proxy of a workload.
+type proxyCandidate struct {
 	task  string    // "": no task of Nomad's can be told from its cgroup
 	tries int       // in which it was not told to be the proxy or not to be
 	next  time.Time // when to look again; zero: it is known
 }
 
-// firstDoubt is when a claimant that cannot be told is looked at again; it
+// firstDoubt is when a candidate that cannot be told is looked at again; it
 // doubles each time.
 const firstDoubt = 5 * time.Second
 
@@ -95,11 +95,11 @@ func isInjected(task string) bool {
 		func(prefix string) bool { return strings.HasPrefix(task, prefix) })
 }
 
-// confirm compares whom the kernel took for the workload's proxy with the task
+// verifyProxyTask compares whom the kernel took for the workload's proxy with the task
 // that it should be. The kernel takes the first that listens under the proxy's
 // UID. Another task is ruled out only where the proxy's own is seen to run
 // beside it: a job may name the proxy's task as it likes.
-func (a *Agent) confirm(key redirect.Key, m *memory, cgroup uint64) {
+func (a *Agent) verifyProxyTask(key redirect.AttachmentID, m *allocState, cgroup uint64) {
 	path, err := redirect.CgroupPath(cgroup)
 	if errors.Is(err, fs.ErrNotExist) {
 		return // it ended; the next one is learned
@@ -108,37 +108,37 @@ func (a *Agent) confirm(key redirect.Key, m *memory, cgroup uint64) {
 	if err != nil {
 		return
 	}
-	found := claimant{task: taskOf(path, m.view.ID, a.containers())}
+	found := proxyCandidate{task: taskOf(path, m.view.ID, a.containers())}
 	if found.task == "" || !injected(found.task, m.proxies) {
-		found.tries = m.claimants[cgroup].tries + 1
+		found.tries = m.candidates[cgroup].tries + 1
 		found.next = time.Now().Add(firstDoubt << min(found.tries, 10))
 	}
 	if found.task != "" && !found.next.IsZero() && a.runsBeside(m) {
-		err := a.datapath.Distrust(key, cgroup)
+		err := a.datapath.RejectProxyCgroup(key, cgroup)
 		a.note(m, "proxy", err)
 		if err == nil {
-			m.stranger = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
-			a.count(func(c *Counts) { c.Mended++ })
+			m.rejected = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
+			a.count(func(c *Counts) { c.Repaired++ })
 			a.log.Warn("workload's proxy learned anew", "workload", key.String(), "task", found.task, "cgroup", path)
-			delete(m.claimants, cgroup)
-			a.hurry()
+			delete(m.candidates, cgroup)
+			a.trigger()
 			return
 		}
 	}
-	if m.claimants == nil {
-		m.claimants = make(map[uint64]claimant)
+	if m.candidates == nil {
+		m.candidates = make(map[uint64]proxyCandidate)
 	}
 	before := m.tasks()
-	m.claimants[cgroup] = found
+	m.candidates[cgroup] = found
 	if m.tasks() != before {
-		a.hurry() // it is shown
+		a.trigger() // it is shown
 	}
 }
 
 // tasks names those that the kernel took for proxies.
-func (m *memory) tasks() string {
+func (m *allocState) tasks() string {
 	var names []string
-	for _, c := range m.claimants {
+	for _, c := range m.candidates {
 		if c.task != "" {
 			names = append(names, c.task)
 		}
@@ -149,7 +149,7 @@ func (m *memory) tasks() string {
 
 // runsBeside reports whether a task that Nomad injected for the proxy, for each
 // where there are several, runs in the workload's namespace.
-func (a *Agent) runsBeside(m *memory) bool {
+func (a *Agent) runsBeside(m *allocState) bool {
 	cgroups, err := redirect.CgroupsIn(m.view.NetNS)
 	if err != nil {
 		return false
@@ -167,22 +167,22 @@ func (a *Agent) runsBeside(m *memory) bool {
 // whether somebody detached their lookup program, and who their proxy is.
 func (a *Agent) lookSome() {
 	var cookies []uint64
-	turn := make(map[redirect.Key]*memory)
+	turn := make(map[redirect.AttachmentID]*allocState)
 	for range min(looksPerTick, len(a.managed)) {
 		key := a.managed[a.nextLook%len(a.managed)]
 		a.nextLook++
-		if m := a.subjects[key]; m != nil && m.hook != 0 {
+		if m := a.allocations[key]; m != nil && m.hook != 0 {
 			turn[key] = m
 			cookies = append(cookies, m.hook)
 		}
 	}
-	seen, err := a.datapath.Sightings(cookies)
+	seen, err := a.datapath.ObservedProxies(cookies)
 	if err != nil {
 		return // the data path is on its way back
 	}
 	now := time.Now()
 	for key, m := range turn {
-		if !a.datapath.Hooked(m.hook) {
+		if !a.datapath.LookupAttached(m.hook) {
 			a.check(key)
 		}
 		var cgroups []uint64
@@ -192,11 +192,11 @@ func (a *Agent) lookSome() {
 			}
 		}
 		a.checkListens(key, m, seen[m.hook], now)
-		maps.DeleteFunc(m.claimants, func(cgroup uint64, _ claimant) bool { return !slices.Contains(cgroups, cgroup) })
+		maps.DeleteFunc(m.candidates, func(cgroup uint64, _ proxyCandidate) bool { return !slices.Contains(cgroups, cgroup) })
 		for _, cgroup := range cgroups {
-			known, seen := m.claimants[cgroup]
+			known, seen := m.candidates[cgroup]
 			if !seen || !known.next.IsZero() && now.After(known.next) {
-				a.confirm(key, m, cgroup)
+				a.verifyProxyTask(key, m, cgroup)
 			}
 		}
 	}

@@ -54,7 +54,7 @@ func TestAgentTakesTheProxysPlaceFromAnotherTask(t *testing.T) {
 	}
 }
 
-func (n *node) cgroupOf(key redirect.Key) uint64 {
+func (n *node) cgroupOf(key redirect.AttachmentID) uint64 {
 	n.t.Helper()
 	list, err := n.Workloads()
 	if err != nil {

@@ -50,7 +50,7 @@ func (c *consul) revoked(ctx context.Context) bool {
 
 // watchToken has Consul read as soon as the token is another one, or none that
 // Consul knows, until ctx ends.
-func (f *follower) watchToken(ctx context.Context) {
+func (f *consulWatcher) watchToken(ctx context.Context) {
 	before, _ := f.consul.token()
 	revoked, asked := false, time.Now()
 	for {

@@ -32,13 +32,13 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 	config.Address, config.TokenFile = server.Address, filepath.Join(t.TempDir(), "token")
 	first := next()
 	writeFile(t, config.TokenFile, first.SecretID)
-	follower := runFollower(t, config, func(f *follower) { f.consul.read = defaultPatience().read })
-	good := func(v view) bool { return v.InStep && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
+	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = defaultTimeouts().read })
+	good := func(v snapshot) bool { return v.InSync && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
 	follower.eventually(t, "the first token to be used", good)
 	for range 3 { // each time the back-off is longer
 		began := time.Now()
 		server.Delete("/v1/acl/token/" + first.AccessorID)
-		follower.eventually(t, "the revoked token to be told", func(v view) bool { return !v.InStep })
+		follower.eventually(t, "the revoked token to be told", func(v snapshot) bool { return !v.InSync })
 		if took := time.Since(began); took > 5*time.Second {
 			t.Errorf("told after %s, want within 5 s", took)
 		}
@@ -66,7 +66,7 @@ func TestLeastPolicyOfTheToken(t *testing.T) {
 		{"Port": 9090, "Protocol": "tcp", "Services": []object{{"Name": "web"}}}}})
 	config := *DefaultConfig().Consul
 	config.Address, config.Token = server.Address, token.SecretID
-	consul, err := newConsul(config, defaultPatience())
+	consul, err := newConsul(config, defaultTimeouts())
 	if err != nil {
 		t.Fatal(err)
 	}

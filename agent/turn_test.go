@@ -32,7 +32,7 @@ func TestTurn(t *testing.T) {
 		{"no longer early, with an arrival", 200 * time.Millisecond, 5, true, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			turn := defaultTurn()
+			turn := defaultPassBudget()
 			turn.begin(began)
 			turn.done = c.done
 			if got := turn.allows(began.Add(c.after), c.arrival); got != c.want || (turn.left > 0) == got {
@@ -42,7 +42,7 @@ func TestTurn(t *testing.T) {
 	}
 }
 
-// full is a node with so many allocations, all of them in step.
+// full is a node with so many allocations, all of them in sync.
 func (n *node) full(count int, change ...func(*Agent)) (ids []string) {
 	n.t.Helper()
 	for i := range count {
@@ -51,28 +51,28 @@ func (n *node) full(count int, change ...func(*Agent)) (ids []string) {
 	}
 	n.fake.answers(registered(ids...))
 	n.run(change...)
-	n.allInStep(ids, 20001)
+	n.allInSync(ids, 20001)
 	return ids
 }
 
-// allInStep waits until the port is in force everywhere and told to be.
-func (n *node) allInStep(ids []string, port uint16) {
+// allInSync waits until the port is in force everywhere and told to be.
+func (n *node) allInSync(ids []string, port uint16) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		for _, id := range ids {
 			list := n.agent.Status().Workloads
 			i := slices.IndexFunc(list, func(w WorkloadView) bool { return w.ID == id })
-			if i < 0 || !list[i].InStep {
-				return fmt.Errorf("allocation %s is not in step", id)
+			if i < 0 || !list[i].InSync {
+				return fmt.Errorf("allocation %s is not in sync", id)
 			}
 		}
-		list, err := n.Known()
+		list, err := n.Records()
 		if err != nil {
 			return err
 		}
 		for _, k := range list {
-			if !k.Complete || k.Overlay.InboundPort != port {
-				return fmt.Errorf("workload %s has port %d, want %d", k.Key, k.Overlay.InboundPort, port)
+			if !k.Complete || k.MeshConfig.InboundPort != port {
+				return fmt.Errorf("workload %s has port %d, want %d", k.Key, k.MeshConfig.InboundPort, port)
 			}
 		}
 		if len(list) != len(ids) {
@@ -94,17 +94,17 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 	}), sync.OnceFunc(func() { close(seen) })
 	defer goOn()
 	ids := n.full(12, func(a *Agent) {
-		a.turn.least = 0
+		a.budget.least = 0
 		a.notify = func(string) {
-			list, err := n.Known()
-			if err == nil && slices.ContainsFunc(list, func(k redirect.Known) bool { return k.Overlay.InboundPort == 20002 }) {
+			list, err := n.Records()
+			if err == nil && slices.ContainsFunc(list, func(k redirect.Record) bool { return k.MeshConfig.InboundPort == 20002 }) {
 				once() // the first of them is written: the loop stands still here
 			}
 		}
 	})
 	all := append(slices.Clone(ids), numbered(len(ids)+1))
 	n.fake.answers(registeredAt(20002, all...))
-	n.agent.follower.wake()
+	n.agent.consul.wake()
 	select {
 	case <-begun:
 	case <-time.After(30 * time.Second):
@@ -119,7 +119,7 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 	}, "the new allocation to be seen")
 	goOn()
 
-	n.allInStep(all, 20002)
+	n.allInSync(all, 20002)
 	configured, later := n.recorded(all[len(ids)]), 0
 	for _, id := range ids {
 		if n.recorded(id).After(configured) {
@@ -149,7 +149,7 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 	var alive []time.Time
 	n := newNode(t)
 	ids := n.full(8, func(a *Agent) {
-		a.turn = turn{least: time.Hour, most: time.Hour} // all in one pass
+		a.budget = passBudget{least: time.Hour, most: time.Hour} // all in one pass
 		a.notify = func(state string) {
 			mu.Lock()
 			defer mu.Unlock()
@@ -158,14 +158,14 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 			}
 		}
 	})
-	passes := n.agent.follower.current().Counts.Changes
+	passes := n.agent.consul.current().Counts.Changes
 	mu.Lock()
 	alive = nil
 	mu.Unlock()
 	n.fake.answers(registeredAt(20002, ids...))
-	n.agent.follower.wake()
-	n.allInStep(ids, 20002)
-	if changes := n.agent.follower.current().Counts.Changes; changes != passes+1 {
+	n.agent.consul.wake()
+	n.allInSync(ids, 20002)
+	if changes := n.agent.consul.current().Counts.Changes; changes != passes+1 {
 		t.Fatalf("Consul's answer changed %d times, want once", changes-passes)
 	}
 	mu.Lock()
@@ -176,20 +176,20 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 }
 
 func TestUrgency(t *testing.T) {
-	key := func(name string) redirect.Key { return redirect.Key{ContainerID: name} }
-	known := func(guard redirect.Guard) *redirect.Known {
-		return &redirect.Known{Overlay: redirect.Overlay{Guard: guard}}
+	key := func(name string) redirect.AttachmentID { return redirect.AttachmentID{ContainerID: name} }
+	known := func(guard redirect.Guard) *redirect.Record {
+		return &redirect.Record{MeshConfig: redirect.MeshConfig{Guard: guard}}
 	}
-	subjects := []subject{
+	allocations := []allocation{
 		{attachment: attachment{Key: key("broken")}},
-		{attachment: attachment{Key: key("configured")}, Known: known(redirect.GuardAudit)},
-		{attachment: attachment{Key: key("added")}, Known: known("")},
+		{attachment: attachment{Key: key("configured")}, Record: known(redirect.GuardAudit)},
+		{attachment: attachment{Key: key("added")}, Record: known("")},
 		{attachment: attachment{Key: key("new")}},
 	}
-	a := &Agent{subjects: map[redirect.Key]*memory{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
-	a.byUrgency(subjects)
+	a := &Agent{allocations: map[redirect.AttachmentID]*allocState{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
+	a.byUrgency(allocations)
 	var got []string
-	for _, s := range subjects {
+	for _, s := range allocations {
 		got = append(got, s.Key.ContainerID)
 	}
 	if want := []string{"new", "added", "configured", "broken"}; !slices.Equal(got, want) {

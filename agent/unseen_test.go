@@ -69,7 +69,7 @@ func TestWipedStateDirectory(t *testing.T) {
 		t.Errorf("socket: %v, %v; want it with mode 0600", info, err)
 	}
 	test.Eventually(t, func() error {
-		known, err := n.Known()
+		known, err := n.Records()
 		if err == nil && (len(known) != 1 || known[0].Key != key) {
 			err = fmt.Errorf("records of %v, want one of %s", known, key)
 		}
@@ -95,7 +95,7 @@ func TestAgentStartsBesideABadRecord(t *testing.T) {
 		t.Error(err)
 	}
 	test.Eventually(t, func() error {
-		if known, err := n.Known(); err != nil || len(known) != 2 {
+		if known, err := n.Records(); err != nil || len(known) != 2 {
 			return fmt.Errorf("records of %v, %v; want both", known, err)
 		}
 		return nil

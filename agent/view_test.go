@@ -46,7 +46,7 @@ func TestProxiesOfAnAllocation(t *testing.T) {
 		{"a sidecar of the job's name", front, with(func(p *proxy) { p.Kind = kindSidecar }), listeners, false},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			v := view{Proxies: byAllocation([]proxy{test.p}), Facts: facts{GatewayPorts: test.ports}}
+			v := snapshot{Proxies: byAllocation([]proxy{test.p}), Facts: catalogData{GatewayPorts: test.ports}}
 			var want []proxy
 			if test.want {
 				want = []proxy{test.p}

@@ -19,13 +19,13 @@
 #include "packet.h"
 #include "verdict.h"
 
-static __always_inline int end(const struct view *view, const struct packet *packet,
+static __always_inline int end(const struct snapshot *snapshot, const struct packet *packet,
 			       enum verdict verdict)
 {
-	struct event *event = event_reserve(count(view->cookie, verdict));
+	struct event *event = event_reserve(count(snapshot->cookie, verdict));
 
 	if (event) {
-		event->cookie = view->cookie;
+		event->cookie = snapshot->cookie;
 		event->source = packet->source;
 		event->source_port = packet->source_port;
 		event->destination = packet->destination;
@@ -41,41 +41,43 @@ int weir_forward(struct __sk_buff *skb)
 {
 	struct packet packet;
 	enum config_flag flags;
-	struct view view;
+	struct snapshot snapshot;
 
-	if (!view_open(&view, packet_netns(skb)))
+	if (!snapshot_open(&snapshot, packet_netns(skb)))
 		return 0;
 	packet_read(skb, &packet);
-	if (!view.config)
-		return end(&view, &packet, VERDICT_REFUSED_TABLE);
-	flags = view.config->flags;
+	if (!snapshot.config)
+		return end(&snapshot, &packet, VERDICT_REFUSED_TABLE);
+	flags = snapshot.config->flags;
 	if (!(flags & CONFIG_FORWARD) && flags & (CONFIG_TRANSPARENT | CONFIG_ENFORCE))
-		return end(&view, &packet, VERDICT_REFUSED_FORWARDED);
+		return end(&snapshot, &packet, VERDICT_REFUSED_FORWARDED);
 	/* A connection counts once; of what has none, each packet. */
 	if (packet.established)
 		return 0;
-	return end(&view, &packet, VERDICT_FORWARDED);
+	return end(&snapshot, &packet, VERDICT_FORWARDED);
 }
 
 /* What the guard says of a packet that sk_lookup has not seen. */
-static __always_inline enum verdict decide(const struct view *view, const struct packet *packet)
+static __always_inline enum verdict decide(const struct snapshot *snapshot,
+					   const struct packet *packet)
 {
-	if (!view->config)
+	if (!snapshot->config)
 		return VERDICT_REFUSED_TABLE;
-	if (!(view->config->flags & (CONFIG_AUDIT | CONFIG_ENFORCE)))
+	if (!(snapshot->config->flags & (CONFIG_AUDIT | CONFIG_ENFORCE)))
 		return VERDICT_DIRECT;
 	/* Without a port it is a later fragment, which is nothing without the first. */
 	if (!packet->ports)
-		return packet->fragment ? VERDICT_DIRECT : guard_refusal(view->config);
+		return packet->fragment ? VERDICT_DIRECT : guard_refusal(snapshot->config);
 	/* Unicast to a port of UDP: sk_lookup decides, or a connected socket has it.
 	 * sk_lookup takes a source of the workload's own for one that is inside. */
-	if (packet->protocol == IPPROTO_UDP && is_own(view, &packet->destination) &&
-	    !is_own(view, &packet->source) && !addr_is_local(&packet->source))
+	if (packet->protocol == IPPROTO_UDP && is_own(snapshot, &packet->destination) &&
+	    !is_own(snapshot, &packet->source) && !addr_is_local(&packet->source))
 		return VERDICT_DIRECT;
-	if ((view->config->flags & CONFIG_PORTS_IN) &&
-	    view_excludes_port(view, EXCLUSION_PORT_IN, packet->destination_port))
+	if ((snapshot->config->flags & CONFIG_PORTS_IN) &&
+	    snapshot_excludes_port(snapshot, EXCLUSION_PORT_IN, packet->destination_port))
 		return VERDICT_INBOUND_EXCLUDED;
-	return guard_datagram(view, packet->destination_port, &packet->source, packet->source_port);
+	return guard_datagram(snapshot, packet->destination_port, &packet->source,
+			      packet->source_port);
 }
 
 SEC("socket")
@@ -83,7 +85,7 @@ int weir_input(struct __sk_buff *skb)
 {
 	struct packet packet;
 	enum verdict verdict;
-	struct view view;
+	struct snapshot snapshot;
 
 	packet_read(skb, &packet);
 	switch (packet.protocol) {
@@ -101,10 +103,10 @@ int weir_input(struct __sk_buff *skb)
 	default:
 		return 0;
 	}
-	if (!view_open(&view, packet_netns(skb)))
+	if (!snapshot_open(&snapshot, packet_netns(skb)))
 		return 0;
-	verdict = decide(&view, &packet);
-	return verdict == VERDICT_DIRECT ? 0 : end(&view, &packet, verdict);
+	verdict = decide(&snapshot, &packet);
+	return verdict == VERDICT_DIRECT ? 0 : end(&snapshot, &packet, verdict);
 }
 
 char LICENSE[] SEC("license") = "Dual MPL/GPL";

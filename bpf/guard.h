@@ -35,7 +35,7 @@ static __always_inline bool is_ephemeral(const struct config *config, __u16 port
 
 /* Remembers a datagram of an unconnected socket. The kernel finds a connected
  * socket by itself, and the guard lets ephemeral ports be. */
-static __always_inline void flow_remember(const struct view *view, __u16 local_port,
+static __always_inline void flow_remember(const struct snapshot *snapshot, __u16 local_port,
 					  const struct addr *remote, __u16 remote_port)
 {
 	struct flow fresh = {
@@ -46,11 +46,11 @@ static __always_inline void flow_remember(const struct view *view, __u16 local_p
 	struct flow_key key;
 	struct flow *flow;
 
-	if (!(view->config->flags & (CONFIG_AUDIT | CONFIG_ENFORCE)) || addr_is_local(remote) ||
-	    is_ephemeral(view->config, local_port))
+	if (!(snapshot->config->flags & (CONFIG_AUDIT | CONFIG_ENFORCE)) || addr_is_local(remote) ||
+	    is_ephemeral(snapshot->config, local_port))
 		return;
 	fresh.sent_ns = bpf_ktime_get_coarse_ns();
-	key = flow_key(view->cookie, remote, remote_port, local_port);
+	key = flow_key(snapshot->cookie, remote, remote_port, local_port);
 	flow = bpf_map_lookup_elem(&flows, &key);
 	if (flow && flow_is(flow, remote, remote_port, local_port))
 		flow->sent_ns = fresh.sent_ns;
@@ -59,10 +59,10 @@ static __always_inline void flow_remember(const struct view *view, __u16 local_p
 }
 
 /* Whether the workload sent a datagram the other way a short while ago. */
-static __always_inline bool flow_answers(const struct view *view, __u16 local_port,
+static __always_inline bool flow_answers(const struct snapshot *snapshot, __u16 local_port,
 					 const struct addr *remote, __u16 remote_port)
 {
-	struct flow_key key = flow_key(view->cookie, remote, remote_port, local_port);
+	struct flow_key key = flow_key(snapshot->cookie, remote, remote_port, local_port);
 	struct flow *flow = bpf_map_lookup_elem(&flows, &key);
 
 	return flow && flow_is(flow, remote, remote_port, local_port) &&
@@ -76,20 +76,21 @@ static __always_inline enum verdict guard_refusal(const struct config *config)
 
 /* What comes in to no excluded port. A datagram to an ephemeral port may be the
  * answer to one from here, of which nothing is kept: it is let in, and counted. */
-static __always_inline enum verdict guard_datagram(const struct view *view, __u16 local_port,
-						   const struct addr *remote, __u16 remote_port)
+static __always_inline enum verdict guard_datagram(const struct snapshot *snapshot,
+						   __u16 local_port, const struct addr *remote,
+						   __u16 remote_port)
 {
-	if (is_ephemeral(view->config, local_port))
+	if (is_ephemeral(snapshot->config, local_port))
 		return VERDICT_GUARD_EPHEMERAL;
-	if (flow_answers(view, local_port, remote, remote_port))
+	if (flow_answers(snapshot, local_port, remote, remote_port))
 		return VERDICT_DIRECT;
-	return guard_refusal(view->config);
+	return guard_refusal(snapshot->config);
 }
 
 /* The source is one of the workload's own addresses. From outside it is forged. */
-static __always_inline bool is_own(const struct view *view, const struct addr *addr)
+static __always_inline bool is_own(const struct snapshot *snapshot, const struct addr *addr)
 {
-	struct address *address = view_address(view, addr);
+	struct address *address = snapshot_address(snapshot, addr);
 
 	return address && address->kind == ADDRESS_OWN;
 }

@@ -92,50 +92,53 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 /* Who dials is at home here: a connection to an own address comes by lo, but
  * with the device of that address as its ingress. From outside such a source is
  * a forgery, whose answers stay in the namespace. */
-static __always_inline bool from_inside(const struct view *view, const struct addr *local,
+static __always_inline bool from_inside(const struct snapshot *snapshot, const struct addr *local,
 					const struct addr *remote)
 {
-	return addr_equal(local, remote) || addr_is_local(remote) || is_own(view, remote);
+	return addr_equal(local, remote) || addr_is_local(remote) || is_own(snapshot, remote);
 }
 
 /* The outbound port of the proxy that owns the origin of an index, or 0 for the
  * first. The rows in force say so, not what was interned: an owner may change,
  * an index stays. */
-static __always_inline __u16 owner(const struct view *view, __u32 index)
+static __always_inline __u16 owner(const struct snapshot *snapshot, __u32 index)
 {
-	struct index_key key = { .cookie = view->cookie, .index = index };
+	struct index_key key = { .cookie = snapshot->cookie, .index = index };
 	struct addr *origin = bpf_map_lookup_elem(&indexes, &key);
-	struct address *address = origin ? view_address(view, origin) : NULL;
+	struct address *address = origin ? snapshot_address(snapshot, origin) : NULL;
 
 	return address && address->kind == ADDRESS_PROXY ? address->port : 0;
 }
 
 /* What may come in beside the proxy's listeners and the excluded ports. */
-static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx, const struct view *view,
+static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx,
+					  const struct snapshot *snapshot,
 					  const struct addr *remote, __u16 inbound_port)
 {
 	if (ctx->protocol != IPPROTO_TCP)
-		return guard_datagram(view, ctx->local_port, remote, bpf_ntohs(ctx->remote_port));
-	return ctx->local_port == inbound_port ? VERDICT_DIRECT : guard_refusal(view->config);
+		return guard_datagram(snapshot, ctx->local_port, remote,
+				      bpf_ntohs(ctx->remote_port));
+	return ctx->local_port == inbound_port ? VERDICT_DIRECT : guard_refusal(snapshot->config);
 }
 
 /* The rules of a new connection to this namespace; the first that matches
  * decides. VERDICT_LOCAL and VERDICT_REDIRECTED are counted where they were
  * dialled. There is one search for a listener, not one a direction: the
  * verifier walks every slot of each, and that is most of what an ADD costs. */
-static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const struct view *view,
+static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx,
+					   const struct snapshot *snapshot,
 					   const struct addr *local, const struct addr *remote)
 {
 	/* Read twice: a branch on one tells the verifier nothing of the other. */
-	__u32 outbound = is_outbound(ctx), blurred = is_outbound(ctx);
-	const struct config *config = view->config;
+	__u32 outbound = is_outbound(ctx), hidden_outbound = is_outbound(ctx);
+	const struct config *config = snapshot->config;
 	bool tcp = ctx->protocol == IPPROTO_TCP;
 	__u16 port = ctx->local_port;
 	bool encoded, assigned;
 	__u16 inbound_port;
 	__u32 index;
 
-	barrier_var(blurred); /* nor clang */
+	barrier_var(hidden_outbound); /* nor clang */
 	encoded = tcp && addr_decode(local, &index);
 	if (outbound) {
 		/* What stays in the namespace is not the mesh's business. */
@@ -145,7 +148,7 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 			return VERDICT_REFUSED_TABLE;
 		port = config->outbound_port;
 		if (config->flags & CONFIG_PROXIES)
-			port = owner(view, index) ?: port;
+			port = owner(snapshot, index) ?: port;
 	} else {
 		/* It would bring the proxy another connection's origin. */
 		if (encoded)
@@ -157,14 +160,14 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 		tcp = tcp && (config->flags & CONFIG_TRANSPARENT);
 		if (!tcp && !(config->flags & (CONFIG_AUDIT | CONFIG_ENFORCE)))
 			return VERDICT_DIRECT;
-		if (from_inside(view, local, remote))
+		if (from_inside(snapshot, local, remote))
 			return VERDICT_LOCAL;
 		inbound_port = config->inbound_port;
 		if ((config->flags & CONFIG_PORTS_IN) &&
-		    view_excludes_port(view, EXCLUSION_PORT_IN, port))
+		    snapshot_excludes_port(snapshot, EXCLUSION_PORT_IN, port))
 			return VERDICT_INBOUND_EXCLUDED;
 		if (config->flags & (CONFIG_PROXIES | CONFIG_LISTENERS)) {
-			__u32 *row = view_row(view, EXCLUSION_SERVICE, port);
+			__u32 *row = snapshot_row(snapshot, EXCLUSION_SERVICE, port);
 
 			if (row)
 				inbound_port = *row;
@@ -174,25 +177,27 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx, const stru
 				tcp = ctx->protocol == IPPROTO_TCP;
 		}
 		if (!tcp)
-			return guard(ctx, view, remote, inbound_port);
+			return guard(ctx, snapshot, remote, inbound_port);
 		if (!inbound_port)
 			return VERDICT_REFUSED_INBOUND_UNKNOWN;
 		port = inbound_port;
 	}
-	assigned = assign(ctx, view->cookie, LISTENER_INBOUND4 - 2 * blurred + is_ipv6(ctx), port);
-	if (!blurred && !(config->flags & CONFIG_TRANSPARENT))
+	assigned = assign(ctx, snapshot->cookie,
+			  LISTENER_INBOUND4 - 2 * hidden_outbound + is_ipv6(ctx), port);
+	if (!hidden_outbound && !(config->flags & CONFIG_TRANSPARENT))
 		return assigned ? VERDICT_INBOUND_EXCLUDED : guard_refusal(config);
 	if (assigned)
-		return VERDICT_INBOUND - blurred * (VERDICT_INBOUND - VERDICT_REDIRECTED);
+		return VERDICT_INBOUND - hidden_outbound * (VERDICT_INBOUND - VERDICT_REDIRECTED);
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
 	return VERDICT_REFUSED_INBOUND_NO_PROXY -
-	       blurred * (VERDICT_REFUSED_INBOUND_NO_PROXY - VERDICT_REFUSED_NO_PROXY);
+	       hidden_outbound * (VERDICT_REFUSED_INBOUND_NO_PROXY - VERDICT_REFUSED_NO_PROXY);
 }
 
 /* The same verdict, but any verdict to the verifier: it would otherwise walk
  * what follows once for each. No address family has the bits that are mixed in. */
-static __always_inline enum verdict blur(struct bpf_sk_lookup *ctx, enum verdict verdict)
+static __always_inline enum verdict hide_from_verifier(struct bpf_sk_lookup *ctx,
+						       enum verdict verdict)
 {
 	return (verdict ^ (*(volatile __u32 *)&ctx->family >> 8)) & 63;
 }
@@ -204,13 +209,13 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 	struct addr local = ADDR_OF_LOOKUP(ctx, local);
 	struct addr remote = ADDR_OF_LOOKUP(ctx, remote);
 	enum verdict verdict;
-	struct view view;
+	struct snapshot snapshot;
 
-	view_open(&view, own_cookie());
-	verdict = blur(ctx, decide(ctx, &view, &local, &remote));
+	snapshot_open(&snapshot, own_cookie());
+	verdict = hide_from_verifier(ctx, decide(ctx, &snapshot, &local, &remote));
 	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
 		return SK_PASS;
-	emit(ctx, view.cookie, &local, &remote, verdict);
+	emit(ctx, snapshot.cookie, &local, &remote, verdict);
 	return is_refusal(verdict) ? SK_DROP : SK_PASS;
 }
 

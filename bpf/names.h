@@ -10,8 +10,8 @@
 /* The name that an application should see for `seen`: what it dialled. Only
  * the dialling socket has a row or an encoded peer; an accepted one has the
  * workload's own address there. */
-static __always_inline bool rename_peer(struct bpf_sock_addr *ctx, struct addr *seen, __u16 *port,
-					bool encoded)
+static __always_inline bool restore_peer(struct bpf_sock_addr *ctx, struct addr *seen, __u16 *port,
+					 bool encoded)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 	struct dialled *dialled;
@@ -32,24 +32,24 @@ static __always_inline bool rename_peer(struct bpf_sock_addr *ctx, struct addr *
 	return true;
 }
 
-static __always_inline int rename_peer4(struct bpf_sock_addr *ctx, bool encoded)
+static __always_inline int restore_peer4(struct bpf_sock_addr *ctx, bool encoded)
 {
 	struct addr seen = addr_of_ip4(ctx->user_ip4);
 	__u16 port = bpf_ntohs(ctx->user_port);
 
-	if (rename_peer(ctx, &seen, &port, encoded) && addr_is_mapped(&seen)) {
+	if (restore_peer(ctx, &seen, &port, encoded) && addr_is_mapped(&seen)) {
 		ctx->user_ip4 = seen.word[3];
 		ctx->user_port = bpf_htons(port);
 	}
 	return 1;
 }
 
-static __always_inline int rename_peer6(struct bpf_sock_addr *ctx, bool encoded)
+static __always_inline int restore_peer6(struct bpf_sock_addr *ctx, bool encoded)
 {
 	struct addr seen = ADDR_OF_CTX(ctx->user_ip6);
 	__u16 port = bpf_ntohs(ctx->user_port);
 
-	if (rename_peer(ctx, &seen, &port, encoded)) {
+	if (restore_peer(ctx, &seen, &port, encoded)) {
 		ctx->user_ip6[0] = seen.word[0];
 		ctx->user_ip6[1] = seen.word[1];
 		ctx->user_ip6[2] = seen.word[2];
@@ -67,19 +67,19 @@ static __always_inline int restore_own6(struct bpf_sock_addr *ctx)
 	struct bpf_sock *sk = ctx->sk;
 	struct addr peer, *origin;
 	struct address *own;
-	struct view view;
+	struct snapshot snapshot;
 	__u32 index;
 
 	if (!addr_is_mapped(&local) || !sk)
 		return 1;
-	if (!view_open(&view, bpf_get_netns_cookie(ctx)) || !view.config)
+	if (!snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)) || !snapshot.config)
 		return 1;
 	peer = ADDR_OF_CTX(sk->dst_ip6);
-	origin = origin_resolve(view.cookie, &peer);
+	origin = origin_resolve(snapshot.cookie, &peer);
 	if (!origin || addr_is_mapped(origin) || !addr_decode(&peer, &index))
 		return 1;
-	peer = addr_encode6(view.config->flags & CONFIG_SOURCES ? index & ~SLICE_MASK : 0);
-	own = view_address(&view, &peer);
+	peer = addr_encode6(snapshot.config->flags & CONFIG_SOURCES ? index & ~SLICE_MASK : 0);
+	own = snapshot_address(&snapshot, &peer);
 	if (!own || own->kind != ADDRESS_SOURCE)
 		return 1;
 	ctx->user_ip6[0] = own->listener.word[0];

@@ -12,7 +12,8 @@
 
 /* Writes what SO_ORIGINAL_DST answers: the origin's own family, whatever the
  * family of the socket. False where the caller's buffer is too short. */
-static __always_inline bool answer(struct bpf_sockopt *ctx, const struct addr *addr, __u16 port)
+static __always_inline bool write_original_dst(struct bpf_sockopt *ctx, const struct addr *addr,
+					       __u16 port)
 {
 	struct sockaddr_in *in = ctx->optval;
 	struct sockaddr_in6 *in6 = ctx->optval;

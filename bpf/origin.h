@@ -11,7 +11,7 @@
 #define INDEX_TRIES 65536 /* as many as a workload may hold by default */
 
 /* A workload as one program run sees it. */
-struct view {
+struct snapshot {
 	__u64 cookie;
 	__u64 generation;
 	struct config *config; /* NULL: rows are lost; the caller refuses */
@@ -19,15 +19,15 @@ struct view {
 
 /* False for a namespace that is not under Weir: the caller leaves the socket
  * as it is. An element of `workloads` may be recycled under our pointer while
- * user space replaces it; a generation is unique on the node, so a torn view
+ * user space replaces it; a generation is unique on the node, so a torn snapshot
  * misses in `configs` and is read again. */
-static __always_inline bool view_open(struct view *view, __u64 cookie)
+static __always_inline bool snapshot_open(struct snapshot *snapshot, __u64 cookie)
 {
 	int try = 0;
 
-	view->cookie = cookie;
-	view->generation = 0;
-	view->config = NULL;
+	snapshot->cookie = cookie;
+	snapshot->generation = 0;
+	snapshot->config = NULL;
 	/* Not unrolled: each namespace has a program of its own with this in it. */
 #pragma clang loop unroll(disable)
 	do {
@@ -39,9 +39,9 @@ static __always_inline bool view_open(struct view *view, __u64 cookie)
 		if (!workload)
 			return try > 0;
 		key.generation = *(volatile __u64 *)&workload->generation;
-		view->config = bpf_map_lookup_elem(&configs, &key);
-		if (view->config) {
-			view->generation = key.generation;
+		snapshot->config = bpf_map_lookup_elem(&configs, &key);
+		if (snapshot->config) {
+			snapshot->generation = key.generation;
 			return true;
 		}
 	} while (++try < GENERATION_TRIES);
@@ -49,12 +49,12 @@ static __always_inline bool view_open(struct view *view, __u64 cookie)
 }
 
 /* What a port or a UID means to the workload; NULL: nothing. */
-static __always_inline __u32 *view_row(const struct view *view, enum exclusion_kind kind,
-				       __u32 value)
+static __always_inline __u32 *snapshot_row(const struct snapshot *snapshot,
+					   enum exclusion_kind kind, __u32 value)
 {
 	struct exclusion_key key = {
-		.cookie = view->cookie,
-		.generation = view->generation,
+		.cookie = snapshot->cookie,
+		.generation = snapshot->generation,
 		.kind = kind,
 		.value = value,
 	};
@@ -62,19 +62,19 @@ static __always_inline __u32 *view_row(const struct view *view, enum exclusion_k
 	return bpf_map_lookup_elem(&exclusions, &key);
 }
 
-static __always_inline bool view_excludes(const struct view *view, enum exclusion_kind kind,
-					  __u32 value)
+static __always_inline bool snapshot_excludes(const struct snapshot *snapshot,
+					      enum exclusion_kind kind, __u32 value)
 {
-	return view_row(view, kind, value) != NULL;
+	return snapshot_row(snapshot, kind, value) != NULL;
 }
 
 /* Whether the workload excludes a port, of those that go out or come in. */
-static __always_inline bool view_excludes_port(const struct view *view, enum exclusion_kind kind,
-					       __u16 port)
+static __always_inline bool snapshot_excludes_port(const struct snapshot *snapshot,
+						   enum exclusion_kind kind, __u16 port)
 {
 	struct exclusion_key key = {
-		.cookie = view->cookie,
-		.generation = view->generation,
+		.cookie = snapshot->cookie,
+		.generation = snapshot->generation,
 		.kind = kind,
 		.value = port / PORTS_PER_ROW,
 	};
@@ -84,31 +84,32 @@ static __always_inline bool view_excludes_port(const struct view *view, enum exc
 }
 
 /* What an address means to the workload; NULL: nothing. */
-static __always_inline struct address *view_address(const struct view *view,
-						    const struct addr *addr)
+static __always_inline struct address *snapshot_address(const struct snapshot *snapshot,
+							const struct addr *addr)
 {
 	struct address_key key = {
-		.cookie = view->cookie,
-		.generation = view->generation,
+		.cookie = snapshot->cookie,
+		.generation = snapshot->generation,
 		.addr = *addr,
 	};
 
 	return bpf_map_lookup_elem(&addresses, &key);
 }
 
-static __always_inline struct cidr_key view_cidr_key(const struct view *view,
-						     const struct addr *addr)
+static __always_inline struct cidr_key snapshot_cidr_key(const struct snapshot *snapshot,
+							 const struct addr *addr)
 {
 	struct cidr_key key = { .prefixlen = 256, .addr = *addr };
 
-	__builtin_memcpy(&key.scope[0], &view->cookie, sizeof(view->cookie));
-	__builtin_memcpy(&key.scope[2], &view->generation, sizeof(view->generation));
+	__builtin_memcpy(&key.scope[0], &snapshot->cookie, sizeof(snapshot->cookie));
+	__builtin_memcpy(&key.scope[2], &snapshot->generation, sizeof(snapshot->generation));
 	return key;
 }
 
-static __always_inline bool view_excludes_cidr(const struct view *view, const struct addr *addr)
+static __always_inline bool snapshot_excludes_cidr(const struct snapshot *snapshot,
+						   const struct addr *addr)
 {
-	struct cidr_key key = view_cidr_key(view, addr);
+	struct cidr_key key = snapshot_cidr_key(snapshot, addr);
 	__u32 *family;
 
 	/* ::/0 covers the mapped form of every IPv4 address, and means none. */
@@ -118,9 +119,10 @@ static __always_inline bool view_excludes_cidr(const struct view *view, const st
 
 /* The slice of the encoded range whose route has the own address that a
  * connection to this origin should have. */
-static __always_inline __u32 view_slice(const struct view *view, const struct addr *addr)
+static __always_inline __u32 snapshot_slice(const struct snapshot *snapshot,
+					    const struct addr *addr)
 {
-	struct cidr_key key = view_cidr_key(view, addr);
+	struct cidr_key key = snapshot_cidr_key(snapshot, addr);
 	__u32 *slice = bpf_map_lookup_elem(&sources, &key);
 
 	return slice ? *slice : 0;
@@ -187,25 +189,25 @@ static __always_inline void index_given(struct budget *budget, __u32 how_many)
 /* The index of an origin, or 0 and the verdict that says why there is none.
  * An index belongs to one origin from its first use on: the row in `indexes`
  * is made with BPF_NOEXIST before anybody can learn of it. */
-static __always_inline __u32 origin_intern(const struct view *view, const struct addr *addr,
+static __always_inline __u32 origin_intern(const struct snapshot *snapshot, const struct addr *addr,
 					   enum verdict *refusal)
 {
-	struct origin_key key = { .cookie = view->cookie, .addr = *addr };
-	struct index_key reverse = { .cookie = view->cookie };
+	struct origin_key key = { .cookie = snapshot->cookie, .addr = *addr };
+	struct index_key reverse = { .cookie = snapshot->cookie };
 	struct origin *known = bpf_map_lookup_elem(&origins, &key);
 	struct origin fresh = { .used_ns = bpf_ktime_get_coarse_ns() };
 	struct index_search search = { .first = INDEX_FIRST, .count = INDEX_COUNT };
 	__u64 exists = BPF_NOEXIST;
 	struct budget *budget;
 	__u32 *released, held;
-	__u64 cookie = view->cookie;
+	__u64 cookie = snapshot->cookie;
 
-	if (view->config->flags & CONFIG_SOURCES) {
-		search.first += view_slice(view, addr) << SLICE_SHIFT;
+	if (snapshot->config->flags & CONFIG_SOURCES) {
+		search.first += snapshot_slice(snapshot, addr) << SLICE_SHIFT;
 		search.count = SLICE_COUNT;
 	}
 	if (known) {
-		__u32 index = origin_index(view->cookie, addr, known);
+		__u32 index = origin_index(snapshot->cookie, addr, known);
 
 		known->used_ns = fresh.used_ns;
 		/* Of another slice, the origin is routed by another network than
@@ -221,7 +223,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 		return 0;
 	released = bpf_map_lookup_elem(&releases, &cookie);
 	held = budget->used - (released ? *released : 0);
-	if (held >= view->config->budget) {
+	if (held >= snapshot->config->budget) {
 		*refusal = VERDICT_REFUSED_BUDGET;
 		return 0;
 	}
@@ -247,7 +249,7 @@ static __always_inline __u32 origin_intern(const struct view *view, const struct
 	bpf_map_delete_elem(&indexes, &reverse);
 	index_given(budget, -1);
 	known = bpf_map_lookup_elem(&origins, &key);
-	return known ? origin_index(view->cookie, addr, known) : 0;
+	return known ? origin_index(snapshot->cookie, addr, known) : 0;
 }
 
 /* The origin that an encoded address of this workload stands for. */

@@ -32,14 +32,14 @@ static __always_inline int refuse(int errno)
 	return 0;
 }
 
-static __always_inline void emit(const struct view *view, const struct dial *dial,
+static __always_inline void emit(const struct snapshot *snapshot, const struct dial *dial,
 				 enum verdict verdict)
 {
-	struct event *event = event_reserve(count(view->cookie, verdict));
+	struct event *event = event_reserve(count(snapshot->cookie, verdict));
 
 	if (!event)
 		return;
-	event->cookie = view->cookie;
+	event->cookie = snapshot->cookie;
 	event->cgroup = dial->cgroup;
 	event->uid = dial->uid;
 	event->pid = bpf_get_current_pid_tgid() >> 32;
@@ -54,7 +54,8 @@ static __always_inline void emit(const struct view *view, const struct dial *dia
 
 /* Keeps what was dialled where the new address does not say it. A socket that
  * connects again without a rewrite must not show the former peer. */
-static __always_inline void remember(struct bpf_sock *sk, const struct dial *dial, bool rewritten)
+static __always_inline void save_original_peer(struct bpf_sock *sk, const struct dial *dial,
+					       bool rewritten)
 {
 	void *owner = kernel_owner(sk);
 	struct dialled *dialled;
@@ -89,36 +90,36 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 {
 	struct bpf_sock *sk = ctx->sk;
 	enum verdict verdict;
-	struct view view;
+	struct snapshot snapshot;
 
 	*rewritten = false;
-	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)))
+	if (!sk || !snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)))
 		return 1;
 	dial->destination = dial->origin;
 	dial->destination_port = dial->port;
 	dial->cgroup = bpf_get_current_cgroup_id();
 	if (datagram || is_udp(ctx->protocol)) {
 		dial->uid = (__u32)bpf_get_current_uid_gid(); /* for the event only */
-		verdict = decide_udp(sk, &view, dial, datagram);
+		verdict = decide_udp(sk, &snapshot, dial, datagram);
 	} else if (is_tcp(ctx->protocol)) {
 		dial->uid = kernel_uid(sk);
-		verdict = decide(sk, &view, dial);
+		verdict = decide(sk, &snapshot, dial);
 	} else {
 		return 1;
 	}
-	verdict = fit(sk, dial, datagram, verdict);
-	if (datagram && view.config && !is_refusal(verdict))
-		flow_remember(&view, sk->src_port, &dial->destination, dial->destination_port);
+	verdict = check_reachable(sk, dial, datagram, verdict);
+	if (datagram && snapshot.config && !is_refusal(verdict))
+		flow_remember(&snapshot, sk->src_port, &dial->destination, dial->destination_port);
 	/* A datagram that is left alone says nothing of the ones before it. */
 	if (datagram && verdict == VERDICT_UDP)
 		return 1;
-	emit(&view, dial, verdict);
+	emit(&snapshot, dial, verdict);
 	if (is_refusal(verdict))
 		return refuse(errno_of(verdict));
 	*rewritten = verdict == VERDICT_REDIRECTED || verdict == VERDICT_UPSTREAM ||
 		     verdict == VERDICT_DNS;
 	/* An encoded destination says itself what was dialled. */
-	remember(sk, dial, *rewritten && verdict != VERDICT_REDIRECTED);
+	save_original_peer(sk, dial, *rewritten && verdict != VERDICT_REDIRECTED);
 	return 1;
 }
 
@@ -186,13 +187,13 @@ int weir_sendmsg6(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername4")
 int weir_peername4(struct bpf_sock_addr *ctx)
 {
-	return rename_peer4(ctx, true);
+	return restore_peer4(ctx, true);
 }
 
 SEC("cgroup/getpeername6")
 int weir_peername6(struct bpf_sock_addr *ctx)
 {
-	return rename_peer6(ctx, true);
+	return restore_peer6(ctx, true);
 }
 
 SEC("cgroup/getsockname6")
@@ -204,23 +205,23 @@ int weir_sockname6(struct bpf_sock_addr *ctx)
 SEC("cgroup/recvmsg4")
 int weir_recvmsg4(struct bpf_sock_addr *ctx)
 {
-	return rename_peer4(ctx, false);
+	return restore_peer4(ctx, false);
 }
 
 SEC("cgroup/recvmsg6")
 int weir_recvmsg6(struct bpf_sock_addr *ctx)
 {
-	return rename_peer6(ctx, false);
+	return restore_peer6(ctx, false);
 }
 
 /* Who binds: sockops, which registers listeners, runs without a process. */
 static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 {
 	struct binder who = {}, *binder;
-	struct view view;
+	struct snapshot snapshot;
 	__u32 index;
 
-	if (!view_open(&view, bpf_get_netns_cookie(sk)) || !is_tcp(sk->protocol))
+	if (!snapshot_open(&snapshot, bpf_get_netns_cookie(sk)) || !is_tcp(sk->protocol))
 		return 1;
 	who.uid = kernel_uid_read((struct sock *)sk); /* the context is the kernel's socket */
 	if (who.uid == UID_NONE)
@@ -228,14 +229,14 @@ static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 	who.cgroup = bpf_get_current_cgroup_id();
 	who.pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(who.comm, sizeof(who.comm));
-	if (is_rival(&view, sk->src_port, who.uid, who.cgroup)) {
-		emit_listener(view.cookie, &who, local, sk->src_port,
+	if (conflicts_with_proxy(&snapshot, sk->src_port, who.uid, who.cgroup)) {
+		emit_listener(snapshot.cookie, &who, local, sk->src_port,
 			      VERDICT_REFUSED_LISTENER_IDENTITY);
 		return refuse(EADDRINUSE);
 	}
 	/* A source in the range would show a peer that nobody dialled. */
 	if (addr_decode(local, &index)) {
-		emit_listener(view.cookie, &who, local, sk->src_port, VERDICT_REFUSED_ENCODED);
+		emit_listener(snapshot.cookie, &who, local, sk->src_port, VERDICT_REFUSED_ENCODED);
 		return refuse(EADDRNOTAVAIL);
 	}
 	binder = bpf_sk_storage_get(&binders, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -263,7 +264,7 @@ int weir_bind6(struct bpf_sock *sk)
 /* Puts a listener into the first free slot of a role. The slots hold workers
  * and both sides of a hot restart; an occupied one is never taken over. Global
  * for the verifier's sake. */
-__noinline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
+__noinline int register_listener(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 {
 	struct listener_key key = { .cookie = cookie, .role = role, .port = ctx->local_port };
 	int err = -EEXIST;
@@ -276,19 +277,19 @@ __noinline int enlist(struct bpf_sock_ops *ctx, __u64 cookie, __u32 role)
 	return err;
 }
 
-static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view *view)
+static __always_inline void on_listen(struct bpf_sock_ops *ctx, const struct snapshot *snapshot)
 {
 	struct addr local = addr_of_ip4(*(volatile __u32 *)&ctx->local_ip4);
 	enum verdict refusal = VERDICT_REFUSED_LISTENER_IDENTITY;
 	bool outbound, exposed, take4 = true, take6 = false;
-	__u64 cookie = view->cookie;
+	__u64 cookie = snapshot->cookie;
 	struct bpf_sock *sk = ctx->sk;
 	struct binder *binder;
 	struct proxy *proxy;
 	__u32 seat;
 	int err = 0;
 
-	if (!sk || !is_proxy_port(view, ctx->local_port, &seat, &outbound, &exposed))
+	if (!sk || !is_proxy_port(snapshot, ctx->local_port, &seat, &outbound, &exposed))
 		return;
 	if (ctx->family == AF_INET6) {
 		local = ADDR_OF_CTX(ctx->local_ip6);
@@ -307,12 +308,15 @@ static __always_inline void listened(struct bpf_sock_ops *ctx, const struct view
 	if (exposed && addr_is_local(&local) && !addr_is_unspecified(&local))
 		return;
 	proxy = proxy_at(cookie, seat);
-	if (!proxy || !binder || binder->uid != view->config->proxy_uid || !claim(proxy, binder))
+	if (!proxy || !binder || binder->uid != snapshot->config->proxy_uid ||
+	    !learn_proxy(proxy, binder))
 		goto refused;
 	if (take4)
-		err = enlist(ctx, cookie, outbound ? LISTENER_OUTBOUND4 : LISTENER_INBOUND4);
+		err = register_listener(ctx, cookie,
+					outbound ? LISTENER_OUTBOUND4 : LISTENER_INBOUND4);
 	if (take6 && !err)
-		err = enlist(ctx, cookie, outbound ? LISTENER_OUTBOUND6 : LISTENER_INBOUND6);
+		err = register_listener(ctx, cookie,
+					outbound ? LISTENER_OUTBOUND6 : LISTENER_INBOUND6);
 	if (err) {
 		refusal = VERDICT_REFUSED_LISTENER_TABLE;
 		goto refused;
@@ -330,7 +334,7 @@ refused:
 	emit_listener(cookie, binder, &local, ctx->local_port, refusal);
 }
 
-static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)
+static __always_inline void on_close(struct bpf_sock_ops *ctx, __u64 cookie)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct binder *binder;
@@ -350,7 +354,7 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)
 
 /* An accepted socket of a registered listener inherits the listener's flag and
  * has no use for it. The flag of anybody else's program stays. */
-static __always_inline void accepted(struct bpf_sock_ops *ctx)
+static __always_inline void on_accept(struct bpf_sock_ops *ctx)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 
@@ -362,20 +366,20 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx)
 SEC("sockops")
 int weir_sockops(struct bpf_sock_ops *ctx)
 {
-	struct view view;
+	struct snapshot snapshot;
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
-		if (view_open(&view, bpf_get_netns_cookie(ctx)) && view.config)
-			listened(ctx, &view);
+		if (snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)) && snapshot.config)
+			on_listen(ctx, &snapshot);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[0] == BPF_TCP_LISTEN && ctx->args[1] == BPF_TCP_CLOSE)
-			closed(ctx, bpf_get_netns_cookie(ctx));
+			on_close(ctx, bpf_get_netns_cookie(ctx));
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		if (ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG)
-			accepted(ctx);
+			on_accept(ctx);
 		break;
 	}
 	return 1;
@@ -386,11 +390,11 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct addr local, *origin;
-	struct view view;
+	struct snapshot snapshot;
 
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
 		goto foreign;
-	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)) || !view.config)
+	if (!sk || !snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)) || !snapshot.config)
 		goto foreign;
 	if (sk->family == AF_INET6) {
 		local = ADDR_OF_CTX(sk->src_ip6);
@@ -398,14 +402,14 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 	} else {
 		local = addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
 	}
-	origin = origin_resolve(view.cookie, &local);
-	if (origin && answer(ctx, origin, sk->src_port))
+	origin = origin_resolve(snapshot.cookie, &local);
+	if (origin && write_original_dst(ctx, origin, sk->src_port))
 		return 1;
 	/* Inbound, sk_lookup left the local address as it was dialled. Only the
 	 * proxy may be told so: for a task there was no redirect. */
-	if (!origin && !addr_is_local(&local) && view.config->inbound_port &&
-	    kernel_uid_of_option(ctx) == view.config->proxy_uid &&
-	    answer(ctx, &local, sk->src_port))
+	if (!origin && !addr_is_local(&local) && snapshot.config->inbound_port &&
+	    kernel_uid_of_option(ctx) == snapshot.config->proxy_uid &&
+	    write_original_dst(ctx, &local, sk->src_port))
 		return 1;
 foreign:
 	/* The kernel hands over one page; a longer answer keeps its own buffer. */
@@ -419,21 +423,21 @@ int weir_setsockopt(struct bpf_sockopt *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
 	struct dial dial = {};
-	struct view view;
+	struct snapshot snapshot;
 
 	if (!chooses_way(ctx))
 		goto foreign;
-	if (!sk || !view_open(&view, bpf_get_netns_cookie(ctx)))
+	if (!sk || !snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)))
 		goto foreign;
 	dial.uid = kernel_uid_of_option(ctx);
 	dial.cgroup = bpf_get_current_cgroup_id();
-	if (view.config && !(view.config->flags & CONFIG_TRANSPARENT))
+	if (snapshot.config && !(snapshot.config->flags & CONFIG_TRANSPARENT))
 		goto foreign;
-	if (view.config &&
-	    (dials_as_proxy(&view, proxy_at(view.cookie, view.config->seat), &dial) ||
-	     is_excluded_uid(&view, &dial)))
+	if (snapshot.config &&
+	    (dials_as_proxy(&snapshot, proxy_at(snapshot.cookie, snapshot.config->seat), &dial) ||
+	     is_excluded_uid(&snapshot, &dial)))
 		goto foreign;
-	emit(&view, &dial, VERDICT_REFUSED_OPTION);
+	emit(&snapshot, &dial, VERDICT_REFUSED_OPTION);
 	return refuse(ENOPROTOOPT);
 foreign:
 	/* As in getsockopt. */

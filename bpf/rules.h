@@ -57,27 +57,30 @@ __noinline int is_any_proxy(__u64 cookie, __u32 seats, __u32 proxy_uid, __u64 cg
 }
 
 /* Whether whoever dials is the proxy of the first seat, or any of several. */
-static __always_inline bool dials_as_proxy(const struct view *view, struct proxy *proxy,
+static __always_inline bool dials_as_proxy(const struct snapshot *snapshot, struct proxy *proxy,
 					   const struct dial *dial)
 {
-	bool proxy_uid = dial->uid == view->config->proxy_uid;
+	bool proxy_uid = dial->uid == snapshot->config->proxy_uid;
 
-	if (view->config->flags & CONFIG_PROXIES)
-		return is_any_proxy(view->cookie, view->config->seats, proxy_uid, dial->cgroup);
+	if (snapshot->config->flags & CONFIG_PROXIES)
+		return is_any_proxy(snapshot->cookie, snapshot->config->seats, proxy_uid,
+				    dial->cgroup);
 	return is_proxy(proxy, proxy_uid, dial->cgroup);
 }
 
-static __always_inline bool is_excluded_uid(const struct view *view, const struct dial *dial)
+static __always_inline bool is_excluded_uid(const struct snapshot *snapshot,
+					    const struct dial *dial)
 {
-	return (view->config->flags & CONFIG_UIDS) && view_excludes(view, EXCLUSION_UID, dial->uid);
+	return (snapshot->config->flags & CONFIG_UIDS) &&
+	       snapshot_excludes(snapshot, EXCLUSION_UID, dial->uid);
 }
 
 /* Whether a proxy of the workload listens on the port; its seat, whether that
  * is for what goes out, and whether it is for what comes in beside the mesh. */
-static __always_inline bool is_proxy_port(const struct view *view, __u32 port, __u32 *seat,
+static __always_inline bool is_proxy_port(const struct snapshot *snapshot, __u32 port, __u32 *seat,
 					  bool *outbound, bool *exposed)
 {
-	const struct config *config = view->config;
+	const struct config *config = snapshot->config;
 	__u32 *row;
 
 	*seat = config->seat;
@@ -89,7 +92,7 @@ static __always_inline bool is_proxy_port(const struct view *view, __u32 port, _
 		return true;
 	if (!(config->flags & (CONFIG_PROXIES | CONFIG_LISTENERS)))
 		return false;
-	row = view_row(view, EXCLUSION_LISTENER, port);
+	row = snapshot_row(snapshot, EXCLUSION_LISTENER, port);
 	if (!row)
 		return false;
 	*seat = *row & (LISTENS_OUTBOUND - 1);
@@ -101,23 +104,24 @@ static __always_inline bool is_proxy_port(const struct view *view, __u32 port, _
 /* A socket under the proxy's UID that binds one of the proxy's ports while the
  * proxy listens elsewhere. SO_REUSEPORT goes by UID alone: the kernel would
  * hand it a part of the proxy's connections. */
-static __always_inline bool is_rival(const struct view *view, __u32 port, __u32 uid, __u64 cgroup)
+static __always_inline bool conflicts_with_proxy(const struct snapshot *snapshot, __u32 port,
+						 __u32 uid, __u64 cgroup)
 {
 	bool outbound, exposed;
 	struct proxy *proxy;
 	__u32 seat;
 
-	if (!view->config || uid != view->config->proxy_uid ||
-	    !is_proxy_port(view, port, &seat, &outbound, &exposed))
+	if (!snapshot->config || uid != snapshot->config->proxy_uid ||
+	    !is_proxy_port(snapshot, port, &seat, &outbound, &exposed))
 		return false;
-	proxy = proxy_at(view->cookie, seat);
+	proxy = proxy_at(snapshot->cookie, seat);
 	return proxy && proxy->listeners && proxy->cgroup != cgroup;
 }
 
 /* The cgroup of the first listener under the proxy's UID is the proxy's. A
- * second claimant has to wait until the first has no listener left, which is
+ * second candidate has to wait until the first has no listener left, which is
  * how a restarted proxy gets in and a task beside a living one does not. */
-static __always_inline bool claim(struct proxy *proxy, const struct binder *binder)
+static __always_inline bool learn_proxy(struct proxy *proxy, const struct binder *binder)
 {
 	__u64 known = proxy->cgroup;
 
@@ -134,12 +138,12 @@ static __always_inline bool claim(struct proxy *proxy, const struct binder *bind
 	return true;
 }
 
-static __always_inline bool wants_dns(const struct view *view, const struct dial *dial)
+static __always_inline bool wants_dns(const struct snapshot *snapshot, const struct dial *dial)
 {
-	if (dial->port != DNS_PORT || !(view->config->flags & CONFIG_DNS))
+	if (dial->port != DNS_PORT || !(snapshot->config->flags & CONFIG_DNS))
 		return false;
-	return (view->config->flags & CONFIG_DNS_ANY) ||
-	       addr_equal(&dial->origin, &view->config->dns_addr);
+	return (snapshot->config->flags & CONFIG_DNS_ANY) ||
+	       addr_equal(&dial->origin, &snapshot->config->dns_addr);
 }
 
 /* A global function: the verifier walks its slots once, not for each caller. */
@@ -186,8 +190,8 @@ static __always_inline bool takes4(struct bpf_sock *sk, const struct dial *dial)
 
 /* A socket that cannot be sent where a rule sends it is refused by name: the
  * kernel would only say that there is no route, or let it wait. */
-static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *dial, bool datagram,
-					enum verdict verdict)
+static __always_inline enum verdict check_reachable(struct bpf_sock *sk, const struct dial *dial,
+						    bool datagram, enum verdict verdict)
 {
 	if (verdict != VERDICT_UPSTREAM && verdict != VERDICT_DNS)
 		return verdict;
@@ -208,7 +212,7 @@ static __always_inline enum verdict fit(struct bpf_sock *sk, const struct dial *
 /* Encodes the origin in the family that socket and proxy have in common. The
  * port stays. A family that the proxy cannot take is refused: it must never
  * pass the mesh. While no listener was seen, IPv4 is assumed, as in Consul. */
-static __always_inline enum verdict encode(struct bpf_sock *sk, const struct view *view,
+static __always_inline enum verdict encode(struct bpf_sock *sk, const struct snapshot *snapshot,
 					   struct proxy *proxy, __u16 port, struct dial *dial)
 {
 	__u32 listens = proxy ? proxy->flags & (PROXY_LISTENS4 | PROXY_LISTENS6) : 0;
@@ -219,20 +223,20 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 	if (dial->family == AF_INET6) {
 		struct addr source = source_of(sk, dial);
 
-		use6 = !addr_is_mapped(&source) && (view->config->flags & CONFIG_IPV6);
+		use6 = !addr_is_mapped(&source) && (snapshot->config->flags & CONFIG_IPV6);
 	}
 	if (listens == (PROXY_LISTENS4 | PROXY_LISTENS6)) {
 		/* Both were seen, perhaps at different times: ask what is there now. */
-		bool six = listening(view->cookie, LISTENER_OUTBOUND6, port);
+		bool six = listening(snapshot->cookie, LISTENER_OUTBOUND6, port);
 
 		if (six && use6 && !addr_is_mapped(&dial->origin))
 			use4 = false;
 		else if (use6 && six)
-			use4 = use4 && listening(view->cookie, LISTENER_OUTBOUND4, port);
+			use4 = use4 && listening(snapshot->cookie, LISTENER_OUTBOUND4, port);
 		else
 			use6 = false;
 		if (!use6 && dial->family == AF_INET && six &&
-		    !listening(view->cookie, LISTENER_OUTBOUND4, port))
+		    !listening(snapshot->cookie, LISTENER_OUTBOUND4, port))
 			use4 = false;
 	} else if (listens == PROXY_LISTENS6) {
 		use4 = false;
@@ -241,7 +245,7 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 	}
 	if (!use4 && !use6)
 		return VERDICT_REFUSED_FAMILY;
-	index = origin_intern(view, &dial->origin, &refusal);
+	index = origin_intern(snapshot, &dial->origin, &refusal);
 	if (!index)
 		return refusal;
 	dial->destination = use4 ? addr_encode4(index) : addr_encode6(index);
@@ -250,18 +254,19 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct vie
 
 /* Whether a socket is bound to an address that the workload does not have, which
  * IPV6_FREEBIND lets anybody do. What answers in the namespace answers to there. */
-static __always_inline bool is_foreign_source(const struct view *view, const struct addr *source)
+static __always_inline bool is_foreign_source(const struct snapshot *snapshot,
+					      const struct addr *source)
 {
 	struct address *address;
 
 	if (addr_is_local(source)) /* or bound to none */
 		return false;
-	address = view_address(view, source);
+	address = snapshot_address(snapshot, source);
 	return !address || address->kind != ADDRESS_OWN;
 }
 
 /* The rules of a TCP connection; the first that matches decides. */
-static __always_inline enum verdict decide(struct bpf_sock *sk, const struct view *view,
+static __always_inline enum verdict decide(struct bpf_sock *sk, const struct snapshot *snapshot,
 					   struct dial *dial)
 {
 	struct addr source = source_of(sk, dial);
@@ -271,7 +276,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	__u32 index;
 	__u16 port;
 
-	if (!view->config)
+	if (!snapshot->config)
 		return VERDICT_REFUSED_TABLE;
 	/* Before the loopback rule: a task that dials the range itself would
 	 * otherwise reach the proxy with another connection's origin. One bound
@@ -279,47 +284,49 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	if (addr_decode(&dial->origin, &index) || addr_decode(&source, &index))
 		return VERDICT_REFUSED_ENCODED;
 	/* Before the exemptions: the proxy and excluded UIDs resolve names too. */
-	if (wants_dns(view, dial)) {
-		dial->destination = view->config->dns_addr;
-		dial->destination_port = view->config->dns_port;
+	if (wants_dns(snapshot, dial)) {
+		dial->destination = snapshot->config->dns_addr;
+		dial->destination_port = snapshot->config->dns_port;
 		return VERDICT_DNS;
 	}
-	proxy = proxy_at(view->cookie, view->config->seat);
-	port = view->config->outbound_port;
-	if (dials_as_proxy(view, proxy, dial))
+	proxy = proxy_at(snapshot->cookie, snapshot->config->seat);
+	port = snapshot->config->outbound_port;
+	if (dials_as_proxy(snapshot, proxy, dial))
 		return VERDICT_PROXY;
-	if (is_excluded_uid(view, dial))
+	if (is_excluded_uid(snapshot, dial))
 		return VERDICT_UID_EXCLUDED;
 	/* The packets would go by its way, whatever is decided here. */
-	if ((view->config->flags & CONFIG_TRANSPARENT) && kernel_source_routed(sk))
+	if ((snapshot->config->flags & CONFIG_TRANSPARENT) && kernel_source_routed(sk))
 		return VERDICT_REFUSED_OPTION;
-	foreign = (view->config->flags & CONFIG_TRANSPARENT) && is_foreign_source(view, &source);
+	foreign = (snapshot->config->flags & CONFIG_TRANSPARENT) &&
+		  is_foreign_source(snapshot, &source);
 	if (addr_is_local(&dial->origin)) {
 		if (foreign)
 			return VERDICT_REFUSED_SOURCE;
 		if (!sk->bound_dev_if || sk->bound_dev_if == LO_IFINDEX)
 			return VERDICT_LOCAL;
 		/* By another device it leaves the namespace. */
-		return view->config->flags & CONFIG_TRANSPARENT ? VERDICT_REFUSED_DEVICE
-								: VERDICT_DIRECT;
+		return snapshot->config->flags & CONFIG_TRANSPARENT ? VERDICT_REFUSED_DEVICE
+								    : VERDICT_DIRECT;
 	}
-	address = view_address(view, &dial->origin);
+	address = snapshot_address(snapshot, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
 		return foreign ? VERDICT_REFUSED_SOURCE : VERDICT_LOCAL;
 	if (address && address->kind == ADDRESS_PROXY) {
-		proxy = proxy_at(view->cookie, address->seat);
+		proxy = proxy_at(snapshot->cookie, address->seat);
 		port = address->port;
 	} else if (address && address->kind == ADDRESS_UPSTREAM) {
 		dial->destination = address->listener;
 		dial->destination_port = address->port;
 		return foreign ? VERDICT_REFUSED_SOURCE : VERDICT_UPSTREAM;
 	}
-	if ((view->config->flags & CONFIG_PORTS_OUT) &&
-	    view_excludes_port(view, EXCLUSION_PORT_OUT, dial->port))
+	if ((snapshot->config->flags & CONFIG_PORTS_OUT) &&
+	    snapshot_excludes_port(snapshot, EXCLUSION_PORT_OUT, dial->port))
 		return VERDICT_PORT_EXCLUDED;
-	if ((view->config->flags & CONFIG_CIDRS) && view_excludes_cidr(view, &dial->origin))
+	if ((snapshot->config->flags & CONFIG_CIDRS) &&
+	    snapshot_excludes_cidr(snapshot, &dial->origin))
 		return VERDICT_CIDR_EXCLUDED;
-	if (!(view->config->flags & CONFIG_TRANSPARENT))
+	if (!(snapshot->config->flags & CONFIG_TRANSPARENT))
 		return VERDICT_DIRECT;
 	/* As the kernel does; the proxy would take it, and an index be spent. */
 	if (addr_is_multicast(&dial->origin) || (address && address->kind == ADDRESS_BROADCAST))
@@ -329,27 +336,27 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct vie
 	/* The proxy is on lo; such a socket cannot send there. */
 	if (sk->bound_dev_if)
 		return VERDICT_REFUSED_DEVICE;
-	return encode(sk, view, proxy, port, dial);
+	return encode(sk, snapshot, proxy, port, dial);
 }
 
 /* A connected IPv6 socket passes every write to an IPv4 peer through here once
  * more, with the address that connect gave it: that is decided already. */
-static __always_inline bool is_resolved(struct bpf_sock *sk, const struct view *view,
+static __always_inline bool is_resolved(struct bpf_sock *sk, const struct snapshot *snapshot,
 					const struct dial *dial)
 {
-	return sk->state == BPF_TCP_ESTABLISHED && dial->port == view->config->dns_port &&
-	       addr_equal(&dial->origin, &view->config->dns_addr);
+	return sk->state == BPF_TCP_ESTABLISHED && dial->port == snapshot->config->dns_port &&
+	       addr_equal(&dial->origin, &snapshot->config->dns_addr);
 }
 
-static __always_inline enum verdict decide_udp(struct bpf_sock *sk, const struct view *view,
+static __always_inline enum verdict decide_udp(struct bpf_sock *sk, const struct snapshot *snapshot,
 					       struct dial *dial, bool datagram)
 {
-	if (!view->config)
+	if (!snapshot->config)
 		return VERDICT_REFUSED_TABLE;
-	if (!wants_dns(view, dial) || (datagram && is_resolved(sk, view, dial)))
+	if (!wants_dns(snapshot, dial) || (datagram && is_resolved(sk, snapshot, dial)))
 		return VERDICT_UDP;
-	dial->destination = view->config->dns_addr;
-	dial->destination_port = view->config->dns_port;
+	dial->destination = snapshot->config->dns_addr;
+	dial->destination_port = snapshot->config->dns_port;
 	return VERDICT_DNS;
 }
 

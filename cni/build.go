@@ -15,7 +15,7 @@ import (
 
 // build makes the allocation's network and puts its result where a chained
 // plugin has the previous one. undo takes back what it made.
-func (p *Plugin) build(r requester, cmd *skel.CmdArgs, conf *netConf) (undo func() error, err error) {
+func (p *Plugin) build(r caller, cmd *skel.CmdArgs, conf *netConf) (undo func() error, err error) {
 	if err := refuseOwnNetNS(cmd); err != nil {
 		return nil, err
 	}
@@ -25,7 +25,7 @@ func (p *Plugin) build(r requester, cmd *skel.CmdArgs, conf *netConf) (undo func
 	}
 	built, undo, err := net.Add(attachmentOf(cmd))
 	if err != nil {
-		return nil, r.failedNetwork("build network "+conf.Name, err)
+		return nil, r.networkError("build network "+conf.Name, err)
 	}
 	conf.previous = ownResult(built, conf.CNIVersion)
 	return undo, nil
@@ -33,7 +33,7 @@ func (p *Plugin) build(r requester, cmd *skel.CmdArgs, conf *netConf) (undo func
 
 // tearDown removes the network where the plugin built it. It never fails: what
 // could not be removed is told, and left for a GC.
-func (p *Plugin) tearDown(r requester, cmd *skel.CmdArgs, conf *netConf) {
+func (p *Plugin) tearDown(r caller, cmd *skel.CmdArgs, conf *netConf) {
 	if net, own := p.ownNetwork(cmd, conf); own {
 		if err := net.Remove(attachmentOf(cmd)); err != nil {
 			p.note(r, fmt.Sprintf("remove network %s: %v", conf.Name, err))
@@ -42,35 +42,35 @@ func (p *Plugin) tearDown(r requester, cmd *skel.CmdArgs, conf *netConf) {
 }
 
 // checkNetwork verifies the network where the plugin built it.
-func (p *Plugin) checkNetwork(r requester, cmd *skel.CmdArgs, conf *netConf) error {
+func (p *Plugin) checkNetwork(r caller, cmd *skel.CmdArgs, conf *netConf) error {
 	net, own := p.ownNetwork(cmd, conf)
 	if !own {
 		return nil
 	}
-	mended, err := net.Check(attachmentOf(cmd), conf.lastResult())
-	for _, what := range mended {
-		p.note(r, "mended: "+what)
+	repairs, err := net.Check(attachmentOf(cmd), conf.lastResult())
+	for _, what := range repairs {
+		p.note(r, "repaired: "+what)
 	}
 	// Whoever cannot write a record or take the lock has seen nothing that is wrong.
 	if _, unseen := redirect.CouldNotLook(err); unseen && !errors.Is(err, redirect.ErrNetNSGone) {
-		p.note(r, fmt.Sprintf("network %s could not be checked or mended in full: %v", conf.Name, err))
+		p.note(r, fmt.Sprintf("network %s could not be checked or repaired in full: %v", conf.Name, err))
 		return nil
 	}
 	if err != nil {
-		return r.failedNetwork("check network "+conf.Name, err)
+		return r.networkError("check network "+conf.Name, err)
 	}
 	return nil
 }
 
 // collectNetwork removes what is left of attachments that are not valid.
-func (p *Plugin) collectNetwork(cmd *skel.CmdArgs, conf *netConf, valid []redirect.Key) error {
+func (p *Plugin) collectNetwork(cmd *skel.CmdArgs, conf *netConf, valid []redirect.AttachmentID) error {
 	net, err := p.network(conf)
 	if err != nil {
 		return err
 	}
 	removed, err := net.Collect(valid, cmd.Path)
 	for _, key := range removed {
-		p.note(requester{containerID: key.ContainerID}, "collected: its network, which is no longer valid in "+conf.Name)
+		p.note(caller{containerID: key.ContainerID}, "collected: its network, which is no longer valid in "+conf.Name)
 	}
 	if err != nil {
 		return types.NewError(CodeNetwork, fmt.Sprintf("network %s: collect attachments: %v", conf.Name, err), "")

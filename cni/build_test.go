@@ -86,7 +86,7 @@ func TestAddThatFailsTakesItsNetworkBack(t *testing.T) {
 		"the network":         {meshArgs, func(b *bench) { b.net.addErr = errors.New("no room") }, []string{"ADD"}, CodeNetwork},
 		"a plugin is missing": {meshArgs, func(b *bench) { b.net.addErr = network.ErrMissing }, []string{"ADD"}, CodeMissing},
 		"forwarding":          {meshArgs, func(b *bench) { b.net.addErr = network.ErrForward }, []string{"ADD"}, CodeForward},
-		"tasks run elsewhere": {meshArgs, func(b *bench) { b.net.addErr = network.ErrInhabited }, []string{"ADD"}, types.ErrTryAgainLater},
+		"tasks run elsewhere": {meshArgs, func(b *bench) { b.net.addErr = network.ErrInUse }, []string{"ADD"}, types.ErrTryAgainLater},
 		"a name is taken":     {meshArgs, func(b *bench) { b.net.addErr = network.ErrTaken }, []string{"ADD"}, CodeNetwork},
 		"the request":         {badMesh, func(*bench) {}, nil, types.ErrInvalidEnvironmentVariables},
 		"the redirect":        {meshArgs, func(b *bench) { b.fake.addErr = errors.New("no memory") }, []string{"ADD", "undo"}, CodeDatapath},
@@ -178,7 +178,7 @@ func TestDelRemovesTheNetworkAlsoWhereTheRedirectStays(t *testing.T) {
 
 func TestCheckOfTheNetwork(t *testing.T) {
 	b := newBench()
-	b.net.mended = []string{"lo was down"}
+	b.net.repaired = []string{"lo was down"}
 	if err := b.Check(call(meshArgs, with(`,"prevResult":`+own()))); err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +186,7 @@ func TestCheckOfTheNetwork(t *testing.T) {
 	if b.net.previous == nil || len(b.net.previous.Interfaces) != 3 || len(b.fake.checked) != 1 {
 		t.Errorf("previous %+v, checked %v: want both", b.net.previous, b.fake.checked)
 	}
-	if want := fmt.Sprintf("weir: allocation %s: mended: lo was down\n", allocID); b.stderr.String() != want {
+	if want := fmt.Sprintf("weir: allocation %s: repaired: lo was down\n", allocID); b.stderr.String() != want {
 		t.Errorf("stderr %q: want %q", b.stderr.String(), want)
 	}
 	for err, code := range map[error]uint{redirect.ErrNetNSGone: types.ErrInvalidNetNS, errors.New("else"): CodeNetwork} {

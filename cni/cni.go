@@ -48,10 +48,10 @@ import (
 // Datapath is what the plugin needs of *redirect.Datapath.
 type Datapath interface {
 	Add(redirect.Attachment) error
-	Prepare(netns string) *redirect.Prepared
-	Remove(redirect.Key) error
-	Check(key redirect.Key, netns string) (mended []string, err error)
-	Collect(network string, valid []redirect.Key) (removed []redirect.Key, err error)
+	Preload(netns string) *redirect.Preloaded
+	Remove(redirect.AttachmentID) error
+	Check(key redirect.AttachmentID, netns string) (repairs []string, err error)
+	GC(network string, valid []redirect.AttachmentID) (removed []redirect.AttachmentID, err error)
 	InForce(netns string) (bool, error)
 	Probe() error
 }
@@ -59,10 +59,10 @@ type Datapath interface {
 // Network is what the plugin needs of *network.Network.
 type Network interface {
 	Add(network.Attachment) (result *current.Result, undo func() error, err error)
-	Check(a network.Attachment, previous *current.Result) (mended []string, err error)
+	Check(a network.Attachment, previous *current.Result) (repairs []string, err error)
 	Remove(network.Attachment) error
-	Owns(redirect.Key) bool
-	Collect(valid []redirect.Key, path string) (removed []redirect.Key, err error)
+	Owns(redirect.AttachmentID) bool
+	Collect(valid []redirect.AttachmentID, path string) (removed []redirect.AttachmentID, err error)
 	Probe(path string) error
 }
 
@@ -100,7 +100,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 		return err
 	}
 	args := parseArgs(cmd.Args)
-	r := requester{job: args.job, containerID: cmd.ContainerID}
+	r := caller{job: args.job, containerID: cmd.ContainerID}
 	request, err := p.request(r, args, conf)
 	if err != nil {
 		return err
@@ -111,9 +111,9 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 		}
 		return p.redirect(r, cmd, conf, request, nil)
 	}
-	var prepared *redirect.Prepared
+	var prepared *redirect.Preloaded
 	if request != nil {
-		prepared = p.open(conf).Prepare(cmd.Netns)
+		prepared = p.open(conf).Preload(cmd.Netns)
 		defer prepared.Close()
 	}
 	undo, err := p.build(r, cmd, conf)
@@ -130,13 +130,13 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 }
 
 // redirect is the part of Add that a chained plugin has too.
-func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request *redirect.Request, prepared *redirect.Prepared) error {
+func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, request *redirect.Request, prepared *redirect.Preloaded) error {
 	if request == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
 		}
 		if err := conf.previous.print(p.Stdout); err != nil {
-			return r.failed("print result", err)
+			return r.stepError("print result", err)
 		}
 		return nil
 	}
@@ -147,11 +147,11 @@ func (p *Plugin) redirect(r requester, cmd *skel.CmdArgs, conf *netConf, request
 	attachment.Prepared = prepared
 	datapath := p.open(conf)
 	if err := datapath.Add(attachment); err != nil {
-		return r.failed("redirect namespace "+cmd.Netns, err)
+		return r.stepError("redirect namespace "+cmd.Netns, err)
 	}
 	p.note(r, request.Notes...)
 	if err := conf.previous.print(p.Stdout); err != nil {
-		return r.failed("print result", errors.Join(err, datapath.Remove(attachment.Key)))
+		return r.stepError("print result", errors.Join(err, datapath.Remove(attachment.Key)))
 	}
 	return nil
 }
@@ -165,7 +165,7 @@ func (p *Plugin) Del(cmd *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	r := requester{containerID: cmd.ContainerID}
+	r := caller{containerID: cmd.ContainerID}
 	// The rules of a namespace go before its network, and the network goes
 	// also where they do not.
 	if err := p.open(conf).Remove(keyOf(cmd)); err != nil {
@@ -176,7 +176,7 @@ func (p *Plugin) Del(cmd *skel.CmdArgs) error {
 }
 
 // Check verifies that the allocation is redirected as it was asked for, and
-// mends in place what it can: an error makes Nomad throw the namespace of a
+// repairs in place what it can: an error makes Nomad throw the namespace of a
 // running allocation away. So it has two answers beside success: an error for
 // what is broken, and a remark where it could not look while the kernel redirects
 // the namespace. An allocation without any mesh argument passes, and
@@ -188,7 +188,7 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 		return err
 	}
 	args := parseArgs(cmd.Args)
-	r := requester{job: args.job, containerID: cmd.ContainerID}
+	r := caller{job: args.job, containerID: cmd.ContainerID}
 	if err := p.checkNetwork(r, cmd, conf); err != nil {
 		return err
 	}
@@ -196,22 +196,22 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 		return nil
 	}
 	datapath := p.open(conf)
-	mended, err := datapath.Check(keyOf(cmd), cmd.Netns)
-	for _, what := range mended {
-		p.note(r, "mended: "+what)
+	repairs, err := datapath.Check(keyOf(cmd), cmd.Netns)
+	for _, what := range repairs {
+		p.note(r, "repaired: "+what)
 	}
 	switch {
 	case err == nil:
 		return nil
 	case errors.Is(err, redirect.ErrNetNSGone), errors.Is(err, redirect.ErrHostNetNS):
-		return r.failed("check redirection", err) // it was looked at
+		return r.stepError("check redirection", err) // it was looked at
 	case errors.Is(err, redirect.ErrUnknown), errors.Is(err, redirect.ErrUnreadable), errors.Is(err, redirect.ErrNotLoaded):
 		err = p.restore(r, cmd, args, datapath)
 	default:
-		err = r.failed("check redirection", err)
+		err = r.stepError("check redirection", err)
 	}
 	if err != nil && p.inForce(cmd, datapath) {
-		p.note(r, fmt.Sprintf("could not be checked or mended, and is redirected all the same: %v", err))
+		p.note(r, fmt.Sprintf("could not be checked or repaired, and is redirected all the same: %v", err))
 		return nil
 	}
 	return err
@@ -227,10 +227,10 @@ func (p *Plugin) inForce(cmd *skel.CmdArgs, datapath Datapath) bool {
 // restore redirects anew an allocation whose record is lost, from what the
 // runtime still knows of it. The namespace must be the one that the previous
 // result describes: in an empty one there is nothing to restore.
-func (p *Plugin) restore(r requester, cmd *skel.CmdArgs, args arguments, datapath Datapath) error {
+func (p *Plugin) restore(r caller, cmd *skel.CmdArgs, args arguments, datapath Datapath) error {
 	consuls, err := p.RedirectedByConsul(cmd.Netns)
 	if err != nil {
-		return r.failed("look for Consul's own rules in "+cmd.Netns, err)
+		return r.stepError("look for Consul's own rules in "+cmd.Netns, err)
 	}
 	if consuls {
 		p.note(r, "redirected by Consul's own rules; left as it is")
@@ -241,7 +241,7 @@ func (p *Plugin) restore(r requester, cmd *skel.CmdArgs, args arguments, datapat
 		return err
 	}
 	if conf.previous == nil {
-		return r.fail(types.ErrUnknownContainer, "prevResult: missing: the record of this allocation is lost and cannot be restored without it")
+		return r.argError(types.ErrUnknownContainer, "prevResult: missing: the record of this allocation is lost and cannot be restored without it")
 	}
 	request, err := p.request(r, args, conf)
 	if err != nil {
@@ -253,17 +253,17 @@ func (p *Plugin) restore(r requester, cmd *skel.CmdArgs, args arguments, datapat
 	}
 	present, err := p.AddressesIn(cmd.Netns)
 	if err != nil {
-		return r.failed("list addresses in "+cmd.Netns, err)
+		return r.stepError("list addresses in "+cmd.Netns, err)
 	}
 	for _, addr := range attachment.Request.Addresses {
 		if !slices.Contains(present, addr) {
-			return r.fail(types.ErrInvalidNetNS, fmt.Sprintf("address %s is not in %s: the namespace is not the one that ADD was given", addr, cmd.Netns))
+			return r.argError(types.ErrInvalidNetNS, fmt.Sprintf("address %s is not in %s: the namespace is not the one that ADD was given", addr, cmd.Netns))
 		}
 	}
 	if err := datapath.Add(attachment); err != nil {
-		return r.failed("restore redirection", err)
+		return r.stepError("restore redirection", err)
 	}
-	p.note(r, "mended: the record was lost; redirected anew from CNI_ARGS and prevResult")
+	p.note(r, "repaired: the record was lost; redirected anew from CNI_ARGS and prevResult")
 	return nil
 }
 
@@ -296,12 +296,12 @@ func (p *Plugin) GC(cmd *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	removed, err := p.open(conf).Collect(conf.Name, valid)
+	removed, err := p.open(conf).GC(conf.Name, valid)
 	if err := p.collectNetwork(cmd, conf, valid); err != nil {
 		return err
 	}
 	for _, key := range removed {
-		p.note(requester{containerID: key.ContainerID}, "collected: no longer a valid attachment of network "+conf.Name)
+		p.note(caller{containerID: key.ContainerID}, "collected: no longer a valid attachment of network "+conf.Name)
 	}
 	if err != nil {
 		return types.NewError(codeOf(err), fmt.Sprintf("network %s: collect attachments: %v", conf.Name, err), "")
@@ -320,14 +320,14 @@ func (p *Plugin) open(conf *netConf) Datapath {
 
 // note tells remarks on stderr. A line that cannot be written there has
 // nowhere else to go.
-func (p *Plugin) note(r requester, remarks ...string) {
+func (p *Plugin) note(r caller, remarks ...string) {
 	for _, remark := range remarks {
 		_, _ = fmt.Fprintf(p.Stderr, "weir: %s: %s\n", r, remark)
 	}
 }
 
-func keyOf(cmd *skel.CmdArgs) redirect.Key {
-	return redirect.Key{ContainerID: cmd.ContainerID, IfName: cmd.IfName}
+func keyOf(cmd *skel.CmdArgs) redirect.AttachmentID {
+	return redirect.AttachmentID{ContainerID: cmd.ContainerID, IfName: cmd.IfName}
 }
 
 // refuseOwnNetNS makes skel's own refusal before a result is printed, so that

@@ -169,7 +169,7 @@ func TestAddThatCannotAnswerIsTakenBack(t *testing.T) {
 	b := newBench()
 	b.Stdout = brokenPipe{}
 	wantError(t, b.Add(call(meshArgs, confJSON)), CodeDatapath, allocID, "print result")
-	if diff := cmp.Diff([]redirect.Key{key()}, b.fake.removed); diff != "" {
+	if diff := cmp.Diff([]redirect.AttachmentID{key()}, b.fake.removed); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}
 }
@@ -190,7 +190,7 @@ func TestDelNeedsNothingButTheID(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if diff := cmp.Diff([]redirect.Key{key(), key()}, b.fake.removed); diff != "" {
+			if diff := cmp.Diff([]redirect.AttachmentID{key(), key()}, b.fake.removed); diff != "" {
 				t.Errorf("removed (-want +got):\n%s", diff)
 			}
 			if b.stdout.Len() != 0 {
@@ -200,13 +200,13 @@ func TestDelNeedsNothingButTheID(t *testing.T) {
 	}
 }
 
-func TestCheckTellsWhatItMended(t *testing.T) {
+func TestCheckTellsWhatItRepaired(t *testing.T) {
 	b := newBench()
-	b.fake.mended = []string{"link connect4", "route"}
+	b.fake.repaired = []string{"link connect4", "route"}
 	if err := b.Check(call(meshArgs, confJSON)); err != nil {
 		t.Fatal(err)
 	}
-	want := fmt.Sprintf("weir: allocation %s: mended: link connect4\nweir: allocation %s: mended: route\n", allocID, allocID)
+	want := fmt.Sprintf("weir: allocation %s: repaired: link connect4\nweir: allocation %s: repaired: route\n", allocID, allocID)
 	if got := b.stderr.String(); got != want {
 		t.Errorf("stderr %q: want %q", got, want)
 	}
@@ -228,7 +228,7 @@ func TestCheckRestoresALostRecord(t *testing.T) {
 		if diff := cmp.Diff(reference.fake.added, b.fake.added, cmp.Comparer(equalAddrs)); diff != "" {
 			t.Errorf("restored otherwise than ADD (-ADD +CHECK):\n%s", diff)
 		}
-		if !strings.Contains(b.stderr.String(), "mended") || b.stdout.Len() != 0 {
+		if !strings.Contains(b.stderr.String(), "repaired") || b.stdout.Len() != 0 {
 			t.Errorf("stderr %q, stdout %q", b.stderr.String(), b.stdout.String())
 		}
 	}
@@ -326,23 +326,23 @@ func TestStatus(t *testing.T) {
 }
 
 func TestGC(t *testing.T) {
-	one := []redirect.Key{{ContainerID: "a", IfName: "eth0"}}
+	one := []redirect.AttachmentID{{ContainerID: "a", IfName: "eth0"}}
 	for name, tt := range map[string]struct {
 		list string
-		want []redirect.Key
+		want []redirect.AttachmentID
 		part string // of the error
 	}{
 		"valid":           {`,"cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]`, one, ""},
 		"older name":      {`,"cni.dev/attachments":[{"containerID":"a","ifname":"eth0"}]`, one, ""},
-		"empty":           {`,"cni.dev/valid-attachments":[]`, []redirect.Key{}, ""},
-		"null":            {`,"cni.dev/valid-attachments":null`, []redirect.Key{}, ""},
+		"empty":           {`,"cni.dev/valid-attachments":[]`, []redirect.AttachmentID{}, ""},
+		"null":            {`,"cni.dev/valid-attachments":null`, []redirect.AttachmentID{}, ""},
 		"missing":         {``, nil, "cni.dev/valid-attachments: missing"},
 		"not a list":      {`,"cni.dev/valid-attachments":{}`, nil, "cni.dev/valid-attachments"},
 		"no container ID": {`,"cni.dev/valid-attachments":[{"ifname":"eth0"}]`, nil, "cni.dev/valid-attachments[0]"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench()
-			b.fake.garbage = []redirect.Key{{ContainerID: "gone", IfName: "eth0"}}
+			b.fake.garbage = []redirect.AttachmentID{{ContainerID: "gone", IfName: "eth0"}}
 			err := b.GC(&skel.CmdArgs{StdinData: []byte(`{"cniVersion":"1.1.0","name":"meshy"` + tt.list + `}`)})
 			if tt.part != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.part) || !b.fake.untouched() {
@@ -353,7 +353,7 @@ func TestGC(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(map[string][]redirect.Key{"meshy": tt.want}, b.fake.collected); diff != "" {
+			if diff := cmp.Diff(map[string][]redirect.AttachmentID{"meshy": tt.want}, b.fake.collected); diff != "" {
 				t.Errorf("collected (-want +got):\n%s", diff)
 			}
 			if !strings.Contains(b.stderr.String(), "gone") || b.stdout.Len() != 0 {

@@ -89,7 +89,7 @@ func (c *netConf) paths() redirect.Paths {
 // validAttachments is the list that GC was given. A missing list is an error,
 // because taking it for an empty one would end every workload of the network;
 // null is how a runtime written in Go writes an empty one.
-func (c *netConf) validAttachments() ([]redirect.Key, error) {
+func (c *netConf) validAttachments() ([]redirect.AttachmentID, error) {
 	list := c.Valid
 	if list == nil {
 		list = c.Attachments
@@ -101,12 +101,12 @@ func (c *netConf) validAttachments() ([]redirect.Key, error) {
 	if err := json.Unmarshal(list, &attachments); err != nil {
 		return nil, c.refuse(types.ErrDecodingFailure, "cni.dev/valid-attachments: %v", err)
 	}
-	valid := make([]redirect.Key, 0, len(attachments))
+	valid := make([]redirect.AttachmentID, 0, len(attachments))
 	for i, attachment := range attachments {
 		if attachment.ContainerID == "" || attachment.IfName == "" {
 			return nil, c.refuse(types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments[%d]: want containerID and ifname", i)
 		}
-		valid = append(valid, redirect.Key{ContainerID: attachment.ContainerID, IfName: attachment.IfName})
+		valid = append(valid, redirect.AttachmentID{ContainerID: attachment.ContainerID, IfName: attachment.IfName})
 	}
 	return valid, nil
 }

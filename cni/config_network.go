@@ -73,7 +73,7 @@ func unsupportedKeys() []string {
 
 // wantsInterface reports a configuration that can only be one of main mode.
 func (c *netConf) wantsInterface() bool {
-	return slices.ContainsFunc(interfaceKeys(), func(key string) bool { return says(c.keys[key]) })
+	return slices.ContainsFunc(interfaceKeys(), func(key string) bool { return decodeKey(c.keys[key]) })
 }
 
 // network reads what main mode needs. Keys that it cannot honour are refused by
@@ -81,7 +81,7 @@ func (c *netConf) wantsInterface() bool {
 func (c *netConf) network(stateDir string) (network.Config, error) {
 	none := network.Config{}
 	for _, key := range unsupportedKeys() {
-		if says(c.keys[key]) {
+		if decodeKey(c.keys[key]) {
 			return none, c.refuse(types.ErrUnsupportedField, "%s: the plugin does not do this: remove the key, or chain the plugin after one that does", key)
 		}
 	}
@@ -157,7 +157,7 @@ func (c *netConf) validate(keys *networkKeys) error {
 // host-local and its subnet where it names none. The leases of such a default
 // lie beside the records, and end with the node's namespaces at a reboot.
 func (c *netConf) delegate(conf *network.Config, ipam json.RawMessage, stateDir string) error {
-	if !says(ipam) {
+	if !decodeKey(ipam) {
 		ipam, _ = json.Marshal(map[string]any{
 			"type": network.HostLocal, "dataDir": filepath.Join(stateDir, "leases"),
 			"ranges": [][]map[string]string{{{"subnet": DefaultSubnet}}},
@@ -215,8 +215,8 @@ func (c *netConf) stateDir(paths redirect.Paths) string {
 
 func orTrue(value *bool) bool { return value == nil || *value }
 
-// says reports a JSON value that asks for something.
-func says(value json.RawMessage) bool {
+// decodeKey reports a JSON value that asks for something.
+func decodeKey(value json.RawMessage) bool {
 	switch strings.TrimSpace(string(value)) {
 	case "", "null", "{}", "[]", "false", "0", `""`:
 		return false

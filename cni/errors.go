@@ -43,38 +43,38 @@ const (
 	CodeOtherInstance uint = 107
 )
 
-// requester is who asked, for texts.
-type requester struct {
+// caller is who asked, for texts.
+type caller struct {
 	job         redirect.Job
 	containerID string
 }
 
 // String names the allocation. Where the arguments hold no allocation ID, or
 // one that could not be an ID, the container ID does.
-func (r requester) String() string {
+func (r caller) String() string {
 	if utils.ValidateContainerID(r.job.AllocID) == nil {
 		return "allocation " + r.job.AllocID
 	}
 	return "allocation " + r.containerID
 }
 
-// fail is an error of CNI that names the allocation. All of it is on one line, as
+// argError is an error of CNI that names the allocation. All of it is on one line, as
 // Nomad shows it.
-func (r requester) fail(code uint, text string) error {
+func (r caller) argError(code uint, text string) error {
 	return r.error(code, text, "")
 }
 
-// failed is fail for a step and its cause, with the remedy as details.
-func (r requester) failed(step string, cause error) error {
+// stepError is fail for a step and its cause, with the remedy as details.
+func (r caller) stepError(step string, cause error) error {
 	return r.error(codeOf(cause), fmt.Sprintf("%s: %v", step, cause), remedyFor(cause))
 }
 
-func (r requester) error(code uint, text, remedy string) error {
+func (r caller) error(code uint, text, remedy string) error {
 	return types.NewError(code, fmt.Sprintf("%s: %s", r, strings.ReplaceAll(text, "\n", "; ")), remedy)
 }
 
-// failedNetwork is failed for a step of building the network.
-func (r requester) failedNetwork(step string, cause error) error {
+// networkError is failed for a step of building the network.
+func (r caller) networkError(step string, cause error) error {
 	code := codeOf(cause)
 	if code == CodeDatapath {
 		code = CodeNetwork
@@ -100,7 +100,7 @@ func codeOf(err error) uint {
 		return types.ErrInvalidNetNS
 	case errors.Is(err, redirect.ErrUnknown):
 		return types.ErrUnknownContainer
-	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY), errors.Is(err, network.ErrInhabited):
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY), errors.Is(err, network.ErrInUse):
 		return types.ErrTryAgainLater
 	default:
 		return CodeDatapath
@@ -129,7 +129,7 @@ func remedyFor(err error) string {
 		return "try again; a process that keeps the lock must end, since nothing on the node can change meanwhile"
 	case errors.Is(err, redirect.ErrFull):
 		return "the node holds no more: fewer allocations, or fewer exclusions in their jobs"
-	case errors.Is(err, network.ErrInhabited):
+	case errors.Is(err, network.ErrInUse):
 		return "stop the allocation, where Nomad has not: its tasks stay in the old namespace, another allocation's start in a new one"
 	case errors.Is(err, network.ErrTaken):
 		return "name another bridge in the conflist, or remove what has the name or the address"

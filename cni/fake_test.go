@@ -23,14 +23,14 @@ import (
 type fakeDatapath struct {
 	paths     redirect.Paths
 	added     []redirect.Attachment
-	removed   []redirect.Key
-	checked   []redirect.Key
-	collected map[string][]redirect.Key
+	removed   []redirect.AttachmentID
+	checked   []redirect.AttachmentID
+	collected map[string][]redirect.AttachmentID
 
 	addErr, removeErr, checkErr, collectErr, probeErr error
-	mended                                            []string
+	repaired                                          []string
 	inForce                                           bool
-	garbage                                           []redirect.Key
+	garbage                                           []redirect.AttachmentID
 }
 
 func (f *fakeDatapath) Add(a redirect.Attachment) error {
@@ -38,20 +38,20 @@ func (f *fakeDatapath) Add(a redirect.Attachment) error {
 	return f.addErr
 }
 
-func (f *fakeDatapath) Prepare(string) *redirect.Prepared { return nil }
+func (f *fakeDatapath) Preload(string) *redirect.Preloaded { return nil }
 
-func (f *fakeDatapath) Remove(key redirect.Key) error {
+func (f *fakeDatapath) Remove(key redirect.AttachmentID) error {
 	f.removed = append(f.removed, key)
 	return f.removeErr
 }
 
-func (f *fakeDatapath) Check(key redirect.Key, _ string) ([]string, error) {
+func (f *fakeDatapath) Check(key redirect.AttachmentID, _ string) ([]string, error) {
 	f.checked = append(f.checked, key)
-	return f.mended, f.checkErr
+	return f.repaired, f.checkErr
 }
 
-func (f *fakeDatapath) Collect(network string, valid []redirect.Key) ([]redirect.Key, error) {
-	f.collected = map[string][]redirect.Key{network: valid}
+func (f *fakeDatapath) GC(network string, valid []redirect.AttachmentID) ([]redirect.AttachmentID, error) {
+	f.collected = map[string][]redirect.AttachmentID{network: valid}
 	return f.garbage, f.collectErr
 }
 
@@ -72,7 +72,7 @@ type fakeNetwork struct {
 
 	owns                                           bool
 	addErr, undoErr, removeErr, checkErr, probeErr error
-	mended                                         []string
+	repaired                                       []string
 }
 
 func (f *fakeNetwork) Add(a network.Attachment) (*current.Result, func() error, error) {
@@ -90,7 +90,7 @@ func (f *fakeNetwork) Add(a network.Attachment) (*current.Result, func() error, 
 
 func (f *fakeNetwork) Check(_ network.Attachment, previous *current.Result) ([]string, error) {
 	f.calls, f.previous = append(f.calls, "CHECK"), previous
-	return f.mended, f.checkErr
+	return f.repaired, f.checkErr
 }
 
 func (f *fakeNetwork) Remove(network.Attachment) error {
@@ -98,9 +98,9 @@ func (f *fakeNetwork) Remove(network.Attachment) error {
 	return f.removeErr
 }
 
-func (f *fakeNetwork) Owns(redirect.Key) bool { return f.owns }
+func (f *fakeNetwork) Owns(redirect.AttachmentID) bool { return f.owns }
 
-func (f *fakeNetwork) Collect(valid []redirect.Key, _ string) ([]redirect.Key, error) {
+func (f *fakeNetwork) Collect(valid []redirect.AttachmentID, _ string) ([]redirect.AttachmentID, error) {
 	f.calls = append(f.calls, fmt.Sprintf("GC %v", valid))
 	return nil, nil
 }
@@ -156,7 +156,7 @@ func call(args, stdin string) *skel.CmdArgs {
 	}
 }
 
-func key() redirect.Key { return redirect.Key{ContainerID: allocID, IfName: "eth0"} }
+func key() redirect.AttachmentID { return redirect.AttachmentID{ContainerID: allocID, IfName: "eth0"} }
 
 // recorded is one request as Nomad sent it, with the answer of consul-cni.
 type recorded struct {

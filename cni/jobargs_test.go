@@ -213,7 +213,7 @@ func TestCheckReadsJobArguments(t *testing.T) {
 	if err := b.Check(call(args, confJSON)); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]redirect.Key{key()}, b.fake.checked); diff != "" {
+	if diff := cmp.Diff([]redirect.AttachmentID{key()}, b.fake.checked); diff != "" {
 		t.Errorf("checked (-want +got):\n%s", diff)
 	}
 	lost, reference := newBench(), newBench()
@@ -257,10 +257,10 @@ func FuzzJobArguments(f *testing.F) {
 			return
 		}
 		request := b.fake.added[0].Request
-		if err := redirect.Merge(request, redirect.Overlay{}).Validate(); err != nil {
+		if err := redirect.Merge(request, redirect.MeshConfig{}).Validate(); err != nil {
 			t.Errorf("%q: the data path would refuse it: %v", args, err)
 		}
-		if redirect.Merge(request, redirect.Overlay{Guard: redirect.GuardEnforce}).Guard != redirect.GuardEnforce {
+		if redirect.Merge(request, redirect.MeshConfig{Guard: redirect.GuardEnforce}).Guard != redirect.GuardEnforce {
 			t.Errorf("%q weakens the guard", args)
 		}
 		if request.Mode != redirect.ModeTransparent && (request.InboundPort != 0 || len(request.ExcludeOutboundPorts) > 0) {

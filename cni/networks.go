@@ -11,7 +11,7 @@ import (
 
 // Attached is an allocation whose network the plugin built.
 type Attached struct {
-	Key     redirect.Key
+	Key     redirect.AttachmentID
 	Job     redirect.Job
 	Network string          // its name
 	NetNS   string          // path

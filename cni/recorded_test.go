@@ -173,7 +173,7 @@ func testRecordedAdd(t *testing.T, b *bench, scenario string, record recorded, w
 		}
 		return
 	}
-	attachment := redirect.Attachment{Key: redirect.Key{ContainerID: cmd.ContainerID, IfName: "eth0"}, NetNS: cmd.Netns, Request: request}
+	attachment := redirect.Attachment{Key: redirect.AttachmentID{ContainerID: cmd.ContainerID, IfName: "eth0"}, NetNS: cmd.Netns, Request: request}
 	if diff := cmp.Diff([]redirect.Attachment{attachment}, b.fake.added, cmp.Comparer(equalAddrs), cmp.Comparer(equalPrefixes)); diff != "" {
 		t.Errorf("added (-want +got):\n%s", diff)
 	}

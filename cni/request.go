@@ -36,20 +36,20 @@ type meshConfig struct {
 }
 
 // mesh is Consul's config in the arguments, or nil when they have none.
-func (r requester) mesh(args arguments) (*meshConfig, error) {
+func (r caller) mesh(args arguments) (*meshConfig, error) {
 	if len(args.mesh) == 0 {
 		return nil, nil
 	}
 	first := args.mesh[0]
 	for _, other := range args.mesh[1:] {
 		if other.value != first.value {
-			return nil, r.fail(types.ErrInvalidEnvironmentVariables, fmt.Sprintf(
+			return nil, r.argError(types.ErrInvalidEnvironmentVariables, fmt.Sprintf(
 				"CNI_ARGS: %s and %s differ: it is not clear what to redirect", first.key, other.key))
 		}
 	}
 	mesh := &meshConfig{argument: first.key}
 	if err := json.Unmarshal([]byte(first.value), mesh); err != nil {
-		return nil, r.fail(types.ErrDecodingFailure, fmt.Sprintf("%s: want a JSON object: %v", first.key, err))
+		return nil, r.argError(types.ErrDecodingFailure, fmt.Sprintf("%s: want a JSON object: %v", first.key, err))
 	}
 	return mesh, nil
 }
@@ -58,7 +58,7 @@ func (r requester) mesh(args arguments) (*meshConfig, error) {
 // the job's own arguments, or by both, where the second add to the first; nil
 // where it asks for nothing. It has no addresses yet. Its errors name the
 // allocation and the field or the key.
-func (p *Plugin) request(r requester, args arguments, conf *netConf) (*redirect.Request, error) {
+func (p *Plugin) request(r caller, args arguments, conf *netConf) (*redirect.Request, error) {
 	if args.none() {
 		return nil, nil
 	}
@@ -69,21 +69,21 @@ func (p *Plugin) request(r requester, args arguments, conf *netConf) (*redirect.
 	asked := jobRequest{Request: redirect.Request{Network: conf.Name, Job: r.job}, consul: mesh != nil}
 	if mesh != nil {
 		if err := mesh.decode(&asked.Request); err != nil {
-			return nil, r.fail(types.ErrInvalidEnvironmentVariables, err.Error())
+			return nil, r.argError(types.ErrInvalidEnvironmentVariables, err.Error())
 		}
 	}
 	if len(args.own) > 0 || asked.excludesOutbound() {
 		operator, err := readPolicy(conf.policyConf, p.ConfigDir)
 		if err != nil {
-			return nil, r.fail(types.ErrInvalidNetworkConfig, fmt.Sprintf("read the operator's policy: %v", err))
+			return nil, r.argError(types.ErrInvalidNetworkConfig, fmt.Sprintf("read the operator's policy: %v", err))
 		}
 		if err := asked.withJobArgs(args.own, mesh, operator); err != nil {
-			return nil, r.fail(types.ErrInvalidEnvironmentVariables, err.Error())
+			return nil, r.argError(types.ErrInvalidEnvironmentVariables, err.Error())
 		}
 	}
 	forwards, err := conf.forwards()
 	if err != nil {
-		return nil, r.fail(types.ErrInvalidNetworkConfig, err.Error())
+		return nil, r.argError(types.ErrInvalidNetworkConfig, err.Error())
 	}
 	asked.Forward = asked.Forward || forwards
 	request := asked.finish(mesh)
@@ -92,10 +92,10 @@ func (p *Plugin) request(r requester, args arguments, conf *netConf) (*redirect.
 
 // attachment is the request for the namespace of a call, with the addresses
 // that the result names.
-func (r requester) attachment(cmd *skel.CmdArgs, conf *netConf, request redirect.Request) (redirect.Attachment, error) {
+func (r caller) attachment(cmd *skel.CmdArgs, conf *netConf, request redirect.Request) (redirect.Attachment, error) {
 	var err error
 	if request.Addresses, err = conf.previous.addresses(); err != nil {
-		return redirect.Attachment{}, r.fail(types.ErrInvalidNetworkConfig, fmt.Sprintf("prevResult: %v", err))
+		return redirect.Attachment{}, r.argError(types.ErrInvalidNetworkConfig, fmt.Sprintf("prevResult: %v", err))
 	}
 	return redirect.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Request: request}, nil
 }

@@ -125,7 +125,7 @@ func useConflist(t *testing.T, n Node, paths redirect.Paths, name, reference str
 		return nil
 	})
 	onHost(func() error { return network.CheckNetworkList(t.Context(), list, runtime) })
-	known, err := redirect.New(paths).Known()
+	known, err := redirect.New(paths).Records()
 	if err != nil || len(known) != 1 || !slices.Contains(known[0].Request.Addresses, address.Unmap()) {
 		t.Errorf("on record: %+v, %v; want the allocation with address %s", known, err, address)
 	}
@@ -139,7 +139,7 @@ func useConflist(t *testing.T, n Node, paths redirect.Paths, name, reference str
 	}
 
 	onHost(func() error { return network.DelNetworkList(t.Context(), list, runtime) })
-	if known, err := redirect.New(paths).Known(); err != nil || len(known) > 0 {
+	if known, err := redirect.New(paths).Records(); err != nil || len(known) > 0 {
 		t.Errorf("on record after DEL: %+v, %v", known, err)
 	}
 	host.Do(func() {

@@ -204,12 +204,12 @@ type agentView struct {
 	DataPath string `json:"data_path"`
 	Problems []redirect.Problem
 	Consul   struct {
-		InStep bool `json:"in_step"`
+		InSync bool `json:"in_sync"`
 		Error  string
 	}
 	Workloads []struct {
 		ID, State string
-		InStep    bool `json:"in_step"`
+		InSync    bool `json:"in_sync"`
 		Problems  []redirect.Problem
 	}
 }

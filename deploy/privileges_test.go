@@ -171,8 +171,8 @@ func (n *privateNode) loads() error {
 
 func (n *privateNode) reachesConsul() error {
 	view, err := n.view()
-	if err == nil && !view.Consul.InStep {
-		err = errors.New("not in step: " + view.Consul.Error)
+	if err == nil && !view.Consul.InSync {
+		err = errors.New("not in sync: " + view.Consul.Error)
 	}
 	return err
 }
@@ -219,7 +219,7 @@ func (n *privateNode) hearsOfNetworks() error {
 	return nil
 }
 
-// state reports whether the agent has the allocation in that state, and in step
+// state reports whether the agent has the allocation in that state, and in sync
 // with Consul where it is under Weir.
 func (n *privateNode) state(a *privateAlloc, want string) error {
 	view, err := n.view()
@@ -230,8 +230,8 @@ func (n *privateNode) state(a *privateAlloc, want string) error {
 		if w.ID != a.id {
 			continue
 		}
-		if w.State != want || want == "managed" && !w.InStep {
-			return fmt.Errorf("it is %s, in step %t: %v", w.State, w.InStep, w.Problems)
+		if w.State != want || want == "managed" && !w.InSync {
+			return fmt.Errorf("it is %s, in sync %t: %v", w.State, w.InSync, w.Problems)
 		}
 		return nil
 	}

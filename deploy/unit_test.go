@@ -10,14 +10,14 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// The unit takes most privileges from the agent: that it comes up, mends, and
+// The unit takes most privileges from the agent: that it comes up, repairs, and
 // comes back, is only shown by systemd itself.
 func TestUnitUnderSystemd(t *testing.T) {
 	m := bootMachine(t)
 	wait(t, "the agent says that it is ready", m.active)
 	wait(t, "that there is no Consul to be told", func() bool {
 		out, err := m.run("weir", "status")
-		return err != nil && strings.Contains(out, "not in step with Consul")
+		return err != nil && strings.Contains(out, "not in sync with Consul")
 	})
 	before := m.must(t, "systemctl", "show", "-P", "MainPID", unitName)
 	m.must(t, "sh", "-c", "echo 'consul { enabled = false }' >/etc/weir.d/without.hcl && systemctl reload "+unitName)

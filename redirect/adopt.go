@@ -19,10 +19,10 @@ import (
 // of an adopted allocation, after lost maps, or on a port that Consul named
 // only later. adopt takes such listeners in from user space, under the same
 // identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6).
-func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []uint64) (adopted []string, err error) {
+func registerExistingListeners(tables *tables, paths Paths, ns *namespace, w Workload, rejected []uint64) (adopted []string, err error) {
 	proxies, registered := make(map[uint8]bpfProxy), make(map[uint8]bool)
 	for i := range w.all() {
-		if proxies[w.seat(i)], err = tables.proxyState(ns.cookie, w.seat(i)); err != nil {
+		if proxies[w.proxyID(i)], err = tables.proxyState(ns.cookie, w.proxyID(i)); err != nil {
 			return nil, err
 		}
 	}
@@ -45,20 +45,20 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []u
 		if err != nil {
 			return nil, err
 		}
-		registered[at.seat] = registered[at.seat] || len(missing) < len(roles)
+		registered[at.proxyID] = registered[at.proxyID] || len(missing) < len(roles)
 		listeners = append(listeners, listener{socket, at, roles, missing})
 	}
-	for seat, proxy := range proxies {
-		if registered[seat] {
+	for proxyID, proxy := range proxies {
+		if registered[proxyID] {
 			continue
 		}
 		// None is at these ports; at others it takes a walk to know.
-		if proxies[seat], err = tables.forgetAdopted(ns.cookie, seat, proxy, w); err != nil {
+		if proxies[proxyID], err = tables.deleteRegistered(ns.cookie, proxyID, proxy, w); err != nil {
 			return nil, err
 		}
 	}
 	for _, l := range listeners {
-		proxy := proxies[l.at.seat]
+		proxy := proxies[l.at.proxyID]
 		// A proxy whose row was lost is learned anew from what is registered.
 		if len(l.missing) == 0 && proxy != (bpfProxy{}) {
 			continue
@@ -72,13 +72,13 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []u
 		}
 		if proxy.Cgroup != 0 && cgroup != 0 && proxy.Cgroup != cgroup {
 			unix.Close(fd)
-			continue // a second claimant
+			continue // a second candidate
 		}
-		if slices.Contains(strangers, cgroup) {
+		if slices.Contains(rejected, cgroup) {
 			unix.Close(fd)
 			continue
 		}
-		err = tables.enlist(ns.cookie, l.missing, l.at.port, fd)
+		err = tables.registerListener(ns.cookie, l.missing, l.at.port, fd)
 		unix.Close(fd)
 		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
 		// and a proxy with more listeners than slots has enough of them there.
@@ -95,11 +95,11 @@ func adopt(tables *tables, paths Paths, ns *namespace, w Workload, strangers []u
 		for _, role := range l.roles {
 			proxy.Flags |= roleFlag(role)
 		}
-		if err := tables.put("proxies", proxyKey(ns.cookie, l.at.seat), proxy, ebpf.UpdateAny); err != nil {
+		if err := tables.put("proxies", proxyKey(ns.cookie, l.at.proxyID), proxy, ebpf.UpdateAny); err != nil {
 			return adopted, err
 		}
-		proxies[l.at.seat] = proxy
-		adopted = append(adopted, fmt.Sprintf("listener %s taken in",
+		proxies[l.at.proxyID] = proxy
+		adopted = append(adopted, fmt.Sprintf("listener %s registered",
 			netip.AddrPortFrom(l.addr, l.port)))
 	}
 	return adopted, nil
@@ -115,32 +115,32 @@ func roleFlag(role bpfListenerRole) bpfProxyFlag {
 	return 0
 }
 
-// forgetAdopted lets the kernel learn a proxy anew once the one that user space
+// deleteRegistered lets the kernel learn a proxy anew once the one that user space
 // took in has no listener left. The kernel does not count those, so it waits.
-func (t *tables) forgetAdopted(cookie uint64, seat uint8, proxy bpfProxy, w Workload) (bpfProxy, error) {
+func (t *tables) deleteRegistered(cookie uint64, proxyID uint8, proxy bpfProxy, w Workload) (bpfProxy, error) {
 	if proxy.Flags&bpfProxyFlagPROXY_PINNED == 0 {
 		return proxy, nil
 	}
-	if any, err := t.anyListener(cookie, seat, w); err != nil || any {
+	if any, err := t.anyListener(cookie, proxyID, w); err != nil || any {
 		return proxy, err
 	}
-	return bpfProxy{}, t.put("proxies", proxyKey(cookie, seat), bpfProxy{}, ebpf.UpdateAny)
+	return bpfProxy{}, t.put("proxies", proxyKey(cookie, proxyID), bpfProxy{}, ebpf.UpdateAny)
 }
 
-// forgetProxy takes every listener of the proxies in these seats out, and the
+// deleteProxy takes every listener of the proxies in these proxy IDs out, and the
 // proxies with them.
-func (t *tables) forgetProxy(cookie uint64, seats []uint8, w Workload) error {
+func (t *tables) deleteProxy(cookie uint64, proxyIDs []uint8, w Workload) error {
 	var kept []proxyPort
 	for _, port := range w.ports() {
-		if !slices.Contains(seats, port.seat) {
+		if !slices.Contains(proxyIDs, port.proxyID) {
 			kept = append(kept, port)
 		}
 	}
-	if err := t.evict(cookie, kept); err != nil {
+	if err := t.deleteListenersOn(cookie, kept); err != nil {
 		return err
 	}
-	for _, seat := range seats {
-		if err := t.put("proxies", proxyKey(cookie, seat), bpfProxy{}, ebpf.UpdateAny); err != nil {
+	for _, proxyID := range proxyIDs {
+		if err := t.put("proxies", proxyKey(cookie, proxyID), bpfProxy{}, ebpf.UpdateAny); err != nil {
 			return err
 		}
 	}
@@ -149,7 +149,7 @@ func (t *tables) forgetProxy(cookie uint64, seats []uint8, w Workload) error {
 
 // anyListener reports whether a listener is registered on whatever port that is
 // not another proxy's.
-func (t *tables) anyListener(cookie uint64, seat uint8, w Workload) (bool, error) {
+func (t *tables) anyListener(cookie uint64, proxyID uint8, w Workload) (bool, error) {
 	table, err := t.table("listeners")
 	if err != nil {
 		return false, err
@@ -161,7 +161,7 @@ func (t *tables) anyListener(cookie uint64, seat uint8, w Workload) (bool, error
 		if key.Cookie != cookie {
 			continue
 		}
-		if port, ok := w.portOf(key.Port); !ok || port.seat == seat {
+		if port, ok := w.portOf(key.Port); !ok || port.proxyID == proxyID {
 			return true, nil
 		}
 	}
@@ -188,8 +188,8 @@ func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, port uint16
 	return missing, nil
 }
 
-// enlist puts a socket into the first free slot of each role.
-func (t *tables) enlist(cookie uint64, roles []bpfListenerRole, port uint16, fd int) error {
+// registerListener puts a socket into the first free slot of each role.
+func (t *tables) registerListener(cookie uint64, roles []bpfListenerRole, port uint16, fd int) error {
 	for _, role := range roles {
 		var err error
 		for slot := range uint16(listenerSlots) {

@@ -19,7 +19,7 @@ import (
 // there gets the new program without a moment without one, a link whose cgroup
 // died or was detached is made anew, a missing one is made. Programs of others
 // on the same hooks stay: bpf_link attaches beside them (Linux 5.7).
-func attachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.ProgramSpec, root *os.File, dir string) (did []string, err error) {
+func attachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.ProgramSpec, root *os.File, dir string) (repairs []string, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create pin directory: %w", err)
 	}
@@ -35,11 +35,11 @@ func attachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.Program
 	for _, name := range names {
 		what, err := attachOne(programs[name], specs[name].AttachType, root, rootID, filepath.Join(dir, name))
 		if err != nil {
-			return did, fmt.Errorf("attach %s: %w", name, err)
+			return repairs, fmt.Errorf("attach %s: %w", name, err)
 		}
-		did = append(did, what+" "+name)
+		repairs = append(repairs, what+" "+name)
 	}
-	return did, nil
+	return repairs, nil
 }
 
 func attachOne(program *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID uint64, pin string) (string, error) {

@@ -76,11 +76,11 @@ func (f *traffic) sawBoth(want map[string]int) {
 // The two sets of TestOverlayChangesAtOnce differ in several rows. A mixture of
 // the two sends port 8080 to the inbound listener of the first, or 8081 to that
 // of the second: neither set does.
-func overlays() [2]Overlay {
+func meshConfigs() [2]MeshConfig {
 	upstream := func(listener string) []Upstream {
 		return []Upstream{{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.1")}, Listener: netip.MustParseAddrPort(listener)}}
 	}
-	return [2]Overlay{
+	return [2]MeshConfig{
 		{InboundPort: 20000, ExcludeInboundPorts: []uint16{8080}, Upstreams: upstream("127.0.0.1:9001")},
 		{InboundPort: 20001, ExcludeInboundPorts: []uint16{8081}, Upstreams: upstream("127.0.0.1:9002")},
 	}
@@ -98,10 +98,10 @@ func TestOverlayChangesAtOnce(t *testing.T) {
 		a.serve(taskUID, a.taskCg, "tcp4", "0.0.0.0:8080"),
 		a.serve(taskUID, a.taskCg, "tcp4", "0.0.0.0:8081"),
 	}
-	sets := overlays()
+	sets := meshConfigs()
 	change := func(i int) {
 		t.Helper()
-		if err := n.SetOverlay(a.key, sets[i%2]); err != nil {
+		if err := n.SetMeshConfig(a.key, sets[i%2]); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -184,28 +184,28 @@ func TestNoChangeIsNoWrite(t *testing.T) {
 	a := n.newAlloc()
 	a.add(full)
 	a.startProxy()
-	overlay := overlays()[0]
-	if err := n.SetOverlay(a.key, overlay); err != nil {
+	meshConfig := meshConfigs()[0]
+	if err := n.SetMeshConfig(a.key, meshConfig); err != nil {
 		t.Fatal(err)
 	}
 	generation := generationOf(t, n.Datapath, a.NetNS)
-	collector := n.NewCollector()
+	collector := n.NewIndexReclaimer()
 	writes := test.CountMapWrites(t)
 	for _, c := range []struct {
 		what string
 		do   func() error
 	}{
-		{"the same overlay", func() error { return n.SetOverlay(a.key, overlay) }},
+		{"the same overlay", func() error { return n.SetMeshConfig(a.key, meshConfig) }},
 		{"ADD again", func() error { a.add(full); return nil }},
 		{"a check", func() error { return second(n.Check(a.key, a.Path)) }},
-		{"a look for damage", func() error { return second(n.Mend()) }},
-		{"a look for dead namespaces", func() error { return second(n.Sweep()) }},
+		{"a look for damage", func() error { return second(n.Repair()) }},
+		{"a look for dead namespaces", func() error { return second(n.PruneDead()) }},
 		{"a look for origins to free", func() error { return second(collector.Run()) }},
 		{"loading again", func() error { return second(n.Load()) }},
 		{"status", func() error { return second(n.Status()) }},
 		{"workloads", func() error { return second(n.Workloads()) }},
 		{"verdicts", func() error { return second(n.Verdicts()) }},
-		{"what is known", func() error { return second(n.Known()) }},
+		{"what is known", func() error { return second(n.Records()) }},
 	} {
 		if err := c.do(); err != nil {
 			t.Errorf("%s: %v", c.what, err)
@@ -217,7 +217,7 @@ func TestNoChangeIsNoWrite(t *testing.T) {
 	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
 		t.Errorf("generation = %d without a change, was %d", now, generation)
 	}
-	if err := n.SetOverlay(a.key, Overlay{}); err != nil {
+	if err := n.SetMeshConfig(a.key, MeshConfig{}); err != nil {
 		t.Fatal(err)
 	}
 	if now := generationOf(t, n.Datapath, a.NetNS); now == generation {
@@ -255,16 +255,16 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 3 {
-		if err := n.SetOverlay(a.key, Overlay{Upstreams: []Upstream{many}}); err == nil {
+		if err := n.SetMeshConfig(a.key, MeshConfig{Upstreams: []Upstream{many}}); err == nil {
 			t.Fatal("the change succeeded")
 		} else if i == 0 {
 			t.Log(err)
 		}
 	}
-	if err := n.SetOverlay(a.key, Overlay{InboundPort: outboundPort}); err == nil {
-		t.Error("an overlay that gives one port to both listeners was accepted")
+	if err := n.SetMeshConfig(a.key, MeshConfig{InboundPort: outboundPort}); err == nil {
+		t.Error("a mesh configuration that gives one port to both listeners was accepted")
 	}
-	if err := tables.erase(1<<60, &filler); err != nil {
+	if err := tables.deleteWorkload(1<<60, &filler); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
@@ -274,10 +274,10 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 		t.Errorf("generation = %d after failed changes, was %d", now, generation)
 	}
 	a.works()
-	if err := n.SetOverlay(a.key, Overlay{}); err != nil {
+	if err := n.SetMeshConfig(a.key, MeshConfig{}); err != nil {
 		t.Errorf("change back: %v", err)
 	}
-	if err := n.SetOverlay(Key{"nobody", "eth0"}, Overlay{}); err == nil || fmt.Sprint(err) == "" {
+	if err := n.SetMeshConfig(AttachmentID{"nobody", "eth0"}, MeshConfig{}); err == nil || fmt.Sprint(err) == "" {
 		t.Error("a change of an unknown workload succeeded")
 	}
 	healthy(t, n.Datapath)

@@ -30,24 +30,24 @@ func (a *alloc) dropRow(t *testing.T, name string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = tables.drop(name, bpfConfigKey{Cookie: cookie, Generation: generation})
+		err = tables.delete(name, bpfConfigKey{Cookie: cookie, Generation: generation})
 		if err != nil {
 			t.Fatal(err)
 		}
 	case "exclusions":
-		err = dropIf[bpfExclusionKey, uint32](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
+		err = deleteIf[bpfExclusionKey, uint32](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
 	case "ports":
-		err = dropIf[bpfExclusionKey, bpfPorts](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
+		err = deleteIf[bpfExclusionKey, bpfPorts](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
 	case "addresses":
-		err = dropIf[bpfAddressKey, bpfAddress](tables, name, func(k bpfAddressKey) bool { return k.Cookie == cookie })
+		err = deleteIf[bpfAddressKey, bpfAddress](tables, name, func(k bpfAddressKey) bool { return k.Cookie == cookie })
 	case "cidrs":
-		err = dropIf[bpfCidrKey, uint32](tables, name, func(bpfCidrKey) bool { return true })
+		err = deleteIf[bpfCidrKey, uint32](tables, name, func(bpfCidrKey) bool { return true })
 	case "listeners":
-		err = dropIf[bpfListenerKey, uint64](tables, name, func(k bpfListenerKey) bool { return k.Cookie == cookie })
+		err = deleteIf[bpfListenerKey, uint64](tables, name, func(k bpfListenerKey) bool { return k.Cookie == cookie })
 	case "proxies":
-		err = tables.dropSeats(cookie, ^uint8(0))
+		err = tables.deleteProxies(cookie, ^uint8(0))
 	default:
-		err = tables.drop(name, cookie)
+		err = tables.delete(name, cookie)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -68,9 +68,9 @@ func (a *alloc) dropRoute(t *testing.T, family int) {
 	})
 }
 
-// CHECK mends what it can: an error would make Nomad destroy the namespace of
+// CHECK repairs what it can: an error would make Nomad destroy the namespace of
 // a running allocation. The proxy was there before the damage and stays.
-func TestCheckMends(t *testing.T) {
+func TestCheckRepairs(t *testing.T) {
 	lose := func(path ...string) func(*testing.T, *alloc) {
 		return func(t *testing.T, a *alloc) {
 			if err := os.RemoveAll(filepath.Join(append([]string{a.node.paths.PinDir}, path...)...)); err != nil {
@@ -130,25 +130,25 @@ func TestCheckMends(t *testing.T) {
 			a.add(full)
 			a.startProxy()
 			a.works()
-			if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) != 0 {
-				t.Fatalf("check of a workload that is right: mended %q, %v", mended, err)
+			if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) != 0 {
+				t.Fatalf("check of a workload that is right: repaired %q, %v", repaired, err)
 			}
 			damage(t, a)
-			mended, err := n.Check(a.key, a.Path)
+			repaired, err := n.Check(a.key, a.Path)
 			if err != nil {
 				t.Fatalf("check: %v", err)
 			}
-			if len(mended) == 0 {
-				t.Error("check does not say what it mended")
+			if len(repaired) == 0 {
+				t.Error("check does not say what it repaired")
 			}
-			t.Logf("mended %q", mended)
+			t.Logf("repaired %q", repaired)
 			a.works()
 			healthy(t, n.Datapath)
 			if list, err := n.Workloads(); err != nil || list[0].Proxy.Identity != IdentityCgroup || list[0].Origins != 2 {
 				t.Errorf("workload after the check: %+v, %v; want its proxy known by its cgroup and two origins", list, err)
 			}
-			if mended, err := n.Check(a.key, ""); err != nil || len(mended) != 0 {
-				t.Errorf("second check: mended %q, %v; want nothing", mended, err)
+			if repaired, err := n.Check(a.key, ""); err != nil || len(repaired) != 0 {
+				t.Errorf("second check: repaired %q, %v; want nothing", repaired, err)
 			}
 			a.remove()
 			nothingLeft(t, n.Datapath)
@@ -160,7 +160,7 @@ func TestCheckRefuses(t *testing.T) {
 	n := newNode(t)
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
-	if _, err := n.Check(Key{"nobody", "eth0"}, a.Path); !errors.Is(err, ErrUnknown) {
+	if _, err := n.Check(AttachmentID{"nobody", "eth0"}, a.Path); !errors.Is(err, ErrUnknown) {
 		t.Errorf("check of an unknown workload: %v, want ErrUnknown", err)
 	}
 	if _, err := n.Check(a.key, b.Path); !errors.Is(err, ErrNetNSGone) {
@@ -189,7 +189,7 @@ func TestLostMapsComeBackForAll(t *testing.T) {
 		alloc.add(full)
 		alloc.startProxy()
 	}
-	if err := n.SetOverlay(b.key, Overlay{ExcludeInboundPorts: []uint16{7777}}); err != nil {
+	if err := n.SetMeshConfig(b.key, MeshConfig{ExcludeInboundPorts: []uint16{7777}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.RemoveAll(n.paths.PinDir); err != nil {
@@ -202,13 +202,13 @@ func TestLostMapsComeBackForAll(t *testing.T) {
 	b.works()
 	app := b.serve(taskUID, b.taskCg, "tcp4", "0.0.0.0:7777")
 	if answer, err := test.Ask(n.remote, "tcp4", addrPort(b.v4, 7777)); err != nil || answer.Server != app.Name {
-		t.Errorf("dial a port that the overlay excludes: %+v, %v; want the application", answer, err)
+		t.Errorf("dial a port that the mesh configuration excludes: %+v, %v; want the application", answer, err)
 	}
 	healthy(t, n.Datapath)
 }
 
 // Rows of one workload are lost: its connections are refused by name, never
-// sent past the proxy, until a check mends it.
+// sent past the proxy, until a check repairs it.
 func TestLostRowsNeverBypass(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()

@@ -24,39 +24,39 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 		ns := test.NewNetNS(t)
 		request := Request{Network: "weir"}
 		full(&request)
-		if err := n.Add(Attachment{Key: Key{"dead", "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
+		if err := n.Add(Attachment{Key: AttachmentID{"dead", "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.Add(Attachment{Key: Key{"orphan", "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
+		if err := n.Add(Attachment{Key: AttachmentID{"orphan", "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.paths.removeRecord(Key{"orphan", "eth0"}); err != nil {
+		if err := n.paths.removeRecord(AttachmentID{"orphan", "eth0"}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	t.Run("allocation", dead)
-	removed, err := n.Collect("nomad", []Key{live.key})
+	removed, err := n.GC("nomad", []AttachmentID{live.key})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]Key{stale.key}, removed); diff != "" {
+	if diff := cmp.Diff([]AttachmentID{stale.key}, removed); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}
 	// The kernel destroys a namespace a moment after its last reference.
 	test.Eventually(t, func() error {
-		if _, err := n.Collect("nomad", []Key{live.key}); err != nil {
+		if _, err := n.GC("nomad", []AttachmentID{live.key}); err != nil {
 			return err
 		}
 		list, err := n.Workloads()
 		if err != nil {
 			return err
 		}
-		var keys []Key
+		var keys []AttachmentID
 		for _, w := range list {
 			keys = append(keys, w.Key)
 		}
-		if !slices.Equal(keys, []Key{live.key, foreign.key}) {
-			return fmt.Errorf("workloads = %v, want %v", keys, []Key{live.key, foreign.key})
+		if !slices.Equal(keys, []AttachmentID{live.key, foreign.key}) {
+			return fmt.Errorf("workloads = %v, want %v", keys, []AttachmentID{live.key, foreign.key})
 		}
 		return nil
 	}, "the dead to be collected")
@@ -64,7 +64,7 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 	live.startProxy()
 	live.works()
 	test.Eventually(t, func() error {
-		if _, err := n.Collect("nomad", []Key{live.key}); err != nil {
+		if _, err := n.GC("nomad", []AttachmentID{live.key}); err != nil {
 			return err
 		}
 		entries, err := os.ReadDir(n.paths.lookups())
@@ -99,7 +99,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 		}
 		for ; rounds < test.Scale(10_000); rounds++ {
 			ns := spaces[rounds%len(spaces)]
-			key := Key{fmt.Sprintf("churn-%d", rounds), "eth0"}
+			key := AttachmentID{fmt.Sprintf("churn-%d", rounds), "eth0"}
 			request := Request{Network: "nomad", ProxyUID: proxyUID}
 			if rounds%3 == 0 {
 				full(&request)
@@ -128,7 +128,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 		if now := openFiles(t); now > descriptors+8 { // clients and connections of works
 			t.Errorf("%d descriptors are open after %d rounds, were %d after one", now, rounds, descriptors)
 		}
-		if _, err := n.Collect("nomad", nil); err != nil {
+		if _, err := n.GC("nomad", nil); err != nil {
 			t.Fatal(err)
 		}
 		nothingLeft(t, n.Datapath)
@@ -151,7 +151,7 @@ func TestWorkloadDoesNotHoldItsNamespace(t *testing.T) {
 	t.Run("namespace", func(inner *testing.T) {
 		ns := test.NewNetNS(inner)
 		died = witness(t, ns)
-		if err := d.Add(Attachment{Key: Key{"held", "eth0"}, NetNS: ns.Path}); err != nil {
+		if err := d.Add(Attachment{Key: AttachmentID{"held", "eth0"}, NetNS: ns.Path}); err != nil {
 			inner.Fatal(err)
 		}
 	})
@@ -160,7 +160,7 @@ func TestWorkloadDoesNotHoldItsNamespace(t *testing.T) {
 	if err != nil || len(status) != 1 || len(status[0].Problems) != 1 {
 		t.Errorf("workloads = %+v, %v; want one whose namespace is gone", status, err)
 	}
-	if _, err := d.Collect("any", nil); err != nil {
+	if _, err := d.GC("any", nil); err != nil {
 		t.Fatal(err)
 	}
 	nothingLeft(t, d)

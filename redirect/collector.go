@@ -34,14 +34,14 @@ const (
 // origin has another one, or none), so a Collector that dies leaves nothing
 // behind but a new grace period. Nothing is read under the node's lock, and rows
 // go in slices, so that an ADD does not wait; what is remembered is bounded. One
-// Collector per node; not safe for concurrent use.
-type Collector struct {
-	Rest  time.Duration // how long an origin must not have been dialled
-	Grace time.Duration // between the two steps; not below what a connect may take
+// IndexReclaimer per node; not safe for concurrent use.
+type IndexReclaimer struct {
+	IdleAfter time.Duration // how long an origin must not have been dialled
+	FreeAfter time.Duration // between the two steps; not below what a connect may take
 
-	datapath  *Datapath
-	condemned map[bpfIndexKey]time.Time // indexes between the two steps, and since when
-	searched  map[uint64]time.Time      // when a workload's indexes were searched for more of them
+	datapath    *Datapath
+	pendingFree map[bpfIndexKey]time.Time // indexes between the two steps, and since when
+	searched    map[uint64]time.Time      // when a workload's indexes were searched for more of them
 }
 
 // searchAgain is how long after a search there may be indexes again that nobody
@@ -51,11 +51,11 @@ const searchAgain = 10 * time.Minute
 // maxCondemned is how many indexes may be between the two steps: some 10 MiB.
 const maxCondemned = 1 << 17
 
-// NewCollector returns a collector with the default times.
-func (d *Datapath) NewCollector() *Collector {
-	return &Collector{
-		Rest: DefaultRest, Grace: DefaultGrace, datapath: d,
-		condemned: make(map[bpfIndexKey]time.Time), searched: make(map[uint64]time.Time),
+// NewIndexReclaimer returns a collector with the default times.
+func (d *Datapath) NewIndexReclaimer() *IndexReclaimer {
+	return &IndexReclaimer{
+		IdleAfter: DefaultRest, FreeAfter: DefaultGrace, datapath: d,
+		pendingFree: make(map[bpfIndexKey]time.Time), searched: make(map[uint64]time.Time),
 	}
 }
 
@@ -63,7 +63,7 @@ func (d *Datapath) NewCollector() *Collector {
 // It touches only workloads that hold more than half of their budget and, where
 // the node's table itself is more than half full, those that hold more than
 // every workload may.
-func (c *Collector) Run() (freed int, err error) {
+func (c *IndexReclaimer) Run() (freed int, err error) {
 	freed, err = c.run()
 	if err != nil {
 		return freed, fmt.Errorf("collect origins: %w", err)
@@ -71,14 +71,14 @@ func (c *Collector) Run() (freed int, err error) {
 	return freed, nil
 }
 
-func (c *Collector) run() (freed int, err error) {
+func (c *IndexReclaimer) run() (freed int, err error) {
 	tables, err := openTables(c.datapath.paths.maps())
 	if err != nil {
 		return 0, err
 	}
 	defer tables.Close()
 	excess, err := c.excess(tables)
-	if err != nil || len(excess) == 0 && len(c.condemned) == 0 {
+	if err != nil || len(excess) == 0 && len(c.pendingFree) == 0 {
 		return 0, err
 	}
 	records, err := c.datapath.paths.readRecords()
@@ -89,14 +89,14 @@ func (c *Collector) run() (freed int, err error) {
 		return 0, err
 	}
 	condemned := make(map[uint64][]bpfIndexKey)
-	for key := range c.condemned {
+	for key := range c.pendingFree {
 		condemned[key.Cookie] = append(condemned[key.Cookie], key)
 		excess[key.Cookie]--
 	}
 	quota := make(map[uint64]int)
 	for cookie, count := range excess {
 		// At least one each, if there is room at all: the others' turn comes.
-		if most := min(count, max((maxCondemned-len(c.condemned))/len(excess), 1)); most > 0 {
+		if most := min(count, max((maxCondemned-len(c.pendingFree))/len(excess), 1)); most > 0 {
 			quota[cookie] = most
 		}
 	}
@@ -115,7 +115,7 @@ func (c *Collector) run() (freed int, err error) {
 	}
 	for _, keys := range condemned { // of workloads that are gone
 		for _, key := range keys {
-			delete(c.condemned, key)
+			delete(c.pendingFree, key)
 		}
 	}
 	return freed, errors.Join(problems...)
@@ -123,7 +123,7 @@ func (c *Collector) run() (freed int, err error) {
 
 // excess returns how many origins each workload should give up. It reads the
 // tables alone: a node full of calm workloads costs a few system calls.
-func (c *Collector) excess(tables *tables) (map[uint64]int, error) {
+func (c *IndexReclaimer) excess(tables *tables) (map[uint64]int, error) {
 	table, err := tables.table("origins")
 	if err != nil {
 		return nil, err
@@ -176,7 +176,7 @@ func (c *Collector) excess(tables *tables) (map[uint64]int, error) {
 // search finds, for each workload now and then, indexes that are between the two
 // steps and not remembered, such as those of a former collector: their origin has
 // another index, or none.
-func (c *Collector) search(tables *tables, excess map[uint64]int) error {
+func (c *IndexReclaimer) search(tables *tables, excess map[uint64]int) error {
 	wanted := make(map[uint64]bool)
 	now := time.Now()
 	for cookie := range excess {
@@ -188,16 +188,16 @@ func (c *Collector) search(tables *tables, excess map[uint64]int) error {
 		return nil
 	}
 	err := walk(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) error {
-		if !wanted[key.Cookie] || len(c.condemned) >= maxCondemned {
+		if !wanted[key.Cookie] || len(c.pendingFree) >= maxCondemned {
 			return nil
 		}
 		condemned, err := tables.isCondemned(key, addr)
-		if _, known := c.condemned[key]; condemned && !known {
-			c.condemned[key] = now
+		if _, known := c.pendingFree[key]; condemned && !known {
+			c.pendingFree[key] = now
 		}
 		return err
 	})
-	if err == nil && len(c.condemned) < maxCondemned {
+	if err == nil && len(c.pendingFree) < maxCondemned {
 		for cookie := range wanted {
 			c.searched[cookie] = now
 		}
@@ -221,7 +221,7 @@ type restedOrigin struct {
 
 // rested returns origins that each workload may give up, longest rested first:
 // up to twice its quota, since sockets may carry some of them.
-func (c *Collector) rested(tables *tables, quota map[uint64]int) (map[uint64][]restedOrigin, error) {
+func (c *IndexReclaimer) rested(tables *tables, quota map[uint64]int) (map[uint64][]restedOrigin, error) {
 	rested := make(map[uint64][]restedOrigin)
 	if len(quota) == 0 {
 		return rested, nil
@@ -230,7 +230,7 @@ func (c *Collector) rested(tables *tables, quota map[uint64]int) (map[uint64][]r
 		slices.SortFunc(list, func(a, b restedOrigin) int { return cmp.Compare(a.usedNs, b.usedNs) })
 		return list[:min(len(list), most)]
 	}
-	before := monotonicNow() - min(uint64(c.Rest), monotonicNow())
+	before := monotonicNow() - min(uint64(c.IdleAfter), monotonicNow())
 	err := walk(tables, "origins", func(key bpfOriginKey, row bpfOrigin) error {
 		most := quota[key.Cookie]
 		if most == 0 || row.UsedNs > before {
@@ -251,7 +251,7 @@ func (c *Collector) rested(tables *tables, quota map[uint64]int) (map[uint64][]r
 
 // collect makes both steps for one workload: it frees condemned indexes, and
 // condemns up to quota of those of rested origins.
-func (c *Collector) collect(tables *tables, r *record, condemned []bpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
+func (c *IndexReclaimer) collect(tables *tables, r *record, condemned []bpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
 	if len(condemned)+len(rested) == 0 {
 		return 0, nil
 	}
@@ -266,7 +266,7 @@ func (c *Collector) collect(tables *tables, r *record, condemned []bpfIndexKey, 
 		return 0, err
 	}
 	condemned = slices.DeleteFunc(condemned, func(key bpfIndexKey) bool {
-		return inUse[key.Index] || now.Sub(c.condemned[key]) < c.Grace
+		return inUse[key.Index] || now.Sub(c.pendingFree[key]) < c.FreeAfter
 	})
 	rested = slices.DeleteFunc(rested, func(origin restedOrigin) bool { return inUse[origin.index] })
 	rested = rested[:min(len(rested), quota)]
@@ -283,13 +283,13 @@ func (c *Collector) collect(tables *tables, r *record, condemned []bpfIndexKey, 
 	return freed, c.datapath.inSlices(func() (more bool, err error) {
 		slice := rested[:min(len(rested), sliceRows)]
 		rested = rested[len(slice):]
-		return len(rested) > 0, c.condemn(tables, r.Cookie, slice)
+		return len(rested) > 0, c.markPendingFree(tables, r.Cookie, slice)
 	})
 }
 
 // free gives condemned indexes back. Each is looked at again: the workload may
 // have been removed and added again since, and the index be another origin's.
-func (c *Collector) free(tables *tables, cookie uint64, condemned []bpfIndexKey) (freed int, err error) {
+func (c *IndexReclaimer) free(tables *tables, cookie uint64, condemned []bpfIndexKey) (freed int, err error) {
 	var free []bpfIndexKey
 	for _, key := range condemned {
 		var addr bpfAddr
@@ -303,7 +303,7 @@ func (c *Collector) free(tables *tables, cookie uint64, condemned []bpfIndexKey)
 		if found {
 			free = append(free, key)
 		}
-		delete(c.condemned, key)
+		delete(c.pendingFree, key)
 	}
 	if len(free) == 0 {
 		return 0, nil
@@ -311,11 +311,11 @@ func (c *Collector) free(tables *tables, cookie uint64, condemned []bpfIndexKey)
 	if err := dropMany(tables, "indexes", free); err != nil {
 		return 0, err
 	}
-	return len(free), tables.release(cookie, len(free))
+	return len(free), tables.freeIndexes(cookie, len(free))
 }
 
-// condemn takes the forward rows of origins that are as they were seen.
-func (c *Collector) condemn(tables *tables, cookie uint64, rested []restedOrigin) error {
+// markPendingFree takes the forward rows of origins that are as they were seen.
+func (c *IndexReclaimer) markPendingFree(tables *tables, cookie uint64, rested []restedOrigin) error {
 	var stale []bpfOriginKey
 	now := time.Now()
 	for _, origin := range rested {
@@ -329,7 +329,7 @@ func (c *Collector) condemn(tables *tables, cookie uint64, rested []restedOrigin
 			continue
 		}
 		stale = append(stale, key)
-		c.condemned[bpfIndexKey{Cookie: cookie, Index: origin.index}] = now
+		c.pendingFree[bpfIndexKey{Cookie: cookie, Index: origin.index}] = now
 	}
 	return dropMany(tables, "origins", stale)
 }

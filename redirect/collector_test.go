@@ -27,8 +27,8 @@ func TestCollector(t *testing.T) {
 	}
 	a.add(func(r *Request) { r.Budget = budget })
 	a.startProxy()
-	collector := n.NewCollector()
-	collector.Rest, collector.Grace = 0, 0
+	collector := n.NewIndexReclaimer()
+	collector.IdleAfter, collector.FreeAfter = 0, 0
 
 	long := make(map[netip.AddrPort]*net.TCPConn)
 	for i := range byte(10) {
@@ -156,8 +156,8 @@ func TestCollectorKeepsWhatASocketCarries(t *testing.T) {
 	if _, err := a.ask("tcp4", "192.0.2.3:80"); err == nil {
 		t.Fatal("a third destination was taken, the budget is 2")
 	}
-	collector := n.NewCollector()
-	collector.Rest, collector.Grace = 0, time.Nanosecond
+	collector := n.NewIndexReclaimer()
+	collector.IdleAfter, collector.FreeAfter = 0, time.Nanosecond
 	total := 0
 	test.Eventually(t, func() error {
 		freed, err := collector.Run()

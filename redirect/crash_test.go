@@ -160,7 +160,7 @@ func (k *killer) programs() string {
 }
 
 // outcome describes what the kill left, as the disk shows it.
-func (k *killer) outcome(t *testing.T, key Key) string {
+func (k *killer) outcome(t *testing.T, key AttachmentID) string {
 	t.Helper()
 	text := "no record"
 	r, err := k.node.paths.readRecord(key)
@@ -239,7 +239,7 @@ func TestKilledAdd(t *testing.T) {
 				}
 				a.remove()
 				// The other key's, where the kill came before it was taken over.
-				if err := n.Remove(Key{"other", "eth0"}); err != nil {
+				if err := n.Remove(AttachmentID{"other", "eth0"}); err != nil {
 					t.Fatal(err)
 				}
 				a.gone(t)

@@ -20,14 +20,14 @@ type Datapath struct {
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths Paths) *Datapath {
-	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), patience: lockPatience, checkPatience: checkPatience}
+	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), patience: lockTimeout, checkPatience: checkPatience}
 }
 
 // Within returns the same data path for who has other things to do than to wait
 // for another process's change for longer than that.
-func (d *Datapath) Within(patience time.Duration) *Datapath {
+func (d *Datapath) Within(timeout time.Duration) *Datapath {
 	impatient := *d
-	impatient.patience, impatient.checkPatience = patience, min(patience, d.checkPatience)
+	impatient.patience, impatient.checkPatience = timeout, min(timeout, d.checkPatience)
 	return &impatient
 }
 
@@ -41,11 +41,11 @@ func (d *Datapath) Paths() Paths { return d.paths }
 
 // Attachment asks for a namespace to be put under Weir.
 type Attachment struct {
-	Key     Key
+	Key     AttachmentID
 	NetNS   string // path of the namespace
 	Request Request
 
-	Prepared *Prepared // by Prepare of that namespace; nil: nothing
+	Prepared *Preloaded // by Prepare of that namespace; nil: nothing
 }
 
 // Add puts a namespace under Weir: when it returns nil, every connection of
@@ -55,7 +55,7 @@ type Attachment struct {
 // its path is gone and it lives on; a failed call leaves nothing behind. It
 // asks nobody: neither Consul nor the agent need to run.
 func (d *Datapath) Add(a Attachment) error {
-	if err := Merge(a.Request, Overlay{}).Validate(); err != nil {
+	if err := Merge(a.Request, MeshConfig{}).Validate(); err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
 	}
 	err := d.locked(func() error { return d.add(a) })
@@ -93,11 +93,11 @@ func (d *Datapath) add(a Attachment) error {
 	r, err := d.paths.readRecord(a.Key)
 	switch {
 	case errors.Is(err, ErrUnknown):
-		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
+		if r, err = d.newRecord(tables, a.Key, ns.cookie); err != nil {
 			return err
 		}
 	case errors.Is(err, ErrUnreadable):
-		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
+		if r, err = d.newRecord(tables, a.Key, ns.cookie); err != nil {
 			return err
 		}
 		if err := d.paths.setAside(a.Key); err != nil {
@@ -106,19 +106,19 @@ func (d *Datapath) add(a Attachment) error {
 	case err != nil:
 		return err
 	case r.Cookie != ns.cookie:
-		if !d.outlived(r) {
-			if err := d.teardown(tables, r); err != nil {
+		if !d.pathLost(r) {
+			if err := d.removeWorkload(tables, r); err != nil {
 				return err
 			}
 		}
-		if r, err = d.takeOver(tables, a.Key, ns.cookie); err != nil {
+		if r, err = d.newRecord(tables, a.Key, ns.cookie); err != nil {
 			return err
 		}
 	}
-	r.unwritten = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
+	r.dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.cookie, boot
 	if !r.Complete && !r.fresh {
-		if err := d.disown(r); err != nil {
+		if err := d.removeOtherRecords(r); err != nil {
 			return err
 		}
 	}
@@ -127,37 +127,37 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	_, err = d.ensure(tables, r, ns)
 	if err != nil && r.fresh {
-		return errors.Join(err, d.teardown(tables, r), d.paths.removeRecord(a.Key))
+		return errors.Join(err, d.removeWorkload(tables, r), d.paths.removeRecord(a.Key))
 	}
 	// A running allocation keeps the redirect that it has: taking it away
 	// would open what an ADD that failed half way left closed.
 	return err
 }
 
-// outlived reports whether a namespace is alive although the path on record does
+// pathLost reports whether a namespace is alive although the path on record does
 // not lead to it any more: tasks run in it, as in that of a pause container which
 // Docker restarted. They stay redirected until the last of them ends.
-func (d *Datapath) outlived(r *record) bool {
+func (d *Datapath) pathLost(r *record) bool {
 	ns, err := r.open()
 	if err == nil {
 		ns.Close()
 	}
-	return errors.Is(err, ErrNetNSGone) && d.Hooked(r.Cookie)
+	return errors.Is(err, ErrNetNSGone) && d.LookupAttached(r.Cookie)
 }
 
-// takeOver returns the record to work on where there is none for the key. A
+// newRecord returns the record to work on where there is none for the key. A
 // namespace that has rows all the same lost its record, or has one under a key
 // whose DEL never came: its rows stay in force until new ones are.
-func (d *Datapath) takeOver(tables *tables, key Key, cookie uint64) (*record, error) {
+func (d *Datapath) newRecord(tables *tables, key AttachmentID, cookie uint64) (*record, error) {
 	generation, err := tables.generation(cookie)
 	return &record{Key: key, fresh: err == nil && generation == 0}, err
 }
 
-// disown makes r the only record of its namespace: another would undo it. A
+// removeOtherRecords makes r the only record of its namespace: another would undo it. A
 // process that dies in between leaves two, of which one is incomplete, and the
 // next call for that one comes here again.
-func (d *Datapath) disown(r *record) error {
-	if err := d.begin(r); err != nil {
+func (d *Datapath) removeOtherRecords(r *record) error {
+	if err := d.markIncomplete(r); err != nil {
 		return err
 	}
 	records, err := d.paths.readRecords()
@@ -176,7 +176,7 @@ func (d *Datapath) disown(r *record) error {
 
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
 // to remove, and needs neither the namespace nor loaded programs.
-func (d *Datapath) Remove(key Key) error {
+func (d *Datapath) Remove(key AttachmentID) error {
 	err := d.locked(func() error { return d.remove(key) })
 	if err == nil {
 		err = d.eraseDead()
@@ -187,9 +187,9 @@ func (d *Datapath) Remove(key Key) error {
 	return nil
 }
 
-func (d *Datapath) remove(key Key) error {
+func (d *Datapath) remove(key AttachmentID) error {
 	r, err := d.paths.readRecord(key)
-	// What an unreadable record stood for goes with its namespace; see sweep.
+	// What an unreadable record stood for goes with its namespace; see prune.
 	if errors.Is(err, ErrUnknown) || errors.Is(err, ErrUnreadable) {
 		return d.paths.removeRecord(key)
 	}
@@ -205,23 +205,23 @@ func (d *Datapath) remove(key Key) error {
 	if tables != nil {
 		defer tables.Close()
 	}
-	if err := d.teardown(tables, r); err != nil {
+	if err := d.removeWorkload(tables, r); err != nil {
 		return err
 	}
 	return d.paths.removeRecord(key)
 }
 
-// teardown undoes ensure, as far as it gets; the record stays until all of it
+// removeWorkload undoes ensure, as far as it gets; the record stays until all of it
 // is done. tables may be nil. The rows go first: from then on the kernel
 // leaves the namespace alone, outbound.
-func (d *Datapath) teardown(tables *tables, r *record) error {
+func (d *Datapath) removeWorkload(tables *tables, r *record) error {
 	var rows error
 	if tables != nil {
 		var applied *Workload
 		if r.Complete {
 			applied = &r.Applied
 		}
-		rows = tables.erase(r.Cookie, applied)
+		rows = tables.deleteWorkload(r.Cookie, applied)
 	}
 	return errors.Join(rows, detachLookup(d.paths, r.Cookie), removeRoutes(r))
 }
@@ -242,28 +242,28 @@ func removeRoutes(r *record) error {
 }
 
 // Check verifies that a workload is redirected as its record says, down to the
-// links on the root of cgroup v2, and mends what is not. It returns what it
-// mended, and an error only for what cannot be mended in place: ErrUnknown
+// links on the root of cgroup v2, and repairs what is not. It returns what it
+// repaired, and an error only for what cannot be repaired in place: ErrUnknown
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
-func (d *Datapath) Check(key Key, netns string) (mended []string, err error) {
+func (d *Datapath) Check(key AttachmentID, netns string) (repaired []string, err error) {
 	err = lockedWithin(d.paths.lock(), d.checkPatience, func() error {
-		mended, err = d.check(key, netns)
+		repaired, err = d.check(key, netns)
 		return err
 	})
 	if err != nil {
-		return mended, fmt.Errorf("check workload %s: %w", key, err)
+		return repaired, fmt.Errorf("check workload %s: %w", key, err)
 	}
-	return mended, nil
+	return repaired, nil
 }
 
-func (d *Datapath) check(key Key, netns string) (mended []string, err error) {
+func (d *Datapath) check(key AttachmentID, netns string) (repaired []string, err error) {
 	r, err := d.paths.readRecord(key)
 	if err != nil {
 		return nil, err
 	}
 	if netns != "" {
-		r.unwritten = r.NetNS != netns
+		r.dirty = r.NetNS != netns
 		r.NetNS = netns
 	}
 	ns, err := r.open()
@@ -280,19 +280,19 @@ func (d *Datapath) check(key Key, netns string) (mended []string, err error) {
 		return nil, err
 	}
 	defer tables.Close()
-	did, err := d.ensure(tables, r, ns)
-	return append(loaded.Did, did...), err
+	repairs, err := d.ensure(tables, r, ns)
+	return append(loaded.Did, repairs...), err
 }
 
-// SetOverlay replaces what Consul adds to a workload. Open connections and
+// SetMeshConfig replaces what Consul adds to a workload. Open connections and
 // the workload's origins stay; no change means no write.
-func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
+func (d *Datapath) SetMeshConfig(key AttachmentID, meshConfig MeshConfig) error {
 	err := d.locked(func() error {
 		r, err := d.paths.readRecord(key)
 		if err != nil {
 			return err
 		}
-		if err := Merge(r.Request, overlay).Validate(); err != nil {
+		if err := Merge(r.Request, meshConfig).Validate(); err != nil {
 			return err
 		}
 		tables, err := openTables(d.paths.maps())
@@ -306,8 +306,8 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 		}
 		defer ns.Close()
 		before := r.desired()
-		r.Overlay = overlay
-		r.Seats = before.seats(Merge(r.Request, overlay))
+		r.MeshConfig = meshConfig
+		r.Seats = before.proxyIDs(Merge(r.Request, meshConfig))
 		_, err = d.ensure(tables, r, ns)
 		return err
 	})
@@ -317,10 +317,10 @@ func (d *Datapath) SetOverlay(key Key, overlay Overlay) error {
 	return nil
 }
 
-// Collect removes the workloads of a CNI network that are not in valid, and
+// GC removes the workloads of a CNI network that are not in valid, and
 // whatever belongs to namespaces that died. Other networks' workloads with
 // living namespaces are not touched.
-func (d *Datapath) Collect(network string, valid []Key) (removed []Key, err error) {
+func (d *Datapath) GC(network string, valid []AttachmentID) (removed []AttachmentID, err error) {
 	err = d.locked(func() error {
 		records, err := d.paths.readRecords()
 		if err != nil && !errors.Is(err, ErrUnreadable) {
@@ -338,7 +338,7 @@ func (d *Datapath) Collect(network string, valid []Key) (removed []Key, err erro
 			}
 			removed = append(removed, r.Key)
 		}
-		return errors.Join(append(problems, d.sweep())...)
+		return errors.Join(append(problems, d.pruneDead())...)
 	})
 	return removed, errors.Join(err, d.eraseDead())
 }

@@ -13,13 +13,13 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// strays counts what leaves a namespace for addresses that never leave one: it
+// unmatched proxies counts what leaves a namespace for addresses that never leave one: it
 // looks at the other end of the wire, from the first packet on.
-type strays struct{ fd int }
+type unmatchedProxies struct{ fd int }
 
-func watchStrays(t *testing.T, ns *test.NetNS, device string) strays {
+func watchStrays(t *testing.T, ns *test.NetNS, device string) unmatchedProxies {
 	t.Helper()
-	var s strays
+	var s unmatchedProxies
 	ns.Do(func() {
 		var err error
 		if s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
@@ -38,7 +38,7 @@ func htons(n uint16) uint16 { return n<<8 | n>>8 }
 
 // seen are the addresses in the packets so far, ARP requests included, that are
 // loopback's or carry an origin.
-func (s strays) seen() (found []netip.Addr) {
+func (s unmatchedProxies) seen() (found []netip.Addr) {
 	frame := make([]byte, 1<<16)
 	for {
 		n, _, err := unix.Recvfrom(s.fd, frame, 0)
@@ -220,16 +220,16 @@ func TestDeviceRoutesAreRepaired(t *testing.T) {
 			}
 		}
 	})
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) == 0 || count() != whole {
-		t.Errorf("check: %v, %q, %d routes; want %d", err, mended, count(), whole)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) == 0 || count() != whole {
+		t.Errorf("check: %v, %q, %d routes; want %d", err, repaired, count(), whole)
 	}
 	test.Veth(t, test.VethEnd{NetNS: a.NetNS, Name: "eth1", Addrs: []netip.Prefix{netip.MustParsePrefix("10.99.0.2/24")}},
 		test.VethEnd{NetNS: n.remote, Name: "second", Addrs: []netip.Prefix{netip.MustParsePrefix("10.99.0.1/24")}})
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) == 0 || count() <= 2*whole {
-		t.Errorf("check beside a second device: %v, %q, %d routes; want more than %d", err, mended, count(), 2*whole)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) == 0 || count() <= 2*whole {
+		t.Errorf("check beside a second device: %v, %q, %d routes; want more than %d", err, repaired, count(), 2*whole)
 	}
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-		t.Errorf("second check: %v, %q", err, mended)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+		t.Errorf("second check: %v, %q", err, repaired)
 	}
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)

@@ -100,8 +100,8 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 			EphemeralFirst: w.Ephemeral.First,
 			EphemeralLast:  w.Ephemeral.Last,
 
-			Seat:  w.seat(0),
-			Seats: w.takenSeats(),
+			Seat:  w.proxyID(0),
+			Seats: w.takenProxyIDs(),
 		},
 		exclusions: make(map[bpfExclusionKey]uint32),
 		ports:      make(map[bpfExclusionKey]bpfPorts),
@@ -127,20 +127,20 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	}
 	// What comes later overwrites: the last proxy first, then what goes before any proxy.
 	for i := len(w.Proxies) - 1; i >= 0; i-- {
-		p, seat := w.Proxies[i], uint32(w.seat(i+1))
+		p, proxyID := w.Proxies[i], uint32(w.proxyID(i+1))
 		for _, addr := range p.VirtualIPs {
 			r.addresses[bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}] = bpfAddress{
-				Kind: bpfAddressKindADDRESS_PROXY, Port: p.OutboundPort, Seat: uint16(seat),
+				Kind: bpfAddressKindADDRESS_PROXY, Port: p.OutboundPort, Seat: uint16(proxyID),
 			}
 		}
 		for _, port := range p.ServicePorts {
 			mean(bpfExclusionKindEXCLUSION_SERVICE, uint32(port), uint32(p.InboundPort))
 		}
 		if p.OutboundPort != 0 {
-			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), seat|listensOutbound)
+			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), proxyID|listensOutbound)
 		}
 		if p.InboundPort != 0 {
-			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.InboundPort), seat)
+			mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.InboundPort), proxyID)
 		}
 	}
 	for _, p := range w.all() {
@@ -151,7 +151,7 @@ func encodeRows(w Workload, cookie, generation uint64, ipv6 bool) rows {
 	exposed := w.exposed()
 	for _, p := range exposed {
 		mean(bpfExclusionKindEXCLUSION_SERVICE, uint32(p.port), uint32(p.port)|proxyListensHere)
-		mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.port), uint32(p.seat)|listensExposed)
+		mean(bpfExclusionKindEXCLUSION_LISTENER, uint32(p.port), uint32(p.proxyID)|listensExposed)
 	}
 	excludePorts(bpfExclusionKindEXCLUSION_PORT_OUT, w.ExcludeOutboundPorts)
 	excludePorts(bpfExclusionKindEXCLUSION_PORT_IN, w.ExcludeInboundPorts)

@@ -245,7 +245,7 @@ func TestEncodeProxies(t *testing.T) {
 	for key, row := range got.addresses {
 		kinds[decodeAddr(key.Addr).String()] = row.Kind
 		if row.Kind == bpfAddressKindADDRESS_PROXY && (row.Port != 15002 || row.Seat != 0) {
-			t.Errorf("the owner of %s is at port %d in seat %d", decodeAddr(key.Addr), row.Port, row.Seat)
+			t.Errorf("the owner of %s is at port %d in proxy ID %d", decodeAddr(key.Addr), row.Port, row.Seat)
 		}
 	}
 	if diff := cmp.Diff(map[string]bpfAddressKind{
@@ -258,10 +258,10 @@ func TestEncodeProxies(t *testing.T) {
 	}
 }
 
-// A proxy keeps its seat for as long as it can be recognised.
+// A proxy keeps its proxy ID for as long as it can be recognised.
 func TestSeats(t *testing.T) {
-	of := func(seats []uint8, list ...Sidecar) Workload {
-		return Workload{Mode: ModeTransparent, Service: list[0].Service, InboundPort: list[0].InboundPort, OutboundPort: list[0].OutboundPort, Proxies: list[1:], Seats: seats}
+	of := func(proxyIDs []uint8, list ...Sidecar) Workload {
+		return Workload{Mode: ModeTransparent, Service: list[0].Service, InboundPort: list[0].InboundPort, OutboundPort: list[0].OutboundPort, Proxies: list[1:], Seats: proxyIDs}
 	}
 	api, web, db := Sidecar{Service: "api", InboundPort: 1, OutboundPort: 2}, Sidecar{Service: "web", InboundPort: 3, OutboundPort: 4}, Sidecar{Service: "db", InboundPort: 5, OutboundPort: 6}
 	moved := Sidecar{Service: "web", InboundPort: 13, OutboundPort: 14}
@@ -279,17 +279,17 @@ func TestSeats(t *testing.T) {
 		"another comes before it":         {of(nil, web), of(nil, api, web), []uint8{1, 0}},
 		"and goes again":                  {of([]uint8{1, 0}, api, web), of(nil, web), nil},
 		"the first goes":                  {of(nil, api, web), of(nil, web), []uint8{1}},
-		"a vacant seat is not warm":       {of(nil, api, web), of(nil, db, web), []uint8{2, 1}},
+		"a vacant proxy ID is not warm":   {of(nil, api, web), of(nil, db, web), []uint8{2, 1}},
 		"both ports move":                 {of(nil, api, web), of(nil, moved, api), []uint8{1, 0}},
 		"the only one":                    {of(nil, Sidecar{OutboundPort: 15001}), of(nil, moved), nil},
 		"by a port, while it has no name": {of(nil, Sidecar{OutboundPort: 4}), of(nil, api, web), []uint8{1, 0}},
 		"by the port that means something": {
 			plain(Sidecar{InboundPort: 3}), plain(Sidecar{Service: "api", InboundPort: 1}, Sidecar{Service: "web", InboundPort: 3}), []uint8{1, 0}},
-		"all seats were taken": {
+		"all proxy IDs were taken": {
 			of([]uint8{0, 1, 2, 3, 4, 5, 6, 7}, api, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}, Sidecar{}), of(nil, web, api), []uint8{1, 0}},
 	} {
-		if got := tc.before.seats(tc.after); !cmp.Equal(got, tc.want, cmpopts.EquateEmpty()) {
-			t.Errorf("%s: seats %v, want %v", name, got, tc.want)
+		if got := tc.before.proxyIDs(tc.after); !cmp.Equal(got, tc.want, cmpopts.EquateEmpty()) {
+			t.Errorf("%s: proxy IDs %v, want %v", name, got, tc.want)
 		}
 	}
 }

@@ -38,7 +38,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		}
 	}
 	if !routed {
-		if err := d.begin(r); err != nil {
+		if err := d.markIncomplete(r); err != nil {
 			return nil, err
 		}
 		if r.IPv6, err = ns.setRoutes(workload); err != nil {
@@ -60,13 +60,13 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		}
 	}
 	if !written {
-		if err := d.begin(r); err != nil {
+		if err := d.markIncomplete(r); err != nil {
 			return changed, err
 		}
 		if !before.fresh && (!before.Complete || !samePorts(before.Applied, workload)) {
 			// Those that wait at the new ports already, before anybody is sent there.
 			// After a process that died half way nobody knows which ports are in force.
-			if _, err := adopt(tables, d.paths, ns, workload, r.Strangers); err != nil {
+			if _, err := registerExistingListeners(tables, d.paths, ns, workload, r.RejectedCgroups); err != nil {
 				return changed, err
 			}
 		}
@@ -91,20 +91,20 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 	if filtered {
 		changed = append(changed, "filter of forwarded packets set")
 	}
-	adopted, err := adopt(tables, d.paths, ns, workload, r.Strangers)
+	adopted, err := registerExistingListeners(tables, d.paths, ns, workload, r.RejectedCgroups)
 	if err != nil {
 		return changed, err
 	}
 	changed = append(changed, adopted...)
-	if before.Complete && len(changed) == 0 && !r.unwritten {
+	if before.Complete && len(changed) == 0 && !r.dirty {
 		return nil, nil
 	}
 	r.Complete, r.Applied = true, workload
 	return changed, d.paths.writeRecord(r)
 }
 
-// begin marks the record incomplete on disk.
-func (d *Datapath) begin(r *record) error {
+// markIncomplete marks the record incomplete on disk.
+func (d *Datapath) markIncomplete(r *record) error {
 	r.Complete = false
 	return d.paths.writeRecord(r)
 }
@@ -125,23 +125,23 @@ func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workl
 	}
 	waitForReaders()
 	if !before.Complete || old == 0 {
-		return tables.dropStale(r.Cookie, &workload)
+		return tables.deleteStale(r.Cookie, &workload)
 	}
-	if err := tables.dropRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
+	if err := tables.deleteRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
 		return err
 	}
 	if samePorts(before.Applied, workload) {
 		return nil
 	}
 	return errors.Join(
-		tables.evict(r.Cookie, workload.ports()),
-		tables.dropSeats(r.Cookie, before.Applied.takenSeats()&^workload.takenSeats()),
+		tables.deleteListenersOn(r.Cookie, workload.ports()),
+		tables.deleteProxies(r.Cookie, before.Applied.takenProxyIDs()&^workload.takenProxyIDs()),
 	)
 }
 
-// sweep removes what belongs to namespaces that died: their records, and the
+// pruneDead removes what belongs to namespaces that died: their records, and the
 // rows and links that have no record at all.
-func (d *Datapath) sweep() error {
+func (d *Datapath) pruneDead() error {
 	records, err := d.paths.readRecords()
 	if err != nil && !errors.Is(err, ErrUnreadable) {
 		return err
@@ -159,7 +159,7 @@ func (d *Datapath) sweep() error {
 		if err == nil {
 			ns.Close()
 		}
-		if errors.Is(err, ErrNetNSGone) && !d.Hooked(r.Cookie) {
+		if errors.Is(err, ErrNetNSGone) && !d.LookupAttached(r.Cookie) {
 			problems = append(problems, d.remove(r.Key))
 		}
 	}
@@ -175,7 +175,7 @@ func (d *Datapath) sweep() error {
 		if orphan.alive {
 			continue
 		}
-		problems = append(problems, tables.erase(orphan.cookie, nil), detachLookup(d.paths, orphan.cookie))
+		problems = append(problems, tables.deleteWorkload(orphan.cookie, nil), detachLookup(d.paths, orphan.cookie))
 	}
 	return errors.Join(problems...)
 }

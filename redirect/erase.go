@@ -11,48 +11,48 @@ import (
 // have the lock: some milliseconds' worth.
 const sliceRows = 1024
 
-// erase removes all that the tables hold of a workload. With applied nil, what
+// deleteWorkload removes all that the tables hold of a workload. With applied nil, what
 // the rows were made from is not known and the tables are walked. Origins that it
 // takes a walk to find it leaves to eraseDead, and with them the row that counts
 // them.
-func (m *tables) erase(cookie uint64, applied *Workload) error {
+func (m *tables) deleteWorkload(cookie uint64, applied *Workload) error {
 	generation, err := m.generation(cookie)
 	if err != nil {
 		return err
 	}
-	if err := m.drop("workloads", cookie); err != nil {
+	if err := m.delete("workloads", cookie); err != nil {
 		return err
 	}
 	if applied != nil && generation != 0 {
-		err = m.dropRows(encodeRows(*applied, cookie, generation, true), cookie, generation)
+		err = m.deleteRows(encodeRows(*applied, cookie, generation, true), cookie, generation)
 	} else {
-		err = m.dropStale(cookie, nil)
+		err = m.deleteStale(cookie, nil)
 	}
 	if err != nil {
 		return err
 	}
-	if err := m.eraseListeners(cookie, applied); err != nil {
+	if err := m.deleteListeners(cookie, applied); err != nil {
 		return err
 	}
-	if applied != nil && generation != 0 { // else dropStale has
-		if err := m.dropSeats(cookie, applied.takenSeats()); err != nil {
+	if applied != nil && generation != 0 { // else deleteStale has
+		if err := m.deleteProxies(cookie, applied.takenProxyIDs()); err != nil {
 			return err
 		}
 	}
 	for slot := range uint32(flowSlots) {
-		if err := m.drop("flows", bpfFlowKey{Cookie: cookie, Slot: slot}); err != nil {
+		if err := m.delete("flows", bpfFlowKey{Cookie: cookie, Slot: slot}); err != nil {
 			return err
 		}
 	}
-	if err := m.drop("verdicts", cookie); err != nil {
+	if err := m.delete("verdicts", cookie); err != nil {
 		return err
 	}
-	return m.eraseOrigins(cookie, applied)
+	return m.deleteOrigins(cookie, applied)
 }
 
-// eraseOrigins removes the origins of a workload that had few: its indexes were
+// deleteOrigins removes the origins of a workload that had few: its indexes were
 // given out from the first one on, so they can be counted through.
-func (m *tables) eraseOrigins(cookie uint64, applied *Workload) error {
+func (m *tables) deleteOrigins(cookie uint64, applied *Workload) error {
 	var budget bpfBudget
 	found, err := m.get("budgets", cookie, &budget)
 	if err != nil || !found {
@@ -88,7 +88,7 @@ func (m *tables) dropOrigins(cookie uint64, origins []bpfOriginKey, indexes []bp
 	if len(indexes) == 0 {
 		return nil
 	}
-	return errors.Join(dropMany(m, "origins", origins), dropMany(m, "indexes", indexes), m.release(cookie, len(indexes)))
+	return errors.Join(dropMany(m, "origins", origins), dropMany(m, "indexes", indexes), m.freeIndexes(cookie, len(indexes)))
 }
 
 // eraseBudget removes the rows that count a workload's indexes. What they still
@@ -101,7 +101,7 @@ func (m *tables) eraseBudget(cookie uint64) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(m.drop("budgets", cookie), m.drop("releases", cookie))
+	return errors.Join(m.delete("budgets", cookie), m.delete("releases", cookie))
 }
 
 // eraseDead removes what erase left of workloads that are not under Weir any

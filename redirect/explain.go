@@ -73,7 +73,7 @@ type Explanation struct {
 
 // Explain decides what the programs would make of a connection now, rule by rule, from the
 // rows in the kernel. It takes no lock and changes nothing.
-func (d *Datapath) Explain(key Key, c Connection) (Explanation, error) {
+func (d *Datapath) Explain(key AttachmentID, c Connection) (Explanation, error) {
 	r, err := d.paths.readRecord(key)
 	if err != nil {
 		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
@@ -211,7 +211,7 @@ func (m *tables) snapshotOf(cookie, generation uint64, c Connection) (*snapshot,
 	found, problems[5] = m.get("cidrs", encodeCIDR(whole, cookie, generation), &family)
 	s.cidr = found && family == cidrFamily(whole)
 	s.origin, problems[6] = m.originRows(cookie, generation, s, addr)
-	problems[7] = eachSeat(cookie, math.MaxUint8, func(key bpfProxyKey) error {
+	problems[7] = eachProxyID(cookie, math.MaxUint8, func(key bpfProxyKey) error {
 		var proxy bpfProxy
 		_, err := m.get("proxies", key, &proxy)
 		s.proxies[key.Seat] = proxy

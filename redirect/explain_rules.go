@@ -155,17 +155,17 @@ func askProxy(s *snapshot, c Connection) finding {
 	if c.UID != s.config.ProxyUid {
 		return passes("the UID is not the proxy's, which is %d", s.config.ProxyUid)
 	}
-	seats := []uint32{uint32(s.config.Seat)}
+	proxyIDs := []uint32{uint32(s.config.Seat)}
 	if s.has(bpfConfigFlagCONFIG_PROXIES) {
-		seats = nil
-		for seat := range uint32(MaxProxies) {
-			if s.config.Seats>>seat&1 != 0 {
-				seats = append(seats, seat)
+		proxyIDs = nil
+		for proxyID := range uint32(MaxProxies) {
+			if s.config.Seats>>proxyID&1 != 0 {
+				proxyIDs = append(proxyIDs, proxyID)
 			}
 		}
 	}
-	for _, seat := range seats {
-		proxy := s.proxies[seat]
+	for _, proxyID := range proxyIDs {
+		proxy := s.proxies[proxyID]
 		if proxy.Cgroup == 0 {
 			return decides(Proxy, "UID %d is the proxy's, and its cgroup is not known yet: the UID alone decides", c.UID)
 		}

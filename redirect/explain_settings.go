@@ -16,7 +16,7 @@ type Setting struct {
 
 // Settings is all that decides about a workload's connections: where each value comes from, and
 // whether its proxies listen. It takes no lock.
-func (d *Datapath) Settings(key Key) (list []Setting, silent bool, err error) {
+func (d *Datapath) Settings(key AttachmentID) (list []Setting, silent bool, err error) {
 	r, err := d.paths.readRecord(key)
 	if err != nil {
 		return nil, false, fmt.Errorf("explain %s: %w", key, err)
@@ -60,7 +60,7 @@ func (d *Datapath) Settings(key Key) (list []Setting, silent bool, err error) {
 	add("guard", either(w.Guard == "", string(GuardOff), string(w.Guard)), r.source(&guard, Connection{}))
 	add("open inbound ports", join(w.ExcludeInboundPorts), either(len(r.Request.ExcludeInboundPorts) == len(w.ExcludeInboundPorts), SourceJob,
 		either(len(r.Request.ExcludeInboundPorts) == 0, SourceConsul, SourceJob+", "+SourceConsul)))
-	add("ports of the proxy alone", join(r.Overlay.ExposedPorts), SourceConsul)
+	add("ports of the proxy alone", join(r.MeshConfig.ExposedPorts), SourceConsul)
 	add("excluded outbound ports", join(w.ExcludeOutboundPorts), SourceJob)
 	add("excluded CIDRs", join(w.ExcludeOutboundCIDRs), SourceJob)
 	add("excluded UIDs", join(w.ExcludeUIDs), SourceJob)

@@ -47,11 +47,11 @@ func (r *record) source(step *Step, c Connection) string {
 		if guard := r.desired().Guard; guard == "" || guard == GuardOff {
 			return SourceDefault
 		}
-		return either(Stronger(r.Request.Guard, GuardOff) == r.desired().Guard, SourceJob, SourceAgent)
+		return either(MaxGuard(r.Request.Guard, GuardOff) == r.desired().Guard, SourceJob, SourceAgent)
 	case RuleBudget:
 		return either(r.desired().Budget == DefaultBudget, SourceDefault, SourceJob)
 	case RuleInbound:
-		return either(r.Overlay.InboundPort != 0, SourceConsul, SourceJob)
+		return either(r.MeshConfig.InboundPort != 0, SourceConsul, SourceJob)
 	case RuleFamily, RuleListener:
 		return SourceNode
 	}
@@ -84,14 +84,14 @@ func (r *record) excludedCIDR(addr netip.Addr) (longest netip.Prefix, found bool
 // serviceBehind names the service that a connection is meant for, as far as Consul told.
 func (r *record) serviceBehind(c Connection) string {
 	if c.inbound() {
-		for _, p := range r.Overlay.Proxies {
+		for _, p := range r.MeshConfig.Proxies {
 			if slices.Contains(p.ServicePorts, c.Destination.Port()) || p.InboundPort == c.Destination.Port() {
 				return p.Service
 			}
 		}
-		return r.Overlay.Service
+		return r.MeshConfig.Service
 	}
-	for _, upstream := range r.Overlay.Upstreams {
+	for _, upstream := range r.MeshConfig.Upstreams {
 		if upstream.Listener == c.Destination || slices.Contains(upstream.Addresses, c.Destination.Addr()) {
 			return upstream.Name
 		}

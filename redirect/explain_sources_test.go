@@ -22,7 +22,7 @@ func TestExplainTellsWhatLiesBehind(t *testing.T) {
 		r.ExcludeInboundPorts = []uint16{9000}
 	})
 	listener := netip.MustParseAddrPort("127.0.0.1:9191")
-	err := n.SetOverlay(a.key, Overlay{Service: "web", ExcludeInboundPorts: []uint16{9001}, Guard: GuardAudit,
+	err := n.SetMeshConfig(a.key, MeshConfig{Service: "web", ExcludeInboundPorts: []uint16{9001}, Guard: GuardAudit,
 		Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: listener}}})
 	if err != nil {
 		t.Fatal(err)

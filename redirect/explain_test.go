@@ -99,20 +99,20 @@ func (x *explained) configure(again bool) {
 		}
 		r.Budget = pick(x, 0, 0, 4, uint32(12))
 	})
-	overlay := Overlay{Guard: pick(x, GuardOff, GuardAudit, GuardEnforce)}
+	meshConfig := MeshConfig{Guard: pick(x, GuardOff, GuardAudit, GuardEnforce)}
 	if x.chance(50) {
-		overlay.Upstreams = []Upstream{{Name: "db", Addresses: addrs("240.0.0.5", "fd09:1::5"),
+		meshConfig.Upstreams = []Upstream{{Name: "db", Addresses: addrs("240.0.0.5", "fd09:1::5"),
 			Listener: netip.AddrPortFrom(pick(x, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()), explainedUpstream)}}
 	}
 	if x.chance(40) {
-		overlay.ExposedPorts = []uint16{explainedExposed}
+		meshConfig.ExposedPorts = []uint16{explainedExposed}
 	}
 	if x.chance(40) {
-		overlay.Service = "api"
-		overlay.Proxies = []Sidecar{{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
+		meshConfig.Service = "api"
+		meshConfig.Proxies = []Sidecar{{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
 			ServicePorts: []uint16{8081}, VirtualIPs: addrs("240.0.1.1", "fd09:1::6")}}
 	}
-	if err := x.node.SetOverlay(x.key, overlay); err != nil {
+	if err := x.node.SetMeshConfig(x.key, meshConfig); err != nil {
 		x.t.Fatal(err)
 	}
 	x.listen()

@@ -27,7 +27,7 @@ func newExposed(t *testing.T, mode Mode, guard Guard) *alloc {
 
 func (a *alloc) expose(guard Guard) {
 	a.node.t.Helper()
-	if err := a.node.SetOverlay(a.key, Overlay{Guard: guard, ExposedPorts: []uint16{exposedPort}}); err != nil {
+	if err := a.node.SetMeshConfig(a.key, MeshConfig{Guard: guard, ExposedPorts: []uint16{exposedPort}}); err != nil {
 		a.node.t.Fatal(err)
 	}
 }
@@ -95,7 +95,7 @@ func TestExposedPortIsNotForDatagrams(t *testing.T) {
 	}), map[Verdict]uint64{RefusedGuard: 1})
 }
 
-// A listener that was open before the port was named is taken in.
+// A listener that was open before the port was named is registered.
 func TestExposedPortOlderThanItsRow(t *testing.T) {
 	for _, who := range []struct {
 		name string
@@ -158,10 +158,10 @@ func TestExposedPortThatTheRequestExcludes(t *testing.T) {
 // the mesh has, keeps its first meaning.
 func TestExposedPortsOfSeveralProxies(t *testing.T) {
 	s := newSeveral(t)
-	overlay := s.overlay()
-	overlay.ExposedPorts = []uint16{exposedPort, inboundPort}
-	overlay.Proxies[0].ExposedPorts = []uint16{exposedPort, exposedPort + 1}
-	s.set(overlay)
+	meshConfig := s.meshConfig()
+	meshConfig.ExposedPorts = []uint16{exposedPort, inboundPort}
+	meshConfig.Proxies[0].ExposedPorts = []uint16{exposedPort, exposedPort + 1}
+	s.set(meshConfig)
 	s.startProxy()
 	s.startSecond()
 	first := s.serve(proxyUID, s.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))

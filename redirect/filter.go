@@ -104,14 +104,14 @@ func (p Paths) renewFilterPrograms() (chainPrograms, error) {
 
 // pinFilters pins the programs again that read the set's tables. Rules of
 // namespaces ask them, or a pin that cannot be seen leads to them.
-func (p Paths) pinFilters(s *programSet) (did []string, err error) {
+func (p Paths) pinFilters(s *programSet) (repairs []string, err error) {
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
 		found, err := describeProgram(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // it ended
 		}
 		if err != nil {
-			return did, err
+			return repairs, err
 		}
 		if !slices.Contains(slices.Collect(maps.Values(filterNames())), found.name) || !slices.ContainsFunc(found.maps, s.reads) {
 			continue
@@ -123,13 +123,13 @@ func (p Paths) pinFilters(s *programSet) (did []string, err error) {
 		pinned, err := pinAgain(filepath.Join(p.filters(), found.name), program)
 		program.Close()
 		if err != nil {
-			return did, err
+			return repairs, err
 		}
 		if pinned {
-			did = append(did, "pin of "+found.name+" put back")
+			repairs = append(repairs, "pin of "+found.name+" put back")
 		}
 	}
-	return did, nil
+	return repairs, nil
 }
 
 // renewFilters brings this binary's programs to every workload. One that it cannot

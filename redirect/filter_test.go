@@ -123,7 +123,7 @@ func TestForwardedTraffic(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
 			a.add(tc.mode, func(r *Request) { r.Forward = tc.forward })
-			if err := n.SetOverlay(a.key, Overlay{Guard: tc.guard}); err != nil {
+			if err := n.SetMeshConfig(a.key, MeshConfig{Guard: tc.guard}); err != nil {
 				t.Fatal(err)
 			}
 			inner := a.newInner()
@@ -162,7 +162,7 @@ func TestForwardedTrafficFollowsTheOverlay(t *testing.T) {
 	inner := a.newInner()
 	test.Echo(t, n.remote, "tcp", "[::]:9000")
 	for _, forward := range []bool{false, true, false} {
-		if err := n.SetOverlay(a.key, Overlay{Forward: forward}); err != nil {
+		if err := n.SetMeshConfig(a.key, MeshConfig{Forward: forward}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := test.Ask(inner, "tcp", addrPort(remote4(a.number), 9000)); (err == nil) != forward {
@@ -180,7 +180,7 @@ func TestFilterHasOnlyTheChainsItNeeds(t *testing.T) {
 		guard  Guard
 		chains []string
 	}{{GuardOff, nil}, {GuardAudit, []string{"forward", "input"}}, {GuardEnforce, []string{"forward", "input"}}, {GuardOff, nil}} {
-		if err := n.SetOverlay(a.key, Overlay{Guard: step.guard}); err != nil {
+		if err := n.SetMeshConfig(a.key, MeshConfig{Guard: step.guard}); err != nil {
 			t.Fatal(err)
 		}
 		var chains []string
@@ -217,8 +217,8 @@ func TestFilterIsMissed(t *testing.T) {
 	if problems := list[0].Problems; len(problems) != 1 || !strings.Contains(problems[0].What, "filter of forwarded packets") {
 		t.Errorf("problems %v, want one about the filter", problems)
 	}
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) != 1 {
-		t.Errorf("check: mended %q, %v", mended, err)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) != 1 {
+		t.Errorf("check: repaired %q, %v", repaired, err)
 	}
 	if _, err := test.Ask(inner, "tcp", addrPort(remote4(a.number), 9000)); err == nil {
 		t.Error("a dial through the allocation passes after the check")

@@ -71,7 +71,7 @@ type alloc struct {
 	node      *node
 	number    int
 	v4, v6    netip.Addr
-	key       Key
+	key       AttachmentID
 	proxyCg   *test.Cgroup
 	taskCg    *test.Cgroup
 	outbound  *test.ServerProcess
@@ -87,7 +87,7 @@ func (n *node) newAlloc() *alloc {
 		NetNS: test.NewNetNS(n.t), node: n, number: i,
 		v4:      netip.MustParseAddr(fmt.Sprintf("10.9.%d.2", i)),
 		v6:      netip.MustParseAddr(fmt.Sprintf("fd09:%d::2", i)),
-		key:     Key{ContainerID: fmt.Sprintf("alloc-%d", i), IfName: "eth0"},
+		key:     AttachmentID{ContainerID: fmt.Sprintf("alloc-%d", i), IfName: "eth0"},
 		proxyCg: test.NewCgroup(n.t), taskCg: test.NewCgroup(n.t),
 		taskCache: make(map[test.Spec]*test.Client),
 	}

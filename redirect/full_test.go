@@ -33,7 +33,7 @@ func TestAddWhereATableIsFull(t *testing.T) {
 				}
 			}
 			ns := test.NewNetNS(t)
-			key := Key{ContainerID: "full", IfName: "eth0"}
+			key := AttachmentID{ContainerID: "full", IfName: "eth0"}
 			err = d.Add(Attachment{Key: key, NetNS: ns.Path, Request: Request{Mode: ModeTransparent, ProxyUID: proxyUID, OutboundPort: outboundPort}})
 			if !errors.Is(err, ErrFull) || !strings.Contains(err.Error(), "map "+name) {
 				t.Errorf("error %v: want ErrFull that names %s", err, name)

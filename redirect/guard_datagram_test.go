@@ -110,7 +110,7 @@ func TestGuardOfDatagramsPastLookup(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
 			a.add(func(r *Request) { r.Mode = ModeDirect; r.ExcludeInboundPorts = []uint16{7070} })
-			if err := n.SetOverlay(a.key, Overlay{Guard: guard.guard}); err != nil {
+			if err := n.SetMeshConfig(a.key, MeshConfig{Guard: guard.guard}); err != nil {
 				t.Fatal(err)
 			}
 			four, six := make(map[uint16]int), make(map[uint16]int)
@@ -167,7 +167,7 @@ func TestGuardOfOtherProtocols(t *testing.T) {
 	a := n.newAlloc()
 	a.add(func(r *Request) { r.ExcludeInboundPorts = []uint16{7070} })
 	for guard, refused := range map[Guard]Verdict{GuardAudit: GuardAudited, GuardEnforce: RefusedGuard} {
-		if err := n.SetOverlay(a.key, Overlay{Guard: guard}); err != nil {
+		if err := n.SetMeshConfig(a.key, MeshConfig{Guard: guard}); err != nil {
 			t.Fatal(err)
 		}
 		for _, protocol := range []byte{unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP} {

@@ -19,7 +19,7 @@ func guarded(t *testing.T, guard Guard) *alloc {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add(func(r *Request) { r.Mode = ModeDirect; r.ExcludeInboundPorts = []uint16{7070} })
-	if err := n.SetOverlay(a.key, Overlay{Guard: guard}); err != nil {
+	if err := n.SetMeshConfig(a.key, MeshConfig{Guard: guard}); err != nil {
 		t.Fatal(err)
 	}
 	for _, port := range []int{7070, 8080, inboundPort, 15001} {
@@ -97,7 +97,7 @@ func TestGuardOfTransparentWorkloadTakesUDP(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	if err := n.SetOverlay(a.key, Overlay{Guard: GuardEnforce}); err != nil {
+	if err := n.SetMeshConfig(a.key, MeshConfig{Guard: GuardEnforce}); err != nil {
 		t.Fatal(err)
 	}
 	a.serve(taskUID, a.taskCg, "udp4", "0.0.0.0:8080")

@@ -49,8 +49,8 @@ func (t *tables) heldByNode() (uint32, error) {
 	return given - freed, nil
 }
 
-// release counts indexes as given back, for the workload and for the node.
-func (t *tables) release(cookie uint64, freed int) error {
+// freeIndexes counts indexes as given back, for the workload and for the node.
+func (t *tables) freeIndexes(cookie uint64, freed int) error {
 	var released uint32
 	if _, err := t.get("releases", cookie, &released); err != nil {
 		return err

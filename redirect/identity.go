@@ -15,21 +15,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sighting is what the kernel knows of who a proxy is.
-type Sighting struct {
+// ObservedProxy is what the kernel knows of who a proxy is.
+type ObservedProxy struct {
 	Cgroup  uint64 // 0: its UID alone
 	Listens bool
 }
 
-// Sightings returns those of the proxies of these namespaces, by cookie. A few
+// ObservedProxies returns those of the proxies of these namespaces, by cookie. A few
 // map reads each, without the lock.
-func (d *Datapath) Sightings(cookies []uint64) (map[uint64][]Sighting, error) {
+func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy, error) {
 	tables, err := openTablesToRead(d.paths.maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
-	found := make(map[uint64][]Sighting)
+	found := make(map[uint64][]ObservedProxy)
 	for _, cookie := range cookies {
 		generation, err := tables.generation(cookie)
 		if err != nil {
@@ -39,9 +39,9 @@ func (d *Datapath) Sightings(cookies []uint64) (map[uint64][]Sighting, error) {
 		if _, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil {
 			return nil, err
 		}
-		err = eachSeat(cookie, config.Seats, func(key bpfProxyKey) error {
+		err = eachProxyID(cookie, config.Seats, func(key bpfProxyKey) error {
 			proxy, err := tables.proxyState(cookie, uint8(key.Seat))
-			found[cookie] = append(found[cookie], Sighting{
+			found[cookie] = append(found[cookie], ObservedProxy{
 				Cgroup: proxy.Cgroup, Listens: proxy.Listeners > 0 || proxy.Flags&bpfProxyFlagPROXY_PINNED != 0,
 			})
 			return err
@@ -170,7 +170,7 @@ func ListeningAs(path string, uid uint32) (ports []uint16, err error) {
 
 // onRecord runs action on a workload that is on record, while nobody else changes
 // the state.
-func (d *Datapath) onRecord(key Key, action func(*tables, *record, *namespace) error) error {
+func (d *Datapath) onRecord(key AttachmentID, action func(*tables, *record, *namespace) error) error {
 	return d.locked(func() error {
 		r, err := d.paths.readRecord(key)
 		if err != nil {
@@ -190,40 +190,40 @@ func (d *Datapath) onRecord(key Key, action func(*tables, *record, *namespace) e
 	})
 }
 
-// Distrust takes the place of the proxy from a cgroup that is known not to be
+// RejectProxyCgroup takes the place of the proxy from a cgroup that is known not to be
 // the proxy's, for as long as the workload is under Weir, and learns the proxy
 // anew from the listeners of others. Where there are none yet, connections are
 // refused until the proxy listens.
-func (d *Datapath) Distrust(key Key, cgroup uint64) error {
+func (d *Datapath) RejectProxyCgroup(key AttachmentID, cgroup uint64) error {
 	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
-		if !slices.Contains(r.Strangers, cgroup) {
-			r.Strangers = append(r.Strangers, cgroup)
+		if !slices.Contains(r.RejectedCgroups, cgroup) {
+			r.RejectedCgroups = append(r.RejectedCgroups, cgroup)
 		}
 		if err := d.paths.writeRecord(r); err != nil {
 			return err
 		}
 		w := r.desired()
-		var seats []uint8
+		var proxyIDs []uint8
 		for i := range w.all() {
-			proxy, err := tables.proxyState(r.Cookie, w.seat(i))
+			proxy, err := tables.proxyState(r.Cookie, w.proxyID(i))
 			if err != nil {
 				return err
 			}
 			if proxy.Cgroup == cgroup {
-				seats = append(seats, w.seat(i))
+				proxyIDs = append(proxyIDs, w.proxyID(i))
 			}
 		}
-		if len(seats) == 0 {
+		if len(proxyIDs) == 0 {
 			return nil
 		}
-		if err := tables.forgetProxy(r.Cookie, seats, w); err != nil {
+		if err := tables.deleteProxy(r.Cookie, proxyIDs, w); err != nil {
 			return err
 		}
 		_, err := d.ensure(tables, r, ns)
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("distrust cgroup %d of workload %s: %w", cgroup, key, err)
+		return fmt.Errorf("reject cgroup %d of workload %s: %w", cgroup, key, err)
 	}
 	return nil
 }

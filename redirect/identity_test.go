@@ -150,15 +150,15 @@ func TestIdentitySecondClaimant(t *testing.T) {
 	a.startProxy()
 	moved := a.rose(func() { second.must(socketCall{Op: "serve", FD: early, Name: "second"}) })
 	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
-	// Older than a check, too, it is not taken in; but Status tells of it.
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-		t.Errorf("check beside a second claimant: %v, mended %q", err, mended)
+	// Older than a check, too, it is not registered; but Status tells of it.
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+		t.Errorf("check beside a second candidate: %v, repaired %q", err, repaired)
 	}
 	n.ails("[::1]:15001 under the proxy's UID is not registered")
 	for _, addr := range []string{"[::1]:20000", addrPort(a.v6, 20000), "127.0.0.9:15001"} {
 		moved := a.rose(func() {
 			if _, err := second.listen("second", addr, 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
-				t.Errorf("listen on %s as the second claimant: %v, want address in use", addr, err)
+				t.Errorf("listen on %s as the second candidate: %v, want address in use", addr, err)
 			}
 		})
 		verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
@@ -170,7 +170,7 @@ func TestIdentitySecondClaimant(t *testing.T) {
 	a.arrives(a.v4, 8080, a.inbound.Name, true)
 	a.refused(a.v6, 8080)
 	if got := a.spread(test.Scale(50)); len(got) != 1 || got[a.outbound.Name] == 0 {
-		t.Errorf("beside a second claimant: who answered: %v", got)
+		t.Errorf("beside a second candidate: who answered: %v", got)
 	}
 }
 

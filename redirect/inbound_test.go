@@ -187,7 +187,7 @@ func TestInboundPortUnknown(t *testing.T) {
 		}
 		a.arrives(addr, 9000, excluded.Name, false)
 	}
-	if err := n.SetOverlay(a.key, Overlay{InboundPort: 21000}); err != nil {
+	if err := n.SetMeshConfig(a.key, MeshConfig{InboundPort: 21000}); err != nil {
 		t.Fatal(err)
 	}
 	for _, addr := range []netip.Addr{a.v4, a.v6} {
@@ -202,7 +202,7 @@ func TestInboundPortUnknown(t *testing.T) {
 	a.arrives(a.v6, 8080, late.Name, true)
 	// And a port that Consul moves.
 	moved := a.serve(proxyUID, a.proxyCg, "tcp", "[::]:22000")
-	if err := n.SetOverlay(a.key, Overlay{InboundPort: 22000, ExcludeInboundPorts: []uint16{8080}}); err != nil {
+	if err := n.SetMeshConfig(a.key, MeshConfig{InboundPort: 22000, ExcludeInboundPorts: []uint16{8080}}); err != nil {
 		t.Fatal(err)
 	}
 	a.arrives(a.v4, 8081, moved.Name, true)

@@ -13,7 +13,7 @@ func (a *alloc) dies() {
 	a.node.t.Helper()
 	r, err := a.node.paths.readRecord(a.key)
 	if err == nil {
-		err = a.node.begin(r)
+		err = a.node.markIncomplete(r)
 	}
 	if err != nil {
 		a.node.t.Fatal(err)
@@ -25,10 +25,10 @@ func (a *alloc) dies() {
 func TestPortChangeAfterAProcessDiedHalfWay(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
-		change func(a *alloc, set Overlay) error
+		change func(a *alloc, set MeshConfig) error
 	}{
-		{"change from Consul", func(a *alloc, set Overlay) error { return a.node.SetOverlay(a.key, set) }},
-		{"ADD", func(a *alloc, set Overlay) error {
+		{"change from Consul", func(a *alloc, set MeshConfig) error { return a.node.SetMeshConfig(a.key, set) }},
+		{"ADD", func(a *alloc, set MeshConfig) error {
 			request := a.request()
 			request.InboundPort = set.InboundPort
 			return a.node.Add(Attachment{Key: a.key, NetNS: a.Path, Request: request})
@@ -40,7 +40,7 @@ func TestPortChangeAfterAProcessDiedHalfWay(t *testing.T) {
 			a.add(func(r *Request) { r.InboundPort = 0 })
 			a.startProxy()
 			inbound := [2]*test.ServerProcess{a.inbound, a.serve(proxyUID, a.proxyCg, "tcp4", "0.0.0.0:20001")}
-			sets := overlays()
+			sets := meshConfigs()
 			if err := tc.change(a, sets[0]); err != nil {
 				t.Fatal(err)
 			}

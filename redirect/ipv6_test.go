@@ -228,7 +228,7 @@ func TestIPv6Disabled(t *testing.T) {
 		{"native", dualStack().connect(far6), Redirected, a.v4},
 		{"V6ONLY", only6().connect(far6), RefusedFamily, netip.Addr{}},
 	})
-	if mended, err := a.node.Check(a.key, a.Path); err != nil || len(mended) != 0 {
-		t.Errorf("check: mended %q, %v; want nothing to do", mended, err)
+	if repaired, err := a.node.Check(a.key, a.Path); err != nil || len(repaired) != 0 {
+		t.Errorf("check: repaired %q, %v; want nothing to do", repaired, err)
 	}
 }

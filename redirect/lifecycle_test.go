@@ -158,7 +158,7 @@ func TestAddTakesOverANamespaceOfAnotherKey(t *testing.T) {
 	a.startProxy()
 	a.works()
 	former := a.key
-	a.key = Key{ContainerID: "heir", IfName: "eth0"}
+	a.key = AttachmentID{ContainerID: "heir", IfName: "eth0"}
 	a.add()
 	a.works()
 	list, err := n.Workloads()
@@ -212,7 +212,7 @@ func TestAddRefuses(t *testing.T) {
 		{"an unknown mode", valid.Path, Request{Mode: "magic"}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := d.Add(Attachment{Key: Key{"refused", "eth0"}, NetNS: tc.netns, Request: tc.request})
+			err := d.Add(Attachment{Key: AttachmentID{"refused", "eth0"}, NetNS: tc.netns, Request: tc.request})
 			if err == nil || tc.want != nil && !errors.Is(err, tc.want) {
 				t.Errorf("add: %v, want %v", err, tc.want)
 			}
@@ -295,7 +295,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 
 func TestRemoveWhatIsNotThere(t *testing.T) {
 	d := unloadedDatapath(t)
-	key := Key{"nobody", "eth0"}
+	key := AttachmentID{"nobody", "eth0"}
 	if err := d.Remove(key); err != nil {
 		t.Errorf("remove with nothing loaded: %v", err)
 	}
@@ -323,17 +323,17 @@ func TestRemoveGivesTheNamespaceBack(t *testing.T) {
 		a.free()
 		nothingLeft(t, n.Datapath)
 	}
-	// The proxy's listeners outlive the DEL; they are taken in again.
+	// The proxy's listeners outlive the DEL; they are registered again.
 	a.add(full)
 	a.works()
 }
 
 func TestRemoveWithoutItsNamespace(t *testing.T) {
 	n := newNode(t)
-	var key Key
+	var key AttachmentID
 	t.Run("allocation", func(t *testing.T) {
 		ns := test.NewNetNS(t)
-		key = Key{"dead", "eth0"}
+		key = AttachmentID{"dead", "eth0"}
 		request := Request{}
 		full(&request)
 		if err := n.Add(Attachment{Key: key, NetNS: ns.Path, Request: request}); err != nil {

@@ -149,16 +149,16 @@ func TestListenerMoreThanSlots(t *testing.T) {
 	})
 	verdictsAre(t, moved, map[Verdict]uint64{Listener: listenerSlots, RefusedListenerTable: 6})
 	a.spread(test.Scale(200))
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-		t.Errorf("check with more listeners than slots: %v, mended %q", err, mended)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+		t.Errorf("check with more listeners than slots: %v, repaired %q", err, repaired)
 	}
 	for _, fd := range fds[:listenerSlots] {
 		proxy.close(fd)
 	}
 	// What is left was never registered: refused, until a check takes it in.
 	a.outboundRefused("192.0.2.1:80")
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) != 6 {
-		t.Errorf("check with listeners that are not registered: %v, mended %q, want 6 steps", err, mended)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) != 6 {
+		t.Errorf("check with listeners that are not registered: %v, repaired %q, want 6 steps", err, repaired)
 	}
 	a.spread(test.Scale(100))
 }
@@ -179,9 +179,9 @@ func TestListenerMPTCP(t *testing.T) {
 	})
 	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerTable: 1})
 	verdictsAre(t, a.rose(func() { a.outboundRefused("192.0.2.1:80") }), map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1})
-	// It is no damage that a CHECK could mend, and no reason to end the allocation.
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-		t.Errorf("check with an MPTCP listener: %v, mended %q", err, mended)
+	// It is no damage that a CHECK could repair, and no reason to end the allocation.
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+		t.Errorf("check with an MPTCP listener: %v, repaired %q", err, repaired)
 	}
 	proxy.close(fd)
 	a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", outboundListener)
@@ -219,8 +219,8 @@ func TestListenerOfATask(t *testing.T) {
 		a.outboundRefused("192.0.2.1:15001")
 		a.refused(a.v4, 20000)
 		a.refused(a.v6, 8080)
-		if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-			t.Errorf("check beside a task on %s: %v, mended %q", hostile.addr, err, mended)
+		if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+			t.Errorf("check beside a task on %s: %v, repaired %q", hostile.addr, err, repaired)
 		}
 		a.outboundRefused("192.0.2.1:80")
 		task.close(fd)
@@ -251,7 +251,7 @@ func TestListenerOfATask(t *testing.T) {
 	}
 }
 
-// A listener that is older than its row is taken in, by the same identity test.
+// A listener that is older than its row is registered, by the same identity test.
 func TestListenerOlderThanItsRow(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
@@ -264,10 +264,10 @@ func TestListenerOlderThanItsRow(t *testing.T) {
 	if got := a.status().Proxy; got.Cgroup != a.proxyCg.ID || got.Identity != IdentityCgroup || got.Listeners != 2 {
 		t.Errorf("proxy of adopted listeners: %+v, want cgroup %d and 2 listeners", got, a.proxyCg.ID)
 	}
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-		t.Errorf("check after listeners were taken in: %v, mended %q", err, mended)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+		t.Errorf("check after listeners were registered: %v, repaired %q", err, repaired)
 	}
-	// The proxy comes back in the same cgroup: nothing to mend.
+	// The proxy comes back in the same cgroup: nothing to repair.
 	a.outbound.Stop()
 	a.inbound.Stop()
 	a.outboundRefused(origin.String())
@@ -320,8 +320,8 @@ func TestListenerAdoptedThenElsewhere(t *testing.T) {
 	if _, err := a.askAs(proxyUID, a.proxyCg, "tcp4", addrPort(remote4(1), 80)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("dial as the unknown proxy: %v, want connection refused", err)
 	}
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) != 2 {
-		t.Errorf("check: %v, mended %q, want both listeners", err, mended)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) != 2 {
+		t.Errorf("check: %v, repaired %q, want both listeners", err, repaired)
 	}
 	a.spread(3)
 	a.arrives(a.v4, 8080, a.inbound.Name, true)

@@ -7,45 +7,45 @@ import (
 	"slices"
 )
 
-// eachSeat calls do with the key of every seat whose bit is set.
-func eachSeat(cookie uint64, seats uint8, do func(key bpfProxyKey) error) error {
-	for seat := range uint32(MaxProxies) {
-		if seats>>seat&1 == 0 {
+// eachProxyID calls do with the key of every proxy ID whose bit is set.
+func eachProxyID(cookie uint64, proxyIDs uint8, do func(key bpfProxyKey) error) error {
+	for proxyID := range uint32(MaxProxies) {
+		if proxyIDs>>proxyID&1 == 0 {
 			continue
 		}
-		if err := do(bpfProxyKey{Cookie: cookie, Seat: seat}); err != nil {
+		if err := do(bpfProxyKey{Cookie: cookie, Seat: proxyID}); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func proxyKey(cookie uint64, seat uint8) bpfProxyKey {
-	return bpfProxyKey{Cookie: cookie, Seat: uint32(seat)}
+func proxyKey(cookie uint64, proxyID uint8) bpfProxyKey {
+	return bpfProxyKey{Cookie: cookie, Seat: uint32(proxyID)}
 }
 
-// dropSeats forgets the proxies that sat there.
-func (m *tables) dropSeats(cookie uint64, seats uint8) error {
-	return eachSeat(cookie, seats, func(key bpfProxyKey) error { return m.drop("proxies", key) })
+// deleteProxies forgets the proxies that sat there.
+func (m *tables) deleteProxies(cookie uint64, proxyIDs uint8) error {
+	return eachProxyID(cookie, proxyIDs, func(key bpfProxyKey) error { return m.delete("proxies", key) })
 }
 
 // proxyState is what the kernel learned of a workload's proxy.
-func (m *tables) proxyState(cookie uint64, seat uint8) (bpfProxy, error) {
+func (m *tables) proxyState(cookie uint64, proxyID uint8) (bpfProxy, error) {
 	var proxy bpfProxy
-	if _, err := m.get("proxies", proxyKey(cookie, seat), &proxy); err != nil {
+	if _, err := m.get("proxies", proxyKey(cookie, proxyID), &proxy); err != nil {
 		return proxy, err
 	}
 	return proxy, nil
 }
 
-// eraseListeners takes the sockets out that are still open. They leave by
+// deleteListeners takes the sockets out that are still open. They leave by
 // themselves when they close, so the proxies' rows say whether there are any.
-func (m *tables) eraseListeners(cookie uint64, applied *Workload) error {
+func (m *tables) deleteListeners(cookie uint64, applied *Workload) error {
 	if applied == nil {
-		return m.evict(cookie, nil)
+		return m.deleteListenersOn(cookie, nil)
 	}
 	for _, port := range applied.ports() {
-		proxy, err := m.proxyState(cookie, port.seat)
+		proxy, err := m.proxyState(cookie, port.proxyID)
 		if err != nil {
 			return err
 		}
@@ -55,7 +55,7 @@ func (m *tables) eraseListeners(cookie uint64, applied *Workload) error {
 		four, six := port.roles()
 		for _, role := range []bpfListenerRole{four, six} {
 			for slot := range uint16(listenerSlots) {
-				if err := m.drop("listeners", listenerKey(cookie, role, port.port, slot)); err != nil {
+				if err := m.delete("listeners", listenerKey(cookie, role, port.port, slot)); err != nil {
 					return err
 				}
 			}
@@ -64,10 +64,10 @@ func (m *tables) eraseListeners(cookie uint64, applied *Workload) error {
 	return nil
 }
 
-// evict takes the listeners out that live on at other ports than these. It
+// deleteListenersOn takes the listeners out that live on at other ports than these. It
 // walks the table, which has a few rows a workload.
-func (m *tables) evict(cookie uint64, ports []proxyPort) error {
-	return dropIf[bpfListenerKey, uint64](m, "listeners", func(k bpfListenerKey) bool {
+func (m *tables) deleteListenersOn(cookie uint64, ports []proxyPort) error {
+	return deleteIf[bpfListenerKey, uint64](m, "listeners", func(k bpfListenerKey) bool {
 		return k.Cookie == cookie && !slices.ContainsFunc(ports, func(p proxyPort) bool {
 			four, six := p.roles()
 			return p.port == k.Port && (k.Role == four || k.Role == six)
@@ -118,7 +118,7 @@ func (m *tables) served(cookie uint64, w Workload) (map[bpfListenerKey]bool, err
 // one of them shares its cgroup with tasks.
 func (m *tables) proxyStatus(cookie uint64, w Workload) (list []ProxyStatus, shared bool, err error) {
 	for i, p := range w.all() {
-		proxy, err := m.proxyState(cookie, w.seat(i))
+		proxy, err := m.proxyState(cookie, w.proxyID(i))
 		if err != nil {
 			return nil, false, err
 		}
@@ -133,7 +133,7 @@ func (m *tables) proxyStatus(cookie uint64, w Workload) (list []ProxyStatus, sha
 		}
 		sockets := make(map[uint64]bool)
 		for _, port := range w.ports() {
-			if port.seat != w.seat(i) {
+			if port.proxyID != w.proxyID(i) {
 				continue
 			}
 			four, six := port.roles()

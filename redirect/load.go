@@ -77,23 +77,23 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 	if err != nil || !result.Changed && !renew {
 		return result, err
 	}
-	did, err := d.confirm(root)
-	result.Changed, result.Did = result.Changed || len(did) > 0, append(result.Did, did...)
+	repairs, err := d.confirm(root)
+	result.Changed, result.Did = result.Changed || len(repairs) > 0, append(result.Did, repairs...)
 	return result, err
 }
 
 // loadOver is load where tables are there.
 func (d *Datapath) loadOver(pinned *tables, root *os.File, renew bool, reclaimed []string) (result LoadResult, err error) {
 	repinned, err := d.repin()
-	did := append(reclaimed, repinned...)
+	repairs := append(reclaimed, repinned...)
 	if err != nil {
-		return LoadResult{Did: did}, err
+		return LoadResult{Did: repairs}, err
 	}
 	if err := d.sign(pinned); err != nil {
-		return LoadResult{Did: did}, err
+		return LoadResult{Did: repairs}, err
 	}
 	result, err = d.upgrade(pinned, root, renew)
-	result.Changed, result.Did = result.Changed || len(did) > 0, append(did, result.Did...)
+	result.Changed, result.Did = result.Changed || len(repairs) > 0, append(repairs, result.Did...)
 	if err != nil || len(reclaimed) == 0 {
 		return result, err
 	}
@@ -141,7 +141,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	defer collection.Close()
-	did, err := attachAll(collection.Programs, spec.Programs, root, filepath.Join(staging, "links"))
+	repairs, err := attachAll(collection.Programs, spec.Programs, root, filepath.Join(staging, "links"))
 	if err != nil {
 		return result, err
 	}
@@ -161,8 +161,8 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err := os.Rename(staging, d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
-	did = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, did...)
-	result = LoadResult{Changed: true, Did: append(did, restored...)}
+	repairs = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, repairs...)
+	result = LoadResult{Changed: true, Did: append(repairs, restored...)}
 	result.left(problems)
 	return result, nil
 }
@@ -176,7 +176,7 @@ func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.
 }
 
 // upgrade swaps the programs of a loaded node for this binary's where they
-// differ and renew is set, and mends links that are not in force.
+// differ and renew is set, and repairs links that are not in force.
 func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result LoadResult, err error) {
 	var row bpfControl
 	if _, err := pinned.get("control", uint32(0), &row); err != nil {
@@ -208,29 +208,29 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 		return result, err
 	}
 	defer collection.Close()
-	did, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
+	repairs, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
 	result.Changed = true
-	result.Did = append(result.Did, did...)
+	result.Did = append(result.Did, repairs...)
 	if err != nil {
 		return result, err
 	}
 	if !renew {
 		return result, nil
 	}
-	did, problems := d.renewLookups(pinned)
-	result.Did = append(result.Did, did...)
+	repairs, problems := d.renewLookups(pinned)
+	result.Did = append(result.Did, repairs...)
 	result.left(append(problems, d.renewFilters()))
-	if did, err = d.detachFormer(spec); err != nil {
+	if repairs, err = d.detachFormer(spec); err != nil {
 		return result, err
 	}
-	result.Did = append(result.Did, did...)
+	result.Did = append(result.Did, repairs...)
 	row.Digest = digest()
 	return result, pinned.put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
 // renewLookups swaps the sk_lookup program of every workload. One that it cannot
 // swap goes on with the program that it has, which reads the same tables.
-func (d *Datapath) renewLookups(pinned *tables) (did []string, problems []error) {
+func (d *Datapath) renewLookups(pinned *tables) (repairs []string, problems []error) {
 	records, err := d.paths.readRecords()
 	problems = append(problems, err)
 	for _, r := range records {
@@ -246,14 +246,14 @@ func (d *Datapath) renewLookups(pinned *tables) (did []string, problems []error)
 			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
 			continue
 		}
-		did = append(did, "updated weir_lookup of "+r.Key.String())
+		repairs = append(repairs, "updated weir_lookup of "+r.Key.String())
 	}
-	return did, problems
+	return repairs, problems
 }
 
 // restore puts the workloads on record back after their maps were lost, or looks
 // at each of them where the maps are not new.
-func (d *Datapath) restore(lost bool) (did []string, problems []error) {
+func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
 	records, unreadable := d.paths.readRecords()
 	problems = append(problems, unreadable)
 	if len(records) == 0 {
@@ -276,15 +276,15 @@ func (d *Datapath) restore(lost bool) (did []string, problems []error) {
 		if lost {
 			r.Complete, r.fresh = false, true // the tables are new
 		}
-		mended, err := d.ensure(pinned, r, ns)
+		repaired, err := d.ensure(pinned, r, ns)
 		ns.Close()
 		if err != nil {
 			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))
 			continue
 		}
-		for _, what := range mended {
-			did = append(did, "restored "+r.Key.String()+": "+what)
+		for _, what := range repaired {
+			repairs = append(repairs, "restored "+r.Key.String()+": "+what)
 		}
 	}
-	return did, problems
+	return repairs, problems
 }

@@ -111,7 +111,7 @@ func TestProgramNamesAreThoseOfTheObject(t *testing.T) {
 	}
 }
 
-func TestLoadMendsLinks(t *testing.T) {
+func TestLoadRepairsLinks(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
 		damage func(t *testing.T, d *Datapath)
@@ -205,11 +205,13 @@ func TestLoadRefusesAnotherLayout(t *testing.T) {
 	setLayout(layout + 1)
 	pins, links, rows := files(t, n.Datapath), pinnedLinks(t, n.Datapath), rowCounts(t, n.Datapath)
 	for name, action := range map[string]func() error{
-		"add":   func() error { return n.Add(Attachment{Key: Key{"other", "eth0"}, NetNS: test.NewNetNS(t).Path}) },
+		"add": func() error {
+			return n.Add(Attachment{Key: AttachmentID{"other", "eth0"}, NetNS: test.NewNetNS(t).Path})
+		},
 		"check": func() error { _, err := n.Check(a.key, a.Path); return err },
 		"probe": n.Probe,
 		"overlay": func() error {
-			return n.SetOverlay(a.key, Overlay{InboundPort: 21000})
+			return n.SetMeshConfig(a.key, MeshConfig{InboundPort: 21000})
 		},
 	} {
 		if err := action(); !errors.Is(err, ErrIncompatible) || !strings.Contains(err.Error(), "weir load") {

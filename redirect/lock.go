@@ -14,10 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockPatience is how long a call waits for another process's change. One takes
+// lockTimeout is how long a call waits for another process's change. One takes
 // milliseconds, an upgrade with thousands of workloads seconds. Nobody may wait
 // forever: Nomad makes no other network meanwhile, and tells nobody.
-const lockPatience = time.Minute
+const lockTimeout = time.Minute
 
 // checkPatience is that of a check. Nomad makes one for each allocation when its
 // client starts, and a check that cannot look is no error.
@@ -27,10 +27,10 @@ const checkPatience = 10 * time.Second
 // made where it is not there. A lock that is not given up is an error, which is
 // EAGAIN and names the holder.
 func Locked(path string, action func() error) error {
-	return lockedWithin(path, lockPatience, action)
+	return lockedWithin(path, lockTimeout, action)
 }
 
-func lockedWithin(path string, patience time.Duration, action func() error) error {
+func lockedWithin(path string, timeout time.Duration, action func() error) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("create state directory: %w", err)
 	}
@@ -44,12 +44,12 @@ func lockedWithin(path string, patience time.Duration, action func() error) erro
 		go func() { taken <- flock(file, unix.LOCK_EX) }()
 		select {
 		case err = <-taken:
-		case <-time.After(patience):
+		case <-time.After(timeout):
 			go func() { // whenever it comes, nobody wants it any more
 				_ = errors.Join(<-taken, file.Close())
 			}()
 			holder, _ := lockedBy(path)
-			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, holder, patience, unix.EAGAIN)
+			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, holder, timeout, unix.EAGAIN)
 		}
 	}
 	defer file.Close()

@@ -140,7 +140,7 @@ func (c *mapChanges) writeRowsOf(paths Paths, r *record, ns *namespace) error {
 	if !slices.Contains(c.names, "listeners") {
 		return nil
 	}
-	_, err = adopt(c.fresh, paths, ns, workload, r.Strangers)
+	_, err = registerExistingListeners(c.fresh, paths, ns, workload, r.RejectedCgroups)
 	return err
 }
 

@@ -67,24 +67,24 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	defer collection.Close()
-	did, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
-	result = LoadResult{Changed: true, Did: append(changes.describe(), did...)}
+	repairs, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
+	result = LoadResult{Changed: true, Did: append(changes.describe(), repairs...)}
 	if err != nil {
 		return result, err
 	}
-	if did, err = d.swapLookups(changes.fresh); err != nil {
+	if repairs, err = d.swapLookups(changes.fresh); err != nil {
 		return result, err
 	}
-	result.Did = append(result.Did, did...)
+	result.Did = append(result.Did, repairs...)
 	result.left([]error{unreadable})
 	waitForReaders()
 	if err := errors.Join(changes.copyRows(), changes.forgetBinders()); err != nil {
 		return result, err
 	}
-	if did, err = d.detachFormer(spec); err != nil {
+	if repairs, err = d.detachFormer(spec); err != nil {
 		return result, err
 	}
-	result.Did = append(result.Did, did...)
+	result.Did = append(result.Did, repairs...)
 	if err := changes.fresh.setDigest([2]uint64{}); err != nil {
 		return result, err
 	}
@@ -92,8 +92,8 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	renewed := d.renewFilters()
-	did, problems := d.ensureAll(records)
-	result.Did = append(result.Did, did...)
+	repairs, problems := d.ensureAll(records)
+	result.Did = append(result.Did, repairs...)
 	result.left(append(problems, renewed))
 	return result, changes.fresh.setDigest(digest())
 }
@@ -110,7 +110,7 @@ func (m *tables) setDigest(digest [2]uint64) error {
 
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
 // record or not: one that stays would read maps that nobody writes any more.
-func (d *Datapath) swapLookups(tables *tables) (did []string, err error) {
+func (d *Datapath) swapLookups(tables *tables) (repairs []string, err error) {
 	entries, err := os.ReadDir(d.paths.lookups())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("list lookup programs: %w", err)
@@ -121,11 +121,11 @@ func (d *Datapath) swapLookups(tables *tables) (did []string, err error) {
 			continue
 		}
 		if err := d.swapLookup(tables, cookie); err != nil {
-			return did, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
+			return repairs, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
 		}
-		did = append(did, "updated weir_lookup of namespace "+entry.Name())
+		repairs = append(repairs, "updated weir_lookup of namespace "+entry.Name())
 	}
-	return did, nil
+	return repairs, nil
 }
 
 func (d *Datapath) swapLookup(tables *tables, cookie uint64) error {
@@ -170,7 +170,7 @@ func (d *Datapath) publish(staging string, changes *mapChanges) error {
 }
 
 // detachFormer ends the programs of another version that this one does not have.
-func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (did []string, err error) {
+func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []string, err error) {
 	entries, err := os.ReadDir(d.paths.links())
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
@@ -181,15 +181,15 @@ func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (did []string, err er
 		}
 		pin := d.paths.link(entry.Name())
 		if err := errors.Join(detachPin(pin), os.Remove(pin)); err != nil {
-			return did, fmt.Errorf("detach %s: %w", entry.Name(), err)
+			return repairs, fmt.Errorf("detach %s: %w", entry.Name(), err)
 		}
-		did = append(did, "detached "+entry.Name())
+		repairs = append(repairs, "detached "+entry.Name())
 	}
-	return did, nil
+	return repairs, nil
 }
 
 // ensureAll brings every workload to what this version makes of its record.
-func (d *Datapath) ensureAll(records []*record) (did []string, problems []error) {
+func (d *Datapath) ensureAll(records []*record) (repairs []string, problems []error) {
 	tables, err := openTables(d.paths.maps())
 	if err != nil {
 		return nil, []error{err}
@@ -208,10 +208,10 @@ func (d *Datapath) ensureAll(records []*record) (did []string, problems []error)
 			problems = append(problems, fmt.Errorf("migrate workload %s: %w", r.Key, err))
 			continue
 		}
-		did = append(did, "migrated "+r.Key.String())
+		repairs = append(repairs, "migrated "+r.Key.String())
 	}
 	if err := tables.correctTotal(); err != nil { // a version that had none counted none
 		problems = append(problems, err)
 	}
-	return did, problems
+	return repairs, problems
 }

@@ -112,8 +112,8 @@ func numberOf(control []byte) (number int32, ok bool) {
 }
 
 // Moved reports whether a workload's namespace has other addresses or routes
-// than its record, without the lock and without a change: Check mends it.
-func (d *Datapath) Moved(key Key) (bool, error) {
+// than its record, without the lock and without a change: Check repairs it.
+func (d *Datapath) Moved(key AttachmentID) (bool, error) {
 	r, err := d.paths.readRecord(key)
 	if err != nil {
 		return false, err
@@ -126,7 +126,7 @@ func (d *Datapath) Moved(key Key) (bool, error) {
 	if _, err := r.observe(ns); err != nil {
 		return false, err
 	}
-	if !r.Complete || r.unwritten {
+	if !r.Complete || r.dirty {
 		return true, nil
 	}
 	there, err := ns.hasRoutes(r.desired(), r.IPv6)

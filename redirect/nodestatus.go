@@ -56,7 +56,7 @@ func (l *nodeLook) unseen(what string, err error) {
 
 func (d *Datapath) status() (Status, error) {
 	l := &nodeLook{node: d, Status: Status{
-		Paths: d.paths, Barrier: barrier(), Links: []string{}, Maps: []MapInfo{}, Others: []Other{}, Problems: []Problem{},
+		Paths: d.paths, Barrier: readerWait(), Links: []string{}, Maps: []MapInfo{}, Others: []Other{}, Problems: []Problem{},
 	}}
 	var err error
 	if l.root, err = d.paths.cgroupRoot(); err != nil {
@@ -172,7 +172,7 @@ func (l *nodeLook) workloads(tables *tables) {
 	orphans, err := l.node.orphans(owned)
 	l.unseen("the lookup programs without a record", err)
 	for _, o := range orphans {
-		if o.alive { // else it is the next sweep's
+		if o.alive { // else it is the next prune's
 			l.problem(ProblemRecordMissing, "restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
 		}
 	}

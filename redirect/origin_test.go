@@ -22,7 +22,7 @@ func (n *node) twins(t *testing.T, keys ...string) (list []*alloc) {
 	v4, v6 := netip.MustParseAddr("10.8.0.2"), netip.MustParseAddr("fd08::2")
 	for _, key := range keys {
 		a := &alloc{
-			NetNS: test.NewNetNS(t), node: n, v4: v4, v6: v6, key: Key{ContainerID: key, IfName: "eth0"},
+			NetNS: test.NewNetNS(t), node: n, v4: v4, v6: v6, key: AttachmentID{ContainerID: key, IfName: "eth0"},
 			proxyCg: test.NewCgroup(t), taskCg: test.NewCgroup(t), taskCache: make(map[test.Spec]*test.Client),
 		}
 		test.Veth(t,

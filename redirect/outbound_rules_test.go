@@ -116,8 +116,8 @@ func TestOutboundOrderOfRules(t *testing.T) {
 	a.startProxy()
 	dns := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:8600")
 	upstream := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
-	overlay := Overlay{Upstreams: []Upstream{{Name: "db", Addresses: []netip.Addr{remote4, a.v4}, Listener: upstream.Addr}}}
-	if err := n.SetOverlay(a.key, overlay); err != nil {
+	meshConfig := MeshConfig{Upstreams: []Upstream{{Name: "db", Addresses: []netip.Addr{remote4, a.v4}, Listener: upstream.Addr}}}
+	if err := n.SetMeshConfig(a.key, meshConfig); err != nil {
 		t.Fatal(err)
 	}
 	app := a.serve(taskUID, a.taskCg, "tcp", "[::]:9001")
@@ -180,8 +180,8 @@ func TestOutboundDirectModes(t *testing.T) {
 			a.add(func(r *Request) { r.Mode = mode })
 			a.startProxy()
 			upstream := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
-			overlay := Overlay{Upstreams: []Upstream{{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5")}, Listener: upstream.Addr}}}
-			if err := n.SetOverlay(a.key, overlay); err != nil {
+			meshConfig := MeshConfig{Upstreams: []Upstream{{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5")}, Listener: upstream.Addr}}}
+			if err := n.SetMeshConfig(a.key, meshConfig); err != nil {
 				t.Fatal(err)
 			}
 			far := test.Echo(t, n.remote, "tcp", addrPort(remote4(a.number), 8080))

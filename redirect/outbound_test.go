@@ -125,11 +125,11 @@ func TestOutboundUpstream(t *testing.T) {
 	a := proxiedAlloc(t)
 	listener4 := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
 	listener6 := a.serve(proxyUID, a.proxyCg, "tcp6", "[::1]:9192")
-	overlay := Overlay{Upstreams: []Upstream{
+	meshConfig := MeshConfig{Upstreams: []Upstream{
 		{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5"), netip.MustParseAddr("fd00:1::5")}, Listener: listener4.Addr},
 		{Name: "cache", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.6"), netip.MustParseAddr("fd00:1::6")}, Listener: listener6.Addr},
 	}}
-	if err := a.node.SetOverlay(a.key, overlay); err != nil {
+	if err := a.node.SetMeshConfig(a.key, meshConfig); err != nil {
 		t.Fatal(err)
 	}
 	p := a.task(t)

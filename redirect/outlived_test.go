@@ -29,7 +29,7 @@ func TestTasksStayRedirectedInANamespaceWithoutAPath(t *testing.T) {
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Sweep(); err != nil {
+	if _, err := n.PruneDead(); err != nil {
 		t.Fatal(err)
 	}
 	old.works()
@@ -49,7 +49,7 @@ func TestTasksStayRedirectedInANamespaceWithoutAPath(t *testing.T) {
 	old.inbound.Stop()
 	old.End()
 	test.Eventually(t, func() error {
-		if _, err := n.Sweep(); err != nil {
+		if _, err := n.PruneDead(); err != nil {
 			return err
 		}
 		if _, err := os.Stat(n.paths.lookup(cookie)); !errors.Is(err, os.ErrNotExist) {

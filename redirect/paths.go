@@ -52,15 +52,17 @@ func (p Paths) Or(fallback Paths) Paths {
 	return p
 }
 
-func (p Paths) maps() string            { return filepath.Join(p.PinDir, "maps") }
-func (p Paths) links() string           { return filepath.Join(p.PinDir, "links") }
-func (p Paths) filters() string         { return filepath.Join(p.PinDir, "filters") }
-func (p Paths) lookups() string         { return filepath.Join(p.PinDir, "lookups") }
-func (p Paths) staging() string         { return p.PinDir + "_new" } // bpffs reserves names with dots
-func (p Paths) workloads() string       { return filepath.Join(p.StateDir, "workloads") }
-func (p Paths) lock() string            { return filepath.Join(p.StateDir, "lock") }
-func (p Paths) eventsLock() string      { return filepath.Join(p.StateDir, "events.lock") }
-func (p Paths) record(key Key) string   { return filepath.Join(p.workloads(), key.String()+".json") }
+func (p Paths) maps() string       { return filepath.Join(p.PinDir, "maps") }
+func (p Paths) links() string      { return filepath.Join(p.PinDir, "links") }
+func (p Paths) filters() string    { return filepath.Join(p.PinDir, "filters") }
+func (p Paths) lookups() string    { return filepath.Join(p.PinDir, "lookups") }
+func (p Paths) staging() string    { return p.PinDir + "_new" } // bpffs reserves names with dots
+func (p Paths) workloads() string  { return filepath.Join(p.StateDir, "workloads") }
+func (p Paths) lock() string       { return filepath.Join(p.StateDir, "lock") }
+func (p Paths) eventsLock() string { return filepath.Join(p.StateDir, "events.lock") }
+func (p Paths) record(key AttachmentID) string {
+	return filepath.Join(p.workloads(), key.String()+".json")
+}
 func (p Paths) link(name string) string { return filepath.Join(p.links(), name) }
 func (p Paths) lookup(cookie uint64) string {
 	return filepath.Join(p.lookups(), fmt.Sprint(cookie))

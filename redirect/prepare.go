@@ -14,26 +14,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Prepared is the lookup program of a namespace on its way into the kernel. It
+// Preloaded is the lookup program of a namespace on its way into the kernel. It
 // changes nothing on the node: an Add that does not come, or finds other tables
 // than it, does without.
-type Prepared struct {
+type Preloaded struct {
 	done    chan struct{}
 	program *ebpf.Program // nil: taken, or not to be had
 	cookie  uint64
 	pins    map[string]uint64 // inodes of the tables' pins, of before they were opened
 }
 
-// Prepare begins with what an Add of the namespace takes longest for, the
+// Preload begins with what an Add of the namespace takes longest for, the
 // verifier, while the caller does something else. The result belongs into the
 // Attachment, and is closed in any case. An error shows up at the Add. Without a
 // processor to spare it is nil: two threads that wait for each other finish later
 // than one then.
-func (d *Datapath) Prepare(netns string) *Prepared {
+func (d *Datapath) Preload(netns string) *Preloaded {
 	if !processorToSpare() {
 		return nil
 	}
-	return d.prepare(netns)
+	return d.preload(netns)
 }
 
 // processorToSpare reports whether fewer tasks run now than there are processors.
@@ -48,8 +48,8 @@ func processorToSpare() bool {
 	return err == nil && count < runtime.NumCPU()
 }
 
-func (d *Datapath) prepare(netns string) *Prepared {
-	p := &Prepared{done: make(chan struct{})}
+func (d *Datapath) preload(netns string) *Preloaded {
+	p := &Preloaded{done: make(chan struct{})}
 	go func() {
 		defer close(p.done)
 		if err := p.load(d.paths, netns); err != nil {
@@ -59,7 +59,7 @@ func (d *Datapath) prepare(netns string) *Prepared {
 	return p
 }
 
-func (p *Prepared) load(paths Paths, netns string) error {
+func (p *Preloaded) load(paths Paths, netns string) error {
 	ns, err := openNamespace(netns)
 	if err != nil {
 		return err
@@ -97,7 +97,7 @@ func pinsIn(dir string) (map[string]uint64, error) {
 
 // take gives the program away where it is the one for the namespace and its
 // tables are the node's still, for a caller who holds the lock; else nil.
-func (p *Prepared) take(m *tables, cookie uint64) *ebpf.Program {
+func (p *Preloaded) take(m *tables, cookie uint64) *ebpf.Program {
 	if p == nil {
 		return nil
 	}
@@ -114,7 +114,7 @@ func (p *Prepared) take(m *tables, cookie uint64) *ebpf.Program {
 }
 
 // Close gives up what no Add took.
-func (p *Prepared) Close() {
+func (p *Preloaded) Close() {
 	if p == nil {
 		return
 	}
@@ -122,7 +122,7 @@ func (p *Prepared) Close() {
 	p.drop()
 }
 
-func (p *Prepared) drop() {
+func (p *Preloaded) drop() {
 	if p.program != nil {
 		p.program.Close()
 		p.program = nil

@@ -12,9 +12,9 @@ import (
 )
 
 // prepared waits for the program and returns its number in the kernel.
-func (a *alloc) prepared(t *testing.T) (*Prepared, uint32) {
+func (a *alloc) prepared(t *testing.T) (*Preloaded, uint32) {
 	t.Helper()
-	p := a.node.prepare(a.Path)
+	p := a.node.preload(a.Path)
 	t.Cleanup(p.Close)
 	<-p.done
 	if p.program == nil {
@@ -29,7 +29,7 @@ func (a *alloc) prepared(t *testing.T) (*Prepared, uint32) {
 }
 
 // addPrepared adds the allocation and reports whether it has that program.
-func (a *alloc) addPrepared(t *testing.T, p *Prepared, id uint32) bool {
+func (a *alloc) addPrepared(t *testing.T, p *Preloaded, id uint32) bool {
 	t.Helper()
 	if err := a.node.Add(Attachment{Key: a.key, NetNS: a.Path, Request: a.request(), Prepared: p}); err != nil {
 		t.Fatal(err)
@@ -95,13 +95,13 @@ func TestPreparedProgramThatNobodyTakesEnds(t *testing.T) {
 func TestPrepareWithoutAnything(t *testing.T) {
 	d := unloadedDatapath(t)
 	for _, path := range []string{"/proc/self/ns/net", "/nowhere"} {
-		p := d.prepare(path)
+		p := d.preload(path)
 		<-p.done
 		if p.program != nil {
 			t.Errorf("%s: a program was prepared", path)
 		}
 		p.Close()
 	}
-	var none *Prepared
+	var none *Preloaded
 	none.Close()
 }

@@ -20,7 +20,7 @@ type Sidecar struct {
 	OutboundPort uint16       `json:"outbound_port,omitempty"` // 0: nothing is redirected to it
 	ServicePorts []uint16     `json:"service_ports,omitempty"` // a connection to one from outside is this proxy's
 	VirtualIPs   []netip.Addr `json:"virtual_ips,omitempty"`   // a connection to one from inside is this proxy's
-	ExposedPorts []uint16     `json:"exposed_ports,omitempty"` // as Overlay has them
+	ExposedPorts []uint16     `json:"exposed_ports,omitempty"` // as MeshConfig has them
 }
 
 func (p Sidecar) clone() Sidecar {
@@ -71,38 +71,38 @@ func (w Workload) validateProxies() error {
 	return nil
 }
 
-// A seat is where the kernel keeps what it learned of a proxy. A proxy keeps
-// its seat for as long as it can be recognised, whatever the order of proxies.
+// A proxy ID is where the kernel keeps what it learned of a proxy. A proxy keeps
+// its proxy ID for as long as it can be recognised, whatever the order of proxies.
 
-// seat is that of the i-th proxy.
-func (w Workload) seat(i int) uint8 {
+// proxyID is that of the i-th proxy.
+func (w Workload) proxyID(i int) uint8 {
 	if i < len(w.Seats) {
 		return w.Seats[i]
 	}
 	return uint8(i)
 }
 
-// takenSeats has a bit for each seat.
-func (w Workload) takenSeats() (bits uint8) {
+// takenProxyIDs has a bit for each proxy ID.
+func (w Workload) takenProxyIDs() (bits uint8) {
 	for i := range w.all() {
-		bits |= 1 << w.seat(i)
+		bits |= 1 << w.proxyID(i)
 	}
 	return bits
 }
 
-// seats are those of next's proxies, where w is what was before: a proxy is
+// proxyIDs are those of next's proxies, where w is what was before: a proxy is
 // recognised by its service, else by a port, else as the only one.
-func (w Workload) seats(next Workload) []uint8 {
+func (w Workload) proxyIDs(next Workload) []uint8 {
 	before, after := w.all(), next.all()
-	seats := make([]int, len(after))
-	for i := range seats {
-		seats[i] = -1
+	proxyIDs := make([]int, len(after))
+	for i := range proxyIDs {
+		proxyIDs[i] = -1
 	}
 	recognise := func(same func(a, b Sidecar) bool) {
 		for i, p := range after {
 			for j, q := range before {
-				if seat := int(w.seat(j)); seats[i] < 0 && same(p, q) && !slices.Contains(seats, seat) {
-					seats[i] = seat
+				if proxyID := int(w.proxyID(j)); proxyIDs[i] < 0 && same(p, q) && !slices.Contains(proxyIDs, proxyID) {
+					proxyIDs[i] = proxyID
 				}
 			}
 		}
@@ -115,22 +115,22 @@ func (w Workload) seats(next Workload) []uint8 {
 	}
 	recognise(func(a, b Sidecar) bool { return shared(a.InboundPort, b.InboundPort) })
 	recognise(func(_, _ Sidecar) bool { return len(before) == 1 && len(after) == 1 })
-	known, inOrder := w.takenSeats(), true
+	known, inOrder := w.takenProxyIDs(), true
 	// What is new sits where nobody sat, as long as there is room.
-	for _, vacant := range []func(seat int) bool{
-		func(seat int) bool { return known>>seat&1 == 0 },
+	for _, vacant := range []func(proxyID int) bool{
+		func(proxyID int) bool { return known>>proxyID&1 == 0 },
 		func(int) bool { return true },
 	} {
-		for seat := range MaxProxies {
-			if i := slices.Index(seats, -1); i >= 0 && vacant(seat) && !slices.Contains(seats, seat) {
-				seats[i] = seat
+		for proxyID := range MaxProxies {
+			if i := slices.Index(proxyIDs, -1); i >= 0 && vacant(proxyID) && !slices.Contains(proxyIDs, proxyID) {
+				proxyIDs[i] = proxyID
 			}
 		}
 	}
-	result := make([]uint8, len(seats))
-	for i, seat := range seats {
-		result[i] = uint8(max(seat, 0))
-		inOrder = inOrder && seat == i
+	result := make([]uint8, len(proxyIDs))
+	for i, proxyID := range proxyIDs {
+		result[i] = uint8(max(proxyID, 0))
+		inOrder = inOrder && proxyID == i
 	}
 	if inOrder {
 		return nil
@@ -141,7 +141,7 @@ func (w Workload) seats(next Workload) []uint8 {
 // proxyPort is where a listener of a proxy is.
 type proxyPort struct {
 	port     uint16
-	seat     uint8
+	proxyID  uint8
 	outbound bool
 	exposed  bool
 }
@@ -161,7 +161,7 @@ func (w Workload) exposed() (list []proxyPort) {
 		for _, port := range p.ExposedPorts {
 			if port != 0 && !taken[port] {
 				taken[port] = true
-				list = append(list, proxyPort{port: port, seat: w.seat(i), exposed: true})
+				list = append(list, proxyPort{port: port, proxyID: w.proxyID(i), exposed: true})
 			}
 		}
 	}
@@ -172,10 +172,10 @@ func (w Workload) exposed() (list []proxyPort) {
 func (w Workload) meshPorts() (list []proxyPort) {
 	for i, p := range w.all() {
 		if p.OutboundPort != 0 {
-			list = append(list, proxyPort{port: p.OutboundPort, seat: w.seat(i), outbound: true})
+			list = append(list, proxyPort{port: p.OutboundPort, proxyID: w.proxyID(i), outbound: true})
 		}
 		if p.InboundPort != 0 {
-			list = append(list, proxyPort{port: p.InboundPort, seat: w.seat(i)})
+			list = append(list, proxyPort{port: p.InboundPort, proxyID: w.proxyID(i)})
 		}
 	}
 	return list

@@ -20,7 +20,7 @@ import (
 // reclaim pins again what this instance has attached and no pin leads to: its
 // tables with all rows, its links at the root, and its lookup programs. A second
 // set beside one that runs would refuse every connection that the first redirects.
-func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
+func (d *Datapath) reclaim(root *os.File) (repairs []string, err error) {
 	if !d.lacksPins() {
 		return nil, nil
 	}
@@ -49,20 +49,20 @@ func (d *Datapath) reclaim(root *os.File) (did []string, err error) {
 	if control == 0 && d.ends(root, own) {
 		return nil, nil
 	}
-	did, err = d.pinTables(own)
+	repairs, err = d.pinTables(own)
 	if errors.Is(err, errEnding) {
 		return nil, nil
 	}
 	if err != nil {
-		return did, err
+		return repairs, err
 	}
 	links, err := d.pinLinks(own)
-	did = append(did, links...)
+	repairs = append(repairs, links...)
 	if err != nil {
-		return did, err
+		return repairs, err
 	}
 	filters, err := d.paths.pinFilters(own)
-	return append(did, filters...), err
+	return append(repairs, filters...), err
 }
 
 // ends waits a moment where some of the set's programs run no more, and reports
@@ -93,7 +93,7 @@ func (d *Datapath) openOrReclaim() (*tables, error) {
 		return nil, err // nothing can be attached to it
 	}
 	defer root.Close()
-	if did, failed := d.reclaim(root); failed != nil || len(did) == 0 {
+	if repairs, failed := d.reclaim(root); failed != nil || len(repairs) == 0 {
 		return nil, errors.Join(err, failed)
 	}
 	return openTables(d.paths.maps())
@@ -128,7 +128,7 @@ func pinAgain(path string, object interface{ Pin(string) error }) (bool, error) 
 var errEnding = errors.New("on its way out")
 
 // pinTables pins all of the set's tables or, where one is gone already, none.
-func (d *Datapath) pinTables(s *programSet) (did []string, err error) {
+func (d *Datapath) pinTables(s *programSet) (repairs []string, err error) {
 	tables := make(map[string]*ebpf.Map)
 	defer closeMaps(tables)
 	for name, id := range s.tables {
@@ -144,19 +144,19 @@ func (d *Datapath) pinTables(s *programSet) (did []string, err error) {
 	for name, table := range tables {
 		pinned, err := pinAgain(filepath.Join(d.paths.maps(), name), table)
 		if err != nil {
-			return did, err
+			return repairs, err
 		}
 		if pinned {
-			did = append(did, "pin of map "+name+" put back")
+			repairs = append(repairs, "pin of map "+name+" put back")
 		}
 	}
-	slices.Sort(did)
-	return did, nil
+	slices.Sort(repairs)
+	return repairs, nil
 }
 
 // pinLinks pins the set's links. A link whose last pin was just removed may be on
 // its way out: it is not there to be pinned then, and is attached anew later.
-func (d *Datapath) pinLinks(s *programSet) (did []string, err error) {
+func (d *Datapath) pinLinks(s *programSet) (repairs []string, err error) {
 	atRoot := make(map[ebpf.ProgramID]string)
 	for name, ids := range s.programs {
 		atRoot[ids[0]] = name
@@ -181,12 +181,12 @@ func (d *Datapath) pinLinks(s *programSet) (did []string, err error) {
 		}
 		pinned, err := pinAgain(path, l)
 		if pinned {
-			did = append(did, what)
+			repairs = append(repairs, what)
 		}
 		return err
 	})
-	slices.Sort(did)
-	return did, err
+	slices.Sort(repairs)
+	return repairs, err
 }
 
 // cookiesByInode are the cookies of the namespaces on record.
@@ -241,7 +241,7 @@ func (s *programSet) cookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
 // at its hook, with the tables that are pinned. What else this instance has
 // attached is detached: it would refuse what these programs redirect. One that
 // ends takes a moment, so it is waited for.
-func (d *Datapath) confirm(root *os.File) (did []string, err error) {
+func (d *Datapath) confirm(root *os.File) (repairs []string, err error) {
 	control, err := pinnedID(filepath.Join(d.paths.maps(), "control"))
 	if err != nil {
 		return nil, err
@@ -249,15 +249,15 @@ func (d *Datapath) confirm(root *os.File) (did []string, err error) {
 	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		wrong, stale, err := d.outcome(root, control)
 		if err != nil || len(wrong) == 0 {
-			return did, err
+			return repairs, err
 		}
 		detached, err := detachPrograms(stale)
 		if err != nil {
-			return did, err
+			return repairs, err
 		}
-		did = append(did, detached...)
+		repairs = append(repairs, detached...)
 		if time.Now().After(deadline) {
-			return did, fmt.Errorf("look at the repaired data path: %s: %w", strings.Join(wrong, "; "), ErrOtherInstance)
+			return repairs, fmt.Errorf("look at the repaired data path: %s: %w", strings.Join(wrong, "; "), ErrOtherInstance)
 		}
 	}
 }
@@ -295,7 +295,7 @@ func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, s
 
 // detachPrograms detaches what sets have at the root and in namespaces, whoever
 // pinned it.
-func detachPrograms(sets []*programSet) (did []string, err error) {
+func detachPrograms(sets []*programSet) (repairs []string, err error) {
 	if len(sets) == 0 {
 		return nil, nil
 	}
@@ -314,10 +314,10 @@ func detachPrograms(sets []*programSet) (did []string, err error) {
 			if err := l.Detach(); err != nil {
 				return fmt.Errorf("detach program %d (%s): %w", program.id, program.name, err)
 			}
-			did = append(did, fmt.Sprintf("detached program %d (%s), which no pin led to", program.id, program.name))
+			repairs = append(repairs, fmt.Sprintf("detached program %d (%s), which no pin led to", program.id, program.name))
 			break
 		}
 		return nil
 	})
-	return did, err
+	return repairs, err
 }

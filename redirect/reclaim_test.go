@@ -29,7 +29,9 @@ func (n *node) hidePins() {
 	})
 }
 
-func said(did []string, part string) bool { return strings.Contains(strings.Join(did, "\n"), part) }
+func said(repairs []string, part string) bool {
+	return strings.Contains(strings.Join(repairs, "\n"), part)
+}
 
 // Pins that cannot be seen are no sign that nothing runs. Whoever comes first
 // takes over what does, with all rows, and not a connection is refused.
@@ -44,7 +46,7 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 	}
 	check := func(n *node, a *alloc) ([]string, error) { return n.Check(a.key, a.Path) }
 	load := func(n *node, _ *alloc) ([]string, error) { result, err := n.Load(); return result.Did, err }
-	mend := func(n *node, _ *alloc) ([]string, error) { return n.Mend() }
+	repair := func(n *node, _ *alloc) ([]string, error) { return n.Repair() }
 	add := func(n *node, _ *alloc) ([]string, error) { n.newAlloc().add(full); return nil, nil }
 	for _, tc := range []struct {
 		name   string
@@ -54,11 +56,11 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 	}{
 		{"by CHECK", hide, check, false},
 		{"by load", hide, load, false},
-		{"by the agent", hide, mend, false},
+		{"by the agent", hide, repair, false},
 		{"by ADD of another", hide, add, false},
 		{"of an older version", hide, load, true},
-		{"control's pin removed", lose("maps", "control"), mend, false},
-		{"maps' pins removed", lose("maps"), mend, false},
+		{"control's pin removed", lose("maps", "control"), repair, false},
+		{"maps' pins removed", lose("maps"), repair, false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t)
@@ -83,19 +85,19 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 					t.Errorf("status says %q while the workload is redirected", problem.What)
 				}
 			}
-			did, err := tc.repair(n, a)
+			repairs, err := tc.repair(n, a)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if did != nil && !said(did, "pin of map origins put back") && !said(did, "pin of map control put back") {
-				t.Errorf("done: %q, want the pins put back", did)
+			if repairs != nil && !said(repairs, "pin of map origins put back") && !said(repairs, "pin of map control put back") {
+				t.Errorf("done: %q, want the pins put back", repairs)
 			}
 			load.sawBoth(map[string]int{addrPort(remote4(1), 4321): 1, addrPort(a.v4, 4321): 1})
 			now := kernelObjects(t, n.Datapath)
 			if diff := cmp.Diff(before.maps, now.maps); diff != "" {
 				t.Errorf("other tables are pinned (-before +after):\n%s", diff)
 			}
-			if len(did) > 0 {
+			if len(repairs) > 0 {
 				if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
 					t.Errorf("rows (-before +after):\n%s", diff)
 				}
@@ -105,8 +107,8 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			}
 			a.works()
 			healthy(t, n.Datapath)
-			if did, err := n.Mend(); err != nil || len(did) > 0 {
-				t.Errorf("mend again: %q, %v; want nothing done", did, err)
+			if repairs, err := n.Repair(); err != nil || len(repairs) > 0 {
+				t.Errorf("repair again: %q, %v; want nothing done", repairs, err)
 			}
 		})
 	}
@@ -125,7 +127,7 @@ func TestHiddenLookupWithoutARecordIsTakenOver(t *testing.T) {
 	if _, err := n.Load(); err != nil {
 		t.Fatal(err)
 	}
-	if !n.Hooked(a.Cookie()) {
+	if !n.LookupAttached(a.Cookie()) {
 		t.Error("the lookup program has no pin")
 	}
 	a.works()
@@ -278,7 +280,7 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 
 // A namespace whose path is gone lives on with the tasks in it. That its pins are
 // hidden does not make it a dead one.
-func TestSweepKeepsWhatRunsUnderHiddenPins(t *testing.T) {
+func TestPruneKeepsWhatRunsUnderHiddenPins(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	path := filepath.Join(t.TempDir(), "netns")
@@ -294,8 +296,8 @@ func TestSweepKeepsWhatRunsUnderHiddenPins(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.hidePins()
-	if removed, err := n.Sweep(); err != nil || len(removed) != 0 {
-		t.Errorf("sweep removed %v, %v; want nothing", removed, err)
+	if removed, err := n.PruneDead(); err != nil || len(removed) != 0 {
+		t.Errorf("prune removed %v, %v; want nothing", removed, err)
 	}
 	a.works()
 }

@@ -25,13 +25,13 @@ var errNewer = errors.New("a newer version wrote it")
 // written before the first change to the kernel and removed after the last, so
 // that a process that dies in between leaves something to finish or to undo.
 type record struct {
-	Schema  int     `json:"schema"` // recordSchema; 0 in a record from before there were schemas
-	Key     Key     `json:"key"`
-	Request Request `json:"request"`
-	Overlay Overlay `json:"overlay,omitzero"`
-	NetNS   string  `json:"netns"`
-	Cookie  uint64  `json:"cookie,string"`
-	BootID  string  `json:"boot_id"`
+	Schema     int          `json:"schema"` // recordSchema; 0 in a record from before there were schemas
+	Key        AttachmentID `json:"key"`
+	Request    Request      `json:"request"`
+	MeshConfig MeshConfig   `json:"overlay,omitzero"`
+	NetNS      string       `json:"netns"`
+	Cookie     uint64       `json:"cookie,string"`
+	BootID     string       `json:"boot_id"`
 	// Found are the addresses of the namespace, those that the request does not
 	// name and those that came after ADD included: they are the workload's own.
 	Found []netip.Addr `json:"found,omitempty"`
@@ -44,23 +44,23 @@ type record struct {
 	// Ephemeral is the namespace's range of ports for the replies to its own datagrams.
 	Ephemeral PortRange `json:"ephemeral"`
 	// Strangers are cgroups under the proxy's UID that are known not to be the
-	// proxy's: their listeners are not taken in.
-	Strangers []uint64 `json:"strangers,omitempty"`
+	// proxy's: their listeners are not registered.
+	RejectedCgroups []uint64 `json:"strangers,omitempty"`
 	// IPv6 says that the encoded IPv6 range is routed in the namespace.
 	IPv6 bool `json:"ipv6"`
-	// Seats are those of the proxies that Overlay names.
+	// Seats are those of the proxies that MeshConfig names.
 	Seats []uint8 `json:"seats,omitempty"`
 	// Complete says that the kernel's rows are those of Applied and no others.
 	Complete bool `json:"complete"`
 	// Applied is the workload that the rows in force were made from.
 	Applied Workload `json:"applied,omitzero"`
 
-	fresh     bool // made by this call: nobody can have left rows of it
-	unwritten bool // differs from its file in what has no rows
+	fresh bool // made by this call: nobody can have left rows of it
+	dirty bool // differs from its file in what has no rows
 }
 
 func (r *record) desired() Workload {
-	w := Merge(r.Request, r.Overlay)
+	w := Merge(r.Request, r.MeshConfig)
 	w.Ephemeral = r.Ephemeral
 	w.Seats = r.Seats
 	w.Sources, w.Sliced = r.Sources, r.Sliced
@@ -88,7 +88,7 @@ func bootID() (string, error) {
 
 // readRecord returns ErrUnknown where there is no record, or only one of an
 // earlier boot, and ErrUnreadable where there is one that cannot be read.
-func (p Paths) readRecord(key Key) (*record, error) {
+func (p Paths) readRecord(key AttachmentID) (*record, error) {
 	boot, err := bootID()
 	if err != nil {
 		return nil, err
@@ -147,7 +147,7 @@ func (p Paths) writeRecord(r *record) error {
 	return nil
 }
 
-func (p Paths) removeRecord(key Key) error {
+func (p Paths) removeRecord(key AttachmentID) error {
 	for _, path := range []string{p.record(key) + ".tmp", p.record(key) + asideSuffix, p.record(key)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove record: %w", err)
@@ -161,7 +161,7 @@ const asideSuffix = ".unreadable"
 
 // setAside moves a record that cannot be read out of the way of the one that
 // takes its place. It is kept for somebody to look at, until DEL.
-func (p Paths) setAside(key Key) error {
+func (p Paths) setAside(key AttachmentID) error {
 	if err := os.Rename(p.record(key), p.record(key)+asideSuffix); err != nil {
 		return fmt.Errorf("set record aside: %w", err)
 	}

@@ -35,7 +35,7 @@ func TestRecordKeepsWhatWasWritten(t *testing.T) {
 		Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}}
 	full(&request)
 	want := &record{
-		Key: Key{"id", "eth0"}, Request: request, Overlay: overlays()[0], NetNS: "/run/netns/id",
+		Key: AttachmentID{"id", "eth0"}, Request: request, MeshConfig: meshConfigs()[0], NetNS: "/run/netns/id",
 		Cookie: 1<<63 + 1, BootID: boot, IPv6: true, Complete: true,
 	}
 	want.Applied = want.desired()
@@ -64,7 +64,7 @@ func TestRecordKeepsWhatWasWritten(t *testing.T) {
 }
 
 // agedRecord turns the allocation's record into one of an earlier boot.
-func agedRecord(t *testing.T, d *Datapath, key Key) {
+func agedRecord(t *testing.T, d *Datapath, key AttachmentID) {
 	t.Helper()
 	r, err := d.paths.readRecord(key)
 	if err != nil {
@@ -89,7 +89,7 @@ func TestRecordOfAnEarlierBootIsIgnored(t *testing.T) {
 	if _, err := n.Check(a.key, a.Path); !errors.Is(err, ErrUnknown) {
 		t.Errorf("check: %v, want ErrUnknown", err)
 	}
-	if _, err := n.Collect("nomad", nil); err != nil {
+	if _, err := n.GC("nomad", nil); err != nil {
 		t.Error(err)
 	}
 	a.works() // nobody took the namespace's rows away
@@ -110,7 +110,7 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
 	a.startProxy()
-	broken := Key{"broken", "eth0"}
+	broken := AttachmentID{"broken", "eth0"}
 	if err := os.WriteFile(n.paths.record(broken), []byte("{\"key\": "), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -153,9 +153,9 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 		t.Errorf("status after the upgrade: current %t, %v", status.Current, err)
 	}
 	for name, call := range map[string]func() error{
-		"GC":      func() error { return second(n.Collect("nomad", []Key{a.key, b.key})) },
-		"sweep":   func() error { return second(n.Sweep()) },
-		"collect": func() error { return second(n.NewCollector().Run()) },
+		"GC":      func() error { return second(n.GC("nomad", []AttachmentID{a.key, b.key})) },
+		"prune":   func() error { return second(n.PruneDead()) },
+		"collect": func() error { return second(n.NewIndexReclaimer().Run()) },
 	} {
 		if err := call(); err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -219,8 +219,8 @@ func TestRecordWithoutASchemaIsRead(t *testing.T) {
 	if err := os.WriteFile(path, []byte(old), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) != 0 {
-		t.Errorf("check: mended %q, %v; want nothing", mended, err)
+	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) != 0 {
+		t.Errorf("check: repaired %q, %v; want nothing", repaired, err)
 	}
 }
 
@@ -234,7 +234,7 @@ func TestUnreadableStateDirIsAnError(t *testing.T) {
 	if _, err := d.Load(); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("load: %v, want an error that names %s", err, file)
 	}
-	if err := d.Add(Attachment{Key: Key{"a", "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
+	if err := d.Add(Attachment{Key: AttachmentID{"a", "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("add: %v, want an error that names %s", err, file)
 	}
 }

@@ -33,7 +33,7 @@ type ProxyPorts struct {
 // RejectedListeners returns the ports of a workload's proxies without a listener,
 // and the sockets on their ports that are not registered. It takes no lock, and
 // walks the processes of the node once for each socket.
-func (d *Datapath) RejectedListeners(key Key) (ports ProxyPorts, list []RejectedListener, err error) {
+func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list []RejectedListener, err error) {
 	fail := func(err error) (ProxyPorts, []RejectedListener, error) {
 		return ports, nil, fmt.Errorf("look at listeners of workload %s: %w", key, err)
 	}

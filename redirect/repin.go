@@ -25,7 +25,7 @@ func mapNames() []string {
 // repin pins those tables again whose pin somebody removed. The programs in
 // force hold every table that they use, with its rows, so nothing is lost. A
 // node without the table that tells its layout is one that is not loaded.
-func (d *Datapath) repin() (did []string, err error) {
+func (d *Datapath) repin() (repairs []string, err error) {
 	var lost []string
 	for _, name := range mapNames() {
 		if _, err := os.Lstat(filepath.Join(d.paths.maps(), name)); errors.Is(err, fs.ErrNotExist) {
@@ -38,17 +38,17 @@ func (d *Datapath) repin() (did []string, err error) {
 	for _, name := range programNames() {
 		found, err := d.repinFrom(d.paths.link(name), lost)
 		if err != nil {
-			return did, err
+			return repairs, err
 		}
 		for _, name := range found {
-			did = append(did, "pin of map "+name+" put back")
+			repairs = append(repairs, "pin of map "+name+" put back")
 			lost = slices.DeleteFunc(lost, func(other string) bool { return other == name })
 		}
 	}
 	if len(lost) > 0 {
-		return did, fmt.Errorf("pin maps again: no program in force has %v: run 'weir unload', then 'weir load', and restart the allocations", lost)
+		return repairs, fmt.Errorf("pin maps again: no program in force has %v: run 'weir unload', then 'weir load', and restart the allocations", lost)
 	}
-	return did, nil
+	return repairs, nil
 }
 
 // repinFrom pins the lost tables that the program of a link uses.

@@ -29,7 +29,7 @@ func TestMapNamesAreThoseOfTheObject(t *testing.T) {
 
 // A pin that somebody removed comes back with the table and its rows: a fresh
 // table would give indexes a second time that open connections carry.
-func TestMendPutsBackPinsOfMaps(t *testing.T) {
+func TestRepairPutsBackPinsOfMaps(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
@@ -45,9 +45,9 @@ func TestMendPutsBackPinsOfMaps(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	did, err := n.Mend()
-	if err != nil || !strings.Contains(strings.Join(did, "\n"), "pin of map origins put back") {
-		t.Fatalf("mend = %q, %v; want the pins put back", did, err)
+	repairs, err := n.Repair()
+	if err != nil || !strings.Contains(strings.Join(repairs, "\n"), "pin of map origins put back") {
+		t.Fatalf("repair = %q, %v; want the pins put back", repairs, err)
 	}
 	if diff := cmp.Diff(before.maps, kernelObjects(t, n.Datapath).maps); diff != "" {
 		t.Errorf("other tables are pinned (-before +after):\n%s", diff)
@@ -55,8 +55,8 @@ func TestMendPutsBackPinsOfMaps(t *testing.T) {
 	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
 		t.Errorf("rows (-before +after):\n%s", diff)
 	}
-	if did, err := n.Mend(); err != nil || len(did) > 0 {
-		t.Errorf("mend again = %q, %v; want nothing done", did, err)
+	if repairs, err := n.Repair(); err != nil || len(repairs) > 0 {
+		t.Errorf("repair again = %q, %v; want nothing done", repairs, err)
 	}
 	a.works()
 }

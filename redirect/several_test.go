@@ -34,27 +34,27 @@ func newSeveral(t *testing.T) *several {
 	a := newNode(t).newAlloc()
 	a.add()
 	s := &several{alloc: a, secondCg: test.NewCgroup(t)}
-	s.set(s.overlay())
+	s.set(s.meshConfig())
 	return s
 }
 
-func (s *several) overlay() Overlay {
-	return Overlay{Service: "api", Proxies: []Sidecar{{
+func (s *several) meshConfig() MeshConfig {
+	return MeshConfig{Service: "api", Proxies: []Sidecar{{
 		Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
 		ServicePorts: []uint16{secondService}, VirtualIPs: addrs(secondVIP),
 	}}}
 }
 
 // turned is the same two proxies in the other order.
-func (s *several) turned() Overlay {
-	return Overlay{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound, Proxies: []Sidecar{{
+func (s *several) turned() MeshConfig {
+	return MeshConfig{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound, Proxies: []Sidecar{{
 		Service: "api", InboundPort: inboundPort, OutboundPort: outboundPort,
 	}}}
 }
 
-func (s *several) set(overlay Overlay) {
+func (s *several) set(meshConfig MeshConfig) {
 	s.node.t.Helper()
-	if err := s.node.SetOverlay(s.key, overlay); err != nil {
+	if err := s.node.SetMeshConfig(s.key, meshConfig); err != nil {
 		s.node.t.Fatal(err)
 	}
 }
@@ -189,13 +189,13 @@ func TestSeveralProxiesChange(t *testing.T) {
 	s.dials(proxyUID, s.proxyCg, remote.Name, Proxy)
 	s.dials(proxyUID, s.taskCg, s.outbound2nd.Name, Redirected)
 	// The one that goes leaves nothing, and comes back as one that is not known.
-	s.set(Overlay{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound})
+	s.set(MeshConfig{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound})
 	s.identities(IdentityCgroup, s.secondCg.ID)
 	s.goesTo(nobodysVIP, s.outbound2nd)
 	s.arrives(s.v4, inboundPort, s.inbound2nd.Name, true)
 	s.dials(proxyUID, s.proxyCg, s.outbound2nd.Name, Redirected)
 	s.set(turned)
-	s.identities(IdentityCgroup, s.secondCg.ID, s.proxyCg.ID) // by its listeners, which are taken in
+	s.identities(IdentityCgroup, s.secondCg.ID, s.proxyCg.ID) // by its listeners, which are registered
 	s.goesTo(nobodysVIP, s.outbound)
 	s.arrives(s.v4, inboundPort, s.inbound.Name, true)
 	s.inbound.Stop()
@@ -216,18 +216,18 @@ func TestSeveralProxiesOpenedBefore(t *testing.T) {
 	s.startProxy()
 	s.startSecond()
 	s.goesTo(secondVIP, s.outbound)
-	s.set(s.overlay())
+	s.set(s.meshConfig())
 	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
 	s.goesTo(secondVIP, s.outbound2nd)
 	s.arrives(s.v4, secondService, s.inbound2nd.Name, true)
-	mended, err := s.node.Check(s.key, s.Path)
-	if err != nil || len(mended) > 0 {
-		t.Errorf("check: %v, mended %q", err, mended)
+	repaired, err := s.node.Check(s.key, s.Path)
+	if err != nil || len(repaired) > 0 {
+		t.Errorf("check: %v, repaired %q", err, repaired)
 	}
 	for _, table := range []string{"proxies", "exclusions", "addresses", "listeners"} {
 		s.dropRow(t, table)
-		if mended, err := s.node.Check(s.key, s.Path); err != nil || len(mended) == 0 {
-			t.Errorf("check without %s: %v, mended %q", table, err, mended)
+		if repaired, err := s.node.Check(s.key, s.Path); err != nil || len(repaired) == 0 {
+			t.Errorf("check without %s: %v, repaired %q", table, err, repaired)
 		}
 		s.goesTo(secondVIP, s.outbound2nd)
 		s.arrives(s.v4, secondInbound, s.inbound2nd.Name, true)
@@ -247,9 +247,9 @@ func TestSeveralProxiesFamilies(t *testing.T) {
 		}
 	})
 	verdictsAre(t, moved, map[Verdict]uint64{RefusedFamily: 1})
-	overlay := s.overlay()
-	overlay.Proxies[0].VirtualIPs = addrs("fd00::2")
-	s.set(overlay)
+	meshConfig := s.meshConfig()
+	meshConfig.Proxies[0].VirtualIPs = addrs("fd00::2")
+	s.set(meshConfig)
 	if answer, err := s.ask("tcp6", "[fd00::2]:80"); err != nil || answer.Server != six.Name || answer.Origin.String() != "[fd00::2]:80" {
 		t.Errorf("dial by IPv6: %+v, %v; want %q", answer, err, six.Name)
 	}
@@ -264,7 +264,7 @@ func TestSeveralPlainProxies(t *testing.T) {
 	upstream := func(name, vip, listener string) Upstream {
 		return Upstream{Name: name, Addresses: addrs(vip), Listener: netip.MustParseAddrPort(listener)}
 	}
-	if err := n.SetOverlay(a.key, Overlay{
+	if err := n.SetMeshConfig(a.key, MeshConfig{
 		Guard: GuardEnforce, Service: "api", InboundPort: inboundPort,
 		Proxies:   []Sidecar{{Service: "web", InboundPort: secondInbound}},
 		Upstreams: []Upstream{upstream("db", "240.0.0.1", "127.0.0.1:9191"), upstream("cache", "240.0.0.2", "127.0.0.1:9292")},
@@ -301,13 +301,13 @@ func TestSeveralPlainProxies(t *testing.T) {
 }
 
 // The listeners of a proxy that is gone from Consul close when another one sits
-// in its seat: they are not that one's.
+// in its proxy ID: they are not that one's.
 func TestSeveralProxiesSeatIsTakenOver(t *testing.T) {
 	s := newSeveral(t)
 	s.startProxy()
 	s.startSecond()
-	s.set(Overlay{})
-	s.set(Overlay{Service: "api", Proxies: []Sidecar{{Service: "db", InboundPort: 20003, OutboundPort: 15003}}})
+	s.set(MeshConfig{})
+	s.set(MeshConfig{Service: "api", Proxies: []Sidecar{{Service: "db", InboundPort: 20003, OutboundPort: 15003}}})
 	third := test.NewCgroup(t)
 	s.serve(proxyUID, third, "tcp4", "127.0.0.1:15003")
 	s.serve(proxyUID, third, "tcp4", "0.0.0.0:20003")

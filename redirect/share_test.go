@@ -115,7 +115,7 @@ func TestFirstDestinationsFindRoom(t *testing.T) {
 		}
 	}
 	// The count was wrong, as after a process that died between two writes: the collector sees that.
-	if _, err := n.NewCollector().Run(); err != nil {
+	if _, err := n.NewIndexReclaimer().Run(); err != nil {
 		t.Fatal(err)
 	}
 	if refused := greedy.knock(netip.MustParseAddr("20.2.0.0"), 10); len(refused) > 0 {
@@ -144,11 +144,11 @@ func TestAddFindsRows(t *testing.T) {
 	small.startProxy()
 	small.works()
 	// What a workload has is its own.
-	if err := n.SetOverlay(big.key, Overlay{InboundPort: 20001}); err != nil {
+	if err := n.SetMeshConfig(big.key, MeshConfig{InboundPort: 20001}); err != nil {
 		t.Errorf("change of a workload with many rows: %v", err)
 	}
 	n.ails("table exclusions is 87 % full")
-	n.edit(func(tables *tables) error { return tables.erase(1<<60, &filler) })
+	n.edit(func(tables *tables) error { return tables.deleteWorkload(1<<60, &filler) })
 	if err := n.Add(Attachment{Key: refused.key, NetNS: refused.Path, Request: request}); err != nil {
 		t.Errorf("ADD where there is room again: %v", err)
 	}
@@ -225,11 +225,11 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 
 			// A process that dies after the first slice; the namespace comes again before the rest went.
 			fill()
-			n.edit(func(tables *tables) error { return tables.erase(a.Cookie(), nil) })
+			n.edit(func(tables *tables) error { return tables.deleteWorkload(a.Cookie(), nil) })
 			fill()
 			a.startProxy()
 			a.works()
-			n.edit(func(tables *tables) error { return tables.erase(a.Cookie(), nil) })
+			n.edit(func(tables *tables) error { return tables.deleteWorkload(a.Cookie(), nil) })
 			if err := n.eraseDead(); err != nil {
 				t.Fatal(err)
 			}
@@ -299,16 +299,16 @@ func TestCollectorGoesOn(t *testing.T) {
 		t.Fatal("there is room beyond the budget")
 	}
 	cookie := a.Cookie()
-	first := n.NewCollector()
-	first.Rest, first.Grace = 0, 0
+	first := n.NewIndexReclaimer()
+	first.IdleAfter, first.FreeAfter = 0, 0
 	if freed, err := first.Run(); err != nil || freed != 0 {
 		t.Fatalf("first run: %d freed, %v", freed, err)
 	}
-	if got := len(first.condemned); got != many/2 {
+	if got := len(first.pendingFree); got != many/2 {
 		t.Errorf("%d indexes are condemned, want half of %d", got, many)
 	}
-	second := n.NewCollector() // the first one died
-	second.Rest, second.Grace = 0, 0
+	second := n.NewIndexReclaimer() // the first one died
+	second.IdleAfter, second.FreeAfter = 0, 0
 	between := n.lockedWhile(func() error {
 		freed, err := second.Run()
 		if freed != many/2 {

@@ -135,9 +135,9 @@ func (h *socketHost) call(c socketCall) (result socketResult, err error) {
 		if result.FD, err = unix.Socket(c.Family, c.Type|unix.SOCK_CLOEXEC, c.Proto); err != nil {
 			return result, err
 		}
-		patience := unix.NsecToTimeval(int64(socketPatience))
+		timeout := unix.NsecToTimeval(int64(socketPatience))
 		for _, option := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
-			if err := unix.SetsockoptTimeval(result.FD, unix.SOL_SOCKET, option, &patience); err != nil {
+			if err := unix.SetsockoptTimeval(result.FD, unix.SOL_SOCKET, option, &timeout); err != nil {
 				return result, err
 			}
 		}

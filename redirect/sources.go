@@ -67,7 +67,7 @@ type ownAddress struct {
 // observe brings the record's own addresses up to date with the namespace's, and
 // says what changed. An address that was taken off the namespace is not the
 // workload's any more. A link-local one comes by itself some time after the
-// device, so it is taken in without a word.
+// device, so it is registered without a word.
 func (r *record) observe(ns *namespace) (changed []string, err error) {
 	var found, broadcast []netip.Addr
 	var sources Sources
@@ -92,7 +92,7 @@ func (r *record) observe(ns *namespace) (changed []string, err error) {
 	if !sources.equal(r.Sources) && len(changed) == 0 {
 		changed = append(changed, fmt.Sprintf("own addresses of its connections are %v now, were %v", sources, r.Sources))
 	}
-	r.unwritten = r.unwritten || !slices.Equal(found, r.Found) || !sources.equal(r.Sources)
+	r.dirty = r.dirty || !slices.Equal(found, r.Found) || !sources.equal(r.Sources)
 	slices.SortFunc(broadcast, netip.Addr.Compare)
 	r.Found, r.Sources, r.Broadcasts = found, sources, slices.Compact(broadcast)
 	r.Sliced = r.Sliced || sources.sliced()

@@ -70,9 +70,9 @@ func (a *alloc) routeVia(prefix netip.Prefix, gateway netip.Addr) {
 	})
 }
 
-// mended runs CHECK and fails the test unless it says what was wrong; a second
+// repaired runs CHECK and fails the test unless it says what was wrong; a second
 // one must find nothing.
-func (a *alloc) mended(want string) {
+func (a *alloc) repaired(want string) {
 	a.node.t.Helper()
 	status, err := a.node.Status()
 	if err != nil {
@@ -81,12 +81,12 @@ func (a *alloc) mended(want string) {
 	if !strings.Contains(fmt.Sprint(status.Problems), want) {
 		a.node.t.Errorf("problems are %v, want one with %q", status.Problems, want)
 	}
-	did, err := a.node.Check(a.key, a.Path)
-	if err != nil || !strings.Contains(strings.Join(did, "\n"), want) {
-		a.node.t.Errorf("check mended %q, %v; want %q among it", did, err, want)
+	repairs, err := a.node.Check(a.key, a.Path)
+	if err != nil || !strings.Contains(strings.Join(repairs, "\n"), want) {
+		a.node.t.Errorf("check repaired %q, %v; want %q among it", repairs, err, want)
 	}
-	if did, err := a.node.Check(a.key, a.Path); err != nil || len(did) > 0 {
-		a.node.t.Errorf("the next check mended %q, %v; want nothing", did, err)
+	if repairs, err := a.node.Check(a.key, a.Path); err != nil || len(repairs) > 0 {
+		a.node.t.Errorf("the next check repaired %q, %v; want nothing", repairs, err)
 	}
 	healthy(a.node.t, a.node.Datapath)
 }
@@ -130,7 +130,7 @@ func TestNetworkThatComesAndGoes(t *testing.T) {
 	a.startDualProxy()
 	a.wantOwn("tcp4", secondPeer4, a.v4)
 	a.addNetwork()
-	a.mended("its addresses are")
+	a.repaired("its addresses are")
 	a.wantOwn("tcp4", secondPeer4, second4)
 	a.wantOwn("tcp6", secondPeer6, second6)
 	a.wantOwn("tcp4", remote4(1), a.v4)
@@ -138,7 +138,7 @@ func TestNetworkThatComesAndGoes(t *testing.T) {
 		t.Errorf("dialled an own address that came after ADD: %v, want it local", moved)
 	}
 	a.routeVia(netip.PrefixFrom(remote4(1), 32), secondPeer4)
-	a.mended("own addresses of its connections")
+	a.repaired("own addresses of its connections")
 	a.wantOwn("tcp4", remote4(1), second4)
 	a.inside(func() error {
 		link, err := netlink.LinkByName("net1")
@@ -147,7 +147,7 @@ func TestNetworkThatComesAndGoes(t *testing.T) {
 		}
 		return netlink.LinkDel(link)
 	})
-	a.mended("its addresses are")
+	a.repaired("its addresses are")
 	a.wantOwn("tcp4", secondPeer4, a.v4)
 	a.wantOwn("tcp4", remote4(1), a.v4)
 	if moved := a.rose(func() { a.wantOwn("tcp4", second4, a.v4) }); moved[Redirected] != 1 {
@@ -169,7 +169,7 @@ func TestAddressIsReplaced(t *testing.T) {
 	new4, new6 := netip.MustParseAddr("10.9.1.77"), netip.MustParseAddr("fd09:1::77")
 	a.replaceAddress(netip.PrefixFrom(a.v4, 24), netip.PrefixFrom(new4, 24))
 	a.replaceAddress(netip.PrefixFrom(a.v6, 64), netip.PrefixFrom(new6, 64))
-	a.mended("its addresses are")
+	a.repaired("its addresses are")
 	a.wantOwn("tcp4", remote4(1), new4)
 	a.wantOwn("tcp6", remote6(1), new6)
 	// The former one is somebody else's now.

@@ -16,16 +16,16 @@ import (
 
 // Status is the state of the node's data path.
 type Status struct {
-	Loaded     bool      `json:"loaded"`
-	Current    bool      `json:"current"` // the node runs this binary's programs
-	Paths      Paths     `json:"paths"`
-	CgroupRoot string    `json:"cgroup_root"` // what the programs are attached to
-	Links      []string  `json:"links"`       // programs in force there
-	Maps       []MapInfo `json:"maps"`
-	Barrier    Barrier   `json:"barrier"` // the way in use, the weaker one where the kernel has no other
-	Workloads  int       `json:"workloads"`
-	Others     []Other   `json:"others,omitempty"` // programs of others on the same hooks
-	Problems   []Problem `json:"problems"`
+	Loaded     bool       `json:"loaded"`
+	Current    bool       `json:"current"` // the node runs this binary's programs
+	Paths      Paths      `json:"paths"`
+	CgroupRoot string     `json:"cgroup_root"` // what the programs are attached to
+	Links      []string   `json:"links"`       // programs in force there
+	Maps       []MapInfo  `json:"maps"`
+	Barrier    ReaderWait `json:"barrier"` // the way in use, the weaker one where the kernel has no other
+	Workloads  int        `json:"workloads"`
+	Others     []Other    `json:"others,omitempty"` // programs of others on the same hooks
+	Problems   []Problem  `json:"problems"`
 }
 
 // Healthy reports whether nothing is wrong.
@@ -71,10 +71,10 @@ type ProxyStatus struct {
 
 // WorkloadStatus is the state of one workload.
 type WorkloadStatus struct {
-	Key   Key    `json:"key"`
-	ID    string `json:"id"` // allocation ID
-	Job   string `json:"job"`
-	Group string `json:"group"`
+	Key   AttachmentID `json:"key"`
+	ID    string       `json:"id"` // allocation ID
+	Job   string       `json:"job"`
+	Group string       `json:"group"`
 	NomadNames
 	NetNS     string        `json:"netns"`
 	Cookie    uint64        `json:"cookie,string"`
@@ -236,10 +236,10 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 
 // WorkloadVerdicts are the counters of one workload since it was added.
 type WorkloadVerdicts struct {
-	Key   Key    `json:"key"`
-	ID    string `json:"id"`
-	Job   string `json:"job"`
-	Group string `json:"group"`
+	Key   AttachmentID `json:"key"`
+	ID    string       `json:"id"`
+	Job   string       `json:"job"`
+	Group string       `json:"group"`
 	NomadNames
 	Cookie uint64            `json:"cookie,string"`
 	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out

@@ -68,41 +68,41 @@ func damages() []damage {
 	}
 	for _, name := range []string{"workloads", "budgets", "verdicts"} {
 		list = append(list, damage{"row in " + name, "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.drop(name, a.Cookie()) })
+			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.delete(name, a.Cookie()) })
 		}})
 	}
 	list = append(list,
 		damage{"row in proxies", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.dropSeats(a.Cookie(), 1) })
+			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.deleteProxies(a.Cookie(), 1) })
 		}},
 		damage{"row in configs", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.drop("configs", bpfConfigKey{Cookie: a.Cookie(), Generation: generation})
+				return tables.delete("configs", bpfConfigKey{Cookie: a.Cookie(), Generation: generation})
 			})
 		}},
 		damage{"row in exclusions", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.drop("exclusions", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_UID, Value: 1500})
+				return tables.delete("exclusions", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_UID, Value: 1500})
 			})
 		}},
 		damage{"row in ports", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.drop("ports", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432 / portsPerRow})
+				return tables.delete("ports", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432 / portsPerRow})
 			})
 		}},
 		damage{"row in addresses", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.drop("addresses", bpfAddressKey{Cookie: a.Cookie(), Generation: generation, Addr: encodeAddr(a.v6)})
+				return tables.delete("addresses", bpfAddressKey{Cookie: a.Cookie(), Generation: generation, Addr: encodeAddr(a.v6)})
 			})
 		}},
 		damage{"row in cidrs", "rows are missing", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.drop("cidrs", encodeCIDR(netip.MustParsePrefix("172.16.0.0/12"), a.Cookie(), generation))
+				return tables.delete("cidrs", encodeCIDR(netip.MustParsePrefix("172.16.0.0/12"), a.Cookie(), generation))
 			})
 		}},
 		damage{"row in listeners", "is not registered", func(t *testing.T, a *alloc) {
 			dropRow(t, a, func(tables *tables, _ uint64) error {
-				return tables.drop("listeners", bpfListenerKey{Cookie: a.Cookie(), Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: outboundPort})
+				return tables.delete("listeners", bpfListenerKey{Cookie: a.Cookie(), Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: outboundPort})
 			})
 		}},
 	)
@@ -157,7 +157,7 @@ func dropRow(t *testing.T, a *alloc, drop func(tables *tables, generation uint64
 	}
 }
 
-// Every damage is named with its remedy, and a CHECK mends it under a living proxy.
+// Every damage is named with its remedy, and a CHECK repairs it under a living proxy.
 func TestStatusNamesDamage(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
@@ -174,8 +174,8 @@ func TestStatusNamesDamage(t *testing.T) {
 			damage.do(t, a)
 			n := &node{Datapath: n.Datapath, t: t, remote: n.remote}
 			n.ails(damage.says)
-			if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) == 0 {
-				t.Fatalf("check: %v, mended %q", err, mended)
+			if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) == 0 {
+				t.Fatalf("check: %v, repaired %q", err, repaired)
 			}
 			n.healthy()
 			answer, err := a.ask("tcp4", origin.String())
@@ -185,8 +185,8 @@ func TestStatusNamesDamage(t *testing.T) {
 			if answer, err := a.fromOutside(a.v4, 8080); err != nil || answer.Server != a.inbound.Name {
 				t.Errorf("dial from outside after the check: %+v, error %v", answer, err)
 			}
-			if mended, err := n.Check(a.key, a.Path); err != nil || len(mended) > 0 {
-				t.Errorf("second check: %v, mended %q", err, mended)
+			if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
+				t.Errorf("second check: %v, repaired %q", err, repaired)
 			}
 		})
 	}
@@ -197,7 +197,7 @@ func TestStatusNotLoaded(t *testing.T) {
 	n.ails("not loaded")
 }
 
-// What cannot be mended in place is named too.
+// What cannot be repaired in place is named too.
 func TestStatusOfAGoneNamespace(t *testing.T) {
 	d := newDatapath(t)
 	n := &node{Datapath: d, t: t}
@@ -206,7 +206,7 @@ func TestStatusOfAGoneNamespace(t *testing.T) {
 		a.add()
 	})
 	n.ails("namespace is gone")
-	if _, err := d.Collect("nomad", nil); err != nil {
+	if _, err := d.GC("nomad", nil); err != nil {
 		t.Fatal(err)
 	}
 	n.healthy()
@@ -220,8 +220,8 @@ func TestStatusOfALostRecord(t *testing.T) {
 	n.ails("its record is gone")
 }
 
-// What is left of a namespace that outlived its record and has ended since concerns
-// nobody: the next sweep takes it.
+// What is left of a namespace that lives longer than its record and has ended since concerns
+// nobody: the next prune takes it.
 func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 	d := newDatapath(t)
 	n := &node{Datapath: d, t: t}
@@ -237,11 +237,11 @@ func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 		}
 		return err
 	}, "a healthy node")
-	if _, err := d.Sweep(); err != nil {
+	if _, err := d.PruneDead(); err != nil {
 		t.Fatal(err)
 	}
 	if left, err := os.ReadDir(d.paths.lookups()); err != nil || len(left) > 0 {
-		t.Errorf("lookup programs after a sweep: %v, %v: want none", left, err)
+		t.Errorf("lookup programs after a prune: %v, %v: want none", left, err)
 	}
 }
 

@@ -18,11 +18,11 @@ func TestKnownIsWhatWasAskedFor(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	overlay := Overlay{ExcludeInboundPorts: []uint16{8081}, Guard: GuardAudit}
-	if err := n.SetOverlay(a.key, overlay); err != nil {
+	meshConfig := MeshConfig{ExcludeInboundPorts: []uint16{8081}, Guard: GuardAudit}
+	if err := n.SetMeshConfig(a.key, meshConfig); err != nil {
 		t.Fatal(err)
 	}
-	list, err := n.Known()
+	list, err := n.Records()
 	if err != nil || len(list) != 1 {
 		t.Fatalf("known = %+v, %v; want one", list, err)
 	}
@@ -30,21 +30,21 @@ func TestKnownIsWhatWasAskedFor(t *testing.T) {
 	if got.Key != a.key || got.NetNS != a.Path || got.Cookie != a.Cookie() || !got.Complete {
 		t.Errorf("known = %+v", got)
 	}
-	if !Merge(got.Request, got.Overlay).Equal(Merge(a.request(), overlay)) {
-		t.Errorf("request and overlay = %+v, %+v", got.Request, got.Overlay)
+	if !Merge(got.Request, got.MeshConfig).Equal(Merge(a.request(), meshConfig)) {
+		t.Errorf("request and mesh configuration = %+v, %+v", got.Request, got.MeshConfig)
 	}
 }
 
-func TestMendPutsBackALinkAndSaysSo(t *testing.T) {
+func TestRepairPutsBackALinkAndSaysSo(t *testing.T) {
 	n := newNode(t)
-	if did, err := n.Mend(); err != nil || len(did) > 0 {
-		t.Fatalf("mend of what is whole = %q, %v; want nothing", did, err)
+	if repairs, err := n.Repair(); err != nil || len(repairs) > 0 {
+		t.Fatalf("repair of what is whole = %q, %v; want nothing", repairs, err)
 	}
 	if err := os.Remove(n.paths.link("weir_connect4")); err != nil {
 		t.Fatal(err)
 	}
-	if did, err := n.Mend(); err != nil || !slices.Equal(did, []string{"attached weir_connect4"}) {
-		t.Errorf("mend = %q, %v; want to hear what was done, once", did, err)
+	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []string{"attached weir_connect4"}) {
+		t.Errorf("repair = %q, %v; want to hear what was done, once", repairs, err)
 	}
 	if status, err := n.Status(); err != nil || !status.Healthy() {
 		t.Errorf("status = %+v, %v; want it healthy", status, err)
@@ -56,25 +56,25 @@ func TestUnhookedNamesWhoseProgramIsNotPinned(t *testing.T) {
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
 	b.add()
-	if keys, err := n.Unhooked(); err != nil || len(keys) > 0 {
+	if keys, err := n.LookupsMissing(); err != nil || len(keys) > 0 {
 		t.Fatalf("unhooked = %v, %v; want none", keys, err)
 	}
 	if err := os.Remove(n.paths.lookup(b.Cookie())); err != nil {
 		t.Fatal(err)
 	}
-	keys, err := n.Unhooked()
-	if diff := cmp.Diff([]Key{b.key}, keys); err != nil || diff != "" {
+	keys, err := n.LookupsMissing()
+	if diff := cmp.Diff([]AttachmentID{b.key}, keys); err != nil || diff != "" {
 		t.Errorf("unhooked, %v (-want +got):\n%s", err, diff)
 	}
 }
 
-func TestSweepForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
+func TestPruneForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
 	n := newNode(t)
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add(func(r *Request) { r.Network = "one" })
 	b.add(func(r *Request) { r.Network = "other" })
-	if removed, err := n.Sweep(); err != nil || len(removed) > 0 {
-		t.Fatalf("sweep among the living = %v, %v; want nothing", removed, err)
+	if removed, err := n.PruneDead(); err != nil || len(removed) > 0 {
+		t.Fatalf("prune among the living = %v, %v; want nothing", removed, err)
 	}
 	// Another namespace under the path: nothing leads to the one on record any more.
 	replacement := test.NewNetNS(t)
@@ -91,18 +91,18 @@ func TestSweepForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
 	if err := os.Symlink(replacement.Path, path); err != nil {
 		t.Fatal(err)
 	}
-	if removed, err := n.Sweep(); err != nil || len(removed) > 0 {
-		t.Fatalf("sweep while the namespace lives on without its path = %v, %v; want nothing", removed, err)
+	if removed, err := n.PruneDead(); err != nil || len(removed) > 0 {
+		t.Fatalf("prune while the namespace lives on without its path = %v, %v; want nothing", removed, err)
 	}
 	a.End()
 	test.Eventually(t, func() error {
-		removed, err := n.Sweep()
-		if diff := cmp.Diff([]Key{a.key}, removed); err != nil || diff != "" {
-			return fmt.Errorf("sweep, %w (-want +got):\n%s", err, diff)
+		removed, err := n.PruneDead()
+		if diff := cmp.Diff([]AttachmentID{a.key}, removed); err != nil || diff != "" {
+			return fmt.Errorf("prune, %w (-want +got):\n%s", err, diff)
 		}
 		return nil
-	}, "the dead namespace to be swept")
-	if list, err := n.Known(); err != nil || len(list) != 1 || list[0].Key != b.key {
+	}, "the dead namespace to be pruned")
+	if list, err := n.Records(); err != nil || len(list) != 1 || list[0].Key != b.key {
 		t.Errorf("known = %+v, %v; want the living one", list, err)
 	}
 }

@@ -40,7 +40,7 @@ func (m *tables) writeRows(cookie uint64, w Workload, ipv6 bool) error {
 		err = m.put("workloads", cookie, bpfWorkload{Generation: generation}, ebpf.UpdateAny)
 	}
 	if err != nil {
-		return errors.Join(err, m.dropRows(fresh, cookie, generation))
+		return errors.Join(err, m.deleteRows(fresh, cookie, generation))
 	}
 	return nil
 }
@@ -86,7 +86,7 @@ func hasAll[K, V comparable](m *tables, name string, rows map[K]V) (bool, error)
 
 func dropAll[K, V comparable](m *tables, name string, rows map[K]V) error {
 	for key := range rows {
-		if err := m.drop(name, key); err != nil {
+		if err := m.delete(name, key); err != nil {
 			return err
 		}
 	}
@@ -95,7 +95,7 @@ func dropAll[K, V comparable](m *tables, name string, rows map[K]V) error {
 
 // ensureShared makes the rows that the programs write to. They outlive every
 // generation, so what is there stays.
-func (m *tables) ensureShared(cookie uint64, seats uint8) error {
+func (m *tables) ensureShared(cookie uint64, proxyIDs uint8) error {
 	budget, released, err := m.recount(cookie)
 	if err != nil {
 		return err
@@ -105,7 +105,7 @@ func (m *tables) ensureShared(cookie uint64, seats uint8) error {
 			return err
 		}
 	}
-	return eachSeat(cookie, seats, func(key bpfProxyKey) error {
+	return eachProxyID(cookie, proxyIDs, func(key bpfProxyKey) error {
 		if err := m.put("proxies", key, bpfProxy{}, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return err
 		}
@@ -136,7 +136,7 @@ func (m *tables) hasRows(cookie uint64, w Workload, ipv6 bool) (bool, error) {
 		}
 	}
 	missing := false
-	err = eachSeat(cookie, want.config.Seats, func(key bpfProxyKey) error {
+	err = eachProxyID(cookie, want.config.Seats, func(key bpfProxyKey) error {
 		var row bpfProxy
 		found, err := m.get("proxies", key, &row)
 		missing = missing || !found
@@ -185,7 +185,7 @@ func (m *tables) recount(cookie uint64) (budget bpfBudget, released uint32, err 
 	return bpfBudget{Next: last, Used: released + held}, released, nil
 }
 
-func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
+func (m *tables) deleteRows(stale rows, cookie, generation uint64) error {
 	err := errors.Join(
 		dropAll(m, "exclusions", stale.exclusions),
 		dropAll(m, "ports", stale.ports),
@@ -196,13 +196,13 @@ func (m *tables) dropRows(stale rows, cookie, generation uint64) error {
 	if err != nil {
 		return err
 	}
-	return m.drop("configs", bpfConfigKey{Cookie: cookie, Generation: generation})
+	return m.delete("configs", bpfConfigKey{Cookie: cookie, Generation: generation})
 }
 
-// dropStale removes every generation of the workload but the one in force,
+// deleteStale removes every generation of the workload but the one in force,
 // which is w's, or none. It walks the tables, and is for what a killed process
 // left behind.
-func (m *tables) dropStale(cookie uint64, w *Workload) error {
+func (m *tables) deleteStale(cookie uint64, w *Workload) error {
 	current, err := m.generation(cookie)
 	if err != nil {
 		return err
@@ -210,31 +210,31 @@ func (m *tables) dropStale(cookie uint64, w *Workload) error {
 	var ports []proxyPort
 	vacant := ^uint8(0)
 	if w != nil {
-		ports, vacant = w.ports(), ^w.takenSeats()
+		ports, vacant = w.ports(), ^w.takenProxyIDs()
 	}
 	scope := encodeCIDR(encodedPrefix4, cookie, current).Scope
 	staleCIDR := func(k bpfCidrKey) bool {
 		return [2]uint32(k.Scope[:2]) == [2]uint32(scope[:2]) && k.Scope != scope
 	}
 	return errors.Join(
-		dropIf[bpfExclusionKey, uint32](m, "exclusions", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
-		dropIf[bpfExclusionKey, bpfPorts](m, "ports", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
-		dropIf[bpfAddressKey, bpfAddress](m, "addresses", func(k bpfAddressKey) bool { return k.Cookie == cookie && k.Generation != current }),
-		dropIf[bpfCidrKey, uint32](m, "cidrs", staleCIDR),
-		dropIf[bpfCidrKey, uint32](m, "sources", staleCIDR),
-		dropIf[bpfConfigKey, bpfConfig](m, "configs", func(k bpfConfigKey) bool { return k.Cookie == cookie && k.Generation != current }),
-		m.evict(cookie, ports),
-		m.dropSeats(cookie, vacant),
+		deleteIf[bpfExclusionKey, uint32](m, "exclusions", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		deleteIf[bpfExclusionKey, bpfPorts](m, "ports", func(k bpfExclusionKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		deleteIf[bpfAddressKey, bpfAddress](m, "addresses", func(k bpfAddressKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		deleteIf[bpfCidrKey, uint32](m, "cidrs", staleCIDR),
+		deleteIf[bpfCidrKey, uint32](m, "sources", staleCIDR),
+		deleteIf[bpfConfigKey, bpfConfig](m, "configs", func(k bpfConfigKey) bool { return k.Cookie == cookie && k.Generation != current }),
+		m.deleteListenersOn(cookie, ports),
+		m.deleteProxies(cookie, vacant),
 	)
 }
 
-// Barrier is how a change waits for programs that still read the old rows.
-type Barrier string
+// ReaderWait is how a change waits for programs that still read the old rows.
+type ReaderWait string
 
 // The two ways; the kernel is asked which one there is.
 const (
-	BarrierKernel Barrier = "membarrier" // exact (Linux 4.3)
-	BarrierTime   Barrier = "time"       // a wait of many times a program run: a kernel with nohz_full has no other
+	BarrierKernel ReaderWait = "membarrier" // exact (Linux 4.3)
+	BarrierTime   ReaderWait = "time"       // a wait of many times a program run: a kernel with nohz_full has no other
 )
 
 // membarrier(2): MEMBARRIER_CMD_QUERY and MEMBARRIER_CMD_GLOBAL.
@@ -243,7 +243,7 @@ const (
 	membarrierGlobal = 1
 )
 
-func barrier() Barrier {
+func readerWait() ReaderWait {
 	commands, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierQuery, 0, 0)
 	if errno != 0 || commands&membarrierGlobal == 0 {
 		return BarrierTime
@@ -254,7 +254,7 @@ func barrier() Barrier {
 // waitForReaders returns when every program run that began before it has
 // ended: programs run in RCU read sections, and membarrier waits for those.
 func waitForReaders() {
-	if barrier() == BarrierKernel {
+	if readerWait() == BarrierKernel {
 		if _, _, errno := unix.Syscall(unix.SYS_MEMBARRIER, membarrierGlobal, 0, 0); errno == 0 {
 			return
 		}

@@ -26,9 +26,9 @@ type tables struct {
 	dir  string
 	open map[string]*ebpf.Map
 
-	readOnly bool      // for who only looks: on a read-only bpffs nothing else can be had
-	prepared *Prepared // a lookup program that may be there already
-	only     []string  // the maps that are written, the others stay as they are; nil: all
+	readOnly bool       // for who only looks: on a read-only bpffs nothing else can be had
+	prepared *Preloaded // a lookup program that may be there already
+	only     []string   // the maps that are written, the others stay as they are; nil: all
 }
 
 // openTables opens the tables of a loaded node, or returns ErrNotLoaded or
@@ -113,8 +113,8 @@ func (m *tables) get(name string, key, value any) (bool, error) {
 	return true, nil
 }
 
-// drop deletes a row; one that is gone already is no error.
-func (m *tables) drop(name string, key any) error {
+// delete deletes a row; one that is gone already is no error.
+func (m *tables) delete(name string, key any) error {
 	table, err := m.table(name)
 	if err != nil {
 		return err

@@ -11,12 +11,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trust says in which cgroup a proxy of the workload is before it listens, so
+// SetProxyCgroup says in which cgroup a proxy of the workload is before it listens, so
 // that its UID alone lets no other task out meanwhile. It keeps nobody from
 // listening: whoever is first under the proxy's UID is taken for it, as without
-// Trust, and a proxy that listens stays who it is. service is whose sidecar the
+// SetProxyCgroup, and a proxy that listens stays who it is. service is whose sidecar the
 // proxy is; a workload with one proxy needs none.
-func (d *Datapath) Trust(key Key, service string, cgroup uint64) error {
+func (d *Datapath) SetProxyCgroup(key AttachmentID, service string, cgroup uint64) error {
 	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
 		w, i := r.desired(), 0
 		if len(w.Proxies) > 0 {
@@ -25,12 +25,12 @@ func (d *Datapath) Trust(key Key, service string, cgroup uint64) error {
 		if i < 0 {
 			return nil
 		}
-		if !r.Complete { // its seats are those in force only once that is finished
+		if !r.Complete { // its proxy IDs are those in force only once that is finished
 			if _, err := d.ensure(tables, r, ns); err != nil {
 				return err
 			}
 		}
-		return tables.trust(d.paths, ns, w, w.seat(i), cgroup)
+		return tables.setProxyCgroup(d.paths, ns, w, w.proxyID(i), cgroup)
 	})
 	if err != nil {
 		return fmt.Errorf("trust cgroup %d of workload %s: %w", cgroup, key, err)
@@ -38,28 +38,28 @@ func (d *Datapath) Trust(key Key, service string, cgroup uint64) error {
 	return nil
 }
 
-func (t *tables) trust(paths Paths, ns *namespace, w Workload, seat uint8, cgroup uint64) error {
-	proxy, err := t.proxyState(ns.cookie, seat)
+func (t *tables) setProxyCgroup(paths Paths, ns *namespace, w Workload, proxyID uint8, cgroup uint64) error {
+	proxy, err := t.proxyState(ns.cookie, proxyID)
 	vouched := proxy.Cgroup == cgroup && proxy.Flags&bpfProxyFlagPROXY_TAKEN == 0
 	if err != nil || vouched || proxy.Listeners > 0 {
 		return err
 	}
-	registered, err := t.listenersOf(ns.cookie, seat, w)
+	registered, err := t.listenersOf(ns.cookie, proxyID, w)
 	if err != nil || len(registered) > 0 {
 		return err
 	}
 	proxy.Cgroup, proxy.Flags = cgroup, proxy.Flags&^(bpfProxyFlagPROXY_SHARED|bpfProxyFlagPROXY_PINNED|bpfProxyFlagPROXY_TAKEN)
 	for range 8 {
-		if err := t.put("proxies", proxyKey(ns.cookie, seat), proxy, ebpf.UpdateAny); err != nil {
+		if err := t.put("proxies", proxyKey(ns.cookie, proxyID), proxy, ebpf.UpdateAny); err != nil {
 			return err
 		}
 		// A listener that opens meanwhile is counted in the row that was replaced:
 		// once none can be under way any more, those that are missing are told.
 		waitForReaders()
-		if proxy, err = t.proxyState(ns.cookie, seat); err != nil {
+		if proxy, err = t.proxyState(ns.cookie, proxyID); err != nil {
 			return err
 		}
-		registered, err := t.listenersOf(ns.cookie, seat, w)
+		registered, err := t.listenersOf(ns.cookie, proxyID, w)
 		if err != nil || len(registered) <= int(proxy.Listeners) {
 			return err
 		}
@@ -78,10 +78,10 @@ func (t *tables) trust(paths Paths, ns *namespace, w Workload, seat uint8, cgrou
 
 // listenersOf are the cookies of a proxy's registered listeners, with what each
 // says of the families that it takes.
-func (t *tables) listenersOf(cookie uint64, seat uint8, w Workload) (map[uint64]bpfProxyFlag, error) {
+func (t *tables) listenersOf(cookie uint64, proxyID uint8, w Workload) (map[uint64]bpfProxyFlag, error) {
 	found := make(map[uint64]bpfProxyFlag)
 	for _, port := range w.ports() {
-		if port.seat != seat {
+		if port.proxyID != proxyID {
 			continue
 		}
 		four, six := port.roles()

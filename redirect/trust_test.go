@@ -13,7 +13,7 @@ import (
 
 func (a *alloc) trust(service string, cgroup *test.Cgroup) {
 	a.node.t.Helper()
-	if err := a.node.Trust(a.key, service, cgroup.ID); err != nil {
+	if err := a.node.SetProxyCgroup(a.key, service, cgroup.ID); err != nil {
 		a.node.t.Fatal(err)
 	}
 }
@@ -40,8 +40,10 @@ func TestTrustBeforeTheProxyListens(t *testing.T) {
 	a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
 	for _, change := range []func() error{
 		func() error { return nil },
-		func() error { return n.Trust(a.key, "", a.proxyCg.ID) },
-		func() error { return n.SetOverlay(a.key, Overlay{Service: "web", ExcludeInboundPorts: []uint16{9090}}) },
+		func() error { return n.SetProxyCgroup(a.key, "", a.proxyCg.ID) },
+		func() error {
+			return n.SetMeshConfig(a.key, MeshConfig{Service: "web", ExcludeInboundPorts: []uint16{9090}})
+		},
 		func() error { _, err := n.Check(a.key, a.Path); return err },
 		func() error { _, err := n.load(true); return err },
 	} {
@@ -87,7 +89,7 @@ func TestTrustKeepsNoProxyOut(t *testing.T) {
 	}
 }
 
-// One that was taken in by user space is not counted by the kernel.
+// One that was registered by user space is not counted by the kernel.
 func TestTrustBesideAProxyThatWasTakenIn(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
@@ -125,7 +127,7 @@ func TestTrustSeveralProxies(t *testing.T) {
 }
 
 // However the proxy's listeners and the word of its cgroup cross, none of them is
-// forgotten: whoever listens later is a second claimant.
+// forgotten: whoever listens later is a second candidate.
 func TestTrustWhileTheProxyBeginsToListen(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
@@ -134,13 +136,13 @@ func TestTrustWhileTheProxyBeginsToListen(t *testing.T) {
 	for round := range test.Scale(50) {
 		a.trust("", test.NewCgroup(t))
 		ended := make(chan error)
-		go func() { ended <- n.Trust(a.key, "", a.taskCg.ID) }()
+		go func() { ended <- n.SetProxyCgroup(a.key, "", a.taskCg.ID) }()
 		listener := proxy.mustListen(fmt.Sprint(round), "127.0.0.1:15001")
 		if err := <-ended; err != nil {
 			t.Fatal(err)
 		}
 		a.identity(IdentityCgroup, a.proxyCg.ID, false)
-		if list, err := n.Sightings([]uint64{a.Cookie()}); err != nil || len(list[a.Cookie()]) != 1 || list[a.Cookie()][0] != (Sighting{a.proxyCg.ID, true}) {
+		if list, err := n.ObservedProxies([]uint64{a.Cookie()}); err != nil || len(list[a.Cookie()]) != 1 || list[a.Cookie()][0] != (ObservedProxy{a.proxyCg.ID, true}) {
 			t.Fatalf("round %d: %+v, %v; want the proxy, which listens", round, list, err)
 		}
 		moved := a.rose(func() {
@@ -152,7 +154,7 @@ func TestTrustWhileTheProxyBeginsToListen(t *testing.T) {
 		})
 		verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
 		proxy.close(listener)
-		if list, err := n.Sightings([]uint64{a.Cookie()}); err != nil || len(list[a.Cookie()]) != 1 || list[a.Cookie()][0] != (Sighting{a.proxyCg.ID, false}) {
+		if list, err := n.ObservedProxies([]uint64{a.Cookie()}); err != nil || len(list[a.Cookie()]) != 1 || list[a.Cookie()][0] != (ObservedProxy{a.proxyCg.ID, false}) {
 			t.Fatalf("round %d: %+v, %v; want the proxy, which does not listen", round, list, err)
 		}
 	}

@@ -53,11 +53,11 @@ func (d *Datapath) dropWorkloads() error {
 		return nil // there are none, or some that this version does not know
 	}
 	defer tables.Close()
-	return dropIf[uint64, bpfWorkload](tables, "workloads", func(uint64) bool { return true })
+	return deleteIf[uint64, bpfWorkload](tables, "workloads", func(uint64) bool { return true })
 }
 
 // detachHidden detaches what this instance has attached and no pin leads to.
-func (d *Datapath) detachHidden() (did []string, err error) {
+func (d *Datapath) detachHidden() (repairs []string, err error) {
 	root, err := d.paths.cgroupRoot()
 	if err != nil {
 		return nil, nil // nothing can be attached to it

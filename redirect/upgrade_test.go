@@ -239,9 +239,9 @@ func TestCheckDoesNotUpgrade(t *testing.T) {
 	a.startProxy()
 	staleDigest(t, n.Datapath)
 	links := pinnedLinks(t, n.Datapath)
-	mended, err := n.Check(a.key, a.Path)
-	if err != nil || len(mended) != 0 {
-		t.Errorf("check: mended %q, %v; want nothing", mended, err)
+	repaired, err := n.Check(a.key, a.Path)
+	if err != nil || len(repaired) != 0 {
+		t.Errorf("check: repaired %q, %v; want nothing", repaired, err)
 	}
 	for name, now := range pinnedLinks(t, n.Datapath) {
 		if now != links[name] {

@@ -55,9 +55,9 @@ func walk[K, V any](tables *tables, name string, visit func(K, V) error) error {
 	}
 }
 
-// dropIf walks a whole table and deletes what matches. Only the ways back from
+// deleteIf walks a whole table and deletes what matches. Only the ways back from
 // damage need it: it costs as much as the table is large.
-func dropIf[K, V any](m *tables, name string, match func(K) bool) error {
+func deleteIf[K, V any](m *tables, name string, match func(K) bool) error {
 	table, err := m.table(name)
 	if err != nil {
 		return err
@@ -87,7 +87,7 @@ func dropIf[K, V any](m *tables, name string, match func(K) bool) error {
 		return dropMany(m, name, doomed)
 	}
 	for _, key := range doomed {
-		if err := m.drop(name, key); err != nil {
+		if err := m.delete(name, key); err != nil {
 			return err
 		}
 	}

@@ -19,15 +19,15 @@ const (
 	MaxBudget           = 1<<23 - 2 // indexes in the encoded range
 )
 
-// Key names one attachment of an allocation to a network, as CNI does. It is
+// AttachmentID names one attachment of an allocation to a network, as CNI does. It is
 // the only thing that a DEL can be sure to carry.
-type Key struct {
+type AttachmentID struct {
 	ContainerID string `json:"container_id"` // Nomad: the full allocation ID
 	IfName      string `json:"if_name"`
 }
 
 // String is the form used in file names: "<container-id>-<ifname>".
-func (k Key) String() string { return k.ContainerID + "-" + k.IfName }
+func (k AttachmentID) String() string { return k.ContainerID + "-" + k.IfName }
 
 // Mode says what is done with a workload's traffic.
 type Mode string
@@ -51,9 +51,9 @@ const (
 	GuardEnforce Guard = "enforce" // nothing
 )
 
-// Stronger is the stronger of two guards: a job never weakens the operator's.
+// MaxGuard is the stronger of two guards: a job never weakens the operator's.
 // "" is GuardOff. A guard that there is not comes out, for Validate to refuse.
-func Stronger(a, b Guard) Guard {
+func MaxGuard(a, b Guard) Guard {
 	order := []Guard{GuardOff, GuardAudit, GuardEnforce}
 	for _, guard := range []Guard{a, b} {
 		if guard != "" && !slices.Contains(order, guard) {
@@ -83,7 +83,7 @@ type NomadNames struct {
 
 // Names are those of the job's allocation, which the key names where the request
 // named none.
-func (j Job) Names(key Key) NomadNames {
+func (j Job) Names(key AttachmentID) NomadNames {
 	return NomadNames{AllocID: cmp.Or(j.AllocID, key.ContainerID), Namespace: j.Namespace, TaskGroup: j.Group}
 }
 
@@ -118,7 +118,7 @@ type DNS struct {
 }
 
 // Request is what the plugin was asked for at ADD. The plugin writes it and
-// nobody else; what Consul adds later is the Overlay.
+// nobody else; what Consul adds later is the MeshConfig.
 type Request struct {
 	Network      string `json:"network"` // name of the CNI network
 	Job          Job    `json:"job,omitzero"`
@@ -127,7 +127,7 @@ type Request struct {
 	InboundPort  uint16 `json:"inbound_port"` // 0: not known yet; inbound is refused by name until it is
 	OutboundPort uint16 `json:"outbound_port"`
 	DNS          DNS    `json:"dns,omitzero"`
-	Guard        Guard  `json:"guard,omitempty"`   // the least that the overlay's may be
+	Guard        Guard  `json:"guard,omitempty"`   // the least that the mesh configuration's may be
 	Forward      bool   `json:"forward,omitempty"` // let packets be forwarded through the namespace
 
 	ExcludeInboundPorts  []uint16       `json:"exclude_inbound_ports,omitempty"`
@@ -157,9 +157,9 @@ type Upstream struct {
 	Listener  netip.AddrPort `json:"listener"`
 }
 
-// Overlay is what Consul knows of a workload beyond its Request. The agent
+// MeshConfig is what Consul knows of a workload beyond its Request. The agent
 // writes it and nobody else. Zero fields leave the request as it is.
-type Overlay struct {
+type MeshConfig struct {
 	InboundPort         uint16     `json:"inbound_port,omitempty"`
 	OutboundPort        uint16     `json:"outbound_port,omitempty"`
 	ExcludeInboundPorts []uint16   `json:"exclude_inbound_ports,omitempty"` // added to the request's
@@ -179,7 +179,7 @@ type Overlay struct {
 	Proxies []Sidecar `json:"proxies,omitempty"`
 }
 
-// Workload is the desired state of one network namespace: Request and Overlay
+// Workload is the desired state of one network namespace: Request and MeshConfig
 // merged. It is what the rest of the package turns into map rows.
 type Workload struct {
 	Mode                 Mode
@@ -213,24 +213,24 @@ type PortRange struct{ First, Last uint16 }
 // desired workload. Lists come out sorted and without duplicates, so that two
 // equal wishes give two equal workloads; only the workload's own addresses keep
 // their order, which has a meaning.
-func Merge(request Request, overlay Overlay) Workload {
+func Merge(request Request, meshConfig MeshConfig) Workload {
 	w := Workload{
 		Mode:                 request.Mode,
 		ProxyUID:             request.ProxyUID,
 		InboundPort:          request.InboundPort,
 		OutboundPort:         request.OutboundPort,
 		DNS:                  request.DNS,
-		ExcludeInboundPorts:  sorted(slices.Concat(request.ExcludeInboundPorts, overlay.ExcludeInboundPorts)),
-		ExposedPorts:         sorted(slices.Clone(overlay.ExposedPorts)),
+		ExcludeInboundPorts:  sorted(slices.Concat(request.ExcludeInboundPorts, meshConfig.ExcludeInboundPorts)),
+		ExposedPorts:         sorted(slices.Clone(meshConfig.ExposedPorts)),
 		ExcludeOutboundPorts: sorted(slices.Clone(request.ExcludeOutboundPorts)),
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
-		Guard:                Stronger(request.Guard, overlay.Guard),
-		Forward:              request.Forward || overlay.Forward,
+		Guard:                MaxGuard(request.Guard, meshConfig.Guard),
+		Forward:              request.Forward || meshConfig.Forward,
 		Budget:               request.Budget,
-		Service:              overlay.Service,
+		Service:              meshConfig.Service,
 	}
-	for _, proxy := range overlay.Proxies {
+	for _, proxy := range meshConfig.Proxies {
 		w.Proxies = append(w.Proxies, proxy.clone())
 	}
 	for _, cidr := range request.ExcludeOutboundCIDRs {
@@ -238,7 +238,7 @@ func Merge(request Request, overlay Overlay) Workload {
 	}
 	slices.SortFunc(w.ExcludeOutboundCIDRs, comparePrefix)
 	w.ExcludeOutboundCIDRs = slices.Compact(w.ExcludeOutboundCIDRs)
-	for _, upstream := range overlay.Upstreams {
+	for _, upstream := range meshConfig.Upstreams {
 		upstream.Addresses = slices.Clone(upstream.Addresses)
 		for i, addr := range upstream.Addresses {
 			upstream.Addresses[i] = addr.Unmap()
@@ -250,11 +250,11 @@ func Merge(request Request, overlay Overlay) Workload {
 	slices.SortStableFunc(w.Upstreams, func(a, b Upstream) int {
 		return cmp.Or(strings.Compare(a.Name, b.Name), a.Listener.Compare(b.Listener))
 	})
-	if overlay.InboundPort != 0 {
-		w.InboundPort = overlay.InboundPort
+	if meshConfig.InboundPort != 0 {
+		w.InboundPort = meshConfig.InboundPort
 	}
-	if overlay.OutboundPort != 0 {
-		w.OutboundPort = overlay.OutboundPort
+	if meshConfig.OutboundPort != 0 {
+		w.OutboundPort = meshConfig.OutboundPort
 	}
 	if w.Mode == "" {
 		w.Mode = ModeTransparent

@@ -22,9 +22,9 @@ func comparing() cmp.Options {
 func TestMerge(t *testing.T) {
 	listener, other := netip.MustParseAddrPort("127.0.0.1:9191"), netip.MustParseAddrPort("127.0.0.1:9192")
 	for name, tc := range map[string]struct {
-		request Request
-		overlay Overlay
-		want    Workload
+		request    Request
+		meshConfig MeshConfig
+		want       Workload
 	}{
 		"defaults": {
 			want: Workload{Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget},
@@ -35,26 +35,26 @@ func TestMerge(t *testing.T) {
 				DNS: DNS{Port: 8600}},
 		},
 		"Consul's ports stand": {
-			request: Request{InboundPort: 1, OutboundPort: 2, Budget: 3},
-			overlay: Overlay{InboundPort: 4, OutboundPort: 5, Guard: GuardAudit},
-			want:    Workload{Mode: ModeTransparent, InboundPort: 4, OutboundPort: 5, Budget: 3, Guard: GuardAudit},
+			request:    Request{InboundPort: 1, OutboundPort: 2, Budget: 3},
+			meshConfig: MeshConfig{InboundPort: 4, OutboundPort: 5, Guard: GuardAudit},
+			want:       Workload{Mode: ModeTransparent, InboundPort: 4, OutboundPort: 5, Budget: 3, Guard: GuardAudit},
 		},
 		"the request's guard is the least": {
-			request: Request{Mode: ModeDirect, Guard: GuardEnforce},
-			overlay: Overlay{Guard: GuardAudit},
-			want:    Workload{Mode: ModeDirect, OutboundPort: DefaultOutboundPort, Guard: GuardEnforce, Budget: DefaultBudget},
+			request:    Request{Mode: ModeDirect, Guard: GuardEnforce},
+			meshConfig: MeshConfig{Guard: GuardAudit},
+			want:       Workload{Mode: ModeDirect, OutboundPort: DefaultOutboundPort, Guard: GuardEnforce, Budget: DefaultBudget},
 		},
 		"the request's guard weakens nothing": {
-			request: Request{Mode: ModeDirect, Guard: GuardAudit},
-			overlay: Overlay{Guard: GuardEnforce},
-			want:    Workload{Mode: ModeDirect, OutboundPort: DefaultOutboundPort, Guard: GuardEnforce, Budget: DefaultBudget},
+			request:    Request{Mode: ModeDirect, Guard: GuardAudit},
+			meshConfig: MeshConfig{Guard: GuardEnforce},
+			want:       Workload{Mode: ModeDirect, OutboundPort: DefaultOutboundPort, Guard: GuardEnforce, Budget: DefaultBudget},
 		},
 		"lists are sorted and without duplicates": {
 			request: Request{
 				ExcludeInboundPorts: []uint16{9, 7, 9}, ExcludeOutboundPorts: []uint16{3, 1, 3, 2}, ExcludeUIDs: []uint32{70000, 0, 70000},
 				ExcludeOutboundCIDRs: prefixes("10.1.2.3/8", "fd00::1/8", "10.0.0.0/8", "10.0.0.0/16"),
 			},
-			overlay: Overlay{ExcludeInboundPorts: []uint16{8, 7}},
+			meshConfig: MeshConfig{ExcludeInboundPorts: []uint16{8, 7}},
 			want: Workload{
 				Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
 				ExcludeInboundPorts: []uint16{7, 8, 9}, ExcludeOutboundPorts: []uint16{1, 2, 3}, ExcludeUIDs: []uint32{0, 70000},
@@ -67,7 +67,7 @@ func TestMerge(t *testing.T) {
 				Addresses: addrs("fd09::2", "10.9.1.2", "10.9.1.1")},
 		},
 		"upstreams are sorted": {
-			overlay: Overlay{Upstreams: []Upstream{
+			meshConfig: MeshConfig{Upstreams: []Upstream{
 				{Name: "db", Addresses: addrs("240.0.0.6", "::ffff:240.0.0.5", "240.0.0.5"), Listener: listener},
 				{Name: "cache", Addresses: addrs("240.0.0.7"), Listener: other},
 			}},
@@ -79,14 +79,14 @@ func TestMerge(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			got := Merge(tc.request, tc.overlay)
+			got := Merge(tc.request, tc.meshConfig)
 			if diff := cmp.Diff(tc.want, got, comparing()); diff != "" {
 				t.Errorf("workload (-want +got):\n%s", diff)
 			}
 			if err := got.Validate(); err != nil {
 				t.Errorf("validate: %v", err)
 			}
-			if !got.Equal(Merge(tc.request, tc.overlay)) {
+			if !got.Equal(Merge(tc.request, tc.meshConfig)) {
 				t.Error("the same wish twice gives two workloads")
 			}
 		})
@@ -95,23 +95,23 @@ func TestMerge(t *testing.T) {
 
 // Merge has no effect on what it is given.
 func TestMergeLeavesItsArguments(t *testing.T) {
-	make := func() (Request, Overlay) {
+	make := func() (Request, MeshConfig) {
 		return Request{
 				ExcludeInboundPorts: []uint16{2, 1}, ExcludeOutboundPorts: []uint16{2, 1}, ExcludeUIDs: []uint32{2, 1},
 				ExcludeOutboundCIDRs: prefixes("10.1.1.1/8", "10.1.1.1/7"), Addresses: addrs("::ffff:10.0.0.1"),
-			}, Overlay{
+			}, MeshConfig{
 				ExcludeInboundPorts: []uint16{2, 1},
 				Upstreams:           []Upstream{{Name: "b", Addresses: addrs("10.0.0.2", "10.0.0.1")}, {Name: "a"}},
 			}
 	}
-	request, overlay := make()
-	Merge(request, overlay)
+	request, meshConfig := make()
+	Merge(request, meshConfig)
 	wantRequest, wantOverlay := make()
 	if diff := cmp.Diff(wantRequest, request, comparing()); diff != "" {
 		t.Errorf("request (-before +after):\n%s", diff)
 	}
-	if diff := cmp.Diff(wantOverlay, overlay, comparing()); diff != "" {
-		t.Errorf("overlay (-before +after):\n%s", diff)
+	if diff := cmp.Diff(wantOverlay, meshConfig, comparing()); diff != "" {
+		t.Errorf("mesh configuration (-before +after):\n%s", diff)
 	}
 }
 
@@ -121,7 +121,7 @@ func validWorkload() Workload {
 		ProxyUID: 101, InboundPort: 20000, DNS: DNS{Port: 8600}, ExcludeInboundPorts: []uint16{1},
 		ExcludeOutboundPorts: []uint16{2}, ExcludeOutboundCIDRs: prefixes("10.0.0.0/8"), ExcludeUIDs: []uint32{3},
 		Addresses: addrs("10.9.1.2", "fd09::2"),
-	}, Overlay{Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
+	}, MeshConfig{Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
 		Proxies: []Sidecar{{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080}, VirtualIPs: addrs("240.0.0.6")}}})
 }
 
@@ -237,10 +237,10 @@ func TestEqual(t *testing.T) {
 
 // A guard that there is not must not come out as none.
 func TestMergeKeepsAWrongGuardForValidate(t *testing.T) {
-	if err := Merge(Request{Guard: GuardEnforce}, Overlay{Guard: "maybe"}).Validate(); err == nil {
-		t.Error("an overlay with a wrong guard passes")
+	if err := Merge(Request{Guard: GuardEnforce}, MeshConfig{Guard: "maybe"}).Validate(); err == nil {
+		t.Error("a mesh configuration with a wrong guard passes")
 	}
-	if err := Merge(Request{Guard: "maybe"}, Overlay{Guard: GuardEnforce}).Validate(); err == nil {
+	if err := Merge(Request{Guard: "maybe"}, MeshConfig{Guard: GuardEnforce}).Validate(); err == nil {
 		t.Error("a request with a wrong guard passes")
 	}
 }

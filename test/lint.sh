@@ -56,7 +56,7 @@ links() {
 	files '*.md' | xargs go run ./test/docs
 }
 
-# What a stranger reads has a size that he reads.
+# What another process reads has a size that he reads.
 readme() {
 	local lines widest
 	lines=$(wc -l <README.md)
@@ -64,7 +64,16 @@ readme() {
 	((lines <= 150 && widest <= 100)) || { echo "README.md: $lines lines, at most 150; $widest columns, at most 100"; return 1; }
 }
 
+# Words of the first versions that nobody searches for. What stands in files on disk (json:) stays.
+words() {
+	local found
+	found=$(git grep -nwiE 'sighting|distrust|hasten|heed|outlived|disown|is_rival|claimants?|in step|out of step|taken in|mend(s|ed|ing)?|swept|sweeps?' \
+		-- '*.go' '*.c' '*.h' '*.md' '*.hcl' Makefile ':!CHANGELOG.md' ':!docs/adr' || true)
+	[[ -z $found ]] || { printf '%s\n' "$found" && return 1; }
+}
+
 check 'links' links
+check 'words' words
 check 'size of the README' readme
 check 'lines of Go' budget "$GO_LINES" '*.go'
 check 'lines of C' budget "$C_LINES" '*.c' '*.h'

@@ -20,7 +20,7 @@ import (
 
 func newAgent(env env) *command {
 	c := newCommand(env, "agent", "Run the node's agent", `  Loads or upgrades the data path, finds every mesh allocation of the node, keeps
-  its ports in step with the local Consul agent, guards it, and repairs what
+  its ports in sync with the local Consul agent, guards it, and repairs what
   somebody else took away. It runs until interrupted. Its exit changes nothing
   for what is running.
 

@@ -61,7 +61,7 @@ func TestAgentTellsItsManager(t *testing.T) {
 	await("READY=1")
 	await("WATCHDOG=1")
 	status, err := agent.ReadStatus(t.Context(), environment["WEIR_STATE_DIR"])
-	if err != nil || status.Consul.InStep {
+	if err != nil || status.Consul.InSync {
 		t.Errorf("status = %+v, %v; want it to know that there is no Consul", status, err)
 	}
 	stop()
@@ -165,7 +165,7 @@ func TestAgentReloads(t *testing.T) {
 	go func() { ended <- weirTo(ctx, ui, nil, "agent", "-config", dir) }()
 	wantTold("READY=1")
 	ns := test.NewNetNS(t)
-	key := redirect.Key{ContainerID: "alloc", IfName: "eth0"}
+	key := redirect.AttachmentID{ContainerID: "alloc", IfName: "eth0"}
 	if err := datapath.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
 		Network: "nomad", Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001}}); err != nil {
 		t.Fatal(err)

@@ -43,7 +43,7 @@ type env struct {
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
 	removeNetworks func(stateDir string) (removed, kept []string, err error)
-	leftovers      func(ended.Node) leftovers // of allocations that are over
+	leftovers      func(ended.Node) leftovers // of ended allocations
 }
 
 // datapath is what the commands need of redirect.Datapath.
@@ -52,11 +52,11 @@ type datapath interface {
 	Unload() (removed []string, err error)
 	Status() (redirect.Status, error)
 	Readiness() []redirect.Check
-	Known() ([]redirect.Known, error)
+	Records() ([]redirect.Record, error)
 	Workloads() ([]redirect.WorkloadStatus, error)
 	Verdicts() ([]redirect.WorkloadVerdicts, error)
-	Explain(redirect.Key, redirect.Connection) (redirect.Explanation, error)
-	Settings(redirect.Key) (settings []redirect.Setting, silent bool, err error)
+	Explain(redirect.AttachmentID, redirect.Connection) (redirect.Explanation, error)
+	Settings(redirect.AttachmentID) (settings []redirect.Setting, silent bool, err error)
 	Events(ctx context.Context, deliver func(redirect.Event) error) error
 }
 
@@ -202,7 +202,7 @@ func (c *command) agent() (view agent.Status, ok bool, dead redirect.Problem) {
 	}
 	what := fmt.Sprintf("the agent does not answer: %v", err)
 	if none || errors.Is(err, agent.ErrNotRunning) {
-		what = "the agent does not run: nothing follows Consul, guards new allocations or mends the data path"
+		what = "the agent does not run: nothing follows Consul, guards new allocations or repairs the data path"
 	}
 	return agent.Status{}, false, redirect.NewProblem(redirect.ProblemAgentNotRunning,
 		"see its log, 'journalctl -u weir-agent' or that of Nomad's job, and start it: 'systemctl restart weir-agent'", what)

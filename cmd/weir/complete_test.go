@@ -37,9 +37,9 @@ func completions(t *testing.T, n *node, line string) []string {
 }
 
 func TestCompletion(t *testing.T) {
-	n := &node{known: []redirect.Known{
-		{Key: redirect.Key{ContainerID: "0b5d0c1e-7c0f"}, Request: redirect.Request{Job: redirect.Job{ID: "demo"}}},
-		{Key: redirect.Key{ContainerID: "1c6e1d2f-8d1a"}, Request: redirect.Request{Job: redirect.Job{ID: "demo"}}},
+	n := &node{known: []redirect.Record{
+		{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f"}, Request: redirect.Request{Job: redirect.Job{ID: "demo"}}},
+		{Key: redirect.AttachmentID{ContainerID: "1c6e1d2f-8d1a"}, Request: redirect.Request{Job: redirect.Job{ID: "demo"}}},
 	}}
 	for _, c := range []struct {
 		line string

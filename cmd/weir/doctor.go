@@ -95,7 +95,7 @@ func (d *doctor) examine(path string) {
 		d.checks = append(d.checks, allocationsSeen(view)...)
 		return
 	}
-	known, _ := datapath.Known() // what cannot be read of them is told of the data path
+	known, _ := datapath.Records() // what cannot be read of them is told of the data path
 	d.checks = append(d.checks, agent.AllocationReadiness(d.config, known, services, d.before)...)
 }
 

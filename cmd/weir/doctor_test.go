@@ -95,10 +95,10 @@ func TestDoctorFitsATerminal(t *testing.T) {
 
 func TestDoctorWithFaults(t *testing.T) {
 	n := &node{proc: t.TempDir(), agent: &agent.Status{Workloads: []agent.WorkloadView{
-		{Key: redirect.Key{ContainerID: "0b5d0c1e", IfName: "eth0"}, Job: "demo", Group: "web", State: agent.StateUnprotected,
+		{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, Job: "demo", Group: "web", State: agent.StateUnprotected,
 			Problems: []redirect.Problem{{What: "its namespace cannot be entered", Remedy: "'nomad alloc stop' it"}}},
-		{Key: redirect.Key{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: agent.StateConsul},
-		{Key: redirect.Key{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: agent.StateManaged},
+		{Key: redirect.AttachmentID{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: agent.StateConsul},
+		{Key: redirect.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: agent.StateManaged},
 	}}, status: redirect.Status{Problems: []redirect.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
 	got := try(t, n, nil, doctorArgs(t, "-json")...)
 	var report doctorReport

@@ -136,7 +136,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	return code, nil
 }
 
-func (c *command) explainWhole(datapath datapath, workload redirect.Known, answer explained, view agent.Status) (int, error) {
+func (c *command) explainWhole(datapath datapath, workload redirect.Record, answer explained, view agent.Status) (int, error) {
 	settings, silent, err := datapath.Settings(workload.Key)
 	if err != nil {
 		return 1, err
@@ -176,12 +176,12 @@ func (c *command) explainWhole(datapath datapath, workload redirect.Known, answe
 }
 
 // workload is the one that the first operand names.
-func (c *command) workload(datapath datapath, view agent.Status) (redirect.Known, error) {
-	known, unreadable := datapath.Known()
+func (c *command) workload(datapath datapath, view agent.Status) (redirect.Record, error) {
+	known, unreadable := datapath.Records()
 	if unreadable != nil && !errors.Is(unreadable, redirect.ErrUnreadable) {
-		return redirect.Known{}, unreadable
+		return redirect.Record{}, unreadable
 	}
-	list, err := selectFrom(c, known, func(w redirect.Known) named {
+	list, err := selectFrom(c, known, func(w redirect.Record) named {
 		return named{id: allocationOf(w), job: w.Request.Job.ID, group: w.Request.Job.Group}
 	})
 	switch {
@@ -192,20 +192,20 @@ func (c *command) workload(datapath datapath, view agent.Status) (redirect.Known
 		for _, w := range list {
 			names = append(names, name(w.Request.Job.ID, w.Request.Job.Group, w.Key))
 		}
-		return redirect.Known{}, fmt.Errorf("%q is several: name one of %s", c.operand(), strings.Join(names, ", "))
+		return redirect.Record{}, fmt.Errorf("%q is several: name one of %s", c.operand(), strings.Join(names, ", "))
 	}
 	for _, w := range view.Workloads {
 		if w.ID != "" && strings.HasPrefix(w.ID, c.operand()) || w.Job == c.operand() {
-			return redirect.Known{}, fmt.Errorf("allocation %s is not under Weir (%s): see 'weir workloads'", short(w.ID), w.State)
+			return redirect.Record{}, fmt.Errorf("allocation %s is not under Weir (%s): see 'weir workloads'", short(w.ID), w.State)
 		}
 	}
-	return redirect.Known{}, errors.Join(err, unreadable)
+	return redirect.Record{}, errors.Join(err, unreadable)
 }
 
-func allocationOf(w redirect.Known) string { return allocID(w.Request.Job.AllocID, w.Key) }
+func allocationOf(w redirect.Record) string { return allocID(w.Request.Job.AllocID, w.Key) }
 
 // connection is what the flags and the destination name.
-func (c *command) connection(f explainFlags, w redirect.Known, view agent.Status) (redirect.Connection, error) {
+func (c *command) connection(f explainFlags, w redirect.Record, view agent.Status) (redirect.Connection, error) {
 	connection := redirect.Connection{UID: redirect.NoUID, IPv6Socket: f.mapped}
 	if f.from != "" && !f.inbound {
 		return connection, errors.New("-from: it needs -inbound")
@@ -231,7 +231,7 @@ func (c *command) connection(f explainFlags, w redirect.Known, view agent.Status
 }
 
 // asTask makes the connection that of a task: the proxy's where the agent knows it as the proxy.
-func asTask(connection *redirect.Connection, f explainFlags, w redirect.Known, view agent.Status) error {
+func asTask(connection *redirect.Connection, f explainFlags, w redirect.Record, view agent.Status) error {
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key || !slices.Contains(strings.FieldsFunc(seen.Task, func(r rune) bool { return r == ' ' || r == ',' }), f.task) {
 			continue
@@ -244,7 +244,7 @@ func asTask(connection *redirect.Connection, f explainFlags, w redirect.Known, v
 	return nil
 }
 
-func inboundConnection(connection redirect.Connection, f explainFlags, w redirect.Known) (redirect.Connection, error) {
+func inboundConnection(connection redirect.Connection, f explainFlags, w redirect.Record) (redirect.Connection, error) {
 	from := netip.MustParseAddr("192.0.2.1") // any address that is not the allocation's
 	if f.from != "" {
 		var err error
@@ -266,7 +266,7 @@ func inboundConnection(connection redirect.Connection, f explainFlags, w redirec
 
 // resolve is the destination as an address: written as one, the virtual IP or the listener of an
 // upstream, or what this node resolves the name to.
-func (c *command) resolve(text string, w redirect.Known, view agent.Status) (netip.AddrPort, error) {
+func (c *command) resolve(text string, w redirect.Record, view agent.Status) (netip.AddrPort, error) {
 	if to, err := netip.ParseAddrPort(text); err == nil {
 		return to, nil
 	}
@@ -306,8 +306,8 @@ func (c *command) resolve(text string, w redirect.Known, view agent.Status) (net
 }
 
 // upstreamsOf are those of the record, then those that the agent knows.
-func upstreamsOf(w redirect.Known, view agent.Status) []redirect.Upstream {
-	list := slices.Clone(w.Overlay.Upstreams)
+func upstreamsOf(w redirect.Record, view agent.Status) []redirect.Upstream {
+	list := slices.Clone(w.MeshConfig.Upstreams)
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key {
 			continue
@@ -321,7 +321,7 @@ func upstreamsOf(w redirect.Known, view agent.Status) []redirect.Upstream {
 
 // serviceOf names the service behind the destination: by the allocation's own upstreams, else by
 // those of any allocation of the node, because a virtual IP is the same for all.
-func serviceOf(e redirect.Explanation, connection redirect.Connection, key redirect.Key, view agent.Status) string {
+func serviceOf(e redirect.Explanation, connection redirect.Connection, key redirect.AttachmentID, view agent.Status) string {
 	if e.Service != "" || connection.From.IsValid() {
 		return e.Service
 	}

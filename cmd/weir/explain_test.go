@@ -19,21 +19,21 @@ import (
 
 // explainNode has two allocations of one job and one of another.
 func explainNode() *node {
-	known := func(id, job string) redirect.Known {
-		return redirect.Known{
-			Key: redirect.Key{ContainerID: id, IfName: "eth0"},
+	known := func(id, job string) redirect.Record {
+		return redirect.Record{
+			Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"},
 			Request: redirect.Request{Job: redirect.Job{ID: job, Group: "web", AllocID: id}, ProxyUID: 101,
 				Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")}},
-			Overlay: redirect.Overlay{Upstreams: []redirect.Upstream{
+			MeshConfig: redirect.MeshConfig{Upstreams: []redirect.Upstream{
 				{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5")}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 				{Name: "cache", Listener: netip.MustParseAddrPort("127.0.0.1:9192")},
 			}},
 		}
 	}
 	return &node{
-		known: []redirect.Known{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
+		known: []redirect.Record{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
 		agent: &agent.Status{Workloads: []agent.WorkloadView{
-			{Key: redirect.Key{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: agent.StateManaged, Task: "connect-proxy-api",
+			{Key: redirect.AttachmentID{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: agent.StateManaged, Task: "connect-proxy-api",
 				Upstreams: []agent.UpstreamView{{Name: "far", VirtualIPs: []netip.Addr{netip.MustParseAddr("240.0.0.9")}}}},
 			{ID: "2d7f3333-7c0f", Job: "plain", State: agent.StateUnprotected},
 		}},
@@ -151,7 +151,7 @@ func TestExplainOnAKernel(t *testing.T) {
 	t.Cleanup(func() { weir("unload", "-force") })
 	ns := test.NewNetNS(t)
 	err := redirect.New(redirect.PathsFromEnv(func(name string) string { return environment[name] })).Add(redirect.Attachment{
-		Key:   redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+		Key:   redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 		NetNS: ns.Path,
 		Request: redirect.Request{
 			Network: "nomad", Job: redirect.Job{ID: "demo", Group: "web"}, Mode: redirect.ModeTransparent,

@@ -21,7 +21,7 @@ func hang(text string) string {
 }
 
 // renderExplanation shows each rule and then, in sentences, what becomes of the connection.
-func (c *command) renderExplanation(e redirect.Explanation, connection redirect.Connection, w redirect.Known, answer explained, fails bool) string {
+func (c *command) renderExplanation(e redirect.Explanation, connection redirect.Connection, w redirect.Record, answer explained, fails bool) string {
 	var text strings.Builder
 	of := name(w.Request.Job.ID, w.Request.Job.Group, w.Key)
 	switch {

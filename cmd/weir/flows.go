@@ -108,11 +108,11 @@ func (c *command) flowQuery(query agent.FlowQuery, since, until string, port uin
 	if query.Alloc != "" || query.Job != "" {
 		return query, fmt.Errorf("%q beside -alloc or -job: give one of them", c.operands[0])
 	}
-	known, err := c.datapath().Known()
+	known, err := c.datapath().Records()
 	if err != nil && !errors.Is(err, redirect.ErrUnreadable) {
 		return query, err
 	}
-	chosen, err := selected(c, known, func(k redirect.Known) named {
+	chosen, err := selected(c, known, func(k redirect.Record) named {
 		return named{allocID(k.Request.Job.AllocID, k.Key), k.Request.Job.ID, k.Request.Job.Group}
 	})
 	query.Alloc, query.Job = chosen.id, chosen.job

@@ -30,7 +30,7 @@ type gcReport struct {
 }
 
 func newGC(env env) *command {
-	c := newCommand(env, "gc", "Take away what allocations that are over left behind", `  Finds networks of allocations that nothing uses any more, and ends them as Nomad
+	c := newCommand(env, "gc", "Remove networks of ended allocations", `  Finds networks of allocations that nothing uses any more, and ends them as Nomad
   would have: it calls DEL of their plugins, and removes address, device, host
   ports, record, programs and namespace. Nomad does not, for an allocation that it
   finds ended when its client starts, and a new allocation with the same static

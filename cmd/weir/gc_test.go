@@ -19,9 +19,9 @@ const (
 
 func leftBehind() *node {
 	return &node{left: []ended.Attachment{
-		{Key: redirect.Key{ContainerID: goneID, IfName: "eth0"}, Job: redirect.Job{ID: "demo", Group: "web"}, Network: "weir",
+		{Key: redirect.AttachmentID{ContainerID: goneID, IfName: "eth0"}, Job: redirect.Job{ID: "demo", Group: "web"}, Network: "weir",
 			NetNS: "/var/run/docker/netns/1", State: ended.Gone},
-		{Key: redirect.Key{ContainerID: emptyID, IfName: "eth0"}, Job: redirect.Job{ID: "demo", Group: "db"}, Network: "nomad",
+		{Key: redirect.AttachmentID{ContainerID: emptyID, IfName: "eth0"}, Job: redirect.Job{ID: "demo", Group: "db"}, Network: "nomad",
 			NetNS: "/var/run/netns/" + emptyID, State: ended.Empty},
 	}}
 }
@@ -85,7 +85,7 @@ func TestGCOnACleanNode(t *testing.T) {
 // One that cannot be removed does not keep the others from it.
 func TestGCGoesOn(t *testing.T) {
 	n := leftBehind()
-	n.stuck = map[redirect.Key]error{n.left[0].Key: ended.ErrInUse}
+	n.stuck = map[redirect.AttachmentID]error{n.left[0].Key: ended.ErrInUse}
 	want(t, try(t, n, nil, "gc", "-empty", "all"), outcome{code: 1,
 		stdout: "removed demo/db/6e1d0a01 from network nomad: nothing runs in /var/run/netns/" + emptyID + "\n",
 		stderr: "weir gc: remove network of demo/web/0b5d0c1e: it is in use\n"})

@@ -41,11 +41,11 @@ func newGuard(env env) *command {
 		if err != nil {
 			return 1, err
 		}
-		known, err := c.datapath().Known()
+		known, err := c.datapath().Records()
 		if err != nil && known == nil {
 			return 1, err
 		}
-		chosen, err := selected(c, known, func(k redirect.Known) named {
+		chosen, err := selected(c, known, func(k redirect.Record) named {
 			return named{id: allocID(k.Request.Job.AllocID, k.Key), job: k.Request.Job.ID, group: k.Request.Job.Group}
 		})
 		if err != nil {

@@ -30,9 +30,9 @@ func audited() *node {
 		},
 	}}}
 	for _, e := range n.guard.Entries[1:] {
-		n.known = append(n.known, redirect.Known{Key: redirect.Key{ContainerID: e.AllocID}, Request: redirect.Request{Job: redirect.Job{ID: e.Job}}})
+		n.known = append(n.known, redirect.Record{Key: redirect.AttachmentID{ContainerID: e.AllocID}, Request: redirect.Request{Job: redirect.Job{ID: e.Job}}})
 	}
-	n.known = append(n.known, redirect.Known{Key: redirect.Key{ContainerID: "c0ffee"}, Request: redirect.Request{Job: redirect.Job{ID: "quiet"}}})
+	n.known = append(n.known, redirect.Record{Key: redirect.AttachmentID{ContainerID: "c0ffee"}, Request: redirect.Request{Job: redirect.Job{ID: "quiet"}}})
 	return n
 }
 

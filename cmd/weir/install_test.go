@@ -158,20 +158,20 @@ func TestUninstallRefuses(t *testing.T) {
 	test.Need(t, test.Root)
 	alive := test.NewNetNS(t)
 	environment := map[string]string{"WEIR_STATE_DIR": t.TempDir()}
-	record := func(id, netns string, mode redirect.Mode) redirect.Known {
-		return redirect.Known{
-			Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: netns,
+	record := func(id, netns string, mode redirect.Mode) redirect.Record {
+		return redirect.Record{
+			Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: netns,
 			Request: redirect.Request{Mode: mode, Job: redirect.Job{AllocID: id, ID: "demo", Group: "web"}},
 		}
 	}
-	n := &node{known: []redirect.Known{
+	n := &node{known: []redirect.Record{
 		record("0b5d0c1e", alive.Path, redirect.ModeTransparent),
 		record("1c6e1d2f", alive.Path, redirect.ModeDirect),
 		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), redirect.ModeTransparent),
 	}, removed: []string{"map origins"}, bridges: []string{"bridge weir0"}, others: []string{"bridge weir1"}, networks: []cni.Attached{
-		{Key: redirect.Key{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
-		{Key: redirect.Key{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: redirect.Job{ID: "plain", Group: "web"}},
-		{Key: redirect.Key{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
+		{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
+		{Key: redirect.AttachmentID{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: redirect.Job{ID: "plain", Group: "web"}},
+		{Key: redirect.AttachmentID{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
 	}}
 	root := t.TempDir()
 	plugin := root + "/opt/cni/bin/weir"

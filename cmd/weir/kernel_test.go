@@ -55,7 +55,7 @@ func TestOnAKernel(t *testing.T) {
 	ns := test.NewNetNS(t)
 	getenv := func(name string) string { return environment[name] }
 	err := redirect.New(redirect.PathsFromEnv(getenv)).Add(redirect.Attachment{
-		Key:   redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+		Key:   redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 		NetNS: ns.Path,
 		Request: redirect.Request{
 			Network: "nomad", Job: redirect.Job{ID: "demo", Group: "web"},

@@ -39,7 +39,7 @@ empty: nothing runs in the namespace of 1 allocation, which is over or about to 
 func TestStatusOfPortsThatLeadNowhere(t *testing.T) {
 	n := leftBehind()
 	n.status, n.agent = healthy(), &agent.Status{}
-	heir := redirect.Key{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
+	heir := redirect.AttachmentID{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
 	n.left[0].Shadows = []ended.Shadow{{Port: 28101, Protocol: "tcp", By: &heir, Job: redirect.Job{ID: "demo", Group: "new"}}}
 	n.left[1].Shadows = []ended.Shadow{{Port: 8443, Protocol: "udp"}}
 	wanted := []redirect.Problem{

@@ -28,7 +28,7 @@ type node struct {
 	removed  []string
 	status   redirect.Status
 	list     []redirect.WorkloadStatus
-	known    []redirect.Known
+	known    []redirect.Record
 	verdicts []redirect.WorkloadVerdicts
 	events   []redirect.Event
 	onEvents func()        // what happens once they are read
@@ -54,9 +54,9 @@ type node struct {
 	settings    []redirect.Setting
 	silent      bool // a proxy does not listen
 
-	left      []ended.Attachment     // of allocations that are over
-	stuck     map[redirect.Key]error // why one of them cannot be removed
-	collected []redirect.Key         // that were removed
+	left      []ended.Attachment              // of ended allocations
+	stuck     map[redirect.AttachmentID]error // why one of them cannot be removed
+	collected []redirect.AttachmentID         // that were removed
 	lookedAt  ended.Node
 }
 
@@ -64,14 +64,14 @@ func (n *node) Load() (redirect.LoadResult, error)             { return n.load, 
 func (n *node) Unload() ([]string, error)                      { return n.removed, n.err }
 func (n *node) Status() (redirect.Status, error)               { return n.status, n.err }
 func (n *node) Readiness() []redirect.Check                    { return n.ready }
-func (n *node) Known() ([]redirect.Known, error)               { return n.known, n.err }
+func (n *node) Records() ([]redirect.Record, error)            { return n.known, n.err }
 func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
 func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
-func (n *node) Explain(_ redirect.Key, c redirect.Connection) (redirect.Explanation, error) {
+func (n *node) Explain(_ redirect.AttachmentID, c redirect.Connection) (redirect.Explanation, error) {
 	n.asked = append(n.asked, c)
 	return n.explanation, n.err
 }
-func (n *node) Settings(redirect.Key) ([]redirect.Setting, bool, error) {
+func (n *node) Settings(redirect.AttachmentID) ([]redirect.Setting, bool, error) {
 	return n.settings, n.silent, n.err
 }
 func (n *node) Find() ([]ended.Attachment, error) { return n.left, n.err }

@@ -76,7 +76,7 @@ func (w seenWorkload) consul() string {
 		return "absent"
 	case w.Agent.State != agent.StateManaged:
 		return "-"
-	case w.Agent.InStep:
+	case w.Agent.InSync:
 		return "in sync"
 	}
 	return "behind"

@@ -28,7 +28,7 @@ func (s selection) has(w named) bool {
 func (c *command) withSelection() *command {
 	c.withOperands(1, "[ALLOC or JOB]")
 	c.predict = complete.PredictFunc(func(complete.Args) (words []string) {
-		list, err := c.datapath().Known()
+		list, err := c.datapath().Records()
 		if err != nil {
 			return nil // nobody reads an error while they type
 		}
@@ -66,7 +66,7 @@ func selected[T any](c *command, list []T, who func(T) named) (selection, error)
 
 // allocID is the allocation's ID as the request has it. A runtime other than Nomad gives none: what it
 // calls its container stands for it.
-func allocID(id string, key redirect.Key) string {
+func allocID(id string, key redirect.AttachmentID) string {
 	if id == "" {
 		return key.ContainerID
 	}

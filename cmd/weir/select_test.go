@@ -99,7 +99,7 @@ func TestListsOfOneWorkload(t *testing.T) {
 // others is no loss of this list.
 func TestEventsOfAJobGoOnWithItsNextAllocation(t *testing.T) {
 	n := threeEvents()
-	next := redirect.WorkloadVerdicts{Key: redirect.Key{ContainerID: "2d7f2e3a", IfName: "eth0"}, Job: "demo", Group: "web", Cookie: 4713}
+	next := redirect.WorkloadVerdicts{Key: redirect.AttachmentID{ContainerID: "2d7f2e3a", IfName: "eth0"}, Job: "demo", Group: "web", Cookie: 4713}
 	n.events = append(n.events, redirect.Event{
 		Time: time.Now(), Cookie: 4712, Verdict: redirect.EventsLost, Name: redirect.EventsLost.String(), Lost: 12, Origin: netip.AddrPort{},
 	})

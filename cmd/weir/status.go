@@ -16,7 +16,7 @@ func newStatus(env env) *command {
 	c := newCommand(env, "status", "Say whether this node is healthy", `  Says in its first line whether the node is healthy. Where it is not, it goes on
   with what is wrong and what to do about it: with the data path, with the agent
   and what it learns from Consul and Docker, and with allocations of the mesh. Its
-  last lines say how the agent stands to Consul and what it mended since it began.
+  last lines say how the agent stands to Consul and what it repaired since it began.
 
   The exit code is 0 when all is well and 1 when something is wrong, which
   includes that nothing is loaded, that an agent which should run does not answer,

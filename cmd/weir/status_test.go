@@ -123,7 +123,7 @@ func TestStatusOfTheAgentsProblems(t *testing.T) {
 	view := &agent.Status{
 		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", Error: "refused"},
 		Problems: []redirect.Problem{
-			{What: "not in step with Consul: refused", Remedy: "start Consul"},
+			{What: "not in sync with Consul: refused", Remedy: "start Consul"},
 			{What: "link connect4 is gone", Remedy: "see the agent's log"},
 		},
 		Workloads: []agent.WorkloadView{{State: agent.StateHost}, {State: agent.StateManaged}, {State: agent.StateManaged}},
@@ -135,7 +135,7 @@ func TestStatusOfTheAgentsProblems(t *testing.T) {
 	if want := `not healthy: 2 problems
   link connect4 is gone
     remedy: run 'weir load'
-  not in step with Consul: refused
+  not in sync with Consul: refused
     remedy: start Consul
 `; got.code != 1 || !strings.HasPrefix(got.stdout, want) {
 		t.Errorf("outcome %d:\n%s\nwant 1, beginning with:\n%s", got.code, got.stdout, want)

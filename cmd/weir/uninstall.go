@@ -151,7 +151,7 @@ func (c *command) removeStateDir() error {
 // Where Consul's plugin is brought back, it ends what was asked for on Nomad's own
 // bridge. A record that cannot be read comes back in the error.
 func (c *command) affected(consul bool) (list []affected, err error) {
-	known, err := c.datapath().Known()
+	known, err := c.datapath().Records()
 	networks, unread := c.networks(c.stateDir())
 	for _, k := range known {
 		if _, gone := redirect.Cookie(k.NetNS); errors.Is(gone, redirect.ErrNetNSGone) {
@@ -169,7 +169,7 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 		list = append(list, a)
 	}
 	for _, n := range networks {
-		redirected := func(k redirect.Known) bool { return k.Key == n.Key }
+		redirected := func(k redirect.Record) bool { return k.Key == n.Key }
 		if _, gone := redirect.Cookie(n.NetNS); errors.Is(gone, redirect.ErrNetNSGone) || slices.ContainsFunc(known, redirected) {
 			continue
 		}
@@ -184,7 +184,7 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 // lose when the data path goes: their networks stay. A record that cannot be read
 // comes back in the error.
 func (c *command) redirected() (list []affected, err error) {
-	known, err := c.datapath().Known()
+	known, err := c.datapath().Records()
 	for _, k := range known {
 		if _, gone := redirect.Cookie(k.NetNS); !errors.Is(gone, redirect.ErrNetNSGone) {
 			list = append(list, withoutDataPath(k))
@@ -194,7 +194,7 @@ func (c *command) redirected() (list []affected, err error) {
 }
 
 // withoutDataPath is an allocation with what the data path does for it.
-func withoutDataPath(k redirect.Known) affected {
+func withoutDataPath(k redirect.Record) affected {
 	a := affected{
 		ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, NomadNames: k.Request.Job.Names(k.Key), Loses: []string{loseGuard},
 	}

@@ -81,7 +81,7 @@ func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) str
 
 // name is how people know a workload: job, group and the short form of its
 // allocation's ID; the last alone where the request named no job.
-func name(job, group string, key redirect.Key) string {
+func name(job, group string, key redirect.AttachmentID) string {
 	parts := []string{}
 	for _, part := range []string{job, group, short(key.ContainerID)} {
 		if part != "" {

@@ -23,7 +23,7 @@ type seenWorkload struct {
 // withAgent joins the workloads with the agent's view of them. What is not under
 // Weir follows as the agent sees it.
 func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload {
-	views := make(map[redirect.Key]*agent.WorkloadView)
+	views := make(map[redirect.AttachmentID]*agent.WorkloadView)
 	for i, w := range view.Workloads {
 		views[w.Key] = &view.Workloads[i]
 	}
@@ -31,7 +31,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	for _, w := range list {
 		seen = append(seen, seenWorkload{WorkloadStatus: w, Agent: views[w.Key]})
 	}
-	known := make(map[redirect.Key]bool)
+	known := make(map[redirect.AttachmentID]bool)
 	for _, w := range list {
 		known[w.Key] = true
 	}
@@ -65,9 +65,9 @@ func (c *command) summary(view agent.Status, now time.Time) string {
 	if unprotected := count[agent.StateUnprotected]; unprotected > 0 {
 		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))
 	}
-	if counts := view.Counts; counts.Mended+counts.Swept > 0 {
+	if counts := view.Counts; counts.Repaired+counts.Pruned > 0 {
 		lines = append(lines, fmt.Sprintf("agent: %s since it began, %s forgotten whose namespace died",
-			countOf(int(counts.Mended), "repair"), countOf(int(counts.Swept), "workload")))
+			countOf(int(counts.Repaired), "repair"), countOf(int(counts.Pruned), "workload")))
 	}
 	return strings.Join(lines, "\n")
 }
@@ -85,13 +85,13 @@ func (c *command) consulLine(consul agent.ConsulStatus, now time.Time) string {
 	since := now.Sub(consul.Since).Round(time.Second)
 	switch {
 	case !consul.Enabled:
-		return "agent: Consul is not followed"
-	case consul.InStep && consul.Hidden:
+		return "agent: Consul sync is disabled"
+	case consul.InSync && consul.Hidden:
 		return c.paint(red, fmt.Sprintf("agent: Consul at %s hides services of this node from the token", consul.Address))
-	case consul.InStep:
-		return fmt.Sprintf("agent: in step with Consul at %s for %s", consul.Address, since)
+	case consul.InSync:
+		return fmt.Sprintf("agent: in sync with Consul at %s for %s", consul.Address, since)
 	case consul.Error == "":
 		return fmt.Sprintf("agent: asking Consul at %s", consul.Address)
 	}
-	return c.paint(red, fmt.Sprintf("agent: not in step with Consul at %s for %s: %s", consul.Address, since, consul.Error))
+	return c.paint(red, fmt.Sprintf("agent: not in sync with Consul at %s for %s: %s", consul.Address, since, consul.Error))
 }

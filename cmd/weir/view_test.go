@@ -18,12 +18,12 @@ import (
 
 func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	began := time.Now().Add(-time.Minute)
-	key := redirect.Key{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}
+	key := redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}
 	view := &agent.Status{
-		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", InStep: true, Since: began},
+		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", InSync: true, Since: began},
 		Workloads: []agent.WorkloadView{
 			{
-				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: agent.StateManaged, Guard: redirect.GuardAudit, InStep: true, Since: began,
+				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: agent.StateManaged, Guard: redirect.GuardAudit, InSync: true, Since: began,
 				Proxies:   []agent.ProxyView{{Kind: "connect-proxy"}},
 				Upstreams: []agent.UpstreamView{{Name: "api", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}, Open: []uint16{8081, 21500},
 			},
@@ -34,7 +34,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 		Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID}}}, agent: view}
 	got := try(t, n, nil, "workloads")
 	for _, want := range []string{
-		"\nagent: in step with Consul at 127.0.0.1:8500 for 1m0s\n",
+		"\nagent: in sync with Consul at 127.0.0.1:8500 for 1m0s\n",
 		"0b5d0c1e  demo  web    audit      guard  -      audit  in sync\n",
 		"1c6e1d2f  -     -      no         -      -      -      absent\n",
 		"\n  no namespace\n    remedy: set cache_dir\n",
@@ -63,7 +63,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 		t.Fatal(err)
 	}
 	list := told.Workloads
-	if len(list) != 2 || list[0].Mode != "direct" || list[0].Agent == nil || !list[0].Agent.InStep {
+	if len(list) != 2 || list[0].Mode != "direct" || list[0].Agent == nil || !list[0].Agent.InSync {
 		t.Fatalf("JSON = %+v, want the workload with the agent's view, and what is no workload", list)
 	}
 	if diff := cmp.Diff(&view.Workloads[1], list[1].Agent, cmpopts.EquateComparable(netip.AddrPort{}), cmpopts.EquateEmpty(), cmpopts.EquateApproxTime(0)); list[1].ID != "1c6e1d2f" || diff != "" {
@@ -74,7 +74,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 // Allocations from before Weir are listed as what they are.
 func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 	view := &agent.Status{Workloads: []agent.WorkloadView{{
-		Key: redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: agent.StateConsul, Since: time.Now(),
+		Key: redirect.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: agent.StateConsul, Since: time.Now(),
 	}}}
 	n := &node{agent: view}
 	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each\n"
@@ -99,7 +99,7 @@ func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
 	view := &agent.Status{
 		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500"}, Docker: "dial: no answer",
-		Counts: agent.Counts{Mended: 3, Swept: 1},
+		Counts: agent.Counts{Repaired: 3, Pruned: 1},
 		Workloads: []agent.WorkloadView{
 			{State: agent.StateUnprotected}, {State: agent.StateManaged}, {State: agent.StateHost}, {State: agent.StateUnclaimed}, {State: agent.StateUnclaimed},
 		},
@@ -123,10 +123,10 @@ func TestConsulLine(t *testing.T) {
 		consul agent.ConsulStatus
 		want   string
 	}{
-		{agent.ConsulStatus{}, "agent: Consul is not followed"},
+		{agent.ConsulStatus{}, "agent: Consul sync is disabled"},
 		{agent.ConsulStatus{Enabled: true, Address: "a:1"}, "agent: asking Consul at a:1"},
-		{agent.ConsulStatus{Enabled: true, Address: "a:1", InStep: true, Hidden: true}, "agent: Consul at a:1 hides services of this node from the token"},
-		{agent.ConsulStatus{Enabled: true, Address: "a:1", Error: "hang", Since: now.Add(-time.Second)}, "agent: not in step with Consul at a:1 for 1s: hang"},
+		{agent.ConsulStatus{Enabled: true, Address: "a:1", InSync: true, Hidden: true}, "agent: Consul at a:1 hides services of this node from the token"},
+		{agent.ConsulStatus{Enabled: true, Address: "a:1", Error: "hang", Since: now.Add(-time.Second)}, "agent: not in sync with Consul at a:1 for 1s: hang"},
 	} {
 		command := &command{env: env{getenv: func(string) string { return "" }}}
 		if got := command.consulLine(c.consul, now); got != c.want {

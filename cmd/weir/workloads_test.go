@@ -14,14 +14,14 @@ import (
 func TestWorkloads(t *testing.T) {
 	n := &node{list: []redirect.WorkloadStatus{
 		{
-			Key: redirect.Key{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+			Key: redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
 			Proxy:    redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
 			Sidecars: []redirect.ProxyStatus{{Service: "api", UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20001, Listeners: 1}},
 			Origins:  12, Budget: 65536,
 		},
 		{
-			Key: redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
+			Key: redirect.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
 			Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID, Outbound: 15001}, Budget: 65536,
 			Notes:    []string{"port \"0\" in ExcludeInboundPorts means nothing"},
 			Problems: []redirect.Problem{{What: "its namespace is gone", Remedy: "run CNI DEL or GC"}},
@@ -53,7 +53,7 @@ func TestWorkloadsFitATerminal(t *testing.T) {
 	n := &node{agent: &agent.Status{}}
 	for i, job := range []string{"payments-settlement-production", "web", "größte-aller-möglichen-bezeichnungen"} {
 		w := redirect.WorkloadStatus{
-			Key: redirect.Key{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
+			Key: redirect.AttachmentID{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
 			Group: "settlement-workers", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
 		}
 		n.list = append(n.list, w)
@@ -98,7 +98,7 @@ func TestProtected(t *testing.T) {
 		{"", "", wrong, agent.StateUnclaimed, "no -", "\n  rows are missing\n"},
 		{"", "", wrong, agent.StateEnded, "- -", "\n  rows are missing\n"},
 	} {
-		key := redirect.Key{ContainerID: "1c6e1d2f", IfName: "eth0"}
+		key := redirect.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}
 		n := &node{}
 		if c.mode != "" {
 			n.list = []redirect.WorkloadStatus{{Key: key, ID: "1c6e1d2f", Mode: c.mode, Guard: c.guard, Problems: c.problems}}

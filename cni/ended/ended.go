@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-// Package ended finds the networks of allocations that are over and whose end
+// Package ended finds the networks of ended allocations and whose end
 // no plugin was told of, and takes them away as a runtime would have: by DEL.
 //
 // Nomad makes no DEL for an allocation that it finds ended when its client
@@ -69,12 +69,12 @@ var ErrInUse = errors.New("it is in use")
 
 // Attachment is an allocation's place in a network, which nothing uses.
 type Attachment struct {
-	Key     redirect.Key `json:"key"`
-	Job     redirect.Job `json:"job"`
-	Network string       `json:"network"` // its name; empty where only the namespace is left
-	NetNS   string       `json:"netns"`   // path
-	State   State        `json:"state"`
-	Shadows []Shadow     `json:"shadows,omitempty"` // host ports that are somebody else's by now
+	Key     redirect.AttachmentID `json:"key"`
+	Job     redirect.Job          `json:"job"`
+	Network string                `json:"network"` // its name; empty where only the namespace is left
+	NetNS   string                `json:"netns"`   // path
+	State   State                 `json:"state"`
+	Shadows []Shadow              `json:"shadows,omitempty"` // host ports that are somebody else's by now
 
 	list       *libcni.NetworkConfigList // as it was at ADD; nil: libcni knows nothing of it
 	args       map[string]any            // capabilities, as they were
@@ -97,7 +97,7 @@ func (n Node) Find() ([]Attachment, error) {
 	if len(all) == 0 {
 		return nil, problems
 	}
-	uses, err := findUses()
+	uses, err := findNamespaceUsers()
 	if err != nil {
 		return nil, errors.Join(problems, err)
 	}
@@ -118,8 +118,8 @@ func (n Node) Find() ([]Attachment, error) {
 
 // attachments joins what libcni, both kinds of records and Nomad's directory know.
 func (n Node) attachments() ([]*Attachment, error) {
-	found := make(map[redirect.Key]*Attachment)
-	at := func(key redirect.Key) *Attachment {
+	found := make(map[redirect.AttachmentID]*Attachment)
+	at := func(key redirect.AttachmentID) *Attachment {
 		if found[key] == nil {
 			found[key] = &Attachment{Key: key}
 		}
@@ -139,7 +139,7 @@ func (n Node) attachments() ([]*Attachment, error) {
 			problems = append(problems, err)
 		}
 	}
-	workloads, err := redirect.New(n.Paths).Known()
+	workloads, err := redirect.New(n.Paths).Records()
 	problems = append(problems, err)
 	for _, recorded := range workloads {
 		a := at(recorded.Key)
@@ -165,7 +165,7 @@ func (a *Attachment) lived(path string, cookie uint64) {
 }
 
 // cached adds what libcni remembers of Nomad's allocations.
-func (n Node) cached(at func(redirect.Key) *Attachment) error {
+func (n Node) cached(at func(redirect.AttachmentID) *Attachment) error {
 	library := n.library()
 	attachments, err := library.GetCachedAttachments("")
 	if err != nil {
@@ -182,7 +182,7 @@ func (n Node) cached(at func(redirect.Key) *Attachment) error {
 			problems = append(problems, fmt.Errorf("CNI result of allocation %s: read its configuration: %w", job.AllocID, err))
 			continue
 		}
-		a := at(redirect.Key{ContainerID: cached.ContainerID, IfName: cached.IfName})
+		a := at(redirect.AttachmentID{ContainerID: cached.ContainerID, IfName: cached.IfName})
 		a.Job, a.Network, a.list, a.args = job, cached.Network, list, cached.CapabilityArgs
 		a.lived(cached.NetNS, 0)
 		a.portmap = slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Type == "portmap" })
@@ -229,7 +229,7 @@ func (a *Attachment) describe(raw types.Result) error {
 }
 
 // named adds the namespaces that Nomad made under the IDs of allocations.
-func (n Node) named(at func(redirect.Key) *Attachment, found map[redirect.Key]*Attachment) error {
+func (n Node) named(at func(redirect.AttachmentID) *Attachment, found map[redirect.AttachmentID]*Attachment) error {
 	allocID := regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 	dir := cmp.Or(n.NetNSDir, DefaultNetNSDir)
 	entries, err := os.ReadDir(dir)
@@ -253,7 +253,7 @@ func (n Node) named(at func(redirect.Key) *Attachment, found map[redirect.Key]*A
 			}
 		}
 		if _, mounted, err := inodeOf(path); alone && mounted && err == nil {
-			a := at(redirect.Key{ContainerID: id})
+			a := at(redirect.AttachmentID{ContainerID: id})
 			a.Job.AllocID, a.mount = id, path
 			a.lived(path, 0)
 		}

@@ -26,7 +26,7 @@ func TestMain(m *testing.M) { test.Main(m, nil) }
 
 const allocationID = "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01"
 
-var key = redirect.Key{ContainerID: allocationID, IfName: "eth0"}
+var key = redirect.AttachmentID{ContainerID: allocationID, IfName: "eth0"}
 
 // node is a node of its own, whose plugins are real: libcni makes the networks
 // that deploy has conflists for, as Nomad does.

@@ -25,10 +25,10 @@ import (
 // The rules of the older one come first, so connections to the port go to an
 // address at which nobody answers.
 type Shadow struct {
-	Port     uint16        `json:"port"`
-	Protocol string        `json:"protocol"`
-	By       *redirect.Key `json:"by"` // the running allocation; null: a process in the node's own network
-	Job      redirect.Job  `json:"job"`
+	Port     uint16                 `json:"port"`
+	Protocol string                 `json:"protocol"`
+	By       *redirect.AttachmentID `json:"by"` // the running allocation; null: a process in the node's own network
+	Job      redirect.Job           `json:"job"`
 }
 
 // hostPort is a port of the node that is mapped to one of an allocation.

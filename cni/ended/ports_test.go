@@ -59,7 +59,7 @@ func TestPortOfARunningAllocation(t *testing.T) {
 			n.add(heir, alloc)
 			n.wantShadows("beside an allocation that does not run")
 			test.EchoProcess(t, test.Spec{NetNS: alloc}, "tcp4", "0.0.0.0:8080")
-			heirKey := redirect.Key{ContainerID: heir, IfName: "eth0"}
+			heirKey := redirect.AttachmentID{ContainerID: heir, IfName: "eth0"}
 			shadow := []Shadow{{Port: 18080, Protocol: "tcp", By: &heirKey, Job: redirect.Job{AllocID: heir, ID: "demo", Group: "web"}}}
 			if network == "weir" {
 				shadow = nil

@@ -22,8 +22,8 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// patience is longer than any plugin needs for a DEL.
-const patience = time.Minute
+// timeout is longer than any plugin needs for a DEL.
+const timeout = time.Minute
 
 // Remove takes away all that is left of an attachment that Find listed. It looks
 // once more before: ErrInUse says that somebody came. What fails stays to be
@@ -34,7 +34,7 @@ func (n Node) Remove(ctx context.Context, listed Attachment) error {
 	if i < 0 {
 		return err
 	}
-	uses, err := findUses()
+	uses, err := findNamespaceUsers()
 	if err != nil {
 		return err
 	}
@@ -47,7 +47,7 @@ func (n Node) Remove(ctx context.Context, listed Attachment) error {
 	}
 	var problems []error
 	if a.list != nil {
-		ctx, cancel := context.WithTimeout(ctx, patience)
+		ctx, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		problems = append(problems, n.library().DelNetworkList(ctx, a.list, a.runtime(a.living())))
 	}

@@ -22,8 +22,8 @@ import (
 // netInterface is told from any other by name and hardware address.
 type netInterface struct{ name, mac string }
 
-// uses are the network namespaces in which processes are.
-type uses struct {
+// namespaceUsers are the network namespaces in which processes are.
+type namespaceUsers struct {
 	threads map[uint64][]string // ways to each, by inode
 	spaces  []space
 	looked  bool // spaces are known
@@ -36,14 +36,14 @@ type space struct {
 	addresses  []netip.Addr
 }
 
-// findUses looks at every thread of the machine. One that it may not look at is
+// findNamespaceUsers looks at every thread of the machine. One that it may not look at is
 // an error, as it may be where it matters; but for init, which is no task.
-func findUses() (*uses, error) {
+func findNamespaceUsers() (*namespaceUsers, error) {
 	threads, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")
 	if err != nil {
 		return nil, err
 	}
-	u := &uses{threads: make(map[uint64][]string)}
+	u := &namespaceUsers{threads: make(map[uint64][]string)}
 	for _, thread := range threads {
 		inode, found, err := inodeOf(thread)
 		if errors.Is(err, fs.ErrPermission) && strings.HasPrefix(thread, "/proc/1/") {
@@ -60,7 +60,7 @@ func findUses() (*uses, error) {
 }
 
 // look enters each namespace, once.
-func (u *uses) look() error {
+func (u *namespaceUsers) look() error {
 	if u.looked {
 		return nil
 	}
@@ -76,7 +76,7 @@ func (u *uses) look() error {
 }
 
 // of says what is left of an attachment's namespace, or ErrInUse.
-func (u *uses) of(a *Attachment) (State, error) {
+func (u *namespaceUsers) of(a *Attachment) (State, error) {
 	if a.unread != nil {
 		return "", a.unread
 	}

@@ -15,10 +15,10 @@ import (
 )
 
 // Every piece of a network that may be lost, how, and what CHECK says of it.
-func TestCheckMends(t *testing.T) {
+func TestCheckRepairs(t *testing.T) {
 	for name, tt := range map[string]struct {
 		onNode, inside string // commands; HOST is the node's device
-		mended         string
+		repaired       string
 	}{
 		"nothing":           {"", "", ""},
 		"IPv4 address":      {"", "ip -4 addr flush dev eth0", "address 10.77.0.2/24"},
@@ -47,15 +47,15 @@ func TestCheckMends(t *testing.T) {
 			a, result := n.added(t, "a")
 			n.run(t, "sh", "-ec", strings.ReplaceAll(tt.onNode, "HOST", HostDevice(a.Key)))
 			a.ns.Do(func() { runHere(t, "sh", "-ec", tt.inside) })
-			mended, err := n.check(a, nil)
+			repairs, err := n.check(a, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			if said := strings.Join(mended, "\n"); !strings.Contains(said, tt.mended) || tt.mended == "" && said != "" {
-				t.Errorf("mended %q: want %q", said, tt.mended)
+			if said := strings.Join(repairs, "\n"); !strings.Contains(said, tt.repaired) || tt.repaired == "" && said != "" {
+				t.Errorf("repaired %q: want %q", said, tt.repaired)
 			}
 			if again, err := n.check(a, nil); err != nil || len(again) > 0 {
-				t.Errorf("second CHECK: mended %q, %v: want nothing", again, err)
+				t.Errorf("second CHECK: repaired %q, %v: want nothing", again, err)
 			}
 			test.Echo(t, n.outside, "tcp", "192.0.2.2:80")
 			test.Echo(t, n.outside, "tcp", "[2001:db8::2]:80")
@@ -80,9 +80,9 @@ func TestCheckTakesALostLeaseAnew(t *testing.T) {
 	if err := os.RemoveAll(n.config.LeaseDir); err != nil {
 		t.Fatal(err)
 	}
-	mended, err := n.check(a, nil)
-	if err != nil || !strings.Contains(strings.Join(mended, " "), "10.77.0.2") {
-		t.Errorf("mended %q, %v: want the lease", mended, err)
+	repairs, err := n.check(a, nil)
+	if err != nil || !strings.Contains(strings.Join(repairs, " "), "10.77.0.2") {
+		t.Errorf("repaired %q, %v: want the lease", repairs, err)
 	}
 	if _, err := os.Stat(lease); err != nil {
 		t.Error(err)
@@ -98,9 +98,9 @@ func TestCheckLeavesALeaseThatAnotherHas(t *testing.T) {
 	}
 	n.config.Bridge = "other0" // where the same address does no harm
 	n.added(t, "b")
-	mended, err := n.check(a, nil)
-	if err != nil || !strings.Contains(strings.Join(mended, " "), "cannot be had again") {
-		t.Errorf("said %q, %v: want to hear of the lease, and no error", mended, err)
+	repairs, err := n.check(a, nil)
+	if err != nil || !strings.Contains(strings.Join(repairs, " "), "cannot be had again") {
+		t.Errorf("said %q, %v: want to hear of the lease, and no error", repairs, err)
 	}
 }
 
@@ -113,12 +113,12 @@ func TestCheckRestoresALostRecord(t *testing.T) {
 	if _, err := n.check(a, nil); !errors.Is(err, redirect.ErrUnknown) {
 		t.Errorf("without a previous result: %v: want ErrUnknown", err)
 	}
-	mended, err := n.check(a, result)
-	if err != nil || !strings.Contains(strings.Join(mended, " "), "record") {
-		t.Fatalf("mended %q, %v: want the record", mended, err)
+	repairs, err := n.check(a, result)
+	if err != nil || !strings.Contains(strings.Join(repairs, " "), "record") {
+		t.Fatalf("repaired %q, %v: want the record", repairs, err)
 	}
 	if again, err := n.check(a, nil); err != nil || len(again) > 0 {
-		t.Errorf("second CHECK: mended %q, %v: want nothing", again, err)
+		t.Errorf("second CHECK: repaired %q, %v: want nothing", again, err)
 	}
 }
 

@@ -82,7 +82,7 @@ func (r *record) release() error {
 
 // checkLease takes a lost lease anew: with the address free, the next ADD
 // would give it to another.
-func (r *record) checkLease() (mended []string, err error) {
+func (r *record) checkLease() (repairs []string, err error) {
 	if _, err := r.call("CHECK", r.IPAM, r.Delegate); err == nil || !atLeast(r.CNIVersion, "0.4.0") {
 		return nil, nil
 	}
@@ -113,7 +113,7 @@ func withAddresses(stdin json.RawMessage, result *current.Result) ([]byte, error
 
 // collectLeases gives back the leases of host-local that belong to no valid
 // attachment: those whose record was lost.
-func (n *Network) collectLeases(valid []redirect.Key, path string) error {
+func (n *Network) collectLeases(valid []redirect.AttachmentID, path string) error {
 	if n.config.IPAM != HostLocal || n.config.LeaseDir == "" {
 		return nil
 	}
@@ -129,7 +129,7 @@ func (n *Network) collectLeases(valid []redirect.Key, path string) error {
 	for _, entry := range entries {
 		data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
 		owner, ifName, ok := strings.Cut(strings.ReplaceAll(strings.TrimSpace(string(data)), "\r", ""), "\n")
-		key := redirect.Key{ContainerID: owner, IfName: ifName}
+		key := redirect.AttachmentID{ContainerID: owner, IfName: ifName}
 		if err != nil || !ok || slices.Contains(valid, key) {
 			continue // the lock, the last address, or gone by now
 		}

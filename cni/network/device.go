@@ -17,7 +17,7 @@ import (
 
 // HostDevice is the name of an attachment's device on the node: always the
 // same for the same key, so that it is found without a record.
-func HostDevice(key redirect.Key) string {
+func HostDevice(key redirect.AttachmentID) string {
 	sum := sha256.Sum256([]byte(key.String()))
 	return "weir" + hex.EncodeToString(sum[:])[:unix.IFNAMSIZ-1-len("weir")]
 }
@@ -33,7 +33,7 @@ func hasDevice(name string) bool {
 }
 
 // ensure makes the attachment what its result says, and tells what was missing.
-func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) {
+func (n *Network) ensure(r *record, ns *namespace) (repairs []string, err error) {
 	err = n.locked(func() error {
 		return withHandle(func(h *netlink.Handle) error {
 			steps := []func() ([]string, error){
@@ -45,7 +45,7 @@ func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) 
 			}
 			for _, step := range steps {
 				did, err := step()
-				mended = append(mended, did...)
+				repairs = append(repairs, did...)
 				if err != nil {
 					return err
 				}
@@ -54,14 +54,14 @@ func (n *Network) ensure(r *record, ns *namespace) (mended []string, err error) 
 		})
 	})
 	if err != nil {
-		return mended, err
+		return repairs, err
 	}
 	did, err := r.configure(ns)
-	return append(mended, did...), err
+	return append(repairs, did...), err
 }
 
 // forwarding makes the node a router, where it is to be the gateway.
-func (r *record) forwarding(h *netlink.Handle) (mended []string, err error) {
+func (r *record) forwarding(h *netlink.Handle) (repairs []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
@@ -71,19 +71,19 @@ func (r *record) forwarding(h *netlink.Handle) (mended []string, err error) {
 			return nil, err
 		}
 		if changed {
-			mended = append(mended, "ip_forward")
+			repairs = append(repairs, "ip_forward")
 		}
 	}
 	if r.hasFamily(netlink.FAMILY_V6) {
 		changed, err := ensureForwarding6(h)
 		if err != nil {
-			return mended, err
+			return repairs, err
 		}
 		if changed {
-			mended = append(mended, "forwarding of IPv6")
+			repairs = append(repairs, "forwarding of IPv6")
 		}
 	}
-	return mended, nil
+	return repairs, nil
 }
 
 func ensureForwarding6(h *netlink.Handle) (changed bool, err error) {
@@ -97,7 +97,7 @@ func ensureForwarding6(h *netlink.Handle) (changed bool, err error) {
 	return sysctl("1", "ipv6", "conf", "all", "forwarding")
 }
 
-func (n *Network) ensureBridge(h *netlink.Handle, r *record) (mended []string, err error) {
+func (n *Network) ensureBridge(h *netlink.Handle, r *record) (repairs []string, err error) {
 	link, err := find1(h, r.Bridge)
 	if err != nil {
 		return nil, err
@@ -106,37 +106,37 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *record) (mended []string, e
 		if err := n.makeBridge(h, r); err != nil {
 			return nil, err
 		}
-		mended = append(mended, "bridge "+r.Bridge)
+		repairs = append(repairs, "bridge "+r.Bridge)
 		if link, err = h.LinkByName(r.Bridge); err != nil {
-			return mended, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
+			return repairs, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
 		}
 	}
 	if link.Type() != "bridge" {
-		return mended, fmt.Errorf("bridge %s: a device of type %s has that name: %w", r.Bridge, link.Type(), ErrTaken)
+		return repairs, fmt.Errorf("bridge %s: a device of type %s has that name: %w", r.Bridge, link.Type(), ErrTaken)
 	}
 	if r.Promiscuous && link.Attrs().Promisc == 0 {
 		if err := h.SetPromiscOn(link); err != nil {
-			return mended, fmt.Errorf("set bridge %s promiscuous: %w", r.Bridge, err)
+			return repairs, fmt.Errorf("set bridge %s promiscuous: %w", r.Bridge, err)
 		}
 	}
 	// A workload must not become the node's router by announcing itself.
 	if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "accept_ra"); err != nil {
-		return mended, err
+		return repairs, err
 	}
 	if link.Attrs().Flags&net.FlagUp == 0 {
 		if err := h.LinkSetUp(link); err != nil {
-			return mended, fmt.Errorf("set bridge %s up: %w", r.Bridge, err)
+			return repairs, fmt.Errorf("set bridge %s up: %w", r.Bridge, err)
 		}
-		mended = append(mended, r.Bridge+" was down")
+		repairs = append(repairs, r.Bridge+" was down")
 	}
 	if !r.Gateway {
-		return mended, nil
+		return repairs, nil
 	}
 	did, err := r.ensureGateways(h, link)
-	return append(mended, did...), err
+	return append(repairs, did...), err
 }
 
-func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (mended []string, err error) {
+func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (repairs []string, err error) {
 	if r.hasFamily(netlink.FAMILY_V6) {
 		if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "disable_ipv6"); err != nil {
 			return nil, err
@@ -156,24 +156,24 @@ func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (mended 
 				continue
 			}
 			if !r.ForceAddress {
-				return mended, fmt.Errorf("bridge %s has address %s, the gateway is to be %s: set forceAddress to replace it: %w",
+				return repairs, fmt.Errorf("bridge %s has address %s, the gateway is to be %s: set forceAddress to replace it: %w",
 					r.Bridge, other.IPNet, want, ErrTaken)
 			}
 			if err := h.AddrDel(bridge, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-				return mended, fmt.Errorf("remove address %s from %s: %w", other.IPNet, r.Bridge, err)
+				return repairs, fmt.Errorf("remove address %s from %s: %w", other.IPNet, r.Bridge, err)
 			}
 		}
 		if err := addAddress(h, bridge, want); err != nil {
-			return mended, err
+			return repairs, err
 		}
-		mended = append(mended, fmt.Sprintf("gateway %s on %s", want, r.Bridge))
+		repairs = append(repairs, fmt.Sprintf("gateway %s on %s", want, r.Bridge))
 	}
-	return mended, nil
+	return repairs, nil
 }
 
 // ensurePair makes the pair of devices, one end in the namespace, the other a
 // port of the bridge.
-func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (mended []string, err error) {
+func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (repairs []string, err error) {
 	bridge, err := h.LinkByName(r.Bridge)
 	if err != nil {
 		return nil, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
@@ -208,34 +208,34 @@ func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (mended []string, 
 		if host, mac, err = r.makePair(h, ns, name); err != nil {
 			return nil, err
 		}
-		mended = append(mended, "interface "+r.Key.IfName)
+		repairs = append(repairs, "interface "+r.Key.IfName)
 	}
 	if host.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := h.LinkSetMaster(host, bridge); err != nil {
-			return mended, fmt.Errorf("make %s a port of bridge %s: %w", name, r.Bridge, err)
+			return repairs, fmt.Errorf("make %s a port of bridge %s: %w", name, r.Bridge, err)
 		}
-		mended = append(mended, "port "+name+" of bridge "+r.Bridge)
+		repairs = append(repairs, "port "+name+" of bridge "+r.Bridge)
 	}
 	if r.Hairpin {
 		if err := h.LinkSetHairpin(host, true); err != nil {
-			return mended, fmt.Errorf("set hairpin mode on %s: %w", name, err)
+			return repairs, fmt.Errorf("set hairpin mode on %s: %w", name, err)
 		}
 	}
 	if r.Isolated {
 		if err := h.LinkSetIsolated(host, true); err != nil {
-			return mended, fmt.Errorf("isolate port %s: %w", name, err)
+			return repairs, fmt.Errorf("isolate port %s: %w", name, err)
 		}
 	}
 	if host.Attrs().Flags&net.FlagUp == 0 {
 		if err := h.LinkSetUp(host); err != nil {
-			return mended, fmt.Errorf("set %s up: %w", name, err)
+			return repairs, fmt.Errorf("set %s up: %w", name, err)
 		}
-		mended = append(mended, name+" was down")
+		repairs = append(repairs, name+" was down")
 	}
 	r.Result.Interfaces[atHost].Mac = host.Attrs().HardwareAddr.String()
 	r.Result.Interfaces[atBridge].Mac = bridge.Attrs().HardwareAddr.String()
 	r.Result.Interfaces[atAllocation].Mac = mac.String()
-	return mended, nil
+	return repairs, nil
 }
 
 func (r *record) makePair(h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {

@@ -23,7 +23,7 @@ func script(t *testing.T, body string) *record {
 		t.Fatal(err)
 	}
 	return &record{Attachment: Attachment{
-		Key: redirect.Key{ContainerID: "alloc", IfName: "eth7"}, NetNS: "/run/netns/alloc", Path: "/nowhere:" + dir,
+		Key: redirect.AttachmentID{ContainerID: "alloc", IfName: "eth7"}, NetNS: "/run/netns/alloc", Path: "/nowhere:" + dir,
 		Args: "NOMAD_ALLOC_ID=alloc;CONSUL_IPTABLES_CONFIG={}",
 	}}
 }

@@ -79,7 +79,7 @@ type allocation struct {
 func (n *node) allocation(t *testing.T, id string) *allocation {
 	t.Helper()
 	ns := test.NewBareNetNS(t)
-	return &allocation{Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Path: n.path}, ns}
+	return &allocation{Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Path: n.path}, ns}
 }
 
 // added is an allocation whose network is built.
@@ -108,9 +108,9 @@ func (n *node) remove(a *allocation) (err error) {
 	return err
 }
 
-func (n *node) check(a *allocation, previous *current.Result) (mended []string, err error) {
-	n.ns.Do(func() { mended, err = n.network().Check(a.Attachment, previous) })
-	return mended, err
+func (n *node) check(a *allocation, previous *current.Result) (repairs []string, err error) {
+	n.ns.Do(func() { repairs, err = n.network().Check(a.Attachment, previous) })
+	return repairs, err
 }
 
 // run runs a command in the node's namespace.

@@ -27,7 +27,7 @@ const (
 // drop it: a forward chain with policy drop, as Docker leaves it, or one that
 // ends in drop or reject for all. What an allocation sends passes; what comes
 // to it passes if it answers, or came by a host port.
-func (r *record) ensureForward(conn *nftables.Conn) (mended []string, err error) {
+func (r *record) ensureForward(conn *nftables.Conn) (repairs []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
@@ -43,12 +43,12 @@ func (r *record) ensureForward(conn *nftables.Conn) (mended []string, err error)
 			continue
 		}
 		did, err := r.accept(conn, chain, chains)
-		mended = append(mended, did...)
+		repairs = append(repairs, did...)
 		if err != nil {
-			return mended, err
+			return repairs, err
 		}
 	}
-	return mended, nil
+	return repairs, nil
 }
 
 // concerns reports a chain that sees what the network forwards.
@@ -68,7 +68,7 @@ func (r *record) concerns(chain *nftables.Chain) bool {
 	}
 }
 
-func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (mended []string, err error) {
+func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (repairs []string, err error) {
 	rules, err := rulesOf(conn, chain.Table, chain)
 	if err != nil {
 		return nil, err
@@ -104,7 +104,7 @@ func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftab
 		default:
 			conn.AddRule(added)
 		}
-		mended = append(mended, "rule "+w.comment+" in "+chainName(place))
+		repairs = append(repairs, "rule "+w.comment+" in "+chainName(place))
 	}
 	if len(wanted) == 0 {
 		return nil, nil
@@ -115,7 +115,7 @@ func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftab
 		}
 		return nil, fmt.Errorf("let bridge %s through %s, which drops: %w: %w", r.Bridge, chainName(place), ErrForward, err)
 	}
-	return mended, nil
+	return repairs, nil
 }
 
 // namesDevice reports a rule of the table that tells the device from others. Where

@@ -43,7 +43,7 @@ func ranges(subnets ...string) (sets [][]map[string]string) {
 }
 
 func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
-	r := &record{Attachment: Attachment{Key: redirect.Key{ContainerID: id, IfName: "eth0"}, Args: args}}
+	r := &record{Attachment: Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
 	result, err := r.call(command, HostLocal, b.config)
 	if err != nil || result == nil {
 		return nil, err

@@ -165,7 +165,7 @@ func (r *record) takeOver(n *Network, conn *nftables.Conn) (taken []string, err 
 	if err != nil {
 		return nil, err
 	}
-	lost := make(map[redirect.Key][]hostPort)
+	lost := make(map[redirect.AttachmentID][]hostPort)
 	for _, wanted := range r.Ports {
 		i := slices.IndexFunc(held, func(h heldPort) bool { return h.sameHost(wanted) && h.Container != wanted.Container })
 		if i >= 0 {
@@ -254,7 +254,7 @@ func deleteElements(conn *nftables.Conn, ports []hostPort) error {
 }
 
 func (m portMap) queueDelete(conn *nftables.Conn, ports []hostPort) error {
-	elements := m.elements(ports, redirect.Key{})
+	elements := m.elements(ports, redirect.AttachmentID{})
 	for i := range elements {
 		elements[i] = nftables.SetElement{Key: elements[i].Key}
 	}
@@ -328,12 +328,12 @@ func (r *record) forgetFlows() error {
 // heldPort is a translation as the kernel has it.
 type heldPort struct {
 	hostPort
-	owner redirect.Key
+	owner redirect.AttachmentID
 }
 
 // HostPort is a port of the node that is an attachment's, as the kernel has it.
 type HostPort struct {
-	Key      redirect.Key
+	Key      redirect.AttachmentID
 	Protocol string
 	Host     netip.AddrPort // unspecified: every address of the family
 }

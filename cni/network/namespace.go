@@ -88,10 +88,10 @@ func (ns *namespace) has(device string) (there bool, err error) {
 	return there, err
 }
 
-// refuseInhabited is an error where the key's device leads to another namespace
+// refuseInUse is an error where the key's device leads to another namespace
 // than this one, in which processes run. The kernel numbers the namespaces at the
 // other end of a device.
-func (ns *namespace) refuseInhabited(key redirect.Key) error {
+func (ns *namespace) refuseInUse(key redirect.AttachmentID) error {
 	return withHandle(func(h *netlink.Handle) error {
 		device, err := find1(h, HostDevice(key))
 		if err != nil || device == nil || device.Attrs().NetNsID < 0 {
@@ -113,7 +113,7 @@ func (ns *namespace) refuseInhabited(key redirect.Key) error {
 			}
 			// One that ended meanwhile has no namespace.
 			if id, err := h.GetNetNsIdByPid(pid); err == nil && id == device.Attrs().NetNsID {
-				return fmt.Errorf("process %d %w", pid, ErrInhabited)
+				return fmt.Errorf("process %d %w", pid, ErrInUse)
 			}
 		}
 		return nil
@@ -155,7 +155,7 @@ func sysctl(value string, key ...string) (changed bool, err error) {
 
 // configure brings lo and the interface into the state that the result
 // describes, inside the namespace.
-func (r *record) configure(ns *namespace) (mended []string, err error) {
+func (r *record) configure(ns *namespace) (repairs []string, err error) {
 	err = ns.do(func(h *netlink.Handle) error {
 		lo, err := h.LinkByIndex(1)
 		if err != nil {
@@ -184,26 +184,26 @@ func (r *record) configure(ns *namespace) (mended []string, err error) {
 			if err := h.LinkSetUp(link); err != nil {
 				return fmt.Errorf("set %s up: %w", link.Attrs().Name, err)
 			}
-			mended = append(mended, link.Attrs().Name+" was down")
+			repairs = append(repairs, link.Attrs().Name+" was down")
 		}
 		if now := device.Attrs().MTU; r.MTU != 0 && now != r.MTU {
 			if err := h.LinkSetMTU(device, r.MTU); err != nil {
 				return fmt.Errorf("set mtu %d on %s: %w", r.MTU, r.Key.IfName, err)
 			}
-			mended = append(mended, fmt.Sprintf("mtu of %s was %d", r.Key.IfName, now))
+			repairs = append(repairs, fmt.Sprintf("mtu of %s was %d", r.Key.IfName, now))
 		}
 		addrs, err := r.setAddresses(h, device)
 		if err != nil {
 			return err
 		}
 		routes, err := r.setRoutes(h, device)
-		mended = append(append(mended, addrs...), routes...)
+		repairs = append(append(repairs, addrs...), routes...)
 		return err
 	})
-	return mended, err
+	return repairs, err
 }
 
-func (r *record) setAddresses(h *netlink.Handle, device netlink.Link) (mended []string, err error) {
+func (r *record) setAddresses(h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	present, err := h.AddrList(device, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", r.Key.IfName, err)
@@ -213,11 +213,11 @@ func (r *record) setAddresses(h *netlink.Handle, device netlink.Link) (mended []
 			continue
 		}
 		if err := addAddress(h, device, &ip.Address); err != nil {
-			return mended, err
+			return repairs, err
 		}
-		mended = append(mended, "address "+ip.Address.String())
+		repairs = append(repairs, "address "+ip.Address.String())
 	}
-	return mended, nil
+	return repairs, nil
 }
 
 func hasAddress(present []netlink.Addr, want *net.IPNet) bool {
@@ -244,7 +244,7 @@ func addAddress(h *netlink.Handle, device netlink.Link, ip *net.IPNet) error {
 // setRoutes adds what is missing of the result's routes, and puts one back that
 // leads elsewhere. A gateway that is in none of the interface's subnets is reached on the link, as point-to-point
 // networks have it.
-func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (mended []string, err error) {
+func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	for _, want := range r.Result.Routes {
 		gateway := want.GW
 		if gateway == nil {
@@ -264,20 +264,20 @@ func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (mended []str
 		if errors.Is(err, unix.EEXIST) {
 			there, err := hasRoute(h, route)
 			if err != nil {
-				return mended, err
+				return repairs, err
 			}
 			if there {
 				continue
 			}
 			if err := h.RouteReplace(route); err != nil {
-				return mended, fmt.Errorf("replace route %s: %w", want.Dst.String(), err)
+				return repairs, fmt.Errorf("replace route %s: %w", want.Dst.String(), err)
 			}
 		} else if err != nil {
-			return mended, fmt.Errorf("add route %s by %s: %w", want.Dst.String(), gateway, err)
+			return repairs, fmt.Errorf("add route %s by %s: %w", want.Dst.String(), gateway, err)
 		}
-		mended = append(mended, "route "+want.Dst.String()+" by "+gateway.String())
+		repairs = append(repairs, "route "+want.Dst.String()+" by "+gateway.String())
 	}
-	return mended, nil
+	return repairs, nil
 }
 
 func (r *record) onLink(ip net.IP) bool {

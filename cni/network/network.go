@@ -8,7 +8,7 @@
 // linked in; the only command is another IPAM plugin.
 //
 // Each step looks before it acts, so that the same code builds, builds again
-// after a crash, and mends what CHECK finds missing.
+// after a crash, and repairs what CHECK finds missing.
 package network
 
 import (
@@ -29,8 +29,8 @@ var (
 	ErrForward = errors.New("the node drops forwarded traffic")
 	// ErrMissing: a program that the network needs is not on the node.
 	ErrMissing = errors.New("not found")
-	// ErrInhabited: a known key's tasks run in the namespace that it has.
-	ErrInhabited = errors.New("still runs in its namespace")
+	// ErrInUse: a known key's tasks run in the namespace that it has.
+	ErrInUse = errors.New("still runs in its namespace")
 	// ErrTaken: a device or chain of that name exists and is somebody else's.
 	ErrTaken = errors.New("in use by another")
 )
@@ -59,10 +59,10 @@ type Config struct {
 
 // Attachment is one allocation's place in a network, as CNI names it.
 type Attachment struct {
-	Key   redirect.Key `json:"key"`
-	NetNS string       `json:"netns"`
-	Args  string       `json:"args"` // CNI_ARGS
-	Path  string       `json:"path"` // CNI_PATH, where other plugins are found
+	Key   redirect.AttachmentID `json:"key"`
+	NetNS string                `json:"netns"`
+	Args  string                `json:"args"` // CNI_ARGS
+	Path  string                `json:"path"` // CNI_PATH, where other plugins are found
 }
 
 // Network makes and removes attachments. It holds no state of its own: what it
@@ -82,7 +82,7 @@ func New(config Config, stateDir string) *Network {
 
 // Add makes the attachment and returns its result. The same call twice is
 // once; a known key with another namespace gives up all of the old one, and is
-// refused with ErrInhabited while tasks run in that: they would be left without a
+// refused with ErrInUse while tasks run in that: they would be left without a
 // network. A call that fails leaves nothing of its own behind. undo takes back what
 // this call made, and nothing that was there before it.
 func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, err error) {
@@ -106,7 +106,7 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 	if !known && !errors.Is(err, redirect.ErrUnknown) {
 		return nil, nil, err
 	}
-	if err := ns.refuseInhabited(a.Key); err != nil {
+	if err := ns.refuseInUse(a.Key); err != nil {
 		return nil, nil, fmt.Errorf("give up the old network of the same ID: %w", err)
 	}
 	if known {
@@ -167,11 +167,11 @@ func (n *Network) build(r *record, ns *namespace) error {
 	return n.writeRecord(r)
 }
 
-// Check verifies the attachment and mends what it can in place; the texts say
+// Check verifies the attachment and repairs what it can in place; the texts say
 // what. previous is the result that the runtime kept, for where the record is
 // lost; it may be nil. redirect.ErrNetNSGone says that the namespace is not the
 // one that was built.
-func (n *Network) Check(a Attachment, previous *current.Result) (mended []string, err error) {
+func (n *Network) Check(a Attachment, previous *current.Result) (repairs []string, err error) {
 	ns, err := openNamespace(a.NetNS)
 	if err != nil {
 		return nil, err
@@ -180,7 +180,7 @@ func (n *Network) Check(a Attachment, previous *current.Result) (mended []string
 	r, err := n.readRecord(a.Key)
 	if errors.Is(err, redirect.ErrUnknown) {
 		if r, err = n.restore(a, previous, ns); err == nil {
-			mended = append(mended, "the record of the network was lost; written anew from the previous result")
+			repairs = append(repairs, "the record of the network was lost; written anew from the previous result")
 		}
 	}
 	if err != nil {
@@ -194,17 +194,17 @@ func (n *Network) Check(a Attachment, previous *current.Result) (mended []string
 	}
 	r.NetNS, r.Path = a.NetNS, a.Path
 	did, err := n.ensure(r, ns)
-	mended = append(mended, did...)
+	repairs = append(repairs, did...)
 	if err != nil {
-		return mended, err
+		return repairs, err
 	}
 	did, err = r.checkLease()
-	mended = append(mended, did...)
+	repairs = append(repairs, did...)
 	if err != nil {
-		return mended, err
+		return repairs, err
 	}
 	did, err = r.checkPorts(n)
-	return append(mended, did...), errors.Join(err, n.writeRecord(r))
+	return append(repairs, did...), errors.Join(err, n.writeRecord(r))
 }
 
 // restore makes a record from what the runtime still knows. The interface must
@@ -261,14 +261,14 @@ func (n *Network) teardown(r *record) error {
 }
 
 // Owns reports whether anything of the attachment is on the node.
-func (n *Network) Owns(key redirect.Key) bool {
+func (n *Network) Owns(key redirect.AttachmentID) bool {
 	_, err := n.readRecord(key)
 	return !errors.Is(err, redirect.ErrUnknown) || hasDevice(HostDevice(key))
 }
 
 // Collect removes the network's attachments that are not in valid, and the
 // leases of host-local that belong to none of them.
-func (n *Network) Collect(valid []redirect.Key, path string) (removed []redirect.Key, err error) {
+func (n *Network) Collect(valid []redirect.AttachmentID, path string) (removed []redirect.AttachmentID, err error) {
 	records, err := n.readRecords()
 	problems := []error{err}
 	for _, r := range records {

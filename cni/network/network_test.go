@@ -178,7 +178,7 @@ func TestKnownIDWhoseTasksRunInTheOldNamespace(t *testing.T) {
 	refused := func() {
 		t.Helper()
 		n.wantSame(t, func() {
-			if _, err := n.add(moved); !errors.Is(err, ErrInhabited) || !strings.Contains(err.Error(), fmt.Sprint(task.PID)) {
+			if _, err := n.add(moved); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), fmt.Sprint(task.PID)) {
 				t.Errorf("ADD with another namespace: %v: want ErrInhabited that names process %d", err, task.PID)
 			}
 		})
@@ -242,7 +242,7 @@ func TestDelKeepsForLaterWhatItCouldNotDo(t *testing.T) {
 			t.Error("the device is still there")
 		}
 		removed, err := n.network().Collect(nil, path)
-		if err != nil || !slices.Equal(removed, []redirect.Key{a.Key}) {
+		if err != nil || !slices.Equal(removed, []redirect.AttachmentID{a.Key}) {
 			t.Errorf("collected %v, %v", removed, err)
 		}
 	})
@@ -267,8 +267,8 @@ func TestCollect(t *testing.T) {
 	other.ranges("10.78.0.0/24")
 	foreign, _ := other.added(t, "foreign")
 	n.ns.Do(func() {
-		removed, err := n.network().Collect([]redirect.Key{keep.Key}, n.path)
-		if err != nil || !slices.Equal(removed, []redirect.Key{gone.Key}) {
+		removed, err := n.network().Collect([]redirect.AttachmentID{keep.Key}, n.path)
+		if err != nil || !slices.Equal(removed, []redirect.AttachmentID{gone.Key}) {
 			t.Errorf("collected %v, %v: want only %s", removed, err, gone.Key)
 		}
 	})
@@ -277,8 +277,8 @@ func TestCollect(t *testing.T) {
 		t.Errorf("leases %q: want only that of keep", leases)
 	}
 	for node, a := range map[*node]*allocation{n: keep, &other: foreign} {
-		if mended, err := node.check(a, nil); err != nil || len(mended) > 0 {
-			t.Errorf("%s: mended %q, %v: want nothing", a.Key, mended, err)
+		if repairs, err := node.check(a, nil); err != nil || len(repairs) > 0 {
+			t.Errorf("%s: repaired %q, %v: want nothing", a.Key, repairs, err)
 		}
 	}
 }
@@ -307,8 +307,8 @@ func TestManyAtOnce(t *testing.T) {
 		t.Errorf("%d rules: want 4 for all", rules)
 	}
 	each(func(a *allocation) error {
-		if mended, err := n.check(a, nil); err != nil || len(mended) > 0 {
-			return fmt.Errorf("CHECK: mended %q, %w", mended, err)
+		if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
+			return fmt.Errorf("CHECK: repaired %q, %w", repairs, err)
 		}
 		return nil
 	})

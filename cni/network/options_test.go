@@ -62,9 +62,9 @@ func TestCheckSetsTheMTU(t *testing.T) {
 	n.config.MTU = 1380
 	a, _ := n.added(t, "a")
 	a.ns.Do(func() { runHere(t, "ip", "link", "set", "eth0", "mtu", "1400") })
-	mended, err := n.check(a, nil)
-	if err != nil || strings.Join(mended, "; ") != "mtu of eth0 was 1400" {
-		t.Errorf("mended %q, %v", mended, err)
+	repairs, err := n.check(a, nil)
+	if err != nil || strings.Join(repairs, "; ") != "mtu of eth0 was 1400" {
+		t.Errorf("repaired %q, %v", repairs, err)
 	}
 	if got := mtuIn(t, a.ns, "eth0"); got != 1380 {
 		t.Errorf("mtu of eth0: %d", got)
@@ -127,8 +127,8 @@ func TestNoIptablesIsNeeded(t *testing.T) {
 			if _, err := n.add(a); err != nil {
 				t.Fatal(err)
 			}
-			if mended, err := n.check(a, nil); err != nil || len(mended) > 0 {
-				t.Errorf("CHECK: mended %q, %v", mended, err)
+			if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
+				t.Errorf("CHECK: repaired %q, %v", repairs, err)
 			}
 			if err := n.remove(a); err != nil {
 				t.Error(err)

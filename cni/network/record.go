@@ -42,13 +42,13 @@ type record struct {
 
 func (n *Network) records() string { return filepath.Join(n.stateDir, "networks") }
 
-func (n *Network) recordPath(key redirect.Key) string {
+func (n *Network) recordPath(key redirect.AttachmentID) string {
 	return filepath.Join(n.records(), key.String()+".json")
 }
 
 // readRecord returns redirect.ErrUnknown where there is none. One of an earlier
 // boot is never complete: its namespace is gone, its lease may not be.
-func (n *Network) readRecord(key redirect.Key) (*record, error) {
+func (n *Network) readRecord(key redirect.AttachmentID) (*record, error) {
 	return readRecordFile(n.recordPath(key))
 }
 
@@ -98,7 +98,7 @@ func (n *Network) writeRecord(r *record) (err error) {
 	return nil
 }
 
-func (n *Network) removeRecord(key redirect.Key) error {
+func (n *Network) removeRecord(key redirect.AttachmentID) error {
 	for _, path := range []string{n.recordPath(key) + ".tmp", n.recordPath(key)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove record: %w", err)

@@ -19,7 +19,7 @@ import (
 func TestAddThatFailsLeavesNothing(t *testing.T) {
 	for name, tt := range map[string]struct {
 		spoil  func(*testing.T, *node, *allocation)
-		mend   string // commands, on the node
+		repair string // commands, on the node
 		is     error
 		part   string
 		reused bool // the namespace is spoilt too
@@ -51,14 +51,14 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 			part: "no gateway",
 		},
 		"the bridge's name is another device's": {
-			spoil: func(t *testing.T, n *node, _ *allocation) { n.run(t, "ip", "link", "add", bridge, "type", "veth") },
-			mend:  "ip link del " + bridge, is: ErrTaken, part: "veth",
+			spoil:  func(t *testing.T, n *node, _ *allocation) { n.run(t, "ip", "link", "add", bridge, "type", "veth") },
+			repair: "ip link del " + bridge, is: ErrTaken, part: "veth",
 		},
 		"the bridge has another address": {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.run(t, "sh", "-ec", "ip link add "+bridge+" type bridge; ip addr add 10.77.0.77/24 dev "+bridge)
 			},
-			mend: "ip link del " + bridge, is: ErrTaken, part: "forceAddress",
+			repair: "ip link del " + bridge, is: ErrTaken, part: "forceAddress",
 		},
 		"the bridge's MTU is too small for IPv6": {
 			spoil: func(_ *testing.T, n *node, _ *allocation) { n.config.MTU = 1000 }, part: "mtu 1000: IPv6 needs 1280",
@@ -67,14 +67,14 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.run(t, "sh", "-ec", "nft add table inet weir; nft 'add chain inet weir postrouting { type filter hook input priority 0; }'; nft add rule inet weir postrouting counter")
 			},
-			mend: "nft delete table inet weir", is: ErrTaken, part: "inet weir postrouting",
+			repair: "nft delete table inet weir", is: ErrTaken, part: "inet weir postrouting",
 		},
 		"the maps of host ports": {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.config.PortMappings = json.RawMessage(`[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]`)
 				n.run(t, "sh", "-ec", "nft add table inet weir; nft 'add chain inet weir prerouting { type filter hook input priority 0; }'; nft add chain inet weir others; nft add rule inet weir others counter")
 			},
-			mend: "nft delete table inet weir", is: ErrTaken, part: "maps of host ports in table inet weir",
+			repair: "nft delete table inet weir", is: ErrTaken, part: "maps of host ports in table inet weir",
 		},
 		"the interface's name is taken": {
 			spoil: func(t *testing.T, n *node, a *allocation) {
@@ -128,7 +128,7 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 			if tt.reused {
 				return
 			}
-			good.run(t, "sh", "-ec", tt.mend)
+			good.run(t, "sh", "-ec", tt.repair)
 			if _, err := good.add(a); err != nil {
 				t.Errorf("ADD after the cause is gone: %v", err)
 			}
@@ -139,7 +139,7 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 	}
 }
 
-// An ADD that finds a running allocation and cannot mend it takes nothing from it.
+// An ADD that finds a running allocation and cannot repair it takes nothing from it.
 func TestFailedRepeatSparesTheRunningAllocation(t *testing.T) {
 	n := newNode(t)
 	a, _ := n.added(t, "a")
@@ -173,8 +173,8 @@ func TestAddAfterACrash(t *testing.T) {
 	if _, err := n.add(a); err != nil {
 		t.Fatal(err)
 	}
-	if mended, err := n.check(a, nil); err != nil || len(mended) > 0 {
-		t.Errorf("mended %q, %v", mended, err)
+	if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
+		t.Errorf("repaired %q, %v", repairs, err)
 	}
 	leases, _ := filepath.Glob(filepath.Join(n.config.LeaseDir, "weir", "10.77.*"))
 	if len(leases) != 1 {
@@ -197,7 +197,7 @@ func TestForceAddressReplacesTheBridges(t *testing.T) {
 			t.Errorf("addresses of the bridge %v, %v: want the gateway's alone", addrs, err)
 		}
 	})
-	if mended, err := n.check(a, nil); err != nil || len(mended) > 0 {
-		t.Errorf("mended %q, %v", mended, err)
+	if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
+		t.Errorf("repaired %q, %v", repairs, err)
 	}
 }

@@ -46,7 +46,7 @@ func Attachments(stateDir string) ([]Recorded, error) {
 
 // Forget removes an attachment that is on record, as Remove does, with what the
 // record says of its network. path is CNI_PATH; empty leaves it to the record.
-func Forget(stateDir string, key redirect.Key, path string) error {
+func Forget(stateDir string, key redirect.AttachmentID, path string) error {
 	n := New(Config{}, stateDir)
 	if _, err := n.readRecord(key); errors.Is(err, redirect.ErrUnknown) {
 		return n.removeRecord(key) // one that cannot be read stands for nothing

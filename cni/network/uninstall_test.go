@@ -17,8 +17,8 @@ func TestUninstall(t *testing.T) {
 			t.Errorf("with an allocation: removed %q, %v: want nothing", removed, err)
 		}
 	})
-	if mended, err := n.check(a, nil); err != nil || len(mended) > 0 {
-		t.Errorf("after that: mended %q, %v: want nothing", mended, err)
+	if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
+		t.Errorf("after that: repaired %q, %v: want nothing", repairs, err)
 	}
 	if err := n.remove(a); err != nil {
 		t.Fatal(err)

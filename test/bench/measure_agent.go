@@ -43,8 +43,8 @@ func (b *bench) agent() measurement {
 			{ID: "agent.all", Name: proxies + "one change in Consul that concerns all, until the last is in the kernel", Unit: "s"},
 			{ID: "agent.arrival", Name: proxies + "meanwhile a new allocation, from its registration to the kernel", Unit: "s"},
 			{ID: "agent.left", Name: proxies + "of all, those that were changed after it"},
-			{ID: "agent.start", Name: proxies + "the agent's first start, until all are in step", Unit: "s"},
-			{ID: "agent.restart", Name: proxies + "its restart, until all are in step", Unit: "s"},
+			{ID: "agent.start", Name: proxies + "the agent's first start, until all are in sync", Unit: "s"},
+			{ID: "agent.restart", Name: proxies + "its restart, until all are in sync", Unit: "s"},
 			{ID: "agent.restore", Name: proxies + "its start after all maps and programs were lost", Unit: "s"},
 		},
 		run: func(ctx context.Context, _ string) (figures, error) { return b.agentOnce(ctx) },
@@ -144,7 +144,7 @@ func (f *fleet) startAgent(ctx context.Context, got figures, id string) (*daemon
 		return nil, errors.Join(fmt.Errorf("start agent: %w", err), r.stop())
 	}
 	// Not so often that the question is what takes the time.
-	err = until(ctx, 3*time.Minute, 250*time.Millisecond, func() error { return f.inStep(ctx) })
+	err = until(ctx, 3*time.Minute, 250*time.Millisecond, func() error { return f.inSync(ctx) })
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("start agent: %w", err), d.stop())
 	}
@@ -152,21 +152,21 @@ func (f *fleet) startAgent(ctx context.Context, got figures, id string) (*daemon
 	return d, nil
 }
 
-// inStep says what is missing until the agent has every allocation in the
+// inSync says what is missing until the agent has every allocation in the
 // kernel as Consul has it, the virtual IPs of upstreams included.
-func (f *fleet) inStep(ctx context.Context) error {
+func (f *fleet) inSync(ctx context.Context) error {
 	status, err := f.bench.readStatus(ctx)
 	if err != nil {
 		return err
 	}
 	ready := 0
 	for _, w := range status.Workloads {
-		if w.State == "managed" && w.InStep && len(w.Upstreams) == 1 && len(w.Upstreams[0].VirtualIPs) > 0 {
+		if w.State == "managed" && w.InSync && len(w.Upstreams) == 1 && len(w.Upstreams[0].VirtualIPs) > 0 {
 			ready++
 		}
 	}
 	if ready != len(f.list) {
-		return fmt.Errorf("%d of %d workloads are in step", ready, len(f.list))
+		return fmt.Errorf("%d of %d workloads are in sync", ready, len(f.list))
 	}
 	return nil
 }
@@ -176,7 +176,7 @@ func (f *fleet) inStep(ctx context.Context) error {
 type agentStatus struct {
 	Workloads []struct {
 		State     string `json:"state"`
-		InStep    bool   `json:"in_step"`
+		InSync    bool   `json:"in_sync"`
 		Upstreams []struct {
 			VirtualIPs []netip.Addr `json:"virtual_ips"`
 		} `json:"upstreams"`
@@ -314,8 +314,8 @@ func (f *fleet) changeOne(ctx context.Context, a *allocation, table *ebpf.Map) (
 		took, before = time.Since(start), now
 		// The record is written before the row.
 		known, err := f.known(a)
-		if err == nil && (len(known.Overlay.Upstreams) != 1 || int(known.Overlay.Upstreams[0].Listener.Port()) != a.upstream) {
-			err = fmt.Errorf("another change came first: %+v", known.Overlay)
+		if err == nil && (len(known.MeshConfig.Upstreams) != 1 || int(known.MeshConfig.Upstreams[0].Listener.Port()) != a.upstream) {
+			err = fmt.Errorf("another change came first: %+v", known.MeshConfig)
 		}
 		return err
 	})

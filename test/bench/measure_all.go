@@ -21,7 +21,7 @@ func (f *fleet) changeAll(ctx context.Context, got figures) error {
 	changed := func() (count int, err error) {
 		list, err := redirect.New(f.bench.paths).Known()
 		for _, k := range list {
-			if k.Complete && slices.Contains(k.Overlay.ExposedPorts, exposedPort) {
+			if k.Complete && slices.Contains(k.MeshConfig.ExposedPorts, exposedPort) {
 				count++
 			}
 		}
@@ -74,8 +74,8 @@ func (f *fleet) arrive(ctx context.Context, got figures) (err error) {
 	start := time.Now()
 	return until(ctx, time.Minute, 50*time.Millisecond, func() error {
 		known, err := f.known(a)
-		if err == nil && (!known.Complete || int(known.Overlay.InboundPort) != a.inbound()) {
-			err = fmt.Errorf("it is not configured: %+v", known.Overlay)
+		if err == nil && (!known.Complete || int(known.MeshConfig.InboundPort) != a.inbound()) {
+			err = fmt.Errorf("it is not configured: %+v", known.MeshConfig)
 		}
 		got["agent.arrival"] = time.Since(start).Seconds()
 		return err

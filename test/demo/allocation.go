@@ -67,8 +67,8 @@ func newAllocation(n *node, id, group, address string) (*allocation, error) {
 
 func (a *allocation) veth() string     { return "veth" + a.id[:8] }
 func (a *allocation) proxyDir() string { return filepath.Join(runDir, "envoy-"+a.group) }
-func (a *allocation) key() redirect.Key {
-	return redirect.Key{ContainerID: a.id, IfName: ifName}
+func (a *allocation) key() redirect.AttachmentID {
+	return redirect.AttachmentID{ContainerID: a.id, IfName: ifName}
 }
 
 // cniArgs is CNI_ARGS as Nomad 1.11 writes it for a job with a

@@ -56,7 +56,7 @@ func (s *story) joinMesh(ctx context.Context) (err error) {
 		}
 		s.fact("envoy of "+a.group, "configured by Consul, as the sidecar of service %s", a.group)
 	}
-	return await(ctx, "weir agent to be in step with Consul", s.agent, func() error {
+	return await(ctx, "weir agent to be in sync with Consul", s.agent, func() error {
 		status, err := s.agentStatus(ctx)
 		if err != nil {
 			return err
@@ -66,8 +66,8 @@ func (s *story) joinMesh(ctx context.Context) (err error) {
 				return fmt.Errorf("allocation %s: %s", w.Group, w.Problems)
 			}
 		}
-		if !status.Consul.InStep || len(status.Workloads) != len(s.node.allocs) {
-			return fmt.Errorf("it has %d allocations and is in step: %v", len(status.Workloads), status.Consul.InStep)
+		if !status.Consul.InSync || len(status.Workloads) != len(s.node.allocs) {
+			return fmt.Errorf("it has %d allocations and is in sync: %v", len(status.Workloads), status.Consul.InSync)
 		}
 		return nil
 	})

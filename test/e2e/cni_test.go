@@ -44,8 +44,8 @@ func TestWalkOfACNIAdd(t *testing.T) {
 		removeFilesIn(t, n.paths.PinDir)
 		answer := first.run(t, check)
 		wantSilence(t, answer)
-		if !strings.Contains(answer.stderr, "mended") {
-			t.Errorf("stderr %q: want to hear what was mended", answer.stderr)
+		if !strings.Contains(answer.stderr, "repaired") {
+			t.Errorf("stderr %q: want to hear what was repaired", answer.stderr)
 		}
 	})
 	first.wantRedirected(t, inbound)

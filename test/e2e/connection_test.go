@@ -108,14 +108,14 @@ func TestProxyStopped(t *testing.T) {
 		t.Errorf("dial after web's proxy is back: %v", err)
 	}
 
-	// A stranger shares the network and is under nobody's redirect.
-	if _, err := test.Ask(mesh.stranger, "tcp4", target.String()); err != nil {
-		t.Errorf("a stranger's dial through api's proxy: %v", err)
+	// A other process shares the network and is under nobody's redirect.
+	if _, err := test.Ask(mesh.outsider, "tcp4", target.String()); err != nil {
+		t.Errorf("another process's dial through api's proxy: %v", err)
 	}
 	mesh.api.stop(t)
 	before = mesh.counts(t)
-	if _, err := test.Ask(mesh.stranger, "tcp4", target.String()); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("a stranger's dial without api's proxy = %v, want ECONNREFUSED", err)
+	if _, err := test.Ask(mesh.outsider, "tcp4", target.String()); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("another process's dial without api's proxy = %v, want ECONNREFUSED", err)
 	}
 	mesh.wantRise(t, before, counts{"web": {}, "api": {redirect.RefusedInboundNoProxy.String(): 1}})
 	mesh.api.start(t)

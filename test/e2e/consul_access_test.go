@@ -59,7 +59,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	edge.registerGateway("ingress", "ingress", nil)
 	n.runAgent()
 	test.Eventually(t, func() error {
-		if status, err := n.status(); err != nil || !status.Consul.InStep || !status.Consul.Hidden {
+		if status, err := n.status(); err != nil || !status.Consul.InSync || !status.Consul.Hidden {
 			return fmt.Errorf("consul is %+v, %v", status.Consul, err)
 		}
 		return nil
@@ -74,7 +74,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	test.Eventually(t, func() error {
 		status := n.mustStatus(t)
 		told := fmt.Sprint(status.Problems)
-		if !status.Consul.InStep || status.Consul.Hidden || !strings.Contains(status.Consul.Watch, "403") || !strings.Contains(told, "no change in Consul tells itself") {
+		if !status.Consul.InSync || status.Consul.Hidden || !strings.Contains(status.Consul.Watch, "403") || !strings.Contains(told, "the Consul watch is failing") {
 			return fmt.Errorf("consul is %+v, problems %s", status.Consul, told)
 		}
 		return nil
@@ -83,9 +83,9 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	// Everything that the agent asks for is allowed by the policy.
 	first := n.newToken("weir")
 	writeToken(first)
-	api.eventually("the new token to be used", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
-	web.eventually("the virtual IP", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 })
-	edge.eventually("the gateway's listener", func(o redirect.Overlay) bool { return slices.Contains(o.ExposedPorts, 9090) })
+	api.eventually("the new token to be used", func(o redirect.MeshConfig) bool { return o.InboundPort == 20001 })
+	web.eventually("the virtual IP", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 1 })
+	edge.eventually("the gateway's listener", func(o redirect.MeshConfig) bool { return slices.Contains(o.ExposedPorts, 9090) })
 	test.Eventually(t, func() error {
 		status := n.mustStatus(t)
 		if status.Consul.Hidden {
@@ -95,7 +95,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 			return fmt.Errorf("problems are %s", status.Problems)
 		}
 		for _, w := range status.Workloads {
-			if !w.InStep || len(w.Problems) > 0 {
+			if !w.InSync || len(w.Problems) > 0 {
 				return fmt.Errorf("%s has problems %q", w.ID, w.Problems)
 			}
 		}
@@ -116,18 +116,20 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	}
 	n.consul.Delete("/v1/acl/token/" + first.AccessorID)
 	upstream(9292)
-	n.wantInStep(t, false)
+	n.wantInSync(t, false)
 	if status := n.mustStatus(t); !strings.Contains(status.Consul.Error, "ACL not found") {
 		t.Errorf("error = %q, want Consul's own words", status.Consul.Error)
 	}
-	if known, err := web.known(); err != nil || len(known.Overlay.Upstreams) != 1 || known.Overlay.Upstreams[0].Listener.Port() != 9191 {
-		t.Errorf("web's overlay is %+v, %v; want the last good one", known.Overlay, err)
+	if known, err := web.known(); err != nil || len(known.MeshConfig.Upstreams) != 1 || known.MeshConfig.Upstreams[0].Listener.Port() != 9191 {
+		t.Errorf("web's mesh configuration is %+v, %v; want the last good one", known.MeshConfig, err)
 	}
 	stillOpen()
 
 	writeToken(n.newToken("weir"))
-	n.wantInStep(t, true)
-	web.eventually("what changed meanwhile", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292 })
+	n.wantInSync(t, true)
+	web.eventually("what changed meanwhile", func(o redirect.MeshConfig) bool {
+		return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292
+	})
 	web.wantPassed(t, task, virtual, server.Name, 9292)
 	stillOpen()
 }
@@ -144,7 +146,7 @@ func TestConsulIsReachedByTLS(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		edit func()
-		want string // what the agent says; empty: it is in step
+		want string // what the agent says; empty: it is in sync
 	}{
 		{"no certificate of its own", func() { n.config.Consul.CertFile, n.config.Consul.KeyFile = "", "" }, "certificate required"},
 		{"no CA", func() { n.config.Consul.CAFile = "" }, "signed by unknown authority"},
@@ -170,21 +172,21 @@ func TestConsulIsReachedByTLS(t *testing.T) {
 				}
 				return
 			}
-			api.eventually("the registration", func(o redirect.Overlay) bool { return o.InboundPort == uint16(port) })
+			api.eventually("the registration", func(o redirect.MeshConfig) bool { return o.InboundPort == uint16(port) })
 			port++
 			api.register("api", object{"Port": port})
-			api.eventually("a change", func(o redirect.Overlay) bool { return o.InboundPort == uint16(port) })
+			api.eventually("a change", func(o redirect.MeshConfig) bool { return o.InboundPort == uint16(port) })
 		})
 	}
 }
 
-// tellsOfConsul waits until the agent says why it is not in step.
+// tellsOfConsul waits until the agent says why it is not in sync.
 func (n *meshNode) tellsOfConsul(want string) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		status, err := n.status()
-		if err == nil && (status.Consul.InStep || !strings.Contains(status.Consul.Error, want)) {
-			err = fmt.Errorf("in step %v: %q, want %q", status.Consul.InStep, status.Consul.Error, want)
+		if err == nil && (status.Consul.InSync || !strings.Contains(status.Consul.Error, want)) {
+			err = fmt.Errorf("in sync %v: %q, want %q", status.Consul.InSync, status.Consul.Error, want)
 		}
 		return err
 	}, "the failure to be told")
@@ -231,16 +233,16 @@ func TestConsulCertificatesAreReplaced(t *testing.T) {
 	replace(config.CertFile, n.consul.TLS.Cert)
 	n.tellsOfConsul("private key does not match public key")
 	replace(config.KeyFile, n.consul.TLS.Key)
-	n.wantInStep(t, true)
-	api.eventually("the registration", func(o redirect.Overlay) bool { return o.InboundPort == 20001 })
+	n.wantInSync(t, true)
+	api.eventually("the registration", func(o redirect.MeshConfig) bool { return o.InboundPort == 20001 })
 
 	renew()
 	api.register("api", object{"Port": 20002})
 	n.tellsOfConsul("signed by unknown authority")
-	if known, err := api.known(); err != nil || known.Overlay.InboundPort != 20001 {
-		t.Errorf("api's overlay is %+v, %v; want the last good one", known.Overlay, err)
+	if known, err := api.known(); err != nil || known.MeshConfig.InboundPort != 20001 {
+		t.Errorf("api's mesh configuration is %+v, %v; want the last good one", known.MeshConfig, err)
 	}
 	replaceAll()
-	n.wantInStep(t, true)
-	api.eventually("what changed meanwhile", func(o redirect.Overlay) bool { return o.InboundPort == 20002 })
+	n.wantInSync(t, true)
+	api.eventually("what changed meanwhile", func(o redirect.MeshConfig) bool { return o.InboundPort == 20002 })
 }

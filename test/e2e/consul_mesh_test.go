@@ -92,7 +92,7 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 		task := web.newHeld()
 		resolver := netip.AddrPortFrom(web.gate, n.consul.DNS)
 		n.intend("api", "web", "allow")
-		web.eventually("the virtual IP", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 })
+		web.eventually("the virtual IP", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 1 })
 		wantServed(t, task, "127.0.0.1:9191", server.Name) // by now both proxies know all of it
 		steered := web.counted(t, redirect.ToUpstream)
 		api.wantProved(t, task, "127.0.0.1:9191", server.Name)
@@ -144,7 +144,7 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 			t.Errorf("dial: %q, %v", server, err)
 		}
 		n.consul.Put("/v1/config", object{"Kind": "service-defaults", "Name": "shop", "TransparentProxy": object{"OutboundListenerPort": 15009}})
-		shop.eventually("the outbound port to move", func(o redirect.Overlay) bool { return o.OutboundPort == 15009 })
+		shop.eventually("the outbound port to move", func(o redirect.MeshConfig) bool { return o.OutboundPort == 15009 })
 		served()
 		if word, err := task.say("open", virtual); err != nil || word != "still here" {
 			t.Errorf("the open connection says %q, %v", word, err)

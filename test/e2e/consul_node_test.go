@@ -240,17 +240,17 @@ func (a *meshAlloc) spec(uid uint32) test.Spec {
 }
 
 // known is what is on record of the allocation.
-func (a *meshAlloc) known() (redirect.Known, error) {
-	list, err := a.node.Known()
+func (a *meshAlloc) known() (redirect.Record, error) {
+	list, err := a.node.Records()
 	if err != nil {
-		return redirect.Known{}, err
+		return redirect.Record{}, err
 	}
 	for _, k := range list {
 		if k.Key.ContainerID == a.id {
 			return k, nil
 		}
 	}
-	return redirect.Known{}, fmt.Errorf("allocation %s: %w", a.id, redirect.ErrUnknown)
+	return redirect.Record{}, fmt.Errorf("allocation %s: %w", a.id, redirect.ErrUnknown)
 }
 
 // workload is what the kernel has of the allocation.
@@ -281,14 +281,14 @@ func (a *meshAlloc) view() (agent.WorkloadView, error) {
 	return agent.WorkloadView{}, fmt.Errorf("the agent does not show allocation %s", a.id)
 }
 
-// eventually waits until the overlay on record passes the check.
-func (a *meshAlloc) eventually(what string, check func(redirect.Overlay) bool) {
+// eventually waits until the mesh configuration on record passes the check.
+func (a *meshAlloc) eventually(what string, check func(redirect.MeshConfig) bool) {
 	a.node.t.Helper()
 	test.Eventually(a.node.t, func() error {
 		known, err := a.known()
 		// The record tells of a change before the kernel has all of it.
-		if err == nil && (!known.Complete || !check(known.Overlay)) {
-			err = fmt.Errorf("overlay is %+v, in force: %v", known.Overlay, known.Complete)
+		if err == nil && (!known.Complete || !check(known.MeshConfig)) {
+			err = fmt.Errorf("mesh configuration is %+v, in force: %v", known.MeshConfig, known.Complete)
 		}
 		return err
 	}, what)

@@ -35,7 +35,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	apiProxy := api.register("api", object{"Port": 20001})
 	api.startEnvoy(apiProxy)
 	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
-	api.eventually("api to be found", func(o redirect.Overlay) bool {
+	api.eventually("api to be found", func(o redirect.MeshConfig) bool {
 		return o.InboundPort == 20001 && o.Guard == redirect.GuardAudit && slices.Equal(o.ExcludeInboundPorts, []uint16{8081})
 	})
 	if w, err := api.workload(); err != nil || w.Mode != redirect.ModeDirect || len(w.Problems) > 0 {
@@ -54,7 +54,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	webProxy := web.register("web", sidecar(9191, nil))
 	web.startEnvoy(webProxy)
 	virtual := n.virtualIP("api")
-	web.eventually("web's ports and upstream", func(o redirect.Overlay) bool {
+	web.eventually("web's ports and upstream", func(o redirect.MeshConfig) bool {
 		return o.InboundPort == 20002 && slices.Equal(o.ExcludeInboundPorts, []uint16{8181}) && len(o.Upstreams) == 1 &&
 			o.Upstreams[0].Listener.Port() == 9191 && slices.Contains(o.Upstreams[0].Addresses, virtual)
 	})
@@ -105,7 +105,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		writes := test.CountMapWrites(t)
 		web.register("web", sidecar(9191, object{"Upstreams": []object{
 			{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "db", "LocalBindPort": 9494}}}))
-		web.eventually("the second upstream", func(o redirect.Overlay) bool { return len(o.Upstreams) == 2 })
+		web.eventually("the second upstream", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 2 })
 		web.wantPassed(t, task, netip.AddrPortFrom(n.virtualIP("db"), 5432).String(), behind.Name, 9494)
 		web.wantPassed(t, task, "127.0.0.1:9494", behind.Name, 9494)
 		if len(writes.Seen()) == 0 {
@@ -116,7 +116,9 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("the upstream's port moves", func(t *testing.T) {
 		web.register("web", sidecar(9292, nil))
-		web.eventually("the new port", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292 })
+		web.eventually("the new port", func(o redirect.MeshConfig) bool {
+			return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292
+		})
 		web.wantPassed(t, task, target, server.Name, 9292)
 		stillOpen(t)
 	})
@@ -124,7 +126,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	t.Run("an expose path is added", func(t *testing.T) {
 		asked := web.serveHealth(t, "127.0.0.1:8080")
 		web.register("web", sidecar(9292, object{"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}))
-		web.eventually("the path's port to be open", func(o redirect.Overlay) bool {
+		web.eventually("the path's port to be open", func(o redirect.MeshConfig) bool {
 			return slices.Equal(o.ExcludeInboundPorts, []uint16{8181}) && slices.Equal(o.ExposedPorts, []uint16{21500})
 		})
 		test.Eventually(t, func() error {
@@ -144,7 +146,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	}{{"proxy-defaults", "proxy-defaults", "global", 15009}, {"service-defaults", "service-defaults", "web", 15010}} {
 		t.Run(moves.what+" move the outbound listener", func(t *testing.T) {
 			n.consul.Put("/v1/config", object{"Kind": moves.kind, "Name": moves.name, "TransparentProxy": object{"OutboundListenerPort": moves.port}})
-			web.eventually("the port", func(o redirect.Overlay) bool { return o.OutboundPort == moves.port })
+			web.eventually("the port", func(o redirect.MeshConfig) bool { return o.OutboundPort == moves.port })
 			if w, err := web.workload(); err != nil || w.Proxy.Outbound != moves.port {
 				t.Errorf("the kernel has outbound port %d, %v; want %d", w.Proxy.Outbound, err, moves.port)
 			}
@@ -155,7 +157,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("a job strengthens the guard", func(t *testing.T) {
 		api.register("api", object{"Port": 20001, "Meta": object{"weir-guard": "enforce"}})
-		api.eventually("the guard", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardEnforce })
+		api.eventually("the guard", func(o redirect.MeshConfig) bool { return o.Guard == redirect.GuardEnforce })
 	})
 
 	t.Run("the proxy is deregistered while tasks run", func(t *testing.T) {
@@ -166,14 +168,14 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		n.consul.Deregister(webProxy)
 		test.Eventually(t, func() error {
 			view, err := web.view()
-			if err == nil && (view.InStep || len(view.Proxies) > 0) {
+			if err == nil && (view.InSync || len(view.Proxies) > 0) {
 				err = fmt.Errorf("the agent shows %+v", view)
 			}
 			return err
 		}, "the agent to see it go")
 		after, err := web.known()
-		if err != nil || !redirect.Merge(after.Request, after.Overlay).Equal(redirect.Merge(before.Request, before.Overlay)) {
-			t.Errorf("the workload changed to %+v, %v", after.Overlay, err)
+		if err != nil || !redirect.Merge(after.Request, after.MeshConfig).Equal(redirect.Merge(before.Request, before.MeshConfig)) {
+			t.Errorf("the workload changed to %+v, %v", after.MeshConfig, err)
 		}
 		stillOpen(t)
 		web.wantPassed(t, task, target, server.Name, 9292)
@@ -181,7 +183,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("Consul is stopped and comes back", func(t *testing.T) {
 		n.consul.Stop()
-		n.wantInStep(t, false)
+		n.wantInSync(t, false)
 		late := n.allocate(meshRequest) // ADD asks nobody
 		if w, err := late.workload(); err != nil || w.Mode != redirect.ModeTransparent {
 			t.Errorf("an allocation added meanwhile = %+v, %v", w, err)
@@ -189,15 +191,15 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		stillOpen(t)
 		web.wantPassed(t, task, target, server.Name, 9292)
 		n.consul.Restart()
-		n.wantInStep(t, true)
+		n.wantInSync(t, true)
 		stillOpen(t)
 		web.wantPassed(t, task, target, server.Name, 9292)
 		late.register("late", object{"Port": 20003, "Proxy": object{"Mode": "transparent"}})
-		late.eventually("the registration after the restart", func(o redirect.Overlay) bool { return o.InboundPort == 20003 })
+		late.eventually("the registration after the restart", func(o redirect.MeshConfig) bool { return o.InboundPort == 20003 })
 	})
 
 	t.Run("somebody takes away what holds it", func(t *testing.T) {
-		before := n.mustStatus(t).Counts.Mended
+		before := n.mustStatus(t).Counts.Repaired
 		removeFilesIn(t, filepath.Join(n.config.PinDir, "links"))
 		removeFilesIn(t, filepath.Join(n.config.PinDir, "lookups"))
 		test.Eventually(t, func() error {
@@ -207,8 +209,8 @@ func TestWalkOfAConsulChange(t *testing.T) {
 			}
 			return err
 		}, "the data path to be whole again")
-		if now := n.mustStatus(t).Counts.Mended; now <= before {
-			t.Errorf("%d mended before and %d after: it is not counted", before, now)
+		if now := n.mustStatus(t).Counts.Repaired; now <= before {
+			t.Errorf("%d repaired before and %d after: it is not counted", before, now)
 		}
 		stillOpen(t)
 		web.wantPassed(t, task, target, server.Name, 9292)
@@ -216,7 +218,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("the record is lost", func(t *testing.T) {
 		removeFilesIn(t, filepath.Join(n.config.StateDir, "workloads"))
-		api.eventually("api's record", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardEnforce })
+		api.eventually("api's record", func(o redirect.MeshConfig) bool { return o.Guard == redirect.GuardEnforce })
 		test.Eventually(t, func() error {
 			_, err := web.workload()
 			return err
@@ -245,7 +247,9 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		}
 		n.runAgent()
 		web.register("web", sidecar(9393, nil))
-		web.eventually("a change seen by the new agent", func(o redirect.Overlay) bool { return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9393 })
+		web.eventually("a change seen by the new agent", func(o redirect.MeshConfig) bool {
+			return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9393
+		})
 		stillOpen(t)
 	})
 }
@@ -259,15 +263,15 @@ func (n *meshNode) mustStatus(t *testing.T) agent.Status {
 	return status
 }
 
-func (n *meshNode) wantInStep(t *testing.T, want bool) {
+func (n *meshNode) wantInSync(t *testing.T, want bool) {
 	t.Helper()
 	test.Eventually(t, func() error {
 		status, err := n.status()
-		if err == nil && status.Consul.InStep != want {
-			err = fmt.Errorf("in step: %v, %s", status.Consul.InStep, status.Consul.Error)
+		if err == nil && status.Consul.InSync != want {
+			err = fmt.Errorf("in sync: %v, %s", status.Consul.InSync, status.Consul.Error)
 		}
 		return err
-	}, fmt.Sprintf("the agent to be in step with Consul: %v", want))
+	}, fmt.Sprintf("the agent to be in sync with Consul: %v", want))
 }
 
 func (a *meshAlloc) recordInfo(t *testing.T) os.FileInfo {

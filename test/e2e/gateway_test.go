@@ -101,7 +101,7 @@ func (g *gateway) wantServing(t *testing.T, guard redirect.Guard) {
 	var view agent.WorkloadView
 	test.Eventually(t, func() (err error) {
 		view, err = g.view()
-		if err == nil && (view.State != agent.StateManaged || !view.InStep || view.Guard != guard || !slices.Equal(view.Open, g.open)) {
+		if err == nil && (view.State != agent.StateManaged || !view.InSync || view.Guard != guard || !slices.Equal(view.Open, g.open)) {
 			err = fmt.Errorf("the agent shows %+v", view)
 		}
 		return err

@@ -140,7 +140,7 @@ func TestGuard(t *testing.T) {
 
 	t.Run("a job cannot weaken it", func(t *testing.T) {
 		register("off")
-		a.eventually("the node's own guard", func(o redirect.Overlay) bool { return o.Guard == redirect.GuardAudit })
+		a.eventually("the node's own guard", func(o redirect.MeshConfig) bool { return o.Guard == redirect.GuardAudit })
 	})
 }
 
@@ -302,7 +302,7 @@ func TestGuardLeavesMetricsOpen(t *testing.T) {
 			}
 			for key, port := range ports { // Envoy listens at both all the while
 				register(object{key: named[key]})
-				a.eventually("one port alone", func(o redirect.Overlay) bool { return slices.Equal(o.ExposedPorts, []uint16{port}) })
+				a.eventually("one port alone", func(o redirect.MeshConfig) bool { return slices.Equal(o.ExposedPorts, []uint16{port}) })
 				for other := range ports {
 					if err := scrape(n.outside, other); (err == nil) != (other == key) {
 						t.Errorf("with %s alone registered, %s answers the host: %v", key, other, err)
@@ -342,7 +342,7 @@ func (a *meshAlloc) routeLoopback(t *testing.T, neighbour *meshAlloc) {
 // wantGuard waits until the kernel has the guard.
 func (a *meshAlloc) wantGuard(t *testing.T, want redirect.Guard) {
 	t.Helper()
-	a.eventually("the guard", func(o redirect.Overlay) bool { return o.Guard == want })
+	a.eventually("the guard", func(o redirect.MeshConfig) bool { return o.Guard == want })
 	if w, err := a.workload(); err != nil || w.Guard != want || len(w.Problems) > 0 {
 		t.Fatalf("the kernel has %+v, %v; want guard %s without problems", w, err, want)
 	}

@@ -54,7 +54,7 @@ func (w ways) have(e exchange) bool {
 type mesh struct {
 	datapath *redirect.Datapath
 	web, api *allocation
-	stranger *test.NetNS
+	outsider *test.NetNS
 	client   *test.Process
 	service  *test.ServerProcess
 }
@@ -62,7 +62,7 @@ type mesh struct {
 // allocation is a namespace under Weir with a real Envoy in a cgroup of its
 // own.
 type allocation struct {
-	key   redirect.Key
+	key   redirect.AttachmentID
 	ns    *test.NetNS
 	spec  envoy.Spec
 	proxy *envoy.Proxy
@@ -80,7 +80,7 @@ func newMesh(t *testing.T) *mesh {
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	m := &mesh{
 		datapath: redirect.New(redirect.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}),
-		stranger: test.NewNetNS(t),
+		outsider: test.NewNetNS(t),
 	}
 	t.Cleanup(func() {
 		if _, err := m.datapath.Unload(); err != nil {
@@ -92,7 +92,7 @@ func newMesh(t *testing.T) *mesh {
 		test.VethEnd{NetNS: webNS, Addrs: prefixes("10.77.0.11/24", "fd77::11/64")},
 		test.VethEnd{NetNS: apiNS, Addrs: prefixes("10.77.0.12/24", "10.77.0.13/24", "10.77.0.14/24", "fd77::12/64")})
 	test.Veth(t,
-		test.VethEnd{NetNS: m.stranger, Addrs: prefixes("10.78.0.1/24"), DefaultRoute: true},
+		test.VethEnd{NetNS: m.outsider, Addrs: prefixes("10.78.0.1/24"), DefaultRoute: true},
 		test.VethEnd{NetNS: apiNS, Name: "eth1", Addrs: prefixes("10.78.0.2/24")})
 	m.web = m.newAllocation(t, "web", webNS, "10.77.0.11", "fd77::11")
 	m.api = m.newAllocation(t, "api", apiNS, "10.77.0.12", "10.77.0.13", "10.77.0.14", "fd77::12")
@@ -103,7 +103,7 @@ func newMesh(t *testing.T) *mesh {
 
 func (m *mesh) newAllocation(t *testing.T, group string, ns *test.NetNS, addresses ...string) *allocation {
 	t.Helper()
-	a := &allocation{key: redirect.Key{ContainerID: group, IfName: "eth0"}, ns: ns}
+	a := &allocation{key: redirect.AttachmentID{ContainerID: group, IfName: "eth0"}, ns: ns}
 	request := redirect.Request{
 		Network: "nomad", Job: redirect.Job{ID: "e2e", Group: group}, Mode: redirect.ModeTransparent,
 		ProxyUID: proxyUID, InboundPort: 20000, OutboundPort: 15001,

@@ -104,10 +104,10 @@ func TestNetworkOfThePluginsOwn(t *testing.T) {
 	removeFilesIn(t, n.paths.PinDir)
 	removeFilesIn(t, filepath.Join(n.paths.StateDir, "workloads"))
 	removeFilesIn(t, filepath.Join(n.paths.StateDir, "networks"))
-	mended := n.call(t, "CHECK", id, a.ns.Path, args, last)
-	wantSilence(t, mended)
-	if !strings.Contains(mended.stderr, "mended: the record of the network") || !strings.Contains(mended.stderr, "redirected anew") {
-		t.Errorf("stderr %q: want to hear of both", mended.stderr)
+	repaired := n.call(t, "CHECK", id, a.ns.Path, args, last)
+	wantSilence(t, repaired)
+	if !strings.Contains(repaired.stderr, "repaired: the record of the network") || !strings.Contains(repaired.stderr, "redirected anew") {
+		t.Errorf("stderr %q: want to hear of both", repaired.stderr)
 	}
 	a.wantRedirected(t, "23435")
 

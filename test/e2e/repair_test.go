@@ -77,13 +77,13 @@ func TestAgentRepairs(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			before := n.mustStatus(t).Counts
-			told := strings.Count(n.log.String(), "mended")
+			told := strings.Count(n.log.String(), "repaired")
 			began := time.Now()
 			c.damage(t)
 			test.Eventually(t, func() error {
 				counts := n.mustStatus(t).Counts
-				if counts.Mended <= before.Mended && counts.Added <= before.Added {
-					return errors.New("nothing was mended")
+				if counts.Repaired <= before.Repaired && counts.Added <= before.Added {
+					return errors.New("nothing was repaired")
 				}
 				status, err := n.Status()
 				if err == nil && !status.Healthy() {
@@ -100,8 +100,8 @@ func TestAgentRepairs(t *testing.T) {
 				}
 				return nil
 			}, "repair")
-			t.Logf("mended after %s", time.Since(began).Round(time.Millisecond))
-			if strings.Count(n.log.String(), "mended") <= told {
+			t.Logf("repaired after %s", time.Since(began).Round(time.Millisecond))
+			if strings.Count(n.log.String(), "repaired") <= told {
 				t.Error("the log does not tell")
 			}
 			wantServed(t, task, virtual, server.Name)
@@ -120,15 +120,15 @@ func TestAgentRepairs(t *testing.T) {
 	t.Run("a namespace dies", func(t *testing.T) {
 		dead := n.allocate("")
 		dead.register("dead", object{"Port": 20009})
-		dead.eventually("it to be found", func(o redirect.Overlay) bool { return o.InboundPort == 20009 })
-		before, program := n.mustStatus(t).Counts.Swept, lookup(dead)
+		dead.eventually("it to be found", func(o redirect.MeshConfig) bool { return o.InboundPort == 20009 })
+		before, program := n.mustStatus(t).Counts.Pruned, lookup(dead)
 		dead.ns.End()
 		test.Eventually(t, func() error {
 			if _, err := dead.known(); !errors.Is(err, redirect.ErrUnknown) {
 				return fmt.Errorf("it is on record: %w", err)
 			}
-			if n.mustStatus(t).Counts.Swept == before {
-				return errors.New("it is not counted as swept")
+			if n.mustStatus(t).Counts.Pruned == before {
+				return errors.New("it is not counted as pruned")
 			}
 			_, err := os.Stat(program)
 			if !errors.Is(err, os.ErrNotExist) {

@@ -73,7 +73,7 @@ func TestSeveralSidecars(t *testing.T) {
 		})
 		n.only("db", "front")
 		n.only("cache", "back")
-		p.eventually("both upstreams and both proxies", func(o redirect.Overlay) bool {
+		p.eventually("both upstreams and both proxies", func(o redirect.MeshConfig) bool {
 			return len(o.Upstreams) == 2 && o.InboundPort == 20002 && len(o.Proxies) == 1 && o.Proxies[0].InboundPort == 20001
 		})
 		task := p.newHeld()
@@ -104,7 +104,7 @@ func TestSeveralSidecars(t *testing.T) {
 		n.only("cache", "admin")
 		task := p.newHeld()
 		wantServed(t, task, virtual("cache"), servers["cache"].Name)
-		p.eventually("what web owns", func(o redirect.Overlay) bool {
+		p.eventually("what web owns", func(o redirect.MeshConfig) bool {
 			return o.Service == "admin" && len(o.Proxies) == 1 && o.Proxies[0].OutboundPort == 15002 && len(o.Proxies[0].VirtualIPs) == 1
 		})
 		wantServed(t, task, virtual("db"), servers["db"].Name)

@@ -75,7 +75,7 @@ func TestEndedWhileNomadWasDown(t *testing.T) {
 		t.Errorf("the new allocation on Nomad's bridge is reached: %s; docs/limits.md says that it is not", got)
 	}
 	test.Eventually(t, func() error {
-		if text := n.Command("weir", "workloads"); !strings.Contains(text, "ended-old/docker/"+ids["docker"][:8]+"\n  it is over") {
+		if text := n.Command("weir", "workloads"); !strings.Contains(text, "ended-old/docker/"+ids["docker"][:8]+"\n  it has ended") {
 			return fmt.Errorf("it shows\n%s", text)
 		}
 		return nil
@@ -85,7 +85,7 @@ func TestEndedWhileNomadWasDown(t *testing.T) {
 		t.Errorf("status is content although a service cannot be reached:\n%s", status)
 	}
 	lines := []string{
-		"not healthy: 1 problem\n", "the network of 1 allocation that is over", "the namespace of 2 allocations",
+		"the network of 1 allocation that is over", "the namespace of 2 allocations",
 		fmt.Sprintf("ended-old/bridge/%s: it has no process any more and still holds host port %s/tcp of ended-new/bridge/%s, which runs",
 			ids["bridge"][:8], ports["bridge"], again.Alloc("bridge").ID[:8]),
 		"run 'weir gc -empty " + ids["bridge"][:8] + "'",

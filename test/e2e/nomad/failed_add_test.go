@@ -30,11 +30,11 @@ func nodeFaults() []faults {
 	return []faults{
 		{"State", []fault{
 			{name: "state", mode: "cni/weir", inject: readOnly, want: []string{"build network weir", "/run/weir", "read-only"}},
-			{name: "state-bridge", mode: "bridge", mend: "umount /run/weir", want: []string{"redirect namespace", "/run/weir", "read-only"}},
+			{name: "state-bridge", mode: "bridge", repair: "umount /run/weir", want: []string{"redirect namespace", "/run/weir", "read-only"}},
 		}},
 		{"Policy", []fault{
 			{name: "policy", mode: "cni/weir", inject: policy, want: []string{"read the operator's policy", "/etc/weir.d/zz.hcl", "job_args"}},
-			{name: "policy-bridge", mode: "bridge", mend: "rm /etc/weir.d/zz.hcl", want: []string{"read the operator's policy", "/etc/weir.d/zz.hcl"}},
+			{name: "policy-bridge", mode: "bridge", repair: "rm /etc/weir.d/zz.hcl", want: []string{"read the operator's policy", "/etc/weir.d/zz.hcl"}},
 		}},
 		// As firewalld does it: nobody else may write to its table.
 		{"Owners", []fault{
@@ -44,18 +44,18 @@ func nodeFaults() []faults {
 					setsid sleep 600 9>&9 >/dev/null 2>&1 & echo $! >/run/owned.pid
 					printf '%s\n' 'add table inet firewalld { flags owner; }' 'add chain inet firewalld forward { type filter hook forward priority 10; policy drop; }' >&9
 					until nft list chain inet firewalld forward >/dev/null 2>&1; do sleep 0.1; done # it reads when it comes to it`,
-				mend: "kill $(cat /run/owned.pid); rm /run/owned /run/owned.pid",
-				want: []string{"bridge weir", "inet firewalld forward", "drops", "firewall-cmd"},
+				repair: "kill $(cat /run/owned.pid); rm /run/owned /run/owned.pid",
+				want:   []string{"bridge weir", "inet firewalld forward", "drops", "firewall-cmd"},
 			},
 			{
 				name: "layout-bridge", mode: "bridge",
 				inject: "bpftool map update pinned /sys/fs/bpf/weir/maps/control key 0 0 0 0 value hex " + strings.Repeat("00 ", 8) + "63 00 00 00 " + strings.Repeat("00 ", 20),
-				mend:   "weir load", want: []string{"redirect namespace", "another version", "`weir load`"},
+				repair: "weir load", want: []string{"redirect namespace", "another version", "`weir load`"},
 			},
 		}},
 		{"Programs", []fault{
-			{name: "sysctl", mode: "cni/weir", inject: "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys", mend: "umount /proc/sys", want: []string{"set sysctl", "/eth0/", "read-only"}},
-			{name: "nomad-bridge", mode: "bridge", inject: "ip link del nomad; ip link add nomad type veth peer name other", mend: "ip link del nomad", want: []string{`"nomad" already exists but is not a bridge`}, foreign: true},
+			{name: "sysctl", mode: "cni/weir", inject: "mount --bind /proc/sys /proc/sys; mount -o remount,bind,ro /proc/sys", repair: "umount /proc/sys", want: []string{"set sysctl", "/eth0/", "read-only"}},
+			{name: "nomad-bridge", mode: "bridge", inject: "ip link del nomad; ip link add nomad type veth peer name other", repair: "ip link del nomad", want: []string{`"nomad" already exists but is not a bridge`}, foreign: true},
 		}},
 	}
 }
@@ -85,7 +85,7 @@ func TestFailedAdd(t *testing.T) {
 		const pins = "mount -o remount,ro /sys/fs/bpf"
 		testFaults(t, n, append([]fault{
 			{name: "pins", mode: "cni/weir", inject: pins, want: []string{"redirect namespace", "/sys/fs/bpf/weir", "read-only"}},
-			{name: "pins-bridge", mode: "bridge", mend: "mount -o remount,rw /sys/fs/bpf", want: []string{"redirect namespace", "/sys/fs/bpf/weir", "read-only"}},
+			{name: "pins-bridge", mode: "bridge", repair: "mount -o remount,rw /sys/fs/bpf", want: []string{"redirect namespace", "/sys/fs/bpf/weir", "read-only"}},
 		}, own...), own)
 	})
 	for _, each := range nodeFaults() {
@@ -96,7 +96,7 @@ func TestFailedAdd(t *testing.T) {
 	n.ExpectNothingLeft()
 }
 
-// testFaults lets all faults happen, and then mends one after the other. own are
+// testFaults lets all faults happen, and then repairs one after the other. own are
 // those with a network of their own.
 func testFaults(t *testing.T, node *nomad.Node, faults, own []fault) {
 	n := node.For(t)
@@ -108,15 +108,15 @@ func testFaults(t *testing.T, node *nomad.Node, faults, own []fault) {
 		}
 		return 0
 	}
-	mended := make(map[string]bool)
-	mend := func(f fault) {
-		if !mended[f.name] {
-			mended[f.name] = true
-			f.run(node, index(f), f.mend) // also when this test has ended
+	repaired := make(map[string]bool)
+	repair := func(f fault) {
+		if !repaired[f.name] {
+			repaired[f.name] = true
+			f.run(node, index(f), f.repair) // also when this test has ended
 		}
 	}
 	for _, f := range faults {
-		t.Cleanup(func() { mend(f) })
+		t.Cleanup(func() { repair(f) })
 		f.run(n, index(f), f.inject)
 	}
 	jobs := make(map[string]*nomad.Job)
@@ -141,11 +141,11 @@ func testFaults(t *testing.T, node *nomad.Node, faults, own []fault) {
 			}
 			// DEL waits in line, too.
 			test.EventuallyIn(t, inLine, func() error { return traces(n, f, id) }, "nothing to be left of the attempt")
-			mend(f)
+			repair(f)
 		})
 	}
 	for _, f := range faults {
-		t.Run(f.name+"Mended", func(t *testing.T) {
+		t.Run(f.name+"Repaired", func(t *testing.T) {
 			n := n.For(t)
 			wantRedirected(t, n, awaitTask(t, jobs[f.name]))
 			jobs[f.name].Stop()
@@ -240,12 +240,12 @@ func waits(t *testing.T, n *nomad.Node) {
 	job.Stop()
 }
 
-// again mends a fault while Nomad waits to try the same allocation again. In a network
+// again repairs a fault while Nomad waits to try the same allocation again. In a network
 // of Weir's the second ADD serves it. On Nomad's own bridge it does not come so far:
 // the reference plugin refuses an allocation that has a lease, and Nomad places another.
 func again(t *testing.T, n *nomad.Node) {
 	for _, mode := range []string{"cni/weir", "bridge"} {
-		f := fault{name: "again-" + filepath.Base(mode), mode: mode, inject: "mount -o remount,ro /sys/fs/bpf", mend: "mount -o remount,rw /sys/fs/bpf"}
+		f := fault{name: "again-" + filepath.Base(mode), mode: mode, inject: "mount -o remount,ro /sys/fs/bpf", repair: "mount -o remount,rw /sys/fs/bpf"}
 		f.run(n, 0, f.inject)
 		const attempt = "failed to configure network: "
 		tried := strings.Count(n.Nomad.Log(t), attempt)
@@ -256,7 +256,7 @@ func again(t *testing.T, n *nomad.Node) {
 			}
 			return nil
 		}, "the first failure")
-		f.run(n, 0, f.mend)
+		f.run(n, 0, f.repair)
 		a := awaitTask(t, job)
 		wantRedirected(t, n, a)
 		var all []struct{ ID string }

@@ -24,7 +24,7 @@ type fault struct {
 	ports   bool // the allocation has a host port
 	args    string
 	inject  string
-	mend    string   // as the event tells the operator, where that is all it takes
+	repair  string   // as the event tells the operator, where that is all it takes
 	want    []string // in Nomad's event
 	foreign bool     // another plugin's own error: Weir only has to take part in the clean-up
 }
@@ -52,44 +52,44 @@ func ownFaults(cgroup string) []fault {
 	return []fault{
 		{
 			name: "key", keys: map[string]any{"vlan": 5},
-			mend: `sed -i 's/,"vlan":5//' $conf`, want: []string{"vlan", "remove the key"},
+			repair: `sed -i 's/,"vlan":5//' $conf`, want: []string{"vlan", "remove the key"},
 		},
 		{
 			name: "mtu", keys: map[string]any{"mtu": 1000, "ipam": map[string]any{
 				"type": "host-local", "dataDir": "$own/leases", "ranges": []any{
 					[]any{map[string]any{"subnet": "$net.0/24"}}, []any{map[string]any{"subnet": "fd00:1000::/64"}}}}},
-			mend: `sed -i 's/"mtu":1000/"mtu":1400/' $conf`, want: []string{"mtu 1000", "1280", "fd00:1000::"},
+			repair: `sed -i 's/"mtu":1000/"mtu":1400/' $conf`, want: []string{"mtu 1000", "1280", "fd00:1000::"},
 		},
 		{
 			name: "ipam", keys: map[string]any{"ipam": map[string]any{
 				"type": "elsewhere", "dataDir": "$own/leases", "ranges": []any{[]any{map[string]any{"subnet": "$net.0/24"}}}}},
-			mend: "cp /opt/cni/bin/host-local /opt/cni/bin/elsewhere",
-			want: []string{`plugin "elsewhere" in CNI_PATH "/opt/cni/bin": not found`, "install what is named"},
+			repair: "cp /opt/cni/bin/host-local /opt/cni/bin/elsewhere",
+			want:   []string{`plugin "elsewhere" in CNI_PATH "/opt/cni/bin": not found`, "install what is named"},
 		},
 		{
-			name: "leases", inject: "mkdir -p $own/leases; mount -t tmpfs -o ro none $own/leases", mend: "umount $own/leases",
+			name: "leases", inject: "mkdir -p $own/leases; mount -t tmpfs -o ro none $own/leases", repair: "umount $own/leases",
 			want: []string{"take an address", "read-only"},
 		},
 		{
 			// The only address is that of an allocation whose DEL never came.
 			name: "full", keys: map[string]any{"ipam": map[string]any{
 				"type": "host-local", "dataDir": "$own/leases", "ranges": []any{[]any{map[string]any{"subnet": "$net.0/30"}}}}},
-			inject: `mkdir -p $own/leases/$name; printf 'lost\r\neth0' >$own/leases/$name/$net.2`, mend: "rm $own/leases/$name/$net.2",
+			inject: `mkdir -p $own/leases/$name; printf 'lost\r\neth0' >$own/leases/$name/$net.2`, repair: "rm $own/leases/$name/$net.2",
 			want: []string{"take an address", "no IP addresses available", "/srv/full/leases/full has each lease", "take a larger subnet"},
 		},
 		{
-			name: "taken", inject: "ip link add $name type veth peer name other", mend: "ip link del $name",
+			name: "taken", inject: "ip link add $name type veth peer name other", repair: "ip link del $name",
 			want: []string{"a device of type veth has that name", "name another bridge"},
 		},
 		{
-			name: "gateway", inject: "ip link add $name type bridge; ip addr add $net.77/24 dev $name", mend: "ip addr del $net.77/24 dev $name",
+			name: "gateway", inject: "ip link add $name type bridge; ip addr add $net.77/24 dev $name", repair: "ip addr del $net.77/24 dev $name",
 			want: []string{".77/24", "set forceAddress", "name another bridge"},
 		},
 		{
 			name: "route", keys: map[string]any{"ipam": map[string]any{
 				"type": "host-local", "dataDir": "$own/leases", "ranges": []any{[]any{map[string]any{"subnet": "$net.0/24"}}},
 				"routes": []any{map[string]any{"dst": "0.0.0.0/0", "gw": "224.0.0.1"}}}},
-			mend: `sed -i 's/,"gw":"224.0.0.1"//' $conf`, want: []string{"add route 0.0.0.0/0 by 224.0.0.1"},
+			repair: `sed -i 's/,"gw":"224.0.0.1"//' $conf`, want: []string{"add route 0.0.0.0/0 by 224.0.0.1"},
 		},
 		{
 			// Only an allocation with host ports needs that chain. The other one has a
@@ -97,8 +97,8 @@ func ownFaults(cgroup string) []fault {
 			name: "ports", ports: true,
 			inject: `nft add table inet weir; nft add chain inet weir prerouting '{ type filter hook input priority 0; }'
 				nft add chain inet weir others; nft add rule inet weir others counter`,
-			mend: "nft delete chain inet weir prerouting; nft flush chain inet weir others; nft delete chain inet weir others",
-			want: []string{"maps of host ports", "inet weir", "in use by another"},
+			repair: "nft delete chain inet weir prerouting; nft flush chain inet weir others; nft delete chain inet weir others",
+			want:   []string{"maps of host ports", "inet weir", "in use by another"},
 		},
 		{
 			name: "consul", args: `{"CONSUL_IPTABLES_CONFIG": "{\"ProxyUserID\":\"101\",\"ProxyInboundPort\":20000}"}`,
@@ -109,38 +109,38 @@ func ownFaults(cgroup string) []fault {
 					"routes": []any{map[string]any{"dst": "0.0.0.0/0"}}}},
 				{"type": "consul-engine"},
 			},
-			mend: `sed -i 's/{"type":"consul-engine"},//' $conf`, want: []string{"redirected by Consul's own", "take one of the two out"},
+			repair: `sed -i 's/{"type":"consul-engine"},//' $conf`, want: []string{"redirected by Consul's own", "take one of the two out"},
 		},
 		{
-			name: "bpffs", keys: paths(nil), inject: "mkdir -p $own/bpf", mend: mountBPF, want: []string{"not in a bpffs, mount one there"},
+			name: "bpffs", keys: paths(nil), inject: "mkdir -p $own/bpf", repair: mountBPF, want: []string{"not in a bpffs, mount one there"},
 		},
 		{
 			name: "cgroup", keys: paths(map[string]any{"cgroupRoot": "$own/cgroup"}), inject: mountBPF,
-			mend: "mkdir $own/cgroup; mount -t cgroup2 none $own/cgroup", want: []string{"open cgroup root", "no such file"},
+			repair: "mkdir $own/cgroup; mount -t cgroup2 none $own/cgroup", want: []string{"open cgroup root", "no such file"},
 		},
 		{
 			// As of a program that was attached without a thought for others: another
 			// instance lends one.
 			name: "hook", keys: paths(map[string]any{"cgroupRoot": cgroup}),
 			inject: mountBPF + lender + "load; bpftool cgroup attach " + cgroup + " connect4 id " + lent,
-			mend:   "bpftool cgroup detach " + cgroup + " connect4 id " + lent + "; " + lender + "unload",
+			repair: "bpftool cgroup detach " + cgroup + " connect4 id " + lent + "; " + lender + "unload",
 			want:   []string{"attach weir_connect4", "another program holds this hook exclusively", cgroup},
 		},
 		{
 			name: "records", keys: paths(nil), inject: mountBPF + "mkdir -p $own/state/workloads; mount -t tmpfs -o ro none $own/state/workloads",
-			mend: "umount $own/state/workloads", want: []string{"redirect namespace", "record", "read-only"},
+			repair: "umount $own/state/workloads", want: []string{"redirect namespace", "record", "read-only"},
 		},
 		{
 			name: "table", keys: paths(nil), inject: mountBPF + weirHere + `load; map=$own/bpf/weir/maps/releases
 				for i in $(seq 0 16383); do
 					printf 'map update pinned %s key hex %02x %02x 00 00 00 00 00 ff value hex 00 00 00 00\n' $map $((i & 255)) $((i >> 8))
 				done | bpftool batch file -`,
-			mend: weirHere + "unload", want: []string{"map releases", "full", "16384"},
+			repair: weirHere + "unload", want: []string{"map releases", "full", "16384"},
 		},
 		{
 			name: "lookups", keys: paths(nil),
 			inject: mountBPF + weirHere + "load; bpftool map create $own/bpf/weir/lookups type array key 4 value 4 entries 1 name foreign",
-			mend:   "rm $own/bpf/weir/lookups", want: []string{"redirect namespace", "lookup", "not a directory"},
+			repair: "rm $own/bpf/weir/lookups", want: []string{"redirect namespace", "lookup", "not a directory"},
 		},
 	}
 }

@@ -46,6 +46,7 @@ func killEach(t *testing.T, n *nomad.Node) {
 			n := n.For(t)
 			hit, bystander := each.hit.on(n), each.bystander.on(n)
 			hit.wantWorks(t)
+			bystander.wantWorks(t)
 			loop := bystander.client.Loop("client", bystander.virtual(t))
 			loop.Await(5, "answered", bystander.inMesh)
 			each.test(t, n, hit)
