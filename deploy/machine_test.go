@@ -29,7 +29,7 @@ disk=$1 bin=$2
 mount --make-rprivate /
 mount -t tmpfs tmpfs "$disk"
 mkdir "$disk/upper" "$disk/work" "$disk/root"
-mount -t meshConfig -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" meshConfig "$disk/root"
+mount -t overlay -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" overlay "$disk/root"
 cd "$disk/root"
 rm -rf etc/systemd/system/*.wants etc/weir.d var/lib/weir var/lib/cni
 mkdir -p opt/cni usr/local/bin var/lib/cni/results

@@ -76,7 +76,7 @@ set -eu
 deb=$1 disk=$2
 mount -t tmpfs tmpfs "$disk"
 mkdir "$disk/upper" "$disk/work" "$disk/root"
-mount -t meshConfig -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" meshConfig "$disk/root"
+mount -t overlay -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" overlay "$disk/root"
 mount -t proc proc "$disk/root/proc"
 mkdir -p "$disk/root/opt/cni/bin"
 cp "$deb" "$disk/root/weir.deb"

@@ -13,7 +13,7 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// unmatched proxies counts what leaves a namespace for addresses that never leave one: it
+// unmatchedProxies counts what leaves a namespace for addresses that never leave one: it
 // looks at the other end of the wire, from the first packet on.
 type unmatchedProxies struct{ fd int }
 

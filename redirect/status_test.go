@@ -220,7 +220,7 @@ func TestStatusOfALostRecord(t *testing.T) {
 	n.ails("its record is gone")
 }
 
-// What is left of a namespace that lives longer than its record and has ended since concerns
+// What is left of a namespace that outlives its record and has ended since concerns
 // nobody: the next prune takes it.
 func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 	d := newDatapath(t)

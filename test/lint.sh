@@ -56,7 +56,7 @@ links() {
 	files '*.md' | xargs go run ./test/docs
 }
 
-# What another process reads has a size that he reads.
+# The README stays short enough to be read.
 readme() {
 	local lines widest
 	lines=$(wc -l <README.md)

@@ -30,7 +30,7 @@ func (w seenWorkload) protection() protection {
 		by = "redirect"
 	}
 	switch {
-	case len(w.WorkloadStatus.Problems) > 0: // and they say what
+	case len(w.Problems) > 0: // and they say what
 		return protection{answer: "no", by: by}
 	case transparent || w.Guard == redirect.GuardEnforce:
 		return protection{answer: "yes", by: by}
@@ -84,7 +84,7 @@ func (w seenWorkload) consul() string {
 
 // problems are those that the data path and the agent see, each once.
 func (w seenWorkload) problems() []redirect.Problem {
-	list := slices.Clone(w.WorkloadStatus.Problems)
+	list := slices.Clone(w.Problems)
 	if w.Agent == nil {
 		return list
 	}

@@ -108,7 +108,7 @@ func TestProxyStopped(t *testing.T) {
 		t.Errorf("dial after web's proxy is back: %v", err)
 	}
 
-	// A other process shares the network and is under nobody's redirect.
+	// Another process shares the network and is under nobody's redirect.
 	if _, err := test.Ask(mesh.outsider, "tcp4", target.String()); err != nil {
 		t.Errorf("another process's dial through api's proxy: %v", err)
 	}

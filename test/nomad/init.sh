@@ -16,7 +16,7 @@ shift
 
 mount --make-rprivate /
 mkdir -p "$root" "$directory"/{upper,work,docker,log}
-mount -t mesh configuration -o "lowerdir=/,upperdir=$directory/upper,workdir=$directory/work" mesh configuration "$root"
+mount -t overlay -o "lowerdir=/,upperdir=$directory/upper,workdir=$directory/work" overlay "$root"
 mount -t proc proc "$root/proc"
 mount --rbind /dev "$root/dev"
 mount -t sysfs sysfs "$root/sys"
@@ -30,7 +30,7 @@ mount --bind "$directory/docker" "$root/var/lib/docker"
 mkdir -p "$root/opt/tools"
 for tool; do
 	name=${tool##*/}
-	# Its directory, and not the file: libcontainer runs Nomad by a mesh configuration over that
+	# Its directory, and not the file: libcontainer runs Nomad by an overlay over that
 	# directory, in which a file mounted alone would not be seen.
 	mkdir -p "$root/opt/tools/of-$name"
 	mount --bind "${tool%/*}" "$root/opt/tools/of-$name"
