@@ -31,9 +31,9 @@ test: ## Run all tests; as root those that need the kernel too
 e2e: ## Run real job files on a whole node: Nomad, Consul, Docker, Envoy (root)
 	test/run-e2e.sh
 
-test-vm: build ## Run the kernel tests in VMs with Debian's kernels
+test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
 	test/tools/setup.sh vm
-	$(GORUN) ./test/vm
+	$(GORUN) ./test/vm $(if $(RUN),-run '$(RUN)')
 
 kernels: ## Measure the programs on each kernel and write the table of docs/compatibility.md
 	test/tools/setup.sh vm
