@@ -322,14 +322,14 @@ func (f *fleet) changeOne(ctx context.Context, a *allocation, table *ebpf.Map) (
 	return took, err
 }
 
-func (f *fleet) known(a *allocation) (redirect.Known, error) {
-	list, err := redirect.New(f.bench.paths).Known()
+func (f *fleet) known(a *allocation) (redirect.Record, error) {
+	list, err := redirect.New(f.bench.paths).Records()
 	if err != nil {
-		return redirect.Known{}, err
+		return redirect.Record{}, err
 	}
-	i := slices.IndexFunc(list, func(k redirect.Known) bool { return k.Key == a.key() })
+	i := slices.IndexFunc(list, func(k redirect.Record) bool { return k.Key == a.key() })
 	if i < 0 {
-		return redirect.Known{}, fmt.Errorf("find workload %s: it is not on record", a.key())
+		return redirect.Record{}, fmt.Errorf("find workload %s: it is not on record", a.key())
 	}
 	return list[i], nil
 }

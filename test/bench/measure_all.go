@@ -19,7 +19,7 @@ const exposedPort = 21500
 // another allocation while the agent is at it.
 func (f *fleet) changeAll(ctx context.Context, got figures) error {
 	changed := func() (count int, err error) {
-		list, err := redirect.New(f.bench.paths).Known()
+		list, err := redirect.New(f.bench.paths).Records()
 		for _, k := range list {
 			if k.Complete && slices.Contains(k.MeshConfig.ExposedPorts, exposedPort) {
 				count++

@@ -75,8 +75,8 @@ func (b *bench) unload() error {
 	return err
 }
 
-func key(s *site) redirect.Key {
-	return redirect.Key{ContainerID: s.name, IfName: "eth0"}
+func key(s *site) redirect.AttachmentID {
+	return redirect.AttachmentID{ContainerID: s.name, IfName: "eth0"}
 }
 
 func attachment(s *site) redirect.Attachment {
