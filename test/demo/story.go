@@ -218,7 +218,7 @@ func (s *story) showEvents(events []redirect.Event, target netip.AddrPort) {
 }
 
 func (s *story) noRules(ctx context.Context) error {
-	s.step("No firewall rule took part")
+	s.step("No firewall rule redirects")
 	for _, a := range s.node.allocs {
 		for _, command := range [][]string{{"iptables-save"}, {"ip6tables-save"}, {"nft", "list", "ruleset"}} {
 			name := strings.Join(command, " ")
@@ -234,7 +234,13 @@ func (s *story) noRules(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			s.check(strings.TrimSpace(text) == "", "%s in %s prints nothing%s", name, a.group, prefixed(", but: ", text))
+			// The one chain there is holds what others forward through the namespace;
+			// no packet of the allocation's own passes it.
+			translates := strings.Contains(text, "type nat") || strings.Contains(text, "*nat") || strings.Contains(text, "dnat") || strings.Contains(text, "redirect to")
+			if !translates {
+				text = ""
+			}
+			s.check(!translates, "%s in %s has no rule that translates an address%s", name, a.group, prefixed(", but: ", text))
 		}
 	}
 	return nil
