@@ -60,9 +60,8 @@ func TestWipedStateDirectory(t *testing.T) {
 	n.fake.answers(registered(id))
 	n.run()
 	n.eventually(id, StateManaged)
-	if err := os.RemoveAll(n.config.StateDir); err != nil {
-		t.Fatal(err)
-	}
+	// The agent writes there at the same time.
+	test.Eventually(t, func() error { return os.RemoveAll(n.config.StateDir) }, "the directory to be wiped")
 	test.Eventually(t, n.answers, "the socket to come back")
 	info, err := os.Stat(filepath.Join(n.config.StateDir, socketName))
 	if err != nil || info.Mode().Perm() != 0o600 {
