@@ -43,6 +43,26 @@ func (a *alloc) cast(to netip.AddrPort) {
 	}
 }
 
+// linked waits until the remote's end of the allocation's veth is up. Before Linux 6.9 the
+// kernel adds the route of IPv6 multicast up to a second after the peer came up.
+func (a *alloc) linked() {
+	a.node.t.Helper()
+	test.Eventually(a.node.t, func() error {
+		var state netlink.LinkOperState
+		var err error
+		a.node.remote.Do(func() {
+			var veth netlink.Link
+			if veth, err = netlink.LinkByName(fmt.Sprintf("veth%d", a.number)); err == nil {
+				state = veth.Attrs().OperState
+			}
+		})
+		if err == nil && state != netlink.OperUp {
+			err = fmt.Errorf("it is %s", state)
+		}
+		return err
+	}, "the remote's end of the veth is up")
+}
+
 // forge sends a packet from the remote whose source and protocol are as they are
 // named; what it carries begins with two ports.
 func (a *alloc) forge(protocol byte, source, to netip.Addr, port uint16, headers ...byte) {
@@ -120,6 +140,7 @@ func TestGuardOfDatagramsPastLookup(t *testing.T) {
 					return unix.SetsockoptInt(fd, unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 				})
 			}
+			a.linked()
 			// The remote knows the way: for a forged source it would not ask for it.
 			test.Eventually(t, func() error {
 				if a.cast(netip.AddrPortFrom(a.v6, 7070)); !receives(six[7070]) {
