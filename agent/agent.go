@@ -37,6 +37,8 @@ const (
 type Options struct {
 	Log    *slog.Logger
 	Notify func(state string) // tells the service manager; may be nil
+	// Version of the program, for weir_build_info.
+	Version string
 	// RepairNetworks puts back rules and host ports of networks that the plugin
 	// built, and says which; nil where that is nobody's task.
 	RepairNetworks func() (repaired []string, err error)
@@ -57,6 +59,7 @@ type Agent struct {
 	flows           *flows        // nil: they are not to be recorded
 	resting         time.Duration // between two runs of origins
 	repairNetworks  func() ([]string, error)
+	version         string
 	networkInterval time.Duration
 	wake            chan struct{}
 	pins            atomic.Bool // something changed among the pins since the last pass
@@ -99,7 +102,7 @@ func New(config Config, options Options) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{
-		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, networkInterval: networkInterval,
+		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, networkInterval: networkInterval,
 		datapath:       redirect.New(config.Paths()).Within(lockPatience),
 		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
@@ -283,7 +286,7 @@ func (a *Agent) prune() {
 	removed, err := a.datapath.PruneDead()
 	a.count(func(c *Counts) { c.Pruned += uint64(len(removed)) })
 	for _, key := range removed {
-		a.log.Info("workload removed: its namespace is gone", "workload", key.String())
+		a.log.Info("workload removed: its namespace is gone", "alloc_id", key.ContainerID, "interface", key.IfName)
 	}
 	if err != nil {
 		a.warnOnce("remove dead namespaces", err)
@@ -334,7 +337,7 @@ func (a *Agent) check(key redirect.AttachmentID) {
 	repairs, err := a.datapath.Check(key, "")
 	a.count(func(c *Counts) { c.Repaired += uint64(len(repairs)) })
 	for _, what := range repairs {
-		a.log.Warn("workload repaired", "workload", key.String(), "what", what)
+		a.log.Warn("workload repaired", "alloc_id", key.ContainerID, "interface", key.IfName, "what", what)
 	}
 	if ends(err) {
 		a.allocations[key].inode = 0

@@ -288,7 +288,7 @@ func TestTelemetry(t *testing.T) {
 	n.Datapath = redirect.New(n.config.Paths())
 	dying := test.NewNetNS(t)
 	n.cached(numbered(1), dying.Path, "")
-	mesh, key := n.transparent(numbered(2))
+	mesh, _ := n.transparent(numbered(2))
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
 	n.eventually(numbered(1), StateManaged)
@@ -319,11 +319,11 @@ func TestTelemetry(t *testing.T) {
 	eventually("the node as it is",
 		`weir_healthy 1`, `weir_consul_in_sync 1`, `weir_consul_proxies 2`,
 		`weir_workloads{guard="audit",mode="direct",state="managed"} 1`, `weir_workloads{guard="audit",mode="transparent",state="managed"} 1`,
-		`weir_workload_in_sync{alloc="`+numbered(1)+`-eth0",group="",job=""} 1`,
+		`weir_workload_in_sync{alloc_id="`+numbered(1)+`",interface="eth0",namespace="",nomad_job="",task_group=""} 1`,
 		action("added", 1), action("repaired", 0), action("pruned", 0), action("removed", 0), action("failed", 0))
 
 	verdict := func(verdict redirect.Verdict, count int) string {
-		return fmt.Sprintf(`weir_verdicts_total{alloc=%q,group="",job="",refused="%t",verdict=%q} %d`, key, verdict.Refused(), verdict, count)
+		return fmt.Sprintf(`weir_verdicts_total{alloc_id=%q,interface="eth0",namespace="",nomad_job="",refused="%t",task_group="",verdict=%q} %d`, numbered(2), verdict.Refused(), verdict, count)
 	}
 	task := test.NewClient(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 1000, GID: 1000})
 	dial := func(target string, served bool) {
@@ -342,7 +342,7 @@ func TestTelemetry(t *testing.T) {
 		t.Error(err)
 	}
 	err := scraped(`weir_table_rows{table="origins"} 2`, `weir_table_max_rows{table="origins"} 1.048576e+06`,
-		`weir_table_rows{table="workloads"} 2`, fmt.Sprintf(`weir_events_lost_total{alloc=%q,group="",job=""} 0`, key))
+		`weir_table_rows{table="workloads"} 2`, fmt.Sprintf(`weir_events_lost_total{alloc_id=%q,interface="eth0",namespace="",nomad_job="",task_group=""} 0`, numbered(2)))
 	if err != nil {
 		t.Error(err)
 	}

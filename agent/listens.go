@@ -39,7 +39,7 @@ func (a *Agent) checkListens(key redirect.AttachmentID, m *allocState, seen []re
 		}
 		a.note(m, "listeners", err)
 		if m.mute = muteProblem(ports, rejected); m.mute.What != "" && m.mute != before {
-			a.log.Warn("workload's proxy does not listen", "workload", key.String(), "problem", m.mute.What)
+			a.log.Warn("workload's proxy does not listen", "alloc_id", key.ContainerID, "interface", key.IfName, "problem", m.mute.What)
 		}
 	}
 	if m.mute != before {

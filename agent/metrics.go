@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"net/http"
+	"runtime"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -27,12 +28,24 @@ type collector struct {
 	agent *Agent
 	all   []*prometheus.Desc // in the order of docs/metrics.md
 
-	verdicts, workloads, inSync           *prometheus.Desc
+	build, verdicts, workloads, inSync    *prometheus.Desc
 	eventsLost, tableRows, tableLimit     *prometheus.Desc
 	consulInSync, consulHidden, proxies   *prometheus.Desc
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
 	consulWatch, problems, unseen         *prometheus.Desc
+	consulSince                           *prometheus.Desc
+}
+
+// workloadLabels name an attachment as Nomad's own metrics do, so that both can be
+// joined; nomad_job because "job" is Prometheus' own. An allocation with several
+// networks has an interface for each.
+func workloadLabels() []string {
+	return []string{"alloc_id", "namespace", "nomad_job", "task_group", "interface"}
+}
+
+func labelsOf(key redirect.AttachmentID, job string, names redirect.NomadNames) []string {
+	return []string{names.AllocID, names.Namespace, job, names.TaskGroup, key.IfName}
 }
 
 func newCollector(agent *Agent) *collector {
@@ -43,16 +56,18 @@ func newCollector(agent *Agent) *collector {
 	}
 	c := &collector{
 		agent:          agent,
-		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", "alloc", "job", "group", "verdict", "refused"),
-		eventsLost:     desc("events_lost_total", "Events that a reader of 'weir events' did not get.", "alloc", "job", "group"),
+		build:          desc("build_info", "Always 1; what the agent is.", "version", "goversion"),
+		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", append(workloadLabels(), "verdict", "refused")...),
+		eventsLost:     desc("events_lost_total", "Events that a reader of 'weir events' did not get.", workloadLabels()...),
 		tableRows:      desc("table_rows", "Rows in use of each of the node's tables.", "table"),
 		tableLimit:     desc("table_max_rows", "Rows that each of the node's tables holds at most.", "table"),
 		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
-		inSync:         desc("workload_in_sync", "Whether the kernel has what Consul has registered.", "alloc", "job", "group"),
+		inSync:         desc("workload_in_sync", "Whether the kernel has what Consul has registered.", workloadLabels()...),
 		consulInSync:   desc("consul_in_sync", "Whether the last read of Consul succeeded."),
 		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
 		consulWatch:    desc("consul_watch", "Whether a blocking query to Consul is open; not there where that is not asked for."),
-		problems:       desc("problems", "What 'weir status' lists of the agent's."),
+		consulSince:    desc("consul_since_timestamp_seconds", "When the last read of Consul succeeded; where Consul is not in sync, when that was noticed."),
+		problems:       desc("problems", "What 'weir status' lists of the agent's, by the codes of the runbook; 0 where there is none.", "code", "severity"),
 		unseen:         desc("state_unseen", "Records, or the node's state, that the agent could not look at or write; what is in force stays.", "reason"),
 		proxies:        desc("consul_proxies", "Proxies registered on this node."),
 		consulReads:    desc("consul_reads_total", "Bulk reads of Consul."),
@@ -88,7 +103,11 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	if consul := c.agent.config.Consul; consul.Enabled && consul.Watch {
 		gauge(c.consulWatch, oneIf(status.Consul.Watch == ""))
 	}
-	gauge(c.problems, float64(len(status.Problems)))
+	gauge(c.build, 1, c.agent.version, runtime.Version())
+	if c.agent.config.Consul.Enabled {
+		gauge(c.consulSince, float64(status.Consul.Since.UnixMilli())/1000)
+	}
+	c.collectProblems(status.Problems, gauge)
 	for reason, count := range c.agent.unseenReasons() {
 		gauge(c.unseen, float64(count), reason)
 	}
@@ -107,7 +126,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	for _, w := range status.Workloads {
 		kinds[kind{string(w.State), string(w.Mode), string(w.Guard)}]++
 		if w.State == StateManaged {
-			gauge(c.inSync, oneIf(w.InSync), w.Key.String(), w.Job, w.Group)
+			gauge(c.inSync, oneIf(w.InSync), labelsOf(w.Key, w.Job, w.NomadNames)...)
 		}
 	}
 	for k, count := range kinds {
@@ -115,6 +134,18 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	}
 	c.collectVerdicts(counter)
 	c.collectTables(gauge)
+}
+
+// collectProblems counts the problems of each code, those of which there is none
+// too: an alert sees one come and go.
+func (c *collector) collectProblems(list []redirect.Problem, gauge func(*prometheus.Desc, float64, ...string)) {
+	counts := make(map[string]int)
+	for _, problem := range list {
+		counts[problem.Code]++
+	}
+	for _, code := range redirect.AllProblemCodes() {
+		gauge(c.problems, float64(counts[code.String()]), code.String(), string(code.Severity()))
+	}
 }
 
 func (c *collector) collectTables(gauge func(*prometheus.Desc, float64, ...string)) {
@@ -140,9 +171,10 @@ func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...st
 		refused[verdict.String()] = map[bool]string{true: "true", false: "false"}[verdict.Refused()]
 	}
 	for _, w := range list {
-		counter(c.eventsLost, w.EventsLost, w.Key.String(), w.Job, w.Group)
+		labels := labelsOf(w.Key, w.Job, w.NomadNames)
+		counter(c.eventsLost, w.EventsLost, labels...)
 		for verdict, count := range w.Counts {
-			counter(c.verdicts, count, w.Key.String(), w.Job, w.Group, verdict, refused[verdict])
+			counter(c.verdicts, count, append(labels, verdict, refused[verdict])...)
 		}
 	}
 }

@@ -157,7 +157,7 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 		next.Since = now
 	}
 	if next.State != m.view.State && next.State != StateOutside {
-		a.log.Info("workload "+string(next.State), "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "problems", problems)
+		a.log.Info("workload "+string(next.State), "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "problems", problems)
 	}
 	before := m.hook
 	m.view, m.hook = next, 0
@@ -288,7 +288,7 @@ func (a *Agent) add(s allocation, m *allocState, request redirect.Request, why s
 	case err == nil:
 		m.missing = time.Time{}
 		a.count(func(c *Counts) { c.Added++ })
-		a.log.Info("workload added", "workload", s.Key.String(), "job", s.Job.ID, "group", s.Job.Group, "mode", string(request.Mode), "why", why)
+		a.log.Info("workload added", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "mode", string(request.Mode), "why", why)
 		a.allocationArrived() // what Consul has of it is the next pass's
 		return StateManaged
 	case errors.Is(err, redirect.ErrConsulRules):
@@ -327,7 +327,7 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 		if err == nil {
 			m.cached = false
 			a.count(func(c *Counts) { c.Removed++ })
-			a.log.Info("workload removed: its allocation ended", "workload", s.Key.String())
+			a.log.Info("workload removed: its allocation ended", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName)
 			a.trigger()
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -78,7 +79,9 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 	}, "what Consul and Docker do not answer to be told")
 	address := n.agent.Status().Telemetry
 	_, text := get(t, "http://"+address+"/metrics")
-	for _, want := range []string{"weir_consul_in_sync 0", fmt.Sprintf(`weir_workload_in_sync{alloc="%s-eth0",group="",job=""} 0`, ids[0]), "weir_problems 2"} {
+	for _, want := range []string{"weir_consul_in_sync 0", fmt.Sprintf(`weir_workload_in_sync{alloc_id=%q,interface="eth0",namespace="",nomad_job="",task_group=""} 0`, ids[0]),
+		`weir_problems{code="consul-unreachable",severity="error"} 1`, `weir_problems{code="docker-unreachable",severity="warning"} 1`,
+		`weir_problems{code="table-full",severity="warning"} 0`, fmt.Sprintf(`weir_build_info{goversion=%q,version=""} 1`, runtime.Version())} {
 		if !strings.Contains(text, "\n"+want+"\n") {
 			t.Errorf("metrics lack %s", want)
 		}

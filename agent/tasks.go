@@ -119,7 +119,7 @@ func (a *Agent) verifyProxyTask(key redirect.AttachmentID, m *allocState, cgroup
 		if err == nil {
 			m.rejected = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
 			a.count(func(c *Counts) { c.Repaired++ })
-			a.log.Warn("workload's proxy learned anew", "workload", key.String(), "task", found.task, "cgroup", path)
+			a.log.Warn("workload's proxy learned anew", "alloc_id", key.ContainerID, "interface", key.IfName, "task", found.task, "cgroup", path)
 			delete(m.candidates, cgroup)
 			a.trigger()
 			return

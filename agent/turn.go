@@ -93,7 +93,7 @@ func (a *Agent) apply(s allocation, m *allocState, meshConfig redirect.MeshConfi
 	a.progressed()
 	if err == nil {
 		a.count(func(c *Counts) { c.Changes++ })
-		a.log.Info("workload changed", "workload", s.Key.String(), "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
+		a.log.Info("workload changed", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
 			"open", fmt.Sprint(openPorts(meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
 	}
 	return err == nil

@@ -116,7 +116,8 @@ type instance struct {
 func (d *daemon) make(config agent.Config) (*instance, error) {
 	log := newLogger(config, d.out)
 	made, err := agent.New(config, agent.Options{
-		Log: log,
+		Version: version,
+		Log:     log,
 		Notify: func(state string) {
 			if state == systemd.SdNotifyStopping && d.ctx.Err() == nil {
 				return // another one follows
