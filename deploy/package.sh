@@ -63,10 +63,10 @@ copyright() {
 	-bin-dir /usr/bin -unit-dir /usr/lib/systemd/system -config-dir /etc/weir.d -plugin "$bin/weir-cni" >/dev/null
 install -m 755 "$bin/weir-cni" "$ROOT/usr/lib/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl deploy/*.conflist "$ROOT/usr/share/doc/weir/"
-cp -r docs "$ROOT/usr/share/doc/weir/"
+cp -r docs deploy/prometheus deploy/grafana "$ROOT/usr/share/doc/weir/"
 install -m 755 "$bin"/{weir,weir-cni} "$ROOT/tar/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl "$ROOT/tar/weir/"
-cp -r docs "$ROOT/tar/weir/"
+cp -r docs deploy/prometheus deploy/grafana "$ROOT/tar/weir/"
 copyright >"$ROOT/usr/share/doc/weir/copyright"
 install -m 644 "$ROOT/usr/share/doc/weir/copyright" "$ROOT/tar/weir/"
 find "$ROOT" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +

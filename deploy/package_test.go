@@ -137,6 +137,7 @@ func packageContents(t *testing.T, deb, tarball string) {
 	}
 	for path, mode := range map[string]os.FileMode{
 		"/usr/lib/weir/weir-cni": 0o755, "/etc/weir.d/weir.hcl": 0o600, "/usr/share/doc/weir/weir.nomad.hcl": 0o644,
+		"/usr/share/doc/weir/prometheus/weir.rules.yml": 0o644, "/usr/share/doc/weir/grafana/weir.json": 0o644,
 	} {
 		if info, err := os.Stat(tree + path); err != nil || info.Mode() != mode {
 			t.Errorf("%s: %v, %v: want mode %v", path, info, err, mode)

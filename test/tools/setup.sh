@@ -18,6 +18,7 @@
 #	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
 #	cni    the reference CNI plugins                  -> .tools/cni
 #	docker Docker's engine and a static busybox, from Debian
+#	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
 #	vm     qemu, and what reads and verifies packages of the archive
 set -euo pipefail
 
@@ -201,12 +202,31 @@ setup_package() {
 	mv "$binary.new" "$binary"
 }
 
+setup_promtool() {
+	local binary=$tools/bin/promtool
+	command -v promtool >/dev/null && return
+	[[ -x $binary ]] && return
+	say "$step: fetch promtool from Debian's package of Prometheus"
+	local directory
+	directory=$(mktemp -d)
+	mkdir -p "${binary%/*}"
+	(
+		cd "$directory"
+		apt-get -qq update && apt-get -qq -o APT::Sandbox::User=root download prometheus &&
+			dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xO ./usr/bin/promtool >"$binary.new"
+	) || die "fetch Debian's package prometheus"
+	rm -r "$directory"
+	chmod 755 "$binary.new"
+	says "$binary.new" --version 'promtool, version *' || die "Debian's promtool does not run"
+	mv "$binary.new" "$binary"
+}
+
 setup_vm() {
 	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
-	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker package vm"
+	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker package promtool vm"
 	local group start
 	for group in go "$@"; do
 		step=$group busy= start=$SECONDS
