@@ -5,7 +5,7 @@ GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VE
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint test e2e test-vm kernels demo bench bench-agent tools package clean
+.PHONY: help build generate lint check test e2e test-vm kernels demo bench bench-agent tools package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,8 +25,12 @@ lint: ## Check formatting, imports between packages, file sizes and common mista
 	test/tools/setup.sh build lint
 	test/lint.sh
 
-test: ## Run all tests; as root those that need the kernel too
-	test/run.sh
+test: ## Run all tests; as root those that need the kernel too; PKG=./agent RUN=REGEXP: only those
+	PKG='$(PKG)' RUN='$(RUN)' test/run.sh
+
+check: ## Lint, and every test that needs neither root nor a build: about a minute
+	test/lint.sh
+	@env -u CI WEIR_TEST_QUICK=1 PATH="$$PWD/.tools/envoy:$$PWD/.tools/bin:$$PATH" CGO_ENABLED=0 go test -trimpath -count=1 ./...
 
 e2e: ## Run real job files on a whole node: Nomad, Consul, Docker, Envoy (root)
 	test/run-e2e.sh

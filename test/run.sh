@@ -4,7 +4,8 @@
 # All tests: the units and the kernel tests, then the walks of test/e2e, which want the
 # machine for themselves. Without root the tests that need it are skipped. Says a line
 # for each package, and at the end what was not run and why, and what failed. With CI
-# set a skip is a failure.
+# set a skip is a failure. PKG in the environment names packages to test instead of all,
+# RUN tests as in go test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -37,6 +38,13 @@ run() {
 	go test -count=1 -v "$@" 2>&1 | tee -a "$log" | show || failed=1
 	printf 'test: %s: %d s\n' "$what" $((SECONDS - start))
 }
+
+if [[ -n ${PKG:-}${RUN:-} ]]; then
+	read -ra some <<<"${PKG:-./...}"
+	CGO_ENABLED=0 run "${some[*]}${RUN:+, tests $RUN}" -trimpath -timeout 30m ${RUN:+-run "$RUN"} "${some[@]}"
+	test/summary.sh "$log" "all but ${some[*]}${RUN:+, tests $RUN}" || failed=1
+	exit "$failed"
+fi
 
 mapfile -t racy < <(go list ./agent/... ./cni/...)
 mapfile -t walks < <(go list ./test/e2e)
