@@ -103,7 +103,7 @@ func New(config Config, options Options) (*Agent, error) {
 	}
 	a := &Agent{
 		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, networkInterval: networkInterval,
-		datapath:       redirect.New(config.Paths()).Within(lockPatience),
+		datapath:       redirect.New(config.Paths()).Within(lockTimeout),
 		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
 		wake:           make(chan struct{}, 1),

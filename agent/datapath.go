@@ -13,9 +13,9 @@ import (
 	"github.com/weirmesh/weir/redirect"
 )
 
-// lockPatience is how long a step waits for another process's change: the loop
+// lockTimeout is how long a step waits for another process's change: the loop
 // has to turn, and to tell of it, where that does not end.
-const lockPatience = 10 * time.Second
+const lockTimeout = 10 * time.Second
 
 // unseen counts why the node's state could not be looked at or written, by the
 // reason that redirect.CouldNotLook gives.

@@ -49,23 +49,23 @@ type docker struct {
 
 // What Docker may cost the agent.
 const (
-	dockerPatience = 10 * time.Second
-	dockerRetry    = 2 * time.Second
-	dockerHeaders  = 64 << 10 // bytes
-	dockerLimit    = 64 << 20 // bytes of an answer
-	elementLimit   = 1 << 20  // bytes of an event, and of a container in the list
-	eventsAtOnce   = 1024     // more wait in the socket
-	listRest       = 100 * time.Millisecond
-	listShare      = 4 // of the time that a list takes, until the next one
+	dockerTimeout = 10 * time.Second
+	dockerRetry   = 2 * time.Second
+	dockerHeaders = 64 << 10 // bytes
+	dockerLimit   = 64 << 20 // bytes of an answer
+	elementLimit  = 1 << 20  // bytes of an event, and of a container in the list
+	eventsAtOnce  = 1024     // more wait in the socket
+	listRest      = 100 * time.Millisecond
+	listShare     = 4 // of the time that a list takes, until the next one
 )
 
 func newDocker(socket string, changed func()) *docker {
 	return &docker{
 		changed: changed, namespaces: make(map[string]string),
 		client: &http.Client{Transport: &http.Transport{
-			MaxConnsPerHost: 2, ResponseHeaderTimeout: dockerPatience, MaxResponseHeaderBytes: dockerHeaders,
+			MaxConnsPerHost: 2, ResponseHeaderTimeout: dockerTimeout, MaxResponseHeaderBytes: dockerHeaders,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-				return (&net.Dialer{Timeout: dockerPatience}).DialContext(ctx, "unix", socket)
+				return (&net.Dialer{Timeout: dockerTimeout}).DialContext(ctx, "unix", socket)
 			},
 		}},
 	}
@@ -175,7 +175,7 @@ func readEvents(ctx context.Context, stream io.Reader, events chan<- string) err
 
 // read lists the containers and asks for the namespaces that are not known yet.
 func (d *docker) read(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, dockerPatience)
+	ctx, cancel := context.WithTimeout(ctx, dockerTimeout)
 	defer cancel()
 	list, err := d.list(ctx)
 	if err != nil {

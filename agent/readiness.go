@@ -44,8 +44,8 @@ func ConsulReadiness(ctx context.Context, config ConsulConfig) (checks []redirec
 		c.Warn("consul-address", "consul { enabled = true } in the configuration", "Consul is not asked: nothing keeps ports in sync, and no job without transparent_proxy is guarded")
 		return c.List, nil
 	}
-	const patience = 5 * time.Second
-	consul, err := newConsul(config, defaultPatienceOf(patience))
+	const timeout = 5 * time.Second
+	consul, err := newConsul(config, timeoutsOf(timeout))
 	if err != nil {
 		c.Fault("consul-tls", "correct ca_file, ca_path, cert_file and key_file of consul { }", "%v", err)
 		return c.List, nil
@@ -56,7 +56,7 @@ func ConsulReadiness(ctx context.Context, config ConsulConfig) (checks []redirec
 	return c.List, consul.rights(ctx, c)
 }
 
-func defaultPatienceOf(read time.Duration) timeouts { return timeouts{read: read, block: read} }
+func timeoutsOf(read time.Duration) timeouts { return timeouts{read: read, block: read} }
 
 // reachable checks address, TLS, leader and clock by the one question that needs
 // no token.

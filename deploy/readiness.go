@@ -123,8 +123,8 @@ func (n Node) checkBridge(ctx context.Context, c *redirect.Checks) {
 // pluginVersion runs a plugin as Nomad does, without a command, and returns the
 // first word that reads as a version.
 func pluginVersion(ctx context.Context, path string) (string, error) {
-	const patience = 3 * time.Second // Nomad's own
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	const timeout = 3 * time.Second // Nomad's own
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	plugin := exec.CommandContext(ctx, path)
 	plugin.Env = []string{} // no CNI_COMMAND of this process

@@ -13,27 +13,27 @@ import (
 // Datapath is the data path of one node. It holds no state but the paths, so
 // any number of them, in any number of processes, may work on the same node.
 type Datapath struct {
-	paths         Paths
-	patience      time.Duration // how long a change waits for the lock
-	checkPatience time.Duration // ... and a check
+	paths        Paths
+	lockTimeout  time.Duration // how long a change waits for the lock
+	checkTimeout time.Duration // ... and a check
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths Paths) *Datapath {
-	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), patience: lockTimeout, checkPatience: checkPatience}
+	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), lockTimeout: lockTimeout, checkTimeout: checkTimeout}
 }
 
 // Within returns the same data path for who has other things to do than to wait
 // for another process's change for longer than that.
 func (d *Datapath) Within(timeout time.Duration) *Datapath {
-	impatient := *d
-	impatient.patience, impatient.checkPatience = timeout, min(timeout, d.checkPatience)
-	return &impatient
+	bounded := *d
+	bounded.lockTimeout, bounded.checkTimeout = timeout, min(timeout, d.checkTimeout)
+	return &bounded
 }
 
 // locked runs action while no other process changes the state.
 func (d *Datapath) locked(action func() error) error {
-	return lockedWithin(d.paths.lock(), d.patience, action)
+	return lockedWithin(d.paths.lock(), d.lockTimeout, action)
 }
 
 // Paths returns where this data path keeps its state, defaults filled in.
@@ -247,7 +247,7 @@ func removeRoutes(r *record) error {
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
 func (d *Datapath) Check(key AttachmentID, netns string) (repaired []string, err error) {
-	err = lockedWithin(d.paths.lock(), d.checkPatience, func() error {
+	err = lockedWithin(d.paths.lock(), d.checkTimeout, func() error {
 		repaired, err = d.check(key, netns)
 		return err
 	})

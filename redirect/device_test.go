@@ -13,13 +13,13 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// unmatchedProxies counts what leaves a namespace for addresses that never leave one: it
+// packetCapture counts what leaves a namespace for addresses that never leave one: it
 // looks at the other end of the wire, from the first packet on.
-type unmatchedProxies struct{ fd int }
+type packetCapture struct{ fd int }
 
-func watchStrays(t *testing.T, ns *test.NetNS, device string) unmatchedProxies {
+func capturePackets(t *testing.T, ns *test.NetNS, device string) packetCapture {
 	t.Helper()
-	var s unmatchedProxies
+	var s packetCapture
 	ns.Do(func() {
 		var err error
 		if s.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
@@ -38,7 +38,7 @@ func htons(n uint16) uint16 { return n<<8 | n>>8 }
 
 // seen are the addresses in the packets so far, ARP requests included, that are
 // loopback's or carry an origin.
-func (s unmatchedProxies) seen() (found []netip.Addr) {
+func (s packetCapture) seen() (found []netip.Addr) {
 	frame := make([]byte, 1<<16)
 	for {
 		n, _, err := unix.Recvfrom(s.fd, frame, 0)
@@ -73,7 +73,7 @@ func TestDeviceAfterConnect(t *testing.T) {
 	a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", outboundListener)
 	six := a.serve(proxyUID, a.proxyCg, "tcp6", "[::1]:15001")
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
-	wire := watchStrays(t, n.remote, "veth1")
+	wire := capturePackets(t, n.remote, "veth1")
 	p := a.task(t)
 	for _, tc := range []struct {
 		name   string
@@ -119,7 +119,7 @@ func TestDeviceBeforeLocal(t *testing.T) {
 	a.startProxy()
 	app := a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
 	p := a.task(t)
-	wire, second := watchStrays(t, n.remote, "veth1"), watchStrays(t, n.remote, "second")
+	wire, second := capturePackets(t, n.remote, "veth1"), capturePackets(t, n.remote, "second")
 	before := segments(t, n.remote)
 	for _, tc := range []struct {
 		device, dial string
@@ -178,7 +178,7 @@ func TestDeviceInDirectMode(t *testing.T) {
 		}
 	})
 	p := a.task(t)
-	wire := watchStrays(t, n.remote, "veth1")
+	wire := capturePackets(t, n.remote, "veth1")
 	a.moves(t, map[Verdict]uint64{Direct: 1}, func() {
 		p.run(t, stream(unix.AF_INET).device("eth0").to("connectStart", "127.0.0.1:9000").fails(unix.EINPROGRESS))
 	})

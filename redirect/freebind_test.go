@@ -28,7 +28,7 @@ func TestFreebindIsRefused(t *testing.T) {
 	}
 	p := a.task(t)
 	before := segments(t, n.remote)
-	wire := watchStrays(t, n.remote, "veth1")
+	wire := capturePackets(t, n.remote, "veth1")
 	for _, tc := range []struct {
 		name   string
 		script script

@@ -19,9 +19,9 @@ import (
 // forever: Nomad makes no other network meanwhile, and tells nobody.
 const lockTimeout = time.Minute
 
-// checkPatience is that of a check. Nomad makes one for each allocation when its
+// checkTimeout is that of a check. Nomad makes one for each allocation when its
 // client starts, and a check that cannot look is no error.
-const checkPatience = 10 * time.Second
+const checkTimeout = 10 * time.Second
 
 // Locked runs action while no other process does so with the same file, which is
 // made where it is not there. A lock that is not given up is an error, which is

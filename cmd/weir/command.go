@@ -188,8 +188,8 @@ func (c *command) datapath() datapath {
 // and dead then says why one should; nothing where none is there to answer: the
 // data path works without.
 func (c *command) agent() (view agent.Status, ok bool, dead redirect.Problem) {
-	const patience = 2 * time.Second
-	ctx, cancel := context.WithTimeout(c.ctx, patience)
+	const timeout = 2 * time.Second
+	ctx, cancel := context.WithTimeout(c.ctx, timeout)
 	defer cancel()
 	stateDir := c.stateDir()
 	view, err := c.ask(ctx, stateDir)

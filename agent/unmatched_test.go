@@ -20,7 +20,7 @@ import (
 
 // A registration without a namespace is a fault where something should be
 // guarded, and none where Nomad puts it on the node's own network.
-func TestStrays(t *testing.T) {
+func TestUnmatchedProxies(t *testing.T) {
 	const asNomadBinds = `"Config": {"envoy_gateway_no_default_bind": true, "envoy_gateway_bind_addresses": {"wan": {"Address": "0.0.0.0", "Port": 8443}}}`
 	nomads := "_nomad-task-" + numbered(1) + "-group-g-gw-80"
 	for _, c := range []struct {
