@@ -14,6 +14,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -123,16 +124,12 @@ func nameOwners(list []Other) {
 
 // bpffsMounts are where a bpffs is mounted.
 func bpffsMounts() (list []string) {
-	text, err := os.ReadFile("/proc/self/mountinfo")
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("bpf"))
 	if err != nil {
 		return nil
 	}
-	for line := range strings.Lines(string(text)) {
-		mount, kind, found := strings.Cut(line, " - ")
-		fields := strings.Fields(mount)
-		if found && strings.HasPrefix(kind, "bpf ") && len(fields) > 4 {
-			list = append(list, fields[4])
-		}
+	for _, mount := range mounts {
+		list = append(list, mount.Mountpoint)
 	}
 	return list
 }

@@ -3,13 +3,13 @@
 package redirect
 
 import (
-	"bufio"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -96,18 +96,19 @@ func (p Paths) cgroupRoot() (*os.File, error) {
 	return dir, nil
 }
 
-func findCgroupRoot(mountinfo string) (string, error) {
-	file, err := os.Open(mountinfo)
+func findCgroupRoot(path string) (string, error) {
+	file, err := os.Open(path)
 	if err != nil {
 		return "", fmt.Errorf("find cgroup v2: %w", err)
 	}
 	defer file.Close()
-	lines := bufio.NewScanner(file)
-	for lines.Scan() {
-		mount, fs, found := strings.Cut(lines.Text(), " - ")
-		fields := strings.Fields(mount)
-		if found && strings.HasPrefix(fs, "cgroup2 ") && len(fields) > 4 && fields[3] == "/" {
-			return fields[4], nil
+	mounts, err := mountinfo.GetMountsFromReader(file, mountinfo.FSTypeFilter("cgroup2"))
+	if err != nil {
+		return "", fmt.Errorf("find cgroup v2: %w", err)
+	}
+	for _, mount := range mounts {
+		if mount.Root == "/" {
+			return mount.Mountpoint, nil
 		}
 	}
 	return "", fmt.Errorf("find cgroup v2: no mount of it, mount it at /sys/fs/cgroup: %w", ErrUnsupported)

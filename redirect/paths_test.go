@@ -40,6 +40,7 @@ func TestFindCgroupRootReadsMountinfo(t *testing.T) {
 	)
 	for _, tc := range []struct{ name, mountinfo, want string }{
 		{"hybrid", v1 + inner + hybrid, "/sys/fs/cgroup/unified"},
+		{"a place with a space", "33 23 0:27 / /mnt/a\\040b rw - cgroup2 cgroup2 rw\n", "/mnt/a b"},
 		{"only a part of the hierarchy", v1 + inner, ""},
 		{"only v1", v1, ""},
 		{"something of that name", other, ""},
