@@ -14,6 +14,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"github.com/google/renameio/v2"
 )
 
 // DefaultManifestDir is where a node remembers what an installation put on it.
@@ -89,30 +91,18 @@ func digestOf(content []byte) string {
 }
 
 // replaceFile writes a file in one step: a reader sees the old or the new one,
-// and a power failure leaves no half of either.
+// and a power failure leaves no half of either. renameio.WriteFile would keep the mode
+// of the old file, and would look first whether it can write by way of TMPDIR.
 func replaceFile(path string, content []byte, mode fs.FileMode) (err error) {
-	temporary, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".weir-new-")
+	file, err := renameio.NewPendingFile(path, renameio.WithTempDir(filepath.Dir(path)), renameio.WithStaticPermissions(mode))
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, temporary.Close(), os.Remove(temporary.Name()))
-		}
-	}()
-	if _, err = temporary.Write(content); err != nil {
+	defer func() { err = errors.Join(err, file.Cleanup()) }() // nothing is left to do once it is in place
+	if _, err := file.Write(content); err != nil {
 		return err
 	}
-	if err = temporary.Chmod(mode); err != nil {
-		return err
-	}
-	if err = temporary.Sync(); err != nil {
-		return err
-	}
-	if err = os.Rename(temporary.Name(), path); err != nil {
-		return err
-	}
-	return temporary.Close()
+	return file.CloseAtomicallyReplace()
 }
 
 // replaceLink puts a symbolic link in the place of whatever is at path, in one
