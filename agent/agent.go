@@ -345,7 +345,7 @@ func (a *Agent) check(key redirect.AttachmentID) {
 		a.trigger()
 		return
 	}
-	a.note(a.allocations[key], "check", err)
+	a.note(key, a.allocations[key], "check", err)
 }
 
 func (a *Agent) count(add func(*Counts)) {

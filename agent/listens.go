@@ -37,7 +37,7 @@ func (a *Agent) checkListens(key redirect.AttachmentID, m *allocState, seen []re
 		if ends(err) {
 			return // it went meanwhile
 		}
-		a.note(m, "listeners", err)
+		a.note(key, m, "listeners", err)
 		if m.mute = muteProblem(ports, rejected); m.mute.What != "" && m.mute != before {
 			a.log.Warn("workload's proxy does not listen", "alloc_id", key.ContainerID, "interface", key.IfName, "problem", m.mute.What)
 		}

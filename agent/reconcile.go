@@ -176,7 +176,7 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 	switch {
 	case s.Record != nil:
 		m.missing = time.Time{}
-		a.note(m, "record", nil)
+		a.note(s.Key, m, "record", nil)
 		return a.followNamespace(s, m, now)
 	case s.over() && (s.asked() || wanted.Add != nil):
 		m.errors, m.retry, m.missing = nil, time.Time{}, time.Time{}
@@ -187,7 +187,7 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 		}
 		m.looked = now
 		foreign, err := redirect.RedirectedByConsul(s.NetNS)
-		a.note(m, "namespace", err)
+		a.note(s.Key, m, "namespace", err)
 		if err != nil {
 			return StateUnprotected
 		}
@@ -205,7 +205,7 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 			return StateUnprotected
 		}
 		request, err := lostRequest(s.attachment)
-		a.note(m, "record", err)
+		a.note(s.Key, m, "record", err)
 		if err != nil {
 			return StateUnprotected
 		}
@@ -229,11 +229,11 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 		if inodeOf(s.Record.NetNS) == 0 && now.Sub(a.pruned) > tick {
 			a.pruned = time.Time{} // it died
 		}
-		a.note(m, "namespace", nil)
+		a.note(s.Key, m, "namespace", nil)
 		return StateManaged
 	}
 	addresses, err := there(s.NetNS, s.Addresses)
-	a.note(m, "namespace", err)
+	a.note(s.Key, m, "namespace", err)
 	if err != nil || !replaced && len(addresses) == 0 {
 		return StateManaged
 	}
@@ -282,7 +282,7 @@ func inodeOf(path string) uint64 {
 
 func (a *Agent) add(s allocation, m *allocState, request redirect.Request, why string) State {
 	err := a.datapath.Add(redirect.Attachment{Key: s.Key, NetNS: s.NetNS, Request: request})
-	a.note(m, "add", err)
+	a.note(s.Key, m, "add", err)
 	a.progressed()
 	switch {
 	case err == nil:
@@ -322,7 +322,7 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 			continue
 		}
 		err := a.datapath.Remove(s.Key)
-		a.note(m, "remove", err)
+		a.note(s.Key, m, "remove", err)
 		a.progressed()
 		if err == nil {
 			m.cached = false

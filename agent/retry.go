@@ -13,7 +13,7 @@ import (
 
 // note remembers how a step went, tells when that changes, and sees to another
 // try.
-func (a *Agent) note(m *allocState, step string, err error) {
+func (a *Agent) note(key redirect.AttachmentID, m *allocState, step string, err error) {
 	if m == nil {
 		return
 	}
@@ -23,7 +23,7 @@ func (a *Agent) note(m *allocState, step string, err error) {
 	}
 	if text != m.errors[step] {
 		if err != nil {
-			a.log.Log(context.Background(), level, "workload "+step+" failed", "error", err)
+			a.log.Log(context.Background(), level, "workload "+step+" failed", "alloc_id", key.ContainerID, "interface", key.IfName, "error", err)
 		}
 		if m.errors == nil {
 			m.errors = make(map[string]string)

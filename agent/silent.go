@@ -78,7 +78,7 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 			if ends(err) {
 				err = nil // it went meanwhile
 			}
-			a.note(m, "recognise", err)
+			a.note(key, m, "recognise", err)
 		}
 	}
 	for _, m := range due {

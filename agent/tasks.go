@@ -104,7 +104,7 @@ func (a *Agent) verifyProxyTask(key redirect.AttachmentID, m *allocState, cgroup
 	if errors.Is(err, fs.ErrNotExist) {
 		return // it ended; the next one is learned
 	}
-	a.note(m, "proxy", err)
+	a.note(key, m, "proxy", err)
 	if err != nil {
 		return
 	}
@@ -115,7 +115,7 @@ func (a *Agent) verifyProxyTask(key redirect.AttachmentID, m *allocState, cgroup
 	}
 	if found.task != "" && !found.next.IsZero() && a.runsBeside(m) {
 		err := a.datapath.RejectProxyCgroup(key, cgroup)
-		a.note(m, "proxy", err)
+		a.note(key, m, "proxy", err)
 		if err == nil {
 			m.rejected = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
 			a.count(func(c *Counts) { c.Repaired++ })

@@ -82,14 +82,14 @@ func (a *Agent) byUrgency(allocations []allocation) {
 // the next one's.
 func (a *Agent) apply(s allocation, m *allocState, meshConfig redirect.MeshConfig) bool {
 	if k := s.Record; k != nil && k.Complete && redirect.Merge(k.Request, meshConfig).Equal(redirect.Merge(k.Request, k.MeshConfig)) {
-		a.note(m, "configure", nil)
+		a.note(s.Key, m, "configure", nil)
 		return true
 	}
 	if !a.budget.allows(time.Now(), a.arrived.Load()) {
 		return false
 	}
 	err := a.datapath.SetMeshConfig(s.Key, meshConfig)
-	a.note(m, "configure", err)
+	a.note(s.Key, m, "configure", err)
 	a.progressed()
 	if err == nil {
 		a.count(func(c *Counts) { c.Changes++ })

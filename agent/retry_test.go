@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"bytes"
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// What goes wrong is found in the log by the allocation's name, once.
+func TestFailureNamesItsAllocation(t *testing.T) {
+	var log bytes.Buffer
+	a := &Agent{log: slog.New(slog.NewTextHandler(&log, nil))}
+	m := new(allocState)
+	for range 2 {
+		a.note(redirect.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}, m, "add", errors.New("open namespace: denied"))
+	}
+	want := `msg="workload add failed" alloc_id=` + numbered(1) + ` interface=eth0 error="open namespace: denied"`
+	if strings.Count(log.String(), want) != 1 || strings.Count(log.String(), "\n") != 1 {
+		t.Errorf("log = %s, want one line with %s", &log, want)
+	}
+	if m.failures != 2 || m.retry.IsZero() {
+		t.Errorf("%d failures, retry at %s; want 2 and a time", m.failures, m.retry)
+	}
+}
