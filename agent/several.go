@@ -72,13 +72,10 @@ func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known
 		proxies = slices.Insert(slices.Delete(proxies, i, i+1), 0, first)
 	}
 	first := proxies[0]
-	o.InboundPort = first.Inbound
-	if redirected && first.Transparent {
-		o.OutboundPort = first.Outbound
-	}
+	problems = ownPorts(o, first, redirected, record)
 	o.ExposedPorts = known.exposed(first, record)
 	if len(proxies)+len(unmeshed) == 1 {
-		return nil
+		return problems
 	}
 	o.Service = first.service().Name
 	owners := known.owners(proxies, record)
@@ -122,6 +119,26 @@ func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known
 		problems = append(problems, known.NoIntentions)
 	}
 	return problems
+}
+
+// ownPorts takes the ports of the first proxy, unless they are one port: then those
+// that the allocation has stay, and it is told.
+func ownPorts(o *redirect.MeshConfig, first proxy, redirected bool, record *redirect.Record) []redirect.Problem {
+	var outbound, requested uint16
+	if redirected && first.Transparent {
+		outbound = first.Outbound
+	}
+	if record != nil {
+		requested = record.Request.OutboundPort
+	}
+	if first.Inbound == cmp.Or(outbound, requested, redirect.DefaultOutboundPort) {
+		return []redirect.Problem{redirect.NewProblem(redirect.ProblemProxyPorts,
+			"give its sidecar_service another port, or set another transparent_proxy.outbound_listener_port in its service-defaults",
+			fmt.Sprintf("service %s: port %d is registered for the inbound listener and is that of the outbound one; the ports from before stay",
+				first.service().Name, first.Inbound))}
+	}
+	o.InboundPort, o.OutboundPort = first.Inbound, outbound
+	return nil
 }
 
 // owners gives each virtual IP to the first transparent proxy that an intention

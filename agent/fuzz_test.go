@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// FuzzServices holds what anybody may register in Consul to one promise: whatever it
+// says, what the agent makes of it for an allocation is a workload that the data
+// path takes, with no weaker guard than the node's.
+func FuzzServices(f *testing.F) {
+	body, err := os.ReadFile("testdata/consul-1.22.2-services.json")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(body)
+	f.Add([]byte(`{}`))
+	f.Add([]byte(`null`))
+	f.Add([]byte(`{"a":{"Kind":"connect-proxy","Port":-1,"Proxy":{"Upstreams":[{"LocalBindPort":70000},{"LocalBindAddress":"::ffff:1.2.3.4","LocalBindPort":1}]}},"b":7}`))
+	f.Add([]byte(`{"g":{"Kind":"ingress-gateway","Port":8080,"Proxy":{"Config":{"envoy_gateway_bind_addresses":{"x":{"address":"0.0.0.0","port":1}},"bind_port":"15"}}}}`))
+	f.Add([]byte(`{"s":{"Kind":"connect-proxy","Port":1,"Meta":{"weir-guard":"off"},"Proxy":{"Mode":"transparent","TransparentProxy":{"OutboundListenerPort":1},"Expose":{"Paths":[{"ListenerPort":1}]}}}}`))
+	f.Fuzz(func(t *testing.T, body []byte) {
+		proxies, problems, err := parseServices(body, netip.MustParseAddr("127.0.0.1"))
+		if err != nil {
+			if len(proxies)+len(problems) > 0 {
+				t.Errorf("beside an error are %d proxies and %d problems", len(proxies), len(problems))
+			}
+			return
+		}
+		for _, problem := range problems {
+			if !strings.Contains(problem, "registration ") {
+				t.Errorf("the problem %q names no registration", problem)
+			}
+		}
+		for _, mode := range []redirect.Mode{"", redirect.ModeTransparent, redirect.ModeDirect, redirect.ModeGateway} {
+			// One by one, as one registration must not spoil another's allocation, and all.
+			for i := range len(proxies) + 1 {
+				own := proxies
+				if i < len(proxies) {
+					own = proxies[i : i+1]
+				}
+				s := allocation{attachment: found(), Live: true, Proxies: own}
+				request := redirect.Request{Mode: mode, ProxyUID: 101, Addresses: s.Addresses}
+				if mode == redirect.ModeTransparent {
+					request.InboundPort, request.OutboundPort = 20000, 15001
+				}
+				if mode != "" {
+					s.Record = &redirect.Record{Key: s.Key, Request: request, Complete: true}
+				}
+				plan := planFor(s, catalogData{}, policy{Guard: redirect.GuardAudit, ProxyUID: 101})
+				if plan.MeshConfig == nil {
+					continue
+				}
+				if plan.Add != nil {
+					request = *plan.Add
+				}
+				workload := redirect.Merge(request, *plan.MeshConfig)
+				if err := workload.Validate(); err != nil {
+					t.Errorf("mode %q: the data path refuses what is made of it: %v\n%+v", mode, err, *plan.MeshConfig)
+				}
+				if workload.Guard != redirect.GuardAudit && workload.Guard != redirect.GuardEnforce {
+					t.Errorf("mode %q: the guard is %q", mode, workload.Guard)
+				}
+			}
+		}
+	})
+}
+
+// FuzzCache holds files of libcni's cache to theirs: one is an allocation of Nomad's
+// with a key and plain addresses, or none, or an error.
+func FuzzCache(f *testing.F) {
+	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"` + exampleAlloc + `","ifName":"eth0","networkName":"nomad","netns":"/var/run/netns/x",
+		"cniArgs":[["IgnoreUnknown","true"],["NOMAD_JOB_ID","j1"],["NOMAD_ALLOC_ID","` + exampleAlloc + `"],["CONSUL_IPTABLES_CONFIG","{}"],["weir.mode","direct"]],
+		"capabilityArgs":{"portMappings":[{"hostPort":1,"containerPort":2,"protocol":"tcp"}]},
+		"result":{"interfaces":[{"name":"eth0","sandbox":"/var/run/netns/x"}],"ips":[{"address":"172.26.64.2/20","interface":0},{"address":"::ffff:1.2.3.4/128","interface":-1}]}}`))
+	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"c","ifName":"i","cniArgs":[["a"],["NOMAD_ALLOC_ID","x","y"]]}`))
+	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"../../etc","ifName":"/","cniArgs":[["NOMAD_ALLOC_ID","x"]],"result":{"ips":[{"address":"fe80::1%eth0/64","interface":9}]}}`))
+	f.Add([]byte(`[]`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		a, ok, err := parseCache(data)
+		if err != nil || !ok {
+			if err != nil && ok {
+				t.Error("an error beside an allocation")
+			}
+			return
+		}
+		if a.Job.AllocID == "" || a.Key.ContainerID == "" || a.Key.IfName == "" {
+			t.Errorf("an allocation without a name: %+v", a)
+		}
+		for _, addr := range a.Addresses {
+			if !addr.IsValid() || addr.Is4In6() || addr.Zone() != "" {
+				t.Errorf("address %s is not as the data path has it", addr)
+			}
+		}
+	})
+}
+
+// FuzzConfig holds the agent's HCL to theirs: a file is refused with its name, or
+// what it says is checked without a fault of the checks.
+func FuzzConfig(f *testing.F) {
+	for _, seed := range []string{
+		"", `guard { default = "enforce" }`, `cni { job_args = ["mode", "garud"] }`, `consul { address = "https://[::1]:8501" }`,
+		`flows { memory = "-1" history = "" }`, `guard = 7`, `pin_dir = "x"`, `docker { socket = "" }` + "\n" + `docker {}`, "telemetry { listen = \"\xff\" }",
+		`proxy { default_uid = -1 }`, `log_level = "${path}"`, `guard { forward = true`,
+	} {
+		f.Add(seed)
+	}
+	path := filepath.Join(f.TempDir(), "weir.hcl")
+	f.Fuzz(func(t *testing.T, text string) {
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		config, err := ReadConfig(path, func(string) string { return "" })
+		if err != nil {
+			if !strings.Contains(err.Error(), path) {
+				t.Errorf("%q: the error names no file: %v", text, err)
+			}
+			return
+		}
+		if err := config.Validate(); err == nil && !filepath.IsAbs(config.StateDir) {
+			t.Errorf("%q: a state directory of %q is taken", text, config.StateDir)
+		}
+	})
+}
+
+// FuzzCgroupNames holds the names of cgroups and containers, which a task may choose
+// below its own: a task is only ever told by the first part of the path that is the
+// allocation's own.
+func FuzzCgroupNames(f *testing.F) {
+	container := strings.Repeat("ab", 32)
+	known := containers{Allocs: map[string]string{container: exampleAlloc}, Tasks: map[string]string{container: "web"}}
+	for _, seed := range []string{
+		"/nomad.slice/share.slice/" + exampleAlloc + ".web.scope", "/docker/" + container, "/system.slice/docker-" + container + ".scope/x",
+		"/nomad.slice/11111111-2222-3333-4444-555555555555.web.scope/" + exampleAlloc + ".connect-proxy-web.scope", "/" + exampleAlloc + "..scope", "////",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, cgroup string) {
+		task := taskOf(cgroup, exampleAlloc, known)
+		if task == "" {
+			return
+		}
+		parts := strings.Split(cgroup, "/")
+		first := slices.IndexFunc(parts, func(part string) bool {
+			_, _, scope := scopeOf(part)
+			return scope || known.Allocs[containerOf(part)] != ""
+		})
+		if first < 0 || !strings.Contains(parts[first], exampleAlloc) && containerOf(parts[first]) != container {
+			t.Errorf("%q: task %q by no part that is the allocation's", cgroup, task)
+		}
+		if strings.Contains(task, "/") {
+			t.Errorf("%q: task %q", cgroup, task)
+		}
+		if pause, of := nameOf([]string{"/" + task + "-" + exampleAlloc}, exampleAlloc); of != task && !pause {
+			t.Errorf("%q: a container of task %q is told as %q", cgroup, task, of)
+		}
+	})
+}
+
+// What FuzzServices found: a registration with one port for both listeners made a
+// workload that the data path refuses, told each pass as a step that fails.
+func TestOnePortForBothListeners(t *testing.T) {
+	for _, port := range []uint16{15001, 16001} {
+		s := allocation{attachment: found(), Live: true, Record: onRecord(redirect.ModeTransparent),
+			Proxies: []proxy{sidecar(func(p *proxy) { p.Transparent, p.Inbound, p.Outbound = true, port, port })}}
+		got := planFor(s, catalogData{}, policy{Guard: redirect.GuardAudit})
+		if got.MeshConfig.InboundPort != 0 || got.MeshConfig.OutboundPort != 0 {
+			t.Errorf("port %d: the ports are %d and %d, want those from before", port, got.MeshConfig.InboundPort, got.MeshConfig.OutboundPort)
+		}
+		if !slices.ContainsFunc(got.Problems, func(p redirect.Problem) bool { return p.Code == redirect.ProblemProxyPorts.String() }) {
+			t.Errorf("port %d: the problems are %v, none is proxy-ports", port, got.Problems)
+		}
+	}
+}
