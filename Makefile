@@ -5,7 +5,7 @@ GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VE
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test e2e test-vm kernels demo bench bench-agent tools package clean
+.PHONY: help build generate lint check test fuzz e2e test-vm kernels demo bench bench-agent tools package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ test: ## Run all tests; as root those that need the kernel too; PKG=./agent RUN=
 check: ## Lint, and every test that needs neither root nor a build: about a minute
 	test/lint.sh
 	@env -u CI WEIR_TEST_QUICK=1 PATH="$$PWD/.tools/envoy:$$PWD/.tools/bin:$$PATH" CGO_ENABLED=0 go test -trimpath -count=1 ./...
+
+fuzz: ## Fuzz every target in turn, FUZZTIME=10m each; what is found stays in testdata/fuzz
+	test/tools/setup.sh go
+	FUZZTIME='$(FUZZTIME)' test/fuzz.sh
 
 e2e: ## Run real job files on a whole node: Nomad, Consul, Docker, Envoy (root)
 	test/run-e2e.sh
