@@ -2,19 +2,20 @@
 VERSION ?= $(shell git describe --tags --match 'v*' --dirty 2>/dev/null || echo v0.1.0-dev)
 # The same flags everywhere: with others Go compiles all packages once more.
 GOBUILD := CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz e2e test-vm kernels demo bench bench-agent tools package clean
+.PHONY: help build generate lint check test fuzz e2e test-vm kernels demo bench bench-agent tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build bin/weir and bin/weir-cni, both static
 	@test/tools/setup.sh go
-	@echo 'build: bin/weir and bin/weir-cni; where nothing is compiled yet it takes a minute or two'
-	$(GOBUILD) -o bin/weir ./cmd/weir
-	$(GOBUILD) -o bin/weir-cni ./cmd/weir-cni
+	@echo 'build: $(BIN)/weir and $(BIN)/weir-cni; where nothing is compiled yet it takes a minute or two'
+	$(GOBUILD) -o $(BIN)/weir ./cmd/weir
+	$(GOBUILD) -o $(BIN)/weir-cni ./cmd/weir-cni
 
 generate: ## Compile the eBPF programs (Debian bookworm's clang), generate bindings and the tables of docs/
 	test/tools/setup.sh build
@@ -62,8 +63,13 @@ bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (
 	test/tools/setup.sh test consul
 	test/bench/run.sh -only agent
 
-package: build ## Make a Debian package and a tarball in dist/
-	deploy/package.sh bin dist
+package: build ## Make deb, rpm and tarball in dist/; GOARCH=arm64: for that architecture
+	VERSION='$(VERSION)' deploy/package.sh $(BIN) dist
+
+release: ## Make the packages of amd64 and arm64, and SHA256SUMS, in an empty dist/
+	rm -rf dist
+	$(MAKE) package GOARCH=amd64 BIN=bin/amd64
+	$(MAKE) package GOARCH=arm64 BIN=bin/arm64
 
 clean: ## Remove what was built; the tools in .tools stay
 	rm -rf bin dist

@@ -1,26 +1,46 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MPL-2.0
 #
-# Makes the Debian package and the tarball of what `make build` built.
+# Makes the packages and the tarball of what `make build` built.
 #
 #	package.sh BIN OUT
 #
-# BIN has weir and weir-cni, OUT gets weir_VERSION_ARCH.deb and
-# weir-VERSION-linux-ARCH.tar.gz. The same input gives the same bytes: files have the
-# time of SOURCE_DATE_EPOCH, by default that of the last commit.
+# BIN has weir and weir-cni, for whatever architecture. OUT gets weir_VERSION_ARCH.deb,
+# weir-VERSION-1.ARCH.rpm and weir-VERSION-linux-ARCH.tar.gz, and SHA256SUMS of all
+# packages that lie there. The same input gives the same bytes: files have the time of
+# SOURCE_DATE_EPOCH, by default that of the last commit. Programs that do not run on
+# this machine cannot tell their version: VERSION does.
 set -euo pipefail
+
+die() {
+	printf 'package: %s\n' "$*" >&2
+	exit 1
+}
+
 bin=$(realpath "$1") out=$(realpath -m "$2")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ -n ${NFPM:-} ]] || test/tools/setup.sh package # another nfpm is given
 
-VERSION=$("$bin/weir" version | sed 's/^weir v\([^ ]*\).*/\1/')
-GOARCH=$(go env GOARCH)
 ROOT=$(mktemp -d)
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
-export VERSION GOARCH ROOT SOURCE_DATE_EPOCH
 trap 'rm -rf "$ROOT"' EXIT
 umask 022
 mkdir -p "$out" "$ROOT"/usr/{lib/weir,share/doc/weir} "$ROOT/tar/weir"
+
+# What the programs were built for, by their own word.
+GOARCH=$(go version -m "$bin"/{weir,weir-cni} | sed -n 's/^\tbuild\tGOARCH=//p' | sort -u)
+[[ -n $GOARCH && $GOARCH != *$'\n'* ]] || die "read $bin: weir and weir-cni are built for: ${GOARCH:-nothing that they tell}"
+
+# An installation lays out the tree, so it takes a weir that runs here.
+host=$bin/weir
+if [[ $GOARCH != "$(go env GOHOSTARCH)" ]]; then
+	[[ -n ${VERSION:-} ]] || die "package $bin: programs for $GOARCH do not run here; name their version by VERSION"
+	host=$ROOT/host/weir
+	GOOS=linux GOARCH=$(go env GOHOSTARCH) CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o "$host" ./cmd/weir
+fi
+VERSION=$("$host" version | sed 's/^weir v\([^ ]*\).*/\1/')
+grep -qaF "v$VERSION" "$bin/weir" || die "package $bin: its weir is not of version v$VERSION"
+export VERSION GOARCH ROOT SOURCE_DATE_EPOCH
 
 # copyright says what the programs are made of and under which terms, each text once.
 copyright() {
@@ -59,8 +79,9 @@ copyright() {
 }
 
 # The unit and the configuration as an installation to these directories has them.
-"$bin/weir" install -root "$ROOT" -manifest-dir /manifest -cni-path '' -cni-config-dir '' \
+"$host" install -root "$ROOT" -manifest-dir /manifest -cni-path '' -cni-config-dir '' \
 	-bin-dir /usr/bin -unit-dir /usr/lib/systemd/system -config-dir /etc/weir.d -plugin "$bin/weir-cni" >/dev/null
+install -m 755 "$bin/weir" "$ROOT/usr/bin/"
 install -m 755 "$bin/weir-cni" "$ROOT/usr/lib/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl deploy/*.conflist "$ROOT/usr/share/doc/weir/"
 cp -r docs deploy/prometheus deploy/grafana "$ROOT/usr/share/doc/weir/"
@@ -72,14 +93,18 @@ install -m 644 "$ROOT/usr/share/doc/weir/copyright" "$ROOT/tar/weir/"
 find "$ROOT" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +
 
 # The name of a package is nfpm's to make: a version's "-" becomes "~".
-mkdir "$ROOT/deb"
-"${NFPM:-$PWD/.tools/bin/nfpm}" package --config deploy/nfpm.yaml --packager deb --target "$ROOT/deb" >"$ROOT/log" || { cat "$ROOT/log" >&2; exit 1; }
-tarball=weir-$VERSION-linux-$GOARCH.tar.gz
-tar --create --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" -C "$ROOT/tar" weir |
-	gzip --no-name -9 >"$out/$tarball"
-deb=$(basename "$ROOT"/deb/*.deb)
-mv "$ROOT/deb/$deb" "$out/$deb"
-for made in "$deb" "$tarball"; do
-	printf 'made %s, %s\n' "$out/$made" "$(numfmt --to=iec "$(stat -c %s "$out/$made")")"
+mkdir "$ROOT/made"
+for packager in deb rpm; do
+	"${NFPM:-$PWD/.tools/bin/nfpm}" package --config deploy/nfpm.yaml --packager $packager --target "$ROOT/made" >"$ROOT/log" ||
+		{ cat "$ROOT/log" >&2; die "make the $packager"; }
 done
-echo "next: dpkg -i $out/$deb && weir install -dry-run"
+tar --create --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$SOURCE_DATE_EPOCH" -C "$ROOT/tar" weir |
+	gzip --no-name -9 >"$ROOT/made/weir-$VERSION-linux-$GOARCH.tar.gz"
+deb=$(basename "$ROOT"/made/*.deb) rpm=$(basename "$ROOT"/made/*.rpm)
+for made in "$ROOT"/made/*; do
+	printf 'made %s, %s\n' "$out/${made##*/}" "$(numfmt --to=iec "$(stat -c %s "$made")")"
+	mv "$made" "$out/"
+done
+(cd "$out" && find . -maxdepth 1 -name 'weir[-_]*' -type f -printf '%P\0' | LC_ALL=C sort -z | xargs -0 sha256sum >SHA256SUMS)
+echo "made $out/SHA256SUMS"
+echo "next, on a node: dpkg -i $out/$deb or rpm -i $out/$rpm, then weir install -dry-run"

@@ -3,52 +3,60 @@
 package deploy
 
 import (
-	"crypto/sha256"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/weirmesh/weir/test"
 )
 
-// packages builds both programs and makes of them what `make package` makes.
-func packages(t *testing.T) (deb, tarball string) {
+// made are the packages of one architecture.
+type made struct{ deb, rpm, tarball string }
+
+// release makes into dir what `make release` makes, for the architectures of Go's name;
+// each has programs of its own.
+func release(t *testing.T, dir string, bins map[string]string) map[string]made {
 	t.Helper()
-	test.Need(t, test.Tool("go"), test.Tool("git"), test.Tool("dpkg-deb"))
-	bin := t.TempDir()
-	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-X main.version=v1.2.3-dev", "-o", bin+"/", "../cmd/weir", "../cmd/weir-cni")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
-	var made [2]string
-	for i := range made {
-		dir := t.TempDir()
-		out, err := exec.Command("./package.sh", bin, dir).CombinedOutput()
+	release := make(map[string]made)
+	for _, arch := range slices.Sorted(maps.Keys(bins)) {
+		pack := exec.Command("./package.sh", bins[arch], dir)
+		pack.Env = append(os.Environ(), "GOARCH="+arch, "VERSION=v1.2.3-dev")
+		out, err := pack.CombinedOutput()
 		if err != nil {
-			t.Fatalf("package.sh: %v\n%s", err, out)
+			t.Fatalf("package.sh for %s: %v\n%s", arch, err, out)
 		}
-		deb, tarball = one(t, dir+"/weir_*.deb"), one(t, dir+"/weir-1.2.3-dev-linux-*.tar.gz")
-		for _, path := range []string{deb, tarball} {
+		m := made{one(t, dir+"/weir_*_"+arch+".deb"), one(t, dir+"/weir-1.2.3~dev-1."+rpmArchs[arch]+".rpm"),
+			one(t, dir+"/weir-1.2.3-dev-linux-"+arch+".tar.gz")}
+		for _, path := range []string{m.deb, m.rpm, m.tarball} {
 			if !strings.Contains(string(out), "made "+path+", ") {
 				t.Errorf("package.sh does not say that it made %s:\n%s", path, out)
 			}
 		}
-		for _, path := range []string{deb, tarball} {
-			content, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
-			digest := sha256.Sum256(content)
-			made[i] += string(digest[:])
-		}
+		release[arch] = m
 	}
-	if made[0] != made[1] {
-		t.Error("the same programs give packages that differ")
+	return release
+}
+
+// rpmArchs are rpm's names for what Go and Debian name amd64 and arm64.
+var rpmArchs = map[string]string{"amd64": "x86_64", "arm64": "aarch64"}
+
+// programs builds both programs for an architecture, with the flags of the Makefile.
+func programs(t *testing.T, arch string) string {
+	t.Helper()
+	bin := t.TempDir()
+	build := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w -X main.version=v1.2.3-dev", "-o", bin+"/", "../cmd/weir", "../cmd/weir-cni")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+arch)
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("build for %s: %v\n%s", arch, err, out)
 	}
-	return deb, tarball
+	return bin
 }
 
 func one(t *testing.T, pattern string) string {
@@ -80,6 +88,7 @@ mount -t overlay -o "lowerdir=/,upperdir=$disk/upper,workdir=$disk/work" overlay
 mount -t proc proc "$disk/root/proc"
 mkdir -p "$disk/root/opt/cni/bin"
 cp "$deb" "$disk/root/weir.deb"
+cp postinst.sh prerm.sh "$disk/root/"
 chroot "$disk/root" sh -euxc '
 	exec 2>&1
 	rm -rf /run/systemd/system /run/weir /etc/weir.d
@@ -96,9 +105,15 @@ chroot "$disk/root" sh -euxc '
 	rm /opt/cni/bin/weir
 	dpkg -i /weir.deb # an upgrade takes the plugin along
 	test -x /opt/cni/bin/weir
+	rm /opt/cni/bin/weir
+	sh /postinst.sh 2 # as rpm calls it in an upgrade
+	test -x /opt/cni/bin/weir
+	sh /prerm.sh 1 # as rpm calls that of the version before
+	test -x /opt/cni/bin/weir
 	mkdir -p /run/weir/networks
 	printf "{\"key\":{\"container_id\":\"0b5d0c1e\",\"if_name\":\"eth0\"},\"netns\":\"/proc/self/ns/net\"}" >/run/weir/networks/0b5d0c1e-eth0.json
 	! dpkg -r weir
+	! sh /prerm.sh 0 # as rpm calls it in a removal
 	test -x /opt/cni/bin/weir -a -x /usr/bin/weir
 	rm /run/weir/networks/*
 	dpkg -r weir
@@ -110,9 +125,95 @@ chroot "$disk/root" sh -euxc '
 '`
 
 func TestPackages(t *testing.T) {
-	deb, tarball := packages(t)
-	t.Run("on a node", func(t *testing.T) { packageOnANode(t, deb) })
-	t.Run("contents", func(t *testing.T) { packageContents(t, deb, tarball) })
+	test.Need(t, test.Tool("go"), test.Tool("git"), test.Tool("dpkg-deb"))
+	bins := make(map[string]string)
+	for arch := range rpmArchs {
+		bins[arch] = programs(t, arch)
+	}
+	dir := t.TempDir()
+	all := release(t, dir, bins)
+	here := all[runtime.GOARCH]
+	t.Run("sums", func(t *testing.T) { packageSums(t, dir, all) })
+	for arch, m := range all {
+		t.Run("rpm "+arch, func(t *testing.T) { rpmIsTheDeb(t, m.rpm, m.deb, rpmArchs[arch]) })
+		t.Run("architecture "+arch, func(t *testing.T) { packageArchitecture(t, m, bins[arch], arch) })
+	}
+	t.Run("same bytes again", func(t *testing.T) {
+		again := t.TempDir()
+		second := release(t, again, map[string]string{runtime.GOARCH: bins[runtime.GOARCH]})[runtime.GOARCH]
+		for _, pair := range [][2]string{{here.deb, second.deb}, {here.rpm, second.rpm}, {here.tarball, second.tarball}} {
+			if fileDigest(t, pair[0]) != fileDigest(t, pair[1]) {
+				t.Errorf("the same programs give another %s", filepath.Base(pair[0]))
+			}
+		}
+	})
+	t.Run("version", func(t *testing.T) { packageVersion(t, bins) })
+	t.Run("on a node", func(t *testing.T) { packageOnANode(t, here.deb) })
+	t.Run("contents", func(t *testing.T) { packageContents(t, here.deb, here.tarball) })
+}
+
+// packageSums finds a line for each package, and nothing else, in what `sha256sum` reads.
+func packageSums(t *testing.T, dir string, all map[string]made) {
+	sums, err := os.ReadFile(dir + "/SHA256SUMS")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got, want []string
+	for line := range strings.Lines(string(sums)) {
+		got = append(got, strings.TrimSpace(line))
+	}
+	for _, m := range all {
+		for _, path := range []string{m.deb, m.rpm, m.tarball} {
+			want = append(want, fileDigest(t, path)+"  "+filepath.Base(path))
+		}
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("SHA256SUMS (-want +got):\n%s", diff)
+	}
+}
+
+// packageArchitecture finds the programs of the architecture in its packages, not those
+// that laid out the tree.
+func packageArchitecture(t *testing.T, m made, bin, arch string) {
+	if got := strings.TrimSpace(output(t, "dpkg-deb", "-f", m.deb, "Architecture")); got != arch {
+		t.Errorf("the deb is for %s: want %s", got, arch)
+	}
+	unzipped, err := exec.Command("gzip", "-dc", m.tarball).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	deb, tarball := readDeb(t, m.deb), readTar(t, unzipped)
+	for program, got := range map[string]entry{
+		"weir": deb["usr/bin/weir"], "weir-cni": deb["usr/lib/weir/weir-cni"],
+		"weir ": tarball["weir/weir"], "weir-cni ": tarball["weir/weir-cni"],
+	} {
+		if want := (entry{"-rwxr-xr-x", fileDigest(t, bin+"/"+strings.TrimSpace(program))}); got != want {
+			t.Errorf("%s of %s: %v: want %v", program, arch, got, want)
+		}
+	}
+}
+
+// packageVersion has programs that cannot tell their version, and another one named.
+func packageVersion(t *testing.T, bins map[string]string) {
+	for arch, bin := range bins {
+		if arch == runtime.GOARCH {
+			continue
+		}
+		for version, want := range map[string]string{
+			"":       "programs for " + arch + " do not run here; name their version by VERSION",
+			"v9.9.9": "its weir is not of version v9.9.9",
+		} {
+			dir := t.TempDir()
+			pack := exec.Command("./package.sh", bin, dir)
+			pack.Env = append(os.Environ(), "VERSION="+version)
+			out, err := pack.CombinedOutput()
+			if left, _ := os.ReadDir(dir); err == nil || !strings.Contains(string(out), want) || len(left) != 0 {
+				t.Errorf("VERSION=%q: %v, left %v:\n%s", version, err, left, out)
+			}
+		}
+	}
 }
 
 func packageOnANode(t *testing.T, deb string) {

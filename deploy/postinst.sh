@@ -1,12 +1,13 @@
 #!/bin/sh
 # SPDX-License-Identifier: MPL-2.0
 # Nothing is put into Nomad's way by the package alone. Where `weir install` was
-# run before, its plugin follows the package's version.
+# run before, its plugin follows the package's version. dpkg calls it by an action, rpm by
+# the number of versions that are there afterwards.
 set -e
 systemd() { [ -d /run/systemd/system ]; }
 
 case $1 in
-configure)
+configure | 1 | 2)
 	! systemd || systemctl daemon-reload
 	if [ -e /var/lib/weir/installed.json ]; then
 		weir install

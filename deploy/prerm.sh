@@ -1,10 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: MPL-2.0
 # A node whose allocations need Weir keeps it: `weir uninstall` refuses and names
-# them, and the package stays.
+# them, and the package stays. dpkg calls it by an action, rpm by the number of versions
+# that are left.
 set -e
 
-[ "$1" = remove ] || exit 0
+case $1 in remove | 0) ;; *) exit 0 ;; esac
 active=
 if [ -d /run/systemd/system ]; then
 	! systemctl --quiet is-active weir-agent.service || active=yes

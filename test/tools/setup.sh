@@ -226,6 +226,7 @@ setup_vm() {
 }
 
 main() {
+	unset GOOS GOARCH # the tools run here, whatever is built with them
 	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker package promtool vm"
 	local group start
 	for group in go "$@"; do
