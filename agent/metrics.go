@@ -67,7 +67,7 @@ func newCollector(agent *Agent) *collector {
 		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
 		consulWatch:    desc("consul_watch", "Whether a blocking query to Consul is open; not there where that is not asked for."),
 		consulSince:    desc("consul_since_timestamp_seconds", "When the last read of Consul succeeded; where Consul is not in sync, when that was noticed."),
-		problems:       desc("problems", "What 'weir status' lists of the agent's, by the codes of the runbook; 0 where there is none.", "code", "severity"),
+		problems:       desc("problems", "What 'weir status' lists of the agent's and of tables, by the codes of the runbook; 0 where there is none.", "code", "severity"),
 		unseen:         desc("state_unseen", "Records, or the node's state, that the agent could not look at or write; what is in force stays.", "reason"),
 		proxies:        desc("consul_proxies", "Proxies registered on this node."),
 		consulReads:    desc("consul_reads_total", "Bulk reads of Consul."),
@@ -107,7 +107,6 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	if c.agent.config.Consul.Enabled {
 		gauge(c.consulSince, float64(status.Consul.Since.UnixMilli())/1000)
 	}
-	c.collectProblems(status.Problems, gauge)
 	for reason, count := range c.agent.unseenReasons() {
 		gauge(c.unseen, float64(count), reason)
 	}
@@ -133,26 +132,38 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		gauge(c.workloads, float64(count), k.state, k.mode, k.guard)
 	}
 	c.collectVerdicts(counter)
-	c.collectTables(gauge)
-}
-
-// collectProblems counts the problems of each code, those of which there is none
-// too: an alert sees one come and go.
-func (c *collector) collectProblems(list []redirect.Problem, gauge func(*prometheus.Desc, float64, ...string)) {
-	counts := make(map[string]int)
-	for _, problem := range list {
-		counts[problem.Code]++
-	}
-	for _, code := range redirect.AllProblemCodes() {
-		gauge(c.problems, float64(counts[code.String()]), code.String(), string(code.Severity()))
-	}
-}
-
-func (c *collector) collectTables(gauge func(*prometheus.Desc, float64, ...string)) {
 	tables, err := c.agent.datapath.Maps()
 	if err != nil {
 		c.agent.warnOnce("read tables", err)
 	}
+	c.collectTables(tables, gauge)
+	for code, count := range countProblems(status.Problems, tables) {
+		gauge(c.problems, float64(count), code.String(), string(code.Severity()))
+	}
+}
+
+// countProblems counts the problems of each code, those of which there is none too:
+// an alert sees one come and go. The fill of tables is not the agent's to list, but
+// 'weir status' has it beside the agent's.
+func countProblems(list []redirect.Problem, tables []redirect.MapInfo) map[redirect.ProblemCode]int {
+	counts := make(map[redirect.ProblemCode]int)
+	for _, code := range redirect.AllProblemCodes() {
+		counts[code] = 0
+		for _, problem := range list {
+			if problem.Code == code.String() {
+				counts[code]++
+			}
+		}
+	}
+	for _, table := range tables {
+		if table.NearlyFull() {
+			counts[redirect.ProblemTableFull]++
+		}
+	}
+	return counts
+}
+
+func (c *collector) collectTables(tables []redirect.MapInfo, gauge func(*prometheus.Desc, float64, ...string)) {
 	for _, table := range tables {
 		if table.Counted {
 			gauge(c.tableRows, float64(table.Rows), table.Name)

@@ -60,7 +60,7 @@ func (v snapshot) problems(address string) (list []redirect.Problem) {
 	if v.Watch != none {
 		list = append(list, redirect.NewProblem(redirect.ProblemConsulWatch,
 			v.Watch.Remedy+"; where a blocking query cannot be had, consul { watch = false }",
-			fmt.Sprintf("the Consul watch is failing, Consul is polled instead every 7 to 23 seconds instead: %s", v.Watch.What)))
+			fmt.Sprintf("the Consul watch is failing, Consul is read every 7 to 23 seconds instead: %s", v.Watch.What)))
 	} else if v.Bind != none {
 		list = append(list, redirect.NewProblem(redirect.ProblemConsulFamily,
 			v.Bind.Remedy,

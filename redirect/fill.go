@@ -175,10 +175,14 @@ func countKeys(name string, table *ebpf.Map) (rows uint64, err error) {
 	return rows, nil
 }
 
+// NearlyFull reports a table of which 'weir status' lists a problem. Origins and
+// indexes are one table to an operator: they are as full as each other.
+func (m MapInfo) NearlyFull() bool { return m.Percent() >= alarmPercent && m.Name != "indexes" }
+
 // fillProblems names tables that are nearly full, who takes most, and what helps.
 func fillProblems(infos []MapInfo, workloads []WorkloadStatus) (problems []Problem) {
 	for _, info := range infos {
-		if info.Percent() < alarmPercent || info.Name == "indexes" { // as full as origins
+		if !info.NearlyFull() {
 			continue
 		}
 		problem := NewProblem(ProblemTableFull, "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
