@@ -3,7 +3,6 @@
 package redirect
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -15,7 +14,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/moby/sys/mountinfo"
-	"golang.org/x/sys/unix"
 )
 
 // Other is a program of somebody else on one of Weir's hooks. Each of them may
@@ -172,9 +170,9 @@ func linkHolders(programs map[link.ID]uint32) map[uint32]string {
 }
 
 func processName(pid int) string {
-	name, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+	name := commandOf(pid)
+	if name == "" {
 		return "a process that ended"
 	}
-	return fmt.Sprintf("process %d (%s)", pid, strings.TrimSpace(string(name)))
+	return fmt.Sprintf("process %d (%s)", pid, name)
 }

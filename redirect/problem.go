@@ -2,7 +2,10 @@
 
 package redirect
 
-import "fmt"
+import (
+	"fmt"
+	"strings"
+)
 
 // Problem is something that is wrong, and what to do about it. NewProblem makes
 // one; its code is a heading of docs/runbook.md.
@@ -35,7 +38,8 @@ func (p Problem) Of(subject, id string) Problem {
 	return p
 }
 
-// Text is the problem in a line, without its remedy.
+// Text is the problem in a line, without its remedy. What it has of others, names and
+// errors, may have line ends of its own.
 func (p Problem) Text() string {
 	text := p.What
 	if p.Subject != "" {
@@ -44,7 +48,7 @@ func (p Problem) Text() string {
 	if p.Code != "" {
 		text += " [" + p.Code + "]"
 	}
-	return text
+	return strings.ReplaceAll(text, "\n", "; ")
 }
 
 // String is the problem in a line of a log.

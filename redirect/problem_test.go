@@ -8,6 +8,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -105,4 +106,32 @@ func isProblem(expression ast.Expr) bool {
 	}
 	name, ok := expression.(*ast.Ident)
 	return ok && name.Name == "Problem"
+}
+
+// A name with a line end in it, such as a job's, makes no line of its own.
+func TestProblemIsOneLine(t *testing.T) {
+	problem := NewProblem(ProblemStepFailed, "look", "first\nsecond").Of("allocation x (job\nhealthy: 3 workloads/g)", "x")
+	if got, want := problem.Text(), "allocation x (job; healthy: 3 workloads/g): first; second [step-failed]"; got != want {
+		t.Errorf("the problem is %q, want %q", got, want)
+	}
+}
+
+// A process names itself.
+func TestCommandIsQuotedWhereItIsNotPrinted(t *testing.T) {
+	const own = "/proc/self/comm"
+	before, err := os.ReadFile(own)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rename := func(name string) {
+		if err := os.WriteFile(own, []byte(name), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer rename(strings.TrimSpace(string(before)))
+	for name, want := range map[string]string{"envoy": "envoy", "a b": "a b", "x\x1b[2J\nfine": `"x\x1b[2J\nfine"`} {
+		if rename(name); commandOf(os.Getpid()) != want {
+			t.Errorf("a process named %q is told as %s, want %s", name, commandOf(os.Getpid()), want)
+		}
+	}
 }

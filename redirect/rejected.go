@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"unicode"
 )
 
 // RejectedListener is a socket that listens on a port of a workload's proxy and
@@ -98,11 +99,15 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 	return ports, list, nil
 }
 
-// commandOf is the name of a process, as the kernel keeps it; "" where it ended.
+// commandOf is the name of a process, as the kernel keeps it, quoted where it has what is
+// not printed, line ends too: a process names itself. It is "" where it ended.
 func commandOf(pid int) string {
 	name, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "comm"))
 	if err != nil {
 		return ""
+	}
+	if text := strings.TrimSuffix(string(name), "\n"); strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(text)
 	}
 	return strings.TrimSpace(string(name))
 }

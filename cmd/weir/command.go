@@ -260,7 +260,11 @@ func table(indent string, rows [][]string) string {
 	var text strings.Builder
 	writer := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	for _, row := range rows {
-		fmt.Fprintln(writer, indent+strings.Join(row, "\t"))
+		cells := make([]string, len(row))
+		for i := range row {
+			cells[i] = cell(row[i])
+		}
+		fmt.Fprintln(writer, indent+strings.Join(cells, "\t"))
 	}
 	writer.Flush() // a strings.Builder takes everything
 	lines := strings.Split(strings.TrimRight(text.String(), "\n"), "\n")

@@ -165,5 +165,5 @@ func arrow(source, origin, destination netip.AddrPort) string {
 
 // eventColumns lays out a line whose neighbours are not known yet.
 func eventColumns(time, workload, verdict, uid, pid, way string) string {
-	return fmt.Sprintf("%-15s  %-28s  %-24s  %6s  %7s  %s", time, workload, verdict, uid, pid, way)
+	return fmt.Sprintf("%-15s  %-28s  %-24s  %6s  %7s  %s", time, cell(workload), verdict, uid, pid, way)
 }

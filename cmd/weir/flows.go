@@ -242,8 +242,8 @@ const (
 )
 
 func flowColumns(first, source, destination, verdict string) string {
-	return fmt.Sprintf("%-8s  %-*s  %-*s  %s", first, sourceWidth, clip(source, sourceWidth, ""),
-		destinationWidth, clip(destination, destinationWidth, ":"), verdict)
+	return fmt.Sprintf("%-8s  %-*s  %-*s  %s", first, sourceWidth, clip(cell(source), sourceWidth, ""),
+		destinationWidth, clip(cell(destination), destinationWidth, ":"), verdict)
 }
 
 // clip shortens text to a width. What follows the last mark is kept.

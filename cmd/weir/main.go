@@ -56,6 +56,7 @@ func main() {
 // not do its work or when status has found something wrong; 127 where there is no
 // such command.
 func run(args []string, world env) int {
+	world.ui = printable{world.ui}
 	if command := world.getenv("CNI_COMMAND"); command != "" {
 		world.ui.Output(cniError(command, world.getenv("CNI_CONTAINERID")))
 		return 1
