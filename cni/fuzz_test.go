@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package cni
+
+import (
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/weirmesh/weir/redirect"
+)
+
+// FuzzStdin holds the configuration that a runtime hands over: it is refused by a CNI
+// error in one line, or its paths are absolute and its lists can be read.
+func FuzzStdin(f *testing.F) {
+	for _, seed := range []string{
+		"", "null", "[]", "{}", everyJobArg(), `{"name":"n","cniVersion":"1.0.0","pinDir":"relative"}`,
+		`{"name":"n","cniVersion":"1.0.0","prevResult":{"cniVersion":"1.0.0","ips":[{"address":"172.26.64.2/20","interface":0}],"interfaces":[{"name":"eth0","sandbox":"/x"}]}}`,
+		`{"name":"n\n","cniVersion":"9.9.9","prevResult":{"ips":7},"cni.dev/valid-attachments":[{"containerID":"","ifname":"eth0"}]}`,
+		`{"name":"n","prevResult":{"cniVersion":"0.2.0"},"cni.dev/attachments":null,"ipam":{}}`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, stdin []byte) {
+		conf, err := parseConfig(stdin)
+		if err != nil {
+			var told *types.Error
+			if !errors.As(err, &told) || told.Msg == "" {
+				t.Errorf("%q: %v is no CNI error with a message", stdin, err)
+			}
+			return
+		}
+		for _, path := range []string{conf.PinDir, conf.StateDir, conf.CgroupRoot} {
+			if path != "" && !filepath.IsAbs(path) {
+				t.Errorf("%q: path %q is taken", stdin, path)
+			}
+		}
+		valid, err := conf.validAttachments()
+		for _, key := range valid {
+			if err != nil || key.ContainerID == "" || key.IfName == "" {
+				t.Errorf("%q: valid is %v, %v", stdin, valid, err)
+			}
+		}
+	})
+}
+
+// FuzzConsulConfig holds what Nomad hands over of Consul's: it is refused with the
+// argument's name and nothing is done, or the data path takes what is made of it.
+func FuzzConsulConfig(f *testing.F) {
+	for _, seed := range []string{
+		`{"ConsulDNSIP":"127.0.0.1","ConsulDNSPort":8600,"ProxyUserID":"101","ProxyInboundPort":20000,"ProxyOutboundPort":15001,
+			"ExcludeInboundPorts":["9001"],"ExcludeOutboundPorts":["443"],"ExcludeOutboundCIDRs":["10.0.0.0/8"],"ExcludeUIDs":["100"],"NetNS":"","IptablesProvider":null}`,
+		`{}`, `null`, `7`, `{"ProxyInboundPort":15001,"ProxyOutboundPort":15001}`, `{"ProxyUserID":4294967295,"ProxyInboundPort":0}`,
+		`{"ProxyInboundPort":65536}`, `{"ProxyInboundPort":1,"ExcludeOutboundPorts":["1:65535","9:1"],"ExcludeOutboundCIDRs":["::ffff:1.2.3.4/97","1.2.3.4"]}`,
+		`{"ProxyInboundPort":1,"ExcludeUIDs":["-1","root"],"ConsulDNSIP":"::1"}`, `{"ConsulDNSPort":53}`,
+	} {
+		f.Add(seed)
+	}
+	conf := everyJobArg()
+	f.Fuzz(func(t *testing.T, config string) {
+		if strings.ContainsAny(config, ";\x00") {
+			return // an argument ends there, an environment holds none
+		}
+		const argument = "CONSUL_IPTABLES_CONFIG"
+		b := newBench()
+		err := b.Add(call(argument+"="+config, conf))
+		if err != nil {
+			if !b.fake.untouched() {
+				t.Errorf("%q: refused with %q, and the data path has %+v", config, err, b.fake)
+			}
+			if json.Valid([]byte(config)) && !strings.Contains(err.Error(), argument) {
+				t.Errorf("%q: the error does not name the argument: %v", config, err)
+			}
+			return
+		}
+		if len(b.fake.added) != 1 {
+			t.Fatalf("%q: taken, and %d workloads were added", config, len(b.fake.added))
+		}
+		request := b.fake.added[0].Request
+		if err := redirect.Merge(request, redirect.MeshConfig{}).Validate(); err != nil {
+			t.Errorf("%q: the data path would refuse it: %v", config, err)
+		}
+		if request.Mode != redirect.ModeTransparent {
+			t.Errorf("%q: the mode is %s", config, request.Mode)
+		}
+	})
+}
