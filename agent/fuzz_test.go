@@ -3,6 +3,9 @@
 package agent
 
 import (
+	"bytes"
+	"io"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -179,4 +182,43 @@ func TestOnePortForBothListeners(t *testing.T) {
 			t.Errorf("port %d: the problems are %v, none is proxy-ports", port, got.Problems)
 		}
 	}
+}
+
+// answering is a transport that gives one body to every question.
+type answering []byte
+
+func (a answering) RoundTrip(*http.Request) (*http.Response, error) {
+	return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(bytes.NewReader(a))}, nil
+}
+
+// FuzzDockerList holds Docker's list of containers, in which a task's own labels and
+// names stand: it is refused as Docker's, or each container has the ID of one.
+func FuzzDockerList(f *testing.F) {
+	id := strings.Repeat("ab", 32)
+	for _, seed := range []string{
+		"", "[]", "{}", "null", `[{"Id":"` + id + `","Names":["/web-` + exampleAlloc + `"],"State":"running","Labels":{"com.hashicorp.nomad.alloc_id":"` + exampleAlloc + `"}}]`,
+		`[{"Id":"x"},{"Id":"` + id + `","Names":null}`, `[7]`, `[[]]`, `[{"Id":"` + id + `"}] trailing`,
+	} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, body []byte) {
+		d := &docker{client: &http.Client{Transport: answering(body)}}
+		list, err := d.list(t.Context())
+		if err != nil {
+			if !strings.Contains(err.Error(), "ask Docker for /containers/json") {
+				t.Errorf("%q: the error does not say who was asked what: %v", body, err)
+			}
+			return
+		}
+		for _, container := range list {
+			if !isContainerID(container.ID) {
+				t.Errorf("%q: a container %q", body, container.ID)
+			}
+			for _, name := range container.Names {
+				if pause, task := nameOf([]string{name}, exampleAlloc); pause && name != pausePrefix+exampleAlloc && name != "/"+pausePrefix+exampleAlloc || strings.Contains(task, "/") {
+					t.Errorf("%q: name %q is the pause container's: %t, task %q", body, name, pause, task)
+				}
+			}
+		}
+	})
 }
