@@ -191,7 +191,10 @@ func TestAgentListsItsProblems(t *testing.T) {
 		return nil
 	}, "all to be told, once each")
 	_, text := get(t, "http://"+n.agent.Status().Telemetry+"/metrics")
-	for _, want := range []string{"weir_problems 4", "weir_consul_watch 0"} {
+	for _, want := range []string{
+		`weir_problems{code="consul-watch",severity="warning"} 1`, `weir_problems{code="registration-unusable",severity="error"} 1`,
+		`weir_problems{code="state-unreadable",severity="error"} 1`, `weir_problems{code="docker-unreachable",severity="warning"} 1`, "weir_consul_watch 0",
+	} {
 		if !strings.Contains(text, "\n"+want+"\n") {
 			t.Errorf("metrics lack %s", want)
 		}
