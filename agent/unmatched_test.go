@@ -201,7 +201,7 @@ func TestAgentListsItsProblems(t *testing.T) {
 	}
 	n.fake.set(&n.fake.changes, nothingChanges)
 	test.Eventually(t, func() error {
-		if told := fmt.Sprint(n.agent.Status().Problems); strings.Contains(told, "tells itself") {
+		if told := fmt.Sprint(n.agent.Status().Problems); strings.Contains(told, wants[0]) {
 			return fmt.Errorf("problems are %s", told)
 		}
 		return nil
