@@ -121,20 +121,20 @@ func (r *record) hostPorts() (list []hostPort, err error) {
 // mapPorts puts the translations in force, all in one transaction. A port that
 // another attachment holds is taken over: the runtime gives a port to one
 // allocation at a time, so the other one has ended, whatever of it is left.
-func (r *record) mapPorts(n *Network) (taken []string, err error) {
+func (r *record) mapPorts(n *Network) (err error) {
 	if r.Ports, err = r.hostPorts(); err != nil || len(r.Ports) == 0 {
-		return nil, err
+		return err
 	}
 	r.Mapper = mapperWeir
 	// On record before the first is in force, for whoever ends a half-made one.
 	if err := n.writeRecord(r); err != nil {
-		return nil, err
+		return err
 	}
 	err = n.locked(func() error {
 		return withNftables(func(conn *nftables.Conn) error {
 			err := r.addElements(conn, r.Ports)
 			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) {
-				if taken, err = r.takeOver(n, conn); err == nil {
+				if err = r.takeOver(n, conn); err == nil {
 					err = r.addElements(conn, r.Ports)
 				}
 			}
@@ -142,9 +142,9 @@ func (r *record) mapPorts(n *Network) (taken []string, err error) {
 		})
 	})
 	if err != nil {
-		return taken, fmt.Errorf("map host ports: %w", err)
+		return fmt.Errorf("map host ports: %w", err)
 	}
-	return taken, r.forgetFlows()
+	return r.forgetFlows()
 }
 
 func (r *record) addElements(conn *nftables.Conn, ports []hostPort) error {
@@ -160,36 +160,35 @@ func (r *record) addElements(conn *nftables.Conn, ports []hostPort) error {
 
 // takeOver frees the ports of this attachment that others hold, in the kernel
 // and on their records, so that their DEL does not end what is somebody else's now.
-func (r *record) takeOver(n *Network, conn *nftables.Conn) (taken []string, err error) {
+func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
 	held, err := heldPorts(conn)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	lost := make(map[redirect.AttachmentID][]hostPort)
 	for _, wanted := range r.Ports {
 		i := slices.IndexFunc(held, func(h heldPort) bool { return h.sameHost(wanted) && h.Container != wanted.Container })
 		if i >= 0 {
 			lost[held[i].owner] = append(lost[held[i].owner], held[i].hostPort)
-			taken = append(taken, fmt.Sprintf("host port %s, which ended allocation %s held", wanted, held[i].owner.ContainerID))
 		}
 	}
 	for owner, ports := range lost {
 		if err := deleteElements(conn, ports); err != nil {
-			return taken, err
+			return err
 		}
 		other, err := n.readRecord(owner)
 		if errors.Is(err, redirect.ErrUnknown) {
 			continue
 		}
 		if err != nil {
-			return taken, err
+			return err
 		}
 		other.Ports = slices.DeleteFunc(other.Ports, func(p hostPort) bool { return slices.Contains(ports, p) })
 		if err := n.writeRecord(other); err != nil {
-			return taken, err
+			return err
 		}
 	}
-	return taken, nil
+	return nil
 }
 
 // unmapPorts ends the translations. Those of an attachment whose record is

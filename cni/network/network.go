@@ -160,7 +160,7 @@ func (n *Network) build(r *record, ns *namespace) error {
 	if _, err := n.ensure(r, ns); err != nil {
 		return err
 	}
-	if _, err := r.mapPorts(n); err != nil {
+	if err := r.mapPorts(n); err != nil {
 		return err
 	}
 	r.Complete = true
