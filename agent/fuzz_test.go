@@ -65,12 +65,12 @@ func FuzzServices(f *testing.F) {
 				if plan.Add != nil {
 					request = *plan.Add
 				}
-				workload := redirect.Merge(request, *plan.MeshConfig)
-				if err := workload.Validate(); err != nil {
+				planned := redirect.Merge(request, *plan.MeshConfig)
+				if err := planned.Validate(); err != nil {
 					t.Errorf("mode %q: the data path refuses what is made of it: %v\n%+v", mode, err, *plan.MeshConfig)
 				}
-				if workload.Guard != redirect.GuardAudit && workload.Guard != redirect.GuardEnforce {
-					t.Errorf("mode %q: the guard is %q", mode, workload.Guard)
+				if planned.Guard != redirect.GuardAudit && planned.Guard != redirect.GuardEnforce {
+					t.Errorf("mode %q: the guard is %q", mode, planned.Guard)
 				}
 			}
 		}

@@ -42,14 +42,14 @@ func attachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.Program
 	return repairs, nil
 }
 
-func attachOne(program *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID uint64, pin string) (string, error) {
+func attachOne(prog *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID uint64, pin string) (string, error) {
 	verb := "attached"
 	pinned, err := link.LoadPinnedLink(pin, nil)
 	switch {
 	case err == nil:
 		defer pinned.Close()
 		if onCgroup(pinned, rootID) {
-			err := pinned.Update(program)
+			err := pinned.Update(prog)
 			if err == nil {
 				return "updated", nil
 			}
@@ -65,7 +65,7 @@ func attachOne(program *ebpf.Program, hook ebpf.AttachType, root *os.File, rootI
 	case !errors.Is(err, fs.ErrNotExist):
 		return "", fmt.Errorf("open link: %w", err)
 	}
-	fresh, err := link.AttachRawLink(link.RawLinkOptions{Target: int(root.Fd()), Program: program, Attach: hook})
+	fresh, err := link.AttachRawLink(link.RawLinkOptions{Target: int(root.Fd()), Program: prog, Attach: hook})
 	if errors.Is(err, unix.EPERM) {
 		return "", fmt.Errorf("%w: another program holds this hook exclusively, see 'bpftool cgroup show %s'", err, root.Name())
 	}

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 )
 
@@ -57,7 +58,7 @@ const lookupName = "weir_lookup"
 
 // instance tells the programs of this instance from those of others on the same
 // cgroup root, also where their pins cannot be seen.
-func (p Paths) instance() uint32 {
+func instanceOf(p Paths) uint32 {
 	sum := fnv.New32a()
 	_, _ = sum.Write([]byte(filepath.Clean(p.PinDir)))
 	return max(1, sum.Sum32()) // 0: older than instances
@@ -85,25 +86,25 @@ func attachedTo(target *os.File, attach ebpf.AttachType) (list []attachedProgram
 		return nil, fmt.Errorf("list programs at %s: %w", attach, err)
 	}
 	for _, found := range result.Programs {
-		program, err := describeProgram(found.ID)
+		prog, err := describeProgram(found.ID)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
 			return nil, err
 		}
-		list = append(list, program)
+		list = append(list, prog)
 	}
 	return list, nil
 }
 
 func describeProgram(id ebpf.ProgramID) (found attachedProgram, err error) {
-	program, err := ebpf.NewProgramFromID(id)
+	prog, err := ebpf.NewProgramFromID(id)
 	if err != nil {
 		return found, fmt.Errorf("open program %d: %w", id, err)
 	}
-	defer program.Close()
-	info, err := program.Info()
+	defer prog.Close()
+	info, err := prog.Info()
 	if err != nil {
 		return found, fmt.Errorf("read program %d: %w", id, err)
 	}
@@ -133,9 +134,9 @@ func (s *programSet) reads(id ebpf.MapID) bool {
 }
 
 // setOf reads the tables of a program of Weir.
-func setOf(program attachedProgram) (*programSet, error) {
+func setOf(prog attachedProgram) (*programSet, error) {
 	s := &programSet{tables: make(map[string]ebpf.MapID), programs: make(map[string][]ebpf.ProgramID)}
-	for _, id := range program.maps {
+	for _, id := range prog.maps {
 		table, err := ebpf.NewMapFromID(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			s.ending = true
@@ -183,11 +184,11 @@ func setsAt(root *os.File) (sets []*programSet, err error) {
 		if err != nil {
 			return nil, err
 		}
-		for _, program := range list {
-			if program.name != h.program {
+		for _, prog := range list {
+			if prog.name != h.program {
 				continue
 			}
-			if sets, err = joinSets(sets, program); err != nil {
+			if sets, err = joinSets(sets, prog); err != nil {
 				return nil, err
 			}
 		}
@@ -196,15 +197,15 @@ func setsAt(root *os.File) (sets []*programSet, err error) {
 }
 
 // joinSets adds a program to the set that it shares a table with.
-func joinSets(sets []*programSet, program attachedProgram) ([]*programSet, error) {
-	one, err := setOf(program)
+func joinSets(sets []*programSet, prog attachedProgram) ([]*programSet, error) {
+	one, err := setOf(prog)
 	if err != nil {
 		return nil, err
 	}
-	one.programs[program.name] = []ebpf.ProgramID{program.id}
+	one.programs[prog.name] = []ebpf.ProgramID{prog.id}
 	apart := sets[:0:0]
 	for _, s := range sets {
-		if !slices.ContainsFunc(program.maps, s.reads) {
+		if !slices.ContainsFunc(prog.maps, s.reads) {
 			apart = append(apart, s)
 			continue
 		}
@@ -232,26 +233,6 @@ func (s *programSet) serves(cookies []uint64) (count int) {
 		}
 	}
 	return count
-}
-
-// ownSets returns this instance's sets among sets, the one first that serves most
-// of the workloads on record. One that does not say whose it is belongs to whose
-// workloads it serves.
-func (d *Datapath) ownSets(sets []*programSet) (own []*programSet) {
-	var cookies []uint64
-	records, _ := d.paths.readRecords() // those that cannot be read are not asked for
-	for _, r := range records {
-		cookies = append(cookies, r.Cookie)
-	}
-	served := make(map[*programSet]int)
-	for _, s := range sets {
-		served[s] = s.serves(cookies)
-		if s.instance == d.paths.instance() || s.instance == 0 && served[s] > 0 {
-			own = append(own, s)
-		}
-	}
-	slices.SortStableFunc(own, func(a, b *programSet) int { return served[b] - served[a] })
-	return own
 }
 
 // eachLink visits every link in the kernel, pinned or not.
@@ -293,4 +274,65 @@ func mapID(table *ebpf.Map) (ebpf.MapID, error) {
 	}
 	id, _ := info.ID()
 	return id, nil
+}
+
+// whole reports whether each program of the set is where it belongs. A set of
+// another version may have fewer of them, so those are asked for that redirect.
+func (s *programSet) whole() bool {
+	names := []string{"weir_connect4", "weir_connect6", "weir_getsockopt"}
+	if s.digest() == digest() {
+		names = programNames()
+	}
+	for _, name := range names {
+		if len(s.programs[name]) != 1 {
+			return false
+		}
+	}
+	return true
+}
+
+// digest is that of the objects that the set's programs are from.
+func (s *programSet) digest() [2]uint64 {
+	var row bpfControl
+	table, err := ebpf.NewMapFromID(s.tables["control"])
+	if err != nil {
+		return row.Digest
+	}
+	defer table.Close()
+	if err := table.Lookup(uint32(0), &row); err != nil || row.Layout != layout {
+		return [2]uint64{}
+	}
+	return row.Digest
+}
+
+// cookieOf is the cookie of the namespace that a lookup program of the set is for;
+// 0 where the program is not of the set. known is what the records say of it.
+// Without a record the program says so itself: the cookie is one of its constants.
+func (s *programSet) cookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
+	found, err := describeProgram(id)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && (found.name != lookupName || !slices.ContainsFunc(found.maps, s.reads)) {
+		return 0, nil
+	}
+	if err != nil || known != 0 {
+		return known, err
+	}
+	prog, err := ebpf.NewProgramFromID(id)
+	if err != nil {
+		return 0, nil // it ended
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read program %d: %w", id, err)
+	}
+	code, err := info.Instructions()
+	if err != nil {
+		return 0, nil // this kernel does not show it: its workload's CHECK finds it
+	}
+	for _, insn := range code {
+		if insn.OpCode.IsDWordLoad() && insn.Src == asm.R0 && s.serves([]uint64{uint64(insn.Constant)}) == 1 {
+			return uint64(insn.Constant), nil
+		}
+	}
+	return 0, nil
 }

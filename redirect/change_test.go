@@ -277,7 +277,7 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 	if err := n.SetMeshConfig(a.key, MeshConfig{}); err != nil {
 		t.Errorf("change back: %v", err)
 	}
-	if err := n.SetMeshConfig(AttachmentID{"nobody", "eth0"}, MeshConfig{}); err == nil || fmt.Sprint(err) == "" {
+	if err := n.SetMeshConfig(AttachmentID{ContainerID: "nobody", IfName: "eth0"}, MeshConfig{}); err == nil || fmt.Sprint(err) == "" {
 		t.Error("a change of an unknown workload succeeded")
 	}
 	healthy(t, n.Datapath)

@@ -160,7 +160,7 @@ func TestCheckRefuses(t *testing.T) {
 	n := newNode(t)
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
-	if _, err := n.Check(AttachmentID{"nobody", "eth0"}, a.Path); !errors.Is(err, ErrUnknown) {
+	if _, err := n.Check(AttachmentID{ContainerID: "nobody", IfName: "eth0"}, a.Path); !errors.Is(err, ErrUnknown) {
 		t.Errorf("check of an unknown workload: %v, want ErrUnknown", err)
 	}
 	if _, err := n.Check(a.key, b.Path); !errors.Is(err, ErrNetNSGone) {

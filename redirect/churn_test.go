@@ -24,13 +24,13 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 		ns := test.NewNetNS(t)
 		request := Request{Network: "weir"}
 		full(&request)
-		if err := n.Add(Attachment{Key: AttachmentID{"dead", "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
+		if err := n.Add(Attachment{Key: AttachmentID{ContainerID: "dead", IfName: "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.Add(Attachment{Key: AttachmentID{"orphan", "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
+		if err := n.Add(Attachment{Key: AttachmentID{ContainerID: "orphan", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.paths.removeRecord(AttachmentID{"orphan", "eth0"}); err != nil {
+		if err := n.paths.removeRecord(AttachmentID{ContainerID: "orphan", IfName: "eth0"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -99,7 +99,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 		}
 		for ; rounds < test.Scale(10_000); rounds++ {
 			ns := spaces[rounds%len(spaces)]
-			key := AttachmentID{fmt.Sprintf("churn-%d", rounds), "eth0"}
+			key := AttachmentID{ContainerID: fmt.Sprintf("churn-%d", rounds), IfName: "eth0"}
 			request := Request{Network: "nomad", ProxyUID: proxyUID}
 			if rounds%3 == 0 {
 				full(&request)
@@ -151,7 +151,7 @@ func TestWorkloadDoesNotHoldItsNamespace(t *testing.T) {
 	t.Run("namespace", func(inner *testing.T) {
 		ns := test.NewNetNS(inner)
 		died = witness(t, ns)
-		if err := d.Add(Attachment{Key: AttachmentID{"held", "eth0"}, NetNS: ns.Path}); err != nil {
+		if err := d.Add(Attachment{Key: AttachmentID{ContainerID: "held", IfName: "eth0"}, NetNS: ns.Path}); err != nil {
 			inner.Fatal(err)
 		}
 	})

@@ -205,13 +205,6 @@ func (c *IndexReclaimer) search(tables *tables, excess map[uint64]int) error {
 	return err
 }
 
-// isCondemned reports whether no connect can pick the index any more.
-func (t *tables) isCondemned(key bpfIndexKey, addr bpfAddr) (bool, error) {
-	var row bpfOrigin
-	found, err := t.get("origins", bpfOriginKey{Cookie: key.Cookie, Addr: addr}, &row)
-	return err == nil && (!found || row.Index != key.Index), err
-}
-
 // restedOrigin is an origin that was not dialled for a while.
 type restedOrigin struct {
 	addr   bpfAddr
@@ -255,7 +248,7 @@ func (c *IndexReclaimer) collect(tables *tables, r *record, condemned []bpfIndex
 	if len(condemned)+len(rested) == 0 {
 		return 0, nil
 	}
-	ns, err := r.open()
+	ns, err := openNamespaceOf(r)
 	if err != nil {
 		return 0, err
 	}

@@ -149,3 +149,6 @@ func getsockopt(fd, level, option int, buffer []byte) error {
 	}
 	return nil
 }
+
+// ErrConsulRules: Consul's own rules redirect the namespace already.
+var ErrConsulRules = errors.New("namespace is redirected by Consul's own iptables or nftables rules")

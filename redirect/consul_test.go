@@ -72,7 +72,7 @@ func consulRules(t *testing.T, d *Datapath, ns *test.NetNS, want bool) {
 	if err != nil || found != want {
 		t.Errorf("redirected by Consul: %t, %v; want %t", found, err, want)
 	}
-	key := AttachmentID{"ruled", "eth0"}
+	key := AttachmentID{ContainerID: "ruled", IfName: "eth0"}
 	request := Request{}
 	full(&request)
 	err = d.Add(Attachment{Key: key, NetNS: ns.Path, Request: request})

@@ -239,7 +239,7 @@ func TestKilledAdd(t *testing.T) {
 				}
 				a.remove()
 				// The other key's, where the kill came before it was taken over.
-				if err := n.Remove(AttachmentID{"other", "eth0"}); err != nil {
+				if err := n.Remove(AttachmentID{ContainerID: "other", IfName: "eth0"}); err != nil {
 					t.Fatal(err)
 				}
 				a.gone(t)

@@ -8,6 +8,8 @@ import (
 	"reflect"
 	"slices"
 	"time"
+
+	"github.com/cilium/ebpf"
 )
 
 // Datapath is the data path of one node. It holds no state but the paths, so
@@ -82,8 +84,8 @@ func (d *Datapath) add(a Attachment) error {
 		return err
 	}
 	defer tables.Close()
-	tables.prepared = a.Prepared
-	if err := tables.refuseOtherInstance(ns); err != nil {
+	tables.preloaded = func(cookie uint64) *ebpf.Program { return a.Prepared.take(tables, cookie) }
+	if err := refuseOtherInstance(tables, ns); err != nil {
 		return err
 	}
 	boot, err := bootID()
@@ -138,7 +140,7 @@ func (d *Datapath) add(a Attachment) error {
 // not lead to it any more: tasks run in it, as in that of a pause container which
 // Docker restarted. They stay redirected until the last of them ends.
 func (d *Datapath) pathLost(r *record) bool {
-	ns, err := r.open()
+	ns, err := openNamespaceOf(r)
 	if err == nil {
 		ns.Close()
 	}
@@ -229,7 +231,7 @@ func (d *Datapath) removeWorkload(tables *tables, r *record) error {
 // removeRoutes removes the routes and the filter of a workload whose namespace
 // still lives.
 func removeRoutes(r *record) error {
-	ns, err := r.open()
+	ns, err := openNamespaceOf(r)
 	if errors.Is(err, ErrNetNSGone) || errors.Is(err, ErrHostNetNS) {
 		return nil
 	}
@@ -237,7 +239,7 @@ func removeRoutes(r *record) error {
 		return err
 	}
 	defer ns.Close()
-	_, err = ns.removeFilter()
+	_, err = removeFilter(ns)
 	return errors.Join(err, ns.removeRoutes())
 }
 
@@ -266,7 +268,7 @@ func (d *Datapath) check(key AttachmentID, netns string) (repaired []string, err
 		r.dirty = r.NetNS != netns
 		r.NetNS = netns
 	}
-	ns, err := r.open()
+	ns, err := openNamespaceOf(r)
 	if err != nil {
 		return nil, err
 	}
@@ -300,7 +302,7 @@ func (d *Datapath) SetMeshConfig(key AttachmentID, meshConfig MeshConfig) error 
 			return err
 		}
 		defer tables.Close()
-		ns, err := r.open()
+		ns, err := openNamespaceOf(r)
 		if err != nil {
 			return err
 		}

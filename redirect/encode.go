@@ -4,7 +4,6 @@ package redirect
 
 import (
 	"encoding/binary"
-	"net"
 	"net/netip"
 	"unsafe"
 )
@@ -14,14 +13,6 @@ import (
 
 // encodedPrefix4 and encodedPrefix6 are the ranges that carry an index, as
 // ../bpf/addr.h has them. Both are routed to lo in every workload.
-var (
-	encodedPrefix4 = netip.MustParsePrefix("127.128.0.0/9")
-	encodedPrefix6 = netip.MustParsePrefix("fd77:6569:7200::/96")
-
-	loopbackPrefix4 = netip.MustParsePrefix("127.0.0.0/8")
-	loopbackPrefix6 = netip.MustParsePrefix("::1/128")
-)
-
 const (
 	listenerSlots = 64  // LISTENER_SLOTS
 	flowSlots     = 128 // FLOW_SLOTS
@@ -55,26 +46,6 @@ func decodeAddr(row bpfAddr) netip.Addr {
 
 func decodeAddrPort(row bpfAddr, port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(decodeAddr(row), port)
-}
-
-// encodedAddrs are the addresses that an index has in the two ranges.
-func encodedAddrs(index uint32) (v4, v6 netip.Addr) {
-	b4 := encodedPrefix4.Addr().As4()
-	binary.BigEndian.PutUint32(b4[:], binary.BigEndian.Uint32(b4[:])+index)
-	b6 := encodedPrefix6.Addr().As16()
-	binary.BigEndian.PutUint32(b6[12:], index)
-	return netip.AddrFrom4(b4), netip.AddrFrom16(b6)
-}
-
-// decodeIndex returns the index that an address of either range carries.
-func decodeIndex(addr netip.Addr) (index uint32, encoded bool) {
-	addr = addr.Unmap()
-	if encodedPrefix4.Contains(addr) {
-		bytes := addr.As4()
-		return binary.BigEndian.Uint32(bytes[:]) &^ 0xff800000, true
-	}
-	bytes := addr.As16()
-	return binary.BigEndian.Uint32(bytes[12:]), encodedPrefix6.Contains(addr)
 }
 
 // rows is one generation of a workload, ready to be written.
@@ -242,8 +213,4 @@ func encodeCIDR(cidr netip.Prefix, cookie, generation uint64) bpfCidrKey {
 	scope := (*[4]uint32)(unsafe.Pointer(&[2]uint64{cookie, generation}))
 	key.Scope = *scope
 	return key
-}
-
-func ipNet(prefix netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}
 }

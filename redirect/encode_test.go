@@ -3,6 +3,8 @@
 package redirect
 
 import (
+	"github.com/weirmesh/weir/test"
+
 	"encoding/binary"
 	"maps"
 	"net/netip"
@@ -12,20 +14,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 )
-
-func addrs(texts ...string) (list []netip.Addr) {
-	for _, text := range texts {
-		list = append(list, netip.MustParseAddr(text))
-	}
-	return list
-}
-
-func prefixes(texts ...string) (list []netip.Prefix) {
-	for _, text := range texts {
-		list = append(list, netip.MustParsePrefix(text))
-	}
-	return list
-}
 
 // The programs read an address as 16 bytes in network order, IPv4 mapped.
 func TestEncodeAddr(t *testing.T) {
@@ -109,12 +97,12 @@ func TestEncodeRows(t *testing.T) {
 		Mode: ModeTransparent, ProxyUID: 4_000_000_000, InboundPort: 20000, OutboundPort: 15001,
 		DNS: DNS{Address: netip.MustParseAddr("10.0.0.53"), Port: 8600}, Guard: GuardEnforce, Budget: 99,
 		ExcludeInboundPorts: []uint16{8080}, ExcludeOutboundPorts: []uint16{1, 65535},
-		ExcludeOutboundCIDRs: prefixes("10.0.0.0/8", "::/0"), ExcludeUIDs: []uint32{0, 70000},
-		Addresses: addrs("10.9.1.2", "fd09::2"),
+		ExcludeOutboundCIDRs: test.Prefixes("10.0.0.0/8", "::/0"), ExcludeUIDs: []uint32{0, 70000},
+		Addresses: test.Addrs("10.9.1.2", "fd09::2"),
 		Upstreams: []Upstream{{
-			Name: "db", Addresses: addrs("240.0.0.5", "fd00::5", "10.9.1.2"), Listener: netip.MustParseAddrPort("127.0.0.1:9191"),
+			Name: "db", Addresses: test.Addrs("240.0.0.5", "fd00::5", "10.9.1.2"), Listener: netip.MustParseAddrPort("127.0.0.1:9191"),
 		}},
-		Ephemeral: PortRange{32768, 60999},
+		Ephemeral: PortRange{First: 32768, Last: 60999},
 	}
 	exclusion := func(kind bpfExclusionKind, value uint32) bpfExclusionKey {
 		return bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}
@@ -173,7 +161,7 @@ func TestEncodeFlags(t *testing.T) {
 		"UIDs":        {func(w *Workload) { w.ExcludeUIDs = []uint32{0} }, false, bpfConfigFlagCONFIG_UIDS},
 		"ports out":   {func(w *Workload) { w.ExcludeOutboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_OUT},
 		"ports in":    {func(w *Workload) { w.ExcludeInboundPorts = []uint16{1} }, false, bpfConfigFlagCONFIG_PORTS_IN},
-		"CIDRs":       {func(w *Workload) { w.ExcludeOutboundCIDRs = prefixes("::/0") }, false, bpfConfigFlagCONFIG_CIDRS},
+		"CIDRs":       {func(w *Workload) { w.ExcludeOutboundCIDRs = test.Prefixes("::/0") }, false, bpfConfigFlagCONFIG_CIDRS},
 		"two proxies": {func(w *Workload) { w.Proxies = []Sidecar{{InboundPort: 1}} }, false, bpfConfigFlagCONFIG_PROXIES},
 		"audit":       {func(w *Workload) { w.Guard = GuardAudit }, false, bpfConfigFlagCONFIG_AUDIT},
 		"enforce":     {func(w *Workload) { w.Guard = GuardEnforce }, false, bpfConfigFlagCONFIG_ENFORCE},
@@ -216,10 +204,10 @@ func TestEncodeProxies(t *testing.T) {
 	const cookie, generation = 7, 8
 	w := Workload{
 		Mode: ModeTransparent, InboundPort: 20000, OutboundPort: 15001, ExcludeInboundPorts: []uint16{9000},
-		Addresses: addrs("10.9.1.2"), Seats: []uint8{2, 0, 5},
-		Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.9"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
+		Addresses: test.Addrs("10.9.1.2"), Seats: []uint8{2, 0, 5},
+		Upstreams: []Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.9"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
 		Proxies: []Sidecar{
-			{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080, 9000}, VirtualIPs: addrs("240.0.0.1", "240.0.0.9")},
+			{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080, 9000}, VirtualIPs: test.Addrs("240.0.0.1", "240.0.0.9")},
 			{Service: "web", InboundPort: 20002, ServicePorts: []uint16{8080, 20000, 8081}},
 		},
 	}

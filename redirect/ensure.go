@@ -20,20 +20,20 @@ import (
 // change and complete after the last.
 func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []string, err error) {
 	before := *r
-	moved, err := r.observe(ns)
+	moved, err := observeSources(r, ns)
 	if err != nil {
 		return nil, err
 	}
 	if before.Complete {
 		changed = append(changed, moved...)
 	}
-	workload := r.desired()
-	if err := workload.Validate(); err != nil {
+	wanted := r.desired()
+	if err := wanted.Validate(); err != nil {
 		return nil, err
 	}
-	routed := r.Complete && before.Applied.Sources.equal(workload.Sources)
+	routed := r.Complete && before.Applied.Sources.equal(wanted.Sources)
 	if routed {
-		if routed, err = ns.hasRoutes(workload, r.IPv6); err != nil {
+		if routed, err = ns.hasRoutes(wanted, r.IPv6); err != nil {
 			return nil, err
 		}
 	}
@@ -41,14 +41,14 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.markIncomplete(r); err != nil {
 			return nil, err
 		}
-		if r.IPv6, err = ns.setRoutes(workload); err != nil {
+		if r.IPv6, err = ns.setRoutes(wanted); err != nil {
 			return changed, err
 		}
 		changed = append(changed, "routes to the proxy set")
 	}
-	written := before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(workload)
+	written := before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted)
 	if written {
-		if written, err = tables.hasRows(r.Cookie, workload, r.IPv6); err != nil {
+		if written, err = tables.hasRows(r.Cookie, wanted, r.IPv6); err != nil {
 			return changed, err
 		}
 	}
@@ -63,14 +63,14 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.markIncomplete(r); err != nil {
 			return changed, err
 		}
-		if !before.fresh && (!before.Complete || !samePorts(before.Applied, workload)) {
+		if !before.fresh && (!before.Complete || !samePorts(before.Applied, wanted)) {
 			// Those that wait at the new ports already, before anybody is sent there.
 			// After a process that died half way nobody knows which ports are in force.
-			if _, err := registerExistingListeners(tables, d.paths, ns, workload, r.RejectedCgroups); err != nil {
+			if _, err := registerExistingListeners(tables, d.paths, ns, wanted, r.RejectedCgroups); err != nil {
 				return changed, err
 			}
 		}
-		if err := d.replaceRows(tables, r, &before, workload); err != nil {
+		if err := d.replaceRows(tables, r, &before, wanted); err != nil {
 			return changed, err
 		}
 		if !quiet {
@@ -84,14 +84,14 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 	if attached {
 		changed = append(changed, "lookup program attached")
 	}
-	filtered, err := d.paths.setFilter(ns, workload)
+	filtered, err := setFilter(d.paths, ns, wanted)
 	if err != nil {
 		return changed, err
 	}
 	if filtered {
 		changed = append(changed, "filter of forwarded packets set")
 	}
-	adopted, err := registerExistingListeners(tables, d.paths, ns, workload, r.RejectedCgroups)
+	adopted, err := registerExistingListeners(tables, d.paths, ns, wanted, r.RejectedCgroups)
 	if err != nil {
 		return changed, err
 	}
@@ -99,7 +99,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 	if before.Complete && len(changed) == 0 && !r.dirty {
 		return nil, nil
 	}
-	r.Complete, r.Applied = true, workload
+	r.Complete, r.Applied = true, wanted
 	return changed, d.paths.writeRecord(r)
 }
 
@@ -112,30 +112,30 @@ func (d *Datapath) markIncomplete(r *record) error {
 // replaceRows writes the rows of the workload and removes the previous ones
 // after every program that may still read them has ended. What a process that
 // died half way left is not known in detail and is searched for.
-func (d *Datapath) replaceRows(tables *tables, r, before *record, workload Workload) error {
+func (d *Datapath) replaceRows(tables *tables, r, before *record, wanted Workload) error {
 	old, err := tables.generation(r.Cookie)
 	if err != nil {
 		return err
 	}
-	if err := tables.admit(encodeRows(before.Applied, r.Cookie, old, before.IPv6), encodeRows(workload, r.Cookie, old, r.IPv6)); err != nil {
+	if err := tables.admit(encodeRows(before.Applied, r.Cookie, old, before.IPv6), encodeRows(wanted, r.Cookie, old, r.IPv6)); err != nil {
 		return err
 	}
-	if err := tables.writeRows(r.Cookie, workload, r.IPv6); err != nil || before.fresh {
+	if err := tables.writeRows(r.Cookie, wanted, r.IPv6); err != nil || before.fresh {
 		return err
 	}
 	waitForReaders()
 	if !before.Complete || old == 0 {
-		return tables.deleteStale(r.Cookie, &workload)
+		return tables.deleteStale(r.Cookie, &wanted)
 	}
 	if err := tables.deleteRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
 		return err
 	}
-	if samePorts(before.Applied, workload) {
+	if samePorts(before.Applied, wanted) {
 		return nil
 	}
 	return errors.Join(
-		tables.deleteListenersOn(r.Cookie, workload.ports()),
-		tables.deleteProxies(r.Cookie, before.Applied.takenProxyIDs()&^workload.takenProxyIDs()),
+		tables.deleteListenersOn(r.Cookie, wanted.ports()),
+		tables.deleteProxies(r.Cookie, before.Applied.takenProxyIDs()&^wanted.takenProxyIDs()),
 	)
 }
 
@@ -155,7 +155,7 @@ func (d *Datapath) pruneDead() error {
 	owned := make(map[uint64]bool)
 	for _, r := range records {
 		owned[r.Cookie] = true
-		ns, err := r.open()
+		ns, err := openNamespaceOf(r)
 		if err == nil {
 			ns.Close()
 		}
@@ -207,4 +207,33 @@ func (d *Datapath) orphans(owned map[uint64]bool) (found []orphan, err error) {
 		pinned.Close()
 	}
 	return found, nil
+}
+
+// renewFilters brings this binary's programs to every workload. One that it cannot
+// reach goes on with those that it has, and the next look at it repairs that.
+func (d *Datapath) renewFilters() error {
+	programs, err := renewFilterPrograms(d.paths)
+	if err != nil {
+		return err
+	}
+	programs.Close()
+	records, err := d.paths.readRecords()
+	if err != nil && !errors.Is(err, ErrUnreadable) {
+		return err
+	}
+	var problems []error
+	for _, r := range records {
+		ns, err := openNamespaceOf(r)
+		if errors.Is(err, ErrNetNSGone) {
+			continue
+		}
+		if err == nil {
+			_, err = setFilter(d.paths, ns, r.desired())
+			ns.Close()
+		}
+		if err != nil {
+			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
+		}
+	}
+	return errors.Join(problems...)
 }

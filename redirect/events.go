@@ -12,7 +12,6 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 )
@@ -26,10 +25,6 @@ const eventLease = 5 * time.Second
 
 // eventPause is how long events gather in the ring where they come one by one.
 const eventPause = 50 * time.Millisecond
-
-// EventsLost is the verdict of an Event that is no connection: it tells how many
-// events of a workload the reader does not get.
-const EventsLost = ^Verdict(0)
 
 // Event is one connection and what was decided about it.
 type Event struct {
@@ -86,7 +81,7 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 	delivered := 0
 	resolved := func(event Event) error {
 		delivered++
-		return deliver(tables.withOrigin(event))
+		return deliver(withOrigin(tables, event))
 	}
 	// The reader does not know of ctx.
 	defer context.AfterFunc(ctx, func() { _ = reader.Flush() })() // it was closed meanwhile
@@ -162,22 +157,9 @@ func decodeRecord(record ringbuf.Record) (row bpfEvent, err error) {
 	return row, nil
 }
 
-// lease asks the programs for events for that long; 0 ends it.
-func (t *tables) lease(length time.Duration) error {
-	var row bpfControl
-	if _, err := t.get("control", uint32(0), &row); err != nil {
-		return err
-	}
-	row.EventsUntilNs = 0
-	if length > 0 {
-		row.EventsUntilNs = monotonicNow() + uint64(length)
-	}
-	return t.put("control", uint32(0), row, ebpf.UpdateAny)
-}
-
 // withOrigin puts the origin in the place of an encoded address, where the
 // program that reported left it to the reader.
-func (t *tables) withOrigin(event Event) Event {
+func withOrigin(t *tables, event Event) Event {
 	if event.Verdict != RefusedNoProxy {
 		return event
 	}

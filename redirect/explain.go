@@ -4,7 +4,6 @@ package redirect
 
 import (
 	"errors"
-	"fmt"
 	"math"
 	"net/netip"
 )
@@ -71,38 +70,6 @@ type Explanation struct {
 	Local   bool           // Listens says something: the connection stays in the namespace
 }
 
-// Explain decides what the programs would make of a connection now, rule by rule, from the
-// rows in the kernel. It takes no lock and changes nothing.
-func (d *Datapath) Explain(key AttachmentID, c Connection) (Explanation, error) {
-	r, err := d.paths.readRecord(key)
-	if err != nil {
-		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
-	}
-	tables, err := openTablesToRead(d.paths.maps())
-	if err != nil {
-		return Explanation{}, err
-	}
-	defer tables.Close()
-	inForce, err := d.InForce(r.NetNS)
-	if err != nil {
-		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
-	}
-	if !inForce {
-		return Explanation{}, fmt.Errorf("explain %s: its programs are not in force, so its connections pass or are refused unseen: run 'weir load', then its CNI CHECK or restart the allocation", key)
-	}
-	c = c.unmapped()
-	rows, err := tables.snapshot(r.Cookie, c)
-	if err != nil {
-		return Explanation{}, fmt.Errorf("explain %s: %w", key, err)
-	}
-	steps, verdict := evaluate(rows, c)
-	e := Explanation{Verdict: verdict, Steps: steps, Service: r.serviceBehind(c)}
-	for i := range e.Steps {
-		e.Steps[i].Source = r.source(&e.Steps[i], c)
-	}
-	return e, e.lookBehind(r, rows, c)
-}
-
 func (c Connection) unmapped() Connection {
 	if c.Destination.Addr().Is4In6() {
 		c.IPv6Socket = true
@@ -114,50 +81,8 @@ func (c Connection) unmapped() Connection {
 	return c
 }
 
-// lookBehind finds where a connection that stays in the namespace ends.
-func (e *Explanation) lookBehind(r *record, rows *snapshot, c Connection) error {
-	loopback := netip.AddrFrom4([4]byte{127, 0, 0, 1})
-	switch e.Verdict {
-	case Redirected, RefusedNoProxy:
-		e.SentTo = netip.AddrPortFrom(loopback, rows.arrivalPort())
-		e.Local, e.Listens = true, e.Verdict == Redirected
-		return nil
-	case Inbound, RefusedInboundNoProxy:
-		e.SentTo = netip.AddrPortFrom(c.Destination.Addr(), rows.inboundPort())
-		e.Local, e.Listens = true, e.Verdict == Inbound
-		return nil
-	case ToUpstream:
-		e.SentTo = decodeAddrPort(rows.address.Listener, rows.address.Port)
-	case ToDNS:
-		e.SentTo = decodeAddrPort(rows.config.DnsAddr, rows.config.DnsPort)
-		if !e.SentTo.Addr().IsLoopback() {
-			return nil
-		}
-	case Local, InboundExcluded, GuardAudited:
-	default:
-		return nil
-	}
-	to := c.Destination
-	if e.SentTo.IsValid() {
-		to = e.SentTo
-	}
-	ns, err := r.open()
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	sockets, err := ns.listening()
-	e.Local = err == nil
-	for _, s := range sockets {
-		addr := s.addr.Unmap()
-		family := addr.Is4() == to.Addr().Is4() || addr.Is6() && addr.IsUnspecified() && !s.v6only
-		e.Listens = e.Listens || s.port == to.Port() && family && (addr == to.Addr() || addr.IsUnspecified())
-	}
-	return err
-}
-
 // snapshot reads the rows that decide about a connection, all of one generation.
-func (m *tables) snapshot(cookie uint64, c Connection) (*snapshot, error) {
+func readSnapshot(m *tables, cookie uint64, c Connection) (*snapshot, error) {
 	const tries = 4 // GENERATION_TRIES
 	for range tries {
 		before, err := m.generation(cookie)
@@ -167,7 +92,7 @@ func (m *tables) snapshot(cookie uint64, c Connection) (*snapshot, error) {
 		if before == 0 {
 			return nil, errors.New("the kernel has no row of its namespace: its connections pass Weir by; run its CNI CHECK or restart the allocation")
 		}
-		rows, err := m.snapshotOf(cookie, before, c)
+		rows, err := snapshotOf(m, cookie, before, c)
 		if err != nil {
 			return nil, err
 		}
@@ -179,7 +104,7 @@ func (m *tables) snapshot(cookie uint64, c Connection) (*snapshot, error) {
 	return nil, errors.New("its rows change faster than they can be read: try again")
 }
 
-func (m *tables) snapshotOf(cookie, generation uint64, c Connection) (*snapshot, error) {
+func snapshotOf(m *tables, cookie, generation uint64, c Connection) (*snapshot, error) {
 	s := &snapshot{proxies: make(map[uint32]bpfProxy), listeners: make(map[bpfListenerKey]bool)}
 	var config bpfConfig
 	found, err := m.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config)
@@ -189,16 +114,16 @@ func (m *tables) snapshotOf(cookie, generation uint64, c Connection) (*snapshot,
 	s.config = &config
 	addr, port := c.Destination.Addr(), c.Destination.Port()
 	if c.inbound() {
-		own, err := m.addressRow(cookie, generation, c.From.Addr())
+		own, err := addressRow(m, cookie, generation, c.From.Addr())
 		if err != nil {
 			return nil, err
 		}
 		s.ownRemote = own != nil && own.Kind == bpfAddressKindADDRESS_OWN
 	}
 	var problems [8]error
-	s.address, problems[0] = m.addressRow(cookie, generation, addr)
-	s.portOut, problems[1] = m.portRow(cookie, generation, bpfExclusionKindEXCLUSION_PORT_OUT, port)
-	s.portIn, problems[2] = m.portRow(cookie, generation, bpfExclusionKindEXCLUSION_PORT_IN, port)
+	s.address, problems[0] = addressRow(m, cookie, generation, addr)
+	s.portOut, problems[1] = portRow(m, cookie, generation, bpfExclusionKindEXCLUSION_PORT_OUT, port)
+	s.portIn, problems[2] = portRow(m, cookie, generation, bpfExclusionKindEXCLUSION_PORT_IN, port)
 	exclusion := bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: bpfExclusionKindEXCLUSION_UID, Value: c.UID}
 	var value uint32
 	s.uidExcluded, problems[3] = m.get("exclusions", exclusion, &value)
@@ -210,7 +135,7 @@ func (m *tables) snapshotOf(cookie, generation uint64, c Connection) (*snapshot,
 	whole := netip.PrefixFrom(addr, addr.BitLen())
 	found, problems[5] = m.get("cidrs", encodeCIDR(whole, cookie, generation), &family)
 	s.cidr = found && family == cidrFamily(whole)
-	s.origin, problems[6] = m.originRows(cookie, generation, s, addr)
+	s.origin, problems[6] = readOriginRows(m, cookie, generation, s, addr)
 	problems[7] = eachProxyID(cookie, math.MaxUint8, func(key bpfProxyKey) error {
 		var proxy bpfProxy
 		_, err := m.get("proxies", key, &proxy)
@@ -220,10 +145,10 @@ func (m *tables) snapshotOf(cookie, generation uint64, c Connection) (*snapshot,
 	if err := errors.Join(problems[:]...); err != nil {
 		return nil, err
 	}
-	return s, m.readListeners(cookie, s)
+	return s, readListeners(m, cookie, s)
 }
 
-func (m *tables) addressRow(cookie, generation uint64, addr netip.Addr) (*bpfAddress, error) {
+func addressRow(m *tables, cookie, generation uint64, addr netip.Addr) (*bpfAddress, error) {
 	var row bpfAddress
 	found, err := m.get("addresses", bpfAddressKey{Cookie: cookie, Generation: generation, Addr: encodeAddr(addr)}, &row)
 	if !found {
@@ -232,7 +157,7 @@ func (m *tables) addressRow(cookie, generation uint64, addr netip.Addr) (*bpfAdd
 	return &row, nil
 }
 
-func (m *tables) portRow(cookie, generation uint64, kind bpfExclusionKind, port uint16) (bool, error) {
+func portRow(m *tables, cookie, generation uint64, kind bpfExclusionKind, port uint16) (bool, error) {
 	var row bpfPorts
 	key := bpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: uint32(port) / portsPerRow}
 	_, err := m.get("ports", key, &row)
@@ -240,7 +165,7 @@ func (m *tables) portRow(cookie, generation uint64, kind bpfExclusionKind, port 
 }
 
 // originRows reads what origin_intern in ../bpf/origin.h does.
-func (m *tables) originRows(cookie, generation uint64, s *snapshot, addr netip.Addr) (rows originRows, err error) {
+func readOriginRows(m *tables, cookie, generation uint64, s *snapshot, addr netip.Addr) (rows originRows, err error) {
 	origins, err := m.table("origins")
 	if err != nil {
 		return rows, err
@@ -276,7 +201,7 @@ func (m *tables) originRows(cookie, generation uint64, s *snapshot, addr netip.A
 }
 
 // readListeners reads which of the listeners that the rules may ask for are registered.
-func (m *tables) readListeners(cookie uint64, s *snapshot) error {
+func readListeners(m *tables, cookie uint64, s *snapshot) error {
 	_, outbound := s.outboundProxy()
 	for _, key := range []bpfListenerKey{
 		{Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: outbound}, {Role: bpfListenerRoleLISTENER_OUTBOUND6, Port: outbound},

@@ -19,7 +19,7 @@ const (
 
 // source says where the value comes from that a rule looked at. It adds to the step what the
 // rows do not say.
-func (r *record) source(step *Step, c Connection) string {
+func sourceOf(r *record, step *Step, c Connection) string {
 	matches := step.Result == ResultMatch
 	switch step.Rule {
 	case RuleDNS:
@@ -33,7 +33,7 @@ func (r *record) source(step *Step, c Connection) string {
 			!c.inbound() && slices.Contains(r.Request.ExcludeOutboundPorts, c.Destination.Port())
 		return sourceIf(matches, either(fromJob, SourceJob, SourceConsul))
 	case RuleCIDR:
-		if cidr, found := r.excludedCIDR(c.Destination.Addr()); matches && found {
+		if cidr, found := excludedCIDR(r, c.Destination.Addr()); matches && found {
 			step.Detail = fmt.Sprintf("%s is in the excluded CIDR %s", c.Destination.Addr(), cidr)
 		}
 		return sourceIf(matches, SourceJob)
@@ -68,7 +68,7 @@ func either(first bool, a, b string) string {
 func sourceIf(there bool, source string) string { return either(there, source, "") }
 
 // excludedCIDR is the longest excluded prefix that has the address.
-func (r *record) excludedCIDR(addr netip.Addr) (longest netip.Prefix, found bool) {
+func excludedCIDR(r *record, addr netip.Addr) (longest netip.Prefix, found bool) {
 	for _, cidr := range r.desired().ExcludeOutboundCIDRs {
 		there := cidr.Contains(addr)
 		if cidr.Addr().Is4In6() && addr.Is4() {
@@ -82,7 +82,7 @@ func (r *record) excludedCIDR(addr netip.Addr) (longest netip.Prefix, found bool
 }
 
 // serviceBehind names the service that a connection is meant for, as far as Consul told.
-func (r *record) serviceBehind(c Connection) string {
+func serviceBehind(r *record, c Connection) string {
 	if c.inbound() {
 		for _, p := range r.MeshConfig.Proxies {
 			if slices.Contains(p.ServicePorts, c.Destination.Port()) || p.InboundPort == c.Destination.Port() {

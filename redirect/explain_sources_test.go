@@ -3,6 +3,8 @@
 package redirect
 
 import (
+	"github.com/weirmesh/weir/test"
+
 	"net/netip"
 	"strings"
 	"testing"
@@ -23,7 +25,7 @@ func TestExplainTellsWhatLiesBehind(t *testing.T) {
 	})
 	listener := netip.MustParseAddrPort("127.0.0.1:9191")
 	err := n.SetMeshConfig(a.key, MeshConfig{Service: "web", ExcludeInboundPorts: []uint16{9001}, Guard: GuardAudit,
-		Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: listener}}})
+		Upstreams: []Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.5"), Listener: listener}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,24 +39,24 @@ func TestExplainTellsWhatLiesBehind(t *testing.T) {
 		want Explanation // with the last step alone
 	}{
 		{to: "203.0.113.7:80", want: Explanation{Verdict: Redirected, SentTo: netip.MustParseAddrPort("127.0.0.1:15001"), Local: true, Listens: true,
-			Steps: []Step{{RuleListener, ResultMatch, "the proxy listens on its outbound port 15001: it gets the connection", SourceNode}}}},
+			Steps: []Step{{Rule: RuleListener, Result: ResultMatch, Detail: "the proxy listens on its outbound port 15001: it gets the connection", Source: SourceNode}}}},
 		{to: "203.0.113.7:5432", want: Explanation{Verdict: PortExcluded,
-			Steps: []Step{{RulePort, ResultMatch, "outbound port 5432 is excluded", SourceJob}}}},
+			Steps: []Step{{Rule: RulePort, Result: ResultMatch, Detail: "outbound port 5432 is excluded", Source: SourceJob}}}},
 		{to: "198.51.100.1:80", want: Explanation{Verdict: CIDRExcluded,
-			Steps: []Step{{RuleCIDR, ResultMatch, "198.51.100.1 is in the excluded CIDR 198.51.100.0/24", SourceJob}}}},
+			Steps: []Step{{Rule: RuleCIDR, Result: ResultMatch, Detail: "198.51.100.1 is in the excluded CIDR 198.51.100.0/24", Source: SourceJob}}}},
 		{to: "240.0.0.5:5432", want: Explanation{Verdict: ToUpstream, Service: "db", SentTo: listener, Local: true, Listens: true,
-			Steps: []Step{{RuleUpstream, ResultMatch, "240.0.0.5 is a virtual IP of an upstream: sent to its listener 127.0.0.1:9191", SourceConsul}}}},
+			Steps: []Step{{Rule: RuleUpstream, Result: ResultMatch, Detail: "240.0.0.5 is a virtual IP of an upstream: sent to its listener 127.0.0.1:9191", Source: SourceConsul}}}},
 		{to: "127.0.0.1:9000", want: Explanation{Verdict: Local, Local: true, Listens: true,
-			Steps: []Step{{RuleLoopback, ResultMatch, "127.0.0.1 stays in the namespace", ""}}}},
+			Steps: []Step{{Rule: RuleLoopback, Result: ResultMatch, Detail: "127.0.0.1 stays in the namespace", Source: ""}}}},
 		{to: "127.0.0.1:9002", want: Explanation{Verdict: Local, Local: true,
-			Steps: []Step{{RuleLoopback, ResultMatch, "127.0.0.1 stays in the namespace", ""}}}},
+			Steps: []Step{{Rule: RuleLoopback, Result: ResultMatch, Detail: "127.0.0.1 stays in the namespace", Source: ""}}}},
 		{to: addrPort(a.v4, 9000), from: outside, want: Explanation{Verdict: InboundExcluded, Service: "web", Local: true, Listens: true,
-			Steps: []Step{{RulePort, ResultMatch, "inbound port 9000 is open: whatever listens there gets the connection", SourceJob}}}},
+			Steps: []Step{{Rule: RulePort, Result: ResultMatch, Detail: "inbound port 9000 is open: whatever listens there gets the connection", Source: SourceJob}}}},
 		{to: addrPort(a.v4, 9001), from: outside, want: Explanation{Verdict: InboundExcluded, Service: "web", Local: true,
-			Steps: []Step{{RulePort, ResultMatch, "inbound port 9001 is open: whatever listens there gets the connection", SourceConsul}}}},
+			Steps: []Step{{Rule: RulePort, Result: ResultMatch, Detail: "inbound port 9001 is open: whatever listens there gets the connection", Source: SourceConsul}}}},
 		{to: addrPort(a.v4, 80), from: outside, want: Explanation{Verdict: RefusedInboundNoProxy, Service: "web", Local: true,
 			SentTo: netip.AddrPortFrom(a.v4, inboundPort),
-			Steps:  []Step{{RuleListener, ResultMatch, "the proxy does not listen on port 20000", SourceNode}}}},
+			Steps:  []Step{{Rule: RuleListener, Result: ResultMatch, Detail: "the proxy does not listen on port 20000", Source: SourceNode}}}},
 	} {
 		got, err := n.Explain(a.key, Connection{Destination: netip.MustParseAddrPort(tc.to), From: tc.from, UID: NoUID})
 		if err != nil {

@@ -101,7 +101,7 @@ func (x *explained) configure(again bool) {
 	})
 	meshConfig := MeshConfig{Guard: pick(x, GuardOff, GuardAudit, GuardEnforce)}
 	if x.chance(50) {
-		meshConfig.Upstreams = []Upstream{{Name: "db", Addresses: addrs("240.0.0.5", "fd09:1::5"),
+		meshConfig.Upstreams = []Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.5", "fd09:1::5"),
 			Listener: netip.AddrPortFrom(pick(x, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()), explainedUpstream)}}
 	}
 	if x.chance(40) {
@@ -110,7 +110,7 @@ func (x *explained) configure(again bool) {
 	if x.chance(40) {
 		meshConfig.Service = "api"
 		meshConfig.Proxies = []Sidecar{{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
-			ServicePorts: []uint16{8081}, VirtualIPs: addrs("240.0.1.1", "fd09:1::6")}}
+			ServicePorts: []uint16{8081}, VirtualIPs: test.Addrs("240.0.1.1", "fd09:1::6")}}
 	}
 	if err := x.node.SetMeshConfig(x.key, meshConfig); err != nil {
 		x.t.Fatal(err)
@@ -222,7 +222,7 @@ func expectedCounts(verdict Verdict, inbound bool) map[Verdict]uint64 {
 
 // check dials for real, and fails the test where the kernel did not do as explained.
 func (x *explained) check(cookie uint64, c Connection, who actor) bool {
-	rows, err := x.tables.snapshot(cookie, c)
+	rows, err := readSnapshot(x.tables, cookie, c)
 	if err != nil {
 		x.t.Fatal(err)
 	}

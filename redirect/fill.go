@@ -16,9 +16,6 @@ import (
 // What one workload may take of the node's tables, so that none can fill one to
 // the harm of another.
 const (
-	// MaxRows is how many addresses, CIDRs and UIDs a workload may have each.
-	// Excluded ports need no limit: all of them take 64 rows.
-	MaxRows = 4096
 
 	// rowShare is how many rows of a table a workload may have however full the
 	// table is. One that asks for more is refused them while seven eighths are
@@ -71,16 +68,6 @@ type MapInfo struct {
 
 // Percent is how full a table is.
 func (i MapInfo) Percent() int { return int(i.Rows * 100 / max(uint64(i.MaxEntries), 1)) }
-
-// Maps returns the node's tables, sorted by name.
-func (d *Datapath) Maps() ([]MapInfo, error) {
-	tables, err := openTablesToRead(d.paths.maps())
-	if err != nil {
-		return nil, err
-	}
-	defer tables.Close()
-	return tables.infos()
-}
 
 func (m *tables) infos() (infos []MapInfo, err error) {
 	entries, err := os.ReadDir(m.dir)
@@ -178,24 +165,3 @@ func countKeys(name string, table *ebpf.Map) (rows uint64, err error) {
 // NearlyFull reports a table of which 'weir status' lists a problem. Origins and
 // indexes are one table to an operator: they are as full as each other.
 func (m MapInfo) NearlyFull() bool { return m.Percent() >= alarmPercent && m.Name != "indexes" }
-
-// fillProblems names tables that are nearly full, who takes most, and what helps.
-func fillProblems(infos []MapInfo, workloads []WorkloadStatus) (problems []Problem) {
-	for _, info := range infos {
-		if !info.NearlyFull() {
-			continue
-		}
-		problem := NewProblem(ProblemTableFull, "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
-			fmt.Sprintf("table %s is %d %% full: %d of %d rows", info.Name, info.Percent(), info.Rows, info.MaxEntries))
-		if info.Name == "origins" && len(workloads) > 0 {
-			most := slices.MaxFunc(workloads, func(a, b WorkloadStatus) int { return int(a.Origins) - int(b.Origins) })
-			problem.What += fmt.Sprintf("; workload %s holds most, %d destinations", most.Key, most.Origins)
-			problem.Remedy = "stop the allocations that dial so many destinations ('weir workloads' shows how many), exclude those in their jobs, or see that the agent runs: it gives back what is not in use"
-		}
-		if info.Name == "listeners" {
-			problem.Remedy = "let the proxies open fewer listeners: fewer workers ('--concurrency')"
-		}
-		problems = append(problems, problem)
-	}
-	return problems
-}

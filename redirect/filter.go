@@ -34,8 +34,8 @@ const filterTable = "weir_filter"
 type chainPrograms map[string]*ebpf.Program
 
 func (f chainPrograms) Close() {
-	for _, program := range f {
-		program.Close()
+	for _, prog := range f {
+		prog.Close()
 	}
 }
 
@@ -80,22 +80,22 @@ func pinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainProg
 
 // openChainPrograms opens the node's programs. fs.ErrNotExist says that a pin
 // is gone.
-func (p Paths) openChainPrograms() (chainPrograms, error) {
+func openChainPrograms(p Paths) (chainPrograms, error) {
 	programs := make(chainPrograms)
 	for chain, name := range filterNames() {
-		program, err := ebpf.LoadPinnedProgram(filepath.Join(p.filters(), name), &ebpf.LoadPinOptions{ReadOnly: true})
+		prog, err := ebpf.LoadPinnedProgram(filepath.Join(p.filters(), name), &ebpf.LoadPinOptions{ReadOnly: true})
 		if err != nil {
 			programs.Close()
 			return nil, fmt.Errorf("open %s: %w", name, err)
 		}
-		programs[chain] = program
+		programs[chain] = prog
 	}
 	return programs, nil
 }
 
 // renewFilterPrograms replaces the node's programs by this binary's. Namespaces
 // whose rules ask the former ones get the new by setFilter.
-func (p Paths) renewFilterPrograms() (chainPrograms, error) {
+func renewFilterPrograms(p Paths) (chainPrograms, error) {
 	if err := removeTree(p.filters()); err != nil {
 		return nil, err
 	}
@@ -104,7 +104,7 @@ func (p Paths) renewFilterPrograms() (chainPrograms, error) {
 
 // pinFilters pins the programs again that read the set's tables. Rules of
 // namespaces ask them, or a pin that cannot be seen leads to them.
-func (p Paths) pinFilters(s *programSet) (repairs []string, err error) {
+func pinFilters(p Paths, s *programSet) (repairs []string, err error) {
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
 		found, err := describeProgram(id)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -116,12 +116,12 @@ func (p Paths) pinFilters(s *programSet) (repairs []string, err error) {
 		if !slices.Contains(slices.Collect(maps.Values(filterNames())), found.name) || !slices.ContainsFunc(found.maps, s.reads) {
 			continue
 		}
-		program, err := ebpf.NewProgramFromID(id)
+		prog, err := ebpf.NewProgramFromID(id)
 		if err != nil {
 			continue
 		}
-		pinned, err := pinAgain(filepath.Join(p.filters(), found.name), program)
-		program.Close()
+		pinned, err := pinAgain(filepath.Join(p.filters(), found.name), prog)
+		prog.Close()
 		if err != nil {
 			return repairs, err
 		}
@@ -132,37 +132,8 @@ func (p Paths) pinFilters(s *programSet) (repairs []string, err error) {
 	return repairs, nil
 }
 
-// renewFilters brings this binary's programs to every workload. One that it cannot
-// reach goes on with those that it has, and the next look at it repairs that.
-func (d *Datapath) renewFilters() error {
-	programs, err := d.paths.renewFilterPrograms()
-	if err != nil {
-		return err
-	}
-	programs.Close()
-	records, err := d.paths.readRecords()
-	if err != nil && !errors.Is(err, ErrUnreadable) {
-		return err
-	}
-	var problems []error
-	for _, r := range records {
-		ns, err := r.open()
-		if errors.Is(err, ErrNetNSGone) {
-			continue
-		}
-		if err == nil {
-			_, err = d.paths.setFilter(ns, r.desired())
-			ns.Close()
-		}
-		if err != nil {
-			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
-		}
-	}
-	return errors.Join(problems...)
-}
-
 // chains are those that the workload's namespace should have.
-func (w Workload) chains() (names []string) {
+func filterChains(w Workload) (names []string) {
 	guarded := w.Guard == GuardAudit || w.Guard == GuardEnforce
 	if guarded || w.Mode == ModeTransparent {
 		names = append(names, "forward")
@@ -183,19 +154,19 @@ type filterRule struct {
 // rules are those of the chains that the workload should have.
 func (f chainPrograms) rules(w Workload) (map[string][]filterRule, error) {
 	rules := make(map[string][]filterRule)
-	for _, chain := range w.chains() {
+	for _, chain := range filterChains(w) {
 		info, err := f[chain].Info()
 		if err != nil {
 			return nil, fmt.Errorf("read filter program: %w", err)
 		}
 		id, _ := info.ID()
-		comment, program := fmt.Sprintf("program %d refuses", id), asks(f[chain])
+		comment, prog := fmt.Sprintf("program %d refuses", id), asks(f[chain])
 		tcp, lo := []byte{unix.IPPROTO_TCP}, binary.NativeEndian.AppendUint32(nil, 1)
 		accept := &expr.Verdict{Kind: expr.VerdictAccept}
 		if chain == "forward" {
 			rules[chain] = []filterRule{
-				{comment + " TCP", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), program, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})},
-				{comment, append(is(expr.MetaKeyL4PROTO, expr.CmpOpNeq, tcp), program,
+				{comment + " TCP", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), prog, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})},
+				{comment, append(is(expr.MetaKeyL4PROTO, expr.CmpOpNeq, tcp), prog,
 					&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED})},
 			}
 			continue
@@ -203,7 +174,7 @@ func (f chainPrograms) rules(w Workload) (map[string][]filterRule, error) {
 		rules[chain] = []filterRule{
 			{"TCP is for sk_lookup", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), accept)},
 			{"what comes by lo is from inside", append(is(expr.MetaKeyIIF, expr.CmpOpEq, lo), accept)},
-			{comment, []expr.Any{program, &expr.Verdict{Kind: expr.VerdictDrop}}},
+			{comment, []expr.Any{prog, &expr.Verdict{Kind: expr.VerdictDrop}}},
 		}
 	}
 	return rules, nil
@@ -211,14 +182,14 @@ func (f chainPrograms) rules(w Workload) (map[string][]filterRule, error) {
 
 // asks is the match "bpf" of xtables (xt_bpf), by a descriptor of the program: it
 // is the one way for a rule to ask a program with tables.
-func asks(program *ebpf.Program) expr.Any {
+func asks(prog *ebpf.Program) expr.Any {
 	const (
 		modeFD   = 2               // XT_BPF_MODE_FD_ELF
 		infoSize = 2 + 2 + 4 + 512 // struct xt_bpf_info_v1 up to its pointer, which is the kernel's
 	)
 	info := make(xt.Unknown, infoSize+8)
 	binary.NativeEndian.PutUint16(info, modeFD)
-	binary.NativeEndian.PutUint32(info[4:], uint32(program.FD()))
+	binary.NativeEndian.PutUint32(info[4:], uint32(prog.FD()))
 	return &expr.Match{Name: "bpf", Rev: 1, Info: &info}
 }
 
@@ -229,13 +200,13 @@ func is(key expr.MetaKey, op expr.CmpOp, value []byte) []expr.Any {
 // setFilter makes the namespace's table what the workload should have, in one
 // step, and reports whether it was not. A namespace that should have none keeps
 // none.
-func (p Paths) setFilter(ns *namespace, w Workload) (changed bool, err error) {
-	if len(w.chains()) == 0 {
-		return ns.removeFilter()
+func setFilter(p Paths, ns *namespace, w Workload) (changed bool, err error) {
+	if len(filterChains(w)) == 0 {
+		return removeFilter(ns)
 	}
-	programs, err := p.openChainPrograms()
+	programs, err := openChainPrograms(p)
 	if errors.Is(err, fs.ErrNotExist) {
-		programs, err = p.renewFilterPrograms()
+		programs, err = renewFilterPrograms(p)
 	}
 	if err != nil {
 		return false, err
@@ -245,7 +216,7 @@ func (p Paths) setFilter(ns *namespace, w Workload) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	err = ns.nftables(func(conn *nftables.Conn) error {
+	err = withNFTables(ns, func(conn *nftables.Conn) error {
 		there, err := hasFilter(conn, rules)
 		if err != nil || there {
 			return err
@@ -260,11 +231,11 @@ func (p Paths) setFilter(ns *namespace, w Workload) (changed bool, err error) {
 }
 
 // filtered reports whether the namespace's table is what the workload should have.
-func (p Paths) filtered(ns *namespace, w Workload) (there bool, err error) {
-	if len(w.chains()) == 0 {
+func filtered(p Paths, ns *namespace, w Workload) (there bool, err error) {
+	if len(filterChains(w)) == 0 {
 		return true, nil
 	}
-	programs, err := p.openChainPrograms()
+	programs, err := openChainPrograms(p)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -276,7 +247,7 @@ func (p Paths) filtered(ns *namespace, w Workload) (there bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	err = ns.nftables(func(conn *nftables.Conn) error {
+	err = withNFTables(ns, func(conn *nftables.Conn) error {
 		there, err = hasFilter(conn, rules)
 		return err
 	})
@@ -326,8 +297,8 @@ func replaceFilter(conn *nftables.Conn, rules map[string][]filterRule) error {
 
 // removeFilter removes the namespace's table and reports whether there was one.
 // A kernel without nf_tables has none.
-func (ns *namespace) removeFilter() (removed bool, err error) {
-	err = ns.nftables(func(conn *nftables.Conn) error {
+func removeFilter(ns *namespace) (removed bool, err error) {
+	err = withNFTables(ns, func(conn *nftables.Conn) error {
 		conn.DelTable(&nftables.Table{Name: filterTable, Family: nftables.TableFamilyINet})
 		return conn.Flush()
 	})
@@ -343,7 +314,7 @@ func (ns *namespace) removeFilter() (removed bool, err error) {
 }
 
 // nftables hands action a connection to the namespace's nftables.
-func (ns *namespace) nftables(action func(*nftables.Conn) error) error {
+func withNFTables(ns *namespace, action func(*nftables.Conn) error) error {
 	return ns.do(func() (err error) {
 		conn, err := nftables.New(nftables.AsLasting())
 		if err != nil {

@@ -44,14 +44,14 @@ func FuzzRecordFile(f *testing.F) {
 		if err != nil {
 			t.Fatalf("%q: read again: %v", data, err)
 		}
-		if diff := cmp.Diff(got, again, cmp.Comparer(func(a, b record) bool { return cmp.Equal(a.text(t), b.text(t)) })); diff != "" {
+		if diff := cmp.Diff(got, again, cmp.Comparer(func(a, b record) bool { return cmp.Equal(recordText(a, t), recordText(b, t)) })); diff != "" {
 			t.Errorf("%q: (-read +read again):\n%s", data, diff)
 		}
 	})
 }
 
 // text is the record as it is written.
-func (r record) text(t *testing.T) string {
+func recordText(r record, t *testing.T) string {
 	t.Helper()
 	data, err := json.Marshal(r)
 	if err != nil {

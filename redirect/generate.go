@@ -40,3 +40,14 @@ package redirect
 //go:generate go tool bpf2go -go-package redirect -target bpfel -cc clang -strip llvm-strip -output-stem bpf -type event -type verdict -type config_flag -type proxy_flag -type exclusion_kind -type address_kind -type listener_role bpf ../bpf/redirect.c -- -O2 -g -mcpu=v3 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go tool bpf2go -go-package redirect -target bpfel -cc clang -strip llvm-strip -output-stem lookup -no-global-types lookup ../bpf/lookup.c -- -O2 -g -mcpu=v3 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
 //go:generate go tool bpf2go -go-package redirect -target bpfel -cc clang -strip llvm-strip -output-stem filter -no-global-types filter ../bpf/filter.c -- -O2 -g -mcpu=v3 -Wall -Werror -I/usr/include/x86_64-linux-gnu -I/usr/include/aarch64-linux-gnu
+
+// lookupObject is the object of the namespaces' program, as it was compiled.
+func lookupObject() []byte { return _LookupBytes }
+
+// swapObjects replaces the objects of the programs and the namespaces' program by
+// others until restore is called, so that a test can load a former version's.
+func swapObjects(programs, lookup []byte) (restore func()) {
+	oldPrograms, oldLookup := _BpfBytes, _LookupBytes
+	_BpfBytes, _LookupBytes = programs, lookup
+	return func() { _BpfBytes, _LookupBytes = oldPrograms, oldLookup }
+}

@@ -4,19 +4,6 @@ package redirect
 
 import "github.com/cilium/ebpf"
 
-// held is how many origin addresses a workload holds.
-func (t *tables) held(cookie uint64) (uint32, error) {
-	var budget bpfBudget
-	var released uint32
-	if _, err := t.get("budgets", cookie, &budget); err != nil {
-		return 0, err
-	}
-	if _, err := t.get("releases", cookie, &released); err != nil {
-		return 0, err
-	}
-	return budget.Used - released, nil
-}
-
 // heldByAll is how many origin addresses each workload holds, and their sum.
 func (t *tables) heldByAll() (held map[uint64]uint32, total uint32, err error) {
 	held = make(map[uint64]uint32) // both counts may have gone round
@@ -47,18 +34,6 @@ func (t *tables) heldByNode() (uint32, error) {
 		return 0, err
 	}
 	return given - freed, nil
-}
-
-// freeIndexes counts indexes as given back, for the workload and for the node.
-func (t *tables) freeIndexes(cookie uint64, freed int) error {
-	var released uint32
-	if _, err := t.get("releases", cookie, &released); err != nil {
-		return err
-	}
-	if err := t.put("releases", cookie, released+uint32(freed), ebpf.UpdateAny); err != nil {
-		return err
-	}
-	return t.freeForNode(uint32(freed))
 }
 
 func (t *tables) freeForNode(count uint32) error {

@@ -11,47 +11,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
-
-// ObservedProxy is what the kernel knows of who a proxy is.
-type ObservedProxy struct {
-	Cgroup  uint64 // 0: its UID alone
-	Listens bool
-}
-
-// ObservedProxies returns those of the proxies of these namespaces, by cookie. A few
-// map reads each, without the lock.
-func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy, error) {
-	tables, err := openTablesToRead(d.paths.maps())
-	if err != nil {
-		return nil, err
-	}
-	defer tables.Close()
-	found := make(map[uint64][]ObservedProxy)
-	for _, cookie := range cookies {
-		generation, err := tables.generation(cookie)
-		if err != nil {
-			return nil, err
-		}
-		var config bpfConfig
-		if _, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil {
-			return nil, err
-		}
-		err = eachProxyID(cookie, config.Seats, func(key bpfProxyKey) error {
-			proxy, err := tables.proxyState(cookie, uint8(key.Seat))
-			found[cookie] = append(found[cookie], ObservedProxy{
-				Cgroup: proxy.Cgroup, Listens: proxy.Listeners > 0 || proxy.Flags&bpfProxyFlagPROXY_PINNED != 0,
-			})
-			return err
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	return found, nil
-}
 
 // CgroupPath returns the path of a cgroup below the root of the hierarchy, as
 // /proc/<pid>/cgroup has it. It wraps os.ErrNotExist where the cgroup is gone.
@@ -168,62 +132,58 @@ func ListeningAs(path string, uid uint32) (ports []uint16, err error) {
 	return ports, err
 }
 
-// onRecord runs action on a workload that is on record, while nobody else changes
-// the state.
-func (d *Datapath) onRecord(key AttachmentID, action func(*tables, *record, *namespace) error) error {
-	return d.locked(func() error {
-		r, err := d.paths.readRecord(key)
-		if err != nil {
-			return err
-		}
-		ns, err := r.open()
-		if err != nil {
-			return err
-		}
-		defer ns.Close()
-		tables, err := openTables(d.paths.maps())
-		if err != nil {
-			return err
-		}
-		defer tables.Close()
-		return action(tables, r, ns)
-	})
+// processCgroup is the ID of a process's cgroup in the v2 hierarchy.
+func processCgroup(pid int, cgroupRoot string) (uint64, error) {
+	path, unified, err := cgroupOfProcess(strconv.Itoa(pid))
+	if err != nil || !unified {
+		return 0, err
+	}
+	root, err := findCgroupRoot("/proc/self/mountinfo")
+	if err != nil {
+		root = cgroupRoot
+	}
+	var stat unix.Stat_t
+	if err := unix.Stat(filepath.Join(root, path), &stat); err != nil {
+		return 0, fmt.Errorf("stat cgroup of process %d: %w", pid, err)
+	}
+	return stat.Ino, nil
 }
 
-// RejectProxyCgroup takes the place of the proxy from a cgroup that is known not to be
-// the proxy's, for as long as the workload is under Weir, and learns the proxy
-// anew from the listeners of others. Where there are none yet, connections are
-// refused until the proxy listens.
-func (d *Datapath) RejectProxyCgroup(key AttachmentID, cgroup uint64) error {
-	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
-		if !slices.Contains(r.RejectedCgroups, cgroup) {
-			r.RejectedCgroups = append(r.RejectedCgroups, cgroup)
-		}
-		if err := d.paths.writeRecord(r); err != nil {
-			return err
-		}
-		w := r.desired()
-		var proxyIDs []uint8
-		for i := range w.all() {
-			proxy, err := tables.proxyState(r.Cookie, w.proxyID(i))
-			if err != nil {
-				return err
-			}
-			if proxy.Cgroup == cgroup {
-				proxyIDs = append(proxyIDs, w.proxyID(i))
-			}
-		}
-		if len(proxyIDs) == 0 {
-			return nil
-		}
-		if err := tables.deleteProxy(r.Cookie, proxyIDs, w); err != nil {
-			return err
-		}
-		_, err := d.ensure(tables, r, ns)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("reject cgroup %d of workload %s: %w", cgroup, key, err)
+func processName(pid int) string {
+	name := commandOf(pid)
+	if name == "" {
+		return "a process that ended"
 	}
-	return nil
+	return fmt.Sprintf("process %d (%s)", pid, name)
+}
+
+func findCgroupRoot(path string) (string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return "", fmt.Errorf("find cgroup v2: %w", err)
+	}
+	defer file.Close()
+	mounts, err := mountinfo.GetMountsFromReader(file, mountinfo.FSTypeFilter("cgroup2"))
+	if err != nil {
+		return "", fmt.Errorf("find cgroup v2: %w", err)
+	}
+	for _, mount := range mounts {
+		if mount.Root == "/" {
+			return mount.Mountpoint, nil
+		}
+	}
+	return "", fmt.Errorf("find cgroup v2: no mount of it, mount it at /sys/fs/cgroup: %w", ErrUnsupported)
+}
+
+// commandOf is the name of a process, as the kernel keeps it, quoted where it has what is
+// not printed, line ends too: a process names itself. It is "" where it ended.
+func commandOf(pid int) string {
+	name, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "comm"))
+	if err != nil {
+		return ""
+	}
+	if text := strings.TrimSuffix(string(name), "\n"); strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return strconv.Quote(text)
+	}
+	return strings.TrimSpace(string(name))
 }

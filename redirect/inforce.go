@@ -8,7 +8,6 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -48,45 +47,6 @@ func (d *Datapath) InForce(netns string) (bool, error) {
 		return ns.hasEncodedRoute()
 	}
 	return false, nil
-}
-
-// hasEncodedRoute reports whether the encoded IPv4 range is routed to lo.
-func (ns *namespace) hasEncodedRoute() (there bool, err error) {
-	err = ns.do(func() error {
-		found, err := presentRoutes()
-		there = slices.ContainsFunc(found, func(r netlink.Route) bool { return !isIPv6(&r) })
-		return err
-	})
-	return there, err
-}
-
-// whole reports whether each program of the set is where it belongs. A set of
-// another version may have fewer of them, so those are asked for that redirect.
-func (s *programSet) whole() bool {
-	names := []string{"weir_connect4", "weir_connect6", "weir_getsockopt"}
-	if s.digest() == digest() {
-		names = programNames()
-	}
-	for _, name := range names {
-		if len(s.programs[name]) != 1 {
-			return false
-		}
-	}
-	return true
-}
-
-// digest is that of the objects that the set's programs are from.
-func (s *programSet) digest() [2]uint64 {
-	var row bpfControl
-	table, err := ebpf.NewMapFromID(s.tables["control"])
-	if err != nil {
-		return row.Digest
-	}
-	defer table.Close()
-	if err := table.Lookup(uint32(0), &row); err != nil || row.Layout != layout {
-		return [2]uint64{}
-	}
-	return row.Digest
 }
 
 // UnreadableRecords counts, by reason, the records that an error of Known or of

@@ -18,7 +18,7 @@ func TestCountsKeepTheirVerdict(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	object, err := os.ReadFile("testdata/layout2/bpf.o")
+	object, err := os.ReadFile("../testdata/layout2/bpf.o")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,8 +27,8 @@ func TestCountsKeepTheirVerdict(t *testing.T) {
 		t.Fatal(err)
 	}
 	there := conversion{
-		from: mapTypes{former.Maps["verdicts"].Key, former.Maps["verdicts"].Value},
-		to:   mapTypes{now.Maps["verdicts"].Key, now.Maps["verdicts"].Value}, spec: now.Maps["verdicts"],
+		from: mapTypes{key: former.Maps["verdicts"].Key, value: former.Maps["verdicts"].Value},
+		to:   mapTypes{key: now.Maps["verdicts"].Key, value: now.Maps["verdicts"].Value}, spec: now.Maps["verdicts"],
 	}
 	back := conversion{from: there.to, to: there.from, spec: former.Maps["verdicts"]}
 	counts := make([]byte, former.Maps["verdicts"].ValueSize)

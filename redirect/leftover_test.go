@@ -107,12 +107,12 @@ func (o *objects) users(t *testing.T) {
 	t.Helper()
 	o.programs, o.links = nil, nil
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
-		program, err := ebpf.NewProgramFromID(id)
+		prog, err := ebpf.NewProgramFromID(id)
 		if err != nil {
 			continue // it ended
 		}
-		info, err := program.Info()
-		program.Close()
+		info, err := prog.Info()
+		prog.Close()
 		if err != nil {
 			continue
 		}
@@ -210,20 +210,20 @@ func routesOf(t *testing.T, ns *test.NetNS) (v4, v6 bool) {
 // it and tells when the kernel has destroyed it.
 func witness(t *testing.T, ns *test.NetNS) (died func() error) {
 	t.Helper()
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "witness", Type: ebpf.SkLookup, AttachType: ebpf.AttachSkLookup, License: "GPL",
 		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
 	})
 	if err != nil {
 		t.Fatalf("load witness: %v", err)
 	}
-	defer program.Close()
+	defer prog.Close()
 	file, err := os.Open(ns.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer file.Close()
-	attached, err := link.AttachNetNs(int(file.Fd()), program)
+	attached, err := link.AttachNetNs(int(file.Fd()), prog)
 	if err != nil {
 		t.Fatalf("attach witness: %v", err)
 	}

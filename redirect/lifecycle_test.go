@@ -185,15 +185,15 @@ func TestAddRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	valid := test.NewNetNS(t)
-	host := filepath.Join(t.TempDir(), "host")
-	if err := os.WriteFile(host, nil, 0o600); err != nil {
+	hosted := filepath.Join(t.TempDir(), "host")
+	if err := os.WriteFile(hosted, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("/proc/self/ns/net", host, "", unix.MS_BIND, ""); err != nil {
+	if err := unix.Mount("/proc/self/ns/net", hosted, "", unix.MS_BIND, ""); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := unix.Unmount(host, unix.MNT_DETACH); err != nil {
+		if err := unix.Unmount(hosted, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	})
@@ -203,7 +203,7 @@ func TestAddRefuses(t *testing.T) {
 		want        error
 	}{
 		{"the caller's namespace", "/proc/self/ns/net", Request{}, ErrHostNetNS},
-		{"the host's namespace by another name", host, Request{}, ErrHostNetNS},
+		{"the host's namespace by another name", hosted, Request{}, ErrHostNetNS},
 		{"a path that is gone", "/no/such/netns", Request{}, ErrNetNSGone},
 		{"an empty file", empty, Request{}, ErrNetNSGone},
 		{"a directory", t.TempDir(), Request{}, ErrNetNSGone},
@@ -212,7 +212,7 @@ func TestAddRefuses(t *testing.T) {
 		{"an unknown mode", valid.Path, Request{Mode: "magic"}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := d.Add(Attachment{Key: AttachmentID{"refused", "eth0"}, NetNS: tc.netns, Request: tc.request})
+			err := d.Add(Attachment{Key: AttachmentID{ContainerID: "refused", IfName: "eth0"}, NetNS: tc.netns, Request: tc.request})
 			if err == nil || tc.want != nil && !errors.Is(err, tc.want) {
 				t.Errorf("add: %v, want %v", err, tc.want)
 			}
@@ -295,7 +295,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 
 func TestRemoveWhatIsNotThere(t *testing.T) {
 	d := unloadedDatapath(t)
-	key := AttachmentID{"nobody", "eth0"}
+	key := AttachmentID{ContainerID: "nobody", IfName: "eth0"}
 	if err := d.Remove(key); err != nil {
 		t.Errorf("remove with nothing loaded: %v", err)
 	}
@@ -333,7 +333,7 @@ func TestRemoveWithoutItsNamespace(t *testing.T) {
 	var key AttachmentID
 	t.Run("allocation", func(t *testing.T) {
 		ns := test.NewNetNS(t)
-		key = AttachmentID{"dead", "eth0"}
+		key = AttachmentID{ContainerID: "dead", IfName: "eth0"}
 		request := Request{}
 		full(&request)
 		if err := n.Add(Attachment{Key: key, NetNS: ns.Path, Request: request}); err != nil {

@@ -239,14 +239,14 @@ func TestListenerOfATask(t *testing.T) {
 	}
 	// The kernel lets a socket into the proxy's SO_REUSEPORT group by UID alone.
 	for _, addr := range []string{outboundListener, "0.0.0.0:20000", "127.0.0.2:15001", addrPort(a.v4, 20000), "[::]:20000"} {
-		for who, host := range map[string]*sockets{"another UID": task, "the proxy's UID in another cgroup": beside} {
-			fd, err := host.listen("hostile", addr, 0, reusePort())
+		for who, hosted := range map[string]*sockets{"another UID": task, "the proxy's UID in another cgroup": beside} {
+			fd, err := hosted.listen("hostile", addr, 0, reusePort())
 			only(fmt.Sprintf("%s on %s (%v)", who, addr, err))
 			if _, err := n.Check(a.key, a.Path); err != nil {
 				t.Errorf("check beside %s on %s: %v", who, addr, err)
 			}
 			only(fmt.Sprintf("%s on %s after a check", who, addr))
-			host.close(fd)
+			hosted.close(fd)
 		}
 	}
 }

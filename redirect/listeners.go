@@ -3,8 +3,11 @@
 package redirect
 
 import (
+	"errors"
 	"fmt"
 	"slices"
+
+	"github.com/cilium/ebpf"
 )
 
 // eachProxyID calls do with the key of every proxy ID whose bit is set.
@@ -52,7 +55,7 @@ func (m *tables) deleteListeners(cookie uint64, applied *Workload) error {
 		if proxy.Cgroup == 0 {
 			continue
 		}
-		four, six := port.roles()
+		four, six := listenerRoles(port)
 		for _, role := range []bpfListenerRole{four, six} {
 			for slot := range uint16(listenerSlots) {
 				if err := m.delete("listeners", listenerKey(cookie, role, port.port, slot)); err != nil {
@@ -69,7 +72,7 @@ func (m *tables) deleteListeners(cookie uint64, applied *Workload) error {
 func (m *tables) deleteListenersOn(cookie uint64, ports []proxyPort) error {
 	return deleteIf[bpfListenerKey, uint64](m, "listeners", func(k bpfListenerKey) bool {
 		return k.Cookie == cookie && !slices.ContainsFunc(ports, func(p proxyPort) bool {
-			four, six := p.roles()
+			four, six := listenerRoles(p)
 			return p.port == k.Port && (k.Role == four || k.Role == six)
 		})
 	})
@@ -100,7 +103,7 @@ func (m *tables) registered(cookie uint64, role bpfListenerRole, port uint16) (m
 func (m *tables) served(cookie uint64, w Workload) (map[bpfListenerKey]bool, error) {
 	found := make(map[bpfListenerKey]bool)
 	for _, port := range w.ports() {
-		four, six := port.roles()
+		four, six := listenerRoles(port)
 		for _, role := range []bpfListenerRole{four, six} {
 			slots, err := m.registered(cookie, role, port.port)
 			if err != nil {
@@ -114,47 +117,132 @@ func (m *tables) served(cookie uint64, w Workload) (map[bpfListenerKey]bool, err
 	return found, nil
 }
 
-// proxyStatus is what is known of each proxy, the first one first, and whether
-// one of them shares its cgroup with tasks.
-func (m *tables) proxyStatus(cookie uint64, w Workload) (list []ProxyStatus, shared bool, err error) {
-	for i, p := range w.all() {
-		proxy, err := m.proxyState(cookie, w.proxyID(i))
+func roleFlag(role bpfListenerRole) bpfProxyFlag {
+	switch role {
+	case bpfListenerRoleLISTENER_OUTBOUND4:
+		return bpfProxyFlagPROXY_LISTENS4
+	case bpfListenerRoleLISTENER_OUTBOUND6:
+		return bpfProxyFlagPROXY_LISTENS6
+	}
+	return 0
+}
+
+// deleteRegistered lets the kernel learn a proxy anew once the one that user space
+// took in has no listener left. The kernel does not count those, so it waits.
+func (t *tables) deleteRegistered(cookie uint64, proxyID uint8, proxy bpfProxy, w Workload) (bpfProxy, error) {
+	if proxy.Flags&bpfProxyFlagPROXY_PINNED == 0 {
+		return proxy, nil
+	}
+	if any, err := t.anyListener(cookie, proxyID, w); err != nil || any {
+		return proxy, err
+	}
+	return bpfProxy{}, t.put("proxies", proxyKey(cookie, proxyID), bpfProxy{}, ebpf.UpdateAny)
+}
+
+// deleteProxy takes every listener of the proxies in these proxy IDs out, and the
+// proxies with them.
+func (t *tables) deleteProxy(cookie uint64, proxyIDs []uint8, w Workload) error {
+	var kept []proxyPort
+	for _, port := range w.ports() {
+		if !slices.Contains(proxyIDs, port.proxyID) {
+			kept = append(kept, port)
+		}
+	}
+	if err := t.deleteListenersOn(cookie, kept); err != nil {
+		return err
+	}
+	for _, proxyID := range proxyIDs {
+		if err := t.put("proxies", proxyKey(cookie, proxyID), bpfProxy{}, ebpf.UpdateAny); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// anyListener reports whether a listener is registered on whatever port that is
+// not another proxy's.
+func (t *tables) anyListener(cookie uint64, proxyID uint8, w Workload) (bool, error) {
+	table, err := t.table("listeners")
+	if err != nil {
+		return false, err
+	}
+	var key bpfListenerKey
+	var socket uint64
+	rows := table.Iterate()
+	for rows.Next(&key, &socket) {
+		if key.Cookie != cookie {
+			continue
+		}
+		if port, ok := w.portOf(key.Port); !ok || port.proxyID == proxyID {
+			return true, nil
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return false, fmt.Errorf("walk listeners: %w", err)
+	}
+	return false, nil
+}
+
+func (t *tables) missingFrom(cookie uint64, roles []bpfListenerRole, port uint16, socket uint64) (missing []bpfListenerRole, err error) {
+	for _, role := range roles {
+		slots, err := t.registered(cookie, role, port)
 		if err != nil {
-			return nil, false, err
+			return nil, err
 		}
-		status := ProxyStatus{
-			Service: p.Service, UID: w.ProxyUID, Cgroup: proxy.Cgroup, Identity: IdentityUID, Inbound: p.InboundPort, Outbound: p.OutboundPort,
+		there := false
+		for _, registered := range slots {
+			there = there || registered == socket
 		}
-		switch {
-		case proxy.Flags&bpfProxyFlagPROXY_SHARED != 0:
-			shared = true
-		case proxy.Cgroup != 0:
-			status.Identity = IdentityCgroup
-		}
-		sockets := make(map[uint64]bool)
-		for _, port := range w.ports() {
-			if port.proxyID != w.proxyID(i) {
-				continue
-			}
-			four, six := port.roles()
-			for _, role := range []bpfListenerRole{four, six} {
-				slots, err := m.registered(cookie, role, port.port)
-				if err != nil {
-					return nil, false, err
-				}
-				for _, socket := range slots {
-					sockets[socket] = true
-				}
-			}
-		}
-		status.Listeners = len(sockets)
-		list = append(list, status)
-	}
-	// Until each has shown itself, whoever has the UID may be one of them.
-	if slices.ContainsFunc(list, func(p ProxyStatus) bool { return p.Cgroup == 0 }) {
-		for i := range list {
-			list[i].Identity = IdentityUID
+		if !there {
+			missing = append(missing, role)
 		}
 	}
-	return list, shared, nil
+	return missing, nil
+}
+
+// registerListener puts a socket into the first free slot of each role.
+func (t *tables) registerListener(cookie uint64, roles []bpfListenerRole, port uint16, fd int) error {
+	for _, role := range roles {
+		var err error
+		for slot := range uint16(listenerSlots) {
+			err = t.put("listeners", listenerKey(cookie, role, port, slot), uint64(fd), ebpf.UpdateNoExist)
+			if !errors.Is(err, ebpf.ErrKeyExist) {
+				break
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// listenersOf are the cookies of a proxy's registered listeners, with what each
+// says of the families that it takes.
+func (t *tables) listenersOf(cookie uint64, proxyID uint8, w Workload) (map[uint64]bpfProxyFlag, error) {
+	found := make(map[uint64]bpfProxyFlag)
+	for _, port := range w.ports() {
+		if port.proxyID != proxyID {
+			continue
+		}
+		four, six := listenerRoles(port)
+		for _, role := range []bpfListenerRole{four, six} {
+			slots, err := t.registered(cookie, role, port.port)
+			if err != nil {
+				return nil, err
+			}
+			for _, socket := range slots {
+				found[socket] |= roleFlag(role)
+			}
+		}
+	}
+	return found, nil
+}
+
+// roles are those of a listener on the port, by family.
+func listenerRoles(p proxyPort) (four, six bpfListenerRole) {
+	if p.outbound {
+		return bpfListenerRoleLISTENER_OUTBOUND4, bpfListenerRoleLISTENER_OUTBOUND6
+	}
+	return bpfListenerRoleLISTENER_INBOUND4, bpfListenerRoleLISTENER_INBOUND6
 }

@@ -124,29 +124,3 @@ func parseSocket(message []byte) (s socket, err error) {
 	}
 	return s, nil
 }
-
-// roles is the test that weir_sockops makes on a new listener: which roles of
-// the workload's proxies it can serve, and on which port of theirs.
-func (s socket) roles(w Workload) (port proxyPort, roles []bpfListenerRole) {
-	port, ok := w.portOf(s.port)
-	if !ok {
-		return port, nil
-	}
-	mapped := s.addr.Is4() || s.addr.Is4In6()
-	take4 := mapped || s.addr.IsUnspecified() && !s.v6only
-	addr := s.addr.Unmap()
-	if port.outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
-		return port, nil
-	}
-	if port.exposed && addr.IsLoopback() {
-		return port, nil // kept to the namespace
-	}
-	four, six := port.roles()
-	if take4 {
-		roles = append(roles, four)
-	}
-	if !mapped {
-		roles = append(roles, six)
-	}
-	return port, roles
-}

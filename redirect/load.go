@@ -110,7 +110,7 @@ func (d *Datapath) sign(pinned *tables) error {
 	if _, err := pinned.get("control", uint32(0), &row); err != nil || row.Instance != 0 {
 		return err
 	}
-	row.Instance = d.paths.instance()
+	row.Instance = instanceOf(d.paths)
 	return pinned.put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
@@ -131,7 +131,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
 	staging := d.paths.staging()
-	pins, err := createMaps(spec, filepath.Join(staging, "maps"), d.paths.instance())
+	pins, err := createMaps(spec, filepath.Join(staging, "maps"), instanceOf(d.paths))
 	defer closeMaps(pins)
 	if err != nil {
 		return result, err
@@ -165,14 +165,6 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	result = LoadResult{Changed: true, Did: append(repairs, restored...)}
 	result.left(problems)
 	return result, nil
-}
-
-func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
-	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pins})
-	if err != nil {
-		return nil, fmt.Errorf("load programs: %w", err)
-	}
-	return collection, nil
 }
 
 // upgrade swaps the programs of a loaded node for this binary's where they
@@ -234,7 +226,7 @@ func (d *Datapath) renewLookups(pinned *tables) (repairs []string, problems []er
 	records, err := d.paths.readRecords()
 	problems = append(problems, err)
 	for _, r := range records {
-		ns, err := r.open()
+		ns, err := openNamespaceOf(r)
 		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}
@@ -265,7 +257,7 @@ func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
 	}
 	defer pinned.Close()
 	for _, r := range records {
-		ns, err := r.open()
+		ns, err := openNamespaceOf(r)
 		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}

@@ -105,8 +105,8 @@ func TestProgramNamesAreThoseOfTheObject(t *testing.T) {
 		t.Errorf("programs of the object and of programNames (-object +names):\n%s", diff)
 	}
 	for _, h := range hooks() {
-		if program := spec.Programs[h.program]; program != nil && program.AttachType != h.attach {
-			t.Errorf("hook of %s is %s, want %s", h.program, h.attach, program.AttachType)
+		if prog := spec.Programs[h.program]; prog != nil && prog.AttachType != h.attach {
+			t.Errorf("hook of %s is %s, want %s", h.program, h.attach, prog.AttachType)
 		}
 	}
 }
@@ -206,7 +206,7 @@ func TestLoadRefusesAnotherLayout(t *testing.T) {
 	pins, links, rows := files(t, n.Datapath), pinnedLinks(t, n.Datapath), rowCounts(t, n.Datapath)
 	for name, action := range map[string]func() error{
 		"add": func() error {
-			return n.Add(Attachment{Key: AttachmentID{"other", "eth0"}, NetNS: test.NewNetNS(t).Path})
+			return n.Add(Attachment{Key: AttachmentID{ContainerID: "other", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path})
 		},
 		"check": func() error { _, err := n.Check(a.key, a.Path); return err },
 		"probe": n.Probe,

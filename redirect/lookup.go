@@ -19,8 +19,10 @@ const cookieMarker = 0x574549524e53434b
 // an immediate of the instructions, so there is no map for it, and no BTF is
 // loaded: both would cost every workload memory and its ADD time.
 func newLookup(m *tables, cookie uint64) (*ebpf.Program, error) {
-	if program := m.prepared.take(m, cookie); program != nil {
-		return program, nil
+	if m.preloaded != nil {
+		if prog := m.preloaded(cookie); prog != nil {
+			return prog, nil
+		}
 	}
 	code, license, err := lookupCode(m, cookie)
 	if err != nil {
@@ -46,12 +48,12 @@ func attachLookup(m *tables, paths Paths, ns *namespace, renew bool) (changed bo
 			if !renew {
 				return false, nil
 			}
-			program, err := newLookup(m, ns.cookie)
+			prog, err := newLookup(m, ns.cookie)
 			if err != nil {
 				return false, err
 			}
-			defer program.Close()
-			if err := pinned.Update(program); err != nil {
+			defer prog.Close()
+			if err := pinned.Update(prog); err != nil {
 				return false, fmt.Errorf("update lookup link: %w", err)
 			}
 			return true, nil
@@ -74,12 +76,12 @@ func attachLookup(m *tables, paths Paths, ns *namespace, renew bool) (changed bo
 			return again, err
 		}
 	}
-	program, err := newLookup(m, ns.cookie)
+	prog, err := newLookup(m, ns.cookie)
 	if err != nil {
 		return false, err
 	}
-	defer program.Close()
-	attached, err := link.AttachNetNs(int(ns.file.Fd()), program)
+	defer prog.Close()
+	attached, err := link.AttachNetNs(int(ns.file.Fd()), prog)
 	if err != nil {
 		return false, fmt.Errorf("attach lookup program: %w", err)
 	}

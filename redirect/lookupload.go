@@ -31,7 +31,7 @@ const (
 // lookupCode is the program of the object ../bpf/lookup.c with the tables of the
 // node and the cookie in the places where it has their names and a marker.
 func lookupCode(m *tables, cookie uint64) (code []byte, license string, err error) {
-	object, err := elf.NewFile(bytes.NewReader(_LookupBytes))
+	object, err := elf.NewFile(bytes.NewReader(lookupObject()))
 	if err != nil {
 		return nil, "", err
 	}
@@ -139,4 +139,12 @@ func (load *progLoad) do() (fd int, err error) {
 		}
 	}
 	return -1, err
+}
+
+func newCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pins})
+	if err != nil {
+		return nil, fmt.Errorf("load programs: %w", err)
+	}
+	return collection, nil
 }

@@ -41,22 +41,22 @@ func lookupsIn(m *tables, ns *namespace) (found namespaceLookups, err error) {
 	if _, err := m.get("control", uint32(0), &node); err != nil {
 		return found, err
 	}
-	for _, program := range list {
-		if program.name != lookupName {
+	for _, prog := range list {
+		if prog.name != lookupName {
 			continue
 		}
-		if slices.Contains(program.maps, workloads) {
-			found.own = program.id
+		if slices.Contains(prog.maps, workloads) {
+			found.own = prog.id
 			continue
 		}
-		set, err := setOf(program)
+		set, err := setOf(prog)
 		if err != nil {
 			return found, err
 		}
 		if set.instance == node.Instance {
 			found.stale = append(found.stale, set)
 		} else {
-			found.other = &program
+			found.other = &prog
 		}
 	}
 	return found, nil
@@ -70,7 +70,7 @@ func (l namespaceLookups) refusal(ns *namespace) error {
 // refuseOtherInstance returns ErrOtherInstance where another instance serves the
 // namespace: two of them would refuse every connection of it. A program whose
 // pins were just removed takes a moment to end, so that is waited for.
-func (m *tables) refuseOtherInstance(ns *namespace) error {
+func refuseOtherInstance(m *tables, ns *namespace) error {
 	for deadline := time.Now().Add(time.Second); ; time.Sleep(5 * time.Millisecond) {
 		there, err := lookupsIn(m, ns)
 		if err != nil || there.other == nil {
@@ -95,15 +95,18 @@ func pinLookup(id ebpf.ProgramID, pin string, m *tables, ns *namespace, renew bo
 		if done, err = pinAgain(pin, l); err != nil || !renew {
 			return err
 		}
-		program, err := newLookup(m, ns.cookie)
+		prog, err := newLookup(m, ns.cookie)
 		if err != nil {
 			return err
 		}
-		defer program.Close()
-		if err := l.Update(program); err != nil {
+		defer prog.Close()
+		if err := l.Update(prog); err != nil {
 			return fmt.Errorf("update lookup link: %w", err)
 		}
 		return nil
 	})
 	return done, err
 }
+
+// ErrOtherInstance: another instance of Weir, whose pins are elsewhere, serves it.
+var ErrOtherInstance = errors.New("another instance of Weir is attached")

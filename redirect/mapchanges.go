@@ -109,7 +109,7 @@ func (c *mapChanges) writeRows(paths Paths, records []*record) error {
 	c.fresh.only = c.names
 	defer func() { c.fresh.only = nil }()
 	for _, r := range records {
-		ns, err := r.open()
+		ns, err := openNamespaceOf(r)
 		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}
@@ -130,17 +130,17 @@ func (c *mapChanges) writeRowsOf(paths Paths, r *record, ns *namespace) error {
 	if err != nil || generation == 0 {
 		return err
 	}
-	workload := r.desired()
-	if err := workload.Validate(); err != nil {
+	wanted := r.desired()
+	if err := wanted.Validate(); err != nil {
 		return err
 	}
-	if err := c.fresh.putRows(encodeRows(workload, r.Cookie, generation, r.IPv6), r.Cookie, generation); err != nil {
+	if err := c.fresh.putRows(encodeRows(wanted, r.Cookie, generation, r.IPv6), r.Cookie, generation); err != nil {
 		return err
 	}
 	if !slices.Contains(c.names, "listeners") {
 		return nil
 	}
-	_, err = registerExistingListeners(c.fresh, paths, ns, workload, r.RejectedCgroups)
+	_, err = registerExistingListeners(c.fresh, paths, ns, wanted, r.RejectedCgroups)
 	return err
 }
 

@@ -52,7 +52,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	}
 	defer changes.Close()
 	staging := filepath.Join(d.paths.staging(), "maps")
-	if err := changes.create(spec, staging, d.paths.instance()); err != nil {
+	if err := changes.create(spec, staging, instanceOf(d.paths)); err != nil {
 		return result, err
 	}
 	if err := changes.copyRows(); err != nil {
@@ -98,16 +98,6 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	return result, changes.fresh.setDigest(digest())
 }
 
-// setDigest says which objects the programs of the node are from.
-func (m *tables) setDigest(digest [2]uint64) error {
-	var row bpfControl
-	if _, err := m.get("control", uint32(0), &row); err != nil {
-		return err
-	}
-	row.Digest = digest
-	return m.put("control", uint32(0), row, ebpf.UpdateAny)
-}
-
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
 // record or not: one that stays would read maps that nobody writes any more.
 func (d *Datapath) swapLookups(tables *tables) (repairs []string, err error) {
@@ -134,13 +124,13 @@ func (d *Datapath) swapLookup(tables *tables, cookie uint64) error {
 		return err
 	}
 	defer pinned.Close()
-	program, err := newLookup(tables, cookie)
+	prog, err := newLookup(tables, cookie)
 	if err != nil {
 		return err
 	}
-	defer program.Close()
+	defer prog.Close()
 	// ENOLINK: its namespace is gone, or somebody detached it; see ensure.
-	if err := pinned.Update(program); err != nil && !errors.Is(err, unix.ENOLINK) {
+	if err := pinned.Update(prog); err != nil && !errors.Is(err, unix.ENOLINK) {
 		return err
 	}
 	return nil
@@ -196,7 +186,7 @@ func (d *Datapath) ensureAll(records []*record) (repairs []string, problems []er
 	}
 	defer tables.Close()
 	for _, r := range records {
-		ns, err := r.open()
+		ns, err := openNamespaceOf(r)
 		if errors.Is(err, ErrNetNSGone) {
 			continue
 		}

@@ -80,9 +80,7 @@ func (n *node) objectsOfLayout2() (restore func()) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	nowBpf, nowLookup := _BpfBytes, _LookupBytes
-	_BpfBytes, _LookupBytes = bpf, lookup
-	return func() { _BpfBytes, _LookupBytes = nowBpf, nowLookup }
+	return swapObjects(bpf, lookup)
 }
 
 // addToLayout2 is add on a node of layout 2.
@@ -101,7 +99,7 @@ func (a *alloc) addToLayout2() {
 	boot, err := bootID()
 	fail(err)
 	r := &record{Key: a.key, Request: a.request(), NetNS: a.Path, Cookie: ns.cookie, BootID: boot}
-	_, err = r.observe(ns)
+	_, err = observeSources(r, ns)
 	fail(err)
 	r.Ephemeral, err = ns.ephemeral()
 	fail(err)

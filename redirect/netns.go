@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -67,19 +68,6 @@ func openNamespace(path string) (*namespace, error) {
 }
 
 func (ns *namespace) Close() error { return ns.file.Close() }
-
-// open opens the namespace that the record was made for. ErrNetNSGone says
-// that it died, or that its path leads to another one by now.
-func (r *record) open() (*namespace, error) {
-	ns, err := openNamespace(r.NetNS)
-	if err != nil {
-		return nil, err
-	}
-	if ns.cookie != r.Cookie {
-		return nil, errors.Join(fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, ErrNetNSGone), ns.Close())
-	}
-	return ns, nil
-}
 
 // do runs action with the calling goroutine's thread inside the namespace. A
 // thread that cannot find its way back stays with the goroutine and ends with
@@ -352,4 +340,24 @@ func deleteRoute(route *netlink.Route) error {
 		return fmt.Errorf("remove route %s: %w", route.Dst, err)
 	}
 	return nil
+}
+
+func ipNet(prefix netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}
+}
+
+// ErrHostNetNS: the namespace is the host's or the caller's own.
+var ErrHostNetNS = errors.New("namespace of the host")
+
+// ErrNetNSGone: the namespace does not exist, or is not the one on record.
+var ErrNetNSGone = errors.New("namespace is gone")
+
+// hasEncodedRoute reports whether the encoded IPv4 range is routed to lo.
+func (ns *namespace) hasEncodedRoute() (there bool, err error) {
+	err = ns.do(func() error {
+		found, err := presentRoutes()
+		there = slices.ContainsFunc(found, func(r netlink.Route) bool { return !isIPv6(&r) })
+		return err
+	})
+	return there, err
 }

@@ -110,25 +110,3 @@ func numberOf(control []byte) (number int32, ok bool) {
 	}
 	return 0, false
 }
-
-// Moved reports whether a workload's namespace has other addresses or routes
-// than its record, without the lock and without a change: Check repairs it.
-func (d *Datapath) Moved(key AttachmentID) (bool, error) {
-	r, err := d.paths.readRecord(key)
-	if err != nil {
-		return false, err
-	}
-	ns, err := r.open()
-	if err != nil {
-		return false, err
-	}
-	defer ns.Close()
-	if _, err := r.observe(ns); err != nil {
-		return false, err
-	}
-	if !r.Complete || r.dirty {
-		return true, nil
-	}
-	there, err := ns.hasRoutes(r.desired(), r.IPv6)
-	return !there, err
-}

@@ -177,3 +177,34 @@ func (l *nodeLook) workloads(tables *tables) {
 		}
 	}
 }
+
+// Maps returns the node's tables, sorted by name.
+func (d *Datapath) Maps() ([]MapInfo, error) {
+	tables, err := openTablesToRead(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	return tables.infos()
+}
+
+// fillProblems names tables that are nearly full, who takes most, and what helps.
+func fillProblems(infos []MapInfo, workloads []WorkloadStatus) (problems []Problem) {
+	for _, info := range infos {
+		if !info.NearlyFull() {
+			continue
+		}
+		problem := NewProblem(ProblemTableFull, "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
+			fmt.Sprintf("table %s is %d %% full: %d of %d rows", info.Name, info.Percent(), info.Rows, info.MaxEntries))
+		if info.Name == "origins" && len(workloads) > 0 {
+			most := slices.MaxFunc(workloads, func(a, b WorkloadStatus) int { return int(a.Origins) - int(b.Origins) })
+			problem.What += fmt.Sprintf("; workload %s holds most, %d destinations", most.Key, most.Origins)
+			problem.Remedy = "stop the allocations that dial so many destinations ('weir workloads' shows how many), exclude those in their jobs, or see that the agent runs: it gives back what is not in use"
+		}
+		if info.Name == "listeners" {
+			problem.Remedy = "let the proxies open fewer listeners: fewer workers ('--concurrency')"
+		}
+		problems = append(problems, problem)
+	}
+	return problems
+}

@@ -3,7 +3,6 @@
 package redirect
 
 import (
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -160,19 +159,11 @@ func linkHolders(programs map[link.ID]uint32) map[uint32]string {
 			for line := range strings.Lines(string(text)) {
 				value, found := strings.CutPrefix(line, "link_id:")
 				id, err := strconv.ParseUint(strings.TrimSpace(value), 10, 32)
-				if program := programs[link.ID(id)]; found && err == nil && program != 0 {
-					holders[program] = processName(pid)
+				if prog := programs[link.ID(id)]; found && err == nil && prog != 0 {
+					holders[prog] = processName(pid)
 				}
 			}
 		}
 	}
 	return holders
-}
-
-func processName(pid int) string {
-	name := commandOf(pid)
-	if name == "" {
-		return "a process that ended"
-	}
-	return fmt.Sprintf("process %d (%s)", pid, name)
 }

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -96,24 +95,6 @@ func (p Paths) cgroupRoot() (*os.File, error) {
 	return dir, nil
 }
 
-func findCgroupRoot(path string) (string, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return "", fmt.Errorf("find cgroup v2: %w", err)
-	}
-	defer file.Close()
-	mounts, err := mountinfo.GetMountsFromReader(file, mountinfo.FSTypeFilter("cgroup2"))
-	if err != nil {
-		return "", fmt.Errorf("find cgroup v2: %w", err)
-	}
-	for _, mount := range mounts {
-		if mount.Root == "/" {
-			return mount.Mountpoint, nil
-		}
-	}
-	return "", fmt.Errorf("find cgroup v2: no mount of it, mount it at /sys/fs/cgroup: %w", ErrUnsupported)
-}
-
 // ensureBPFFS mounts a bpffs at /sys/fs/bpf when the pins are to go there and
 // the host has none yet, as systemd does. Any other place is the operator's.
 func (p Paths) ensureBPFFS() error {
@@ -135,4 +116,10 @@ func (p Paths) ensureBPFFS() error {
 		return fmt.Errorf("create pin directory: %w", err)
 	}
 	return nil
+}
+
+// Directories are where a change by somebody else can be seen: records, pinned
+// maps, links and lookup programs. Not all need exist.
+func (p Paths) Directories() []string {
+	return []string{p.workloads(), p.maps(), p.links(), p.lookups(), p.filters()}
 }

@@ -24,18 +24,6 @@ type Preloaded struct {
 	pins    map[string]uint64 // inodes of the tables' pins, of before they were opened
 }
 
-// Preload begins with what an Add of the namespace takes longest for, the
-// verifier, while the caller does something else. The result belongs into the
-// Attachment, and is closed in any case. An error shows up at the Add. Without a
-// processor to spare it is nil: two threads that wait for each other finish later
-// than one then.
-func (d *Datapath) Preload(netns string) *Preloaded {
-	if !processorToSpare() {
-		return nil
-	}
-	return d.preload(netns)
-}
-
 // processorToSpare reports whether fewer tasks run now than there are processors.
 func processorToSpare() bool {
 	text, err := os.ReadFile("/proc/loadavg")
@@ -46,17 +34,6 @@ func processorToSpare() bool {
 	running, _, _ := strings.Cut(fields[3], "/")
 	count, err := strconv.Atoi(running)
 	return err == nil && count < runtime.NumCPU()
-}
-
-func (d *Datapath) preload(netns string) *Preloaded {
-	p := &Preloaded{done: make(chan struct{})}
-	go func() {
-		defer close(p.done)
-		if err := p.load(d.paths, netns); err != nil {
-			p.drop()
-		}
-	}()
-	return p
 }
 
 func (p *Preloaded) load(paths Paths, netns string) error {
@@ -108,9 +85,9 @@ func (p *Preloaded) take(m *tables, cookie uint64) *ebpf.Program {
 	if pins, err := pinsIn(m.dir); err != nil || !maps.Equal(pins, p.pins) {
 		return nil
 	}
-	program := p.program
+	prog := p.program
 	p.program = nil
-	return program
+	return prog
 }
 
 // Close gives up what no Add took.

@@ -22,13 +22,13 @@ type requirement struct {
 	probe func() error
 }
 
-func helper(program ebpf.ProgramType, fn asm.BuiltinFunc, why, since string) requirement {
+func helper(prog ebpf.ProgramType, fn asm.BuiltinFunc, why, since string) requirement {
 	return requirement{
-		what:  fmt.Sprintf("%s in programs of type %s", kernelName(fn), program),
+		what:  fmt.Sprintf("%s in programs of type %s", kernelName(fn), prog),
 		why:   why,
 		since: since,
 		probe: func() error {
-			err := features.HaveProgramHelper(program, fn)
+			err := features.HaveProgramHelper(prog, fn)
 			var refused *ebpf.VerifierError
 			// A kernel that knows the helper refuses what the probe calls it
 			// with, since Linux 7 in words that the library does not know.
@@ -104,7 +104,7 @@ func probe(needs []requirement) error {
 
 func probeProgram(spec *ebpf.ProgramSpec) error {
 	spec.License = "GPL"
-	program, err := ebpf.NewProgram(spec)
+	prog, err := ebpf.NewProgram(spec)
 	var verifier *ebpf.VerifierError
 	if errors.As(err, &verifier) {
 		return fmt.Errorf("%w: %v", ebpf.ErrNotSupported, err)
@@ -112,7 +112,7 @@ func probeProgram(spec *ebpf.ProgramSpec) error {
 	if err != nil {
 		return err
 	}
-	return program.Close()
+	return prog.Close()
 }
 
 func probeIngress() error {
@@ -133,3 +133,6 @@ func probeAtomics() error {
 		asm.Return(),
 	}})
 }
+
+// ErrUnsupported: the kernel, or how the host mounts cgroups, lacks a feature.
+var ErrUnsupported = errors.New("not supported by this host")

@@ -26,9 +26,9 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 	lacking := func() error { return fmt.Errorf("ask the kernel: %w", ebpf.ErrNotSupported) }
 	there := func() error { return nil }
 	err := probe([]requirement{
-		{"helper one", "to do one thing", "5.7", lacking},
-		{"helper two", "to do two things", "5.8", there},
-		{"helper three", "to do three things", "5.9", lacking},
+		{what: "helper one", why: "to do one thing", since: "5.7", probe: lacking},
+		{what: "helper two", why: "to do two things", since: "5.8", probe: there},
+		{what: "helper three", why: "to do three things", since: "5.9", probe: lacking},
 	})
 	if !errors.Is(err, ErrUnsupported) {
 		t.Fatalf("probe: %v, want ErrUnsupported", err)
@@ -41,14 +41,14 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 	if strings.Contains(err.Error(), "helper two") {
 		t.Errorf("probe: %v; it names what is there", err)
 	}
-	if err := probe([]requirement{{"helper one", "to do one thing", "5.7", there}}); err != nil {
+	if err := probe([]requirement{{what: "helper one", why: "to do one thing", since: "5.7", probe: there}}); err != nil {
 		t.Errorf("probe with nothing missing: %v", err)
 	}
 }
 
 // A probe that could not be made says nothing of the kernel.
 func TestProbeThatFailsIsNotAMissingFeature(t *testing.T) {
-	err := probe([]requirement{{"helper one", "to do one thing", "5.7", func() error { return unix.EPERM }}})
+	err := probe([]requirement{{what: "helper one", why: "to do one thing", since: "5.7", probe: func() error { return unix.EPERM }}})
 	if err == nil || errors.Is(err, ErrUnsupported) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "helper one") {
 		t.Errorf("probe: %v, want the cause and what was asked for", err)
 	}

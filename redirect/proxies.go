@@ -191,12 +191,4 @@ func (w Workload) portOf(number uint16) (found proxyPort, ok bool) {
 	return ports[i], true
 }
 
-// roles are those of a listener on the port, by family.
-func (p proxyPort) roles() (four, six bpfListenerRole) {
-	if p.outbound {
-		return bpfListenerRoleLISTENER_OUTBOUND4, bpfListenerRoleLISTENER_OUTBOUND6
-	}
-	return bpfListenerRoleLISTENER_INBOUND4, bpfListenerRoleLISTENER_INBOUND6
-}
-
 func samePorts(a, b Workload) bool { return slices.Equal(a.ports(), b.ports()) }

@@ -150,9 +150,9 @@ func TestReadinessOfTheKernel(t *testing.T) {
 func TestReadinessNamesEachFeature(t *testing.T) {
 	c := &Checks{Group: "kernel"}
 	checkRequirements(c, []requirement{
-		{"helper one", "to do one thing", "5.7", func() error { return fmt.Errorf("ask: %w", ebpf.ErrNotSupported) }},
-		{"helper two", "to do two things", "5.8", func() error { return nil }},
-		{"helper three", "to do three things", "5.9", func() error { return unix.EPERM }},
+		{what: "helper one", why: "to do one thing", since: "5.7", probe: func() error { return fmt.Errorf("ask: %w", ebpf.ErrNotSupported) }},
+		{what: "helper two", why: "to do two things", since: "5.8", probe: func() error { return nil }},
+		{what: "helper three", why: "to do three things", since: "5.9", probe: func() error { return unix.EPERM }},
 	})
 	var got []string
 	for _, check := range c.List {

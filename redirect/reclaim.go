@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 )
 
@@ -61,7 +60,7 @@ func (d *Datapath) reclaim(root *os.File) (repairs []string, err error) {
 	if err != nil {
 		return repairs, err
 	}
-	filters, err := d.paths.pinFilters(own)
+	filters, err := pinFilters(d.paths, own)
 	return append(repairs, filters...), err
 }
 
@@ -108,20 +107,6 @@ func (d *Datapath) lacksPins() bool {
 		})
 	}
 	return missing(d.paths.maps(), mapNames()) || missing(d.paths.links(), programNames())
-}
-
-// pinAgain pins something where nothing is, and reports whether it did.
-func pinAgain(path string, object interface{ Pin(string) error }) (bool, error) {
-	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return false, fmt.Errorf("create pin directory: %w", err)
-	}
-	if err := object.Pin(path); err != nil {
-		return false, fmt.Errorf("pin %s again: %w", path, err)
-	}
-	return true, nil
 }
 
 // errEnding: the programs ended while they were looked at.
@@ -197,44 +182,12 @@ func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
 	}
 	cookies := make(map[uint64]uint64)
 	for _, r := range records {
-		if ns, err := r.open(); err == nil {
+		if ns, err := openNamespaceOf(r); err == nil {
 			cookies[ns.inode] = ns.cookie
 			ns.Close()
 		}
 	}
 	return cookies, nil
-}
-
-// cookieOf is the cookie of the namespace that a lookup program of the set is for;
-// 0 where the program is not of the set. known is what the records say of it.
-// Without a record the program says so itself: the cookie is one of its constants.
-func (s *programSet) cookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
-	found, err := describeProgram(id)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && (found.name != lookupName || !slices.ContainsFunc(found.maps, s.reads)) {
-		return 0, nil
-	}
-	if err != nil || known != 0 {
-		return known, err
-	}
-	program, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return 0, nil // it ended
-	}
-	defer program.Close()
-	info, err := program.Info()
-	if err != nil {
-		return 0, fmt.Errorf("read program %d: %w", id, err)
-	}
-	code, err := info.Instructions()
-	if err != nil {
-		return 0, nil // this kernel does not show it: its workload's CHECK finds it
-	}
-	for _, insn := range code {
-		if insn.OpCode.IsDWordLoad() && insn.Src == asm.R0 && s.serves([]uint64{uint64(insn.Constant)}) == 1 {
-			return uint64(insn.Constant), nil
-		}
-	}
-	return 0, nil
 }
 
 // confirm looks at what a change of the node has come to: each program runs once
@@ -293,31 +246,22 @@ func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, s
 	return wrong, stale, nil
 }
 
-// detachPrograms detaches what sets have at the root and in namespaces, whoever
-// pinned it.
-func detachPrograms(sets []*programSet) (repairs []string, err error) {
-	if len(sets) == 0 {
-		return nil, nil
+// ownSets returns this instance's sets among sets, the one first that serves most
+// of the workloads on record. One that does not say whose it is belongs to whose
+// workloads it serves.
+func (d *Datapath) ownSets(sets []*programSet) (own []*programSet) {
+	var cookies []uint64
+	records, _ := d.paths.readRecords() // those that cannot be read are not asked for
+	for _, r := range records {
+		cookies = append(cookies, r.Cookie)
 	}
-	err = eachLink(func(l link.Link, info *link.Info) error {
-		if info.Cgroup() == nil && info.NetNs() == nil {
-			return nil
+	served := make(map[*programSet]int)
+	for _, s := range sets {
+		served[s] = s.serves(cookies)
+		if s.instance == instanceOf(d.paths) || s.instance == 0 && served[s] > 0 {
+			own = append(own, s)
 		}
-		program, err := describeProgram(info.Program)
-		if err != nil || program.name != lookupName && !slices.Contains(programNames(), program.name) {
-			return nil // it ended, or is somebody else's
-		}
-		for _, s := range sets {
-			if !slices.ContainsFunc(program.maps, s.reads) {
-				continue
-			}
-			if err := l.Detach(); err != nil {
-				return fmt.Errorf("detach program %d (%s): %w", program.id, program.name, err)
-			}
-			repairs = append(repairs, fmt.Sprintf("detached program %d (%s), which no pin led to", program.id, program.name))
-			break
-		}
-		return nil
-	})
-	return repairs, err
+	}
+	slices.SortStableFunc(own, func(a, b *programSet) int { return served[b] - served[a] })
+	return own
 }

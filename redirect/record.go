@@ -199,3 +199,9 @@ func (p Paths) readRecords() ([]*record, error) {
 	}
 	return records, errors.Join(problems...)
 }
+
+// ErrUnknown: there is no such workload on this node.
+var ErrUnknown = errors.New("unknown workload")
+
+// ErrUnreadable: there is a record, but this version cannot read it.
+var ErrUnreadable = errors.New("record cannot be read")

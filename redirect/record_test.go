@@ -35,7 +35,7 @@ func TestRecordKeepsWhatWasWritten(t *testing.T) {
 		Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}}
 	full(&request)
 	want := &record{
-		Key: AttachmentID{"id", "eth0"}, Request: request, MeshConfig: meshConfigs()[0], NetNS: "/run/netns/id",
+		Key: AttachmentID{ContainerID: "id", IfName: "eth0"}, Request: request, MeshConfig: meshConfigs()[0], NetNS: "/run/netns/id",
 		Cookie: 1<<63 + 1, BootID: boot, IPv6: true, Complete: true,
 	}
 	want.Applied = want.desired()
@@ -110,7 +110,7 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
 	a.startProxy()
-	broken := AttachmentID{"broken", "eth0"}
+	broken := AttachmentID{ContainerID: "broken", IfName: "eth0"}
 	if err := os.WriteFile(n.paths.record(broken), []byte("{\"key\": "), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -234,7 +234,7 @@ func TestUnreadableStateDirIsAnError(t *testing.T) {
 	if _, err := d.Load(); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("load: %v, want an error that names %s", err, file)
 	}
-	if err := d.Add(Attachment{Key: AttachmentID{"a", "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
+	if err := d.Add(Attachment{Key: AttachmentID{ContainerID: "a", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("add: %v, want an error that names %s", err, file)
 	}
 }

@@ -6,11 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"path/filepath"
 	"strconv"
-	"strings"
-	"unicode"
 )
 
 // RejectedListener is a socket that listens on a port of a workload's proxy and
@@ -47,7 +43,7 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 		return fail(err)
 	}
 	defer tables.Close()
-	ns, err := r.open()
+	ns, err := openNamespaceOf(r)
 	if err != nil {
 		return fail(err)
 	}
@@ -59,7 +55,7 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 		if port.outbound && w.Mode != ModeTransparent {
 			continue // the default, which nothing is redirected to
 		}
-		four, six := port.roles()
+		four, six := listenerRoles(port)
 		before := len(registered)
 		for _, role := range []bpfListenerRole{four, six} {
 			slots, err := tables.registered(r.Cookie, role, port.port)
@@ -82,7 +78,7 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 		if _, ok := w.portOf(s.port); !ok || registered[s.cookie] {
 			continue
 		}
-		_, roles := s.roles(w)
+		_, roles := socketRoles(s, w)
 		rejected := RejectedListener{Address: netip.AddrPortFrom(s.addr, s.port), UID: s.uid, Usable: len(roles) > 0}
 		err := ns.eachOwner(s.inode, func(pid, _ int) (bool, error) {
 			rejected.PID, rejected.Command, rejected.Cgroup = pid, commandOf(pid), ""
@@ -97,17 +93,4 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 		list = append(list, rejected)
 	}
 	return ports, list, nil
-}
-
-// commandOf is the name of a process, as the kernel keeps it, quoted where it has what is
-// not printed, line ends too: a process names itself. It is "" where it ended.
-func commandOf(pid int) string {
-	name, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "comm"))
-	if err != nil {
-		return ""
-	}
-	if text := strings.TrimSuffix(string(name), "\n"); strings.ContainsFunc(text, func(r rune) bool { return !unicode.IsPrint(r) }) {
-		return strconv.Quote(text)
-	}
-	return strings.TrimSpace(string(name))
 }

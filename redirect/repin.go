@@ -14,14 +14,6 @@ import (
 	"github.com/cilium/ebpf/link"
 )
 
-// mapNames are the node's tables, each pinned under its name.
-func mapNames() []string {
-	return []string{
-		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions", "flows",
-		"index_totals", "indexes", "listeners", "origins", "ports", "proxies", "releases", "sources", "verdicts", "workloads",
-	}
-}
-
 // repin pins those tables again whose pin somebody removed. The programs in
 // force hold every table that they use, with its rows, so nothing is lost. A
 // node without the table that tells its layout is one that is not loaded.
@@ -65,15 +57,15 @@ func (d *Datapath) repinFrom(pin string, lost []string) (found []string, err err
 	if err != nil {
 		return nil, fmt.Errorf("pin maps again: %w", err)
 	}
-	program, err := ebpf.NewProgramFromID(info.Program)
+	prog, err := ebpf.NewProgramFromID(info.Program)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // it is detached
 	}
 	if err != nil {
 		return nil, fmt.Errorf("pin maps again: %w", err)
 	}
-	defer program.Close()
-	details, err := program.Info()
+	defer prog.Close()
+	details, err := prog.Info()
 	if err != nil {
 		return nil, fmt.Errorf("pin maps again: %w", err)
 	}

@@ -41,7 +41,7 @@ func newSeveral(t *testing.T) *several {
 func (s *several) meshConfig() MeshConfig {
 	return MeshConfig{Service: "api", Proxies: []Sidecar{{
 		Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
-		ServicePorts: []uint16{secondService}, VirtualIPs: addrs(secondVIP),
+		ServicePorts: []uint16{secondService}, VirtualIPs: test.Addrs(secondVIP),
 	}}}
 }
 
@@ -180,7 +180,7 @@ func TestSeveralProxiesChange(t *testing.T) {
 	s.arrives(s.v4, inboundPort, s.inbound.Name, true)
 	// One owner after another.
 	turned := s.turned()
-	turned.Proxies[0].VirtualIPs = addrs(nobodysVIP)
+	turned.Proxies[0].VirtualIPs = test.Addrs(nobodysVIP)
 	s.set(turned)
 	s.goesTo(nobodysVIP, s.outbound)
 	if after := s.origins(t); after != before {
@@ -248,7 +248,7 @@ func TestSeveralProxiesFamilies(t *testing.T) {
 	})
 	verdictsAre(t, moved, map[Verdict]uint64{RefusedFamily: 1})
 	meshConfig := s.meshConfig()
-	meshConfig.Proxies[0].VirtualIPs = addrs("fd00::2")
+	meshConfig.Proxies[0].VirtualIPs = test.Addrs("fd00::2")
 	s.set(meshConfig)
 	if answer, err := s.ask("tcp6", "[fd00::2]:80"); err != nil || answer.Server != six.Name || answer.Origin.String() != "[fd00::2]:80" {
 		t.Errorf("dial by IPv6: %+v, %v; want %q", answer, err, six.Name)
@@ -262,7 +262,7 @@ func TestSeveralPlainProxies(t *testing.T) {
 	a := n.newAlloc()
 	a.add(func(r *Request) { r.Mode = ModeDirect })
 	upstream := func(name, vip, listener string) Upstream {
-		return Upstream{Name: name, Addresses: addrs(vip), Listener: netip.MustParseAddrPort(listener)}
+		return Upstream{Name: name, Addresses: test.Addrs(vip), Listener: netip.MustParseAddrPort(listener)}
 	}
 	if err := n.SetMeshConfig(a.key, MeshConfig{
 		Guard: GuardEnforce, Service: "api", InboundPort: inboundPort,

@@ -119,8 +119,8 @@ func (s *sockets) close(fd int) {
 }
 
 func serveSockets([]string) error {
-	host := &socketHost{listeners: make(map[int]net.Listener)}
-	return test.Serve(host.call)
+	hosted := &socketHost{listeners: make(map[int]net.Listener)}
+	return test.Serve(hosted.call)
 }
 
 // socketHost is the other end of sockets.

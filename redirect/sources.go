@@ -19,8 +19,7 @@ import (
 // belongs to. A workload with one network has one route and no such table.
 
 const (
-	sliceShift = 20 // SLICE_SHIFT
-	maxSlices  = 8
+	maxSlices = 8
 
 	// maxSourceRoutes is how many prefixes of a namespace's routing table are
 	// looked at. What is more specific than those has the source of the prefix
@@ -28,75 +27,12 @@ const (
 	maxSourceRoutes = 128
 )
 
-// Sources says which own address a connection of a workload has.
-type Sources struct {
-	// IPv4 and IPv6 are the addresses of the slices; the first is that of
-	// whatever no prefix covers.
-	IPv4     []netip.Addr   `json:"ipv4,omitempty"`
-	IPv6     []netip.Addr   `json:"ipv6,omitempty"`
-	Prefixes []SourcePrefix `json:"prefixes,omitempty"`
-}
-
-// SourcePrefix names the slice of the origins in a prefix.
-type SourcePrefix struct {
-	Prefix netip.Prefix `json:"prefix"`
-	Slice  uint32       `json:"slice"`
-}
-
-func (s Sources) equal(other Sources) bool {
-	return slices.Equal(s.IPv4, other.IPv4) && slices.Equal(s.IPv6, other.IPv6) && slices.Equal(s.Prefixes, other.Prefixes)
-}
-
-// sliced reports whether any origin belongs to another slice than the first.
-func (s Sources) sliced() bool { return len(s.Prefixes) > 0 }
-
-// slicePrefixes are the parts of the encoded ranges that belong to a slice.
-func slicePrefixes(slice int) (v4, v6 netip.Prefix) {
-	a4, a6 := encodedAddrs(uint32(slice) << sliceShift)
-	return netip.PrefixFrom(a4, 32-sliceShift), netip.PrefixFrom(a6, 128-sliceShift)
-}
-
 // ownAddress is an address of the namespace.
 type ownAddress struct {
 	netip.Addr
 	device    int
 	usable    bool         // the kernel takes it for a source
 	broadcast []netip.Addr // of its network
-}
-
-// observe brings the record's own addresses up to date with the namespace's, and
-// says what changed. An address that was taken off the namespace is not the
-// workload's any more. A link-local one comes by itself some time after the
-// device, so it is registered without a word.
-func (r *record) observe(ns *namespace) (changed []string, err error) {
-	var found, broadcast []netip.Addr
-	var sources Sources
-	err = ns.do(func() error {
-		own, err := ownAddresses()
-		if err != nil {
-			return err
-		}
-		for _, addr := range own {
-			found = append(found, addr.Addr)
-			broadcast = append(broadcast, addr.broadcast...)
-		}
-		sources, err = findSources(own, r.Request.Addresses)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	if !slices.Equal(routable(found), routable(r.Found)) {
-		changed = append(changed, fmt.Sprintf("its addresses are %v now, were %v", found, r.Found))
-	}
-	if !sources.equal(r.Sources) && len(changed) == 0 {
-		changed = append(changed, fmt.Sprintf("own addresses of its connections are %v now, were %v", sources, r.Sources))
-	}
-	r.dirty = r.dirty || !slices.Equal(found, r.Found) || !sources.equal(r.Sources)
-	slices.SortFunc(broadcast, netip.Addr.Compare)
-	r.Found, r.Sources, r.Broadcasts = found, sources, slices.Compact(broadcast)
-	r.Sliced = r.Sliced || sources.sliced()
-	return changed, nil
 }
 
 // routable are those of the addresses that are not link-local.
@@ -164,7 +100,7 @@ func findSources(own []ownAddress, first []netip.Addr) (s Sources, err error) {
 		}
 		list := []netip.Addr{source}
 		if slices.ContainsFunc(own, func(addr ownAddress) bool { return devices[addr.Addr] != 0 && addr.device != devices[source] }) {
-			if list, err = s.findPrefixes(family, source, devices); err != nil {
+			if list, err = findPrefixes(&s, family, source, devices); err != nil {
 				return s, err
 			}
 		}
@@ -179,7 +115,7 @@ func findSources(own []ownAddress, first []netip.Addr) (s Sources, err error) {
 
 // findPrefixes adds the prefixes of one family whose source is not that of the
 // prefix around them, and returns the sources by slice.
-func (s *Sources) findPrefixes(family int, source netip.Addr, devices map[netip.Addr]int) (list []netip.Addr, err error) {
+func findPrefixes(s *Sources, family int, source netip.Addr, devices map[netip.Addr]int) (list []netip.Addr, err error) {
 	routed, err := routedPrefixes(family)
 	if err != nil {
 		return nil, err
@@ -194,11 +130,11 @@ func (s *Sources) findPrefixes(family int, source netip.Addr, devices map[netip.
 			}
 		}
 		around[i] = outer
-		probe, found := probeOf(prefix, routed[i+1:])
+		probed, found := probeOf(prefix, routed[i+1:])
 		if !found {
 			continue // its parts decide
 		}
-		chosen, err := sourceFor(probe)
+		chosen, err := sourceFor(probed)
 		if err != nil {
 			return nil, err
 		}

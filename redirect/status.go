@@ -10,8 +10,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // Status is the state of the node's data path.
@@ -145,7 +143,7 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 	if status.Origins, err = tables.held(r.Cookie); err != nil {
 		return status, err
 	}
-	proxies, shared, err := tables.proxyStatus(r.Cookie, w)
+	proxies, shared, err := proxyStatus(tables, r.Cookie, w)
 	if err != nil {
 		return status, err
 	}
@@ -166,7 +164,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	if err != nil {
 		return err
 	}
-	ns, err := r.open()
+	ns, err := openNamespaceOf(r)
 	if errors.Is(err, ErrNetNSGone) {
 		problem(ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
 		return nil
@@ -179,7 +177,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 		problem(ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
 	}
 	moved := *r
-	if changed, err := moved.observe(ns); err != nil {
+	if changed, err := observeSources(&moved, ns); err != nil {
 		return err
 	} else if len(changed) > 0 {
 		problem(ProblemAddressesChanged, "run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
@@ -199,7 +197,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	if !routed {
 		problem(ProblemRoutesMissing, anew, "routes to the proxy are missing: redirected connections do not arrive")
 	}
-	filtered, err := d.paths.filtered(ns, w)
+	filtered, err := filtered(d.paths, ns, w)
 	if err != nil {
 		return err
 	}
@@ -224,7 +222,7 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 		return err
 	}
 	for _, s := range sockets {
-		port, roles := s.roles(w)
+		port, roles := socketRoles(s, w)
 		unserved := func(role bpfListenerRole) bool { return !served[listenerKey(r.Cookie, role, port.port, 0)] }
 		if s.uid == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
 			problem(ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
@@ -267,25 +265,47 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 	return list, unreadable
 }
 
-func (t *tables) verdicts(cookie uint64) (counts map[string]uint64, eventsLost uint64, err error) {
-	var row bpfVerdictCounts
-	if _, err := t.get("verdicts", cookie, &row); err != nil {
-		return nil, 0, err
+// proxyStatus is what is known of each proxy, the first one first, and whether
+// one of them shares its cgroup with tasks.
+func proxyStatus(m *tables, cookie uint64, w Workload) (list []ProxyStatus, shared bool, err error) {
+	for i, p := range w.all() {
+		proxy, err := m.proxyState(cookie, w.proxyID(i))
+		if err != nil {
+			return nil, false, err
+		}
+		status := ProxyStatus{
+			Service: p.Service, UID: w.ProxyUID, Cgroup: proxy.Cgroup, Identity: IdentityUID, Inbound: p.InboundPort, Outbound: p.OutboundPort,
+		}
+		switch {
+		case proxy.Flags&bpfProxyFlagPROXY_SHARED != 0:
+			shared = true
+		case proxy.Cgroup != 0:
+			status.Identity = IdentityCgroup
+		}
+		sockets := make(map[uint64]bool)
+		for _, port := range w.ports() {
+			if port.proxyID != w.proxyID(i) {
+				continue
+			}
+			four, six := listenerRoles(port)
+			for _, role := range []bpfListenerRole{four, six} {
+				slots, err := m.registered(cookie, role, port.port)
+				if err != nil {
+					return nil, false, err
+				}
+				for _, socket := range slots {
+					sockets[socket] = true
+				}
+			}
+		}
+		status.Listeners = len(sockets)
+		list = append(list, status)
 	}
-	counts = make(map[string]uint64)
-	for i, count := range row.Count {
-		if count > 0 {
-			counts[Verdict(i).String()] = count
+	// Until each has shown itself, whoever has the UID may be one of them.
+	if slices.ContainsFunc(list, func(p ProxyStatus) bool { return p.Cgroup == 0 }) {
+		for i := range list {
+			list[i].Identity = IdentityUID
 		}
 	}
-	return counts, row.EventsLost, nil
-}
-
-// monotonicNow is the clock of the programs' time stamps.
-func monotonicNow() uint64 {
-	var now unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
-		return 0
-	}
-	return uint64(now.Nano())
+	return list, shared, nil
 }

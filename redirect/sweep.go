@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf/link"
 )
@@ -95,8 +96,89 @@ func (d *Datapath) LookupAttached(cookie uint64) bool {
 	return lookupInode(pinned) != 0
 }
 
-// Directories are where a change by somebody else can be seen: records, pinned
-// maps, links and lookup programs. Not all need exist.
-func (p Paths) Directories() []string {
-	return []string{p.workloads(), p.maps(), p.links(), p.lookups(), p.filters()}
+// eraseDead removes what erase left of workloads that are not under Weir any
+// more. It takes the lock for a slice at a time, so that an ADD does not wait for
+// the DEL of a workload with very many destinations. A process that dies half way
+// leaves the rest to the next one.
+func (d *Datapath) eraseDead() error {
+	tables, err := openTables(d.paths.maps())
+	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncompatible) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer tables.Close()
+	dead := make(map[uint64]bool)
+	err = walk(tables, "budgets", func(cookie uint64, _ bpfBudget) error { dead[cookie] = true; return nil })
+	if err != nil {
+		return err
+	}
+	err = walk(tables, "workloads", func(cookie uint64, _ bpfWorkload) error { delete(dead, cookie); return nil })
+	if err != nil {
+		return err
+	}
+	if len(dead) == 0 {
+		return nil
+	}
+	// A namespace that was added again goes on with what is left.
+	spare := func() error {
+		for cookie := range dead {
+			generation, err := tables.generation(cookie)
+			if err != nil {
+				return err
+			}
+			if generation != 0 {
+				delete(dead, cookie)
+			}
+		}
+		return nil
+	}
+	cursor := batchCursor[bpfIndexKey, bpfAddr]{size: sliceRows}
+	err = d.inSlices(func() (more bool, err error) {
+		if err := spare(); err != nil {
+			return false, err
+		}
+		origins, indexes := make(map[uint64][]bpfOriginKey), make(map[uint64][]bpfIndexKey)
+		more, err = cursor.next(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) error {
+			if dead[key.Cookie] {
+				origins[key.Cookie] = append(origins[key.Cookie], bpfOriginKey{Cookie: key.Cookie, Addr: addr})
+				indexes[key.Cookie] = append(indexes[key.Cookie], key)
+			}
+			return nil
+		})
+		for cookie := range indexes {
+			err = errors.Join(err, tables.dropOrigins(cookie, origins[cookie], indexes[cookie]))
+		}
+		return more && len(dead) > 0, err
+	})
+	if err != nil {
+		return err
+	}
+	return d.locked(func() error {
+		err := spare()
+		for cookie := range dead {
+			err = errors.Join(err, tables.eraseBudget(cookie))
+		}
+		return err
+	})
+}
+
+// inSlices calls slice, under the lock, until there is no more to do. Between
+// two calls it waits as long as the last one took, for others to get the lock.
+func (d *Datapath) inSlices(slice func() (more bool, err error)) error {
+	for {
+		var more bool
+		var took time.Duration
+		err := d.locked(func() (err error) {
+			start := time.Now()
+			more, err = slice()
+			took = time.Since(start)
+			return err
+		})
+		if err != nil || !more {
+			return err
+		}
+		time.Sleep(max(took, time.Millisecond))
+	}
 }

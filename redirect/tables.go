@@ -26,9 +26,9 @@ type tables struct {
 	dir  string
 	open map[string]*ebpf.Map
 
-	readOnly bool       // for who only looks: on a read-only bpffs nothing else can be had
-	prepared *Preloaded // a lookup program that may be there already
-	only     []string   // the maps that are written, the others stay as they are; nil: all
+	readOnly  bool                              // for who only looks: on a read-only bpffs nothing else can be had
+	preloaded func(cookie uint64) *ebpf.Program // gives a lookup program that is loaded already, or nil; may be nil
+	only      []string                          // the maps that are written, the others stay as they are; nil: all
 }
 
 // openTables opens the tables of a loaded node, or returns ErrNotLoaded or
@@ -173,5 +173,13 @@ func pinnedMaps(spec *ebpf.CollectionSpec, dir string) (map[string]*ebpf.Map, er
 func closeMaps(pins map[string]*ebpf.Map) {
 	for _, table := range pins {
 		table.Close()
+	}
+}
+
+// mapNames are the node's tables, each pinned under its name.
+func mapNames() []string {
+	return []string{
+		"addresses", "binders", "budgets", "cidrs", "configs", "control", "dials", "events", "exclusions", "flows",
+		"index_totals", "indexes", "listeners", "origins", "ports", "proxies", "releases", "sources", "verdicts", "workloads",
 	}
 }

@@ -30,7 +30,7 @@ func (d *Datapath) SetProxyCgroup(key AttachmentID, service string, cgroup uint6
 				return err
 			}
 		}
-		return tables.setProxyCgroup(d.paths, ns, w, w.proxyID(i), cgroup)
+		return trustProxy(tables, d.paths, ns, w, w.proxyID(i), cgroup)
 	})
 	if err != nil {
 		return fmt.Errorf("trust cgroup %d of workload %s: %w", cgroup, key, err)
@@ -38,7 +38,7 @@ func (d *Datapath) SetProxyCgroup(key AttachmentID, service string, cgroup uint6
 	return nil
 }
 
-func (t *tables) setProxyCgroup(paths Paths, ns *namespace, w Workload, proxyID uint8, cgroup uint64) error {
+func trustProxy(t *tables, paths Paths, ns *namespace, w Workload, proxyID uint8, cgroup uint64) error {
 	proxy, err := t.proxyState(ns.cookie, proxyID)
 	vouched := proxy.Cgroup == cgroup && proxy.Flags&bpfProxyFlagPROXY_TAKEN == 0
 	if err != nil || vouched || proxy.Listeners > 0 {
@@ -64,7 +64,7 @@ func (t *tables) setProxyCgroup(paths Paths, ns *namespace, w Workload, proxyID 
 			return err
 		}
 		if proxy.Listeners == 0 {
-			if proxy.Cgroup, err = ns.cgroupOf(registered, paths); err != nil {
+			if proxy.Cgroup, err = cgroupOf(ns, registered, paths); err != nil {
 				return err
 			}
 		}
@@ -76,31 +76,9 @@ func (t *tables) setProxyCgroup(paths Paths, ns *namespace, w Workload, proxyID 
 	return errors.New("its listeners come and go")
 }
 
-// listenersOf are the cookies of a proxy's registered listeners, with what each
-// says of the families that it takes.
-func (t *tables) listenersOf(cookie uint64, proxyID uint8, w Workload) (map[uint64]bpfProxyFlag, error) {
-	found := make(map[uint64]bpfProxyFlag)
-	for _, port := range w.ports() {
-		if port.proxyID != proxyID {
-			continue
-		}
-		four, six := port.roles()
-		for _, role := range []bpfListenerRole{four, six} {
-			slots, err := t.registered(cookie, role, port.port)
-			if err != nil {
-				return nil, err
-			}
-			for _, socket := range slots {
-				found[socket] |= roleFlag(role)
-			}
-		}
-	}
-	return found, nil
-}
-
 // cgroupOf is that of a process that holds one of the listeners, by cookie; 0 if
 // all have closed.
-func (ns *namespace) cgroupOf(listeners map[uint64]bpfProxyFlag, paths Paths) (uint64, error) {
+func cgroupOf(ns *namespace, listeners map[uint64]bpfProxyFlag, paths Paths) (uint64, error) {
 	sockets, err := ns.listening()
 	if err != nil {
 		return 0, err
@@ -109,7 +87,7 @@ func (ns *namespace) cgroupOf(listeners map[uint64]bpfProxyFlag, paths Paths) (u
 		if _, wanted := listeners[socket.cookie]; !wanted {
 			continue
 		}
-		fd, cgroup, err := ns.copySocket(socket.inode, paths)
+		fd, cgroup, err := ns.copySocket(socket.inode, paths.CgroupRoot)
 		if errors.Is(err, errNoOwner) {
 			continue
 		}
@@ -119,4 +97,102 @@ func (ns *namespace) cgroupOf(listeners map[uint64]bpfProxyFlag, paths Paths) (u
 		return cgroup, err
 	}
 	return 0, nil
+}
+
+// ObservedProxy is what the kernel knows of who a proxy is.
+type ObservedProxy struct {
+	Cgroup  uint64 // 0: its UID alone
+	Listens bool
+}
+
+// ObservedProxies returns those of the proxies of these namespaces, by cookie. A few
+// map reads each, without the lock.
+func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy, error) {
+	tables, err := openTablesToRead(d.paths.maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	found := make(map[uint64][]ObservedProxy)
+	for _, cookie := range cookies {
+		generation, err := tables.generation(cookie)
+		if err != nil {
+			return nil, err
+		}
+		var config bpfConfig
+		if _, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil {
+			return nil, err
+		}
+		err = eachProxyID(cookie, config.Seats, func(key bpfProxyKey) error {
+			proxy, err := tables.proxyState(cookie, uint8(key.Seat))
+			found[cookie] = append(found[cookie], ObservedProxy{
+				Cgroup: proxy.Cgroup, Listens: proxy.Listeners > 0 || proxy.Flags&bpfProxyFlagPROXY_PINNED != 0,
+			})
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
+// onRecord runs action on a workload that is on record, while nobody else changes
+// the state.
+func (d *Datapath) onRecord(key AttachmentID, action func(*tables, *record, *namespace) error) error {
+	return d.locked(func() error {
+		r, err := d.paths.readRecord(key)
+		if err != nil {
+			return err
+		}
+		ns, err := openNamespaceOf(r)
+		if err != nil {
+			return err
+		}
+		defer ns.Close()
+		tables, err := openTables(d.paths.maps())
+		if err != nil {
+			return err
+		}
+		defer tables.Close()
+		return action(tables, r, ns)
+	})
+}
+
+// RejectProxyCgroup takes the place of the proxy from a cgroup that is known not to be
+// the proxy's, for as long as the workload is under Weir, and learns the proxy
+// anew from the listeners of others. Where there are none yet, connections are
+// refused until the proxy listens.
+func (d *Datapath) RejectProxyCgroup(key AttachmentID, cgroup uint64) error {
+	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
+		if !slices.Contains(r.RejectedCgroups, cgroup) {
+			r.RejectedCgroups = append(r.RejectedCgroups, cgroup)
+		}
+		if err := d.paths.writeRecord(r); err != nil {
+			return err
+		}
+		w := r.desired()
+		var proxyIDs []uint8
+		for i := range w.all() {
+			proxy, err := tables.proxyState(r.Cookie, w.proxyID(i))
+			if err != nil {
+				return err
+			}
+			if proxy.Cgroup == cgroup {
+				proxyIDs = append(proxyIDs, w.proxyID(i))
+			}
+		}
+		if len(proxyIDs) == 0 {
+			return nil
+		}
+		if err := tables.deleteProxy(r.Cookie, proxyIDs, w); err != nil {
+			return err
+		}
+		_, err := d.ensure(tables, r, ns)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("reject cgroup %d of workload %s: %w", cgroup, key, err)
+	}
+	return nil
 }

@@ -4,14 +4,6 @@ package redirect
 
 import (
 	"errors"
-	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
-
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
-	"golang.org/x/sys/unix"
 )
 
 // Unload removes programs, maps, pins and records, and returns what it
@@ -68,42 +60,4 @@ func (d *Datapath) detachHidden() (repairs []string, err error) {
 		return nil, err
 	}
 	return detachPrograms(d.ownSets(sets))
-}
-
-// unpinAll removes a directory of pins and returns the pins it removed.
-func unpinAll(dir string) (removed []string, err error) {
-	var problems []error
-	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || entry.IsDir() {
-			return err
-		}
-		removed = append(removed, "pin "+path)
-		problems = append(problems, detachPin(path))
-		return nil
-	})
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	return removed, errors.Join(append(problems, err, removeTree(dir))...)
-}
-
-// detachPin ends a pinned link now, not when the kernel gets round to it, so
-// that no program outlives its maps. A pin of something else is left alone.
-func detachPin(path string) error {
-	pinned, err := link.LoadPinnedLink(path, nil)
-	if err != nil {
-		return nil
-	}
-	defer pinned.Close()
-	if err := pinned.Detach(); err != nil && !errors.Is(err, ebpf.ErrNotSupported) && !errors.Is(err, unix.ENOLINK) {
-		return fmt.Errorf("detach %s: %w", path, err)
-	}
-	return nil
-}
-
-func removeTree(path string) error {
-	if err := os.RemoveAll(path); err != nil {
-		return fmt.Errorf("remove %s: %w", path, err)
-	}
-	return nil
 }

@@ -31,7 +31,7 @@ func attachNeighbour(t *testing.T) *neighbour {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { counter.Close() })
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
+	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Name: "neighbour", Type: ebpf.CGroupSockAddr, AttachType: ebpf.AttachCGroupInet4Connect, License: "GPL",
 		Instructions: asm.Instructions{
 			asm.StoreImm(asm.RFP, -4, 0, asm.Word),
@@ -49,9 +49,9 @@ func attachNeighbour(t *testing.T) *neighbour {
 	if err != nil {
 		t.Fatalf("load neighbour: %v", err)
 	}
-	defer program.Close()
+	defer prog.Close()
 	attached, err := link.AttachCgroup(link.CgroupOptions{
-		Path: test.CgroupRoot(t), Attach: ebpf.AttachCGroupInet4Connect, Program: program,
+		Path: test.CgroupRoot(t), Attach: ebpf.AttachCGroupInet4Connect, Program: prog,
 	})
 	if err != nil {
 		t.Fatalf("attach neighbour: %v", err)

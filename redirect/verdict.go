@@ -117,3 +117,21 @@ func AllVerdicts() []Verdict {
 	}
 	return all
 }
+
+// EventsLost is the verdict of an Event that is no connection: it tells how many
+// events of a workload the reader does not get.
+const EventsLost = ^Verdict(0)
+
+func (t *tables) verdicts(cookie uint64) (counts map[string]uint64, eventsLost uint64, err error) {
+	var row bpfVerdictCounts
+	if _, err := t.get("verdicts", cookie, &row); err != nil {
+		return nil, 0, err
+	}
+	counts = make(map[string]uint64)
+	for i, count := range row.Count {
+		if count > 0 {
+			counts[Verdict(i).String()] = count
+		}
+	}
+	return counts, row.EventsLost, nil
+}

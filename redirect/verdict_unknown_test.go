@@ -18,7 +18,7 @@ import (
 
 // compileChanged compiles a program of ../bpf with one piece of the sources
 // replaced by another.
-func compileChanged(t *testing.T, program, old, changed string) []byte {
+func compileChanged(t *testing.T, prog, old, changed string) []byte {
 	t.Helper()
 	test.Need(t, test.Tool("clang"))
 	dir := t.TempDir()
@@ -32,7 +32,7 @@ func compileChanged(t *testing.T, program, old, changed string) []byte {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if base := filepath.Base(path); base == program || filepath.Ext(base) == ".h" {
+		if base := filepath.Base(path); base == prog || filepath.Ext(base) == ".h" {
 			replaced += bytes.Count(source, []byte(old))
 			source = bytes.ReplaceAll(source, []byte(old), []byte(changed))
 		}
@@ -41,14 +41,14 @@ func compileChanged(t *testing.T, program, old, changed string) []byte {
 		}
 	}
 	if replaced == 0 {
-		t.Fatalf("%s has no %q", program, old)
+		t.Fatalf("%s has no %q", prog, old)
 	}
 	object := filepath.Join(dir, "changed.o")
 	out, err := exec.Command("clang", "-target", "bpfel", "-O2", "-g", "-mcpu=v3",
 		"-I/usr/include/x86_64-linux-gnu", "-I/usr/include/aarch64-linux-gnu",
-		"-c", filepath.Join(dir, program), "-o", object).CombinedOutput()
+		"-c", filepath.Join(dir, prog), "-o", object).CombinedOutput()
 	if err != nil {
-		t.Fatalf("compile %s: %v\n%s", program, err, out)
+		t.Fatalf("compile %s: %v\n%s", prog, err, out)
 	}
 	code, err := os.ReadFile(object)
 	if err != nil {
@@ -63,9 +63,7 @@ func TestUnknownVerdictRefuses(t *testing.T) {
 	const unknown = "(enum verdict)(VERDICT_MAX + 1)"
 	connect := compileChanged(t, "redirect.c", "return VERDICT_PORT_EXCLUDED;", "return "+unknown+";")
 	lookup := compileChanged(t, "lookup.c", "return VERDICT_INBOUND_EXCLUDED;", "return "+unknown+";")
-	before, lookupBefore := _BpfBytes, _LookupBytes
-	t.Cleanup(func() { _BpfBytes, _LookupBytes = before, lookupBefore })
-	_BpfBytes, _LookupBytes = connect, lookup
+	t.Cleanup(swapObjects(connect, lookup))
 
 	n := newNode(t)
 	a := n.newAlloc()

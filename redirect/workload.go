@@ -370,3 +370,10 @@ func comparePrefix(a, b netip.Prefix) int {
 	}
 	return a.Bits() - b.Bits()
 }
+
+// ErrFull: a table of the node has no room for another row.
+var ErrFull = errors.New("table is full")
+
+// MaxRows is how many addresses, CIDRs and UIDs a workload may have each.
+// Excluded ports need no limit: all of them take 64 rows.
+const MaxRows = 4096

@@ -3,6 +3,8 @@
 package redirect
 
 import (
+	"github.com/weirmesh/weir/test"
+
 	"net/netip"
 	"strings"
 	"testing"
@@ -52,29 +54,29 @@ func TestMerge(t *testing.T) {
 		"lists are sorted and without duplicates": {
 			request: Request{
 				ExcludeInboundPorts: []uint16{9, 7, 9}, ExcludeOutboundPorts: []uint16{3, 1, 3, 2}, ExcludeUIDs: []uint32{70000, 0, 70000},
-				ExcludeOutboundCIDRs: prefixes("10.1.2.3/8", "fd00::1/8", "10.0.0.0/8", "10.0.0.0/16"),
+				ExcludeOutboundCIDRs: test.Prefixes("10.1.2.3/8", "fd00::1/8", "10.0.0.0/8", "10.0.0.0/16"),
 			},
 			meshConfig: MeshConfig{ExcludeInboundPorts: []uint16{8, 7}},
 			want: Workload{
 				Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
 				ExcludeInboundPorts: []uint16{7, 8, 9}, ExcludeOutboundPorts: []uint16{1, 2, 3}, ExcludeUIDs: []uint32{0, 70000},
-				ExcludeOutboundCIDRs: prefixes("10.0.0.0/8", "10.0.0.0/16", "fd00::/8"),
+				ExcludeOutboundCIDRs: test.Prefixes("10.0.0.0/8", "10.0.0.0/16", "fd00::/8"),
 			},
 		},
 		"own addresses keep their order": {
-			request: Request{Addresses: addrs("fd09::2", "::ffff:10.9.1.2", "10.9.1.1")},
+			request: Request{Addresses: test.Addrs("fd09::2", "::ffff:10.9.1.2", "10.9.1.1")},
 			want: Workload{Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
-				Addresses: addrs("fd09::2", "10.9.1.2", "10.9.1.1")},
+				Addresses: test.Addrs("fd09::2", "10.9.1.2", "10.9.1.1")},
 		},
 		"upstreams are sorted": {
 			meshConfig: MeshConfig{Upstreams: []Upstream{
-				{Name: "db", Addresses: addrs("240.0.0.6", "::ffff:240.0.0.5", "240.0.0.5"), Listener: listener},
-				{Name: "cache", Addresses: addrs("240.0.0.7"), Listener: other},
+				{Name: "db", Addresses: test.Addrs("240.0.0.6", "::ffff:240.0.0.5", "240.0.0.5"), Listener: listener},
+				{Name: "cache", Addresses: test.Addrs("240.0.0.7"), Listener: other},
 			}},
 			want: Workload{Mode: ModeTransparent, OutboundPort: DefaultOutboundPort, Guard: GuardOff, Budget: DefaultBudget,
 				Upstreams: []Upstream{
-					{Name: "cache", Addresses: addrs("240.0.0.7"), Listener: other},
-					{Name: "db", Addresses: addrs("240.0.0.5", "240.0.0.6"), Listener: listener},
+					{Name: "cache", Addresses: test.Addrs("240.0.0.7"), Listener: other},
+					{Name: "db", Addresses: test.Addrs("240.0.0.5", "240.0.0.6"), Listener: listener},
 				}},
 		},
 	} {
@@ -98,10 +100,10 @@ func TestMergeLeavesItsArguments(t *testing.T) {
 	make := func() (Request, MeshConfig) {
 		return Request{
 				ExcludeInboundPorts: []uint16{2, 1}, ExcludeOutboundPorts: []uint16{2, 1}, ExcludeUIDs: []uint32{2, 1},
-				ExcludeOutboundCIDRs: prefixes("10.1.1.1/8", "10.1.1.1/7"), Addresses: addrs("::ffff:10.0.0.1"),
+				ExcludeOutboundCIDRs: test.Prefixes("10.1.1.1/8", "10.1.1.1/7"), Addresses: test.Addrs("::ffff:10.0.0.1"),
 			}, MeshConfig{
 				ExcludeInboundPorts: []uint16{2, 1},
-				Upstreams:           []Upstream{{Name: "b", Addresses: addrs("10.0.0.2", "10.0.0.1")}, {Name: "a"}},
+				Upstreams:           []Upstream{{Name: "b", Addresses: test.Addrs("10.0.0.2", "10.0.0.1")}, {Name: "a"}},
 			}
 	}
 	request, meshConfig := make()
@@ -119,10 +121,10 @@ func TestMergeLeavesItsArguments(t *testing.T) {
 func validWorkload() Workload {
 	return Merge(Request{
 		ProxyUID: 101, InboundPort: 20000, DNS: DNS{Port: 8600}, ExcludeInboundPorts: []uint16{1},
-		ExcludeOutboundPorts: []uint16{2}, ExcludeOutboundCIDRs: prefixes("10.0.0.0/8"), ExcludeUIDs: []uint32{3},
-		Addresses: addrs("10.9.1.2", "fd09::2"),
-	}, MeshConfig{Upstreams: []Upstream{{Name: "db", Addresses: addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
-		Proxies: []Sidecar{{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080}, VirtualIPs: addrs("240.0.0.6")}}})
+		ExcludeOutboundPorts: []uint16{2}, ExcludeOutboundCIDRs: test.Prefixes("10.0.0.0/8"), ExcludeUIDs: []uint32{3},
+		Addresses: test.Addrs("10.9.1.2", "fd09::2"),
+	}, MeshConfig{Upstreams: []Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.5"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
+		Proxies: []Sidecar{{Service: "api", InboundPort: 20001, OutboundPort: 15002, ServicePorts: []uint16{8080}, VirtualIPs: test.Addrs("240.0.0.6")}}})
 }
 
 // sidecar edits the workload's second proxy.
@@ -159,8 +161,8 @@ func TestValidate(t *testing.T) {
 		{"budget", func(w *Workload) { w.Budget = MaxBudget + 1 }},
 		{"excluded CIDR", func(w *Workload) { w.ExcludeOutboundCIDRs = []netip.Prefix{{}} }},
 		{"address", func(w *Workload) { w.Addresses = []netip.Addr{{}} }},
-		{"address", func(w *Workload) { w.Addresses = addrs("0.0.0.0") }},
-		{"address", func(w *Workload) { w.Addresses = addrs("::") }},
+		{"address", func(w *Workload) { w.Addresses = test.Addrs("0.0.0.0") }},
+		{"address", func(w *Workload) { w.Addresses = test.Addrs("::") }},
 		{`upstream "db"`, listener("10.0.0.1:9191")},
 		{`upstream "db"`, listener("127.0.0.1:0")},
 		{`upstream "db"`, listener("127.200.0.1:9191")}, // the encoded range
@@ -170,7 +172,7 @@ func TestValidate(t *testing.T) {
 		{"port 15001", sidecar(func(p *Sidecar) { p.OutboundPort = 15001 })},
 		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.OutboundPort = 0 })},
 		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.InboundPort = 0 })},
-		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.VirtualIPs = addrs("::") })},
+		{`proxy of "api"`, sidecar(func(p *Sidecar) { p.VirtualIPs = test.Addrs("::") })},
 		{"9 proxies", func(w *Workload) { w.Proxies = make([]Sidecar, MaxProxies) }},
 	} {
 		w := validWorkload()
@@ -206,9 +208,9 @@ func TestEqual(t *testing.T) {
 		"budget":        func(w *Workload) { w.Budget++ },
 		"ports in":      func(w *Workload) { w.ExcludeInboundPorts = []uint16{9} },
 		"ports out":     func(w *Workload) { w.ExcludeOutboundPorts = nil },
-		"CIDRs":         func(w *Workload) { w.ExcludeOutboundCIDRs = prefixes("10.0.0.0/9") },
+		"CIDRs":         func(w *Workload) { w.ExcludeOutboundCIDRs = test.Prefixes("10.0.0.0/9") },
 		"UIDs":          func(w *Workload) { w.ExcludeUIDs = []uint32{3, 4} },
-		"addresses":     func(w *Workload) { w.Addresses = addrs("fd09::2", "10.9.1.2") },
+		"addresses":     func(w *Workload) { w.Addresses = test.Addrs("fd09::2", "10.9.1.2") },
 		"no upstream":   func(w *Workload) { w.Upstreams = nil },
 		"virtual IP":    func(w *Workload) { w.Upstreams = []Upstream{{Name: "db", Listener: w.Upstreams[0].Listener}} },
 		"listener": func(w *Workload) {
