@@ -19,7 +19,7 @@ build: ## Build bin/weir and bin/weir-cni, both static
 
 generate: ## Compile the eBPF programs (Debian bookworm's clang), generate bindings and the tables of docs/
 	test/tools/setup.sh build
-	go generate ./redirect
+	go generate ./redirect/bpfmap
 	WEIR_UPDATE_DOCS=1 go test -count=1 -run '^TestReference' ./agent ./cmd/weir
 
 lint: ## Check formatting, imports between packages, file sizes and common mistakes

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // The agent's rhythm. Changes are seen at once where they can be watched; this
@@ -71,19 +73,19 @@ type Agent struct {
 	discoveryError string     // why allocations cannot be found; empty: they can
 	unreadable     []string   // what of the node could not be read in the last pass
 	unseen         unseen
-	foreign        []redirect.Problem // registrations that do not count, as of the last pass
+	foreign        []health.Problem // registrations that do not count, as of the last pass
 
 	servers     servers
 	socketError string // why there is no local API, as last told
 
 	// The loop's own memory.
 	behind         bool // the data path may be another version's: nobody could look yet
-	allocations    map[redirect.AttachmentID]*allocState
+	allocations    map[workload.AttachmentID]*allocState
 	inSync         bool // as last told
 	aclFiltered    bool // ... too
 	watchFailing   bool // the Consul watch is failing, as last told
 	broken         string
-	managed        []redirect.AttachmentID // under Weir as of the last pass, sorted
+	managed        []workload.AttachmentID // under Weir as of the last pass, sorted
 	tasks          map[string]string       // containers.Tasks as of the last search for tasks of proxies
 	nextTurn       int                     // of the round of checks
 	nextLook       int                     // of the round of looks
@@ -107,7 +109,7 @@ func New(config Config, options Options) (*Agent, error) {
 		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
 		wake:           make(chan struct{}, 1),
-		allocations:    make(map[redirect.AttachmentID]*allocState),
+		allocations:    make(map[workload.AttachmentID]*allocState),
 		reported:       make(map[string]bool),
 		unmatchedSince: make(map[string]unmatchedProxy),
 		inSync:         true,
@@ -330,7 +332,7 @@ func (a *Agent) checkUnhooked() {
 	}
 }
 
-func (a *Agent) check(key redirect.AttachmentID) {
+func (a *Agent) check(key workload.AttachmentID) {
 	if a.allocations[key] == nil {
 		return // it went meanwhile
 	}

@@ -12,9 +12,9 @@ import (
 	"testing"
 	"time"
 
-	gocmp "github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/redirect/health"
 
-	"github.com/weirmesh/weir/redirect"
+	gocmp "github.com/google/go-cmp/cmp"
 )
 
 // breakage is an answer that is none, and what the agent says of it.
@@ -224,14 +224,14 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 		first, second string // registrations; the second asks what the first does not
 		nothing       bool   // "null" is an answer
 		kept          func(catalogData) bool
-		why           func(catalogData) redirect.Problem
+		why           func(catalogData) health.Problem
 		answered      func(catalogData) bool
 	}{
 		{
 			name: "virtual IPs", field: func(f *fakeConsul) *http.HandlerFunc { return &f.chain },
 			good: `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`, first: node(upstream(1, "web", "api")), second: node(upstream(1, "web", "api"), upstream(2, "app", "db")),
 			kept:     func(f catalogData) bool { return len(f.VirtualIPs[service{Name: "api"}]) == 1 },
-			why:      func(f catalogData) redirect.Problem { return f.Unanswered[service{Name: "db"}] },
+			why:      func(f catalogData) health.Problem { return f.Unanswered[service{Name: "db"}] },
 			answered: func(f catalogData) bool { return len(f.VirtualIPs[service{Name: "db"}]) == 1 },
 		},
 		{
@@ -240,7 +240,7 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 			kept: func(f catalogData) bool {
 				return len(f.GatewayPorts[gateway{service{Name: "front"}, kindIngress}]) == 1
 			},
-			why:      func(f catalogData) redirect.Problem { return f.Unanswered[service{Name: "side"}] },
+			why:      func(f catalogData) health.Problem { return f.Unanswered[service{Name: "side"}] },
 			answered: func(f catalogData) bool { return len(f.GatewayPorts[gateway{service{Name: "side"}, kindIngress}]) == 1 },
 		},
 		{
@@ -249,7 +249,7 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 			before: `{"a": {"ServiceID": "web", "ExposedPort": 21500}}`,
 			first:  node(checks(1, "web")), second: node(checks(1, "web"), checks(2, "app")),
 			kept:     func(f catalogData) bool { return len(f.CheckPorts["web"]) == 1 },
-			why:      func(f catalogData) redirect.Problem { return f.NoChecks },
+			why:      func(f catalogData) health.Problem { return f.NoChecks },
 			answered: func(f catalogData) bool { return len(f.CheckPorts["app"]) == 1 },
 		},
 		{
@@ -257,7 +257,7 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 			good:  `[{"SourceName": "web", "DestinationName": "api", "Action": "allow"}]`,
 			first: node(transparent("web")), second: node(transparent("web"), transparent("app")),
 			kept:     func(catalogData) bool { return true },
-			why:      func(f catalogData) redirect.Problem { return f.NoIntentions },
+			why:      func(f catalogData) health.Problem { return f.NoIntentions },
 			answered: func(f catalogData) bool { return len(f.Intentions) == 1 },
 		},
 	} {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -136,14 +138,14 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 }
 
-func (n *node) workload(key redirect.AttachmentID) (found redirect.WorkloadStatus, err error) {
+func (n *node) workload(key workload.AttachmentID) (found redirect.WorkloadStatus, err error) {
 	list, err := n.Workloads()
 	for _, w := range list {
 		if w.Key == key {
 			return w, err
 		}
 	}
-	return found, fmt.Errorf("workload %s: %w", key, redirect.ErrUnknown)
+	return found, fmt.Errorf("workload %s: %w", key, store.ErrUnknown)
 }
 
 // Whom the kernel takes for a proxy is looked at again and again where its task

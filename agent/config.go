@@ -18,9 +18,9 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclparse"
-
 	"github.com/weirmesh/weir/cni/request"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Config is the agent's configuration, defaults filled in. Its HCL is a file or
@@ -100,11 +100,11 @@ type FlowsConfig struct {
 // DefaultConfig is the configuration of a node whose files say nothing.
 func DefaultConfig() Config {
 	return Config{
-		PinDir:   redirect.DefaultPinDir,
-		StateDir: redirect.DefaultStateDir,
+		PinDir:   store.DefaultPinDir,
+		StateDir: store.DefaultStateDir,
 		LogLevel: "info",
 		Consul:   &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
-		Guard:    &GuardConfig{Default: string(redirect.GuardAudit)},
+		Guard:    &GuardConfig{Default: string(workload.GuardAudit)},
 		Proxy:    &ProxyConfig{DefaultUID: 101},
 		CNI: &CNIConfig{
 			CacheDir: "/var/lib/cni", NetNSDir: "/var/run/netns",
@@ -237,8 +237,8 @@ func (c *FlowsConfig) length() time.Duration {
 }
 
 // Paths are where the data path keeps its state.
-func (c Config) Paths() redirect.Paths {
-	return redirect.Paths{PinDir: c.PinDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
+func (c Config) Paths() store.Paths {
+	return store.Paths{PinDir: c.PinDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
 }
 
 func isHostPort(text string) bool {

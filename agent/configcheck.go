@@ -13,9 +13,8 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclparse"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
-
 	"github.com/weirmesh/weir/cni/request"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // valueProblem is a value that HCL allows and Weir cannot work with.
@@ -44,7 +43,7 @@ func (c Config) problems() (list []valueProblem) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
 		wrong("log_level", c.LogLevel, "debug, info, warn or error")
 	}
-	if _, known := guardStrength(redirect.Guard(c.Guard.Default)); !known {
+	if _, known := guardStrength(workload.Guard(c.Guard.Default)); !known {
 		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
 	}
 	for _, name := range c.CNI.JobArgs {

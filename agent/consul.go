@@ -305,9 +305,9 @@ func (c *consul) intentions(ctx context.Context) (allowed []intention, err error
 	if _, err := c.client.Raw().Query("/v1/connect/intentions", &list, options); err != nil {
 		return nil, fmt.Errorf("read intentions from Consul: %w", brief(err))
 	}
-	const any = "*"
+	const wildcard = "*"
 	for _, i := range list {
-		if i.Action != "allow" && len(i.Permissions) == 0 || i.SourcePeer != "" || i.SourceName == any || i.DestinationName == any {
+		if i.Action != "allow" && len(i.Permissions) == 0 || i.SourcePeer != "" || i.SourceName == wildcard || i.DestinationName == wildcard {
 			continue
 		}
 		allowed = append(allowed, intention{

@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // allocation is everything that is known of one attachment when its desired state
@@ -29,30 +31,30 @@ type allocation struct {
 type catalogData struct {
 	VirtualIPs   map[service][]netip.Addr
 	GatewayPorts map[gateway][]uint16
-	CheckPorts   map[string][]uint16          // by service ID; nil: not answered yet
-	NoNames      redirect.Problem             // why nobody tells which virtual IPs may have changed
-	NoChecks     redirect.Problem             // why there is no answer, or none newer
-	Unanswered   map[service]redirect.Problem // ... too
-	Intentions   []intention                  // asked where transparent proxies share an allocation; nil: not answered yet
-	NoIntentions redirect.Problem             // why there is no answer, or none newer
+	CheckPorts   map[string][]uint16        // by service ID; nil: not answered yet
+	NoNames      health.Problem             // why nobody tells which virtual IPs may have changed
+	NoChecks     health.Problem             // why there is no answer, or none newer
+	Unanswered   map[service]health.Problem // ... too
+	Intentions   []intention                // asked where transparent proxies share an allocation; nil: not answered yet
+	NoIntentions health.Problem             // why there is no answer, or none newer
 }
 
 // policy is the operator's part.
 type policy struct {
-	Guard    redirect.Guard
+	Guard    workload.Guard
 	Forward  bool
 	ProxyUID uint32
 }
 
 // plan is what should be done for one attachment.
 type plan struct {
-	Add        *redirect.Request    // put it under Weir first; nil: it is, or need not be
-	MeshConfig *redirect.MeshConfig // nil: leave it as it is
-	Problems   []redirect.Problem
+	Add        *workload.Request    // put it under Weir first; nil: it is, or need not be
+	MeshConfig *workload.MeshConfig // nil: leave it as it is
+	Problems   []health.Problem
 }
 
-func (w *plan) problem(code redirect.ProblemCode, remedy, what string) {
-	w.Problems = append(w.Problems, redirect.NewProblem(code, remedy, what))
+func (w *plan) problem(code health.ProblemCode, remedy, what string) {
+	w.Problems = append(w.Problems, health.NewProblem(code, remedy, what))
 }
 
 // planFor is the pure function from what is known to what should be. Without a
@@ -60,8 +62,8 @@ func (w *plan) problem(code redirect.ProblemCode, remedy, what string) {
 func planFor(s allocation, known catalogData, node policy) plan {
 	var w plan
 	if s.Withdrawn && s.Record != nil {
-		meshConfig := redirect.MeshConfig{Guard: redirect.MaxGuard(node.Guard, s.Record.Request.Guard)}
-		if s.Record.Request.Mode != redirect.ModeTransparent {
+		meshConfig := workload.MeshConfig{Guard: workload.MaxGuard(node.Guard, s.Record.Request.Guard)}
+		if s.Record.Request.Mode != workload.ModeTransparent {
 			meshConfig.ExcludeInboundPorts = s.mappedPorts()
 		}
 		w.MeshConfig = &meshConfig
@@ -69,16 +71,16 @@ func planFor(s allocation, known catalogData, node policy) plan {
 	if len(s.Proxies) == 0 {
 		return w
 	}
-	mode, transparent := redirect.ModeDirect, false
+	mode, transparent := workload.ModeDirect, false
 	guard := node.Guard
 	for _, p := range s.Proxies {
 		transparent = transparent || p.Transparent
 		if p.isGateway() {
-			mode = redirect.ModeGateway
+			mode = workload.ModeGateway
 		}
-		guard = redirect.MaxGuard(guard, p.Guard)
+		guard = workload.MaxGuard(guard, p.Guard)
 		for _, what := range p.Problems {
-			w.problem(redirect.ProblemRegistration, "correct its job's connect block and run the job again", what)
+			w.problem(health.ProblemRegistration, "correct its job's connect block and run the job again", what)
 		}
 	}
 	switch {
@@ -86,21 +88,21 @@ func planFor(s allocation, known catalogData, node policy) plan {
 		return w // the plugin's, whose request comes first
 	case s.Record != nil:
 		mode = s.Record.Request.Mode
-		guard = redirect.MaxGuard(guard, s.Record.Request.Guard)
-		if mode == redirect.ModeTransparent && !transparent {
-			w.problem(redirect.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
+		guard = workload.MaxGuard(guard, s.Record.Request.Guard)
+		if mode == workload.ModeTransparent && !transparent {
+			w.problem(health.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
 				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
 		}
 	default:
-		w.Add = &redirect.Request{
+		w.Add = &workload.Request{
 			Network: s.Network, Job: s.Job, Mode: mode, ProxyUID: node.ProxyUID, Addresses: s.Addresses,
 		}
 		if transparent {
-			w.problem(redirect.ProblemModeMismatch, "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
+			w.problem(health.ProblemModeMismatch, "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
 				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
 		}
 	}
-	meshConfig := redirect.MeshConfig{Guard: guard, Forward: node.Forward}
+	meshConfig := workload.MeshConfig{Guard: guard, Forward: node.Forward}
 	proxies := inOrder(s.Proxies)
 	w.Problems = append(w.Problems, sidecars(&meshConfig, proxies, mode, known, s.Record)...)
 	var open []uint16
@@ -118,18 +120,18 @@ func planFor(s allocation, known catalogData, node policy) plan {
 			}
 		}
 	}
-	if mode == redirect.ModeTransparent {
+	if mode == workload.ModeTransparent {
 		open = append(open, s.staticPorts(unnamedPorts(s.Mesh), meshConfig.InboundPort)...)
 	} else {
 		open = append(open, s.mappedPorts()...)
 	}
 	open = slices.DeleteFunc(open, func(port uint16) bool {
-		return port == meshConfig.InboundPort || slices.ContainsFunc(meshConfig.Proxies, func(p redirect.Sidecar) bool { return p.InboundPort == port })
+		return port == meshConfig.InboundPort || slices.ContainsFunc(meshConfig.Proxies, func(p workload.Sidecar) bool { return p.InboundPort == port })
 	})
 	meshConfig.ExcludeInboundPorts = sortedPorts(open)
 	meshConfig.Upstreams = firstListeners(meshConfig.Upstreams)
 	w.MeshConfig = &meshConfig
-	if mode == redirect.ModeTransparent && s.Record != nil {
+	if mode == workload.ModeTransparent && s.Record != nil {
 		w.Problems = append(w.Problems, s.portsInMesh(meshConfig)...)
 	}
 	return w
@@ -137,7 +139,7 @@ func planFor(s allocation, known catalogData, node policy) plan {
 
 // portsInMesh tells of host ports that lead to the proxy's listener for the mesh:
 // dynamic ones that have the same number inside, which no exclusion can name.
-func (s allocation) portsInMesh(meshConfig redirect.MeshConfig) (problems []redirect.Problem) {
+func (s allocation) portsInMesh(meshConfig workload.MeshConfig) (problems []health.Problem) {
 	open := slices.Concat(openPorts(meshConfig), s.Record.Request.ExcludeInboundPorts, []uint16{meshConfig.InboundPort, s.Record.Request.InboundPort})
 	for _, p := range meshConfig.Proxies {
 		open = append(open, p.InboundPort)
@@ -150,7 +152,7 @@ func (s allocation) portsInMesh(meshConfig redirect.MeshConfig) (problems []redi
 			continue
 		}
 		told = append(told, port)
-		problems = append(problems, redirect.NewProblem(redirect.ProblemHostPortInMesh,
+		problems = append(problems, health.NewProblem(health.ProblemHostPortInMesh,
 			`give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
 			fmt.Sprintf("port %d of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded", port)))
 	}
@@ -168,7 +170,7 @@ func (f catalogData) exposed(p proxy, record *redirect.Record) []uint16 {
 	if record != nil && f.lacksPorts(p) {
 		before := record.MeshConfig
 		ports = append(ports, before.ExcludeInboundPorts...)
-		i := slices.IndexFunc(before.Proxies, func(q redirect.Sidecar) bool { return q.Service == p.service().Name })
+		i := slices.IndexFunc(before.Proxies, func(q workload.Sidecar) bool { return q.Service == p.service().Name })
 		if i >= 0 {
 			ports = append(ports, before.Proxies[i].ExposedPorts...)
 		} else {
@@ -186,8 +188,8 @@ func (f catalogData) lacksPorts(p proxy) bool {
 
 // upstreams are the explicit upstreams of a proxy that have a virtual IP: the
 // one on record until Consul has answered.
-func upstreams(p proxy, known catalogData, record *redirect.Record) []redirect.Upstream {
-	var list []redirect.Upstream
+func upstreams(p proxy, known catalogData, record *redirect.Record) []workload.Upstream {
+	var list []workload.Upstream
 	for _, u := range p.Upstreams {
 		addresses, answered := known.VirtualIPs[u.Of]
 		if !answered && record != nil {
@@ -200,22 +202,22 @@ func upstreams(p proxy, known catalogData, record *redirect.Record) []redirect.U
 		if u.Remote || len(addresses) == 0 {
 			continue
 		}
-		list = append(list, redirect.Upstream{Name: u.Of.label(), Addresses: slices.Clone(addresses), Listener: u.Listener})
+		list = append(list, workload.Upstream{Name: u.Of.label(), Addresses: slices.Clone(addresses), Listener: u.Listener})
 	}
 	slices.SortFunc(list, byListener)
 	return list
 }
 
-func byListener(a, b redirect.Upstream) int {
+func byListener(a, b workload.Upstream) int {
 	return cmp.Or(strings.Compare(a.Name, b.Name), a.Listener.Compare(b.Listener))
 }
 
 // firstListeners gives a virtual IP that several upstreams have to the first,
 // and sorts the upstreams: the kernel has one row for an address. Those of a
 // former proxy come first, those of one proxy by their listeners.
-func firstListeners(list []redirect.Upstream) []redirect.Upstream {
+func firstListeners(list []workload.Upstream) []workload.Upstream {
 	taken := make(map[netip.Addr]bool)
-	var kept []redirect.Upstream
+	var kept []workload.Upstream
 	for _, u := range list {
 		u.Addresses = slices.DeleteFunc(u.Addresses, func(addr netip.Addr) bool { return taken[addr] })
 		for _, addr := range u.Addresses {
@@ -230,14 +232,14 @@ func firstListeners(list []redirect.Upstream) []redirect.Upstream {
 }
 
 // guardStrength orders the guards; an unknown one is none.
-func guardStrength(guard redirect.Guard) (strength int, known bool) {
-	strength = slices.Index([]redirect.Guard{redirect.GuardOff, redirect.GuardAudit, redirect.GuardEnforce}, guard)
+func guardStrength(guard workload.Guard) (strength int, known bool) {
+	strength = slices.Index([]workload.Guard{workload.GuardOff, workload.GuardAudit, workload.GuardEnforce}, guard)
 	return strength, strength >= 0
 }
 
 // openPorts are those that Consul and the job's mapped ports open: exposed ones
 // to the proxy alone.
-func openPorts(meshConfig redirect.MeshConfig) []uint16 {
+func openPorts(meshConfig workload.MeshConfig) []uint16 {
 	ports := slices.Concat([]uint16{}, meshConfig.ExcludeInboundPorts, meshConfig.ExposedPorts)
 	for _, p := range meshConfig.Proxies {
 		ports = append(ports, p.ExposedPorts...)

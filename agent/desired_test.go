@@ -7,8 +7,9 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // The pieces of the table: one allocation, and what may be known of it.
@@ -16,18 +17,18 @@ const exampleAlloc = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
 
 func found() attachment {
 	return attachment{
-		Key: redirect.AttachmentID{ContainerID: exampleAlloc, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + exampleAlloc,
-		Job: redirect.Job{ID: "j1", AllocID: exampleAlloc}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
+		Key: workload.AttachmentID{ContainerID: exampleAlloc, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + exampleAlloc,
+		Job: workload.Job{ID: "j1", AllocID: exampleAlloc}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
 		Ports: []portMapping{{HostPort: 20001, ContainerPort: 20001}, {HostPort: 8181, ContainerPort: 8181}, {HostPort: 25000, ContainerPort: 8080}},
 	}
 }
 
-func onRecord(mode redirect.Mode) *redirect.Record {
-	return &redirect.Record{Key: found().Key, Request: redirect.Request{Mode: mode}, Complete: true}
+func onRecord(mode workload.Mode) *redirect.Record {
+	return &redirect.Record{Key: found().Key, Request: workload.Request{Mode: mode}, Complete: true}
 }
 
-func recorded(meshConfig redirect.MeshConfig) *redirect.Record {
-	known := onRecord(redirect.ModeDirect)
+func recorded(meshConfig workload.MeshConfig) *redirect.Record {
+	known := onRecord(workload.ModeDirect)
 	known.MeshConfig = meshConfig
 	return known
 }
@@ -52,12 +53,12 @@ func addrs(texts ...string) (list []netip.Addr) {
 }
 
 func TestDesire(t *testing.T) {
-	audit := policy{Guard: redirect.GuardAudit, ProxyUID: 101}
-	forbidden := redirect.NewProblem(redirect.ProblemConsulForbidden, "a token", "forbidden")
+	audit := policy{Guard: workload.GuardAudit, ProxyUID: 101}
+	forbidden := health.NewProblem(health.ProblemConsulForbidden, "a token", "forbidden")
 	transparent := func(p *proxy) { p.Transparent, p.Outbound = true, 15009 }
-	add := func(mode redirect.Mode) *redirect.Request {
+	add := func(mode workload.Mode) *workload.Request {
 		a := found()
-		return &redirect.Request{Network: a.Network, Job: a.Job, Mode: mode, ProxyUID: 101, Addresses: a.Addresses}
+		return &workload.Request{Network: a.Network, Job: a.Job, Mode: mode, ProxyUID: 101, Addresses: a.Addresses}
 	}
 	for _, c := range []struct {
 		name    string
@@ -68,14 +69,14 @@ func TestDesire(t *testing.T) {
 	}{
 		{
 			name:    "Consul knows nothing of it: what is stays",
-			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent)},
+			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent)},
 			policy:  audit,
 		},
 		{
 			name:    "transparent: ports of Consul win, mapped ports stay the proxy's",
-			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
 			policy:  audit,
-			want:    plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit}},
+			want:    plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit}},
 		},
 		{
 			name: "transparent: a static port without to is opened",
@@ -83,51 +84,51 @@ func TestDesire(t *testing.T) {
 				a := found()
 				a.Mesh = `{"ExcludeInboundPorts":["0","7071"]}`
 				return a
-			}(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			}(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
 			policy: audit,
-			want: plan{MeshConfig: &redirect.MeshConfig{
-				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8181}}},
+			want: plan{MeshConfig: &workload.MeshConfig{
+				InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8181}}},
 		},
 		{
 			name: "expose paths, metrics and exposed checks are open to the proxy's listeners",
-			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
+			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
 				p.Open, p.ExposeCheck = []uint16{9102, 21500}, true
 			})}},
 			facts:  catalogData{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
 			policy: audit,
-			want: plan{MeshConfig: &redirect.MeshConfig{
-				InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit, ExposedPorts: []uint16{9102, 21500, 21501}}},
+			want: plan{MeshConfig: &workload.MeshConfig{
+				InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit, ExposedPorts: []uint16{9102, 21500, 21501}}},
 		},
 		{
 			name:    "exposed checks that Consul does not tell are told to whom they concern",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
-			facts:   catalogData{NoChecks: forbidden, NoIntentions: redirect.Problem{What: "of others"}},
-			policy:  policy{Guard: redirect.GuardEnforce},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
+			facts:   catalogData{NoChecks: forbidden, NoIntentions: health.Problem{What: "of others"}},
+			policy:  policy{Guard: workload.GuardEnforce},
 			want: plan{
-				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce},
-				Problems:   []redirect.Problem{forbidden},
+				MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce},
+				Problems:   []health.Problem{forbidden},
 			},
 		},
 		{
 			name:    "the operator lets packets be forwarded",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
-			policy:  policy{Guard: redirect.GuardEnforce, Forward: true},
-			want:    plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce, Forward: true}},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{sidecar()}},
+			policy:  policy{Guard: workload.GuardEnforce, Forward: true},
+			want:    plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce, Forward: true}},
 		},
 		{
 			name:    "checks that nobody exposes are no problem",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{sidecar()}},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{sidecar()}},
 			facts:   catalogData{NoChecks: forbidden},
 			policy:  audit,
-			want:    plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardAudit}},
+			want:    plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit}},
 		},
 		{
 			name:    "transparent on record, direct in Consul",
-			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{sidecar()}},
+			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar()}},
 			policy:  audit,
 			want: plan{
-				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardAudit},
-				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemModeMismatch,
+				MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit},
+				Problems: []health.Problem{health.NewProblem(health.ProblemModeMismatch,
 					`set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
 					"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")},
 			},
@@ -137,9 +138,9 @@ func TestDesire(t *testing.T) {
 			subject: allocation{attachment: found(), Proxies: []proxy{sidecar()}},
 			policy:  audit,
 			want: plan{
-				Add: add(redirect.ModeDirect),
-				MeshConfig: &redirect.MeshConfig{
-					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
+				Add: add(workload.ModeDirect),
+				MeshConfig: &workload.MeshConfig{
+					InboundPort: 20001, Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
 			},
 		},
 		{
@@ -147,10 +148,10 @@ func TestDesire(t *testing.T) {
 			subject: allocation{attachment: found(), Proxies: []proxy{sidecar(transparent)}},
 			policy:  audit,
 			want: plan{
-				Add: add(redirect.ModeDirect),
-				MeshConfig: &redirect.MeshConfig{
-					InboundPort: 20001, Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
-				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemModeMismatch,
+				Add: add(workload.ModeDirect),
+				MeshConfig: &workload.MeshConfig{
+					InboundPort: 20001, Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
+				Problems: []health.Problem{health.NewProblem(health.ProblemModeMismatch,
 					"give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
 					"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")},
 			},
@@ -171,14 +172,14 @@ func TestDesire(t *testing.T) {
 			facts:  catalogData{GatewayPorts: map[gateway][]uint16{{service{Name: "in"}, kindIngress}: {8080, 9090}}},
 			policy: audit,
 			want: plan{
-				Add: add(redirect.ModeGateway),
-				MeshConfig: &redirect.MeshConfig{
-					Guard: redirect.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 20001}, ExposedPorts: []uint16{8080, 8443, 9090}},
+				Add: add(workload.ModeGateway),
+				MeshConfig: &workload.MeshConfig{
+					Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 20001}, ExposedPorts: []uint16{8080, 8443, 9090}},
 			},
 		},
 		{
 			name: "two services in one allocation",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) { p.Upstreams = []upstream{to("cache", "127.0.0.1:6379")} }),
 				sidecar(func(p *proxy) {
 					p.ID, p.Service, p.Inbound, p.Upstreams = "z", "z", 20002, []upstream{to("api", "127.0.0.1:9191")}
@@ -187,9 +188,9 @@ func TestDesire(t *testing.T) {
 			facts: catalogData{VirtualIPs: map[service][]netip.Addr{
 				{Name: "api"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2", "10.1.1.1")}},
 			policy: audit,
-			want: plan{MeshConfig: &redirect.MeshConfig{
-				InboundPort: 20001, Service: "web", Proxies: []redirect.Sidecar{{Service: "z", InboundPort: 20002}}, Guard: redirect.GuardAudit,
-				Upstreams: []redirect.Upstream{
+			want: plan{MeshConfig: &workload.MeshConfig{
+				InboundPort: 20001, Service: "web", Proxies: []workload.Sidecar{{Service: "z", InboundPort: 20002}}, Guard: workload.GuardAudit,
+				Upstreams: []workload.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 					{Name: "cache", Addresses: addrs("240.0.0.2", "10.1.1.1"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
 				},
@@ -197,7 +198,7 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "upstreams without a virtual IP here are left to their listener",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) {
 					far := to("api", "127.0.0.1:7000")
 					far.Remote = true
@@ -205,20 +206,20 @@ func TestDesire(t *testing.T) {
 				})}},
 			facts: catalogData{
 				VirtualIPs: map[service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
-				Unanswered: map[service]redirect.Problem{{Name: "new"}: forbidden},
+				Unanswered: map[service]health.Problem{{Name: "new"}: forbidden},
 			},
 			policy: audit,
 			want: plan{
-				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardAudit, Upstreams: []redirect.Upstream{
+				MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Upstreams: []workload.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
-				Problems: []redirect.Problem{forbidden},
+				Problems: []health.Problem{forbidden},
 			},
 		},
 		{
 			name: "what Consul has not answered yet stays as it is on record",
 			subject: allocation{
 				attachment: attachment{Key: found().Key},
-				Record: recorded(redirect.MeshConfig{ExposedPorts: []uint16{8181}, Upstreams: []redirect.Upstream{
+				Record: recorded(workload.MeshConfig{ExposedPorts: []uint16{8181}, Upstreams: []workload.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 					{Name: "cache", Addresses: addrs("240.0.0.2"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
 					{Name: "gone", Addresses: addrs("240.0.0.3"), Listener: netip.MustParseAddrPort("127.0.0.1:7000")},
@@ -229,38 +230,38 @@ func TestDesire(t *testing.T) {
 				})}},
 			facts:  catalogData{VirtualIPs: map[service][]netip.Addr{{Name: "cache"}: nil}},
 			policy: audit,
-			want: plan{MeshConfig: &redirect.MeshConfig{
-				InboundPort: 20001, ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit,
-				Upstreams: []redirect.Upstream{{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9292")}},
+			want: plan{MeshConfig: &workload.MeshConfig{
+				InboundPort: 20001, ExposedPorts: []uint16{8181}, Guard: workload.GuardAudit,
+				Upstreams: []workload.Upstream{{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9292")}},
 			}},
 		},
 		{
 			name: "listeners of a gateway that Consul has not answered yet stay open",
 			subject: allocation{
 				attachment: attachment{Key: found().Key},
-				Record:     recorded(redirect.MeshConfig{ExcludeInboundPorts: []uint16{8181}}),
+				Record:     recorded(workload.MeshConfig{ExcludeInboundPorts: []uint16{8181}}),
 				Proxies: []proxy{sidecar(func(p *proxy) {
 					p.Kind, p.Inbound, p.Self = kindAPI, 0, service{Name: "gateway"}
 				})}},
 			policy: audit,
-			want:   plan{MeshConfig: &redirect.MeshConfig{ExposedPorts: []uint16{8181}, Guard: redirect.GuardAudit}},
+			want:   plan{MeshConfig: &workload.MeshConfig{ExposedPorts: []uint16{8181}, Guard: workload.GuardAudit}},
 		},
 		{
 			name: "a job strengthens the guard",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect),
-				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardEnforce })}},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
+				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = workload.GuardEnforce })}},
 			policy: audit,
-			want:   plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
 			name: "a job strengthens the guard by the plugin",
 			subject: allocation{attachment: attachment{Key: found().Key}, Record: func() *redirect.Record {
-				known := onRecord(redirect.ModeDirect)
-				known.Request.Guard = redirect.GuardEnforce
+				known := onRecord(workload.ModeDirect)
+				known.Request.Guard = workload.GuardEnforce
 				return known
 			}(), Proxies: []proxy{sidecar()}},
 			policy: audit,
-			want:   plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
 			name: "a plugin was asked by the job's own arguments, but its record is not there",
@@ -273,10 +274,10 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a job does not weaken the guard",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect),
-				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = redirect.GuardOff })}},
-			policy: policy{Guard: redirect.GuardEnforce},
-			want:   plan{MeshConfig: &redirect.MeshConfig{InboundPort: 20001, Guard: redirect.GuardEnforce}},
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
+				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = workload.GuardOff })}},
+			policy: policy{Guard: workload.GuardEnforce},
+			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
 			name: "transparent: a dynamic port that nobody can exclude ends in the mesh",
@@ -286,34 +287,34 @@ func TestDesire(t *testing.T) {
 					portMapping{HostPort: 25002, ContainerPort: 25002})
 				return a
 			}(), Record: func() *redirect.Record {
-				known := onRecord(redirect.ModeTransparent)
+				known := onRecord(workload.ModeTransparent)
 				known.Request.ExcludeInboundPorts = []uint16{25002}
 				return known
 			}(), Proxies: []proxy{sidecar(transparent)}},
 			policy: audit,
 			want: plan{
-				MeshConfig: &redirect.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: redirect.GuardAudit},
-				Problems: []redirect.Problem{redirect.NewProblem(redirect.ProblemHostPortInMesh,
+				MeshConfig: &workload.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit},
+				Problems: []health.Problem{health.NewProblem(health.ProblemHostPortInMesh,
 					`give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
 					"port 25001 of the host leads to the proxy's mTLS listener: its label in the job's network block has no fixed number inside, which could be excluded")},
 			},
 		},
 		{
 			name:    "what counted is withdrawn: what the node itself knows stays",
-			subject: allocation{attachment: found(), Record: onRecord(redirect.ModeDirect), Withdrawn: true},
+			subject: allocation{attachment: found(), Record: onRecord(workload.ModeDirect), Withdrawn: true},
 			policy:  audit,
-			want:    plan{MeshConfig: &redirect.MeshConfig{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: redirect.GuardAudit}},
+			want:    plan{MeshConfig: &workload.MeshConfig{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: workload.GuardAudit}},
 		},
 		{
 			name: "a gateway beside a sidecar has its listeners, and they are its own",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect), Proxies: []proxy{
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{
 				sidecar(func(p *proxy) { p.Open = []uint16{9102} }),
 				{ID: "edge", Kind: kindMesh, AllocID: exampleAlloc, Self: service{Name: "edge"}, Open: []uint16{8443}},
 			}},
 			policy: audit,
-			want: plan{MeshConfig: &redirect.MeshConfig{
-				InboundPort: 20001, ExposedPorts: []uint16{9102}, Guard: redirect.GuardAudit,
-				Service: "web", Proxies: []redirect.Sidecar{{Service: "edge", ExposedPorts: []uint16{8443}}}}},
+			want: plan{MeshConfig: &workload.MeshConfig{
+				InboundPort: 20001, ExposedPorts: []uint16{9102}, Guard: workload.GuardAudit,
+				Service: "web", Proxies: []workload.Sidecar{{Service: "edge", ExposedPorts: []uint16{8443}}}}},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -324,17 +325,17 @@ func TestDesire(t *testing.T) {
 			if got.MeshConfig == nil {
 				return
 			}
-			request := redirect.Request{}
+			request := workload.Request{}
 			if got.Add != nil {
 				request = *got.Add
 			} else if c.subject.Record != nil {
 				request = c.subject.Record.Request
 			}
-			if err := redirect.Merge(request, *got.MeshConfig).Validate(); err != nil {
+			if err := workload.Merge(request, *got.MeshConfig).Validate(); err != nil {
 				t.Errorf("the data path would refuse it: %v", err)
 			}
 			again := planFor(c.subject, c.facts, c.policy)
-			if !redirect.Merge(request, *again.MeshConfig).Equal(redirect.Merge(request, *got.MeshConfig)) {
+			if !workload.Merge(request, *again.MeshConfig).Equal(workload.Merge(request, *got.MeshConfig)) {
 				t.Error("the same again is not the same")
 			}
 		})
@@ -349,9 +350,9 @@ func TestLostRequestIsThatOfNomad(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &redirect.Request{
-		Network: a.Network, Job: a.Job, Mode: redirect.ModeTransparent, ProxyUID: 1101, InboundPort: 23435, OutboundPort: 15001,
-		Addresses: a.Addresses, DNS: redirect.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600},
+	want := &workload.Request{
+		Network: a.Network, Job: a.Job, Mode: workload.ModeTransparent, ProxyUID: 1101, InboundPort: 23435, OutboundPort: 15001,
+		Addresses: a.Addresses, DNS: workload.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600},
 		ExcludeInboundPorts: []uint16{7071}, ExcludeOutboundPorts: []uint16{25},
 		ExcludeOutboundCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, ExcludeUIDs: []uint32{0},
 	}

@@ -13,17 +13,17 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // attachment is one network of one allocation, as libcni remembers it: for
 // every allocation of the node, also those for which no plugin of ours was
 // called.
 type attachment struct {
-	Key       redirect.AttachmentID
+	Key       workload.AttachmentID
 	Network   string
 	NetNS     string
-	Job       redirect.Job
+	Job       workload.Job
 	Addresses []netip.Addr
 	Ports     []portMapping
 	Mesh      string // Consul's redirection config as Nomad sent it; "" for none
@@ -75,7 +75,7 @@ func parseCache(data []byte) (a attachment, ok bool, err error) {
 		return a, false, nil
 	}
 	a = attachment{
-		Key:     redirect.AttachmentID{ContainerID: entry.ContainerID, IfName: entry.IfName},
+		Key:     workload.AttachmentID{ContainerID: entry.ContainerID, IfName: entry.IfName},
 		Network: entry.NetworkName, NetNS: entry.NetNS, Ports: entry.CapabilityArgs.PortMappings,
 	}
 	for _, arg := range entry.Args {
@@ -125,13 +125,13 @@ type cachedFile struct {
 
 // read returns every attachment of an allocation, by key, and what could not
 // be read. A directory that is not there is a node without allocations.
-func (c *cache) read() (found map[redirect.AttachmentID]attachment, problems []string, err error) {
+func (c *cache) read() (found map[workload.AttachmentID]attachment, problems []string, err error) {
 	c.halfway = false
 	entries, err := os.ReadDir(c.dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, fmt.Errorf("list CNI results: %w", err)
 	}
-	found = make(map[redirect.AttachmentID]attachment)
+	found = make(map[workload.AttachmentID]attachment)
 	fresh := make(map[string]cachedFile, len(entries))
 	for _, entry := range entries {
 		info, err := entry.Info()

@@ -12,8 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // A result as libcni 1.3 writes it after Nomad's bridge network.
@@ -39,8 +38,8 @@ func TestParseCache(t *testing.T) {
 	}
 	const id = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
 	want := attachment{
-		Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + id,
-		Job:       redirect.Job{Region: "global", Namespace: "default", ID: "j1", Group: "g", AllocID: id},
+		Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + id,
+		Job:       workload.Job{Region: "global", Namespace: "default", ID: "j1", Group: "g", AllocID: id},
 		Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13"), netip.MustParseAddr("fd00::2")},
 		Ports: []portMapping{
 			{HostPort: 23435, ContainerPort: 23435, Protocol: "tcp"}, {HostPort: 23435, ContainerPort: 23435, Protocol: "udp"},

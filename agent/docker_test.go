@@ -15,10 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // engine is a real Docker of the test's own, without any network.
@@ -163,7 +162,7 @@ func TestAgentFollowsAPauseContainerThatDockerRestarts(t *testing.T) {
 
 func (n *node) cookieOf(path string) uint64 {
 	n.t.Helper()
-	cookie, err := redirect.Cookie(path)
+	cookie, err := host.Cookie(path)
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -16,6 +16,8 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
+func TestMain(m *testing.M) { test.Main(m, nil) }
+
 // fakeConsul is no Consul. It stands in for one that is broken, which a real
 // one cannot be made to be: each answer of the bulk read is the test's.
 type fakeConsul struct {

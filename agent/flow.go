@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // Flow is one connection, with names in the place of addresses wherever the node
@@ -79,12 +79,12 @@ type FlowDestination struct {
 }
 
 // directionOf tells how a connection with the verdict passed the workload.
-func directionOf(verdict redirect.Verdict) Direction {
+func directionOf(verdict bpfmap.Verdict) Direction {
 	switch verdict { //nolint:exhaustive // all others are outbound
-	case redirect.Inbound, redirect.InboundExcluded, redirect.GuardAudited, redirect.GuardEphemeral,
-		redirect.RefusedInboundNoProxy, redirect.RefusedInboundUnknown, redirect.RefusedGuard:
+	case bpfmap.Inbound, bpfmap.InboundExcluded, bpfmap.GuardAudited, bpfmap.GuardEphemeral,
+		bpfmap.RefusedInboundNoProxy, bpfmap.RefusedInboundUnknown, bpfmap.RefusedGuard:
 		return DirectionInbound
-	case redirect.Forwarded, redirect.RefusedForwarded:
+	case bpfmap.Forwarded, bpfmap.RefusedForwarded:
 		return DirectionForwarded
 	}
 	return DirectionOutbound
@@ -92,9 +92,9 @@ func directionOf(verdict redirect.Verdict) Direction {
 
 // isConnection reports whether the verdict is about a connection, not about a
 // listener of the proxy.
-func isConnection(verdict redirect.Verdict) bool {
-	return verdict != redirect.Listener && verdict != redirect.RefusedListenerIdentity &&
-		verdict != redirect.RefusedListenerAddress && verdict != redirect.RefusedListenerTable
+func isConnection(verdict bpfmap.Verdict) bool {
+	return verdict != bpfmap.Listener && verdict != bpfmap.RefusedListenerIdentity &&
+		verdict != bpfmap.RefusedListenerAddress && verdict != bpfmap.RefusedListenerTable
 }
 
 // FlowQuery says which flows a reader wants. All that is set must hold; Not turns
@@ -190,7 +190,7 @@ func parseFlowQuery(values url.Values, now time.Time) (q FlowQuery, err error) {
 // nothing and say nothing.
 func (q FlowQuery) check() error {
 	for _, name := range q.Verdicts {
-		if !slices.ContainsFunc(redirect.AllVerdicts(), func(v redirect.Verdict) bool { return v.String() == name }) {
+		if !slices.ContainsFunc(bpfmap.AllVerdicts(), func(v bpfmap.Verdict) bool { return v.String() == name }) {
 			return fmt.Errorf("unknown verdict %q: 'weir verdicts' and the runbook have them", name)
 		}
 	}

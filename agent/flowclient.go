@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // ErrFlowsOff says that the agent does not record flows.
@@ -33,9 +34,9 @@ func ReadFlows(ctx context.Context, stateDir string, query FlowQuery, deliver fu
 // ReadEvents delivers what redirect.Datapath.Events does, from the agent that is
 // the one reader of the kernel's ring.
 func ReadEvents(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error {
-	verdicts := append(redirect.AllVerdicts(), redirect.EventsLost)
+	verdicts := append(bpfmap.AllVerdicts(), bpfmap.EventsLost)
 	return readLines(ctx, stateDir, "/v1/events", true, func(event redirect.Event) error {
-		if i := slices.IndexFunc(verdicts, func(v redirect.Verdict) bool { return v.String() == event.Name }); i >= 0 {
+		if i := slices.IndexFunc(verdicts, func(v bpfmap.Verdict) bool { return v.String() == event.Name }); i >= 0 {
 			event.Verdict = verdicts[i]
 		}
 		return deliver(event)

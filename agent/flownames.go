@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // flowFacts are what a pass of the loop found, from which flows get their names.
@@ -165,7 +166,7 @@ func (n *flowNames) record(event redirect.Event) flowRecord {
 	r.source, r.sourcePort, r.valid[0] = packAddr(event.Source)
 	r.origin, r.originPort, r.valid[1] = packAddr(event.Origin)
 	r.destination, r.destinationPort, r.valid[2] = packAddr(event.Destination)
-	if event.Verdict == redirect.EventsLost {
+	if event.Verdict == bpfmap.EventsLost {
 		return r
 	}
 	dialled := event.Origin.Addr().Unmap()
@@ -177,7 +178,7 @@ func (n *flowNames) record(event redirect.Event) flowRecord {
 		return r
 	}
 	r.task = n.task(r.workload, event.Cgroup)
-	if r.peer = n.addresses[dialled]; dialled.IsLoopback() && event.Verdict == redirect.Local {
+	if r.peer = n.addresses[dialled]; dialled.IsLoopback() && event.Verdict == bpfmap.Local {
 		r.peer = r.workload
 	}
 	if r.service = n.virtual[dialled]; r.service == "" {
@@ -193,7 +194,7 @@ func (n *flowNames) record(event redirect.Event) flowRecord {
 func (r *flowRecord) flow(node string) Flow {
 	flow := Flow{Schema: 1, Time: time.Unix(0, r.at), Node: node, Verdict: r.verdict.String(), Refused: r.verdict.Refused()}
 	source, destination := r.workload, r.peer
-	if r.verdict == redirect.EventsLost {
+	if r.verdict == bpfmap.EventsLost {
 		flow.Lost, flow.Cause = uint64(r.lost), LostInKernel
 		flow.Source.is(source)
 		return flow

@@ -9,6 +9,7 @@ import (
 	"unsafe"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // flowRecord is one event as the ring keeps it: as small as may be, because an
@@ -27,7 +28,7 @@ type flowRecord struct {
 	valid                                   [3]bool // source, origin, destination
 
 	uid, pid, lost uint32
-	verdict        redirect.Verdict
+	verdict        bpfmap.Verdict
 }
 
 const flowRecordSize = int(unsafe.Sizeof(flowRecord{}))

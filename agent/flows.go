@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
 )
 
 // flowProblem is the header of an answer that says why nothing is recorded at
@@ -53,7 +55,7 @@ func newFlows(a *Agent) (*flows, error) {
 	f := &flows{
 		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), guard: newGuardTable(time.Now()), datapath: a.datapath, node: node, log: a.log,
 		pin: filepath.Join(a.datapath.Paths().PinDir, "maps", "events"), done: make(chan struct{}),
-		names: flowNames{known: a.datapath.Records, cgroupPath: redirect.CgroupPath, containers: a.containers},
+		names: flowNames{known: a.datapath.Records, cgroupPath: host.CgroupPath, containers: a.containers},
 	}
 	f.names.learn(&flowFacts{})
 	return f, nil
@@ -146,7 +148,7 @@ func (a *Agent) serveFlows(w http.ResponseWriter, r *http.Request) {
 			return nil
 		}
 		flow := record.flow(f.node)
-		if record.verdict != redirect.EventsLost && !query.matches(&flow) {
+		if record.verdict != bpfmap.EventsLost && !query.matches(&flow) {
 			return nil
 		}
 		return flow
@@ -208,7 +210,7 @@ func (o *flowWriter) lost(count uint64, cause LossCause) error {
 	if count == 0 {
 		return nil
 	}
-	return o.line(Flow{Schema: 1, Time: time.Now(), Node: o.node, Verdict: redirect.EventsLost.String(), Lost: count, Cause: cause})
+	return o.line(Flow{Schema: 1, Time: time.Now(), Node: o.node, Verdict: bpfmap.EventsLost.String(), Lost: count, Cause: cause})
 }
 
 // begin is the number of the first record for a reader, after it was told how
@@ -220,7 +222,7 @@ func (f *flows) begin(out *flowWriter, query FlowQuery, line func(*flowRecord) a
 	number, dropped := f.ring.since(query.Since)
 	if query.Last > 0 {
 		number = f.ring.last(query.Last, number, func(r *flowRecord) bool {
-			return !query.ended(r.at) && r.verdict != redirect.EventsLost && line(r) != nil
+			return !query.ended(r.at) && r.verdict != bpfmap.EventsLost && line(r) != nil
 		})
 		return number, nil
 	}

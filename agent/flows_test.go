@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -93,9 +95,9 @@ func TestFlows(t *testing.T) {
 	n.Datapath = redirect.New(n.config.Paths())
 	mesh := test.NewNetNS(t)
 	id := numbered(1)
-	err := n.Add(redirect.Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: mesh.Path, Request: redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: id, Namespace: "prod", ID: "shop", Group: "front"},
-		Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+	err := n.Add(redirect.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: mesh.Path, Request: workload.Request{
+		Network: "nomad", Job: workload.Job{AllocID: id, Namespace: "prod", ID: "shop", Group: "front"},
+		Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -234,7 +236,7 @@ func TestFlows(t *testing.T) {
 			}
 		}()
 		err := ReadEvents(ctx, n.config.StateDir, func(event redirect.Event) error {
-			if event.Verdict == redirect.RefusedEncoded && event.Cookie == mesh.Cookie() && event.PID == uint32(task.PID) {
+			if event.Verdict == bpfmap.RefusedEncoded && event.Cookie == mesh.Cookie() && event.PID == uint32(task.PID) {
 				return found
 			}
 			return nil

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -71,7 +72,7 @@ func TestFlowsSlowReader(t *testing.T) {
 	quick, slow := read(now), read(release)
 	put := func(count int) {
 		for range count {
-			a.flows.ring.append(flowRecord{at: time.Now().UnixNano(), workload: &flowWorkload{job: "shop"}, verdict: redirect.Redirected})
+			a.flows.ring.append(flowRecord{at: time.Now().UnixNano(), workload: &flowWorkload{job: "shop"}, verdict: bpfmap.Redirected})
 		}
 	}
 	// Both wait for what is to come.

@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // FuzzServices holds what anybody may register in Consul to one promise: whatever it
@@ -43,7 +45,7 @@ func FuzzServices(f *testing.F) {
 				t.Errorf("the problem %q names no registration", problem)
 			}
 		}
-		for _, mode := range []redirect.Mode{"", redirect.ModeTransparent, redirect.ModeDirect, redirect.ModeGateway} {
+		for _, mode := range []workload.Mode{"", workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway} {
 			// One by one, as one registration must not spoil another's allocation, and all.
 			for i := range len(proxies) + 1 {
 				own := proxies
@@ -51,25 +53,25 @@ func FuzzServices(f *testing.F) {
 					own = proxies[i : i+1]
 				}
 				s := allocation{attachment: found(), Live: true, Proxies: own}
-				request := redirect.Request{Mode: mode, ProxyUID: 101, Addresses: s.Addresses}
-				if mode == redirect.ModeTransparent {
+				request := workload.Request{Mode: mode, ProxyUID: 101, Addresses: s.Addresses}
+				if mode == workload.ModeTransparent {
 					request.InboundPort, request.OutboundPort = 20000, 15001
 				}
 				if mode != "" {
 					s.Record = &redirect.Record{Key: s.Key, Request: request, Complete: true}
 				}
-				plan := planFor(s, catalogData{}, policy{Guard: redirect.GuardAudit, ProxyUID: 101})
+				plan := planFor(s, catalogData{}, policy{Guard: workload.GuardAudit, ProxyUID: 101})
 				if plan.MeshConfig == nil {
 					continue
 				}
 				if plan.Add != nil {
 					request = *plan.Add
 				}
-				planned := redirect.Merge(request, *plan.MeshConfig)
+				planned := workload.Merge(request, *plan.MeshConfig)
 				if err := planned.Validate(); err != nil {
 					t.Errorf("mode %q: the data path refuses what is made of it: %v\n%+v", mode, err, *plan.MeshConfig)
 				}
-				if planned.Guard != redirect.GuardAudit && planned.Guard != redirect.GuardEnforce {
+				if planned.Guard != workload.GuardAudit && planned.Guard != workload.GuardEnforce {
 					t.Errorf("mode %q: the guard is %q", mode, planned.Guard)
 				}
 			}
@@ -172,13 +174,13 @@ func FuzzCgroupNames(f *testing.F) {
 // workload that the data path refuses, told each pass as a step that fails.
 func TestOnePortForBothListeners(t *testing.T) {
 	for _, port := range []uint16{15001, 16001} {
-		s := allocation{attachment: found(), Live: true, Record: onRecord(redirect.ModeTransparent),
+		s := allocation{attachment: found(), Live: true, Record: onRecord(workload.ModeTransparent),
 			Proxies: []proxy{sidecar(func(p *proxy) { p.Transparent, p.Inbound, p.Outbound = true, port, port })}}
-		got := planFor(s, catalogData{}, policy{Guard: redirect.GuardAudit})
+		got := planFor(s, catalogData{}, policy{Guard: workload.GuardAudit})
 		if got.MeshConfig.InboundPort != 0 || got.MeshConfig.OutboundPort != 0 {
 			t.Errorf("port %d: the ports are %d and %d, want those from before", port, got.MeshConfig.InboundPort, got.MeshConfig.OutboundPort)
 		}
-		if !slices.ContainsFunc(got.Problems, func(p redirect.Problem) bool { return p.Code == redirect.ProblemProxyPorts.String() }) {
+		if !slices.ContainsFunc(got.Problems, func(p health.Problem) bool { return p.Code == health.ProblemProxyPorts.String() }) {
 			t.Errorf("port %d: the problems are %v, none is proxy-ports", port, got.Problems)
 		}
 	}

@@ -9,12 +9,13 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // gather joins what libcni, the records, the makers of namespaces and Consul
 // know, sorted by key.
-func gather(cached map[redirect.AttachmentID]attachment, known []redirect.Record, spaces namespaces, consul snapshot) []allocation {
-	allocations := make(map[redirect.AttachmentID]*allocation)
+func gather(cached map[workload.AttachmentID]attachment, known []redirect.Record, spaces namespaces, consul snapshot) []allocation {
+	allocations := make(map[workload.AttachmentID]*allocation)
 	for key, found := range cached {
 		allocations[key] = &allocation{attachment: found, Cached: true}
 	}
@@ -47,6 +48,6 @@ func gather(cached map[redirect.AttachmentID]attachment, known []redirect.Record
 	return list
 }
 
-func compareKeys(a, b redirect.AttachmentID) int {
+func compareKeys(a, b workload.AttachmentID) int {
 	return cmp.Or(strings.Compare(a.ContainerID, b.ContainerID), strings.Compare(a.IfName, b.IfName))
 }

@@ -14,6 +14,9 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // GuardList is what came in past the proxies of a node's allocations since the
@@ -68,7 +71,7 @@ type guardKey struct {
 type guardCount struct {
 	workload    *flowWorkload
 	peer        *flowWorkload // the source, where it is a workload of this node
-	verdict     redirect.Verdict
+	verdict     bpfmap.Verdict
 	count       uint64
 	first, last int64 // Unix time in nanoseconds
 }
@@ -80,13 +83,13 @@ func newGuardTable(now time.Time) *guardTable {
 // note takes in a record, which it keeps nothing of but the names.
 func (g *guardTable) note(r *flowRecord) {
 	switch r.verdict { //nolint:exhaustive // nothing else is for the guard
-	case redirect.GuardAudited, redirect.RefusedGuard, redirect.EventsLost:
+	case bpfmap.GuardAudited, bpfmap.RefusedGuard, bpfmap.EventsLost:
 	default:
 		return
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if r.verdict == redirect.EventsLost {
+	if r.verdict == bpfmap.EventsLost {
 		g.lost += uint64(r.lost)
 		return
 	}
@@ -177,8 +180,8 @@ func (g *guardTable) list(known []redirect.Record, served func(netns string) (tc
 
 // guardRemedy is what lets connections to the port in, as a line of the job. Only a
 // transparent job can exclude a port: in another one it is mapped.
-func guardRemedy(mode redirect.Mode, port uint16) string {
-	if mode == redirect.ModeTransparent {
+func guardRemedy(mode workload.Mode, port uint16) string {
+	if mode == workload.ModeTransparent {
 		return fmt.Sprintf(`transparent_proxy { exclude_inbound_ports = ["%d"] }`, port)
 	}
 	return fmt.Sprintf(`network { port "port-%d" { to = %d } }`, port, port)
@@ -211,7 +214,7 @@ func (a *Agent) serveGuard(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
-	a.writeJSON(w, http.StatusOK, a.flows.guard.list(known, redirect.Served))
+	a.writeJSON(w, http.StatusOK, a.flows.guard.list(known, host.Served))
 }
 
 // ReadGuard asks the agent whose state is in stateDir for what came in past the

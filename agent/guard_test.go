@@ -16,13 +16,15 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
 // guardedBy is registered with the guard that the job of the first asks for.
-func guardedBy(guard redirect.Guard, ids ...string) http.HandlerFunc {
+func guardedBy(guard workload.Guard, ids ...string) http.HandlerFunc {
 	services := make(map[string]any)
 	for i, id := range ids {
 		service := map[string]any{"Kind": "connect-proxy", "Service": "web-sidecar-proxy", "Port": 20001}
@@ -64,7 +66,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 	for _, at := range []struct{ network, addr string }{{"tcp4", "0.0.0.0:8080"}, {"tcp4", "0.0.0.0:9000"}, {"udp4", "0.0.0.0:9090"}, {"tcp4", "0.0.0.0:20001"}} {
 		test.Echo(t, server, at.network, at.addr)
 	}
-	n.fake.answers(guardedBy(redirect.GuardAudit, ids...))
+	n.fake.answers(guardedBy(workload.GuardAudit, ids...))
 	n.run()
 	n.eventually(ids[0], StateManaged)
 	n.eventually(ids[1], StateManaged)
@@ -88,7 +90,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 		return refused
 	}
 	var list GuardList
-	listed := func(verdict redirect.Verdict) (found []attempt) {
+	listed := func(verdict bpfmap.Verdict) (found []attempt) {
 		var err error
 		if list, err = ReadGuard(context.Background(), n.config.StateDir); err != nil {
 			t.Fatal(err)
@@ -108,15 +110,15 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 		if refused := replay(); len(refused) > 0 {
 			return fmt.Errorf("audit refuses %v", refused)
 		}
-		if got := listed(redirect.GuardAudited); len(got) != dialled {
+		if got := listed(bpfmap.GuardAudited); len(got) != dialled {
 			return fmt.Errorf("the list is %+v", got)
 		}
 		return nil
 	}, "the audit to list what comes in")
-	audited := listed(redirect.GuardAudited)
+	audited := listed(bpfmap.GuardAudited)
 
-	n.fake.answers(guardedBy(redirect.GuardEnforce, ids...))
-	n.eventuallyGuarded(ids[0], redirect.GuardEnforce)
+	n.fake.answers(guardedBy(workload.GuardEnforce, ids...))
+	n.eventuallyGuarded(ids[0], workload.GuardEnforce)
 	order := func(a, b attempt) int {
 		return strings.Compare(fmt.Sprint(a.Port, a.Source), fmt.Sprint(b.Port, b.Source))
 	}
@@ -127,7 +129,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 		t.Errorf("listed by audit (-) and refused by enforce (+):\n%s", diff)
 	}
 	test.Eventually(t, func() error {
-		got := listed(redirect.RefusedGuard)
+		got := listed(bpfmap.RefusedGuard)
 		slices.SortFunc(got, order)
 		if diff := cmp.Diff(audited, got); diff != "" {
 			return errors.New(diff)
@@ -147,7 +149,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 	}, "the port to be let in")
 }
 
-func (n *node) eventuallyGuarded(id string, guard redirect.Guard) {
+func (n *node) eventuallyGuarded(id string, guard workload.Guard) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		list, err := n.Workloads()
@@ -164,23 +166,23 @@ func (n *node) eventuallyGuarded(id string, guard redirect.Guard) {
 func TestGuardTableIsBounded(t *testing.T) {
 	now := time.Now()
 	g := newGuardTable(now)
-	put := func(w *flowWorkload, port, source int, verdict redirect.Verdict) {
+	put := func(w *flowWorkload, port, source int, verdict bpfmap.Verdict) {
 		r := flowRecord{at: now.UnixNano(), workload: w, verdict: verdict, originPort: uint16(port), lost: 7}
 		r.source, r.sourcePort, r.valid[0] = packAddr(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(source >> 8), byte(source)}), 1))
 		g.note(&r)
 	}
 	scanned, quiet := &flowWorkload{cookie: 1, allocID: "a"}, &flowWorkload{cookie: 2, allocID: "b", job: "shop", group: "api"}
 	for i := range 1000 {
-		put(scanned, i+1, 1, redirect.GuardAudited)
+		put(scanned, i+1, 1, bpfmap.GuardAudited)
 	}
-	put(scanned, 1, 1, redirect.GuardAudited)
-	put(quiet, 80, 1, redirect.GuardAudited)
-	put(quiet, 80, 1, redirect.RefusedGuard)
-	put(quiet, 40000, 1, redirect.GuardEphemeral) // enforce lets it in
-	put(quiet, 80, 2, redirect.Inbound)
-	put(quiet, 0, 0, redirect.EventsLost)
-	none := func(string) (tcp, udp map[uint16]bool, err error) { return nil, nil, redirect.ErrNetNSGone }
-	list := g.list([]redirect.Record{{Cookie: 2, Request: redirect.Request{Mode: redirect.ModeTransparent}}}, none)
+	put(scanned, 1, 1, bpfmap.GuardAudited)
+	put(quiet, 80, 1, bpfmap.GuardAudited)
+	put(quiet, 80, 1, bpfmap.RefusedGuard)
+	put(quiet, 40000, 1, bpfmap.GuardEphemeral) // enforce lets it in
+	put(quiet, 80, 2, bpfmap.Inbound)
+	put(quiet, 0, 0, bpfmap.EventsLost)
+	none := func(string) (tcp, udp map[uint16]bool, err error) { return nil, nil, host.ErrNetNSGone }
+	list := g.list([]redirect.Record{{Cookie: 2, Request: workload.Request{Mode: workload.ModeTransparent}}}, none)
 	if len(list.Entries) != guardShare+1 || list.Omitted != 1000-guardShare || list.Lost != 7 || list.Entries[0].Count != 2 {
 		t.Errorf("%d entries, %d omitted, %d lost, the first counts %d; want %d, %d, 7, 2",
 			len(list.Entries), list.Omitted, list.Lost, list.Entries[0].Count, guardShare+1, 1000-guardShare)

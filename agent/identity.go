@@ -7,7 +7,8 @@ import (
 	"slices"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
 )
 
 // Consul checks who may register a name. What else a registration says is its
@@ -32,8 +33,8 @@ type evidence struct {
 
 // judge tells the registrations that count, sorted as they came, from the
 // others, and why those do not.
-func (e evidence) judge(s allocation, known catalogData) (counted []proxy, others map[string]redirect.Problem) {
-	others = make(map[string]redirect.Problem)
+func (e evidence) judge(s allocation, known catalogData) (counted []proxy, others map[string]health.Problem) {
+	others = make(map[string]health.Problem)
 	named := func(p proxy) bool {
 		return e.Claims[p.ID].shown || known.runs(s.attachment, p) ||
 			slices.ContainsFunc(e.Tasks, func(task string) bool { return injected(task, []proxy{p}) })
@@ -77,15 +78,15 @@ func (e evidence) judge(s allocation, known catalogData) (counted []proxy, other
 	return counted, others
 }
 
-func (s allocation) foreign(p proxy, why string) redirect.Problem {
-	return redirect.NewProblem(redirect.ProblemForeignRegistration,
+func (s allocation) foreign(p proxy, why string) health.Problem {
+	return health.NewProblem(health.ProblemForeignRegistration,
 		"find out who registered it, and deregister it with 'consul services deregister'; where the allocation does run that proxy, leave its task the name that Nomad injects",
 		fmt.Sprintf("service %s names allocation %s and changes nothing there: %s", p.Self.Name, s.Job.AllocID, why)).
 		Of("registration "+p.ID, s.Job.AllocID)
 }
 
-func (s allocation) unproven(p proxy) redirect.Problem {
-	return redirect.NewProblem(redirect.ProblemUnprovenRegistration,
+func (s allocation) unproven(p proxy) health.Problem {
+	return health.NewProblem(health.ProblemUnprovenRegistration,
 		"see whether the allocation's proxy runs; one whose task the job names itself is told by its UID: proxy { default_uid }, or transparent_proxy { uid }",
 		fmt.Sprintf("service %s names allocation %s and changes nothing there: no task that Nomad injects for it runs, and nothing listens on its ports under the proxy's UID",
 			p.Self.Name, s.Job.AllocID)).
@@ -121,7 +122,7 @@ func (a *Agent) identify(allocations []allocation, known catalogData, now time.T
 	var due []*allocation
 	var namespaces []string
 	a.unproven = time.Time{}
-	var foreign []redirect.Problem
+	var foreign []health.Problem
 	for i := range allocations {
 		s := &allocations[i]
 		m := a.allocations[s.Key]
@@ -162,11 +163,11 @@ func (a *Agent) identify(allocations []allocation, known catalogData, now time.T
 }
 
 // identifyOne judges the registrations of one allocation and remembers how.
-func (a *Agent) identifyOne(s *allocation, known catalogData, now time.Time) (foreign []redirect.Problem) {
+func (a *Agent) identifyOne(s *allocation, known catalogData, now time.Time) (foreign []health.Problem) {
 	m := a.allocations[s.Key]
 	listens := func() []uint16 {
 		if m.listens == nil { // a namespace that cannot be asked shows nothing
-			ports, _ := redirect.ListeningAs(s.NetNS, s.proxyUID(a.config.Proxy.DefaultUID))
+			ports, _ := host.ListeningAs(s.NetNS, s.proxyUID(a.config.Proxy.DefaultUID))
 			m.listens = append([]uint16{}, ports...)
 		}
 		return m.listens
@@ -204,13 +205,13 @@ func (a *Agent) cgroupsIn(namespaces []string) map[string][]string {
 	if len(namespaces) == 0 {
 		return nil
 	}
-	found, err := redirect.CgroupsIn(namespaces...)
+	found, err := host.CgroupsIn(namespaces...)
 	if err == nil {
 		return found
 	}
 	found = make(map[string][]string)
 	for _, path := range namespaces {
-		if one, err := redirect.CgroupsIn(path); err == nil {
+		if one, err := host.CgroupsIn(path); err == nil {
 			found[path] = one[path]
 		}
 	}
@@ -259,7 +260,7 @@ func (m *allocState) doubtful(now time.Time) bool {
 }
 
 // tellForeign shows the registrations that do not count, and logs each once.
-func (a *Agent) tellForeign(problems []redirect.Problem) {
+func (a *Agent) tellForeign(problems []health.Problem) {
 	a.mu.Lock()
 	before := a.foreign
 	a.foreign = problems

@@ -15,8 +15,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -54,7 +55,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 	edge := proxy{ID: "edge", Kind: kindAPI, Self: service{Name: "edge"}, Open: []uint16{8181}}
 	intruder := proxy{ID: "intruder", Kind: kindAPI, Self: service{Name: "intruder"}, Open: []uint16{19000}}
 	transparent := func() *redirect.Record {
-		known := onRecord(redirect.ModeTransparent)
+		known := onRecord(workload.ModeTransparent)
 		known.Request.InboundPort = 20005
 		return known
 	}
@@ -146,7 +147,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	n := newNode(t)
 	n.ports = append(n.ports, mapped(20002))
 	id, ns := numbered(1), test.NewNetNS(t)
-	key := redirect.AttachmentID{ContainerID: id, IfName: "eth0"}
+	key := workload.AttachmentID{ContainerID: id, IfName: "eth0"}
 	n.cached(id, ns.Path, "")
 	plain, bystander := numbered(2), test.NewNetNS(t)
 	n.cached(plain, bystander.Path, "")
@@ -169,7 +170,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	runsTask(t, id, "connect-proxy-web", ns.Path)
 	n.run()
 	n.eventually(id, StateManaged)
-	meshConfig := func() redirect.MeshConfig {
+	meshConfig := func() workload.MeshConfig {
 		list, err := n.Records()
 		if err != nil {
 			t.Fatal(err)
@@ -181,7 +182,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 		return list[i].MeshConfig
 	}
 	test.Eventually(t, func() error {
-		if o := meshConfig(); o.InboundPort != 20001 || o.Guard != redirect.GuardEnforce {
+		if o := meshConfig(); o.InboundPort != 20001 || o.Guard != workload.GuardEnforce {
 			return fmt.Errorf("it is %+v", o)
 		}
 		return nil
@@ -202,7 +203,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	test.Eventually(t, func() error {
 		told := 0
 		for _, problem := range n.agent.Status().Problems {
-			if slices.Contains([]string{redirect.ProblemForeignRegistration.String(), redirect.ProblemUnprovenRegistration.String()}, problem.Code) && strings.Contains(problem.Subject, "evil") {
+			if slices.Contains([]string{health.ProblemForeignRegistration.String(), health.ProblemUnprovenRegistration.String()}, problem.Code) && strings.Contains(problem.Subject, "evil") {
 				told++
 			}
 		}

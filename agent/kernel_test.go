@@ -19,10 +19,10 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
 )
-
-func TestMain(m *testing.M) { test.Main(m, nil) }
 
 // node is a node of its own with an agent, whose Consul is a fake that says
 // what the test wants registered.
@@ -175,7 +175,7 @@ func TestAgentListsWhatItCannotProtect(t *testing.T) {
 	n.cached(numbered(1), "/proc/self/ns/net", "")
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
-	for i, want := range []string{redirect.ErrHostNetNS.Error(), "no network namespace of it is known"} {
+	for i, want := range []string{host.ErrHostNetNS.Error(), "no network namespace of it is known"} {
 		view := n.eventually(numbered(i+1), StateUnprotected)
 		if !strings.Contains(fmt.Sprint(view.Problems), want) {
 			t.Errorf("problems of allocation %d = %q, want %q", i+1, view.Problems, want)
@@ -322,7 +322,7 @@ func TestTelemetry(t *testing.T) {
 		`weir_workload_in_sync{alloc_id="`+numbered(1)+`",interface="eth0",namespace="",nomad_job="",task_group=""} 1`,
 		action("added", 1), action("repaired", 0), action("pruned", 0), action("removed", 0), action("failed", 0))
 
-	verdict := func(verdict redirect.Verdict, count int) string {
+	verdict := func(verdict bpfmap.Verdict, count int) string {
 		return fmt.Sprintf(`weir_verdicts_total{alloc_id=%q,interface="eth0",namespace="",nomad_job="",refused="%t",task_group="",verdict=%q} %d`, numbered(2), verdict.Refused(), verdict, count)
 	}
 	task := test.NewClient(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 1000, GID: 1000})
@@ -338,7 +338,7 @@ func TestTelemetry(t *testing.T) {
 	dial("198.51.100.1:80", true)
 	dial("198.51.100.2:80", true)
 	dial(proxy.Addr.String(), true)
-	if err := scraped(verdict(redirect.RefusedEncoded, 1), verdict(redirect.RefusedNoProxy, 1), verdict(redirect.Redirected, 3), verdict(redirect.Local, 1)); err != nil {
+	if err := scraped(verdict(bpfmap.RefusedEncoded, 1), verdict(bpfmap.RefusedNoProxy, 1), verdict(bpfmap.Redirected, 3), verdict(bpfmap.Local, 1)); err != nil {
 		t.Error(err)
 	}
 	err := scraped(`weir_table_rows{table="origins"} 2`, `weir_table_max_rows{table="origins"} 1.048576e+06`,

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // How long a proxy may take until it listens before that is a problem, and how
@@ -20,17 +22,17 @@ const (
 
 // checkListens makes a problem of a proxy that does not listen, and says what
 // listens in its place.
-func (a *Agent) checkListens(key redirect.AttachmentID, m *allocState, seen []redirect.ObservedProxy, now time.Time) {
+func (a *Agent) checkListens(key workload.AttachmentID, m *allocState, seen []redirect.ObservedProxy, now time.Time) {
 	before := m.mute
 	switch {
 	case len(seen) == 0:
 		return // its rows are not there yet
 	case !slices.ContainsFunc(seen, func(s redirect.ObservedProxy) bool { return !s.Listens }):
-		m.listened, m.notListeningSince, m.mute, m.heard = true, time.Time{}, redirect.Problem{}, time.Time{}
+		m.listened, m.notListeningSince, m.mute, m.heard = true, time.Time{}, health.Problem{}, time.Time{}
 	case m.notListeningSince.IsZero():
 		m.notListeningSince = now
 	case len(m.proxies) == 0 && m.listened:
-		m.mute = redirect.Problem{} // it ends
+		m.mute = health.Problem{} // it ends
 	case now.Sub(m.notListeningSince) > proxyStart && now.Sub(m.heard) > listenInterval:
 		m.heard = now
 		ports, rejected, err := a.datapath.RejectedListeners(key)
@@ -49,9 +51,9 @@ func (a *Agent) checkListens(key redirect.AttachmentID, m *allocState, seen []re
 
 // muteProblem says what is wrong with a proxy that does not listen, by what
 // listens on its ports; nothing where it has none.
-func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener) redirect.Problem {
+func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener) health.Problem {
 	if len(ports.Missing) == 0 {
-		return redirect.Problem{}
+		return health.Problem{}
 	}
 	var missing []string
 	for _, port := range ports.Missing {
@@ -59,7 +61,7 @@ func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener
 	}
 	what := fmt.Sprintf("its proxy does not listen on port %s", strings.Join(missing, " and "))
 	if len(rejected) == 0 {
-		return redirect.NewProblem(redirect.ProblemProxyNotListening,
+		return health.NewProblem(health.ProblemProxyNotListening,
 			"see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul", what+": nothing does")
 	}
 	var sockets []string
@@ -74,9 +76,9 @@ func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener
 	of := func(is func(redirect.RejectedListener) bool) bool { return slices.ContainsFunc(rejected, is) }
 	switch {
 	case of(func(r redirect.RejectedListener) bool { return r.Usable && r.UID != ports.UID }):
-		return redirect.NewProblem(redirect.ProblemProxyNotListening, fmt.Sprintf("let Envoy run under UID %d as the node sees it: where Docker remaps users, userns_mode = \"host\" in the sidecar_task's config; where it is a task's socket, give the task another port", ports.UID), what)
+		return health.NewProblem(health.ProblemProxyNotListening, fmt.Sprintf("let Envoy run under UID %d as the node sees it: where Docker remaps users, userns_mode = \"host\" in the sidecar_task's config; where it is a task's socket, give the task another port", ports.UID), what)
 	case of(func(r redirect.RejectedListener) bool { return r.Usable }):
-		return redirect.NewProblem(redirect.ProblemProxyNotListening, "where it is another task's, give that task a user of its own; where it is Envoy's, an MPTCP socket cannot be handed connections, and 'weir verdicts' says what else is wrong", what)
+		return health.NewProblem(health.ProblemProxyNotListening, "where it is another task's, give that task a user of its own; where it is Envoy's, an MPTCP socket cannot be handed connections, and 'weir verdicts' says what else is wrong", what)
 	}
-	return redirect.NewProblem(redirect.ProblemProxyNotListening, "let Envoy listen on 127.0.0.1 or on all addresses: take bind_address out of the proxy's config", what)
+	return health.NewProblem(health.ProblemProxyNotListening, "let Envoy listen on 127.0.0.1 or on all addresses: take bind_address out of the proxy's config", what)
 }

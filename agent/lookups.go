@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // queries are the questions that the bulk read leaves open: virtual IPs of
@@ -27,20 +27,20 @@ type queries struct {
 	gateways map[gateway]*query[[]uint16]
 	checks   query[map[string][]uint16]
 	allowed  query[[]intention]
-	exposed  []string         // services whose checks were asked for
-	unnamed  redirect.Problem // why nobody tells which services come and go
-	halted   redirect.Problem // what ended the last pass before every question had its turn
-	due      time.Time        // when the next question is; zero: there is none
+	exposed  []string       // services whose checks were asked for
+	unnamed  health.Problem // why nobody tells which services come and go
+	halted   health.Problem // what ended the last pass before every question had its turn
+	due      time.Time      // when the next question is; zero: there is none
 }
 
 // query is one question.
 type query[T any] struct {
 	answer   T
-	answered bool             // once at least: nothing is an answer too
-	why      redirect.Problem // there is no answer
-	next     time.Time        // when to ask again
-	tries    int              // in a row without an answer
-	presence presence         // of the service, as heeded
+	answered bool           // once at least: nothing is an answer too
+	why      health.Problem // there is no answer
+	next     time.Time      // when to ask again
+	tries    int            // in a row without an answer
+	presence presence       // of the service, as heeded
 }
 
 const (
@@ -62,7 +62,7 @@ func newQueries(consul *consul) *queries {
 // the question alone; what was known stays.
 func (l *queries) refresh(ctx context.Context, byAllocation map[string][]proxy) (known catalogData, moved bool) {
 	left := lookupsAtOnce
-	var failed redirect.Problem
+	var failed health.Problem
 	halted := func() bool { return failed.What != "" }
 	heard := func(err error) {
 		if !concernsOne(err) {
@@ -190,7 +190,7 @@ func (q *query[T]) settle(now time.Time, answer T, err error, something bool, sa
 
 // unanswered is why there is no answer: halted, what kept others from being
 // asked, where it never had its turn.
-func (q *query[T]) unanswered(halted redirect.Problem) redirect.Problem {
+func (q *query[T]) unanswered(halted health.Problem) health.Problem {
 	if q.why.What == "" && !q.answered {
 		return halted
 	}
@@ -202,7 +202,7 @@ func (q *query[T]) unanswered(halted redirect.Problem) redirect.Problem {
 func (l *queries) known() catalogData {
 	known := catalogData{
 		VirtualIPs: make(map[service][]netip.Addr), GatewayPorts: make(map[gateway][]uint16), CheckPorts: l.checks.answer,
-		Unanswered: make(map[service]redirect.Problem), NoIntentions: l.allowed.unanswered(l.halted),
+		Unanswered: make(map[service]health.Problem), NoIntentions: l.allowed.unanswered(l.halted),
 		NoChecks: l.checks.unanswered(l.halted), NoNames: l.unnamed,
 	}
 	if l.allowed.answered {

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"strconv"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // meshConfig is Consul's redirection config as Nomad sends it to plugins.
@@ -42,7 +42,7 @@ func unnamedPorts(mesh string) (count int) {
 // lostRequest is the request of a workload whose record somebody removed, from
 // what libcni remembers of its ADD. It takes plain numbers alone: what the
 // plugin reads beyond that is refused, never guessed at.
-func lostRequest(a attachment) (*redirect.Request, error) {
+func lostRequest(a attachment) (*workload.Request, error) {
 	if a.JobArgs {
 		return nil, fmt.Errorf("restore request of allocation %s: it has arguments weir.*, which the plugin alone reads: restart the Nomad client, whose CHECK restores it, or stop the allocation", a.Job.AllocID)
 	}
@@ -54,10 +54,10 @@ func lostRequest(a attachment) (*redirect.Request, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read request of allocation %s: ProxyUserID: %w", a.Job.AllocID, err)
 	}
-	request := &redirect.Request{
-		Network: a.Network, Job: a.Job, Mode: redirect.ModeTransparent, ProxyUID: uint32(uid),
+	request := &workload.Request{
+		Network: a.Network, Job: a.Job, Mode: workload.ModeTransparent, ProxyUID: uint32(uid),
 		InboundPort: config.ProxyInboundPort, OutboundPort: config.ProxyOutboundPort, Addresses: a.Addresses,
-		DNS: redirect.DNS{Port: config.ConsulDNSPort},
+		DNS: workload.DNS{Port: config.ConsulDNSPort},
 	}
 	if config.ConsulDNSIP != "" {
 		if request.DNS.Address, err = netip.ParseAddr(config.ConsulDNSIP); err != nil {

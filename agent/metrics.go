@@ -11,8 +11,10 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // metrics is the handler of Prometheus' requests, with a registry of its own.
@@ -44,7 +46,7 @@ func workloadLabels() []string {
 	return []string{"alloc_id", "namespace", "nomad_job", "task_group", "interface"}
 }
 
-func labelsOf(key redirect.AttachmentID, job string, names redirect.NomadNames) []string {
+func labelsOf(key workload.AttachmentID, job string, names workload.NomadNames) []string {
 	return []string{names.AllocID, names.Namespace, job, names.TaskGroup, key.IfName}
 }
 
@@ -145,9 +147,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 // countProblems counts the problems of each code, those of which there is none too:
 // an alert sees one come and go. The fill of tables is not the agent's to list, but
 // 'weir status' has it beside the agent's.
-func countProblems(list []redirect.Problem, tables []redirect.MapInfo) map[redirect.ProblemCode]int {
-	counts := make(map[redirect.ProblemCode]int)
-	for _, code := range redirect.AllProblemCodes() {
+func countProblems(list []health.Problem, tables []bpfmap.MapInfo) map[health.ProblemCode]int {
+	counts := make(map[health.ProblemCode]int)
+	for _, code := range health.AllProblemCodes() {
 		counts[code] = 0
 		for _, problem := range list {
 			if problem.Code == code.String() {
@@ -157,13 +159,13 @@ func countProblems(list []redirect.Problem, tables []redirect.MapInfo) map[redir
 	}
 	for _, table := range tables {
 		if table.NearlyFull() {
-			counts[redirect.ProblemTableFull]++
+			counts[health.ProblemTableFull]++
 		}
 	}
 	return counts
 }
 
-func (c *collector) collectTables(tables []redirect.MapInfo, gauge func(*prometheus.Desc, float64, ...string)) {
+func (c *collector) collectTables(tables []bpfmap.MapInfo, gauge func(*prometheus.Desc, float64, ...string)) {
 	for _, table := range tables {
 		if table.Counted {
 			gauge(c.tableRows, float64(table.Rows), table.Name)
@@ -174,11 +176,11 @@ func (c *collector) collectTables(tables []redirect.MapInfo, gauge func(*prometh
 
 func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...string)) {
 	list, err := c.agent.datapath.Verdicts()
-	if err != nil && !errors.Is(err, redirect.ErrUnreadable) { // the reconcile pass tells of those
+	if err != nil && !errors.Is(err, store.ErrUnreadable) { // the reconcile pass tells of those
 		c.agent.warnOnce("read verdicts", err)
 	}
 	refused := make(map[string]string)
-	for _, verdict := range redirect.AllVerdicts() {
+	for _, verdict := range bpfmap.AllVerdicts() {
 		refused[verdict.String()] = map[bool]string{true: "true", false: "false"}[verdict.Refused()]
 	}
 	for _, w := range list {

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // serviceList are the services that Consul's catalog has instances of: one blocking
@@ -25,7 +25,7 @@ type serviceList struct {
 
 	mu     sync.Mutex
 	known  map[string]ignored // nil: they are not known
-	why    redirect.Problem   // ... because of this
+	why    health.Problem     // ... because of this
 	missed int                // times that something may have come and gone unseen
 }
 
@@ -60,7 +60,7 @@ func (n *serviceList) follow(ctx context.Context) {
 			n.tell(consulProblem(err))
 			n.set(nil, false)
 		} else {
-			n.tell(redirect.Problem{})
+			n.tell(health.Problem{})
 			n.set(found, lost || next < index)
 			failures, lost = 0, false
 		}
@@ -85,14 +85,14 @@ func (n *serviceList) rest(services, failures int) time.Duration {
 }
 
 // unknown is why the names are not known; nothing where they are, or nobody asked.
-func (n *serviceList) unknown() redirect.Problem {
+func (n *serviceList) unknown() health.Problem {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.why
 }
 
 // tell says why they are not known; nothing where they are.
-func (n *serviceList) tell(why redirect.Problem) {
+func (n *serviceList) tell(why health.Problem) {
 	n.mu.Lock()
 	turned := why != n.why
 	n.why = why

@@ -12,9 +12,10 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // namespaces are where allocations live now, by allocation ID, as those say who
@@ -63,7 +64,7 @@ func (n namespaces) others(known map[string]bool) (list []attachment) {
 			known[id] = true
 			if path, live := n.of(id, ""); live {
 				list = append(list, attachment{
-					Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: path, Job: redirect.Job{AllocID: id},
+					Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: path, Job: workload.Job{AllocID: id},
 				})
 			}
 		}
@@ -80,8 +81,8 @@ func isNamespace(path string) bool {
 
 // leftBehind says what became of an allocation for which Nomad made no DEL: one
 // that it found ended when its client started, as after a power cut.
-func leftBehind() redirect.Problem {
-	return redirect.NewProblem(redirect.ProblemLeftBehind, "'weir gc' takes away what is left", "it has ended and its namespace is gone, but nobody ended its network")
+func leftBehind() health.Problem {
+	return health.NewProblem(health.ProblemLeftBehind, "'weir gc' takes away what is left", "it has ended and its namespace is gone, but nobody ended its network")
 }
 
 // over reports an attachment that libcni alone knows: nothing can run in it any
@@ -101,7 +102,7 @@ func isGone(path string) bool {
 // there keeps those addresses that the namespace has: one that Docker made anew
 // has none before Nomad adds it again.
 func there(netns string, addresses []netip.Addr) ([]netip.Addr, error) {
-	assigned, err := redirect.Addresses(netns)
+	assigned, err := host.Addresses(netns)
 	if err != nil {
 		return nil, err
 	}

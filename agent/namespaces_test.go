@@ -12,10 +12,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // mounted makes a namespace where Nomad makes an allocation's, and returns what
@@ -164,7 +163,7 @@ func TestNamespacesOf(t *testing.T) {
 		})
 	}
 	if list := (namespaces{docker: map[string]string{"a": ns.Path, "b": ns.Path}}).others(map[string]bool{"a": true}); len(list) != 1 ||
-		list[0].Key != (redirect.AttachmentID{ContainerID: "b", IfName: "eth0"}) || list[0].NetNS != ns.Path {
+		list[0].Key != (workload.AttachmentID{ContainerID: "b", IfName: "eth0"}) || list[0].NetNS != ns.Path {
 		t.Errorf("others = %+v, want b alone", list)
 	}
 }

@@ -8,22 +8,24 @@ import (
 	"sync"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // networks follows what happens to the networks of workloads after their ADD:
 // an address or a route that comes, goes or is replaced.
 type networks struct {
-	watch *redirect.NetworkWatch // nil: there is none, the round of checks finds what changed
+	watch *host.NetworkWatch // nil: there is none, the round of checks finds what changed
 	wake  chan struct{}
 
 	problem string // why there is no watch; the agent's mutex guards it
 
 	// The loop's alone.
-	followed map[redirect.AttachmentID]followedNetwork
+	followed map[workload.AttachmentID]followedNetwork
 
 	mu      sync.Mutex
-	numbers map[int32]redirect.AttachmentID
-	moved   map[redirect.AttachmentID]bool // to look at
+	numbers map[int32]workload.AttachmentID
+	moved   map[workload.AttachmentID]bool // to look at
 }
 
 type followedNetwork struct {
@@ -33,8 +35,8 @@ type followedNetwork struct {
 
 func newNetworks() *networks {
 	return &networks{
-		wake: make(chan struct{}, 1), followed: make(map[redirect.AttachmentID]followedNetwork),
-		numbers: make(map[int32]redirect.AttachmentID), moved: make(map[redirect.AttachmentID]bool),
+		wake: make(chan struct{}, 1), followed: make(map[workload.AttachmentID]followedNetwork),
+		numbers: make(map[int32]workload.AttachmentID), moved: make(map[workload.AttachmentID]bool),
 	}
 }
 
@@ -46,7 +48,7 @@ func (a *Agent) watchNetworks(background *sync.WaitGroup) {
 		a.networks.problem = err.Error()
 		a.mu.Unlock()
 	}
-	watch, err := redirect.NewNetworkWatch()
+	watch, err := host.NewNetworkWatch()
 	if err != nil {
 		failed(err) // the round of checks finds what changed
 		return
@@ -96,7 +98,7 @@ func (n *networks) tell() {
 
 // follow hears of the workload's namespace from now on. What happened to it
 // before is looked for once.
-func (n *networks) follow(key redirect.AttachmentID, netns string, cookie uint64) error {
+func (n *networks) follow(key workload.AttachmentID, netns string, cookie uint64) error {
 	if n.watch == nil || n.followed[key].cookie == cookie {
 		return nil
 	}
@@ -117,10 +119,10 @@ func (n *networks) follow(key redirect.AttachmentID, netns string, cookie uint64
 }
 
 // keep forgets the workloads that are not managed any more.
-func (n *networks) keep(managed func(redirect.AttachmentID) bool) {
+func (n *networks) keep(managed func(workload.AttachmentID) bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	maps.DeleteFunc(n.followed, func(key redirect.AttachmentID, f followedNetwork) bool {
+	maps.DeleteFunc(n.followed, func(key workload.AttachmentID, f followedNetwork) bool {
 		gone := !managed(key)
 		if gone && n.numbers[f.number] == key {
 			delete(n.numbers, f.number)
@@ -130,7 +132,7 @@ func (n *networks) keep(managed func(redirect.AttachmentID) bool) {
 }
 
 // take returns what is to be looked at, sorted.
-func (n *networks) take() []redirect.AttachmentID {
+func (n *networks) take() []workload.AttachmentID {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	keys := slices.SortedFunc(maps.Keys(n.moved), compareKeys)
@@ -153,7 +155,7 @@ func (a *Agent) checkMoved() {
 
 // followNetworks hears of the networks of all that is under Weir.
 func (a *Agent) followNetworks(known []redirect.Record) {
-	there := make(map[redirect.AttachmentID]bool, len(known))
+	there := make(map[workload.AttachmentID]bool, len(known))
 	for _, k := range known {
 		m := a.allocations[k.Key]
 		if m == nil || m.hook != k.Cookie {
@@ -164,5 +166,5 @@ func (a *Agent) followNetworks(known []redirect.Record) {
 			a.warnOnce("follow networks", err)
 		}
 	}
-	a.networks.keep(func(key redirect.AttachmentID) bool { return there[key] })
+	a.networks.keep(func(key workload.AttachmentID) bool { return there[key] })
 }

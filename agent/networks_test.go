@@ -11,8 +11,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -50,7 +49,7 @@ func TestAgentFollowsAReplacedAddress(t *testing.T) {
 }
 
 // own waits until that is the only IPv4 address of the workload.
-func (n *node) own(key redirect.AttachmentID, want string) {
+func (n *node) own(key workload.AttachmentID, want string) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		if moved, err := n.Moved(key); err != nil || moved {

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -22,9 +24,9 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 	n.Datapath = redirect.New(n.config.Paths())
 	budget := max(uint32(test.Scale(1024)), 128)
 	ns := test.NewNetNS(t)
-	key := redirect.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}
-	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: numbered(1)}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001, Budget: budget,
+	key := workload.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}
+	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: workload.Request{
+		Network: "nomad", Job: workload.Job{AllocID: numbered(1)}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001, Budget: budget,
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +74,7 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 		}
 	}
 	for _, w := range n.verdicts(key) {
-		if w.Counts[redirect.RefusedBudget.String()]+w.Counts[redirect.RefusedTable.String()] > 0 {
+		if w.Counts[bpfmap.RefusedBudget.String()]+w.Counts[bpfmap.RefusedTable.String()] > 0 {
 			t.Errorf("verdicts: %v, want no refusal", w.Counts)
 		}
 	}
@@ -89,7 +91,7 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 
 // eventuallyHolds waits until the workload holds no more than most origins. It
 // asks the agent to look, which on a quiet node it does every other second.
-func (n *node) eventuallyHolds(key redirect.AttachmentID, most uint32) {
+func (n *node) eventuallyHolds(key workload.AttachmentID, most uint32) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		n.agent.trigger()
@@ -106,7 +108,7 @@ func (n *node) eventuallyHolds(key redirect.AttachmentID, most uint32) {
 	}, "origins to be given back")
 }
 
-func (n *node) verdicts(key redirect.AttachmentID) (found []redirect.WorkloadVerdicts) {
+func (n *node) verdicts(key workload.AttachmentID) (found []redirect.WorkloadVerdicts) {
 	n.t.Helper()
 	list, err := n.Verdicts()
 	if err != nil {

@@ -9,8 +9,9 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
+
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
 
@@ -66,11 +67,11 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 
 	// The desired state is that of any upstream.
-	s := allocation{attachment: attachment{Key: redirect.AttachmentID{ContainerID: numbered(1)}, Job: redirect.Job{AllocID: numbered(1)}}}
-	s.Record = &redirect.Record{Request: redirect.Request{Mode: redirect.ModeDirect}}
+	s := allocation{attachment: attachment{Key: workload.AttachmentID{ContainerID: numbered(1)}, Job: workload.Job{AllocID: numbered(1)}}}
+	s.Record = &redirect.Record{Request: workload.Request{Mode: workload.ModeDirect}}
 	s.Proxies = got.of(s.attachment)
-	wanted := planFor(s, got.Facts, policy{Guard: redirect.GuardAudit})
-	want := []redirect.Upstream{
+	wanted := planFor(s, got.Facts, policy{Guard: workload.GuardAudit})
+	want := []workload.Upstream{
 		{Name: "api", Addresses: []netip.Addr{own}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 		{Name: "api.dc2", Addresses: []netip.Addr{virtual}, Listener: netip.MustParseAddrPort("127.0.0.1:9292")},
 	}

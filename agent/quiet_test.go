@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -30,13 +30,13 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 			a.log = slog.New(slog.NewTextHandler(&log, nil))
 			var ns *test.NetNS
 			var id string
-			var key redirect.AttachmentID
+			var key workload.AttachmentID
 			round := 0
 			start := func() {
 				t.Helper()
 				round++
 				id = numbered(round)
-				key = redirect.AttachmentID{ContainerID: id, IfName: "eth0"}
+				key = workload.AttachmentID{ContainerID: id, IfName: "eth0"}
 				if c.transparent {
 					ns, _ = n.transparent(id)
 				} else {

@@ -15,8 +15,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // TestedConsul is the version that the tests run; leastConsul the first one whose
@@ -38,8 +38,8 @@ const leastRights = `give the agent's token node "NODE", agent "NODE" and servic
 
 // ConsulReadiness asks Consul what the agent asks, and says what of it is answered.
 // services is what Consul has registered on this node; nil where it did not say.
-func ConsulReadiness(ctx context.Context, config ConsulConfig) (checks []redirect.Check, services []byte) {
-	c := &redirect.Checks{Group: "consul"}
+func ConsulReadiness(ctx context.Context, config ConsulConfig) (checks []health.Check, services []byte) {
+	c := &health.Checks{Group: "consul"}
 	if !config.Enabled {
 		c.Warn("consul-address", "consul { enabled = true } in the configuration", "Consul is not asked: nothing keeps ports in sync, and no job without transparent_proxy is guarded")
 		return c.List, nil
@@ -60,7 +60,7 @@ func timeoutsOf(read time.Duration) timeouts { return timeouts{read: read, block
 
 // reachable checks address, TLS, leader and clock by the one question that needs
 // no token.
-func (c *consul) reachable(ctx context.Context, checks *redirect.Checks) bool {
+func (c *consul) reachable(ctx context.Context, checks *health.Checks) bool {
 	var seen headers
 	ctx, cancel := context.WithTimeout(seen.watch(ctx), c.read)
 	defer cancel()
@@ -128,7 +128,7 @@ func isTLS(err error) bool {
 
 // checkClock compares the clocks where the answer has a date, which is cut to a
 // second.
-func checkClock(checks *redirect.Checks, date string, before, after time.Time) {
+func checkClock(checks *health.Checks, date string, before, after time.Time) {
 	theirs, err := http.ParseTime(date)
 	if err != nil {
 		return // Consul does not tell
@@ -152,7 +152,7 @@ func checkClock(checks *redirect.Checks, date string, before, after time.Time) {
 }
 
 // rights asks what the agent asks, a question for each right of its token.
-func (c *consul) rights(ctx context.Context, checks *redirect.Checks) (services []byte) {
+func (c *consul) rights(ctx context.Context, checks *health.Checks) (services []byte) {
 	if token, err := c.token(); err == nil && token != "" && c.revoked(ctx) {
 		checks.Fault("consul-token", "make a token and put it into the file of consul { token_file }: "+leastRights, "Consul does not know the agent's token")
 		return nil
@@ -221,8 +221,8 @@ func (c *consul) version(ctx context.Context) (string, error) {
 // AllocationReadiness names the allocations of the mesh on this node that have no
 // record: those of libcni's results that asked for it, or that Consul has proxies
 // of. before says that Weir is not installed yet: it takes none of them over.
-func AllocationReadiness(config Config, known []redirect.Record, services []byte, before bool) []redirect.Check {
-	c := &redirect.Checks{Group: "allocations"}
+func AllocationReadiness(config Config, known []redirect.Record, services []byte, before bool) []health.Check {
+	c := &health.Checks{Group: "allocations"}
 	cached, unreadable, err := (&cache{dir: filepath.Join(config.CNI.CacheDir, "results")}).read()
 	spaces, spacesErr := findNamespaces(config.CNI.NetNSDir, containers{})
 	if err = errors.Join(err, spacesErr); err != nil {

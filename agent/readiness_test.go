@@ -12,21 +12,23 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
+
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
 
 // readiness are the results by code, and all that is said of what is not ok.
-func readiness(t *testing.T, checks []redirect.Check) (results map[string]redirect.Result, says string) {
+func readiness(t *testing.T, checks []health.Check) (results map[string]health.Result, says string) {
 	t.Helper()
-	results = make(map[string]redirect.Result)
+	results = make(map[string]health.Result)
 	for _, check := range checks {
-		if (check.Remedy == "") != (check.Result == redirect.ResultOK) {
+		if (check.Remedy == "") != (check.Result == health.ResultOK) {
 			t.Errorf("check %+v: want a remedy where it is not ok", check)
 		}
 		results[check.Code] = check.Result
-		if check.Result != redirect.ResultOK {
+		if check.Result != health.ResultOK {
 			says += check.What + "\n"
 		}
 	}
@@ -50,29 +52,29 @@ func TestReadinessOfTheToken(t *testing.T) {
 		}
 		return strings.Join(kept, "")
 	}
-	good := func() map[string]redirect.Result {
-		return map[string]redirect.Result{
-			"consul-address": redirect.ResultOK, "consul-leader": redirect.ResultOK, "consul-clock": redirect.ResultOK, "consul-version": redirect.ResultOK,
-			"consul-token-agent": redirect.ResultOK, "consul-token-services": redirect.ResultOK, "consul-token-node": redirect.ResultOK,
+	good := func() map[string]health.Result {
+		return map[string]health.Result{
+			"consul-address": health.ResultOK, "consul-leader": health.ResultOK, "consul-clock": health.ResultOK, "consul-version": health.ResultOK,
+			"consul-token-agent": health.ResultOK, "consul-token-services": health.ResultOK, "consul-token-node": health.ResultOK,
 		}
 	}
 	for _, c := range []struct {
 		name, rules string
-		change      func(want map[string]redirect.Result)
+		change      func(want map[string]health.Result)
 	}{
-		{"documented", rules, func(map[string]redirect.Result) {}},
-		{"agent", without("agent "), func(want map[string]redirect.Result) {
-			want["consul-token-agent"] = redirect.ResultFault
+		{"documented", rules, func(map[string]health.Result) {}},
+		{"agent", without("agent "), func(want map[string]health.Result) {
+			want["consul-token-agent"] = health.ResultFault
 			delete(want, "consul-version")
 			delete(want, "consul-token-node") // the name of the node is not known
 		}},
-		{"node", without("node "), func(want map[string]redirect.Result) { want["consul-token-node"] = redirect.ResultFault }},
-		{"services", without("service_prefix "), func(want map[string]redirect.Result) {
-			want["consul-token-services"] = redirect.ResultFault
+		{"node", without("node "), func(want map[string]health.Result) { want["consul-token-node"] = health.ResultFault }},
+		{"services", without("service_prefix "), func(want map[string]health.Result) {
+			want["consul-token-services"] = health.ResultFault
 			delete(want, "consul-token-node") // the services of the node are left out of it as well
 		}},
-		{"unknown", "", func(want map[string]redirect.Result) {
-			want["consul-token"] = redirect.ResultFault
+		{"unknown", "", func(want map[string]health.Result) {
+			want["consul-token"] = health.ResultFault
 			for _, code := range []string{"consul-token-agent", "consul-token-services", "consul-token-node", "consul-version"} {
 				delete(want, code)
 			}
@@ -110,39 +112,39 @@ func TestReadinessOfConsulsAddress(t *testing.T) {
 		name   string
 		change func(config *ConsulConfig)
 		code   string
-		want   redirect.Result
+		want   health.Result
 		says   string
 	}{
-		{"plain", func(*ConsulConfig) {}, "consul-address", redirect.ResultOK, ""},
+		{"plain", func(*ConsulConfig) {}, "consul-address", health.ResultOK, ""},
 		{"mutual TLS", func(config *ConsulConfig) {
 			config.Address, config.SSL = server.TLS.Address, true
 			config.CAFile, config.CertFile, config.KeyFile, config.ServerName = server.TLS.CA, server.TLS.Cert, server.TLS.Key, "localhost"
-		}, "consul-tls", redirect.ResultOK, ""},
+		}, "consul-tls", health.ResultOK, ""},
 		{"not verified", func(config *ConsulConfig) {
 			config.Address, config.SSL, config.VerifySSL = server.TLS.Address, true, false
 			config.CertFile, config.KeyFile = server.TLS.Cert, server.TLS.Key
-		}, "consul-tls", redirect.ResultWarning, "not verified"},
+		}, "consul-tls", health.ResultWarning, "not verified"},
 		{"no client certificate", func(config *ConsulConfig) {
 			config.Address, config.SSL, config.CAFile, config.ServerName = server.TLS.Address, true, server.TLS.CA, "localhost"
-		}, "consul-tls", redirect.ResultFault, "certificate"},
+		}, "consul-tls", health.ResultFault, "certificate"},
 		{"another authority", func(config *ConsulConfig) {
 			config.Address, config.SSL, config.CAFile, config.ServerName = server.TLS.Address, true, other, "localhost"
-		}, "consul-tls", redirect.ResultFault, "unknown authority"},
+		}, "consul-tls", health.ResultFault, "unknown authority"},
 		{"no file", func(config *ConsulConfig) {
 			config.Address, config.SSL, config.CAFile = server.TLS.Address, true, "/nowhere/ca.pem"
-		}, "consul-tls", redirect.ResultFault, "/nowhere/ca.pem"},
-		{"plain to TLS", func(config *ConsulConfig) { config.Address = server.TLS.Address }, "consul-tls", redirect.ResultFault, "HTTPS"},
-		{"TLS to plain", func(config *ConsulConfig) { config.SSL = true }, "consul-tls", redirect.ResultFault, "HTTP"},
-		{"nobody", func(config *ConsulConfig) { config.Address = "127.0.0.1:1" }, "consul-address", redirect.ResultFault, "connection refused"},
-		{"no token file", func(config *ConsulConfig) { config.TokenFile = "/nowhere/token" }, "consul-token", redirect.ResultFault, "/nowhere/token"},
-		{"not asked", func(config *ConsulConfig) { config.Enabled = false }, "consul-address", redirect.ResultWarning, "not asked"},
+		}, "consul-tls", health.ResultFault, "/nowhere/ca.pem"},
+		{"plain to TLS", func(config *ConsulConfig) { config.Address = server.TLS.Address }, "consul-tls", health.ResultFault, "HTTPS"},
+		{"TLS to plain", func(config *ConsulConfig) { config.SSL = true }, "consul-tls", health.ResultFault, "HTTP"},
+		{"nobody", func(config *ConsulConfig) { config.Address = "127.0.0.1:1" }, "consul-address", health.ResultFault, "connection refused"},
+		{"no token file", func(config *ConsulConfig) { config.TokenFile = "/nowhere/token" }, "consul-token", health.ResultFault, "/nowhere/token"},
+		{"not asked", func(config *ConsulConfig) { config.Enabled = false }, "consul-address", health.ResultWarning, "not asked"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			config := *DefaultConfig().Consul
 			config.Address = server.Address
 			c.change(&config)
 			checks, _ := ConsulReadiness(t.Context(), config)
-			if got, says := readiness(t, checks); got[c.code] != c.want || !strings.Contains(says, c.says) || c.want == redirect.ResultOK && says != "" {
+			if got, says := readiness(t, checks); got[c.code] != c.want || !strings.Contains(says, c.says) || c.want == health.ResultOK && says != "" {
 				t.Errorf("%s = %s, want %s that says %q; all: %v\n%s", c.code, got[c.code], c.want, c.says, got, says)
 			}
 		})
@@ -153,19 +155,19 @@ func TestReadinessOfTheClock(t *testing.T) {
 	now := time.Date(2026, 11, 28, 0, 0, 0, 500_000_000, time.UTC)
 	for _, c := range []struct {
 		date string
-		want []redirect.Result
+		want []health.Result
 	}{
 		{"", nil},
-		{now.Format(http.TimeFormat), []redirect.Result{redirect.ResultOK}},
-		{now.Add(-9 * time.Second).Format(http.TimeFormat), []redirect.Result{redirect.ResultOK}},
-		{now.Add(30 * time.Second).Format(http.TimeFormat), []redirect.Result{redirect.ResultWarning}},
-		{now.Add(-30 * time.Second).Format(http.TimeFormat), []redirect.Result{redirect.ResultWarning}},
-		{now.Add(-2 * time.Minute).Format(http.TimeFormat), []redirect.Result{redirect.ResultFault}},
-		{now.Add(2 * time.Minute).Format(http.TimeFormat), []redirect.Result{redirect.ResultFault}},
+		{now.Format(http.TimeFormat), []health.Result{health.ResultOK}},
+		{now.Add(-9 * time.Second).Format(http.TimeFormat), []health.Result{health.ResultOK}},
+		{now.Add(30 * time.Second).Format(http.TimeFormat), []health.Result{health.ResultWarning}},
+		{now.Add(-30 * time.Second).Format(http.TimeFormat), []health.Result{health.ResultWarning}},
+		{now.Add(-2 * time.Minute).Format(http.TimeFormat), []health.Result{health.ResultFault}},
+		{now.Add(2 * time.Minute).Format(http.TimeFormat), []health.Result{health.ResultFault}},
 	} {
-		checks := &redirect.Checks{Group: "consul"}
+		checks := &health.Checks{Group: "consul"}
 		checkClock(checks, c.date, now, now.Add(time.Millisecond))
-		var got []redirect.Result
+		var got []health.Result
 		for _, check := range checks.List {
 			got = append(got, check.Result)
 		}
@@ -194,9 +196,9 @@ func TestReadinessOfAllocations(t *testing.T) {
 	writeFile(t, asks, strings.Replace(string(text), `"CONSUL_IPTABLES_CONFIG"`, `"weir.mode"`, 1))
 	answer := httptest.NewRecorder()
 	registered(numbered(2))(answer, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
-	known := []redirect.Record{{Key: redirect.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}
-	for before, plain := range map[bool]redirect.Result{false: redirect.ResultFault, true: redirect.ResultOK} {
-		got := make(map[string]redirect.Result)
+	known := []redirect.Record{{Key: workload.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}
+	for before, plain := range map[bool]health.Result{false: health.ResultFault, true: health.ResultOK} {
+		got := make(map[string]health.Result)
 		checks := AllocationReadiness(n.config, known, answer.Body.Bytes(), before)
 		for _, check := range checks {
 			for i := 1; i <= 6; i++ {
@@ -205,8 +207,8 @@ func TestReadinessOfAllocations(t *testing.T) {
 				}
 			}
 		}
-		want := map[string]redirect.Result{
-			"allocation-consul 1": redirect.ResultWarning, "allocation-unprotected 2": plain, "allocation-unprotected 6": plain,
+		want := map[string]health.Result{
+			"allocation-consul 1": health.ResultWarning, "allocation-unprotected 2": plain, "allocation-unprotected 6": plain,
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("before %t: results (-want +got):\n%s", before, diff)
@@ -214,7 +216,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 	}
 	n.config.CNI.CacheDir = t.TempDir()
 	checks := AllocationReadiness(n.config, nil, nil, false)
-	if len(checks) != 1 || checks[0].Result != redirect.ResultOK {
+	if len(checks) != 1 || checks[0].Result != health.ResultOK {
 		t.Errorf("a node without allocations: %+v", checks)
 	}
 }

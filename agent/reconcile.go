@@ -8,9 +8,12 @@ import (
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
 )
 
 // allocState is what the loop remembers of an attachment.
@@ -36,7 +39,7 @@ type allocState struct {
 	notListeningSince time.Time                 // since when one of them does not listen; zero: all do
 	sought            time.Time                 // when its task is looked for next
 	listened          bool                      // all of them did at some time
-	mute              redirect.Problem          // that one does not listen; none where they do, or may still start
+	mute              health.Problem            // that one does not listen; none where they do, or may still start
 	heard             time.Time                 // when that was last looked at
 	missing           time.Time                 // since when its record is missing; zero: it is not
 	retry             time.Time                 // when to try again what went wrong; zero: nothing did
@@ -60,7 +63,7 @@ func (a *Agent) reconcile(now time.Time) {
 	}
 	known, err := a.datapath.Records()
 	noRecords := err
-	if err != nil && !errors.Is(err, redirect.ErrUnreadable) {
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		a.blind("read records", err) // all of them would look like lost ones
 		return
 	}
@@ -126,7 +129,7 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 		a.allocations[s.Key] = m
 	}
 	m.fresh = false
-	wanted := planFor(s, consul.Facts, policy{Guard: redirect.Guard(a.config.Guard.Default), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
+	wanted := planFor(s, consul.Facts, policy{Guard: workload.Guard(a.config.Guard.Default), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
 	state := a.ensureAdded(s, m, wanted, now)
 	inForce := !m.fresh
 	if state == StateManaged && wanted.MeshConfig != nil && !m.fresh {
@@ -137,14 +140,14 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 		problems = append(problems, stepProblem(step, m.errors[step]))
 	}
 	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
-		problems = append(problems, redirect.NewProblem(redirect.ProblemResultMissing,
+		problems = append(problems, health.NewProblem(health.ProblemResultMissing,
 			"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known"))
 	}
 	if state == StateEnded {
-		problems = []redirect.Problem{leftBehind()}
+		problems = []health.Problem{leftBehind()}
 	}
 	if m.rejected != "" {
-		problems = append(problems, redirect.NewProblem(redirect.ProblemTaskAsProxy, "give that task a user of its own in the job", m.rejected))
+		problems = append(problems, health.NewProblem(health.ProblemTaskAsProxy, "give that task a user of its own in the job", m.rejected))
 	}
 	if m.mute.What != "" && state == StateManaged {
 		problems = append(problems, m.mute)
@@ -166,7 +169,7 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 	}
 	if m.hook != before {
 		m.notListeningSince, m.sought = now, time.Time{}
-		m.listened, m.mute, m.heard = false, redirect.Problem{}, time.Time{}
+		m.listened, m.mute, m.heard = false, health.Problem{}, time.Time{}
 	}
 }
 
@@ -186,7 +189,7 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 			return StateConsul
 		}
 		m.looked = now
-		foreign, err := redirect.RedirectedByConsul(s.NetNS)
+		foreign, err := host.RedirectedByConsul(s.NetNS)
 		a.note(s.Key, m, "namespace", err)
 		if err != nil {
 			return StateUnprotected
@@ -238,7 +241,7 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 		return StateManaged
 	}
 	request.Addresses = addresses
-	if request.Mode != redirect.ModeTransparent && s.Cached {
+	if request.Mode != workload.ModeTransparent && s.Cached {
 		request.Network, request.Job = s.Network, s.Job
 	}
 	m.fresh = true
@@ -257,7 +260,7 @@ func (a *Agent) replaced(s allocation, m *allocState) bool {
 	if inode != 0 && inode == m.inode && m.cookie == s.Record.Cookie {
 		return false
 	}
-	cookie, err := redirect.Cookie(s.NetNS)
+	cookie, err := host.Cookie(s.NetNS)
 	if err != nil {
 		return false
 	}
@@ -268,8 +271,8 @@ func (a *Agent) replaced(s allocation, m *allocState) bool {
 	if s.NetNS == s.Record.NetNS {
 		return true
 	}
-	recorded, err := redirect.Cookie(s.Record.NetNS)
-	return errors.Is(err, redirect.ErrNetNSGone) || err == nil && recorded != s.Record.Cookie
+	recorded, err := host.Cookie(s.Record.NetNS)
+	return errors.Is(err, host.ErrNetNSGone) || err == nil && recorded != s.Record.Cookie
 }
 
 func inodeOf(path string) uint64 {
@@ -280,7 +283,7 @@ func inodeOf(path string) uint64 {
 	return stat.Ino
 }
 
-func (a *Agent) add(s allocation, m *allocState, request redirect.Request, why string) State {
+func (a *Agent) add(s allocation, m *allocState, request workload.Request, why string) State {
 	err := a.datapath.Add(redirect.Attachment{Key: s.Key, NetNS: s.NetNS, Request: request})
 	a.note(s.Key, m, "add", err)
 	a.progressed()
@@ -291,7 +294,7 @@ func (a *Agent) add(s allocation, m *allocState, request redirect.Request, why s
 		a.log.Info("workload added", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "mode", string(request.Mode), "why", why)
 		a.allocationArrived() // what Consul has of it is the next pass's
 		return StateManaged
-	case errors.Is(err, redirect.ErrConsulRules):
+	case errors.Is(err, host.ErrConsulRules):
 		return StateConsul
 	}
 	return StateUnprotected
@@ -313,7 +316,7 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 		if !m.cached || s.Record == nil || s.Live {
 			continue
 		}
-		if s.Record.Request.Mode == redirect.ModeTransparent {
+		if s.Record.Request.Mode == workload.ModeTransparent {
 			// Its DEL is the plugin's; where there was none, its namespace tells.
 			m.cached, a.pruned = false, time.Time{}
 			continue
@@ -331,9 +334,9 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 			a.trigger()
 		}
 	}
-	there := make(map[redirect.AttachmentID]bool, len(allocations))
+	there := make(map[workload.AttachmentID]bool, len(allocations))
 	for _, s := range allocations {
 		there[s.Key] = true
 	}
-	maps.DeleteFunc(a.allocations, func(key redirect.AttachmentID, _ *allocState) bool { return !there[key] })
+	maps.DeleteFunc(a.allocations, func(key workload.AttachmentID, _ *allocState) bool { return !there[key] })
 }

@@ -13,7 +13,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // The kinds of proxies as Consul names them.
@@ -66,7 +66,7 @@ type proxy struct {
 	ExposeCheck bool     // further listeners, which only the checks name
 	BindsAsNode bool     // a gateway without listeners of its own choosing, which Nomad gives to each in a namespace
 	Upstreams   []upstream
-	Guard       redirect.Guard // "" where the job does not ask
+	Guard       workload.Guard // "" where the job does not ask
 	Problems    []string
 }
 
@@ -196,7 +196,7 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 		})
 	}
 	if asked, ok := r.Meta[guardMeta]; ok {
-		guard := redirect.Guard(asked)
+		guard := workload.Guard(asked)
 		if _, known := guardStrength(guard); known {
 			p.Guard = guard
 		} else {

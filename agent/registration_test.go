@@ -10,8 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func sameAddrs() cmp.Option { return cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}) }
@@ -37,7 +36,7 @@ func TestParseServicesOfARealConsul(t *testing.T) {
 		},
 		{
 			ID: gateway, Kind: kindMesh, AllocID: "22222222-2222-3333-4444-555555555555", Address: netip.MustParseAddr("10.1.1.1"),
-			Self: service{Name: "gw"}, Open: []uint16{8443, 8444}, Guard: redirect.GuardEnforce,
+			Self: service{Name: "gw"}, Open: []uint16{8443, 8444}, Guard: workload.GuardEnforce,
 		},
 		{
 			ID: db + "-sidecar-proxy", Kind: kindSidecar, AllocID: "33333333-2222-3333-4444-555555555555",

@@ -13,17 +13,18 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
 const transparentMesh = `{"ProxyUserID":"101","ProxyInboundPort":20001,"ProxyOutboundPort":15001}`
 
 // transparent puts an allocation under Weir as the plugin does.
-func (n *node) transparent(id string) (ns *test.NetNS, key redirect.AttachmentID) {
+func (n *node) transparent(id string) (ns *test.NetNS, key workload.AttachmentID) {
 	n.t.Helper()
-	ns, key = test.NewNetNS(n.t), redirect.AttachmentID{ContainerID: id, IfName: "eth0"}
-	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: id}, Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+	ns, key = test.NewNetNS(n.t), workload.AttachmentID{ContainerID: id, IfName: "eth0"}
+	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: workload.Request{
+		Network: "nomad", Job: workload.Job{AllocID: id}, Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})
 	if err != nil {
 		n.t.Fatal(err)
@@ -139,8 +140,8 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 	if found := n.eventually(id, StateUnprotected); !strings.Contains(fmt.Sprint(found.Problems), errRecordMissing.Error()) {
 		t.Errorf("problems are %q, want the missing record", found.Problems)
 	}
-	err := n.Add(redirect.Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: id}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+	err := n.Add(redirect.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: workload.Request{
+		Network: "nomad", Job: workload.Job{AllocID: id}, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
 	}})
 	if err != nil {
 		t.Fatal(err)
@@ -170,7 +171,7 @@ func TestANamespaceThatCannotBeLookedAtIsNamed(t *testing.T) {
 }
 
 // whole reports what is wrong with the node, by a look of its own.
-func (n *node) whole(key redirect.AttachmentID) error {
+func (n *node) whole(key workload.AttachmentID) error {
 	status, err := n.Status()
 	if err != nil {
 		return err
@@ -182,7 +183,7 @@ func (n *node) whole(key redirect.AttachmentID) error {
 	if err != nil {
 		return err
 	}
-	if len(known) != 1 || known[0].Key != key || known[0].Request.Mode != redirect.ModeTransparent && known[0].Request.Mode != "" {
+	if len(known) != 1 || known[0].Key != key || known[0].Request.Mode != workload.ModeTransparent && known[0].Request.Mode != "" {
 		return fmt.Errorf("on record: %+v, want %s alone", known, key)
 	}
 	return nil

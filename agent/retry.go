@@ -8,12 +8,14 @@ import (
 	"log/slog"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // note remembers how a step went, tells when that changes, and sees to another
 // try.
-func (a *Agent) note(key redirect.AttachmentID, m *allocState, step string, err error) {
+func (a *Agent) note(key workload.AttachmentID, m *allocState, step string, err error) {
 	if m == nil {
 		return
 	}
@@ -48,7 +50,7 @@ func (a *Agent) note(key redirect.AttachmentID, m *allocState, step string, err 
 // and there a record that somebody else took away is told, as is an allocation
 // that libcni still names.
 func ends(err error) bool {
-	return errors.Is(err, redirect.ErrUnknown) || errors.Is(err, redirect.ErrNetNSGone)
+	return errors.Is(err, store.ErrUnknown) || errors.Is(err, host.ErrNetNSGone)
 }
 
 func (a *Agent) retryDue(now time.Time) bool {

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // What goes wrong is found in the log by the allocation's name, once.
@@ -18,7 +18,7 @@ func TestFailureNamesItsAllocation(t *testing.T) {
 	a := &Agent{log: slog.New(slog.NewTextHandler(&log, nil))}
 	m := new(allocState)
 	for range 2 {
-		a.note(redirect.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}, m, "add", errors.New("open namespace: denied"))
+		a.note(workload.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}, m, "add", errors.New("open namespace: denied"))
 	}
 	want := `msg="workload add failed" alloc_id=` + numbered(1) + ` interface=eth0 error="open namespace: denied"`
 	if strings.Count(log.String(), want) != 1 || strings.Count(log.String(), "\n") != 1 {

@@ -9,6 +9,8 @@ import (
 	"slices"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // intention is one that allows a service, named by itself, to dial another.
@@ -56,16 +58,16 @@ func transparent(proxies []proxy) []proxy {
 }
 
 // outbound is where Consul puts the listener.
-func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, redirect.DefaultOutboundPort) }
+func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, workload.DefaultOutboundPort) }
 
 // sidecars tells the mesh configuration who the proxies of the workload are. proxies are in order.
-func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known catalogData, record *redirect.Record) (problems []redirect.Problem) {
+func sidecars(o *workload.MeshConfig, proxies []proxy, mode workload.Mode, known catalogData, record *redirect.Record) (problems []health.Problem) {
 	unmeshed := slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound != 0 })
 	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound == 0 })
 	if len(proxies) == 0 { // gateways, which come in no order
 		proxies, unmeshed = unmeshed[:1], unmeshed[1:]
 	}
-	redirected := mode == redirect.ModeTransparent
+	redirected := mode == workload.ModeTransparent
 	if i := slices.IndexFunc(proxies, func(p proxy) bool { return p.Transparent }); redirected && i > 0 {
 		// Without a listener for what goes out it cannot be the first.
 		first := proxies[i]
@@ -86,7 +88,7 @@ func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known
 	}
 	take := func(port uint16, p proxy, what, remedy string) bool {
 		if other, taken := ports[port]; taken {
-			problems = append(problems, redirect.NewProblem(redirect.ProblemProxyPorts, remedy, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
+			problems = append(problems, health.NewProblem(health.ProblemProxyPorts, remedy, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
 				what, p.service().Name, port, other.service().Name)))
 			return false
 		}
@@ -94,15 +96,15 @@ func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known
 		return true
 	}
 	for _, p := range slices.Concat(proxies[1:], unmeshed) {
-		if len(o.Proxies) == redirect.MaxProxies-1 {
-			problems = append(problems, redirect.NewProblem(redirect.ProblemProxyPorts, "put it into a group of its own", fmt.Sprintf(
-				"service %s: a workload has at most %d proxies, and it has more: it gets no connections", p.service().Name, redirect.MaxProxies)))
+		if len(o.Proxies) == workload.MaxProxies-1 {
+			problems = append(problems, health.NewProblem(health.ProblemProxyPorts, "put it into a group of its own", fmt.Sprintf(
+				"service %s: a workload has at most %d proxies, and it has more: it gets no connections", p.service().Name, workload.MaxProxies)))
 			continue
 		}
 		if p.Inbound != 0 && !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {
 			continue
 		}
-		next := redirect.Sidecar{Service: p.service().Name, InboundPort: p.Inbound, ExposedPorts: known.exposed(p, record)}
+		next := workload.Sidecar{Service: p.service().Name, InboundPort: p.Inbound, ExposedPorts: known.exposed(p, record)}
 		if redirected && p.Inbound != 0 {
 			if p.Local != 0 && !services[p.Local] {
 				services[p.Local] = true
@@ -123,7 +125,7 @@ func sidecars(o *redirect.MeshConfig, proxies []proxy, mode redirect.Mode, known
 
 // ownPorts takes the ports of the first proxy, unless they are one port: then those
 // that the allocation has stay, and it is told.
-func ownPorts(o *redirect.MeshConfig, first proxy, redirected bool, record *redirect.Record) []redirect.Problem {
+func ownPorts(o *workload.MeshConfig, first proxy, redirected bool, record *redirect.Record) []health.Problem {
 	var outbound, requested uint16
 	if redirected && first.Transparent {
 		outbound = first.Outbound
@@ -131,8 +133,8 @@ func ownPorts(o *redirect.MeshConfig, first proxy, redirected bool, record *redi
 	if record != nil {
 		requested = record.Request.OutboundPort
 	}
-	if first.Inbound == cmp.Or(outbound, requested, redirect.DefaultOutboundPort) {
-		return []redirect.Problem{redirect.NewProblem(redirect.ProblemProxyPorts,
+	if first.Inbound == cmp.Or(outbound, requested, workload.DefaultOutboundPort) {
+		return []health.Problem{health.NewProblem(health.ProblemProxyPorts,
 			"give its sidecar_service another port, or set another transparent_proxy.outbound_listener_port in its service-defaults",
 			fmt.Sprintf("service %s: port %d is registered for the inbound listener and is that of the outbound one; the ports from before stay",
 				first.service().Name, first.Inbound))}
@@ -171,8 +173,8 @@ func (f catalogData) owners(proxies []proxy, record *redirect.Record) map[string
 }
 
 // onRecordOf are the virtual IPs that the proxy owned so far.
-func onRecordOf(p proxy, before redirect.MeshConfig) []netip.Addr {
-	i := slices.IndexFunc(before.Proxies, func(q redirect.Sidecar) bool { return q.Service == p.service().Name })
+func onRecordOf(p proxy, before workload.MeshConfig) []netip.Addr {
+	i := slices.IndexFunc(before.Proxies, func(q workload.Sidecar) bool { return q.Service == p.service().Name })
 	if i < 0 {
 		return nil
 	}

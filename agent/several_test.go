@@ -10,8 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func of(name string, inbound uint16, change ...func(*proxy)) proxy {
@@ -33,64 +32,64 @@ func TestDesireOfSeveralSidecars(t *testing.T) {
 		},
 		Intentions: []intention{dials("api", "both"), dials("web", "both"), dials("web", "db"), dials("api", "cache"), dials("other", "cache")},
 	}
-	second := redirect.Sidecar{Service: "web", InboundPort: 20002, OutboundPort: 15002, ServicePorts: []uint16{8081}, VirtualIPs: addrs("240.0.0.1")}
+	second := workload.Sidecar{Service: "web", InboundPort: 20002, OutboundPort: 15002, ServicePorts: []uint16{8081}, VirtualIPs: addrs("240.0.0.1")}
 	for name, c := range map[string]struct {
-		mode    redirect.Mode
+		mode    workload.Mode
 		proxies []proxy
-		want    redirect.MeshConfig
+		want    workload.MeshConfig
 		problem string
 	}{
 		"the first by the service's name, whatever the order": {
-			mode:    redirect.ModeTransparent,
+			mode:    workload.ModeTransparent,
 			proxies: []proxy{of("web", 20002, transparentAt(15002, 8081)), of("api", 20001, transparentAt(0, 8080))},
-			want:    redirect.MeshConfig{InboundPort: 20001, Service: "api", Proxies: []redirect.Sidecar{second}},
+			want:    workload.MeshConfig{InboundPort: 20001, Service: "api", Proxies: []workload.Sidecar{second}},
 		},
 		"one port for two services is the first one's": {
-			mode:    redirect.ModeTransparent,
+			mode:    workload.ModeTransparent,
 			proxies: []proxy{of("api", 20001, transparentAt(15001, 8080)), of("web", 20002, transparentAt(15002, 8080))},
-			want: redirect.MeshConfig{InboundPort: 20001, OutboundPort: 15001, Service: "api", Proxies: []redirect.Sidecar{
+			want: workload.MeshConfig{InboundPort: 20001, OutboundPort: 15001, Service: "api", Proxies: []workload.Sidecar{
 				{Service: "web", InboundPort: 20002, OutboundPort: 15002, VirtualIPs: addrs("240.0.0.1")}}},
 		},
 		"a plain sidecar beside a transparent one is not the first": {
-			mode:    redirect.ModeTransparent,
+			mode:    workload.ModeTransparent,
 			proxies: []proxy{of("api", 20001), of("web", 20002, transparentAt(15001, 0))},
-			want: redirect.MeshConfig{InboundPort: 20002, OutboundPort: 15001, Service: "web", Proxies: []redirect.Sidecar{
+			want: workload.MeshConfig{InboundPort: 20002, OutboundPort: 15001, Service: "web", Proxies: []workload.Sidecar{
 				{Service: "api", InboundPort: 20001}}},
 		},
 		"one outbound port for two proxies": {
-			mode:    redirect.ModeTransparent,
+			mode:    workload.ModeTransparent,
 			proxies: []proxy{of("api", 20001, transparentAt(0, 0)), of("web", 20002, transparentAt(15001, 8081))},
-			want: redirect.MeshConfig{InboundPort: 20001, Service: "api", Proxies: []redirect.Sidecar{
+			want: workload.MeshConfig{InboundPort: 20001, Service: "api", Proxies: []workload.Sidecar{
 				{Service: "web", InboundPort: 20002, ServicePorts: []uint16{8081}}}},
 			problem: "outbound listener of service web: port 15001 is that of service api already",
 		},
 		"one inbound port for two proxies": {
-			mode:    redirect.ModeDirect,
+			mode:    workload.ModeDirect,
 			proxies: []proxy{of("api", 20001), of("web", 20001)},
-			want:    redirect.MeshConfig{InboundPort: 20001, Service: "api"},
+			want:    workload.MeshConfig{InboundPort: 20001, Service: "api"},
 			problem: "inbound listener of service web: port 20001 is that of service api already",
 		},
 		"an upstream of both is the first proxy's": {
-			mode: redirect.ModeDirect,
+			mode: workload.ModeDirect,
 			proxies: []proxy{
 				of("web", 20002, func(p *proxy) { p.Upstreams = []upstream{to("db", "127.0.0.1:1")} }),
 				of("api", 20001, func(p *proxy) { p.Upstreams = []upstream{to("db", "127.0.0.1:2")} }),
 			},
-			want: redirect.MeshConfig{InboundPort: 20001, Service: "api", Proxies: []redirect.Sidecar{{Service: "web", InboundPort: 20002}},
-				Upstreams: []redirect.Upstream{{Name: "db", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:2")}}},
+			want: workload.MeshConfig{InboundPort: 20001, Service: "api", Proxies: []workload.Sidecar{{Service: "web", InboundPort: 20002}},
+				Upstreams: []workload.Upstream{{Name: "db", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:2")}}},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := allocation{attachment: attachment{Key: found().Key}, Record: onRecord(c.mode), Proxies: c.proxies}
-			got := planFor(s, known, policy{Guard: redirect.GuardOff})
-			c.want.Guard = redirect.GuardOff
+			got := planFor(s, known, policy{Guard: workload.GuardOff})
+			c.want.Guard = workload.GuardOff
 			if diff := cmp.Diff(&c.want, got.MeshConfig, sameAddrs()); diff != "" {
 				t.Errorf("mesh configuration (-want +got):\n%s", diff)
 			}
 			if told := fmt.Sprint(got.Problems); c.problem == "" && told != "[]" || !strings.Contains(told, c.problem) {
 				t.Errorf("problems %q, want %q", told, c.problem)
 			}
-			if err := redirect.Merge(s.Record.Request, *got.MeshConfig).Validate(); err != nil {
+			if err := workload.Merge(s.Record.Request, *got.MeshConfig).Validate(); err != nil {
 				t.Errorf("the data path would refuse it: %v", err)
 			}
 		})
@@ -98,12 +97,12 @@ func TestDesireOfSeveralSidecars(t *testing.T) {
 }
 
 func TestDesireOfTooManySidecars(t *testing.T) {
-	s := allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeDirect)}
-	for i := range redirect.MaxProxies + 1 {
+	s := allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect)}
+	for i := range workload.MaxProxies + 1 {
 		s.Proxies = append(s.Proxies, of(fmt.Sprintf("service-%d", i), uint16(20000+i)))
 	}
-	got := planFor(s, catalogData{}, policy{Guard: redirect.GuardOff})
-	if len(got.MeshConfig.Proxies) != redirect.MaxProxies-1 || len(got.Problems) != 1 || !strings.Contains(got.Problems[0].What, "service-8") {
+	got := planFor(s, catalogData{}, policy{Guard: workload.GuardOff})
+	if len(got.MeshConfig.Proxies) != workload.MaxProxies-1 || len(got.Problems) != 1 || !strings.Contains(got.Problems[0].What, "service-8") {
 		t.Errorf("%d further proxies, problems %q", len(got.MeshConfig.Proxies), got.Problems)
 	}
 }
@@ -129,9 +128,9 @@ func TestWhoIsAskedForSeveralSidecars(t *testing.T) {
 // An agent that has just started takes nothing from a proxy that Consul's answer
 // will give back.
 func TestOwnedVirtualIPsStayUntilConsulHasAnswered(t *testing.T) {
-	s := allocation{attachment: attachment{Key: found().Key}, Record: onRecord(redirect.ModeTransparent), Proxies: []proxy{
+	s := allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeTransparent), Proxies: []proxy{
 		of("api", 20001, transparentAt(15001, 0)), of("web", 20002, transparentAt(15002, 0))}}
-	s.Record.MeshConfig.Proxies = []redirect.Sidecar{{Service: "web", VirtualIPs: addrs("240.0.0.1")}}
+	s.Record.MeshConfig.Proxies = []workload.Sidecar{{Service: "web", VirtualIPs: addrs("240.0.0.1")}}
 	named := []intention{{service{Name: "web"}, service{Name: "db"}}}
 	for name, c := range map[string]struct {
 		known catalogData
@@ -142,7 +141,7 @@ func TestOwnedVirtualIPsStayUntilConsulHasAnswered(t *testing.T) {
 		"all is":                        {catalogData{Intentions: named, VirtualIPs: map[service][]netip.Addr{{Name: "db"}: addrs("240.0.0.2")}}, addrs("240.0.0.2")},
 		"all is, and it owns no longer": {catalogData{Intentions: []intention{}}, nil},
 	} {
-		got := planFor(s, c.known, policy{Guard: redirect.GuardOff}).MeshConfig.Proxies
+		got := planFor(s, c.known, policy{Guard: workload.GuardOff}).MeshConfig.Proxies
 		if len(got) != 1 || !slices.Equal(got[0].VirtualIPs, c.want) {
 			t.Errorf("%s: %+v, want %v", name, got, c.want)
 		}

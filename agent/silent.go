@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // How often the task of a proxy that does not listen is looked for: at first
@@ -25,10 +27,10 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 	known, wait := a.containers(), tick
 	started := !maps.Equal(known.Tasks, a.tasks)
 	a.tasks = known.Tasks
-	due := make(map[redirect.AttachmentID]*allocState)
+	due := make(map[workload.AttachmentID]*allocState)
 	var cookies []uint64
 	for key, m := range a.allocations {
-		if m.notListeningSince.IsZero() || m.hook == 0 || m.view.Mode == redirect.ModeDirect || m.view.Mode == redirect.ModeGateway {
+		if m.notListeningSince.IsZero() || m.hook == 0 || m.view.Mode == workload.ModeDirect || m.view.Mode == workload.ModeGateway {
 			continue // in those nothing is redirected from which the UID exempts
 		}
 		if !started && now.Before(m.sought) {
@@ -61,7 +63,7 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 	var cost time.Duration
 	if len(namespaces) > 0 {
 		began := time.Now()
-		if cgroups, err = redirect.CgroupsIn(namespaces...); err != nil {
+		if cgroups, err = host.CgroupsIn(namespaces...); err != nil {
 			a.warnOnce("look for the tasks of proxies", err)
 		}
 		cost = time.Since(began)
@@ -103,7 +105,7 @@ func (m *allocState) proxiesAmong(paths []string, known containers) map[string]u
 		if len(paths) > 1 {
 			continue
 		}
-		if id, err := redirect.CgroupID(paths[0]); err == nil { // else it ended
+		if id, err := host.CgroupID(paths[0]); err == nil { // else it ended
 			found[service] = id
 		}
 	}

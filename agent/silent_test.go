@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -25,7 +27,7 @@ func TestAgentRecognisesAProxyThatDoesNotListen(t *testing.T) {
 	rogue := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: task, UID: 101, GID: 101})
 	n.run()
 	n.eventually(id, StateManaged)
-	dial := func(client *test.Client, want redirect.Verdict) {
+	dial := func(client *test.Client, want bpfmap.Verdict) {
 		t.Helper()
 		before := n.verdictsOf(key)
 		_, _ = client.Ask("tcp4", "192.0.2.1:80") // nobody is there: the verdict counts
@@ -34,7 +36,7 @@ func TestAgentRecognisesAProxyThatDoesNotListen(t *testing.T) {
 			t.Errorf("verdicts were %v, and are %v after a dial; want one more %v", before, after, want)
 		}
 	}
-	dial(rogue, redirect.Proxy) // nothing says who the proxy is
+	dial(rogue, bpfmap.Proxy) // nothing says who the proxy is
 	for _, listens := range []bool{false, false, true} {
 		scope := scopes.Child(t, id+".connect-proxy-web.scope")
 		spec := test.Spec{NetNS: ns, Cgroup: scope, UID: 101, GID: 101}
@@ -45,12 +47,12 @@ func TestAgentRecognisesAProxyThatDoesNotListen(t *testing.T) {
 			}
 			return nil
 		}, "the proxy to be known by its task")
-		dial(rogue, redirect.RefusedNoProxy)
-		dial(proxy, redirect.Proxy)
+		dial(rogue, bpfmap.RefusedNoProxy)
+		dial(proxy, bpfmap.Proxy)
 		if listens {
 			test.EchoProcess(t, spec, "tcp4", "127.0.0.1:15001")
-			dial(rogue, redirect.Redirected)
-			dial(proxy, redirect.Proxy)
+			dial(rogue, bpfmap.Redirected)
+			dial(proxy, bpfmap.Proxy)
 			break
 		}
 		proxy.Stop()
@@ -61,7 +63,7 @@ func TestAgentRecognisesAProxyThatDoesNotListen(t *testing.T) {
 	n.eventuallyTask(id, "connect-proxy-web")
 }
 
-func (n *node) verdictsOf(key redirect.AttachmentID) map[string]uint64 {
+func (n *node) verdictsOf(key workload.AttachmentID) map[string]uint64 {
 	n.t.Helper()
 	list, err := n.Verdicts()
 	if err != nil {

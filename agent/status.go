@@ -10,7 +10,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // State says what the agent makes of an attachment.
@@ -29,15 +30,15 @@ const (
 
 // Status is the agent's view of the node.
 type Status struct {
-	Started   time.Time          `json:"started"`
-	Alive     time.Time          `json:"alive"`     // the loop's last turn
-	DataPath  string             `json:"data_path"` // what is wrong with it; empty: nothing
-	Telemetry string             `json:"telemetry"` // where metrics and health are shown; empty: nowhere
-	Docker    string             `json:"docker"`    // why what is known of containers may be old; empty: nothing
-	Consul    ConsulStatus       `json:"consul"`
-	Counts    Counts             `json:"counts"`
-	Problems  []redirect.Problem `json:"problems"` // all that is wrong, and what to do about it
-	Workloads []WorkloadView     `json:"workloads"`
+	Started   time.Time        `json:"started"`
+	Alive     time.Time        `json:"alive"`     // the loop's last turn
+	DataPath  string           `json:"data_path"` // what is wrong with it; empty: nothing
+	Telemetry string           `json:"telemetry"` // where metrics and health are shown; empty: nowhere
+	Docker    string           `json:"docker"`    // why what is known of containers may be old; empty: nothing
+	Consul    ConsulStatus     `json:"consul"`
+	Counts    Counts           `json:"counts"`
+	Problems  []health.Problem `json:"problems"` // all that is wrong, and what to do about it
+	Workloads []WorkloadView   `json:"workloads"`
 }
 
 // ConsulStatus says how good the agent's view of Consul is.
@@ -66,22 +67,22 @@ type Counts struct {
 
 // WorkloadView is the agent's view of one attachment.
 type WorkloadView struct {
-	Key   redirect.AttachmentID `json:"key"`
+	Key   workload.AttachmentID `json:"key"`
 	ID    string                `json:"id"` // allocation ID
 	Job   string                `json:"job"`
 	Group string                `json:"group"`
-	redirect.NomadNames
-	NetNS     string             `json:"netns"`
-	State     State              `json:"state"`
-	Mode      redirect.Mode      `json:"mode,omitempty"`
-	Task      string             `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
-	Guard     redirect.Guard     `json:"guard,omitempty"`
-	InSync    bool               `json:"in_sync"` // its registration in Consul is what the kernel has
-	Since     time.Time          `json:"since"`   // of State and InSync
-	Proxies   []ProxyView        `json:"proxies"`
-	Open      []uint16           `json:"open"` // ports beside the proxy's listener
-	Upstreams []UpstreamView     `json:"upstreams"`
-	Problems  []redirect.Problem `json:"problems"`
+	workload.NomadNames
+	NetNS     string           `json:"netns"`
+	State     State            `json:"state"`
+	Mode      workload.Mode    `json:"mode,omitempty"`
+	Task      string           `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
+	Guard     workload.Guard   `json:"guard,omitempty"`
+	InSync    bool             `json:"in_sync"` // its registration in Consul is what the kernel has
+	Since     time.Time        `json:"since"`   // of State and InSync
+	Proxies   []ProxyView      `json:"proxies"`
+	Open      []uint16         `json:"open"` // ports beside the proxy's listener
+	Upstreams []UpstreamView   `json:"upstreams"`
+	Problems  []health.Problem `json:"problems"`
 }
 
 // ProxyView is a proxy as Consul has it registered.
@@ -138,10 +139,10 @@ func (a *Agent) consulStatus(consul snapshot) ConsulStatus {
 }
 
 // describe is the view of one attachment.
-func describe(s allocation, state State, w plan, problems []redirect.Problem, known catalogData) WorkloadView {
+func describe(s allocation, state State, w plan, problems []health.Problem, known catalogData) WorkloadView {
 	v := WorkloadView{
 		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NomadNames: s.Job.Names(s.Key), NetNS: s.NetNS, State: state,
-		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: []redirect.Problem{},
+		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: []health.Problem{},
 	}
 	if v.ID == "" {
 		v.ID = s.Key.ContainerID

@@ -11,7 +11,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // snapshot is the last good state of Consul, and how good it is now.
@@ -24,9 +24,9 @@ type snapshot struct {
 	Hidden bool // the token may not read all of the node
 	InSync bool // the last read succeeded
 	Since  time.Time
-	Error  redirect.Problem // why it is not in sync
-	Watch  redirect.Problem // why no change tells itself; none where that is not wanted
-	Bind   redirect.Problem // why IPv4 is assumed of listeners that name no address
+	Error  health.Problem // why it is not in sync
+	Watch  health.Problem // why no change tells itself; none where that is not wanted
+	Bind   health.Problem // why IPv4 is assumed of listeners that name no address
 	Counts consulCounts
 }
 
@@ -294,7 +294,7 @@ func (f *consulWatcher) read(ctx context.Context) bool {
 	}
 	recovered := !next.InSync
 	if recovered {
-		next.InSync, next.Error, next.Since = true, redirect.Problem{}, time.Now()
+		next.InSync, next.Error, next.Since = true, health.Problem{}, time.Now()
 	}
 	assumes := bind != next.Bind
 	next.Ready, next.Bind = true, bind

@@ -11,7 +11,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // proxyCandidate is who the kernel takes for a proxy of a workload.
@@ -99,8 +100,8 @@ func isInjected(task string) bool {
 // that it should be. The kernel takes the first that listens under the proxy's
 // UID. Another task is ruled out only where the proxy's own is seen to run
 // beside it: a job may name the proxy's task as it likes.
-func (a *Agent) verifyProxyTask(key redirect.AttachmentID, m *allocState, cgroup uint64) {
-	path, err := redirect.CgroupPath(cgroup)
+func (a *Agent) verifyProxyTask(key workload.AttachmentID, m *allocState, cgroup uint64) {
+	path, err := host.CgroupPath(cgroup)
 	if errors.Is(err, fs.ErrNotExist) {
 		return // it ended; the next one is learned
 	}
@@ -150,7 +151,7 @@ func (m *allocState) tasks() string {
 // runsBeside reports whether a task that Nomad injected for the proxy, for each
 // where there are several, runs in the workload's namespace.
 func (a *Agent) runsBeside(m *allocState) bool {
-	cgroups, err := redirect.CgroupsIn(m.view.NetNS)
+	cgroups, err := host.CgroupsIn(m.view.NetNS)
 	if err != nil {
 		return false
 	}
@@ -167,7 +168,7 @@ func (a *Agent) runsBeside(m *allocState) bool {
 // whether somebody detached their lookup program, and who their proxy is.
 func (a *Agent) lookSome() {
 	var cookies []uint64
-	turn := make(map[redirect.AttachmentID]*allocState)
+	turn := make(map[workload.AttachmentID]*allocState)
 	for range min(looksPerTick, len(a.managed)) {
 		key := a.managed[a.nextLook%len(a.managed)]
 		a.nextLook++

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -54,7 +55,7 @@ func TestAgentTakesTheProxysPlaceFromAnotherTask(t *testing.T) {
 	}
 }
 
-func (n *node) cgroupOf(key redirect.AttachmentID) uint64 {
+func (n *node) cgroupOf(key workload.AttachmentID) uint64 {
 	n.t.Helper()
 	list, err := n.Workloads()
 	if err != nil {

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // passBudget bounds what one pass changes, so that nobody waits for a change that
@@ -80,8 +80,8 @@ func (a *Agent) byUrgency(allocations []allocation) {
 // apply writes the mesh configuration where it changes what is in force, and reports
 // whether it is in force now. Where this pass has changed enough it is not, and
 // the next one's.
-func (a *Agent) apply(s allocation, m *allocState, meshConfig redirect.MeshConfig) bool {
-	if k := s.Record; k != nil && k.Complete && redirect.Merge(k.Request, meshConfig).Equal(redirect.Merge(k.Request, k.MeshConfig)) {
+func (a *Agent) apply(s allocation, m *allocState, meshConfig workload.MeshConfig) bool {
+	if k := s.Record; k != nil && k.Complete && workload.Merge(k.Request, meshConfig).Equal(workload.Merge(k.Request, k.MeshConfig)) {
 		a.note(s.Key, m, "configure", nil)
 		return true
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -176,17 +177,17 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 }
 
 func TestUrgency(t *testing.T) {
-	key := func(name string) redirect.AttachmentID { return redirect.AttachmentID{ContainerID: name} }
-	known := func(guard redirect.Guard) *redirect.Record {
-		return &redirect.Record{MeshConfig: redirect.MeshConfig{Guard: guard}}
+	key := func(name string) workload.AttachmentID { return workload.AttachmentID{ContainerID: name} }
+	known := func(guard workload.Guard) *redirect.Record {
+		return &redirect.Record{MeshConfig: workload.MeshConfig{Guard: guard}}
 	}
 	allocations := []allocation{
 		{attachment: attachment{Key: key("broken")}},
-		{attachment: attachment{Key: key("configured")}, Record: known(redirect.GuardAudit)},
+		{attachment: attachment{Key: key("configured")}, Record: known(workload.GuardAudit)},
 		{attachment: attachment{Key: key("added")}, Record: known("")},
 		{attachment: attachment{Key: key("new")}},
 	}
-	a := &Agent{allocations: map[redirect.AttachmentID]*allocState{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
+	a := &Agent{allocations: map[workload.AttachmentID]*allocState{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
 	a.byUrgency(allocations)
 	var got []string
 	for _, s := range allocations {

@@ -10,7 +10,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // unmatchedProxy is what the loop remembers of a registration without a namespace.
@@ -49,13 +50,13 @@ func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Ti
 		if again := 15 * tick; !next.onNode && mayBeOnNode(lists[id]) && now.Sub(next.looked) > again {
 			next.looked, next.onNode = now, a.seenOnNode(id, lists[id])
 		}
-		var problems []redirect.Problem
+		var problems []health.Problem
 		next.state, problems = judgeUnmatched(lists[id], next.onNode)
 		if next.state != before.state {
 			next.since = now
 		}
 		a.unmatchedSince[id] = next
-		s := allocation{attachment: attachment{Key: redirect.AttachmentID{ContainerID: id}, Job: redirect.Job{AllocID: id}}, Proxies: lists[id]}
+		s := allocation{attachment: attachment{Key: workload.AttachmentID{ContainerID: id}, Job: workload.Job{AllocID: id}}, Proxies: lists[id]}
 		line := describe(s, next.state, plan{}, problems, consul.Facts)
 		line.Since = next.since
 		lines = append(lines, line)
@@ -65,16 +66,16 @@ func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Ti
 
 // judgeUnmatched says what to make of the proxies of one allocation, or of one that
 // is no allocation's. onNode says that they were seen in the node's own network.
-func judgeUnmatched(proxies []proxy, onNode bool) (State, []redirect.Problem) {
+func judgeUnmatched(proxies []proxy, onNode bool) (State, []health.Problem) {
 	switch {
 	case proxies[0].AllocID == "":
-		return StateUnclaimed, []redirect.Problem{redirect.NewProblem(redirect.ProblemUnclaimedProxy,
+		return StateUnclaimed, []health.Problem{health.NewProblem(health.ProblemUnclaimedProxy,
 			"nothing where it runs outside of Nomad; a gateway that registers itself is found by -address, or by its job's name",
 			"no allocation of this node is known to run it: its ID names none, and neither an address nor a job with a mapped port is its own; where it runs in an allocation, nothing guards it there")}
 	case onNode && mayBeOnNode(proxies) || !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode }):
 		return StateHost, nil
 	}
-	return StateUnprotected, []redirect.Problem{redirect.NewProblem(redirect.ProblemUnprotected,
+	return StateUnprotected, []health.Problem{health.NewProblem(health.ProblemUnprotected,
 		"where it runs, set cni { cache_dir, netns_dir } to where Nomad's client has them; where it has ended, 'consul services deregister' what is left of it",
 		"no network namespace of it is known on this node")}
 }

@@ -13,8 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -74,7 +74,7 @@ func TestUnmatchedProxies(t *testing.T) {
 			if wrong := len(faults) > 0; wrong != (c.want == StateUnprotected) {
 				t.Errorf("then it counts as wrong: %t, %q", wrong, faults)
 			}
-			own := allocation{attachment: attachment{Job: redirect.Job{AllocID: numbered(1)}}, Proxies: proxies}
+			own := allocation{attachment: attachment{Job: workload.Job{AllocID: numbered(1)}}, Proxies: proxies}
 			if lines := a.unmatched([]allocation{own}, consul, seen); len(lines) > 0 || len(a.unmatchedSince) > 0 {
 				t.Errorf("with a namespace: %+v, remembered %+v; want nothing", lines, a.unmatchedSince)
 			}
@@ -135,18 +135,18 @@ func TestGatewayIsSeenOnTheNode(t *testing.T) {
 func TestProblemsOfManyAllocations(t *testing.T) {
 	now := time.Now()
 	old := now.Add(-time.Hour)
-	forbidden := redirect.NewProblem(redirect.ProblemConsulForbidden, "a token", "403")
-	gone := redirect.NewProblem(redirect.ProblemStepFailed, "stop it", "its namespace is gone")
+	forbidden := health.NewProblem(health.ProblemConsulForbidden, "a token", "403")
+	gone := health.NewProblem(health.ProblemStepFailed, "stop it", "its namespace is gone")
 	status := Status{Alive: now.Add(-stuck - time.Second), DataPath: "no cgroup root", Workloads: []WorkloadView{
-		{ID: "1", Job: "web", Group: "g", State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden}},
-		{ID: "2", State: StateUnprotected, Since: old, Problems: []redirect.Problem{gone}},
-		{ID: "3", State: StateConsul, Since: old, Problems: []redirect.Problem{gone}},
-		{ID: "4", State: StateEnded, Since: old, Problems: []redirect.Problem{gone}},
-		{ID: "5", State: StateUnclaimed, Since: old, Problems: []redirect.Problem{gone}},
-		{ID: "6", State: StateUnprotected, Since: now, Problems: []redirect.Problem{gone}},
+		{ID: "1", Job: "web", Group: "g", State: StateManaged, Since: old, Problems: []health.Problem{forbidden}},
+		{ID: "2", State: StateUnprotected, Since: old, Problems: []health.Problem{gone}},
+		{ID: "3", State: StateConsul, Since: old, Problems: []health.Problem{gone}},
+		{ID: "4", State: StateEnded, Since: old, Problems: []health.Problem{gone}},
+		{ID: "5", State: StateUnclaimed, Since: old, Problems: []health.Problem{gone}},
+		{ID: "6", State: StateUnprotected, Since: now, Problems: []health.Problem{gone}},
 	}}
 	for i := 7; i < 11; i++ {
-		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []redirect.Problem{forbidden.Of("allocation "+fmt.Sprint(i), fmt.Sprint(i))}})
+		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []health.Problem{forbidden.Of("allocation "+fmt.Sprint(i), fmt.Sprint(i))}})
 	}
 	want := []string{
 		"the agent's reconcile loop has stalled for 31s [agent-stalled]", "the agent cannot repair the data path: no cgroup root [repair-failed]",

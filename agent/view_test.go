@@ -7,8 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Which of the node's proxies are an allocation's: a guard on the wrong one
@@ -16,7 +15,7 @@ import (
 func TestProxiesOfAnAllocation(t *testing.T) {
 	own := netip.MustParseAddr("10.88.0.2")
 	front := attachment{
-		Job: redirect.Job{AllocID: numbered(1), ID: "front"}, Addresses: []netip.Addr{own},
+		Job: workload.Job{AllocID: numbered(1), ID: "front"}, Addresses: []netip.Addr{own},
 		Ports: []portMapping{{HostPort: 80, ContainerPort: 9191}},
 	}
 	elsewhere := func(change func(*attachment)) attachment { a := front; change(&a); return a }

@@ -23,11 +23,11 @@ type watcher struct {
 }
 
 func newWatcher(dirs ...string) (*watcher, error) {
-	fs, err := fsnotify.NewWatcher()
+	notify, err := fsnotify.NewWatcher()
 	if err != nil {
 		return nil, fmt.Errorf("watch directories: %w", err)
 	}
-	return &watcher{dirs: dirs, fs: fs}, nil
+	return &watcher{dirs: dirs, fs: notify}, nil
 }
 
 // ensure watches what exists now and reports whether a directory is watched

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 /*
  * What no hook of a socket sees. Netfilter asks these programs in a workload's
- * namespace, where a rule of ours names them (redirect/filter.go):
+ * namespace, where a rule of ours names them (redirect/program/filter.go):
  *
  *   forward   weir_forward   what is forwarded through the namespace, to a
  *                            namespace or a machine inside of it, or from there

@@ -21,7 +21,7 @@
 /* What lets a connection go on, in the order of the rules; then what concerns a
  * listener, and never a connection; then what refuses one, to the end, so that a
  * verdict which nobody thought of refuses. Each name of a refusal begins with
- * REFUSED_. A new verdict changes the layout: see redirect/tables.go. */
+ * REFUSED_. A new verdict changes the layout: see redirect/bpfmap/tables.go. */
 enum verdict {
 	VERDICT_REDIRECTED,
 	VERDICT_PROXY,

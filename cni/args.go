@@ -7,7 +7,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Names under which Nomad hands on the request of a transparent_proxy block.
@@ -25,7 +25,7 @@ type argument struct{ key, value string }
 
 // arguments is what CNI_ARGS says to the plugin.
 type arguments struct {
-	job  redirect.Job
+	job  workload.Job
 	mesh []argument // under one of Consul's two names, in order of appearance
 	own  []argument // keys that begin with weir., sorted
 }

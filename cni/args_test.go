@@ -8,8 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func TestParseArgs(t *testing.T) {
@@ -18,7 +17,7 @@ func TestParseArgs(t *testing.T) {
 		";;=;x;=y":               {},
 		"IgnoreUnknown=true;A=b": {},
 		"NOMAD_REGION=eu;NOMAD_NAMESPACE=ns;NOMAD_JOB_ID=j=1;NOMAD_GROUP_NAME=g h;NOMAD_ALLOC_ID=a": {
-			job: redirect.Job{Region: "eu", Namespace: "ns", ID: "j=1", Group: "g h", AllocID: "a"},
+			job: workload.Job{Region: "eu", Namespace: "ns", ID: "j=1", Group: "g h", AllocID: "a"},
 		},
 		"CONSUL_IPTABLES_CONFIG={\"a\":\"b=c\"};CONSUL_NFTABLES_CONFIG=": {
 			mesh: []argument{{iptablesArg, `{"a":"b=c"}`}, {nftablesArg, ""}},

@@ -8,9 +8,10 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // build makes the allocation's network and puts its result where a chained
@@ -52,7 +53,7 @@ func (p *Plugin) checkNetwork(r caller, cmd *skel.CmdArgs, conf *netConf) error 
 		p.note(r, "repaired: "+what)
 	}
 	// Whoever cannot write a record or take the lock has seen nothing that is wrong.
-	if _, unseen := redirect.CouldNotLook(err); unseen && !errors.Is(err, redirect.ErrNetNSGone) {
+	if _, unseen := redirect.CouldNotLook(err); unseen && !errors.Is(err, host.ErrNetNSGone) {
 		p.note(r, fmt.Sprintf("network %s could not be checked or repaired in full: %v", conf.Name, err))
 		return nil
 	}
@@ -63,7 +64,7 @@ func (p *Plugin) checkNetwork(r caller, cmd *skel.CmdArgs, conf *netConf) error 
 }
 
 // collectNetwork removes what is left of attachments that are not valid.
-func (p *Plugin) collectNetwork(cmd *skel.CmdArgs, conf *netConf, valid []redirect.AttachmentID) error {
+func (p *Plugin) collectNetwork(cmd *skel.CmdArgs, conf *netConf, valid []workload.AttachmentID) error {
 	net, err := p.network(conf)
 	if err != nil {
 		return err

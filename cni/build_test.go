@@ -13,10 +13,9 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/cni/network"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"golang.org/x/sys/unix"
 )
 
 var _ Network = (*network.Network)(nil)
@@ -189,7 +188,7 @@ func TestCheckOfTheNetwork(t *testing.T) {
 	if want := fmt.Sprintf("weir: allocation %s: repaired: lo was down\n", allocID); b.stderr.String() != want {
 		t.Errorf("stderr %q: want %q", b.stderr.String(), want)
 	}
-	for err, code := range map[error]uint{redirect.ErrNetNSGone: types.ErrInvalidNetNS, errors.New("else"): CodeNetwork} {
+	for err, code := range map[error]uint{host.ErrNetNSGone: types.ErrInvalidNetNS, errors.New("else"): CodeNetwork} {
 		b.net.checkErr = err
 		wantError(t, b.Check(call(meshArgs, with(`,"prevResult":`+own()))), code, allocID)
 	}

@@ -39,8 +39,13 @@ import (
 	"github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 
+	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
@@ -48,10 +53,10 @@ import (
 // Datapath is what the plugin needs of *redirect.Datapath.
 type Datapath interface {
 	Add(redirect.Attachment) error
-	Preload(netns string) *redirect.Preloaded
-	Remove(redirect.AttachmentID) error
-	Check(key redirect.AttachmentID, netns string) (repairs []string, err error)
-	GC(network string, valid []redirect.AttachmentID) (removed []redirect.AttachmentID, err error)
+	Preload(netns string) *program.Preloaded
+	Remove(workload.AttachmentID) error
+	Check(key workload.AttachmentID, netns string) (repairs []string, err error)
+	GC(name string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error)
 	InForce(netns string) (bool, error)
 	Probe() error
 }
@@ -61,8 +66,8 @@ type Network interface {
 	Add(network.Attachment) (result *current.Result, undo func() error, err error)
 	Check(a network.Attachment, previous *current.Result) (repairs []string, err error)
 	Remove(network.Attachment) error
-	Owns(redirect.AttachmentID) bool
-	Collect(valid []redirect.AttachmentID, path string) (removed []redirect.AttachmentID, err error)
+	Owns(workload.AttachmentID) bool
+	Collect(valid []workload.AttachmentID, path string) (removed []workload.AttachmentID, err error)
 	Probe(path string) error
 }
 
@@ -70,10 +75,10 @@ type Network interface {
 // ConfigDir.
 type Plugin struct {
 	// Open gives the data path whose state lies at the given paths.
-	Open func(redirect.Paths) Datapath
+	Open func(store.Paths) Datapath
 	// Paths are the paths that the environment sets; they win over the
 	// configuration's.
-	Paths redirect.Paths
+	Paths store.Paths
 	// ConfigDir is where the operator's policy lies, as the environment says;
 	// empty leaves it to the configuration and to DefaultConfigDir.
 	ConfigDir string
@@ -111,7 +116,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 		}
 		return p.redirect(r, cmd, conf, request, nil)
 	}
-	var prepared *redirect.Preloaded
+	var prepared *program.Preloaded
 	if request != nil {
 		prepared = p.open(conf).Preload(cmd.Netns)
 		defer prepared.Close()
@@ -130,7 +135,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 }
 
 // redirect is the part of Add that a chained plugin has too.
-func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, request *redirect.Request, prepared *redirect.Preloaded) error {
+func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, request *workload.Request, prepared *program.Preloaded) error {
 	if request == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
@@ -203,9 +208,9 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, redirect.ErrNetNSGone), errors.Is(err, redirect.ErrHostNetNS):
+	case errors.Is(err, host.ErrNetNSGone), errors.Is(err, host.ErrHostNetNS):
 		return r.stepError("check redirection", err) // it was looked at
-	case errors.Is(err, redirect.ErrUnknown), errors.Is(err, redirect.ErrUnreadable), errors.Is(err, redirect.ErrNotLoaded):
+	case errors.Is(err, store.ErrUnknown), errors.Is(err, store.ErrUnreadable), errors.Is(err, bpfmap.ErrNotLoaded):
 		err = p.restore(r, cmd, args, datapath)
 	default:
 		err = r.stepError("check redirection", err)
@@ -326,8 +331,8 @@ func (p *Plugin) note(r caller, remarks ...string) {
 	}
 }
 
-func keyOf(cmd *skel.CmdArgs) redirect.AttachmentID {
-	return redirect.AttachmentID{ContainerID: cmd.ContainerID, IfName: cmd.IfName}
+func keyOf(cmd *skel.CmdArgs) workload.AttachmentID {
+	return workload.AttachmentID{ContainerID: cmd.ContainerID, IfName: cmd.IfName}
 }
 
 // refuseOwnNetNS makes skel's own refusal before a result is printed, so that

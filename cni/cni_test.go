@@ -13,9 +13,13 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
 )
 
 var _ Datapath = (*redirect.Datapath)(nil)
@@ -125,12 +129,12 @@ func TestErrorsOfTheDatapath(t *testing.T) {
 		err  error
 		code uint
 	}{
-		{redirect.ErrConsulRules, CodeConsulRules},
-		{redirect.ErrUnsupported, CodeUnsupported},
-		{redirect.ErrIncompatible, CodeIncompatible},
-		{redirect.ErrHostNetNS, types.ErrInvalidNetNS},
-		{redirect.ErrNetNSGone, types.ErrInvalidNetNS},
-		{redirect.ErrFull, CodeDatapath},
+		{host.ErrConsulRules, CodeConsulRules},
+		{probe.ErrUnsupported, CodeUnsupported},
+		{bpfmap.ErrIncompatible, CodeIncompatible},
+		{host.ErrHostNetNS, types.ErrInvalidNetNS},
+		{host.ErrNetNSGone, types.ErrInvalidNetNS},
+		{workload.ErrFull, CodeDatapath},
 		{syscall.EAGAIN, types.ErrTryAgainLater},
 		{errors.New("anything else"), CodeDatapath},
 	} {
@@ -169,7 +173,7 @@ func TestAddThatCannotAnswerIsTakenBack(t *testing.T) {
 	b := newBench()
 	b.Stdout = brokenPipe{}
 	wantError(t, b.Add(call(meshArgs, confJSON)), CodeDatapath, allocID, "print result")
-	if diff := cmp.Diff([]redirect.AttachmentID{key()}, b.fake.removed); diff != "" {
+	if diff := cmp.Diff([]workload.AttachmentID{key()}, b.fake.removed); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}
 }
@@ -190,7 +194,7 @@ func TestDelNeedsNothingButTheID(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if diff := cmp.Diff([]redirect.AttachmentID{key(), key()}, b.fake.removed); diff != "" {
+			if diff := cmp.Diff([]workload.AttachmentID{key(), key()}, b.fake.removed); diff != "" {
 				t.Errorf("removed (-want +got):\n%s", diff)
 			}
 			if b.stdout.Len() != 0 {
@@ -216,7 +220,7 @@ func TestCheckTellsWhatItRepaired(t *testing.T) {
 }
 
 func TestCheckRestoresALostRecord(t *testing.T) {
-	for _, lost := range []error{redirect.ErrUnknown, redirect.ErrNotLoaded} {
+	for _, lost := range []error{store.ErrUnknown, bpfmap.ErrNotLoaded} {
 		b, reference := newBench(), newBench()
 		b.fake.checkErr = fmt.Errorf("read record: %w", lost)
 		if err := b.Check(call(meshArgs, confJSON)); err != nil {
@@ -249,7 +253,7 @@ func TestCheckFailsOnWhatItCannotRestore(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench()
-			b.fake.checkErr, b.fake.addErr, b.present = redirect.ErrUnknown, tt.addErr, tt.present
+			b.fake.checkErr, b.fake.addErr, b.present = store.ErrUnknown, tt.addErr, tt.present
 			wantError(t, b.Check(call(tt.args, tt.stdin)), tt.code, allocID, tt.part)
 			if tt.addErr == nil && len(b.fake.added) != 0 {
 				t.Errorf("added %v: want nothing", b.fake.added)
@@ -267,9 +271,9 @@ func TestCheckThatCannotLook(t *testing.T) {
 	}{
 		"state directory is read-only":  {unix.EROFS, nil, confJSON},
 		"lock is not given up":          {unix.EAGAIN, nil, confJSON},
-		"another layout is loaded":      {redirect.ErrIncompatible, nil, confJSON},
-		"record cannot be restored":     {redirect.ErrUnreadable, unix.EROFS, confJSON},
-		"nothing to restore it from":    {redirect.ErrUnknown, nil, `{"cniVersion":"1.0.0","name":"nomad"}`},
+		"another layout is loaded":      {bpfmap.ErrIncompatible, nil, confJSON},
+		"record cannot be restored":     {store.ErrUnreadable, unix.EROFS, confJSON},
+		"nothing to restore it from":    {store.ErrUnknown, nil, `{"cniVersion":"1.0.0","name":"nomad"}`},
 		"pins are on a read-only bpffs": {fmt.Errorf("open map: %w", unix.EROFS), nil, confJSON},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -287,14 +291,14 @@ func TestCheckThatCannotLook(t *testing.T) {
 		})
 	}
 	b := newBench()
-	b.fake.checkErr, b.fake.inForce = redirect.ErrNetNSGone, true
+	b.fake.checkErr, b.fake.inForce = host.ErrNetNSGone, true
 	wantError(t, b.Check(call(meshArgs, confJSON)), types.ErrInvalidNetNS, allocID)
 }
 
 // A record that cannot be read is restored as one that is not there.
 func TestCheckRestoresAnUnreadableRecord(t *testing.T) {
 	b := newBench()
-	b.fake.checkErr = fmt.Errorf("read record: %w", redirect.ErrUnreadable)
+	b.fake.checkErr = fmt.Errorf("read record: %w", store.ErrUnreadable)
 	if err := b.Check(call(meshArgs, confJSON)); err != nil || len(b.fake.added) != 1 {
 		t.Errorf("CHECK: %v, added %v; want the record made anew", err, b.fake.added)
 	}
@@ -305,7 +309,7 @@ func TestCheckRestoresAnUnreadableRecord(t *testing.T) {
 func TestCheckLeavesConsulsRulesAlone(t *testing.T) {
 	for _, args := range []string{meshArgs, "CONSUL_IPTABLES_CONFIG={}", "CONSUL_IPTABLES_CONFIG=x"} {
 		b := newBench()
-		b.consuls, b.fake.checkErr = true, redirect.ErrUnknown
+		b.consuls, b.fake.checkErr = true, store.ErrUnknown
 		if err := b.Check(call(args, confJSON)); err != nil {
 			t.Errorf("CHECK with %q: %v", args, err)
 		}
@@ -321,28 +325,28 @@ func TestStatus(t *testing.T) {
 	if err := b.Status(cmd); err != nil {
 		t.Fatal(err)
 	}
-	b.fake.probeErr = redirect.ErrUnsupported
-	wantError(t, b.Status(cmd), types.ErrPluginNotAvailable, redirect.ErrUnsupported.Error())
+	b.fake.probeErr = probe.ErrUnsupported
+	wantError(t, b.Status(cmd), types.ErrPluginNotAvailable, probe.ErrUnsupported.Error())
 }
 
 func TestGC(t *testing.T) {
-	one := []redirect.AttachmentID{{ContainerID: "a", IfName: "eth0"}}
+	one := []workload.AttachmentID{{ContainerID: "a", IfName: "eth0"}}
 	for name, tt := range map[string]struct {
 		list string
-		want []redirect.AttachmentID
+		want []workload.AttachmentID
 		part string // of the error
 	}{
 		"valid":           {`,"cni.dev/valid-attachments":[{"containerID":"a","ifname":"eth0"}]`, one, ""},
 		"older name":      {`,"cni.dev/attachments":[{"containerID":"a","ifname":"eth0"}]`, one, ""},
-		"empty":           {`,"cni.dev/valid-attachments":[]`, []redirect.AttachmentID{}, ""},
-		"null":            {`,"cni.dev/valid-attachments":null`, []redirect.AttachmentID{}, ""},
+		"empty":           {`,"cni.dev/valid-attachments":[]`, []workload.AttachmentID{}, ""},
+		"null":            {`,"cni.dev/valid-attachments":null`, []workload.AttachmentID{}, ""},
 		"missing":         {``, nil, "cni.dev/valid-attachments: missing"},
 		"not a list":      {`,"cni.dev/valid-attachments":{}`, nil, "cni.dev/valid-attachments"},
 		"no container ID": {`,"cni.dev/valid-attachments":[{"ifname":"eth0"}]`, nil, "cni.dev/valid-attachments[0]"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench()
-			b.fake.garbage = []redirect.AttachmentID{{ContainerID: "gone", IfName: "eth0"}}
+			b.fake.garbage = []workload.AttachmentID{{ContainerID: "gone", IfName: "eth0"}}
 			err := b.GC(&skel.CmdArgs{StdinData: []byte(`{"cniVersion":"1.1.0","name":"meshy"` + tt.list + `}`)})
 			if tt.part != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.part) || !b.fake.untouched() {
@@ -353,7 +357,7 @@ func TestGC(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if diff := cmp.Diff(map[string][]redirect.AttachmentID{"meshy": tt.want}, b.fake.collected); diff != "" {
+			if diff := cmp.Diff(map[string][]workload.AttachmentID{"meshy": tt.want}, b.fake.collected); diff != "" {
 				t.Errorf("collected (-want +got):\n%s", diff)
 			}
 			if !strings.Contains(b.stderr.String(), "gone") || b.stdout.Len() != 0 {

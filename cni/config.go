@@ -9,8 +9,8 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // netConf is the plugin's configuration on stdin: what of it the plugin reads.
@@ -82,14 +82,14 @@ func (c *netConf) refuse(code uint, format string, values ...any) error {
 	return types.NewError(code, fmt.Sprintf("network %s: ", c.Name)+fmt.Sprintf(format, values...), "")
 }
 
-func (c *netConf) paths() redirect.Paths {
-	return redirect.Paths{PinDir: c.PinDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
+func (c *netConf) paths() store.Paths {
+	return store.Paths{PinDir: c.PinDir, StateDir: c.StateDir, CgroupRoot: c.CgroupRoot}
 }
 
 // validAttachments is the list that GC was given. A missing list is an error,
 // because taking it for an empty one would end every workload of the network;
 // null is how a runtime written in Go writes an empty one.
-func (c *netConf) validAttachments() ([]redirect.AttachmentID, error) {
+func (c *netConf) validAttachments() ([]workload.AttachmentID, error) {
 	list := c.Valid
 	if list == nil {
 		list = c.Attachments
@@ -101,12 +101,12 @@ func (c *netConf) validAttachments() ([]redirect.AttachmentID, error) {
 	if err := json.Unmarshal(list, &attachments); err != nil {
 		return nil, c.refuse(types.ErrDecodingFailure, "cni.dev/valid-attachments: %v", err)
 	}
-	valid := make([]redirect.AttachmentID, 0, len(attachments))
+	valid := make([]workload.AttachmentID, 0, len(attachments))
 	for i, attachment := range attachments {
 		if attachment.ContainerID == "" || attachment.IfName == "" {
 			return nil, c.refuse(types.ErrInvalidNetworkConfig, "cni.dev/valid-attachments[%d]: want containerID and ifname", i)
 		}
-		valid = append(valid, redirect.AttachmentID{ContainerID: attachment.ContainerID, IfName: attachment.IfName})
+		valid = append(valid, workload.AttachmentID{ContainerID: attachment.ContainerID, IfName: attachment.IfName})
 	}
 	return valid, nil
 }

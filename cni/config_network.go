@@ -9,11 +9,11 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
-	"golang.org/x/sys/unix"
+	"github.com/weirmesh/weir/redirect/store"
 
+	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/weirmesh/weir/cni/network"
-	"github.com/weirmesh/weir/redirect"
+	"golang.org/x/sys/unix"
 )
 
 // What a network has unless its conflist says otherwise. The subnet lies in the
@@ -209,8 +209,8 @@ func (c *netConf) names(device string) bool {
 	return last != nil && slices.ContainsFunc(last.Interfaces, func(i *current.Interface) bool { return i != nil && i.Name == device })
 }
 
-func (c *netConf) stateDir(paths redirect.Paths) string {
-	return paths.Or(c.paths()).Or(redirect.Paths{StateDir: redirect.DefaultStateDir}).StateDir
+func (c *netConf) stateDir(paths store.Paths) string {
+	return paths.Or(c.paths()).Or(store.Paths{StateDir: store.DefaultStateDir}).StateDir
 }
 
 func orTrue(value *bool) bool { return value == nil || *value }

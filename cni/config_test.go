@@ -7,17 +7,16 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 func TestPathsOfEnvironmentWinOverTheConfigurations(t *testing.T) {
 	b := newBench()
-	b.Paths = redirect.Paths{StateDir: "/env/state"}
+	b.Paths = store.Paths{StateDir: "/env/state"}
 	if err := b.Del(call("", `{"cniVersion":"1.0.0","name":"n","pinDir":"/conf/pin","stateDir":"/conf/state","cgroupRoot":"/conf/cgroup"}`)); err != nil {
 		t.Fatal(err)
 	}
-	want := redirect.Paths{PinDir: "/conf/pin", StateDir: "/env/state", CgroupRoot: "/conf/cgroup"}
+	want := store.Paths{PinDir: "/conf/pin", StateDir: "/env/state", CgroupRoot: "/conf/cgroup"}
 	if diff := cmp.Diff(want, b.fake.paths); diff != "" {
 		t.Errorf("paths (-want +got):\n%s", diff)
 	}

@@ -10,9 +10,13 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
-
 	"github.com/weirmesh/weir/cni/network"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Codes of the plugin's own errors, in the range that CNI leaves to plugins.
@@ -45,7 +49,7 @@ const (
 
 // caller is who asked, for texts.
 type caller struct {
-	job         redirect.Job
+	job         workload.Job
 	containerID string
 }
 
@@ -84,21 +88,21 @@ func (r caller) networkError(step string, cause error) error {
 
 func codeOf(err error) uint {
 	switch {
-	case errors.Is(err, redirect.ErrConsulRules):
+	case errors.Is(err, host.ErrConsulRules):
 		return CodeConsulRules
-	case errors.Is(err, redirect.ErrUnsupported):
+	case errors.Is(err, probe.ErrUnsupported):
 		return CodeUnsupported
-	case errors.Is(err, redirect.ErrIncompatible):
+	case errors.Is(err, bpfmap.ErrIncompatible):
 		return CodeIncompatible
-	case errors.Is(err, redirect.ErrOtherInstance):
+	case errors.Is(err, program.ErrOtherInstance):
 		return CodeOtherInstance
 	case errors.Is(err, network.ErrForward):
 		return CodeForward
 	case errors.Is(err, network.ErrMissing):
 		return CodeMissing
-	case errors.Is(err, redirect.ErrHostNetNS), errors.Is(err, redirect.ErrNetNSGone):
+	case errors.Is(err, host.ErrHostNetNS), errors.Is(err, host.ErrNetNSGone):
 		return types.ErrInvalidNetNS
-	case errors.Is(err, redirect.ErrUnknown):
+	case errors.Is(err, store.ErrUnknown):
 		return types.ErrUnknownContainer
 	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY), errors.Is(err, network.ErrInUse):
 		return types.ErrTryAgainLater
@@ -109,17 +113,17 @@ func codeOf(err error) uint {
 
 func remedyFor(err error) string {
 	switch {
-	case errors.Is(err, redirect.ErrConsulRules):
+	case errors.Is(err, host.ErrConsulRules):
 		return "stop the allocation: a new one gets a clean namespace, but where Consul's own plugin is in the same conflist: take one of the two out"
-	case errors.Is(err, redirect.ErrUnsupported):
+	case errors.Is(err, probe.ErrUnsupported):
 		return "Linux 6.1 or newer is needed, with the root of cgroup v2 mounted; `weir status` names what is missing"
-	case errors.Is(err, redirect.ErrOtherInstance):
+	case errors.Is(err, program.ErrOtherInstance):
 		return "end the allocation with the pin_dir and state_dir that it was started with, or unload the other instance of Weir"
-	case errors.Is(err, redirect.ErrIncompatible):
+	case errors.Is(err, bpfmap.ErrIncompatible):
 		return "run `weir load`, or restart the agent, with the version of the plugin: running workloads come along"
-	case errors.Is(err, redirect.ErrHostNetNS):
+	case errors.Is(err, host.ErrHostNetNS):
 		return "use network mode bridge or cni/*: the host's own namespace is never redirected"
-	case errors.Is(err, redirect.ErrNetNSGone):
+	case errors.Is(err, host.ErrNetNSGone):
 		return "the namespace ended while the plugin ran; Nomad makes a new one"
 	case errors.Is(err, network.ErrForward):
 		return "let the bridge through with the program that owns the chain, as by `iptables-legacy -I FORWARD -i <bridge> -j ACCEPT` and the same with -o, or `firewall-cmd --zone=trusted --add-interface=<bridge>`"
@@ -127,7 +131,7 @@ func remedyFor(err error) string {
 		return "install what is named; the reference CNI plugins belong into Nomad's cni_path"
 	case errors.Is(err, syscall.EAGAIN):
 		return "try again; a process that keeps the lock must end, since nothing on the node can change meanwhile"
-	case errors.Is(err, redirect.ErrFull):
+	case errors.Is(err, workload.ErrFull):
 		return "the node holds no more: fewer allocations, or fewer exclusions in their jobs"
 	case errors.Is(err, network.ErrInUse):
 		return "stop the allocation, where Nomad has not: its tasks stay in the old namespace, another allocation's start in a new one"

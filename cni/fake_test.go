@@ -13,24 +13,27 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 
+	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
 // fakeDatapath records what it was asked for and answers as it was told.
 type fakeDatapath struct {
-	paths     redirect.Paths
+	paths     store.Paths
 	added     []redirect.Attachment
-	removed   []redirect.AttachmentID
-	checked   []redirect.AttachmentID
-	collected map[string][]redirect.AttachmentID
+	removed   []workload.AttachmentID
+	checked   []workload.AttachmentID
+	collected map[string][]workload.AttachmentID
 
 	addErr, removeErr, checkErr, collectErr, probeErr error
 	repaired                                          []string
 	inForce                                           bool
-	garbage                                           []redirect.AttachmentID
+	garbage                                           []workload.AttachmentID
 }
 
 func (f *fakeDatapath) Add(a redirect.Attachment) error {
@@ -38,20 +41,20 @@ func (f *fakeDatapath) Add(a redirect.Attachment) error {
 	return f.addErr
 }
 
-func (f *fakeDatapath) Preload(string) *redirect.Preloaded { return nil }
+func (f *fakeDatapath) Preload(string) *program.Preloaded { return nil }
 
-func (f *fakeDatapath) Remove(key redirect.AttachmentID) error {
+func (f *fakeDatapath) Remove(key workload.AttachmentID) error {
 	f.removed = append(f.removed, key)
 	return f.removeErr
 }
 
-func (f *fakeDatapath) Check(key redirect.AttachmentID, _ string) ([]string, error) {
+func (f *fakeDatapath) Check(key workload.AttachmentID, _ string) ([]string, error) {
 	f.checked = append(f.checked, key)
 	return f.repaired, f.checkErr
 }
 
-func (f *fakeDatapath) GC(network string, valid []redirect.AttachmentID) ([]redirect.AttachmentID, error) {
-	f.collected = map[string][]redirect.AttachmentID{network: valid}
+func (f *fakeDatapath) GC(network string, valid []workload.AttachmentID) ([]workload.AttachmentID, error) {
+	f.collected = map[string][]workload.AttachmentID{network: valid}
 	return f.garbage, f.collectErr
 }
 
@@ -98,9 +101,9 @@ func (f *fakeNetwork) Remove(network.Attachment) error {
 	return f.removeErr
 }
 
-func (f *fakeNetwork) Owns(redirect.AttachmentID) bool { return f.owns }
+func (f *fakeNetwork) Owns(workload.AttachmentID) bool { return f.owns }
 
-func (f *fakeNetwork) Collect(valid []redirect.AttachmentID, _ string) ([]redirect.AttachmentID, error) {
+func (f *fakeNetwork) Collect(valid []workload.AttachmentID, _ string) ([]workload.AttachmentID, error) {
 	f.calls = append(f.calls, fmt.Sprintf("GC %v", valid))
 	return nil, nil
 }
@@ -123,7 +126,7 @@ type bench struct {
 func newBench() *bench {
 	b := &bench{fake: &fakeDatapath{}, net: &fakeNetwork{}, present: []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("172.26.64.2")}}
 	b.Plugin = Plugin{
-		Open: func(paths redirect.Paths) Datapath {
+		Open: func(paths store.Paths) Datapath {
 			b.fake.paths = paths
 			return b.fake
 		},
@@ -156,7 +159,7 @@ func call(args, stdin string) *skel.CmdArgs {
 	}
 }
 
-func key() redirect.AttachmentID { return redirect.AttachmentID{ContainerID: allocID, IfName: "eth0"} }
+func key() workload.AttachmentID { return workload.AttachmentID{ContainerID: allocID, IfName: "eth0"} }
 
 // recorded is one request as Nomad sent it, with the answer of consul-cni.
 type recorded struct {

@@ -12,9 +12,8 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
-
 	"github.com/weirmesh/weir/cni/request"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // FuzzStdin holds the configuration that a runtime hands over: it is refused by a CNI
@@ -84,10 +83,10 @@ func FuzzConsulConfig(f *testing.F) {
 			t.Fatalf("%q: taken, and %d workloads were added", config, len(b.fake.added))
 		}
 		request := b.fake.added[0].Request
-		if err := redirect.Merge(request, redirect.MeshConfig{}).Validate(); err != nil {
+		if err := workload.Merge(request, workload.MeshConfig{}).Validate(); err != nil {
 			t.Errorf("%q: the data path would refuse it: %v", config, err)
 		}
-		if request.Mode != redirect.ModeTransparent {
+		if request.Mode != workload.ModeTransparent {
 			t.Errorf("%q: the mode is %s", config, request.Mode)
 		}
 	})

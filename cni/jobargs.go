@@ -11,7 +11,7 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/cni/request"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // jobArg is a key of network.cni.args that is Weir's.
@@ -42,7 +42,7 @@ func jobArgNames() string { return strings.Join(request.JobArgs(), ", ") }
 
 // jobRequest is a request while a job's arguments are applied to it.
 type jobRequest struct {
-	redirect.Request
+	workload.Request
 	consul bool // it began as Consul's: what that says must not be contradicted
 }
 
@@ -69,8 +69,8 @@ func (asked *jobRequest) withJobArgs(args []argument, mesh *meshConfig, operator
 	if err := operator.allow(args); err != nil {
 		return err
 	}
-	if asked.Mode == redirect.ModeTransparent && asked.OutboundPort == 0 {
-		asked.OutboundPort = redirect.DefaultOutboundPort
+	if asked.Mode == workload.ModeTransparent && asked.OutboundPort == 0 {
+		asked.OutboundPort = workload.DefaultOutboundPort
 	}
 	if asked.InboundPort != 0 && asked.InboundPort == asked.OutboundPort {
 		return fmt.Errorf("port %d: the proxy's inbound and outbound listener cannot both have it", asked.InboundPort)
@@ -80,8 +80,8 @@ func (asked *jobRequest) withJobArgs(args []argument, mesh *meshConfig, operator
 
 // finish is the request, with a note where the proxy's inbound listener is not
 // in it.
-func (asked *jobRequest) finish(mesh *meshConfig) redirect.Request {
-	if asked.Mode == redirect.ModeTransparent && asked.InboundPort == 0 {
+func (asked *jobRequest) finish(mesh *meshConfig) workload.Request {
+	if asked.Mode == workload.ModeTransparent && asked.InboundPort == 0 {
 		what := ownPrefix + "inbound-port missing"
 		if mesh != nil {
 			what = "ProxyInboundPort 0"
@@ -129,32 +129,32 @@ func agree[T comparable](asked *jobRequest, theirs, ours T) error {
 }
 
 func (asked *jobRequest) wantTransparent() error {
-	if asked.Mode != redirect.ModeTransparent {
+	if asked.Mode != workload.ModeTransparent {
 		return fmt.Errorf("says nothing in mode %s, where no connection is redirected", asked.Mode)
 	}
 	return nil
 }
 
 func applyMode(value string, asked *jobRequest) error {
-	mode := redirect.Mode(value)
+	mode := workload.Mode(value)
 	switch mode {
-	case redirect.ModeTransparent, redirect.ModeDirect, redirect.ModeGateway:
+	case workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway:
 	default:
-		return fmt.Errorf("want %s, %s or %s", redirect.ModeTransparent, redirect.ModeDirect, redirect.ModeGateway)
+		return fmt.Errorf("want %s, %s or %s", workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway)
 	}
-	if asked.consul && mode != redirect.ModeTransparent {
-		return fmt.Errorf("the job has a transparent_proxy block, which is mode %s", redirect.ModeTransparent)
+	if asked.consul && mode != workload.ModeTransparent {
+		return fmt.Errorf("the job has a transparent_proxy block, which is mode %s", workload.ModeTransparent)
 	}
 	asked.Mode = mode
 	return nil
 }
 
 func applyGuard(value string, asked *jobRequest) error {
-	guard := redirect.Guard(value)
+	guard := workload.Guard(value)
 	switch guard {
-	case redirect.GuardAudit, redirect.GuardEnforce:
+	case workload.GuardAudit, workload.GuardEnforce:
 	default:
-		return fmt.Errorf("want %s or %s: a job strengthens the guard and never weakens it", redirect.GuardAudit, redirect.GuardEnforce)
+		return fmt.Errorf("want %s or %s: a job strengthens the guard and never weakens it", workload.GuardAudit, workload.GuardEnforce)
 	}
 	asked.Guard = guard
 	return nil
@@ -204,13 +204,13 @@ func applyDNS(value string, asked *jobRequest) error {
 	if err := asked.wantTransparent(); err != nil {
 		return err
 	}
-	var dns redirect.DNS
+	var dns workload.DNS
 	if server, err := netip.ParseAddrPort(value); err == nil {
-		dns = redirect.DNS{Address: server.Addr(), Port: server.Port()}
+		dns = workload.DNS{Address: server.Addr(), Port: server.Port()}
 	} else if dns.Address, err = netip.ParseAddr(value); err != nil {
 		return errors.New("want a resolver's address, with :port where that is not 53, and in brackets then where it is IPv6")
 	} else {
-		dns.Port = redirect.DefaultDNSPort
+		dns.Port = workload.DefaultDNSPort
 	}
 	if dns.Address.Zone() != "" || dns.Address.IsUnspecified() || dns.Address.IsMulticast() || dns.Port == 0 {
 		return errors.New("not an address of a server")

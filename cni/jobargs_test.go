@@ -11,9 +11,9 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/cni/request"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // confWith is a network configuration with more keys.
@@ -29,68 +29,68 @@ func everyJobArg() string {
 func ownArgs(args string) string { return "NOMAD_ALLOC_ID=" + allocID + ";" + args }
 
 // ownBase is what an allocation asks for that says no more than its mode.
-func ownBase(mode redirect.Mode) redirect.Request {
-	request := redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: allocID}, Mode: mode, ProxyUID: 101,
+func ownBase(mode workload.Mode) workload.Request {
+	request := workload.Request{
+		Network: "nomad", Job: workload.Job{AllocID: allocID}, Mode: mode, ProxyUID: 101,
 		Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.2")},
 	}
-	if mode == redirect.ModeTransparent {
-		request.OutboundPort = redirect.DefaultOutboundPort
+	if mode == workload.ModeTransparent {
+		request.OutboundPort = workload.DefaultOutboundPort
 	}
 	return request
 }
 
 func TestJobArguments(t *testing.T) {
 	unknownInbound := "weir.inbound-port missing: the request does not name the proxy's inbound listener; inbound connections are refused until it is known"
-	for args, change := range map[string]func(*redirect.Request){
-		"weir.mode=transparent":                           func(r *redirect.Request) { r.Notes = []string{unknownInbound} },
-		"weir.mode= transparent ;weir.inbound-port=20000": func(r *redirect.Request) { r.InboundPort = 20000 },
-		"weir.mode=transparent;weir.inbound-port=20000;weir.outbound-port=15009;weir.proxy-uid=4294967294;weir.guard=enforce": func(r *redirect.Request) {
-			r.InboundPort, r.OutboundPort, r.ProxyUID, r.Guard = 20000, 15009, 4294967294, redirect.GuardEnforce
+	for args, change := range map[string]func(*workload.Request){
+		"weir.mode=transparent":                           func(r *workload.Request) { r.Notes = []string{unknownInbound} },
+		"weir.mode= transparent ;weir.inbound-port=20000": func(r *workload.Request) { r.InboundPort = 20000 },
+		"weir.mode=transparent;weir.inbound-port=20000;weir.outbound-port=15009;weir.proxy-uid=4294967294;weir.guard=enforce": func(r *workload.Request) {
+			r.InboundPort, r.OutboundPort, r.ProxyUID, r.Guard = 20000, 15009, 4294967294, workload.GuardEnforce
 		},
-		"weir.mode=transparent;weir.inbound-port=15001;weir.outbound-port=15002": func(r *redirect.Request) {
+		"weir.mode=transparent;weir.inbound-port=15001;weir.outbound-port=15002": func(r *workload.Request) {
 			r.InboundPort, r.OutboundPort = 15001, 15002
 		},
-		"weir.mode=transparent;weir.inbound-port=1;weir.dns=10.99.0.1:8600": func(r *redirect.Request) {
-			r.InboundPort, r.DNS = 1, redirect.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600}
+		"weir.mode=transparent;weir.inbound-port=1;weir.dns=10.99.0.1:8600": func(r *workload.Request) {
+			r.InboundPort, r.DNS = 1, workload.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600}
 		},
-		"weir.mode=transparent;weir.inbound-port=1;weir.dns=fd99::53": func(r *redirect.Request) {
-			r.InboundPort, r.DNS = 1, redirect.DNS{Address: netip.MustParseAddr("fd99::53"), Port: 53}
+		"weir.mode=transparent;weir.inbound-port=1;weir.dns=fd99::53": func(r *workload.Request) {
+			r.InboundPort, r.DNS = 1, workload.DNS{Address: netip.MustParseAddr("fd99::53"), Port: 53}
 		},
-		"weir.mode=transparent;weir.inbound-port=1;weir.dns=[fd99::53]:8600": func(r *redirect.Request) {
-			r.InboundPort, r.DNS = 1, redirect.DNS{Address: netip.MustParseAddr("fd99::53"), Port: 8600}
+		"weir.mode=transparent;weir.inbound-port=1;weir.dns=[fd99::53]:8600": func(r *workload.Request) {
+			r.InboundPort, r.DNS = 1, workload.DNS{Address: netip.MustParseAddr("fd99::53"), Port: 8600}
 		},
-		"weir.mode=transparent;weir.inbound-port=1;weir.exclude-outbound-ports=ssh@22, metrics@9102,8000:8002,22": func(r *redirect.Request) {
+		"weir.mode=transparent;weir.inbound-port=1;weir.exclude-outbound-ports=ssh@22, metrics@9102,8000:8002,22": func(r *workload.Request) {
 			r.InboundPort, r.ExcludeOutboundPorts = 1, []uint16{22, 8000, 8001, 8002, 9102}
 			r.Notes = []string{"the job excludes outbound ports ssh@22, metrics@9102, 8000:8002, 22"}
 		},
-		"weir.mode=transparent;weir.inbound-port=1;weir.exclude-outbound-cidrs=db@10.1.2.3/8,db:fd99::/64": func(r *redirect.Request) {
+		"weir.mode=transparent;weir.inbound-port=1;weir.exclude-outbound-cidrs=db@10.1.2.3/8,db:fd99::/64": func(r *workload.Request) {
 			r.InboundPort = 1
 			r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8"), netip.MustParsePrefix("db:fd99::/64")}
 			r.Notes = []string{"the job excludes outbound CIDRs db@10.1.2.3/8, db:fd99::/64"}
 		},
-		"weir.mode=transparent;weir.inbound-port=1;weir.exclude-uids=backup@1200,0;weir.exclude-inbound-ports=health@7071": func(r *redirect.Request) {
+		"weir.mode=transparent;weir.inbound-port=1;weir.exclude-uids=backup@1200,0;weir.exclude-inbound-ports=health@7071": func(r *workload.Request) {
 			r.InboundPort, r.ExcludeUIDs, r.ExcludeInboundPorts = 1, []uint32{0, 1200}, []uint16{7071}
 			r.Notes = []string{"the job excludes inbound ports health@7071", "the job excludes UIDs backup@1200, 0"}
 		},
 	} {
 		t.Run(args, func(t *testing.T) {
-			want := ownBase(redirect.ModeTransparent)
+			want := ownBase(workload.ModeTransparent)
 			change(&want)
 			wantRequest(t, ownArgs(args), everyJobArg(), want)
 		})
 	}
-	forwarding := ownBase(redirect.ModeDirect)
+	forwarding := ownBase(workload.ModeDirect)
 	forwarding.Forward = true
 	wantRequest(t, ownArgs("weir.mode=direct;weir.forward=true"), everyJobArg(), forwarding)
-	direct := ownBase(redirect.ModeDirect)
-	direct.Guard, direct.ExcludeInboundPorts, direct.ProxyUID = redirect.GuardEnforce, []uint16{8080}, 7
+	direct := ownBase(workload.ModeDirect)
+	direct.Guard, direct.ExcludeInboundPorts, direct.ProxyUID = workload.GuardEnforce, []uint16{8080}, 7
 	direct.Notes = []string{"the job excludes inbound ports http@8080"}
 	wantRequest(t, ownArgs("weir.mode=direct;weir.guard=enforce;weir.exclude-inbound-ports=http@8080;weir.proxy-uid=7"), everyJobArg(), direct)
-	wantRequest(t, ownArgs("weir.mode=gateway"), everyJobArg(), ownBase(redirect.ModeGateway))
+	wantRequest(t, ownArgs("weir.mode=gateway"), everyJobArg(), ownBase(workload.ModeGateway))
 }
 
-func wantRequest(t *testing.T, args, conf string, want redirect.Request) {
+func wantRequest(t *testing.T, args, conf string, want workload.Request) {
 	t.Helper()
 	b := newBench()
 	if err := b.Add(call(args, conf)); err != nil {
@@ -180,7 +180,7 @@ func TestJobArgumentsBesideATransparentProxyBlock(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := b.fake.added[0].Request
-	want.Guard = redirect.GuardEnforce
+	want.Guard = workload.GuardEnforce
 	wantRequest(t, consul+args, everyJobArg(), want)
 
 	want.ExcludeInboundPorts, want.ExcludeOutboundPorts, want.ExcludeUIDs = []uint16{7071, 7072}, []uint16{22, 7777}, []uint32{5, 1200}
@@ -202,8 +202,8 @@ func TestJobArgumentsBesideATransparentProxyBlock(t *testing.T) {
 // What the block leaves open, such as the inbound port of a custom
 // sidecar_service.port, an argument fills.
 func TestJobArgumentsFillWhatTheBlockLeavesOpen(t *testing.T) {
-	want := ownBase(redirect.ModeTransparent)
-	want.InboundPort, want.DNS = 20000, redirect.DNS{Address: netip.MustParseAddr("10.0.0.1"), Port: 53}
+	want := ownBase(workload.ModeTransparent)
+	want.InboundPort, want.DNS = 20000, workload.DNS{Address: netip.MustParseAddr("10.0.0.1"), Port: 53}
 	wantRequest(t, ownArgs(`CONSUL_IPTABLES_CONFIG={"ProxyUserID":"101","ProxyInboundPort":0};weir.inbound-port=20000;weir.dns=10.0.0.1`), everyJobArg(), want)
 }
 
@@ -213,11 +213,11 @@ func TestCheckReadsJobArguments(t *testing.T) {
 	if err := b.Check(call(args, confJSON)); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]redirect.AttachmentID{key()}, b.fake.checked); diff != "" {
+	if diff := cmp.Diff([]workload.AttachmentID{key()}, b.fake.checked); diff != "" {
 		t.Errorf("checked (-want +got):\n%s", diff)
 	}
 	lost, reference := newBench(), newBench()
-	lost.fake.checkErr = redirect.ErrUnknown
+	lost.fake.checkErr = store.ErrUnknown
 	if err := lost.Check(call(args, confJSON)); err != nil {
 		t.Fatal(err)
 	}
@@ -257,13 +257,13 @@ func FuzzJobArguments(f *testing.F) {
 			return
 		}
 		request := b.fake.added[0].Request
-		if err := redirect.Merge(request, redirect.MeshConfig{}).Validate(); err != nil {
+		if err := workload.Merge(request, workload.MeshConfig{}).Validate(); err != nil {
 			t.Errorf("%q: the data path would refuse it: %v", args, err)
 		}
-		if redirect.Merge(request, redirect.MeshConfig{Guard: redirect.GuardEnforce}).Guard != redirect.GuardEnforce {
+		if workload.Merge(request, workload.MeshConfig{Guard: workload.GuardEnforce}).Guard != workload.GuardEnforce {
 			t.Errorf("%q weakens the guard", args)
 		}
-		if request.Mode != redirect.ModeTransparent && (request.InboundPort != 0 || len(request.ExcludeOutboundPorts) > 0) {
+		if request.Mode != workload.ModeTransparent && (request.InboundPort != 0 || len(request.ExcludeOutboundPorts) > 0) {
 			t.Errorf("%q: request %+v", args, request)
 		}
 	})

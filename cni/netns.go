@@ -10,9 +10,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"github.com/weirmesh/weir/redirect/host"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // AddressesIn lists the addresses in the network namespace at path, of both
@@ -20,7 +19,7 @@ import (
 func AddressesIn(path string) ([]netip.Addr, error) {
 	handle, err := netns.GetFromPath(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("open namespace %s: %w", path, redirect.ErrNetNSGone)
+		return nil, fmt.Errorf("open namespace %s: %w", path, host.ErrNetNSGone)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open namespace %s: %w", path, err)

@@ -8,7 +8,7 @@ import (
 	"slices"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -34,7 +34,7 @@ func TestAddressesIn(t *testing.T) {
 }
 
 func TestAddressesInNoNamespace(t *testing.T) {
-	if _, err := AddressesIn(t.TempDir() + "/gone"); !errors.Is(err, redirect.ErrNetNSGone) {
-		t.Errorf("error %v: want %v", err, redirect.ErrNetNSGone)
+	if _, err := AddressesIn(t.TempDir() + "/gone"); !errors.Is(err, host.ErrNetNSGone) {
+		t.Errorf("error %v: want %v", err, host.ErrNetNSGone)
 	}
 }

@@ -6,13 +6,13 @@ import (
 	"encoding/json"
 
 	"github.com/weirmesh/weir/cni/network"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Attached is an allocation whose network the plugin built.
 type Attached struct {
-	Key     redirect.AttachmentID
-	Job     redirect.Job
+	Key     workload.AttachmentID
+	Job     workload.Job
 	Network string          // its name
 	NetNS   string          // path
 	Cookie  uint64          // of the namespace; 0 where the record is of an earlier boot

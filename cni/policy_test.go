@@ -11,8 +11,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // configured is a bench whose node has files of the agent's configuration.
@@ -132,7 +131,7 @@ func TestProxyUIDOfTheNode(t *testing.T) {
 	if err := b.Add(call(ownArgs("weir.mode=direct"), confJSON)); err != nil {
 		t.Fatal(err)
 	}
-	if got := b.fake.added[0].Request; got.ProxyUID != 200000 || got.Mode != redirect.ModeDirect {
+	if got := b.fake.added[0].Request; got.ProxyUID != 200000 || got.Mode != workload.ModeDirect {
 		t.Errorf("request %+v", got)
 	}
 }

@@ -13,21 +13,21 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // consulDNS is the resolver of the recorded node.
-func consulDNS() redirect.DNS {
-	return redirect.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600}
+func consulDNS() workload.DNS {
+	return workload.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600}
 }
 
 // recordedJob is the part that all recorded requests have in common.
-func recordedJob(job, alloc, network, address string, inbound uint16) redirect.Request {
-	return redirect.Request{
+func recordedJob(job, alloc, network, address string, inbound uint16) workload.Request {
+	return workload.Request{
 		Network:      network,
-		Job:          redirect.Job{Region: "global", Namespace: "default", ID: job, Group: "g", AllocID: alloc},
-		Mode:         redirect.ModeTransparent,
+		Job:          workload.Job{Region: "global", Namespace: "default", ID: job, Group: "g", AllocID: alloc},
+		Mode:         workload.ModeTransparent,
 		ProxyUID:     1101,
 		InboundPort:  inbound,
 		OutboundPort: 15001,
@@ -38,9 +38,9 @@ func recordedJob(job, alloc, network, address string, inbound uint16) redirect.R
 
 // wantRecorded are the requests that the recorded ADDs of valid jobs must
 // give, by container ID: those that consul-cni fails, too.
-func wantRecorded() map[string]redirect.Request {
-	want := make(map[string]redirect.Request)
-	set := func(request redirect.Request) { want[request.Job.AllocID] = request }
+func wantRecorded() map[string]workload.Request {
+	want := make(map[string]workload.Request)
+	set := func(request workload.Request) { want[request.Job.AllocID] = request }
 
 	set(recordedJob("j1", "b412a0b1-e285-703a-01ba-3d1b2e2228f7", "nomad", "172.26.64.13", 23435))
 
@@ -64,7 +64,7 @@ func wantRecorded() map[string]redirect.Request {
 	}
 
 	noDNS := recordedJob("j3", "e1e94d7f-a771-6048-22e6-b21eb2edfad7", "nomad", "172.26.64.16", 26925)
-	noDNS.DNS = redirect.DNS{}
+	noDNS.DNS = workload.DNS{}
 	set(noDNS)
 
 	expose := recordedJob("j4", "8044a887-0872-e347-e09e-386c0fb8702d", "nomad", "172.26.64.18", 21375)
@@ -142,7 +142,7 @@ func withMode(t *testing.T, scenario string, record recorded) recorded {
 	return record
 }
 
-func testRecordedAdd(t *testing.T, b *bench, scenario string, record recorded, want map[string]redirect.Request) {
+func testRecordedAdd(t *testing.T, b *bench, scenario string, record recorded, want map[string]workload.Request) {
 	cmd := record.call()
 	err := b.Add(cmd)
 	if scenario == "user-args" { // {"ProxyInboundPort":1}, written by the job's author
@@ -173,7 +173,7 @@ func testRecordedAdd(t *testing.T, b *bench, scenario string, record recorded, w
 		}
 		return
 	}
-	attachment := redirect.Attachment{Key: redirect.AttachmentID{ContainerID: cmd.ContainerID, IfName: "eth0"}, NetNS: cmd.Netns, Request: request}
+	attachment := redirect.Attachment{Key: workload.AttachmentID{ContainerID: cmd.ContainerID, IfName: "eth0"}, NetNS: cmd.Netns, Request: request}
 	if diff := cmp.Diff([]redirect.Attachment{attachment}, b.fake.added, cmp.Comparer(equalAddrs), cmp.Comparer(equalPrefixes)); diff != "" {
 		t.Errorf("added (-want +got):\n%s", diff)
 	}

@@ -14,8 +14,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // meshConfig is Consul's redirection config as Nomad sends it. The fields stay
@@ -58,7 +58,7 @@ func (r caller) mesh(args arguments) (*meshConfig, error) {
 // the job's own arguments, or by both, where the second add to the first; nil
 // where it asks for nothing. It has no addresses yet. Its errors name the
 // allocation and the field or the key.
-func (p *Plugin) request(r caller, args arguments, conf *netConf) (*redirect.Request, error) {
+func (p *Plugin) request(r caller, args arguments, conf *netConf) (*workload.Request, error) {
 	if args.none() {
 		return nil, nil
 	}
@@ -66,7 +66,7 @@ func (p *Plugin) request(r caller, args arguments, conf *netConf) (*redirect.Req
 	if err != nil {
 		return nil, err
 	}
-	asked := jobRequest{Request: redirect.Request{Network: conf.Name, Job: r.job}, consul: mesh != nil}
+	asked := jobRequest{Request: workload.Request{Network: conf.Name, Job: r.job}, consul: mesh != nil}
 	if mesh != nil {
 		if err := mesh.decode(&asked.Request); err != nil {
 			return nil, r.argError(types.ErrInvalidEnvironmentVariables, err.Error())
@@ -92,7 +92,7 @@ func (p *Plugin) request(r caller, args arguments, conf *netConf) (*redirect.Req
 
 // attachment is the request for the namespace of a call, with the addresses
 // that the result names.
-func (r caller) attachment(cmd *skel.CmdArgs, conf *netConf, request redirect.Request) (redirect.Attachment, error) {
+func (r caller) attachment(cmd *skel.CmdArgs, conf *netConf, request workload.Request) (redirect.Attachment, error) {
 	var err error
 	if request.Addresses, err = conf.previous.addresses(); err != nil {
 		return redirect.Attachment{}, r.argError(types.ErrInvalidNetworkConfig, fmt.Sprintf("prevResult: %v", err))
@@ -101,12 +101,12 @@ func (r caller) attachment(cmd *skel.CmdArgs, conf *netConf, request redirect.Re
 }
 
 // decode fills a request with what the config says.
-func (m *meshConfig) decode(request *redirect.Request) error {
-	request.Mode = redirect.ModeTransparent
+func (m *meshConfig) decode(request *workload.Request) error {
+	request.Mode = workload.ModeTransparent
 	fields := []struct {
 		name   string
 		value  json.RawMessage
-		decode func(json.RawMessage, *redirect.Request) error
+		decode func(json.RawMessage, *workload.Request) error
 	}{
 		{"ProxyUserID", m.ProxyUserID, decodeProxyUID},
 		{"ProxyInboundPort", m.ProxyInboundPort, decodeInboundPort},
@@ -126,7 +126,7 @@ func (m *meshConfig) decode(request *redirect.Request) error {
 	return nil
 }
 
-func decodeProxyUID(raw json.RawMessage, request *redirect.Request) error {
+func decodeProxyUID(raw json.RawMessage, request *workload.Request) error {
 	text, err := decodeText(raw)
 	if err != nil {
 		return err
@@ -138,7 +138,7 @@ func decodeProxyUID(raw json.RawMessage, request *redirect.Request) error {
 	return err
 }
 
-func decodeInboundPort(raw json.RawMessage, request *redirect.Request) error {
+func decodeInboundPort(raw json.RawMessage, request *workload.Request) error {
 	port, err := decodePort(raw)
 	if err != nil {
 		return err
@@ -147,13 +147,13 @@ func decodeInboundPort(raw json.RawMessage, request *redirect.Request) error {
 	return nil
 }
 
-func decodeOutboundPort(raw json.RawMessage, request *redirect.Request) error {
+func decodeOutboundPort(raw json.RawMessage, request *workload.Request) error {
 	port, err := decodePort(raw)
 	if err != nil {
 		return err
 	}
 	if port == 0 {
-		port = redirect.DefaultOutboundPort
+		port = workload.DefaultOutboundPort
 	}
 	if port == request.InboundPort {
 		return fmt.Errorf("%d: the proxy's inbound listener has it too", port)
@@ -162,7 +162,7 @@ func decodeOutboundPort(raw json.RawMessage, request *redirect.Request) error {
 	return nil
 }
 
-func decodeDNSAddress(raw json.RawMessage, request *redirect.Request) error {
+func decodeDNSAddress(raw json.RawMessage, request *workload.Request) error {
 	text, err := decodeText(raw)
 	if err != nil || text == "" {
 		return err
@@ -178,13 +178,13 @@ func decodeDNSAddress(raw json.RawMessage, request *redirect.Request) error {
 	return nil
 }
 
-func decodeDNSPort(raw json.RawMessage, request *redirect.Request) error {
+func decodeDNSPort(raw json.RawMessage, request *workload.Request) error {
 	port, err := decodePort(raw)
 	request.DNS.Port = port
 	return err
 }
 
-func decodeExcludedInbound(raw json.RawMessage, request *redirect.Request) error {
+func decodeExcludedInbound(raw json.RawMessage, request *workload.Request) error {
 	list, err := decodeList(raw)
 	if err != nil {
 		return err
@@ -201,7 +201,7 @@ func decodeExcludedInbound(raw json.RawMessage, request *redirect.Request) error
 	return err
 }
 
-func decodeExcludedOutbound(raw json.RawMessage, request *redirect.Request) error {
+func decodeExcludedOutbound(raw json.RawMessage, request *workload.Request) error {
 	list, err := decodeList(raw)
 	if err != nil {
 		return err
@@ -210,7 +210,7 @@ func decodeExcludedOutbound(raw json.RawMessage, request *redirect.Request) erro
 	return err
 }
 
-func decodeExcludedCIDRs(raw json.RawMessage, request *redirect.Request) error {
+func decodeExcludedCIDRs(raw json.RawMessage, request *workload.Request) error {
 	list, err := decodeList(raw)
 	if err != nil {
 		return err
@@ -225,7 +225,7 @@ func decodeExcludedCIDRs(raw json.RawMessage, request *redirect.Request) error {
 	return nil
 }
 
-func decodeExcludedUIDs(raw json.RawMessage, request *redirect.Request) error {
+func decodeExcludedUIDs(raw json.RawMessage, request *workload.Request) error {
 	list, err := decodeList(raw)
 	if err != nil {
 		return err

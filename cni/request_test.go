@@ -12,12 +12,11 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // requestOf is what an ADD with the given config asks the data path for.
-func requestOf(t *testing.T, config string) redirect.Request {
+func requestOf(t *testing.T, config string) workload.Request {
 	t.Helper()
 	b := newBench()
 	if err := b.Add(call("NOMAD_ALLOC_ID="+allocID+";CONSUL_IPTABLES_CONFIG="+config, confJSON)); err != nil {
@@ -41,11 +40,11 @@ func withField(field, value string) string {
 
 func TestRequestDefaults(t *testing.T) {
 	got := requestOf(t, `{"ProxyUserID":"0","Unknown":{"x":1},"NetNS":7,"IptablesProvider":null,"ExcludeUIDs":null}`)
-	want := redirect.Request{
-		Network: "nomad", Job: redirect.Job{AllocID: allocID}, Mode: redirect.ModeTransparent,
-		OutboundPort: redirect.DefaultOutboundPort, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.2")},
+	want := workload.Request{
+		Network: "nomad", Job: workload.Job{AllocID: allocID}, Mode: workload.ModeTransparent,
+		OutboundPort: workload.DefaultOutboundPort, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.2")},
 	}
-	if diff := cmp.Diff(want, got, cmp.Comparer(equalAddrs), cmpopts.IgnoreFields(redirect.Request{}, "Notes")); diff != "" {
+	if diff := cmp.Diff(want, got, cmp.Comparer(equalAddrs), cmpopts.IgnoreFields(workload.Request{}, "Notes")); diff != "" {
 		t.Errorf("request (-want +got):\n%s", diff)
 	}
 	if len(got.Notes) != 1 || !strings.Contains(got.Notes[0], "ProxyInboundPort 0") {
@@ -112,7 +111,7 @@ func TestParseCIDR(t *testing.T) {
 }
 
 func TestRequestDNS(t *testing.T) {
-	for config, want := range map[string]redirect.DNS{
+	for config, want := range map[string]workload.DNS{
 		`{"ProxyUserID":"1"}`: {},
 		`{"ProxyUserID":"1","ConsulDNSIP":"","ConsulDNSPort":0}`:                  {},
 		`{"ProxyUserID":"1","ConsulDNSIP":"10.99.0.1","ConsulDNSPort":8600}`:      {Address: netip.MustParseAddr("10.99.0.1"), Port: 8600},

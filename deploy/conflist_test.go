@@ -15,9 +15,10 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/weirmesh/weir/redirect/store"
+
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
-
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
@@ -66,7 +67,7 @@ func TestConflistsMakeNetworks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := emptyNode(t)
 			n.install(t, source, false)
-			paths := redirect.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}
+			paths := store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}
 			t.Setenv("WEIR_PIN_DIR", paths.PinDir)
 			t.Setenv("WEIR_STATE_DIR", paths.StateDir)
 			t.Cleanup(func() {
@@ -79,7 +80,7 @@ func TestConflistsMakeNetworks(t *testing.T) {
 	}
 }
 
-func useConflist(t *testing.T, n Node, paths redirect.Paths, name, reference string) {
+func useConflist(t *testing.T, n Node, paths store.Paths, name, reference string) {
 	content, err := os.ReadFile(n.on("/opt/cni/config/" + name + ".conflist"))
 	if err != nil {
 		t.Fatal(err)

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -46,7 +46,7 @@ func TestMonitoringNamesWhatIsExported(t *testing.T) {
 		labels = append(labels, exported[row[1]]...)
 	}
 	var verdicts []string
-	for _, verdict := range redirect.AllVerdicts() {
+	for _, verdict := range bpfmap.AllVerdicts() {
 		verdicts = append(verdicts, verdict.String())
 	}
 	prometheus := []string{"instance", "job"} // of its own, for every series

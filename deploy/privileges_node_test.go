@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/consul"
 )
@@ -202,7 +202,7 @@ func (n *privateNode) register(t *testing.T, a *privateAlloc, proxy map[string]a
 // agentView is what the agent tells on its socket.
 type agentView struct {
 	DataPath string `json:"data_path"`
-	Problems []redirect.Problem
+	Problems []health.Problem
 	Consul   struct {
 		InSync bool `json:"in_sync"`
 		Error  string
@@ -210,7 +210,7 @@ type agentView struct {
 	Workloads []struct {
 		ID, State string
 		InSync    bool `json:"in_sync"`
-		Problems  []redirect.Problem
+		Problems  []health.Problem
 	}
 }
 

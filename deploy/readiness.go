@@ -15,9 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/redirect/health"
 	"golang.org/x/mod/semver"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // TestedNomad is the version on which the tests run jobs; leastNomad the first
@@ -36,8 +35,8 @@ const (
 // Readiness checks what a node's Nomad needs and has of Weir. before says that
 // Weir is not installed yet. proc is where the processes are, /proc as a rule.
 // Nothing is changed: the plugins are run as Nomad runs them for their versions.
-func (n Node) Readiness(ctx context.Context, proc string, before bool) []redirect.Check {
-	c := &redirect.Checks{Group: "nomad"}
+func (n Node) Readiness(ctx context.Context, proc string, before bool) []health.Check {
+	c := &health.Checks{Group: "nomad"}
 	dir := n.Layout.CNIPath
 	if info, err := os.Stat(n.on(dir)); err == nil && info.IsDir() {
 		c.OK("cni-path", "cni_path %s is there", dir)
@@ -60,7 +59,7 @@ func (n Node) Readiness(ctx context.Context, proc string, before bool) []redirec
 }
 
 // checkConsulCNI checks the plugin under the name by which Nomad calls it.
-func (n Node) checkConsulCNI(ctx context.Context, c *redirect.Checks, before bool) {
+func (n Node) checkConsulCNI(ctx context.Context, c *health.Checks, before bool) {
 	path := filepath.Join(n.Layout.CNIPath, consulName)
 	owner, err := n.ownerOf(path)
 	switch {
@@ -102,7 +101,7 @@ func describeProgram(path string) string {
 }
 
 // checkBridge checks the plugin that Nomad's own bridge mode needs.
-func (n Node) checkBridge(ctx context.Context, c *redirect.Checks) {
+func (n Node) checkBridge(ctx context.Context, c *health.Checks) {
 	path := filepath.Join(n.Layout.CNIPath, "bridge")
 	const remedy = "install the reference CNI plugins, 1.3.0 or newer, into Nomad's cni_path; networks of cni/weir do without"
 	if _, err := os.Stat(n.on(path)); err != nil {
@@ -146,7 +145,7 @@ func firstVersion(text string) (string, error) {
 }
 
 // checkNomad looks for Nomad's agent among the processes.
-func (n Node) checkNomad(ctx context.Context, c *redirect.Checks, proc string, before bool) {
+func (n Node) checkNomad(ctx context.Context, c *health.Checks, proc string, before bool) {
 	pid := nomadAgent(proc)
 	if pid == 0 {
 		c.Warn("nomad-version", "start Nomad's client, and run this again", "no process 'nomad agent' is found: its version is not checked")

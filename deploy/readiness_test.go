@@ -11,8 +11,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // script is a program that prints a text, as a plugin or Nomad prints its version.
@@ -46,11 +45,11 @@ func fakeProc(t *testing.T, version string, started time.Time) string {
 }
 
 // found are the results by code, and what is said of the code.
-func found(t *testing.T, n Node, proc string, before bool, code string) (results map[string]redirect.Result, says string) {
+func found(t *testing.T, n Node, proc string, before bool, code string) (results map[string]health.Result, says string) {
 	t.Helper()
-	results = make(map[string]redirect.Result)
+	results = make(map[string]health.Result)
 	for _, check := range n.Readiness(t.Context(), proc, before) {
-		if check.Group != "nomad" || (check.Remedy == "") != (check.Result == redirect.ResultOK) {
+		if check.Group != "nomad" || (check.Remedy == "") != (check.Result == health.ResultOK) {
 			t.Errorf("check %+v: want the group nomad, and a remedy where it is not ok", check)
 		}
 		results[check.Code] = check.Result
@@ -64,7 +63,7 @@ func found(t *testing.T, n Node, proc string, before bool, code string) (results
 // An installed node, what is done to it, and what is said then.
 func TestReadiness(t *testing.T) {
 	source := standIns(t)
-	const ok, warning, fault = redirect.ResultOK, redirect.ResultWarning, redirect.ResultFault
+	const ok, warning, fault = health.ResultOK, health.ResultWarning, health.ResultFault
 	plugin := func(n Node, name string) string { return n.on(filepath.Join(n.Layout.CNIPath, name)) }
 	after, earlier := time.Now().Add(time.Hour), time.Now().Add(-time.Hour)
 	remove := func(path string) {
@@ -78,7 +77,7 @@ func TestReadiness(t *testing.T) {
 		started time.Time
 		change  func(n Node)
 		code    string
-		want    redirect.Result
+		want    health.Result
 		says    string
 	}{
 		{"in order", "v1.11.3", after, func(Node) {}, "nomad-version", ok, "Nomad is of version 1.11.3, Weir was tested with 1.11.1"},
@@ -139,9 +138,9 @@ func TestReadinessOfTheRealPlugin(t *testing.T) {
 		t.Fatal(err)
 	}
 	results, says := found(t, n, fakeProc(t, "v1.11.1", time.Now().Add(time.Hour)), false, "consul-cni-version")
-	want := map[string]redirect.Result{
-		"cni-path": redirect.ResultOK, "consul-cni": redirect.ResultOK, "consul-cni-version": redirect.ResultOK, "bridge-plugin": redirect.ResultWarning,
-		"conflist": redirect.ResultOK, "nomad-version": redirect.ResultOK, "nomad-restart": redirect.ResultOK,
+	want := map[string]health.Result{
+		"cni-path": health.ResultOK, "consul-cni": health.ResultOK, "consul-cni-version": health.ResultOK, "bridge-plugin": health.ResultWarning,
+		"conflist": health.ResultOK, "nomad-version": health.ResultOK, "nomad-restart": health.ResultOK,
 	}
 	if diff := cmp.Diff(want, results); diff != "" {
 		t.Errorf("results (-want +got):\n%s", diff)
@@ -157,16 +156,16 @@ func TestReadinessBeforeAnInstallation(t *testing.T) {
 	n := emptyNode(t)
 	none := t.TempDir() // no process
 	results, _ := found(t, n, none, true, "")
-	want := map[string]redirect.Result{"cni-path": redirect.ResultWarning, "conflist": redirect.ResultOK, "nomad-version": redirect.ResultWarning}
+	want := map[string]health.Result{"cni-path": health.ResultWarning, "conflist": health.ResultOK, "nomad-version": health.ResultWarning}
 	if diff := cmp.Diff(want, results); diff != "" {
 		t.Errorf("an empty node (-want +got):\n%s", diff)
 	}
 	script(t, n.on(n.Layout.CNIPath+"/"+consulName), "consul-cni v1.9.4", 0)
 	script(t, n.on(n.Layout.CNIPath+"/bridge"), "v1.9.1", 0)
 	results, says := found(t, n, fakeProc(t, "v1.11.1", time.Now()), true, "consul-cni")
-	want = map[string]redirect.Result{
-		"cni-path": redirect.ResultOK, "consul-cni": redirect.ResultWarning, "consul-cni-version": redirect.ResultOK, "bridge-plugin": redirect.ResultOK,
-		"conflist": redirect.ResultOK, "nomad-version": redirect.ResultOK,
+	want = map[string]health.Result{
+		"cni-path": health.ResultOK, "consul-cni": health.ResultWarning, "consul-cni-version": health.ResultOK, "bridge-plugin": health.ResultOK,
+		"conflist": health.ResultOK, "nomad-version": health.ResultOK,
 	}
 	if diff := cmp.Diff(want, results); diff != "" {
 		t.Errorf("a node with HashiCorp's plugin (-want +got):\n%s", diff)

@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
 
@@ -14,7 +16,7 @@ import (
 func TestBroadcastIsRefused(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) {
+	a.add(func(r *workload.Request) {
 		r.ExcludeOutboundPorts = []uint16{25}
 		r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("239.0.0.0/8")}
 	})
@@ -24,21 +26,21 @@ func TestBroadcastIsRefused(t *testing.T) {
 		name   string
 		domain int
 		dial   string
-		want   Verdict
+		want   bpfmap.Verdict
 	}{
-		{"multicast", unix.AF_INET, "224.0.0.1:80", RefusedBroadcast},
-		{"last multicast", unix.AF_INET, "238.255.255.255:80", RefusedBroadcast},
-		{"broadcast", unix.AF_INET, "255.255.255.255:80", RefusedBroadcast},
-		{"of the network", unix.AF_INET, "10.9.1.255:80", RefusedBroadcast},
-		{"of the network, mapped", unix.AF_INET6, "[::ffff:10.9.1.255]:80", RefusedBroadcast},
-		{"mapped", unix.AF_INET6, "[::ffff:224.0.0.251]:80", RefusedBroadcast},
-		{"IPv6 multicast", unix.AF_INET6, "[ff02::1]:80", RefusedBroadcast},
-		{"IPv6 multicast of the site", unix.AF_INET6, "[ff0e::1]:80", RefusedBroadcast},
-		{"excluded port", unix.AF_INET, "10.9.1.255:25", PortExcluded},
-		{"excluded CIDR", unix.AF_INET, "239.1.1.1:80", CIDRExcluded},
+		{"multicast", unix.AF_INET, "224.0.0.1:80", bpfmap.RefusedBroadcast},
+		{"last multicast", unix.AF_INET, "238.255.255.255:80", bpfmap.RefusedBroadcast},
+		{"broadcast", unix.AF_INET, "255.255.255.255:80", bpfmap.RefusedBroadcast},
+		{"of the network", unix.AF_INET, "10.9.1.255:80", bpfmap.RefusedBroadcast},
+		{"of the network, mapped", unix.AF_INET6, "[::ffff:10.9.1.255]:80", bpfmap.RefusedBroadcast},
+		{"mapped", unix.AF_INET6, "[::ffff:224.0.0.251]:80", bpfmap.RefusedBroadcast},
+		{"IPv6 multicast", unix.AF_INET6, "[ff02::1]:80", bpfmap.RefusedBroadcast},
+		{"IPv6 multicast of the site", unix.AF_INET6, "[ff0e::1]:80", bpfmap.RefusedBroadcast},
+		{"excluded port", unix.AF_INET, "10.9.1.255:25", bpfmap.PortExcluded},
+		{"excluded CIDR", unix.AF_INET, "239.1.1.1:80", bpfmap.CIDRExcluded},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			a.moves(t, map[Verdict]uint64{tc.want: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{tc.want: 1}, func() {
 				p.run(t, stream(tc.domain).connect(tc.dial).fails(unix.ENETUNREACH))
 			})
 		})
@@ -56,9 +58,9 @@ func TestBroadcastIsRefused(t *testing.T) {
 func TestBroadcastOfAnotherAddress(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect })
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect })
 	p := a.task(t)
-	a.moves(t, map[Verdict]uint64{Direct: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Direct: 1}, func() {
 		p.run(t, stream(unix.AF_INET).connect("10.9.1.255:80").fails(unix.ENETUNREACH))
 	})
 }

@@ -12,7 +12,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -76,11 +77,11 @@ func (f *traffic) sawBoth(want map[string]int) {
 // The two sets of TestOverlayChangesAtOnce differ in several rows. A mixture of
 // the two sends port 8080 to the inbound listener of the first, or 8081 to that
 // of the second: neither set does.
-func meshConfigs() [2]MeshConfig {
-	upstream := func(listener string) []Upstream {
-		return []Upstream{{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.1")}, Listener: netip.MustParseAddrPort(listener)}}
+func meshConfigs() [2]workload.MeshConfig {
+	upstream := func(listener string) []workload.Upstream {
+		return []workload.Upstream{{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.1")}, Listener: netip.MustParseAddrPort(listener)}}
 	}
-	return [2]MeshConfig{
+	return [2]workload.MeshConfig{
 		{InboundPort: 20000, ExcludeInboundPorts: []uint16{8080}, Upstreams: upstream("127.0.0.1:9001")},
 		{InboundPort: 20001, ExcludeInboundPorts: []uint16{8081}, Upstreams: upstream("127.0.0.1:9002")},
 	}
@@ -89,7 +90,7 @@ func meshConfigs() [2]MeshConfig {
 func TestOverlayChangesAtOnce(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.InboundPort = 0 })
+	a.add(func(r *workload.Request) { r.InboundPort = 0 })
 	a.startProxy()
 	proxy := func(addr string) *test.ServerProcess { return a.serve(proxyUID, a.proxyCg, "tcp4", addr) }
 	inbound := [2]*test.ServerProcess{a.inbound, proxy("0.0.0.0:20001")}
@@ -129,7 +130,7 @@ func TestOverlayChangesAtOnce(t *testing.T) {
 	if diff := cmp.Diff(rows, now); diff != "" {
 		t.Errorf("rows after the changes (-want +got):\n%s", diff)
 	}
-	allowed := []Verdict{Redirected, ToUpstream, Inbound, InboundExcluded, Listener, RefusedInboundUnknown}
+	allowed := []bpfmap.Verdict{bpfmap.Redirected, bpfmap.ToUpstream, bpfmap.Inbound, bpfmap.InboundExcluded, bpfmap.Listener, bpfmap.RefusedInboundUnknown}
 	for verdict, count := range a.counts() {
 		if !slices.Contains(allowed, verdict) {
 			t.Errorf("verdict %s was counted %d times", verdict, count)
@@ -143,9 +144,9 @@ func TestOverlayChangesAtOnce(t *testing.T) {
 func TestRequestChangesAtOnce(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	sets := [2]func(*Request){
-		func(r *Request) { r.ExcludeOutboundPorts = []uint16{7001} },
-		func(r *Request) {
+	sets := [2]func(*workload.Request){
+		func(r *workload.Request) { r.ExcludeOutboundPorts = []uint16{7001} },
+		func(r *workload.Request) {
 			r.ExcludeOutboundCIDRs = []netip.Prefix{netip.PrefixFrom(remote4(1), 32), netip.PrefixFrom(remote6(1), 128)}
 		},
 	}
@@ -171,7 +172,7 @@ func TestRequestChangesAtOnce(t *testing.T) {
 		t.Errorf("rows after the changes (-want +got):\n%s", diff)
 	}
 	for verdict, count := range a.counts() {
-		if !slices.Contains([]Verdict{Redirected, PortExcluded, CIDRExcluded, Listener}, verdict) {
+		if !slices.Contains([]bpfmap.Verdict{bpfmap.Redirected, bpfmap.PortExcluded, bpfmap.CIDRExcluded, bpfmap.Listener}, verdict) {
 			t.Errorf("verdict %s was counted %d times", verdict, count)
 		}
 	}
@@ -217,7 +218,7 @@ func TestNoChangeIsNoWrite(t *testing.T) {
 	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
 		t.Errorf("generation = %d without a change, was %d", now, generation)
 	}
-	if err := n.SetMeshConfig(a.key, MeshConfig{}); err != nil {
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{}); err != nil {
 		t.Fatal(err)
 	}
 	if now := generationOf(t, n.Datapath, a.NetNS); now == generation {
@@ -237,34 +238,34 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 	a.add(full)
 	a.startProxy()
 	rows, generation := rowCounts(t, n.Datapath), generationOf(t, n.Datapath, a.NetNS)
-	many := Upstream{Name: "many", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}
-	for i := range rowShare - 8 {
+	many := workload.Upstream{Name: "many", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}
+	for i := range bpfmap.RowShare - 8 {
 		many.Addresses = append(many.Addresses, netip.AddrFrom4([4]byte{240, 1, byte(i >> 8), byte(i)}))
 	}
 	// The table is filled by others.
-	tables, err := openTables(n.paths.maps())
+	tables, err := bpfmap.OpenTables(n.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tables.Close()
-	filler := Workload{OutboundPort: 1}
-	for i := range uint32(262144 - rowShare/2) {
+	filler := workload.Workload{OutboundPort: 1}
+	for i := range uint32(262144 - bpfmap.RowShare/2) {
 		filler.Addresses = append(filler.Addresses, netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)}))
 	}
-	if err := tables.writeRows(1<<60, filler, false); err != nil {
+	if err := tables.WriteRows(1<<60, filler, false); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 3 {
-		if err := n.SetMeshConfig(a.key, MeshConfig{Upstreams: []Upstream{many}}); err == nil {
+		if err := n.SetMeshConfig(a.key, workload.MeshConfig{Upstreams: []workload.Upstream{many}}); err == nil {
 			t.Fatal("the change succeeded")
 		} else if i == 0 {
 			t.Log(err)
 		}
 	}
-	if err := n.SetMeshConfig(a.key, MeshConfig{InboundPort: outboundPort}); err == nil {
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{InboundPort: outboundPort}); err == nil {
 		t.Error("a mesh configuration that gives one port to both listeners was accepted")
 	}
-	if err := tables.deleteWorkload(1<<60, &filler); err != nil {
+	if err := tables.DeleteWorkload(1<<60, &filler); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
@@ -274,10 +275,10 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 		t.Errorf("generation = %d after failed changes, was %d", now, generation)
 	}
 	a.works()
-	if err := n.SetMeshConfig(a.key, MeshConfig{}); err != nil {
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{}); err != nil {
 		t.Errorf("change back: %v", err)
 	}
-	if err := n.SetMeshConfig(AttachmentID{ContainerID: "nobody", IfName: "eth0"}, MeshConfig{}); err == nil || fmt.Sprint(err) == "" {
+	if err := n.SetMeshConfig(workload.AttachmentID{ContainerID: "nobody", IfName: "eth0"}, workload.MeshConfig{}); err == nil || fmt.Sprint(err) == "" {
 		t.Error("a change of an unknown workload succeeded")
 	}
 	healthy(t, n.Datapath)

@@ -10,15 +10,18 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // dropRow deletes the rows of the allocation's namespace from a table.
 func (a *alloc) dropRow(t *testing.T, name string) {
 	t.Helper()
-	tables, err := openTables(a.node.paths.maps())
+	tables, err := bpfmap.OpenTables(a.node.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -26,28 +29,28 @@ func (a *alloc) dropRow(t *testing.T, name string) {
 	cookie := a.Cookie()
 	switch name {
 	case "configs":
-		generation, err := tables.generation(cookie)
+		generation, err := tables.Generation(cookie)
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = tables.delete(name, bpfConfigKey{Cookie: cookie, Generation: generation})
+		err = tables.Delete(name, bpfmap.BpfConfigKey{Cookie: cookie, Generation: generation})
 		if err != nil {
 			t.Fatal(err)
 		}
 	case "exclusions":
-		err = deleteIf[bpfExclusionKey, uint32](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
+		err = bpfmap.DeleteIf[bpfmap.BpfExclusionKey, uint32](tables, name, func(k bpfmap.BpfExclusionKey) bool { return k.Cookie == cookie })
 	case "ports":
-		err = deleteIf[bpfExclusionKey, bpfPorts](tables, name, func(k bpfExclusionKey) bool { return k.Cookie == cookie })
+		err = bpfmap.DeleteIf[bpfmap.BpfExclusionKey, bpfmap.BpfPorts](tables, name, func(k bpfmap.BpfExclusionKey) bool { return k.Cookie == cookie })
 	case "addresses":
-		err = deleteIf[bpfAddressKey, bpfAddress](tables, name, func(k bpfAddressKey) bool { return k.Cookie == cookie })
+		err = bpfmap.DeleteIf[bpfmap.BpfAddressKey, bpfmap.BpfAddress](tables, name, func(k bpfmap.BpfAddressKey) bool { return k.Cookie == cookie })
 	case "cidrs":
-		err = deleteIf[bpfCidrKey, uint32](tables, name, func(bpfCidrKey) bool { return true })
+		err = bpfmap.DeleteIf[bpfmap.BpfCidrKey, uint32](tables, name, func(bpfmap.BpfCidrKey) bool { return true })
 	case "listeners":
-		err = deleteIf[bpfListenerKey, uint64](tables, name, func(k bpfListenerKey) bool { return k.Cookie == cookie })
+		err = bpfmap.DeleteIf[bpfmap.BpfListenerKey, uint64](tables, name, func(k bpfmap.BpfListenerKey) bool { return k.Cookie == cookie })
 	case "proxies":
-		err = tables.deleteProxies(cookie, ^uint8(0))
+		err = tables.DeleteProxies(cookie, ^uint8(0))
 	default:
-		err = tables.delete(name, cookie)
+		err = tables.Delete(name, cookie)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -56,9 +59,9 @@ func (a *alloc) dropRow(t *testing.T, name string) {
 
 func (a *alloc) dropRoute(t *testing.T, family int) {
 	t.Helper()
-	prefix, scope := ipNet(encodedPrefix4), netlink.SCOPE_HOST
+	prefix, scope := host.IPNet(workload.EncodedPrefix4), netlink.SCOPE_HOST
 	if family == netlink.FAMILY_V6 {
-		prefix, scope = ipNet(encodedPrefix6), netlink.SCOPE_UNIVERSE
+		prefix, scope = host.IPNet(workload.EncodedPrefix6), netlink.SCOPE_UNIVERSE
 	}
 	a.Do(func() {
 		route := &netlink.Route{LinkIndex: 1, Dst: prefix, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: scope}
@@ -89,8 +92,8 @@ func TestCheckRepairs(t *testing.T) {
 		"lookups lost":        lose("lookups"),
 		"control table lost":  lose("maps", "control"),
 		"links and maps lost": func(t *testing.T, a *alloc) { lose("links")(t, a); lose("maps")(t, a) },
-		"link detached":       func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.link("weir_getsockopt")) },
-		"lookup detached":     func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.lookup(a.Cookie())) },
+		"link detached":       func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Link("weir_getsockopt")) },
+		"lookup detached":     func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Lookup(a.Cookie())) },
 		"IPv4 route lost":     func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V4) },
 		"IPv6 route lost":     func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V6) },
 		"filters lost":        lose("filters"),
@@ -160,22 +163,22 @@ func TestCheckRefuses(t *testing.T) {
 	n := newNode(t)
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
-	if _, err := n.Check(AttachmentID{ContainerID: "nobody", IfName: "eth0"}, a.Path); !errors.Is(err, ErrUnknown) {
+	if _, err := n.Check(workload.AttachmentID{ContainerID: "nobody", IfName: "eth0"}, a.Path); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("check of an unknown workload: %v, want ErrUnknown", err)
 	}
-	if _, err := n.Check(a.key, b.Path); !errors.Is(err, ErrNetNSGone) {
+	if _, err := n.Check(a.key, b.Path); !errors.Is(err, host.ErrNetNSGone) {
 		t.Errorf("check with another namespace: %v, want ErrNetNSGone", err)
 	}
-	if _, err := n.Check(a.key, "/no/such/netns"); !errors.Is(err, ErrNetNSGone) {
+	if _, err := n.Check(a.key, "/no/such/netns"); !errors.Is(err, host.ErrNetNSGone) {
 		t.Errorf("check without its namespace: %v, want ErrNetNSGone", err)
 	}
 	if generation := generationOf(t, n.Datapath, b.NetNS); generation != 0 {
 		t.Error("the check redirected the other namespace")
 	}
-	if err := n.paths.removeRecord(a.key); err != nil {
+	if err := n.paths.RemoveRecord(a.key); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.Check(a.key, a.Path); !errors.Is(err, ErrUnknown) {
+	if _, err := n.Check(a.key, a.Path); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("check after the record was lost: %v, want ErrUnknown", err)
 	}
 }
@@ -189,7 +192,7 @@ func TestLostMapsComeBackForAll(t *testing.T) {
 		alloc.add(full)
 		alloc.startProxy()
 	}
-	if err := n.SetMeshConfig(b.key, MeshConfig{ExcludeInboundPorts: []uint16{7777}}); err != nil {
+	if err := n.SetMeshConfig(b.key, workload.MeshConfig{ExcludeInboundPorts: []uint16{7777}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.RemoveAll(n.paths.PinDir); err != nil {
@@ -225,7 +228,7 @@ func TestLostRowsNeverBypass(t *testing.T) {
 			t.Errorf("dial from outside without rows: %+v, %v; want ECONNREFUSED", answer, err)
 		}
 	})
-	if moved[RefusedTable] != 2 || len(moved) != 1 {
+	if moved[bpfmap.RefusedTable] != 2 || len(moved) != 1 {
 		t.Errorf("verdicts = %v, want refused_table twice", moved)
 	}
 	if _, err := n.Check(a.key, a.Path); err != nil {

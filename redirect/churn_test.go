@@ -10,7 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -19,44 +19,44 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 	live, stale, foreign := n.newAlloc(), n.newAlloc(), n.newAlloc()
 	live.add(full)
 	stale.add(full)
-	foreign.add(full, func(r *Request) { r.Network = "weir" })
+	foreign.add(full, func(r *workload.Request) { r.Network = "weir" })
 	dead := func(t *testing.T) {
 		ns := test.NewNetNS(t)
-		request := Request{Network: "weir"}
+		request := workload.Request{Network: "weir"}
 		full(&request)
-		if err := n.Add(Attachment{Key: AttachmentID{ContainerID: "dead", IfName: "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
+		if err := n.Add(Attachment{Key: workload.AttachmentID{ContainerID: "dead", IfName: "eth0"}, NetNS: ns.Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.Add(Attachment{Key: AttachmentID{ContainerID: "orphan", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
+		if err := n.Add(Attachment{Key: workload.AttachmentID{ContainerID: "orphan", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.paths.removeRecord(AttachmentID{ContainerID: "orphan", IfName: "eth0"}); err != nil {
+		if err := n.paths.RemoveRecord(workload.AttachmentID{ContainerID: "orphan", IfName: "eth0"}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	t.Run("allocation", dead)
-	removed, err := n.GC("nomad", []AttachmentID{live.key})
+	removed, err := n.GC("nomad", []workload.AttachmentID{live.key})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]AttachmentID{stale.key}, removed); diff != "" {
+	if diff := cmp.Diff([]workload.AttachmentID{stale.key}, removed); diff != "" {
 		t.Errorf("removed (-want +got):\n%s", diff)
 	}
 	// The kernel destroys a namespace a moment after its last reference.
 	test.Eventually(t, func() error {
-		if _, err := n.GC("nomad", []AttachmentID{live.key}); err != nil {
+		if _, err := n.GC("nomad", []workload.AttachmentID{live.key}); err != nil {
 			return err
 		}
 		list, err := n.Workloads()
 		if err != nil {
 			return err
 		}
-		var keys []AttachmentID
+		var keys []workload.AttachmentID
 		for _, w := range list {
 			keys = append(keys, w.Key)
 		}
-		if !slices.Equal(keys, []AttachmentID{live.key, foreign.key}) {
-			return fmt.Errorf("workloads = %v, want %v", keys, []AttachmentID{live.key, foreign.key})
+		if !slices.Equal(keys, []workload.AttachmentID{live.key, foreign.key}) {
+			return fmt.Errorf("workloads = %v, want %v", keys, []workload.AttachmentID{live.key, foreign.key})
 		}
 		return nil
 	}, "the dead to be collected")
@@ -64,10 +64,10 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 	live.startProxy()
 	live.works()
 	test.Eventually(t, func() error {
-		if _, err := n.GC("nomad", []AttachmentID{live.key}); err != nil {
+		if _, err := n.GC("nomad", []workload.AttachmentID{live.key}); err != nil {
 			return err
 		}
-		entries, err := os.ReadDir(n.paths.lookups())
+		entries, err := os.ReadDir(n.paths.Lookups())
 		if err != nil || len(entries) != 2 {
 			return errors.Join(err, errors.New("lookup links are left"))
 		}
@@ -99,8 +99,8 @@ func TestChurnLeavesNothing(t *testing.T) {
 		}
 		for ; rounds < test.Scale(10_000); rounds++ {
 			ns := spaces[rounds%len(spaces)]
-			key := AttachmentID{ContainerID: fmt.Sprintf("churn-%d", rounds), IfName: "eth0"}
-			request := Request{Network: "nomad", ProxyUID: proxyUID}
+			key := workload.AttachmentID{ContainerID: fmt.Sprintf("churn-%d", rounds), IfName: "eth0"}
+			request := workload.Request{Network: "nomad", ProxyUID: proxyUID}
 			if rounds%3 == 0 {
 				full(&request)
 			}
@@ -151,7 +151,7 @@ func TestWorkloadDoesNotHoldItsNamespace(t *testing.T) {
 	t.Run("namespace", func(inner *testing.T) {
 		ns := test.NewNetNS(inner)
 		died = witness(t, ns)
-		if err := d.Add(Attachment{Key: AttachmentID{ContainerID: "held", IfName: "eth0"}, NetNS: ns.Path}); err != nil {
+		if err := d.Add(Attachment{Key: workload.AttachmentID{ContainerID: "held", IfName: "eth0"}, NetNS: ns.Path}); err != nil {
 			inner.Fatal(err)
 		}
 	})

@@ -8,6 +8,10 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // Defaults of a Collector.
@@ -40,8 +44,8 @@ type IndexReclaimer struct {
 	FreeAfter time.Duration // between the two steps; not below what a connect may take
 
 	datapath    *Datapath
-	pendingFree map[bpfIndexKey]time.Time // indexes between the two steps, and since when
-	searched    map[uint64]time.Time      // when a workload's indexes were searched for more of them
+	pendingFree map[bpfmap.BpfIndexKey]time.Time // indexes between the two steps, and since when
+	searched    map[uint64]time.Time             // when a workload's indexes were searched for more of them
 }
 
 // searchAgain is how long after a search there may be indexes again that nobody
@@ -55,7 +59,7 @@ const maxCondemned = 1 << 17
 func (d *Datapath) NewIndexReclaimer() *IndexReclaimer {
 	return &IndexReclaimer{
 		IdleAfter: DefaultRest, FreeAfter: DefaultGrace, datapath: d,
-		pendingFree: make(map[bpfIndexKey]time.Time), searched: make(map[uint64]time.Time),
+		pendingFree: make(map[bpfmap.BpfIndexKey]time.Time), searched: make(map[uint64]time.Time),
 	}
 }
 
@@ -72,7 +76,7 @@ func (c *IndexReclaimer) Run() (freed int, err error) {
 }
 
 func (c *IndexReclaimer) run() (freed int, err error) {
-	tables, err := openTables(c.datapath.paths.maps())
+	tables, err := bpfmap.OpenTables(c.datapath.paths.Maps())
 	if err != nil {
 		return 0, err
 	}
@@ -81,14 +85,14 @@ func (c *IndexReclaimer) run() (freed int, err error) {
 	if err != nil || len(excess) == 0 && len(c.pendingFree) == 0 {
 		return 0, err
 	}
-	records, err := c.datapath.paths.readRecords()
-	if err != nil && !errors.Is(err, ErrUnreadable) {
+	records, err := c.datapath.paths.ReadRecords()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return 0, err
 	}
 	if err := c.search(tables, excess); err != nil {
 		return 0, err
 	}
-	condemned := make(map[uint64][]bpfIndexKey)
+	condemned := make(map[uint64][]bpfmap.BpfIndexKey)
 	for key := range c.pendingFree {
 		condemned[key.Cookie] = append(condemned[key.Cookie], key)
 		excess[key.Cookie]--
@@ -108,7 +112,7 @@ func (c *IndexReclaimer) run() (freed int, err error) {
 	for _, r := range records {
 		n, err := c.collect(tables, r, condemned[r.Cookie], rested[r.Cookie], quota[r.Cookie])
 		freed += n
-		if err != nil && !errors.Is(err, ErrNetNSGone) {
+		if err != nil && !errors.Is(err, host.ErrNetNSGone) {
 			problems = append(problems, fmt.Errorf("workload %s: %w", r.Key, err))
 		}
 		delete(condemned, r.Cookie)
@@ -123,19 +127,19 @@ func (c *IndexReclaimer) run() (freed int, err error) {
 
 // excess returns how many origins each workload should give up. It reads the
 // tables alone: a node full of calm workloads costs a few system calls.
-func (c *IndexReclaimer) excess(tables *tables) (map[uint64]int, error) {
-	table, err := tables.table("origins")
+func (c *IndexReclaimer) excess(tables *bpfmap.Tables) (map[uint64]int, error) {
+	table, err := tables.Table("origins")
 	if err != nil {
 		return nil, err
 	}
 	limit := int(table.MaxEntries())
-	held, total, err := tables.heldByAll()
+	held, total, err := tables.HeldByAll()
 	if err != nil {
 		return nil, err
 	}
-	_, off, err := tables.totalIsOff()
+	_, off, err := tables.TotalIsOff()
 	if err == nil && off {
-		err = c.datapath.locked(tables.correctTotal)
+		err = c.datapath.locked(tables.CorrectTotal)
 	}
 	if err != nil {
 		return nil, err
@@ -145,12 +149,12 @@ func (c *IndexReclaimer) excess(tables *tables) (map[uint64]int, error) {
 		if count == 0 {
 			continue
 		}
-		generation, err := tables.generation(cookie)
+		generation, err := tables.Generation(cookie)
 		if err != nil {
 			return nil, err
 		}
-		var config bpfConfig
-		found, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config)
+		var config bpfmap.BpfConfig
+		found, err := tables.Get("configs", bpfmap.BpfConfigKey{Cookie: cookie, Generation: generation}, &config)
 		if err != nil {
 			return nil, err
 		}
@@ -159,7 +163,7 @@ func (c *IndexReclaimer) excess(tables *tables) (map[uint64]int, error) {
 			over = int(count) - int(config.Budget)/2
 		}
 		if int(total) > limit/2 {
-			over = max(over, int(count)-originShare)
+			over = max(over, int(count)-bpfmap.OriginShare)
 		}
 		if over > 0 {
 			excess[cookie] = over
@@ -176,7 +180,7 @@ func (c *IndexReclaimer) excess(tables *tables) (map[uint64]int, error) {
 // search finds, for each workload now and then, indexes that are between the two
 // steps and not remembered, such as those of a former collector: their origin has
 // another index, or none.
-func (c *IndexReclaimer) search(tables *tables, excess map[uint64]int) error {
+func (c *IndexReclaimer) search(tables *bpfmap.Tables, excess map[uint64]int) error {
 	wanted := make(map[uint64]bool)
 	now := time.Now()
 	for cookie := range excess {
@@ -187,11 +191,11 @@ func (c *IndexReclaimer) search(tables *tables, excess map[uint64]int) error {
 	if len(wanted) == 0 {
 		return nil
 	}
-	err := walk(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) error {
+	err := bpfmap.Walk(tables, "indexes", func(key bpfmap.BpfIndexKey, addr bpfmap.BpfAddr) error {
 		if !wanted[key.Cookie] || len(c.pendingFree) >= maxCondemned {
 			return nil
 		}
-		condemned, err := tables.isCondemned(key, addr)
+		condemned, err := tables.IsCondemned(key, addr)
 		if _, known := c.pendingFree[key]; condemned && !known {
 			c.pendingFree[key] = now
 		}
@@ -207,14 +211,14 @@ func (c *IndexReclaimer) search(tables *tables, excess map[uint64]int) error {
 
 // restedOrigin is an origin that was not dialled for a while.
 type restedOrigin struct {
-	addr   bpfAddr
+	addr   bpfmap.BpfAddr
 	index  uint32
 	usedNs uint64
 }
 
 // rested returns origins that each workload may give up, longest rested first:
 // up to twice its quota, since sockets may carry some of them.
-func (c *IndexReclaimer) rested(tables *tables, quota map[uint64]int) (map[uint64][]restedOrigin, error) {
+func (c *IndexReclaimer) rested(tables *bpfmap.Tables, quota map[uint64]int) (map[uint64][]restedOrigin, error) {
 	rested := make(map[uint64][]restedOrigin)
 	if len(quota) == 0 {
 		return rested, nil
@@ -223,8 +227,8 @@ func (c *IndexReclaimer) rested(tables *tables, quota map[uint64]int) (map[uint6
 		slices.SortFunc(list, func(a, b restedOrigin) int { return cmp.Compare(a.usedNs, b.usedNs) })
 		return list[:min(len(list), most)]
 	}
-	before := monotonicNow() - min(uint64(c.IdleAfter), monotonicNow())
-	err := walk(tables, "origins", func(key bpfOriginKey, row bpfOrigin) error {
+	before := bpfmap.MonotonicNow() - min(uint64(c.IdleAfter), bpfmap.MonotonicNow())
+	err := bpfmap.Walk(tables, "origins", func(key bpfmap.BpfOriginKey, row bpfmap.BpfOrigin) error {
 		most := quota[key.Cookie]
 		if most == 0 || row.UsedNs > before {
 			return nil
@@ -244,7 +248,7 @@ func (c *IndexReclaimer) rested(tables *tables, quota map[uint64]int) (map[uint6
 
 // collect makes both steps for one workload: it frees condemned indexes, and
 // condemns up to quota of those of rested origins.
-func (c *IndexReclaimer) collect(tables *tables, r *record, condemned []bpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
+func (c *IndexReclaimer) collect(tables *bpfmap.Tables, r *store.Record, condemned []bpfmap.BpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
 	if len(condemned)+len(rested) == 0 {
 		return 0, nil
 	}
@@ -254,17 +258,17 @@ func (c *IndexReclaimer) collect(tables *tables, r *record, condemned []bpfIndex
 	}
 	defer ns.Close()
 	now := time.Now() // before the look at the sockets
-	inUse, err := ns.encodedInUse()
+	inUse, err := ns.EncodedInUse()
 	if err != nil {
 		return 0, err
 	}
-	condemned = slices.DeleteFunc(condemned, func(key bpfIndexKey) bool {
+	condemned = slices.DeleteFunc(condemned, func(key bpfmap.BpfIndexKey) bool {
 		return inUse[key.Index] || now.Sub(c.pendingFree[key]) < c.FreeAfter
 	})
 	rested = slices.DeleteFunc(rested, func(origin restedOrigin) bool { return inUse[origin.index] })
 	rested = rested[:min(len(rested), quota)]
 	err = c.datapath.inSlices(func() (more bool, err error) {
-		slice := condemned[:min(len(condemned), sliceRows)]
+		slice := condemned[:min(len(condemned), bpfmap.SliceRows)]
 		condemned = condemned[len(slice):]
 		n, err := c.free(tables, r.Cookie, slice)
 		freed += n
@@ -274,7 +278,7 @@ func (c *IndexReclaimer) collect(tables *tables, r *record, condemned []bpfIndex
 		return freed, err
 	}
 	return freed, c.datapath.inSlices(func() (more bool, err error) {
-		slice := rested[:min(len(rested), sliceRows)]
+		slice := rested[:min(len(rested), bpfmap.SliceRows)]
 		rested = rested[len(slice):]
 		return len(rested) > 0, c.markPendingFree(tables, r.Cookie, slice)
 	})
@@ -282,13 +286,13 @@ func (c *IndexReclaimer) collect(tables *tables, r *record, condemned []bpfIndex
 
 // free gives condemned indexes back. Each is looked at again: the workload may
 // have been removed and added again since, and the index be another origin's.
-func (c *IndexReclaimer) free(tables *tables, cookie uint64, condemned []bpfIndexKey) (freed int, err error) {
-	var free []bpfIndexKey
+func (c *IndexReclaimer) free(tables *bpfmap.Tables, cookie uint64, condemned []bpfmap.BpfIndexKey) (freed int, err error) {
+	var free []bpfmap.BpfIndexKey
 	for _, key := range condemned {
-		var addr bpfAddr
-		found, err := tables.get("indexes", key, &addr)
+		var addr bpfmap.BpfAddr
+		found, err := tables.Get("indexes", key, &addr)
 		if err == nil && found {
-			found, err = tables.isCondemned(key, addr)
+			found, err = tables.IsCondemned(key, addr)
 		}
 		if err != nil {
 			return 0, err
@@ -301,20 +305,20 @@ func (c *IndexReclaimer) free(tables *tables, cookie uint64, condemned []bpfInde
 	if len(free) == 0 {
 		return 0, nil
 	}
-	if err := dropMany(tables, "indexes", free); err != nil {
+	if err := bpfmap.DropMany(tables, "indexes", free); err != nil {
 		return 0, err
 	}
-	return len(free), tables.freeIndexes(cookie, len(free))
+	return len(free), tables.FreeIndexes(cookie, len(free))
 }
 
 // markPendingFree takes the forward rows of origins that are as they were seen.
-func (c *IndexReclaimer) markPendingFree(tables *tables, cookie uint64, rested []restedOrigin) error {
-	var stale []bpfOriginKey
+func (c *IndexReclaimer) markPendingFree(tables *bpfmap.Tables, cookie uint64, rested []restedOrigin) error {
+	var stale []bpfmap.BpfOriginKey
 	now := time.Now()
 	for _, origin := range rested {
-		key := bpfOriginKey{Cookie: cookie, Addr: origin.addr}
-		var row bpfOrigin
-		found, err := tables.get("origins", key, &row)
+		key := bpfmap.BpfOriginKey{Cookie: cookie, Addr: origin.addr}
+		var row bpfmap.BpfOrigin
+		found, err := tables.Get("origins", key, &row)
 		if err != nil {
 			return err
 		}
@@ -322,7 +326,7 @@ func (c *IndexReclaimer) markPendingFree(tables *tables, cookie uint64, rested [
 			continue
 		}
 		stale = append(stale, key)
-		c.pendingFree[bpfIndexKey{Cookie: cookie, Index: origin.index}] = now
+		c.pendingFree[bpfmap.BpfIndexKey{Cookie: cookie, Index: origin.index}] = now
 	}
-	return dropMany(tables, "origins", stale)
+	return bpfmap.DropMany(tables, "origins", stale)
 }

@@ -11,7 +11,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -25,7 +26,7 @@ func TestCollector(t *testing.T) {
 	if budget < 64 {
 		budget = 64
 	}
-	a.add(func(r *Request) { r.Budget = budget })
+	a.add(func(r *workload.Request) { r.Budget = budget })
 	a.startProxy()
 	collector := n.NewIndexReclaimer()
 	collector.IdleAfter, collector.FreeAfter = 0, 0
@@ -38,7 +39,7 @@ func TestCollector(t *testing.T) {
 
 	// The next new indexes end a lap of the range, and those of the long-lived
 	// connections come up again.
-	a.setNextIndex(MaxBudget - budget)
+	a.setNextIndex(workload.MaxBudget - budget)
 
 	freed := 0
 	for i := range 10 * budget {
@@ -66,7 +67,7 @@ func TestCollector(t *testing.T) {
 		t.Errorf("the workload holds %d origins, its budget is %d", held, budget)
 	}
 	counts := a.counts()
-	if counts[RefusedBudget]+counts[RefusedTable] > 0 {
+	if counts[bpfmap.RefusedBudget]+counts[bpfmap.RefusedTable] > 0 {
 		t.Errorf("verdicts: %v, want no refusal", counts)
 	}
 	// What a socket carries is still its own.
@@ -106,18 +107,18 @@ func (a *alloc) carries(conn *net.TCPConn, origin netip.AddrPort) {
 // setNextIndex moves the workload as if it had been given that many indexes.
 func (a *alloc) setNextIndex(next uint32) {
 	a.node.t.Helper()
-	tables, err := openTables(a.node.paths.maps())
+	tables, err := bpfmap.OpenTables(a.node.paths.Maps())
 	if err != nil {
 		a.node.t.Fatal(err)
 	}
 	defer tables.Close()
 	cookie := a.Cookie()
-	var row bpfBudget
-	if _, err := tables.get("budgets", cookie, &row); err != nil {
+	var row bpfmap.BpfBudget
+	if _, err := tables.Get("budgets", cookie, &row); err != nil {
 		a.node.t.Fatal(err)
 	}
 	row.Next = next
-	if err := tables.put("budgets", cookie, row, ebpf.UpdateAny); err != nil {
+	if err := tables.Put("budgets", cookie, row, ebpf.UpdateAny); err != nil {
 		a.node.t.Fatal(err)
 	}
 }
@@ -148,7 +149,7 @@ func (a *alloc) originOfReset(origin netip.AddrPort) netip.AddrPort {
 func TestCollectorKeepsWhatASocketCarries(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Budget = 2 })
+	a.add(func(r *workload.Request) { r.Budget = 2 })
 	a.startProxy()
 	first := netip.MustParseAddrPort("192.0.2.1:80")
 	open := a.open(first)

@@ -9,9 +9,10 @@ import (
 	"testing"
 
 	"github.com/google/nftables"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // nftTable makes a table with chains as iptables-nft and nft do.
@@ -56,7 +57,7 @@ func TestConsulRulesAreFoundInNftables(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			ns := test.NewNetNS(t)
-			if found, err := RedirectedByConsul(ns.Path); err != nil || found {
+			if found, err := host.RedirectedByConsul(ns.Path); err != nil || found {
 				t.Fatalf("an empty namespace is redirected: %t, %v", found, err)
 			}
 			nftTable(t, ns, tc.family, tc.table, tc.chains...)
@@ -68,12 +69,12 @@ func TestConsulRulesAreFoundInNftables(t *testing.T) {
 // consulRules fails the test unless the rules are found, or not, and ADD goes by it.
 func consulRules(t *testing.T, d *Datapath, ns *test.NetNS, want bool) {
 	t.Helper()
-	found, err := RedirectedByConsul(ns.Path)
+	found, err := host.RedirectedByConsul(ns.Path)
 	if err != nil || found != want {
 		t.Errorf("redirected by Consul: %t, %v; want %t", found, err, want)
 	}
-	key := AttachmentID{ContainerID: "ruled", IfName: "eth0"}
-	request := Request{}
+	key := workload.AttachmentID{ContainerID: "ruled", IfName: "eth0"}
+	request := workload.Request{}
 	full(&request)
 	err = d.Add(Attachment{Key: key, NetNS: ns.Path, Request: request})
 	if !want {
@@ -85,7 +86,7 @@ func consulRules(t *testing.T, d *Datapath, ns *test.NetNS, want bool) {
 		}
 		return
 	}
-	if !errors.Is(err, ErrConsulRules) {
+	if !errors.Is(err, host.ErrConsulRules) {
 		t.Errorf("add: %v, want ErrConsulRules", err)
 	}
 	nothingLeft(t, d)
@@ -127,7 +128,7 @@ func TestLookForConsulRulesMakesNoTable(t *testing.T) {
 	test.Need(t, test.Root)
 	ns := test.NewNetNS(t)
 	before := tablesOf(t, ns)
-	if _, err := RedirectedByConsul(ns.Path); err != nil {
+	if _, err := host.RedirectedByConsul(ns.Path); err != nil {
 		t.Fatal(err)
 	}
 	if now := tablesOf(t, ns); now != before {
@@ -138,12 +139,12 @@ func TestLookForConsulRulesMakesNoTable(t *testing.T) {
 // tablesOf lists what iptables, old and new, has in the namespace.
 func tablesOf(t *testing.T, ns *test.NetNS) (all string) {
 	t.Helper()
-	opened, err := openNamespace(ns.Path)
+	opened, err := host.OpenNamespace(ns.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer opened.Close()
-	err = opened.do(func() error {
+	err = opened.Do(func() error {
 		for _, name := range []string{"ip_tables_names", "ip6_tables_names"} {
 			all += readIfThere(t, "/proc/thread-self/net/"+name)
 		}

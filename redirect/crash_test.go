@@ -12,13 +12,16 @@ import (
 
 	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
 // operation is a call that a process of its own makes, to be killed in.
 type operation struct {
-	Paths      Paths
+	Paths      store.Paths
 	Do         string // "add", "remove", "load"; nothing where it is empty
 	Attachment Attachment
 }
@@ -146,8 +149,8 @@ func (k *killer) times(t *testing.T, o operation, n int, prepare func(), afterma
 // programs are those at the root, by the IDs that their links name.
 func (k *killer) programs() string {
 	var ids []string
-	for _, name := range programNames() {
-		pinned, err := link.LoadPinnedLink(k.node.paths.link(name), nil)
+	for _, name := range program.ProgramNames() {
+		pinned, err := link.LoadPinnedLink(k.node.paths.Link(name), nil)
 		if err != nil {
 			continue
 		}
@@ -160,22 +163,22 @@ func (k *killer) programs() string {
 }
 
 // outcome describes what the kill left, as the disk shows it.
-func (k *killer) outcome(t *testing.T, key AttachmentID) string {
+func (k *killer) outcome(t *testing.T, key workload.AttachmentID) string {
 	t.Helper()
 	text := "no record"
-	r, err := k.node.paths.readRecord(key)
+	r, err := k.node.paths.ReadRecord(key)
 	switch {
 	case err == nil && r.Complete:
 		text = "complete record"
 	case err == nil:
 		text = "incomplete record"
-	case !errors.Is(err, ErrUnknown):
+	case !errors.Is(err, store.ErrUnknown):
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(k.node.paths.staging()); err == nil {
+	if _, err := os.Stat(k.node.paths.Staging()); err == nil {
 		text += ", unfinished load"
 	}
-	if _, err := os.Stat(k.node.paths.maps()); err == nil {
+	if _, err := os.Stat(k.node.paths.Maps()); err == nil {
 		text += fmt.Sprintf(", %d tables", len(rowCounts(t, k.node.Datapath)))
 	}
 	return text
@@ -239,7 +242,7 @@ func TestKilledAdd(t *testing.T) {
 				}
 				a.remove()
 				// The other key's, where the kill came before it was taken over.
-				if err := n.Remove(AttachmentID{ContainerID: "other", IfName: "eth0"}); err != nil {
+				if err := n.Remove(workload.AttachmentID{ContainerID: "other", IfName: "eth0"}); err != nil {
 					t.Fatal(err)
 				}
 				a.gone(t)
@@ -290,12 +293,12 @@ func TestKilledLoad(t *testing.T) {
 			}
 		}},
 		{"after the tables were lost", func(t *testing.T, n *node) {
-			if err := os.RemoveAll(n.paths.maps()); err != nil {
+			if err := os.RemoveAll(n.paths.Maps()); err != nil {
 				t.Fatal(err)
 			}
 		}},
 		{"of another layout", func(t *testing.T, n *node) {
-			editControl(t, n.Datapath, func(row *bpfControl) { row.Layout = layout + 1 })
+			editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Layout = bpfmap.Layout + 1 })
 		}},
 		{"of another version", func(t *testing.T, n *node) { staleDigest(t, n.Datapath) }},
 	} {

@@ -10,19 +10,24 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Datapath is the data path of one node. It holds no state but the paths, so
 // any number of them, in any number of processes, may work on the same node.
 type Datapath struct {
-	paths        Paths
+	paths        store.Paths
 	lockTimeout  time.Duration // how long a change waits for the lock
 	checkTimeout time.Duration // ... and a check
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
-func New(paths Paths) *Datapath {
-	return &Datapath{paths: paths.Or(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}), lockTimeout: lockTimeout, checkTimeout: checkTimeout}
+func New(paths store.Paths) *Datapath {
+	return &Datapath{paths: paths.Or(store.Paths{PinDir: store.DefaultPinDir, StateDir: store.DefaultStateDir}), lockTimeout: store.LockTimeout, checkTimeout: store.CheckTimeout}
 }
 
 // Within returns the same data path for who has other things to do than to wait
@@ -35,19 +40,19 @@ func (d *Datapath) Within(timeout time.Duration) *Datapath {
 
 // locked runs action while no other process changes the state.
 func (d *Datapath) locked(action func() error) error {
-	return lockedWithin(d.paths.lock(), d.lockTimeout, action)
+	return store.LockedWithin(d.paths.Lock(), d.lockTimeout, action)
 }
 
 // Paths returns where this data path keeps its state, defaults filled in.
-func (d *Datapath) Paths() Paths { return d.paths }
+func (d *Datapath) Paths() store.Paths { return d.paths }
 
 // Attachment asks for a namespace to be put under Weir.
 type Attachment struct {
-	Key     AttachmentID
+	Key     workload.AttachmentID
 	NetNS   string // path of the namespace
-	Request Request
+	Request workload.Request
 
-	Prepared *Preloaded // by Prepare of that namespace; nil: nothing
+	Prepared *program.Preloaded // by Prepare of that namespace; nil: nothing
 }
 
 // Add puts a namespace under Weir: when it returns nil, every connection of
@@ -57,7 +62,7 @@ type Attachment struct {
 // its path is gone and it lives on; a failed call leaves nothing behind. It
 // asks nobody: neither Consul nor the agent need to run.
 func (d *Datapath) Add(a Attachment) error {
-	if err := Merge(a.Request, MeshConfig{}).Validate(); err != nil {
+	if err := workload.Merge(a.Request, workload.MeshConfig{}).Validate(); err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
 	}
 	err := d.locked(func() error { return d.add(a) })
@@ -68,68 +73,68 @@ func (d *Datapath) Add(a Attachment) error {
 }
 
 func (d *Datapath) add(a Attachment) error {
-	ns, err := openNamespace(a.NetNS)
+	ns, err := host.OpenNamespace(a.NetNS)
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	if err := ns.refuseConsulRules(); err != nil {
+	if err := ns.RefuseConsulRules(); err != nil {
 		return err
 	}
 	if _, err := d.load(false); err != nil {
 		return err
 	}
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return err
 	}
 	defer tables.Close()
-	tables.preloaded = func(cookie uint64) *ebpf.Program { return a.Prepared.take(tables, cookie) }
-	if err := refuseOtherInstance(tables, ns); err != nil {
+	tables.Preloaded = func(cookie uint64) *ebpf.Program { return a.Prepared.Take(tables, cookie) }
+	if err := program.RefuseOtherInstance(tables, ns); err != nil {
 		return err
 	}
-	boot, err := bootID()
+	boot, err := store.BootID()
 	if err != nil {
 		return err
 	}
-	r, err := d.paths.readRecord(a.Key)
+	r, err := d.paths.ReadRecord(a.Key)
 	switch {
-	case errors.Is(err, ErrUnknown):
-		if r, err = d.newRecord(tables, a.Key, ns.cookie); err != nil {
+	case errors.Is(err, store.ErrUnknown):
+		if r, err = d.newRecord(tables, a.Key, ns.Cookie); err != nil {
 			return err
 		}
-	case errors.Is(err, ErrUnreadable):
-		if r, err = d.newRecord(tables, a.Key, ns.cookie); err != nil {
+	case errors.Is(err, store.ErrUnreadable):
+		if r, err = d.newRecord(tables, a.Key, ns.Cookie); err != nil {
 			return err
 		}
-		if err := d.paths.setAside(a.Key); err != nil {
+		if err := d.paths.SetAside(a.Key); err != nil {
 			return err
 		}
 	case err != nil:
 		return err
-	case r.Cookie != ns.cookie:
+	case r.Cookie != ns.Cookie:
 		if !d.pathLost(r) {
 			if err := d.removeWorkload(tables, r); err != nil {
 				return err
 			}
 		}
-		if r, err = d.newRecord(tables, a.Key, ns.cookie); err != nil {
+		if r, err = d.newRecord(tables, a.Key, ns.Cookie); err != nil {
 			return err
 		}
 	}
-	r.dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
-	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.cookie, boot
-	if !r.Complete && !r.fresh {
+	r.Dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
+	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
+	if !r.Complete && !r.Fresh {
 		if err := d.removeOtherRecords(r); err != nil {
 			return err
 		}
 	}
-	if r.Ephemeral, err = ns.ephemeral(); err != nil {
+	if r.Ephemeral, err = ns.Ephemeral(); err != nil {
 		return err
 	}
 	_, err = d.ensure(tables, r, ns)
-	if err != nil && r.fresh {
-		return errors.Join(err, d.removeWorkload(tables, r), d.paths.removeRecord(a.Key))
+	if err != nil && r.Fresh {
+		return errors.Join(err, d.removeWorkload(tables, r), d.paths.RemoveRecord(a.Key))
 	}
 	// A running allocation keeps the redirect that it has: taking it away
 	// would open what an ADD that failed half way left closed.
@@ -139,36 +144,36 @@ func (d *Datapath) add(a Attachment) error {
 // pathLost reports whether a namespace is alive although the path on record does
 // not lead to it any more: tasks run in it, as in that of a pause container which
 // Docker restarted. They stay redirected until the last of them ends.
-func (d *Datapath) pathLost(r *record) bool {
+func (d *Datapath) pathLost(r *store.Record) bool {
 	ns, err := openNamespaceOf(r)
 	if err == nil {
 		ns.Close()
 	}
-	return errors.Is(err, ErrNetNSGone) && d.LookupAttached(r.Cookie)
+	return errors.Is(err, host.ErrNetNSGone) && d.LookupAttached(r.Cookie)
 }
 
 // newRecord returns the record to work on where there is none for the key. A
 // namespace that has rows all the same lost its record, or has one under a key
 // whose DEL never came: its rows stay in force until new ones are.
-func (d *Datapath) newRecord(tables *tables, key AttachmentID, cookie uint64) (*record, error) {
-	generation, err := tables.generation(cookie)
-	return &record{Key: key, fresh: err == nil && generation == 0}, err
+func (d *Datapath) newRecord(tables *bpfmap.Tables, key workload.AttachmentID, cookie uint64) (*store.Record, error) {
+	generation, err := tables.Generation(cookie)
+	return &store.Record{Key: key, Fresh: err == nil && generation == 0}, err
 }
 
 // removeOtherRecords makes r the only record of its namespace: another would undo it. A
 // process that dies in between leaves two, of which one is incomplete, and the
 // next call for that one comes here again.
-func (d *Datapath) removeOtherRecords(r *record) error {
+func (d *Datapath) removeOtherRecords(r *store.Record) error {
 	if err := d.markIncomplete(r); err != nil {
 		return err
 	}
-	records, err := d.paths.readRecords()
-	if err != nil && !errors.Is(err, ErrUnreadable) {
+	records, err := d.paths.ReadRecords()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
 	for _, other := range records {
 		if other.Cookie == r.Cookie && other.Key != r.Key {
-			if err := d.paths.removeRecord(other.Key); err != nil {
+			if err := d.paths.RemoveRecord(other.Key); err != nil {
 				return err
 			}
 		}
@@ -178,7 +183,7 @@ func (d *Datapath) removeOtherRecords(r *record) error {
 
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
 // to remove, and needs neither the namespace nor loaded programs.
-func (d *Datapath) Remove(key AttachmentID) error {
+func (d *Datapath) Remove(key workload.AttachmentID) error {
 	err := d.locked(func() error { return d.remove(key) })
 	if err == nil {
 		err = d.eraseDead()
@@ -189,11 +194,11 @@ func (d *Datapath) Remove(key AttachmentID) error {
 	return nil
 }
 
-func (d *Datapath) remove(key AttachmentID) error {
-	r, err := d.paths.readRecord(key)
+func (d *Datapath) remove(key workload.AttachmentID) error {
+	r, err := d.paths.ReadRecord(key)
 	// What an unreadable record stood for goes with its namespace; see prune.
-	if errors.Is(err, ErrUnknown) || errors.Is(err, ErrUnreadable) {
-		return d.paths.removeRecord(key)
+	if errors.Is(err, store.ErrUnknown) || errors.Is(err, store.ErrUnreadable) {
+		return d.paths.RemoveRecord(key)
 	}
 	if err != nil {
 		return err
@@ -201,7 +206,7 @@ func (d *Datapath) remove(key AttachmentID) error {
 	tables, err := d.openOrReclaim()
 	// Rows of a node that is not loaded are gone; those of another version
 	// belong to a namespace that is on its way out and harm nobody.
-	if err != nil && !errors.Is(err, ErrNotLoaded) && !errors.Is(err, ErrIncompatible) {
+	if err != nil && !errors.Is(err, bpfmap.ErrNotLoaded) && !errors.Is(err, bpfmap.ErrIncompatible) {
 		return err
 	}
 	if tables != nil {
@@ -210,37 +215,37 @@ func (d *Datapath) remove(key AttachmentID) error {
 	if err := d.removeWorkload(tables, r); err != nil {
 		return err
 	}
-	return d.paths.removeRecord(key)
+	return d.paths.RemoveRecord(key)
 }
 
 // removeWorkload undoes ensure, as far as it gets; the record stays until all of it
 // is done. tables may be nil. The rows go first: from then on the kernel
 // leaves the namespace alone, outbound.
-func (d *Datapath) removeWorkload(tables *tables, r *record) error {
+func (d *Datapath) removeWorkload(tables *bpfmap.Tables, r *store.Record) error {
 	var rows error
 	if tables != nil {
-		var applied *Workload
+		var applied *workload.Workload
 		if r.Complete {
 			applied = &r.Applied
 		}
-		rows = tables.deleteWorkload(r.Cookie, applied)
+		rows = tables.DeleteWorkload(r.Cookie, applied)
 	}
-	return errors.Join(rows, detachLookup(d.paths, r.Cookie), removeRoutes(r))
+	return errors.Join(rows, program.DetachLookup(d.paths, r.Cookie), removeRoutes(r))
 }
 
 // removeRoutes removes the routes and the filter of a workload whose namespace
 // still lives.
-func removeRoutes(r *record) error {
+func removeRoutes(r *store.Record) error {
 	ns, err := openNamespaceOf(r)
-	if errors.Is(err, ErrNetNSGone) || errors.Is(err, ErrHostNetNS) {
+	if errors.Is(err, host.ErrNetNSGone) || errors.Is(err, host.ErrHostNetNS) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	defer ns.Close()
-	_, err = removeFilter(ns)
-	return errors.Join(err, ns.removeRoutes())
+	_, err = program.RemoveFilter(ns)
+	return errors.Join(err, ns.RemoveRoutes())
 }
 
 // Check verifies that a workload is redirected as its record says, down to the
@@ -248,8 +253,8 @@ func removeRoutes(r *record) error {
 // repaired, and an error only for what cannot be repaired in place: ErrUnknown
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
-func (d *Datapath) Check(key AttachmentID, netns string) (repaired []string, err error) {
-	err = lockedWithin(d.paths.lock(), d.checkTimeout, func() error {
+func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []string, err error) {
+	err = store.LockedWithin(d.paths.Lock(), d.checkTimeout, func() error {
 		repaired, err = d.check(key, netns)
 		return err
 	})
@@ -259,13 +264,13 @@ func (d *Datapath) Check(key AttachmentID, netns string) (repaired []string, err
 	return repaired, nil
 }
 
-func (d *Datapath) check(key AttachmentID, netns string) (repaired []string, err error) {
-	r, err := d.paths.readRecord(key)
+func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []string, err error) {
+	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return nil, err
 	}
 	if netns != "" {
-		r.dirty = r.NetNS != netns
+		r.Dirty = r.NetNS != netns
 		r.NetNS = netns
 	}
 	ns, err := openNamespaceOf(r)
@@ -277,7 +282,7 @@ func (d *Datapath) check(key AttachmentID, netns string) (repaired []string, err
 	if err != nil {
 		return nil, err
 	}
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return nil, err
 	}
@@ -288,16 +293,16 @@ func (d *Datapath) check(key AttachmentID, netns string) (repaired []string, err
 
 // SetMeshConfig replaces what Consul adds to a workload. Open connections and
 // the workload's origins stay; no change means no write.
-func (d *Datapath) SetMeshConfig(key AttachmentID, meshConfig MeshConfig) error {
+func (d *Datapath) SetMeshConfig(key workload.AttachmentID, meshConfig workload.MeshConfig) error {
 	err := d.locked(func() error {
-		r, err := d.paths.readRecord(key)
+		r, err := d.paths.ReadRecord(key)
 		if err != nil {
 			return err
 		}
-		if err := Merge(r.Request, meshConfig).Validate(); err != nil {
+		if err := workload.Merge(r.Request, meshConfig).Validate(); err != nil {
 			return err
 		}
-		tables, err := openTables(d.paths.maps())
+		tables, err := bpfmap.OpenTables(d.paths.Maps())
 		if err != nil {
 			return err
 		}
@@ -307,9 +312,9 @@ func (d *Datapath) SetMeshConfig(key AttachmentID, meshConfig MeshConfig) error 
 			return err
 		}
 		defer ns.Close()
-		before := r.desired()
+		before := r.Desired()
 		r.MeshConfig = meshConfig
-		r.Seats = before.proxyIDs(Merge(r.Request, meshConfig))
+		r.Seats = before.NextProxyIDs(workload.Merge(r.Request, meshConfig))
 		_, err = d.ensure(tables, r, ns)
 		return err
 	})
@@ -322,10 +327,10 @@ func (d *Datapath) SetMeshConfig(key AttachmentID, meshConfig MeshConfig) error 
 // GC removes the workloads of a CNI network that are not in valid, and
 // whatever belongs to namespaces that died. Other networks' workloads with
 // living namespaces are not touched.
-func (d *Datapath) GC(network string, valid []AttachmentID) (removed []AttachmentID, err error) {
+func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error) {
 	err = d.locked(func() error {
-		records, err := d.paths.readRecords()
-		if err != nil && !errors.Is(err, ErrUnreadable) {
+		records, err := d.paths.ReadRecords()
+		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
 		// One that cannot be read names no network: its workload stays.

@@ -2,10 +2,12 @@
 
 package redirect
 
+import "github.com/weirmesh/weir/redirect/workload"
+
 // Moved reports whether a workload's namespace has other addresses or routes
 // than its record, without the lock and without a change: Check repairs it.
-func (d *Datapath) Moved(key AttachmentID) (bool, error) {
-	r, err := d.paths.readRecord(key)
+func (d *Datapath) Moved(key workload.AttachmentID) (bool, error) {
+	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return false, err
 	}
@@ -17,9 +19,9 @@ func (d *Datapath) Moved(key AttachmentID) (bool, error) {
 	if _, err := observeSources(r, ns); err != nil {
 		return false, err
 	}
-	if !r.Complete || r.dirty {
+	if !r.Complete || r.Dirty {
 		return true, nil
 	}
-	there, err := ns.hasRoutes(r.desired(), r.IPv6)
+	there, err := ns.HasRoutes(r.Desired(), r.IPv6)
 	return !there, err
 }

@@ -8,9 +8,11 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // packetCapture counts what leaves a namespace for addresses that never leave one: it
@@ -57,7 +59,7 @@ func (s packetCapture) seen() (found []netip.Addr) {
 			source, _ = netip.AddrFromSlice(packet[22:38])
 		}
 		for _, one := range []netip.Addr{addr, source} {
-			if one.IsLoopback() || encodedPrefix6.Contains(one) {
+			if one.IsLoopback() || workload.EncodedPrefix6.Contains(one) {
 				found = append(found, one)
 			}
 		}
@@ -123,26 +125,26 @@ func TestDeviceBeforeLocal(t *testing.T) {
 	before := segments(t, n.remote)
 	for _, tc := range []struct {
 		device, dial string
-		want         Verdict
+		want         bpfmap.Verdict
 	}{
-		{"eth0", "127.0.0.1:9000", RefusedDevice},
-		{"eth0", "0.0.0.0:9000", RefusedDevice},
-		{"eth1", "127.1.2.3:9000", RefusedDevice},
-		{"eth0", "[::1]:9000", RefusedDevice},
-		{"eth0", "[::ffff:127.0.0.1]:9000", RefusedDevice},
-		{"lo", "127.0.0.1:9000", Local},
-		{"lo", "[::1]:9000", Local},
-		{"eth0", addrPort(a.v4, 9000), Local},
-		{"eth0", addrPort(a.v6, 9000), Local},
+		{"eth0", "127.0.0.1:9000", bpfmap.RefusedDevice},
+		{"eth0", "0.0.0.0:9000", bpfmap.RefusedDevice},
+		{"eth1", "127.1.2.3:9000", bpfmap.RefusedDevice},
+		{"eth0", "[::1]:9000", bpfmap.RefusedDevice},
+		{"eth0", "[::ffff:127.0.0.1]:9000", bpfmap.RefusedDevice},
+		{"lo", "127.0.0.1:9000", bpfmap.Local},
+		{"lo", "[::1]:9000", bpfmap.Local},
+		{"eth0", addrPort(a.v4, 9000), bpfmap.Local},
+		{"eth0", addrPort(a.v6, 9000), bpfmap.Local},
 	} {
 		t.Run(tc.device+" "+tc.dial, func(t *testing.T) {
 			domain := unix.AF_INET
 			if netip.MustParseAddrPort(tc.dial).Addr().Is6() {
 				domain = unix.AF_INET6
 			}
-			a.moves(t, map[Verdict]uint64{tc.want: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{tc.want: 1}, func() {
 				s := stream(domain).device(tc.device).connect(tc.dial)
-				if tc.want == RefusedDevice {
+				if tc.want == bpfmap.RefusedDevice {
 					p.run(t, s.fails(unix.ENETUNREACH))
 				} else if got := p.last(t, s.ask("")).Answer.Server; got != app.Name {
 					t.Errorf("%q answered, want %q", got, app.Name)
@@ -170,16 +172,16 @@ func TestDeviceBeforeLocal(t *testing.T) {
 func TestDeviceInDirectMode(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect })
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect })
 	a.Do(func() {
-		routes, err := deviceRoutesIn()
+		routes, err := host.DeviceRoutesIn()
 		if err != nil || len(routes) > 0 {
 			t.Errorf("routes by devices: %v, %v; want none", routes, err)
 		}
 	})
 	p := a.task(t)
 	wire := capturePackets(t, n.remote, "veth1")
-	a.moves(t, map[Verdict]uint64{Direct: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Direct: 1}, func() {
 		p.run(t, stream(unix.AF_INET).device("eth0").to("connectStart", "127.0.0.1:9000").fails(unix.EINPROGRESS))
 	})
 	test.Eventually(t, func() error {
@@ -197,7 +199,7 @@ func TestDeviceRoutesAreRepaired(t *testing.T) {
 	a.add()
 	count := func() (found int) {
 		a.Do(func() {
-			routes, err := deviceRoutesIn()
+			routes, err := host.DeviceRoutesIn()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -210,7 +212,7 @@ func TestDeviceRoutesAreRepaired(t *testing.T) {
 		t.Fatalf("%d routes by eth0, want those of loopback and of the encoded IPv6 range", whole)
 	}
 	a.Do(func() {
-		routes, err := deviceRoutesIn()
+		routes, err := host.DeviceRoutesIn()
 		if err != nil {
 			t.Fatal(err)
 		}

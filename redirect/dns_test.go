@@ -11,9 +11,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 const resolverPort = 8600
@@ -77,8 +79,8 @@ func TestDNS(t *testing.T) {
 	consul := startResolver(t, n.remote, resolverPort)
 	other := startResolver(t, n.remote, 53)
 	excluded := uint32(2000)
-	a.add(func(r *Request) {
-		r.DNS, r.ExcludeUIDs = DNS{Address: remote4(1), Port: resolverPort}, []uint32{excluded}
+	a.add(func(r *workload.Request) {
+		r.DNS, r.ExcludeUIDs = workload.DNS{Address: remote4(1), Port: resolverPort}, []uint32{excluded}
 	})
 	a.startProxy()
 	name, actual := netip.AddrPortFrom(remote4(1), 53), netip.AddrPortFrom(remote4(1), resolverPort)
@@ -89,12 +91,12 @@ func TestDNS(t *testing.T) {
 		t.Run(who, func(t *testing.T) {
 			s := &sockets{s.Process, t}
 			for _, family := range []int{unix.AF_INET, unix.AF_INET6} { // IPv6: the mapped form
-				verdictsAre(t, a.rose(func() { s.connected(family, name, actual) }), map[Verdict]uint64{ToDNS: 1})
+				verdictsAre(t, a.rose(func() { s.connected(family, name, actual) }), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 				fd := s.open(family, unix.SOCK_DGRAM, 0)
 				verdictsAre(t, a.rose(func() {
 					s.answeredBy(fd, name, actual)
 					s.answeredBy(fd, name, actual)
-				}), map[Verdict]uint64{ToDNS: 2})
+				}), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 2})
 				s.close(fd)
 			}
 			// Another resolver's datagrams are its own, port 53 or not.
@@ -102,9 +104,9 @@ func TestDNS(t *testing.T) {
 			verdictsAre(t, a.rose(func() {
 				s.answeredBy(fd, v6, v6)
 				s.answeredBy(fd, actual, actual)
-			}), map[Verdict]uint64{})
+			}), map[bpfmap.Verdict]uint64{})
 			s.close(fd)
-			verdictsAre(t, a.rose(func() { s.connected(unix.AF_INET6, v6, v6) }), map[Verdict]uint64{UDP: 1})
+			verdictsAre(t, a.rose(func() { s.connected(unix.AF_INET6, v6, v6) }), map[bpfmap.Verdict]uint64{bpfmap.UDP: 1})
 		})
 	}
 	for _, uid := range []uint32{taskUID, proxyUID, excluded} {
@@ -134,7 +136,7 @@ func TestDNSManyDatagrams(t *testing.T) {
 	a := n.newAlloc()
 	startResolver(t, n.remote, resolverPort)
 	startResolver(t, n.remote, 53)
-	a.add(func(r *Request) { r.DNS = DNS{Address: remote4(1), Port: resolverPort} })
+	a.add(func(r *workload.Request) { r.DNS = workload.DNS{Address: remote4(1), Port: resolverPort} })
 	name := netip.AddrPortFrom(remote4(1), 53)
 	// The allocation can reach the remote's other addresses without a rule.
 	second := netip.MustParseAddr("10.99.0.1")
@@ -145,7 +147,7 @@ func TestDNSManyDatagrams(t *testing.T) {
 		fd := s.open(family, unix.SOCK_DGRAM, 0)
 		to := []netip.AddrPort{name, elsewhere, name, elsewhere, elsewhere, name}
 		moved := a.rose(func() { s.must(socketCall{Op: "sendmmsg", FD: fd, Addrs: to}) })
-		verdictsAre(t, moved, map[Verdict]uint64{ToDNS: 3})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 3})
 		names := make(map[netip.AddrPort]int)
 		for _, from := range s.must(socketCall{Op: "recvmmsg", FD: fd, Len: len(to)}).Names {
 			names[from]++
@@ -173,7 +175,7 @@ func addAddress(t *testing.T, addr netip.Addr) {
 	if err != nil {
 		t.Fatalf("find lo: %v", err)
 	}
-	if err := netlink.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(addr, addr.BitLen()))}); err != nil {
+	if err := netlink.AddrAdd(lo, &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(addr, addr.BitLen()))}); err != nil {
 		t.Fatalf("add address %s: %v", addr, err)
 	}
 }
@@ -184,7 +186,7 @@ func TestDNSReconnect(t *testing.T) {
 	a := n.newAlloc()
 	startResolver(t, n.remote, resolverPort)
 	startResolver(t, n.remote, 5353)
-	a.add(func(r *Request) { r.DNS = DNS{Address: remote4(1), Port: resolverPort} })
+	a.add(func(r *workload.Request) { r.DNS = workload.DNS{Address: remote4(1), Port: resolverPort} })
 	name, actual := netip.AddrPortFrom(remote4(1), 53), netip.AddrPortFrom(remote4(1), resolverPort)
 	elsewhere := netip.AddrPortFrom(remote4(1), 5353)
 	s := a.sockets(taskUID, a.taskCg)
@@ -210,12 +212,12 @@ func TestDNSIPv6Resolver(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	consul := startResolver(t, n.remote, resolverPort)
-	a.add(func(r *Request) { r.DNS = DNS{Address: remote6(1), Port: resolverPort} })
+	a.add(func(r *workload.Request) { r.DNS = workload.DNS{Address: remote6(1), Port: resolverPort} })
 	name, actual := netip.AddrPortFrom(remote6(1), 53), netip.AddrPortFrom(remote6(1), resolverPort)
 	s := a.sockets(taskUID, a.taskCg)
-	verdictsAre(t, a.rose(func() { s.connected(unix.AF_INET6, name, actual) }), map[Verdict]uint64{ToDNS: 1})
+	verdictsAre(t, a.rose(func() { s.connected(unix.AF_INET6, name, actual) }), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 	fd := s.open(unix.AF_INET6, unix.SOCK_DGRAM, 0)
-	verdictsAre(t, a.rose(func() { s.answeredBy(fd, name, actual) }), map[Verdict]uint64{ToDNS: 1})
+	verdictsAre(t, a.rose(func() { s.answeredBy(fd, name, actual) }), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 	answer, err := a.ask("tcp6", name.String())
 	if err != nil || answer.Server != consul.tcp.Name || answer.To != name {
 		t.Errorf("ask %s by TCP: %+v, error %v", name, answer, err)
@@ -228,7 +230,7 @@ func TestDNSPortOnly(t *testing.T) {
 	a := n.newAlloc()
 	local := startResolver(t, a.NetNS, resolverPort)
 	startResolver(t, n.remote, 53)
-	a.add(func(r *Request) { r.DNS = DNS{Port: resolverPort} })
+	a.add(func(r *workload.Request) { r.DNS = workload.DNS{Port: resolverPort} })
 	loopback := netip.MustParseAddr("127.0.0.1")
 	name, actual := netip.AddrPortFrom(loopback, 53), netip.AddrPortFrom(loopback, resolverPort)
 	other := netip.AddrPortFrom(remote4(1), 53)
@@ -239,7 +241,7 @@ func TestDNSPortOnly(t *testing.T) {
 	verdictsAre(t, a.rose(func() {
 		s.answeredBy(fd, name, actual)
 		s.answeredBy(fd, other, other)
-	}), map[Verdict]uint64{ToDNS: 1})
+	}), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 	answer, err := a.ask("tcp4", name.String())
 	if err != nil || answer.Server != local.tcp.Name || answer.To != name {
 		t.Errorf("ask %s by TCP: %+v, error %v", name, answer, err)
@@ -252,14 +254,14 @@ func TestDNSAddressOnly(t *testing.T) {
 	a := n.newAlloc()
 	consul := startResolver(t, n.remote, 53)
 	startResolver(t, n.remote, 5353)
-	a.add(func(r *Request) { r.DNS = DNS{Address: remote4(1)} })
+	a.add(func(r *workload.Request) { r.DNS = workload.DNS{Address: remote4(1)} })
 	actual := netip.AddrPortFrom(remote4(1), 53)
 	s := a.sockets(taskUID, a.taskCg)
 	for _, name := range []netip.AddrPort{actual, netip.MustParseAddrPort("8.8.8.8:53"), netip.MustParseAddrPort("127.0.0.53:53")} {
 		for _, family := range []int{unix.AF_INET, unix.AF_INET6} {
-			verdictsAre(t, a.rose(func() { s.connected(family, name, actual) }), map[Verdict]uint64{ToDNS: 1})
+			verdictsAre(t, a.rose(func() { s.connected(family, name, actual) }), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 			fd := s.open(family, unix.SOCK_DGRAM, 0)
-			verdictsAre(t, a.rose(func() { s.answeredBy(fd, name, actual) }), map[Verdict]uint64{ToDNS: 1})
+			verdictsAre(t, a.rose(func() { s.answeredBy(fd, name, actual) }), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 			s.close(fd)
 		}
 		answer, err := a.ask("tcp4", name.String())
@@ -273,11 +275,11 @@ func TestDNSAddressOnly(t *testing.T) {
 	// A native IPv6 server: a connected socket can be sent to an IPv4 resolver, an
 	// unconnected datagram cannot.
 	six := netip.MustParseAddrPort("[2001:db8::53]:53")
-	verdictsAre(t, a.rose(func() { s.connected(unix.AF_INET6, six, actual) }), map[Verdict]uint64{ToDNS: 1})
+	verdictsAre(t, a.rose(func() { s.connected(unix.AF_INET6, six, actual) }), map[bpfmap.Verdict]uint64{bpfmap.ToDNS: 1})
 	fd = s.open(unix.AF_INET6, unix.SOCK_DGRAM, 0)
 	verdictsAre(t, a.rose(func() {
 		if _, err := s.try(socketCall{Op: "send", FD: fd, Addr: six}); !errors.Is(err, syscall.ENETUNREACH) {
 			t.Errorf("send to %s: %v, want network unreachable", six, err)
 		}
-	}), map[Verdict]uint64{RefusedFamily: 1})
+	}), map[bpfmap.Verdict]uint64{bpfmap.RefusedFamily: 1})
 }

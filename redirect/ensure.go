@@ -11,6 +11,11 @@ import (
 	"strconv"
 
 	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // ensure brings the kernel to what the record asks for and says what it had to
@@ -18,7 +23,7 @@ import (
 // from Consul and the return of lost maps all end here, so what one of them
 // makes another can finish. The record is marked incomplete before the first
 // change and complete after the last.
-func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []string, err error) {
+func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []string, err error) {
 	before := *r
 	moved, err := observeSources(r, ns)
 	if err != nil {
@@ -27,13 +32,13 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 	if before.Complete {
 		changed = append(changed, moved...)
 	}
-	wanted := r.desired()
+	wanted := r.Desired()
 	if err := wanted.Validate(); err != nil {
 		return nil, err
 	}
-	routed := r.Complete && before.Applied.Sources.equal(wanted.Sources)
+	routed := r.Complete && before.Applied.Sources.Equal(wanted.Sources)
 	if routed {
-		if routed, err = ns.hasRoutes(wanted, r.IPv6); err != nil {
+		if routed, err = ns.HasRoutes(wanted, r.IPv6); err != nil {
 			return nil, err
 		}
 	}
@@ -41,21 +46,21 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.markIncomplete(r); err != nil {
 			return nil, err
 		}
-		if r.IPv6, err = ns.setRoutes(wanted); err != nil {
+		if r.IPv6, err = ns.SetRoutes(wanted); err != nil {
 			return changed, err
 		}
 		changed = append(changed, "routes to the proxy set")
 	}
 	written := before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted)
 	if written {
-		if written, err = tables.hasRows(r.Cookie, wanted, r.IPv6); err != nil {
+		if written, err = tables.HasRows(r.Cookie, wanted, r.IPv6); err != nil {
 			return changed, err
 		}
 	}
 	quiet := false
 	if !written && before.Complete && len(changed) == 0 && !slices.Equal(before.Found, r.Found) {
 		// Link-local addresses alone, unless rows are missing as well.
-		if quiet, err = tables.hasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
+		if quiet, err = tables.HasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
 			return nil, err
 		}
 	}
@@ -63,7 +68,7 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		if err := d.markIncomplete(r); err != nil {
 			return changed, err
 		}
-		if !before.fresh && (!before.Complete || !samePorts(before.Applied, wanted)) {
+		if !before.Fresh && (!before.Complete || !workload.SamePorts(before.Applied, wanted)) {
 			// Those that wait at the new ports already, before anybody is sent there.
 			// After a process that died half way nobody knows which ports are in force.
 			if _, err := registerExistingListeners(tables, d.paths, ns, wanted, r.RejectedCgroups); err != nil {
@@ -77,14 +82,14 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 			changed = append(changed, "rows written")
 		}
 	}
-	attached, err := attachLookup(tables, d.paths, ns, false)
+	attached, err := program.AttachLookup(tables, d.paths, ns, false)
 	if err != nil {
 		return changed, err
 	}
 	if attached {
 		changed = append(changed, "lookup program attached")
 	}
-	filtered, err := setFilter(d.paths, ns, wanted)
+	filtered, err := program.SetFilter(d.paths, ns, wanted)
 	if err != nil {
 		return changed, err
 	}
@@ -96,54 +101,54 @@ func (d *Datapath) ensure(tables *tables, r *record, ns *namespace) (changed []s
 		return changed, err
 	}
 	changed = append(changed, adopted...)
-	if before.Complete && len(changed) == 0 && !r.dirty {
+	if before.Complete && len(changed) == 0 && !r.Dirty {
 		return nil, nil
 	}
 	r.Complete, r.Applied = true, wanted
-	return changed, d.paths.writeRecord(r)
+	return changed, d.paths.WriteRecord(r)
 }
 
 // markIncomplete marks the record incomplete on disk.
-func (d *Datapath) markIncomplete(r *record) error {
+func (d *Datapath) markIncomplete(r *store.Record) error {
 	r.Complete = false
-	return d.paths.writeRecord(r)
+	return d.paths.WriteRecord(r)
 }
 
 // replaceRows writes the rows of the workload and removes the previous ones
 // after every program that may still read them has ended. What a process that
 // died half way left is not known in detail and is searched for.
-func (d *Datapath) replaceRows(tables *tables, r, before *record, wanted Workload) error {
-	old, err := tables.generation(r.Cookie)
+func (d *Datapath) replaceRows(tables *bpfmap.Tables, r, before *store.Record, wanted workload.Workload) error {
+	old, err := tables.Generation(r.Cookie)
 	if err != nil {
 		return err
 	}
-	if err := tables.admit(encodeRows(before.Applied, r.Cookie, old, before.IPv6), encodeRows(wanted, r.Cookie, old, r.IPv6)); err != nil {
+	if err := tables.Admit(bpfmap.EncodeRows(before.Applied, r.Cookie, old, before.IPv6), bpfmap.EncodeRows(wanted, r.Cookie, old, r.IPv6)); err != nil {
 		return err
 	}
-	if err := tables.writeRows(r.Cookie, wanted, r.IPv6); err != nil || before.fresh {
+	if err := tables.WriteRows(r.Cookie, wanted, r.IPv6); err != nil || before.Fresh {
 		return err
 	}
-	waitForReaders()
+	bpfmap.WaitForReaders()
 	if !before.Complete || old == 0 {
-		return tables.deleteStale(r.Cookie, &wanted)
+		return tables.DeleteStale(r.Cookie, &wanted)
 	}
-	if err := tables.deleteRows(encodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
+	if err := tables.DeleteRows(bpfmap.EncodeRows(before.Applied, r.Cookie, old, before.IPv6), r.Cookie, old); err != nil {
 		return err
 	}
-	if samePorts(before.Applied, wanted) {
+	if workload.SamePorts(before.Applied, wanted) {
 		return nil
 	}
 	return errors.Join(
-		tables.deleteListenersOn(r.Cookie, wanted.ports()),
-		tables.deleteProxies(r.Cookie, before.Applied.takenProxyIDs()&^wanted.takenProxyIDs()),
+		tables.DeleteListenersOn(r.Cookie, wanted.Ports()),
+		tables.DeleteProxies(r.Cookie, before.Applied.TakenProxyIDs()&^wanted.TakenProxyIDs()),
 	)
 }
 
 // pruneDead removes what belongs to namespaces that died: their records, and the
 // rows and links that have no record at all.
 func (d *Datapath) pruneDead() error {
-	records, err := d.paths.readRecords()
-	if err != nil && !errors.Is(err, ErrUnreadable) {
+	records, err := d.paths.ReadRecords()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
 	// First: without its pins, a namespace in use looks like one that died.
@@ -159,11 +164,11 @@ func (d *Datapath) pruneDead() error {
 		if err == nil {
 			ns.Close()
 		}
-		if errors.Is(err, ErrNetNSGone) && !d.LookupAttached(r.Cookie) {
+		if errors.Is(err, host.ErrNetNSGone) && !d.LookupAttached(r.Cookie) {
 			problems = append(problems, d.remove(r.Key))
 		}
 	}
-	if errors.Is(unopened, ErrNotLoaded) {
+	if errors.Is(unopened, bpfmap.ErrNotLoaded) {
 		return errors.Join(problems...)
 	}
 	if unopened != nil {
@@ -175,7 +180,7 @@ func (d *Datapath) pruneDead() error {
 		if orphan.alive {
 			continue
 		}
-		problems = append(problems, tables.deleteWorkload(orphan.cookie, nil), detachLookup(d.paths, orphan.cookie))
+		problems = append(problems, tables.DeleteWorkload(orphan.cookie, nil), program.DetachLookup(d.paths, orphan.cookie))
 	}
 	return errors.Join(problems...)
 }
@@ -187,7 +192,7 @@ type orphan struct {
 }
 
 func (d *Datapath) orphans(owned map[uint64]bool) (found []orphan, err error) {
-	entries, err := os.ReadDir(d.paths.lookups())
+	entries, err := os.ReadDir(d.paths.Lookups())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -199,11 +204,11 @@ func (d *Datapath) orphans(owned map[uint64]bool) (found []orphan, err error) {
 		if err != nil || owned[cookie] {
 			continue
 		}
-		pinned, err := link.LoadPinnedLink(d.paths.lookup(cookie), nil)
+		pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)
 		if err != nil {
 			return found, fmt.Errorf("open lookup link: %w", err)
 		}
-		found = append(found, orphan{cookie: cookie, alive: lookupInode(pinned) != 0})
+		found = append(found, orphan{cookie: cookie, alive: program.LookupInode(pinned) != 0})
 		pinned.Close()
 	}
 	return found, nil
@@ -212,23 +217,23 @@ func (d *Datapath) orphans(owned map[uint64]bool) (found []orphan, err error) {
 // renewFilters brings this binary's programs to every workload. One that it cannot
 // reach goes on with those that it has, and the next look at it repairs that.
 func (d *Datapath) renewFilters() error {
-	programs, err := renewFilterPrograms(d.paths)
+	programs, err := program.RenewFilterPrograms(d.paths)
 	if err != nil {
 		return err
 	}
 	programs.Close()
-	records, err := d.paths.readRecords()
-	if err != nil && !errors.Is(err, ErrUnreadable) {
+	records, err := d.paths.ReadRecords()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
 	var problems []error
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
-		if errors.Is(err, ErrNetNSGone) {
+		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
 		if err == nil {
-			_, err = setFilter(d.paths, ns, r.desired())
+			_, err = program.SetFilter(d.paths, ns, r.Desired())
 			ns.Close()
 		}
 		if err != nil {

@@ -13,6 +13,8 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf/ringbuf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
 
@@ -30,7 +32,7 @@ const eventPause = 50 * time.Millisecond
 type Event struct {
 	Time        time.Time      `json:"time"`
 	Cookie      uint64         `json:"cookie,string"` // of the workload
-	Verdict     Verdict        `json:"-"`
+	Verdict     bpfmap.Verdict `json:"-"`
 	Name        string         `json:"verdict"`
 	Source      netip.AddrPort `json:"source,omitzero"` // inbound: who dialled
 	Origin      netip.AddrPort `json:"origin"`          // what was dialled; of a listener, where it is
@@ -48,7 +50,7 @@ type Event struct {
 // from it; what a reader is too slow for is lost, and an event with the verdict
 // EventsLost says so, per workload, at most a second later and at the end.
 func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err error) {
-	lock, err := os.OpenFile(d.paths.eventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	lock, err := os.OpenFile(d.paths.EventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("open lock: %w", err)
 	}
@@ -56,14 +58,14 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		return ErrBusy
 	} else if err != nil {
-		return fmt.Errorf("take lock %s: %w", d.paths.eventsLock(), err)
+		return fmt.Errorf("take lock %s: %w", d.paths.EventsLock(), err)
 	}
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return err
 	}
 	defer tables.Close()
-	ring, err := tables.table("events")
+	ring, err := tables.Table("events")
 	if err != nil {
 		return err
 	}
@@ -72,8 +74,8 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 		return fmt.Errorf("read events: %w", err)
 	}
 	defer reader.Close()
-	defer func() { err = errors.Join(err, tables.lease(0)) }()
-	since := monotonicNow() // what a former reader left in the ring is older
+	defer func() { err = errors.Join(err, tables.Lease(0)) }()
+	since := bpfmap.MonotonicNow() // what a former reader left in the ring is older
 	lost := lostEvents{told: make(map[uint64]uint64)}
 	if _, err := lost.count(tables); err != nil { // ... and so is what it lost
 		return err
@@ -86,7 +88,7 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 	// The reader does not know of ctx.
 	defer context.AfterFunc(ctx, func() { _ = reader.Flush() })() // it was closed meanwhile
 	for before := 0; ctx.Err() == nil; {
-		if err := tables.lease(eventLease); err != nil {
+		if err := tables.Lease(eventLease); err != nil {
 			return err
 		}
 		now, leased := delivered, time.Now()
@@ -104,7 +106,7 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 			return err
 		}
 	}
-	if err := tables.lease(0); err != nil {
+	if err := tables.Lease(0); err != nil {
 		return err
 	}
 	if err := lost.rest(reader, since, resolved); err != nil {
@@ -150,7 +152,7 @@ func drain(ctx context.Context, reader *ringbuf.Reader, since uint64, deliver fu
 	return nil
 }
 
-func decodeRecord(record ringbuf.Record) (row bpfEvent, err error) {
+func decodeRecord(record ringbuf.Record) (row bpfmap.BpfEvent, err error) {
 	if _, err := binary.Decode(record.RawSample, binary.NativeEndian, &row); err != nil {
 		return row, fmt.Errorf("decode event: %w", err)
 	}
@@ -159,34 +161,34 @@ func decodeRecord(record ringbuf.Record) (row bpfEvent, err error) {
 
 // withOrigin puts the origin in the place of an encoded address, where the
 // program that reported left it to the reader.
-func withOrigin(t *tables, event Event) Event {
-	if event.Verdict != RefusedNoProxy {
+func withOrigin(t *bpfmap.Tables, event Event) Event {
+	if event.Verdict != bpfmap.RefusedNoProxy {
 		return event
 	}
-	if index, encoded := decodeIndex(event.Origin.Addr()); encoded {
-		var addr bpfAddr
-		if found, err := t.get("indexes", bpfIndexKey{Cookie: event.Cookie, Index: index}, &addr); err == nil && found {
-			event.Origin = decodeAddrPort(addr, event.Origin.Port())
+	if index, encoded := workload.DecodeIndex(event.Origin.Addr()); encoded {
+		var addr bpfmap.BpfAddr
+		if found, err := t.Get("indexes", bpfmap.BpfIndexKey{Cookie: event.Cookie, Index: index}, &addr); err == nil && found {
+			event.Origin = bpfmap.DecodeAddrPort(addr, event.Origin.Port())
 		}
 	}
 	return event
 }
 
-func decodeEvent(row bpfEvent) Event {
+func decodeEvent(row bpfmap.BpfEvent) Event {
 	event := Event{
-		Time:        time.Now().Add(-time.Duration(monotonicNow() - row.TimeNs)),
+		Time:        time.Now().Add(-time.Duration(bpfmap.MonotonicNow() - row.TimeNs)),
 		Cookie:      row.Cookie,
-		Verdict:     Verdict(row.Verdict),
-		Name:        Verdict(row.Verdict).String(),
-		Origin:      decodeAddrPort(row.Origin, row.OriginPort),
-		Destination: decodeAddrPort(row.Destination, row.DestinationPort),
+		Verdict:     bpfmap.Verdict(row.Verdict),
+		Name:        bpfmap.Verdict(row.Verdict).String(),
+		Origin:      bpfmap.DecodeAddrPort(row.Origin, row.OriginPort),
+		Destination: bpfmap.DecodeAddrPort(row.Destination, row.DestinationPort),
 		UID:         row.Uid,
 		PID:         row.Pid,
 		Cgroup:      row.Cgroup,
 		Command:     unix.ByteSliceToString((*[len(row.Comm)]byte)(unsafe.Pointer(&row.Comm))[:]),
 	}
 	if row.SourcePort != 0 {
-		event.Source = decodeAddrPort(row.Source, row.SourcePort)
+		event.Source = bpfmap.DecodeAddrPort(row.Source, row.SourcePort)
 		event.Origin = event.Destination
 	}
 	return event

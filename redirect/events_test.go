@@ -19,16 +19,18 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 const eventsFunc = "redirect.events"
 
 // serveEvents reads events until it is killed.
 func serveEvents(args []string) error {
-	var paths Paths
+	var paths store.Paths
 	if err := json.Unmarshal([]byte(args[0]), &paths); err != nil {
 		return err
 	}
@@ -97,13 +99,13 @@ func (r *reading) until(last netip.AddrPort) (events []Event) {
 // lease returns when the programs stop to write events, on their clock.
 func (n *node) lease() uint64 {
 	n.t.Helper()
-	tables, err := openTables(n.paths.maps())
+	tables, err := bpfmap.OpenTables(n.paths.Maps())
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	defer tables.Close()
-	var row bpfControl
-	if _, err := tables.get("control", uint32(0), &row); err != nil {
+	var row bpfmap.BpfControl
+	if _, err := tables.Get("control", uint32(0), &row); err != nil {
 		n.t.Fatal(err)
 	}
 	return row.EventsUntilNs
@@ -113,8 +115,8 @@ func (n *node) lease() uint64 {
 func (n *node) leased(want bool) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
-		if until := n.lease(); until > monotonicNow() != want {
-			return fmt.Errorf("lease until %d, now is %d", until, monotonicNow())
+		if until := n.lease(); until > bpfmap.MonotonicNow() != want {
+			return fmt.Errorf("lease until %d, now is %d", until, bpfmap.MonotonicNow())
 		}
 		return nil
 	}, fmt.Sprintf("events to be leased: %t", want))
@@ -123,7 +125,7 @@ func (n *node) leased(want bool) {
 // produced returns how many bytes were ever written to the ring.
 func (n *node) produced() uint64 {
 	n.t.Helper()
-	ring, err := ebpf.LoadPinnedMap(n.paths.maps()+"/events", nil)
+	ring, err := ebpf.LoadPinnedMap(n.paths.Maps()+"/events", nil)
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -154,9 +156,9 @@ func TestEvents(t *testing.T) {
 	n := newNode(t)
 	a, b := n.newAlloc(), n.newAlloc()
 	excluded := uint32(2000)
-	a.add(func(r *Request) {
+	a.add(func(r *workload.Request) {
 		r.ExcludeUIDs, r.ExcludeInboundPorts = []uint32{excluded}, []uint16{9000}
-		r.DNS = DNS{Address: remote4(1), Port: resolverPort}
+		r.DNS = workload.DNS{Address: remote4(1), Port: resolverPort}
 	})
 	b.add()
 	remote := netip.AddrPortFrom(remote4(1), 80)
@@ -168,33 +170,33 @@ func TestEvents(t *testing.T) {
 
 	var want []Event
 	// Ask as whom, for what, with which outcome.
-	expect := func(w *alloc, uid uint32, cgroup *test.Cgroup, network string, origin, destination netip.AddrPort, verdict Verdict) {
+	expect := func(w *alloc, uid uint32, cgroup *test.Cgroup, network string, origin, destination netip.AddrPort, verdict bpfmap.Verdict) {
 		t.Helper()
 		_, err := w.askAs(uid, cgroup, network, origin.String())
-		if refused := err != nil; refused != (verdict.Refused() || verdict == RefusedNoProxy || w == b) {
+		if refused := err != nil; refused != (verdict.Refused() || verdict == bpfmap.RefusedNoProxy || w == b) {
 			t.Errorf("dial %s: %v", origin, err)
 		}
 		client := w.taskCache[test.Spec{NetNS: w.NetNS, Cgroup: cgroup, UID: uid, GID: uid}]
 		want = append(want, Event{Cookie: w.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: origin, Destination: destination,
 			UID: uid, PID: uint32(client.PID), Cgroup: cgroup.ID, Command: command(t, client.PID)})
 	}
-	first, _ := encodedAddrs(1)
-	second, _ := encodedAddrs(2)
+	first, _ := workload.EncodedAddrs(1)
+	second, _ := workload.EncodedAddrs(2)
 	six := netip.AddrPortFrom(remote6(1), 8080)
 	local := netip.MustParseAddrPort("127.0.0.1:9000")
 	encoded := netip.MustParseAddrPort("127.128.0.1:80")
 	name := netip.AddrPortFrom(remote4(1), 53)
-	expect(a, taskUID, a.taskCg, "tcp4", remote, netip.AddrPortFrom(first, 80), Redirected)
-	expect(a, taskUID, a.taskCg, "tcp", six, netip.AddrPortFrom(second, 8080), Redirected)
-	expect(a, proxyUID, a.proxyCg, "tcp4", remote, remote, Proxy)
-	expect(a, excluded, a.taskCg, "tcp4", remote, remote, UIDExcluded)
-	expect(a, taskUID, a.taskCg, "tcp4", local, local, Local)
-	expect(a, taskUID, a.taskCg, "tcp4", encoded, encoded, RefusedEncoded)
-	expect(a, taskUID, a.taskCg, "tcp4", name, netip.AddrPortFrom(remote4(1), resolverPort), ToDNS)
-	expect(b, taskUID, b.taskCg, "tcp4", remote, netip.AddrPortFrom(first, 80), Redirected)
-	want = append(want, Event{Cookie: b.Cookie(), Verdict: RefusedNoProxy, Name: RefusedNoProxy.String(), Origin: remote,
+	expect(a, taskUID, a.taskCg, "tcp4", remote, netip.AddrPortFrom(first, 80), bpfmap.Redirected)
+	expect(a, taskUID, a.taskCg, "tcp", six, netip.AddrPortFrom(second, 8080), bpfmap.Redirected)
+	expect(a, proxyUID, a.proxyCg, "tcp4", remote, remote, bpfmap.Proxy)
+	expect(a, excluded, a.taskCg, "tcp4", remote, remote, bpfmap.UIDExcluded)
+	expect(a, taskUID, a.taskCg, "tcp4", local, local, bpfmap.Local)
+	expect(a, taskUID, a.taskCg, "tcp4", encoded, encoded, bpfmap.RefusedEncoded)
+	expect(a, taskUID, a.taskCg, "tcp4", name, netip.AddrPortFrom(remote4(1), resolverPort), bpfmap.ToDNS)
+	expect(b, taskUID, b.taskCg, "tcp4", remote, netip.AddrPortFrom(first, 80), bpfmap.Redirected)
+	want = append(want, Event{Cookie: b.Cookie(), Verdict: bpfmap.RefusedNoProxy, Name: bpfmap.RefusedNoProxy.String(), Origin: remote,
 		Destination: netip.AddrPortFrom(first, 80), Source: netip.AddrPortFrom(b.v4, 0)})
-	for port, verdict := range map[uint16]Verdict{8080: Inbound, 9000: InboundExcluded} {
+	for port, verdict := range map[uint16]bpfmap.Verdict{8080: bpfmap.Inbound, 9000: bpfmap.InboundExcluded} {
 		answer, err := a.fromOutside(a.v4, port)
 		if err != nil {
 			t.Fatal(err)
@@ -204,7 +206,7 @@ func TestEvents(t *testing.T) {
 	}
 	b.refused(b.v6, 8080)
 	to := netip.AddrPortFrom(b.v6, 8080)
-	want = append(want, Event{Cookie: b.Cookie(), Verdict: RefusedInboundNoProxy, Name: RefusedInboundNoProxy.String(),
+	want = append(want, Event{Cookie: b.Cookie(), Verdict: bpfmap.RefusedInboundNoProxy, Name: bpfmap.RefusedInboundNoProxy.String(),
 		Source: netip.AddrPortFrom(remote6(2), 0), Origin: to, Destination: to})
 
 	marker := netip.MustParseAddrPort("203.0.113.1:1")
@@ -218,7 +220,7 @@ func TestEvents(t *testing.T) {
 		if event.Source.IsValid() && event.Source.Port() == 0 {
 			t.Errorf("event without a source port: %+v", event)
 		}
-		if event.Verdict == RefusedNoProxy || event.Verdict == RefusedInboundNoProxy {
+		if event.Verdict == bpfmap.RefusedNoProxy || event.Verdict == bpfmap.RefusedInboundNoProxy {
 			got[i].Source = netip.AddrPortFrom(event.Source.Addr(), 0)
 		}
 		if age := time.Since(event.Time); age < 0 || age > time.Minute {
@@ -234,7 +236,7 @@ func TestEvents(t *testing.T) {
 // What the guard would refuse, what it refuses and what it cannot judge are each
 // told as they happen, with who dialled.
 func TestEventsOfTheGuard(t *testing.T) {
-	for guard, closed := range map[Guard]Verdict{GuardAudit: GuardAudited, GuardEnforce: RefusedGuard} {
+	for guard, closed := range map[workload.Guard]bpfmap.Verdict{workload.GuardAudit: bpfmap.GuardAudited, workload.GuardEnforce: bpfmap.RefusedGuard} {
 		t.Run(string(guard), func(t *testing.T) {
 			a := guarded(t, guard)
 			reader := a.node.readEvents()
@@ -243,10 +245,10 @@ func TestEventsOfTheGuard(t *testing.T) {
 			for _, dial := range []struct {
 				network string
 				port    uint16
-				verdict Verdict
+				verdict bpfmap.Verdict
 			}{
-				{"tcp", 8080, closed}, {"tcp", outboundPort, closed}, {"tcp", 7070, InboundExcluded},
-				{"udp", 8080, closed}, {"udp", 40000, GuardEphemeral},
+				{"tcp", 8080, closed}, {"tcp", outboundPort, closed}, {"tcp", 7070, bpfmap.InboundExcluded},
+				{"udp", 8080, closed}, {"udp", 40000, bpfmap.GuardEphemeral},
 			} {
 				for _, addr := range []netip.Addr{a.v4, a.v6} {
 					to := netip.AddrPortFrom(addr, dial.port)
@@ -344,7 +346,7 @@ func TestEventsOfADeadReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead.Stop()
-	if ahead := time.Duration(n.lease() - monotonicNow()); ahead > eventLease {
+	if ahead := time.Duration(n.lease() - bpfmap.MonotonicNow()); ahead > eventLease {
 		t.Errorf("the lease of a dead reader runs for %s more, want at most %s", ahead, eventLease)
 	}
 	// The next reader does not have to wait for that.

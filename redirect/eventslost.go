@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf/ringbuf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // lostEvents knows which lost events a reader was told of.
@@ -20,13 +21,13 @@ type lostEvents struct {
 }
 
 // count returns how many events each workload lost since the last call.
-func (l *lostEvents) count(tables *tables) (map[uint64]uint64, error) {
+func (l *lostEvents) count(tables *bpfmap.Tables) (map[uint64]uint64, error) {
 	lost := l.unread
 	if lost == nil {
 		lost = make(map[uint64]uint64)
 	}
 	l.unread = nil
-	err := walk(tables, "verdicts", func(cookie uint64, row bpfVerdictCounts) error {
+	err := bpfmap.Walk(tables, "verdicts", func(cookie uint64, row bpfmap.BpfVerdictCounts) error {
 		told := l.told[cookie]
 		if row.EventsLost < told { // the workload was removed and added again
 			told = 0
@@ -41,13 +42,13 @@ func (l *lostEvents) count(tables *tables) (map[uint64]uint64, error) {
 }
 
 // tell delivers an event for each workload that lost some.
-func (l *lostEvents) tell(tables *tables, deliver func(Event) error) error {
+func (l *lostEvents) tell(tables *bpfmap.Tables, deliver func(Event) error) error {
 	lost, err := l.count(tables)
 	if err != nil {
 		return err
 	}
 	for _, cookie := range slices.Sorted(maps.Keys(lost)) {
-		err := deliver(Event{Time: time.Now(), Cookie: cookie, Verdict: EventsLost, Name: EventsLost.String(), Lost: lost[cookie]})
+		err := deliver(Event{Time: time.Now(), Cookie: cookie, Verdict: bpfmap.EventsLost, Name: bpfmap.EventsLost.String(), Lost: lost[cookie]})
 		if err != nil {
 			return err
 		}
@@ -59,7 +60,7 @@ func (l *lostEvents) tell(tables *tables, deliver func(Event) error) error {
 // events, for as long as a lease: a reader may be slow, but must come to an
 // end. What it does not get any more is lost.
 func (l *lostEvents) rest(reader *ringbuf.Reader, since uint64, deliver func(Event) error) error {
-	waitForReaders() // of the lease: the programs that saw it have ended
+	bpfmap.WaitForReaders() // of the lease: the programs that saw it have ended
 	deadline := time.Now().Add(eventLease)
 	l.unread = make(map[uint64]uint64)
 	var record ringbuf.Record

@@ -9,9 +9,9 @@ import (
 	"net/netip"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // knock begins a connection to each of count addresses from first on and waits
@@ -62,7 +62,7 @@ func TestEventsShareTheRing(t *testing.T) {
 	go func() {
 		done <- n.Events(ctx, func(event Event) error {
 			<-release
-			if event.Verdict == EventsLost {
+			if event.Verdict == bpfmap.EventsLost {
 				lost[event.Cookie] += event.Lost
 			} else {
 				seen[event.Cookie]++
@@ -121,12 +121,12 @@ func TestEventsLostBeforeTheReaderBegan(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	tables, err := openTables(n.paths.maps())
+	tables, err := bpfmap.OpenTables(n.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tables.Close()
-	if err := tables.lease(1); err != nil { // a reader that died long ago
+	if err := tables.Lease(1); err != nil { // a reader that died long ago
 		t.Fatal(err)
 	}
 	a.knock(netip.MustParseAddr("20.1.0.0"), 10)

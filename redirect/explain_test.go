@@ -11,9 +11,11 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // explained is a namespace whose configuration and listeners change at random, and what dials there.
@@ -21,11 +23,11 @@ type explained struct {
 	*alloc
 	t       *testing.T
 	random  *rand.Rand
-	tables  *tables
+	tables  *bpfmap.Tables
 	proxy   actor // owns the listeners
 	dialers []dialer
 	outside actor
-	seen    map[Verdict]int
+	seen    map[bpfmap.Verdict]int
 }
 
 // dialer is a process of the allocation with what the rules look at.
@@ -47,12 +49,12 @@ const (
 func newExplained(t *testing.T) *explained {
 	n := newNode(t)
 	a := n.newAlloc()
-	tables, err := openTablesToRead(n.paths.maps())
+	tables, err := bpfmap.OpenTablesToRead(n.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { tables.Close() })
-	x := &explained{alloc: a, t: t, tables: tables, seen: make(map[Verdict]int)}
+	x := &explained{alloc: a, t: t, tables: tables, seen: make(map[bpfmap.Verdict]int)}
 	x.proxy = a.actor(t, proxyUID, a.proxyCg)
 	for _, who := range []struct {
 		uid    uint32
@@ -80,9 +82,9 @@ func (x *explained) configure(again bool) {
 			x.t.Fatal(err)
 		}
 	}
-	x.add(func(r *Request) {
-		r.Mode = pick(x, ModeTransparent, ModeTransparent, ModeTransparent, ModeTransparent, ModeDirect, ModeGateway)
-		r.DNS = pick(x, DNS{}, DNS{}, DNS{Port: explainedDNS}, DNS{Address: netip.MustParseAddr("127.0.0.1")}, DNS{Address: netip.IPv6Loopback(), Port: explainedDNS})
+	x.add(func(r *workload.Request) {
+		r.Mode = pick(x, workload.ModeTransparent, workload.ModeTransparent, workload.ModeTransparent, workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway)
+		r.DNS = pick(x, workload.DNS{}, workload.DNS{}, workload.DNS{Port: explainedDNS}, workload.DNS{Address: netip.MustParseAddr("127.0.0.1")}, workload.DNS{Address: netip.IPv6Loopback(), Port: explainedDNS})
 		r.InboundPort = pick(x, inboundPort, inboundPort, inboundPort, uint16(0))
 		if x.chance(40) {
 			r.ExcludeUIDs = []uint32{explainedUID}
@@ -99,9 +101,9 @@ func (x *explained) configure(again bool) {
 		}
 		r.Budget = pick(x, 0, 0, 4, uint32(12))
 	})
-	meshConfig := MeshConfig{Guard: pick(x, GuardOff, GuardAudit, GuardEnforce)}
+	meshConfig := workload.MeshConfig{Guard: pick(x, workload.GuardOff, workload.GuardAudit, workload.GuardEnforce)}
 	if x.chance(50) {
-		meshConfig.Upstreams = []Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.5", "fd09:1::5"),
+		meshConfig.Upstreams = []workload.Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.5", "fd09:1::5"),
 			Listener: netip.AddrPortFrom(pick(x, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()), explainedUpstream)}}
 	}
 	if x.chance(40) {
@@ -109,7 +111,7 @@ func (x *explained) configure(again bool) {
 	}
 	if x.chance(40) {
 		meshConfig.Service = "api"
-		meshConfig.Proxies = []Sidecar{{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
+		meshConfig.Proxies = []workload.Sidecar{{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
 			ServicePorts: []uint16{8081}, VirtualIPs: test.Addrs("240.0.1.1", "fd09:1::6")}}
 	}
 	if err := x.node.SetMeshConfig(x.key, meshConfig); err != nil {
@@ -160,7 +162,7 @@ func (x *explained) listen() {
 }
 
 // outbound is a random connection of one of the allocation's processes.
-func (x *explained) outbound() (Connection, dialer) {
+func (x *explained) outbound() (explain.Connection, dialer) {
 	who := pick(x, x.dialers...)
 	destination := netip.MustParseAddr(pick(x,
 		"10.9.1.1", "fd09:1::1", "10.9.1.2", "fd09:1::2", "10.9.1.255", "127.0.0.1", "127.9.9.9", "::1", "0.0.0.0", "224.0.0.1", "ff0e::1",
@@ -169,79 +171,79 @@ func (x *explained) outbound() (Connection, dialer) {
 	if x.chance(40) {
 		destination = netip.AddrFrom4([4]byte{198, 51, 100, byte(x.random.IntN(256))})
 	}
-	port := pick(x, DefaultDNSPort, 80, explainedPort, explainedPort+1024, 65535, 15001, inboundPort, explainedUpstream, uint16(1+x.random.IntN(65535)))
-	return Connection{
+	port := pick(x, workload.DefaultDNSPort, 80, explainedPort, explainedPort+1024, 65535, 15001, inboundPort, explainedUpstream, uint16(1+x.random.IntN(65535)))
+	return explain.Connection{
 		Destination: netip.AddrPortFrom(destination, port), UID: who.uid, Cgroup: who.cgroup, IPv6Socket: destination.Is6() || x.chance(30),
 	}, who
 }
 
 // inboundConnection is a random connection from the remote host.
-func (x *explained) inboundConnection() Connection {
+func (x *explained) inboundConnection() explain.Connection {
 	own, from := x.v4, remote4(x.number)
 	if x.chance(50) {
 		own, from = x.v6, remote6(x.number)
 	}
 	port := pick(x, 80, 8081, explainedOpen, explainedExposed, inboundPort, outboundPort, secondInbound, uint16(1+x.random.IntN(65535)))
-	return Connection{Destination: netip.AddrPortFrom(own, port), From: netip.AddrPortFrom(from, 1), UID: NoUID}
+	return explain.Connection{Destination: netip.AddrPortFrom(own, port), From: netip.AddrPortFrom(from, 1), UID: explain.NoUID}
 }
 
-func inboundVerdicts() []Verdict {
-	return []Verdict{Inbound, InboundExcluded, GuardAudited, GuardEphemeral, RefusedInboundNoProxy, RefusedInboundUnknown, RefusedGuard}
+func inboundVerdicts() []bpfmap.Verdict {
+	return []bpfmap.Verdict{bpfmap.Inbound, bpfmap.InboundExcluded, bpfmap.GuardAudited, bpfmap.GuardEphemeral, bpfmap.RefusedInboundNoProxy, bpfmap.RefusedInboundUnknown, bpfmap.RefusedGuard}
 }
 
 // moved is which counters of the connection's direction a dial moved.
-func (x *explained) moved(cookie uint64, inbound bool, dial func()) map[Verdict]uint64 {
-	read := func() bpfVerdictCounts {
-		var row bpfVerdictCounts
-		if _, err := x.tables.get("verdicts", cookie, &row); err != nil {
+func (x *explained) moved(cookie uint64, inbound bool, dial func()) map[bpfmap.Verdict]uint64 {
+	read := func() bpfmap.BpfVerdictCounts {
+		var row bpfmap.BpfVerdictCounts
+		if _, err := x.tables.Get("verdicts", cookie, &row); err != nil {
 			x.t.Fatal(err)
 		}
 		return row
 	}
 	before := read()
 	dial()
-	after, moved := read(), make(map[Verdict]uint64)
+	after, moved := read(), make(map[bpfmap.Verdict]uint64)
 	for i, count := range after.Count {
-		if n := count - before.Count[i]; n > 0 && slices.Contains(inboundVerdicts(), Verdict(i)) == inbound {
-			moved[Verdict(i)] = n
+		if n := count - before.Count[i]; n > 0 && slices.Contains(inboundVerdicts(), bpfmap.Verdict(i)) == inbound {
+			moved[bpfmap.Verdict(i)] = n
 		}
 	}
 	return moved
 }
 
 // expectedCounts is what a verdict makes the kernel count.
-func expectedCounts(verdict Verdict, inbound bool) map[Verdict]uint64 {
+func expectedCounts(verdict bpfmap.Verdict, inbound bool) map[bpfmap.Verdict]uint64 {
 	switch {
-	case verdict == RefusedNoProxy: // it was sent to the proxy, which was not there
-		return map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1}
-	case inbound && (verdict == Direct || verdict == Local || verdict == RefusedEncoded || verdict == RefusedTable):
-		return map[Verdict]uint64{}
+	case verdict == bpfmap.RefusedNoProxy: // it was sent to the proxy, which was not there
+		return map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}
+	case inbound && (verdict == bpfmap.Direct || verdict == bpfmap.Local || verdict == bpfmap.RefusedEncoded || verdict == bpfmap.RefusedTable):
+		return map[bpfmap.Verdict]uint64{}
 	}
-	return map[Verdict]uint64{verdict: 1}
+	return map[bpfmap.Verdict]uint64{verdict: 1}
 }
 
 // check dials for real, and fails the test where the kernel did not do as explained.
-func (x *explained) check(cookie uint64, c Connection, who actor) bool {
-	rows, err := readSnapshot(x.tables, cookie, c)
+func (x *explained) check(cookie uint64, c explain.Connection, who actor) bool {
+	rows, err := explain.ReadSnapshot(x.tables, cookie, c)
 	if err != nil {
 		x.t.Fatal(err)
 	}
-	steps, verdict := evaluate(rows, c)
+	steps, verdict := explain.Evaluate(rows, c)
 	how := "connectStart"
-	if c.inbound() || verdict == Redirected || verdict == RefusedNoProxy {
+	if c.Inbound() || verdict == bpfmap.Redirected || verdict == bpfmap.RefusedNoProxy {
 		how = "connectLater" // what is counted on arrival has been counted when it ends
 	}
 	domain, dialled := unix.AF_INET, c.Destination
-	if !c.ipv4Socket() {
+	if !c.IPv4Socket() {
 		domain = unix.AF_INET6
 	}
 	var outcomes []outcome
-	moved := x.moved(cookie, c.inbound(), func() {
+	moved := x.moved(cookie, c.Inbound(), func() {
 		if err := who.Call(stream(domain).to(how, dialled.String()), &outcomes); err != nil {
 			x.t.Fatal(err)
 		}
 	})
-	for _, v := range []Verdict{Inbound, InboundExcluded, GuardAudited} { // see verdictsAre
+	for _, v := range []bpfmap.Verdict{bpfmap.Inbound, bpfmap.InboundExcluded, bpfmap.GuardAudited} { // see verdictsAre
 		if moved[v] > 1 {
 			moved[v] = 1
 		}
@@ -249,11 +251,11 @@ func (x *explained) check(cookie uint64, c Connection, who actor) bool {
 	x.seen[verdict]++
 	errno := outcomes[len(outcomes)-1].Errno
 	want := syscall.Errno(0)
-	if verdict == RefusedNoProxy {
+	if verdict == bpfmap.RefusedNoProxy {
 		want = unix.ECONNREFUSED
 	}
-	diff := cmp.Diff(expectedCounts(verdict, c.inbound()), moved)
-	if diff == "" && (how == "connectStart" || c.inbound() || errno == want) {
+	diff := cmp.Diff(expectedCounts(verdict, c.Inbound()), moved)
+	if diff == "" && (how == "connectStart" || c.Inbound() || errno == want) {
 		return true
 	}
 	x.t.Errorf("%+v:\nexplained as %s by %+v\nthe kernel ended it with %s and counted (-explained +counted):\n%s", c, verdict, steps, errnoName(errno), diff)
@@ -284,8 +286,8 @@ func TestExplainAgreesWithTheKernel(t *testing.T) {
 		}
 	}
 	t.Logf("connections by verdict: %v", x.seen)
-	for _, verdict := range []Verdict{Redirected, Proxy, UIDExcluded, Local, ToUpstream, PortExcluded, CIDRExcluded, Direct, ToDNS, Inbound, InboundExcluded,
-		GuardAudited, RefusedEncoded, RefusedFamily, RefusedBroadcast, RefusedBudget, RefusedNoProxy, RefusedInboundNoProxy, RefusedInboundUnknown, RefusedGuard} {
+	for _, verdict := range []bpfmap.Verdict{bpfmap.Redirected, bpfmap.Proxy, bpfmap.UIDExcluded, bpfmap.Local, bpfmap.ToUpstream, bpfmap.PortExcluded, bpfmap.CIDRExcluded, bpfmap.Direct, bpfmap.ToDNS, bpfmap.Inbound, bpfmap.InboundExcluded,
+		bpfmap.GuardAudited, bpfmap.RefusedEncoded, bpfmap.RefusedFamily, bpfmap.RefusedBroadcast, bpfmap.RefusedBudget, bpfmap.RefusedNoProxy, bpfmap.RefusedInboundNoProxy, bpfmap.RefusedInboundUnknown, bpfmap.RefusedGuard} {
 		if x.seen[verdict] == 0 && configurations >= 100 {
 			t.Errorf("no connection was explained as %s: the test does not try enough", verdict)
 		}

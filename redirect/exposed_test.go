@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -16,18 +18,18 @@ import (
 // expose path.
 const exposedPort = 9102
 
-func newExposed(t *testing.T, mode Mode, guard Guard) *alloc {
+func newExposed(t *testing.T, mode workload.Mode, guard workload.Guard) *alloc {
 	t.Helper()
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = mode })
+	a.add(func(r *workload.Request) { r.Mode = mode })
 	a.expose(guard)
 	return a
 }
 
-func (a *alloc) expose(guard Guard) {
+func (a *alloc) expose(guard workload.Guard) {
 	a.node.t.Helper()
-	if err := a.node.SetMeshConfig(a.key, MeshConfig{Guard: guard, ExposedPorts: []uint16{exposedPort}}); err != nil {
+	if err := a.node.SetMeshConfig(a.key, workload.MeshConfig{Guard: guard, ExposedPorts: []uint16{exposedPort}}); err != nil {
 		a.node.t.Fatal(err)
 	}
 }
@@ -36,15 +38,15 @@ func (a *alloc) expose(guard Guard) {
 // listens there.
 func TestExposedPort(t *testing.T) {
 	for _, c := range []struct {
-		mode   Mode
-		guard  Guard
-		closed Verdict // while the proxy does not listen
-		open   Verdict
+		mode   workload.Mode
+		guard  workload.Guard
+		closed bpfmap.Verdict // while the proxy does not listen
+		open   bpfmap.Verdict
 	}{
-		{ModeDirect, GuardEnforce, RefusedGuard, InboundExcluded},
-		{ModeGateway, GuardEnforce, RefusedGuard, InboundExcluded},
-		{ModeTransparent, GuardOff, RefusedInboundNoProxy, Inbound},
-		{ModeTransparent, GuardEnforce, RefusedInboundNoProxy, Inbound},
+		{workload.ModeDirect, workload.GuardEnforce, bpfmap.RefusedGuard, bpfmap.InboundExcluded},
+		{workload.ModeGateway, workload.GuardEnforce, bpfmap.RefusedGuard, bpfmap.InboundExcluded},
+		{workload.ModeTransparent, workload.GuardOff, bpfmap.RefusedInboundNoProxy, bpfmap.Inbound},
+		{workload.ModeTransparent, workload.GuardEnforce, bpfmap.RefusedInboundNoProxy, bpfmap.Inbound},
 	} {
 		t.Run(fmt.Sprintf("%s %s", c.mode, c.guard), func(t *testing.T) {
 			a := newExposed(t, c.mode, c.guard)
@@ -52,7 +54,7 @@ func TestExposedPort(t *testing.T) {
 			closed := func() {
 				t.Helper()
 				for _, addr := range []netip.Addr{a.v4, a.v6} {
-					verdictsAre(t, a.rose(func() { a.refused(addr, exposedPort) }), map[Verdict]uint64{c.closed: 1})
+					verdictsAre(t, a.rose(func() { a.refused(addr, exposedPort) }), map[bpfmap.Verdict]uint64{c.closed: 1})
 				}
 			}
 			closed()
@@ -65,7 +67,7 @@ func TestExposedPort(t *testing.T) {
 					if answer, err := a.fromOutside(addr, exposedPort); err != nil || answer.Server != proxy.Name {
 						t.Errorf("dial %s: %+v, %v; want the proxy", addr, answer, err)
 					}
-				}), map[Verdict]uint64{c.open: 1})
+				}), map[bpfmap.Verdict]uint64{c.open: 1})
 			}
 			proxy.Stop()
 			a.serve(taskUID, a.taskCg, "tcp", everywhere)
@@ -75,24 +77,24 @@ func TestExposedPort(t *testing.T) {
 }
 
 func TestExposedPortIsCountedInAudit(t *testing.T) {
-	a := newExposed(t, ModeDirect, GuardAudit)
+	a := newExposed(t, workload.ModeDirect, workload.GuardAudit)
 	task := a.serve(taskUID, a.taskCg, "tcp", fmt.Sprintf("[::]:%d", exposedPort))
 	verdictsAre(t, a.rose(func() {
 		if answer, err := a.fromOutside(a.v4, exposedPort); err != nil || answer.Server != task.Name {
 			t.Errorf("dial: %+v, %v; want the task", answer, err)
 		}
-	}), map[Verdict]uint64{GuardAudited: 1})
+	}), map[bpfmap.Verdict]uint64{bpfmap.GuardAudited: 1})
 }
 
 func TestExposedPortIsNotForDatagrams(t *testing.T) {
-	a := newExposed(t, ModeDirect, GuardEnforce)
+	a := newExposed(t, workload.ModeDirect, workload.GuardEnforce)
 	a.serve(proxyUID, a.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
 	a.serve(taskUID, a.taskCg, "udp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
 	verdictsAre(t, a.rose(func() {
 		if _, err := test.Ask(a.node.remote, "udp4", addrPort(a.v4, exposedPort)); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("datagram: %v, want connection refused", err)
 		}
-	}), map[Verdict]uint64{RefusedGuard: 1})
+	}), map[bpfmap.Verdict]uint64{bpfmap.RefusedGuard: 1})
 }
 
 // A listener that was open before the port was named is registered.
@@ -104,9 +106,9 @@ func TestExposedPortOlderThanItsRow(t *testing.T) {
 		t.Run(who.name, func(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
-			a.add(func(r *Request) { r.Mode = ModeDirect })
+			a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect })
 			server := a.serve(who.uid, a.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
-			a.expose(GuardEnforce)
+			a.expose(workload.GuardEnforce)
 			if who.uid == taskUID {
 				a.refused(a.v4, exposedPort)
 				return
@@ -124,9 +126,9 @@ func TestExposedPortOlderThanItsRow(t *testing.T) {
 func TestExposedPortOnALoopbackAddress(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect })
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect })
 	a.serve(proxyUID, a.proxyCg, "tcp4", fmt.Sprintf("127.0.0.1:%d", exposedPort))
-	a.expose(GuardEnforce)
+	a.expose(workload.GuardEnforce)
 	a.refused(a.v4, exposedPort)
 	a.serve(proxyUID, a.proxyCg, "tcp4", fmt.Sprintf("127.0.0.2:%d", exposedPort))
 	a.refused(a.v4, exposedPort)
@@ -134,7 +136,7 @@ func TestExposedPortOnALoopbackAddress(t *testing.T) {
 
 // A task under the proxy's UID cannot share the port with the proxy.
 func TestExposedPortRival(t *testing.T) {
-	a := newExposed(t, ModeDirect, GuardEnforce)
+	a := newExposed(t, workload.ModeDirect, workload.GuardEnforce)
 	everywhere := fmt.Sprintf("0.0.0.0:%d", exposedPort)
 	a.sockets(proxyUID, a.proxyCg).mustListen("proxy", everywhere, reusePort())
 	if _, err := a.sockets(proxyUID, a.taskCg).listen("rival", everywhere, 0, reusePort()); !errors.Is(err, syscall.EADDRINUSE) {
@@ -146,8 +148,8 @@ func TestExposedPortRival(t *testing.T) {
 func TestExposedPortThatTheRequestExcludes(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect; r.ExcludeInboundPorts = []uint16{exposedPort} })
-	a.expose(GuardEnforce)
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect; r.ExcludeInboundPorts = []uint16{exposedPort} })
+	a.expose(workload.GuardEnforce)
 	task := a.serve(taskUID, a.taskCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
 	if answer, err := a.fromOutside(a.v4, exposedPort); err != nil || answer.Server != task.Name {
 		t.Errorf("dial: %+v, %v; want the task", answer, err)

@@ -14,7 +14,10 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
 	"github.com/vishvananda/netlink"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -26,7 +29,7 @@ func (a *alloc) nftables(change func(*nftables.Conn, *nftables.Table)) {
 	var err error
 	a.Do(func() {
 		conn := &nftables.Conn{}
-		change(conn, &nftables.Table{Name: filterTable, Family: nftables.TableFamilyINet})
+		change(conn, &nftables.Table{Name: program.FilterTable, Family: nftables.TableFamilyINet})
 		err = conn.Flush()
 	})
 	if err != nil {
@@ -46,7 +49,7 @@ func (a *alloc) filterRules() map[string][]string {
 			t.Errorf("list chains: %v", err)
 		}
 		for _, chain := range chains {
-			if chain.Table.Name != filterTable {
+			if chain.Table.Name != program.FilterTable {
 				continue
 			}
 			rules, err := conn.GetRules(chain.Table, chain)
@@ -88,7 +91,7 @@ func (a *alloc) newInner() *test.NetNS {
 	})
 	a.node.remote.Do(func() {
 		for prefix, via := range map[netip.Prefix]netip.Addr{inner4.Masked(): a.v4, inner6.Masked(): a.v6} {
-			if err := netlink.RouteAdd(&netlink.Route{Dst: ipNet(prefix), Gw: via.AsSlice()}); err != nil {
+			if err := netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(prefix), Gw: via.AsSlice()}); err != nil {
 				t.Errorf("route to %s: %v", prefix, err)
 			}
 		}
@@ -97,39 +100,39 @@ func (a *alloc) newInner() *test.NetNS {
 }
 
 func TestForwardedTraffic(t *testing.T) {
-	transparent := func(r *Request) { r.Mode = ModeTransparent }
-	direct := func(r *Request) { r.Mode = ModeDirect }
-	gateway := func(r *Request) { r.Mode = ModeGateway }
+	transparent := func(r *workload.Request) { r.Mode = workload.ModeTransparent }
+	direct := func(r *workload.Request) { r.Mode = workload.ModeDirect }
+	gateway := func(r *workload.Request) { r.Mode = workload.ModeGateway }
 	for _, tc := range []struct {
 		name    string
-		mode    func(*Request)
-		guard   Guard
+		mode    func(*workload.Request)
+		guard   workload.Guard
 		forward bool
-		verdict Verdict // of each connection
+		verdict bpfmap.Verdict // of each connection
 		counted bool
 	}{
-		{"transparent", transparent, GuardOff, false, RefusedForwarded, true},
-		{"transparent, audit", transparent, GuardAudit, false, RefusedForwarded, true},
-		{"transparent, enforce", transparent, GuardEnforce, false, RefusedForwarded, true},
-		{"transparent, allowed", transparent, GuardOff, true, Forwarded, true},
-		{"transparent, enforce, allowed", transparent, GuardEnforce, true, Forwarded, true},
-		{"direct", direct, GuardOff, false, Forwarded, false},
-		{"direct, audit", direct, GuardAudit, false, Forwarded, true},
-		{"direct, enforce", direct, GuardEnforce, false, RefusedForwarded, true},
-		{"direct, enforce, allowed", direct, GuardEnforce, true, Forwarded, true},
-		{"gateway, enforce", gateway, GuardEnforce, false, RefusedForwarded, true},
+		{"transparent", transparent, workload.GuardOff, false, bpfmap.RefusedForwarded, true},
+		{"transparent, audit", transparent, workload.GuardAudit, false, bpfmap.RefusedForwarded, true},
+		{"transparent, enforce", transparent, workload.GuardEnforce, false, bpfmap.RefusedForwarded, true},
+		{"transparent, allowed", transparent, workload.GuardOff, true, bpfmap.Forwarded, true},
+		{"transparent, enforce, allowed", transparent, workload.GuardEnforce, true, bpfmap.Forwarded, true},
+		{"direct", direct, workload.GuardOff, false, bpfmap.Forwarded, false},
+		{"direct, audit", direct, workload.GuardAudit, false, bpfmap.Forwarded, true},
+		{"direct, enforce", direct, workload.GuardEnforce, false, bpfmap.RefusedForwarded, true},
+		{"direct, enforce, allowed", direct, workload.GuardEnforce, true, bpfmap.Forwarded, true},
+		{"gateway, enforce", gateway, workload.GuardEnforce, false, bpfmap.RefusedForwarded, true},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
-			a.add(tc.mode, func(r *Request) { r.Forward = tc.forward })
-			if err := n.SetMeshConfig(a.key, MeshConfig{Guard: tc.guard}); err != nil {
+			a.add(tc.mode, func(r *workload.Request) { r.Forward = tc.forward })
+			if err := n.SetMeshConfig(a.key, workload.MeshConfig{Guard: tc.guard}); err != nil {
 				t.Fatal(err)
 			}
 			inner := a.newInner()
 			test.Echo(t, n.remote, "tcp", "[::]:9000")
 			test.Echo(t, inner, "tcp", "[::]:9000")
-			want := map[Verdict]uint64{}
+			want := map[bpfmap.Verdict]uint64{}
 			if tc.counted {
 				want[tc.verdict] = 1
 			}
@@ -141,10 +144,10 @@ func TestForwardedTraffic(t *testing.T) {
 			} {
 				moved := a.rose(func() {
 					_, err := test.Ask(dial.from, "tcp", addrPort(dial.to, 9000))
-					if tc.verdict == RefusedForwarded && !errors.Is(err, syscall.ECONNREFUSED) {
+					if tc.verdict == bpfmap.RefusedForwarded && !errors.Is(err, syscall.ECONNREFUSED) {
 						t.Errorf("dial %s through the allocation: %v, want connection refused", dial.to, err)
 					}
-					if tc.verdict == Forwarded && err != nil {
+					if tc.verdict == bpfmap.Forwarded && err != nil {
 						t.Errorf("dial %s through the allocation: %v", dial.to, err)
 					}
 				})
@@ -162,7 +165,7 @@ func TestForwardedTrafficFollowsTheOverlay(t *testing.T) {
 	inner := a.newInner()
 	test.Echo(t, n.remote, "tcp", "[::]:9000")
 	for _, forward := range []bool{false, true, false} {
-		if err := n.SetMeshConfig(a.key, MeshConfig{Forward: forward}); err != nil {
+		if err := n.SetMeshConfig(a.key, workload.MeshConfig{Forward: forward}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := test.Ask(inner, "tcp", addrPort(remote4(a.number), 9000)); (err == nil) != forward {
@@ -175,12 +178,12 @@ func TestForwardedTrafficFollowsTheOverlay(t *testing.T) {
 func TestFilterHasOnlyTheChainsItNeeds(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect })
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect })
 	for _, step := range []struct {
-		guard  Guard
+		guard  workload.Guard
 		chains []string
-	}{{GuardOff, nil}, {GuardAudit, []string{"forward", "input"}}, {GuardEnforce, []string{"forward", "input"}}, {GuardOff, nil}} {
-		if err := n.SetMeshConfig(a.key, MeshConfig{Guard: step.guard}); err != nil {
+	}{{workload.GuardOff, nil}, {workload.GuardAudit, []string{"forward", "input"}}, {workload.GuardEnforce, []string{"forward", "input"}}, {workload.GuardOff, nil}} {
+		if err := n.SetMeshConfig(a.key, workload.MeshConfig{Guard: step.guard}); err != nil {
 			t.Fatal(err)
 		}
 		var chains []string
@@ -275,6 +278,6 @@ func TestForwardedDatagramsAreRefused(t *testing.T) {
 			if _, err := test.Ask(inner, "udp", addrPort(addr, 9000)); !errors.Is(err, want) {
 				t.Errorf("a datagram to %s through the allocation: %v, want %v", addr, err, want)
 			}
-		}), map[Verdict]uint64{RefusedForwarded: 1})
+		}), map[bpfmap.Verdict]uint64{bpfmap.RefusedForwarded: 1})
 	}
 }

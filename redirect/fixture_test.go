@@ -8,6 +8,9 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -38,7 +41,7 @@ func newDatapath(t *testing.T) *Datapath {
 func unloadedDatapath(t *testing.T) *Datapath {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
-	d := New(Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(t.TempDir(), "state")})
+	d := New(store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(t.TempDir(), "state")})
 	t.Cleanup(func() {
 		if _, err := d.Unload(); err != nil {
 			t.Errorf("unload: %v", err)
@@ -71,7 +74,7 @@ type alloc struct {
 	node      *node
 	number    int
 	v4, v6    netip.Addr
-	key       AttachmentID
+	key       workload.AttachmentID
 	proxyCg   *test.Cgroup
 	taskCg    *test.Cgroup
 	outbound  *test.ServerProcess
@@ -87,7 +90,7 @@ func (n *node) newAlloc() *alloc {
 		NetNS: test.NewNetNS(n.t), node: n, number: i,
 		v4:      netip.MustParseAddr(fmt.Sprintf("10.9.%d.2", i)),
 		v6:      netip.MustParseAddr(fmt.Sprintf("fd09:%d::2", i)),
-		key:     AttachmentID{ContainerID: fmt.Sprintf("alloc-%d", i), IfName: "eth0"},
+		key:     workload.AttachmentID{ContainerID: fmt.Sprintf("alloc-%d", i), IfName: "eth0"},
 		proxyCg: test.NewCgroup(n.t), taskCg: test.NewCgroup(n.t),
 		taskCache: make(map[test.Spec]*test.Client),
 	}
@@ -97,16 +100,16 @@ func (n *node) newAlloc() *alloc {
 	return a
 }
 
-func (a *alloc) request() Request {
-	return Request{
-		Network: "nomad", Job: Job{ID: "job", Group: "group", AllocID: a.key.ContainerID}, Mode: ModeTransparent,
+func (a *alloc) request() workload.Request {
+	return workload.Request{
+		Network: "nomad", Job: workload.Job{ID: "job", Group: "group", AllocID: a.key.ContainerID}, Mode: workload.ModeTransparent,
 		ProxyUID: proxyUID, InboundPort: inboundPort, OutboundPort: outboundPort,
 		Addresses: []netip.Addr{a.v4, a.v6},
 	}
 }
 
 // add puts the allocation under Weir; change edits the request before.
-func (a *alloc) add(change ...func(*Request)) {
+func (a *alloc) add(change ...func(*workload.Request)) {
 	a.node.t.Helper()
 	request := a.request()
 	for _, edit := range change {
@@ -148,18 +151,18 @@ func (a *alloc) askAs(uid uint32, cgroup *test.Cgroup, network, addr string) (te
 }
 
 // counts returns the allocation's verdict counters.
-func (a *alloc) counts() map[Verdict]uint64 {
+func (a *alloc) counts() map[bpfmap.Verdict]uint64 {
 	a.node.t.Helper()
 	list, err := a.node.Verdicts()
 	if err != nil {
 		a.node.t.Fatal(err)
 	}
-	counts := make(map[Verdict]uint64)
+	counts := make(map[bpfmap.Verdict]uint64)
 	for _, w := range list {
 		if w.Key != a.key {
 			continue
 		}
-		for _, verdict := range AllVerdicts() {
+		for _, verdict := range bpfmap.AllVerdicts() {
 			if n := w.Counts[verdict.String()]; n > 0 {
 				counts[verdict] = n
 			}
@@ -169,7 +172,7 @@ func (a *alloc) counts() map[Verdict]uint64 {
 }
 
 // rose runs action and returns which counters it moved, by how much.
-func (a *alloc) rose(action func()) map[Verdict]uint64 {
+func (a *alloc) rose(action func()) map[bpfmap.Verdict]uint64 {
 	a.node.t.Helper()
 	before := a.counts()
 	action()

@@ -10,9 +10,10 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // unconnected is a UDP socket on a fixed port of the allocation that is never
@@ -61,7 +62,7 @@ func answers(fd int, to netip.AddrPort) (reply test.Reply, err error) {
 // connected and its port below the ephemeral range: the kernel asks sk_lookup
 // for such an answer as for a datagram that nobody asked for.
 func TestGuardLetsAnswersInToFixedPorts(t *testing.T) {
-	for _, guard := range []Guard{GuardAudit, GuardEnforce} {
+	for _, guard := range []workload.Guard{workload.GuardAudit, workload.GuardEnforce} {
 		t.Run(string(guard), func(t *testing.T) {
 			a := guarded(t, guard)
 			test.Echo(t, a.node.remote, "udp", "[::]:9000")
@@ -82,7 +83,7 @@ func TestGuardLetsAnswersInToFixedPorts(t *testing.T) {
 								t.Errorf("answer to port %d: %v", tc.port, err)
 							}
 						}
-					}), map[Verdict]uint64{})
+					}), map[bpfmap.Verdict]uint64{})
 				})
 			}
 		})
@@ -92,7 +93,7 @@ func TestGuardLetsAnswersInToFixedPorts(t *testing.T) {
 // What nobody inside asked for is refused at the same port, also by a host that
 // was asked from another port, or at another port of its.
 func TestGuardRefusesWhatIsNoAnswer(t *testing.T) {
-	a := guarded(t, GuardEnforce)
+	a := guarded(t, workload.GuardEnforce)
 	test.Echo(t, a.node.remote, "udp4", addrPort(remote4(a.number), 9000))
 	fd := a.unconnected(unix.AF_INET, 123)
 	if _, err := answers(fd, netip.AddrPortFrom(remote4(a.number), 9000)); err != nil {
@@ -102,7 +103,7 @@ func TestGuardRefusesWhatIsNoAnswer(t *testing.T) {
 		if _, err := test.Ask(a.node.remote, "udp4", addrPort(a.v4, 123)); !errors.Is(err, syscall.ECONNREFUSED) {
 			t.Errorf("a datagram from another port of the same host: %v, want connection refused", err)
 		}
-	}), map[Verdict]uint64{RefusedGuard: 1})
+	}), map[bpfmap.Verdict]uint64{bpfmap.RefusedGuard: 1})
 	other := a.unconnected(unix.AF_INET, 124)
 	if err := unix.Sendto(other, []byte("?"), 0, sockaddr(other, netip.AddrPortFrom(remote4(a.number), 9001))); err != nil {
 		t.Fatal(err)
@@ -124,22 +125,22 @@ func TestGuardRefusesWhatIsNoAnswer(t *testing.T) {
 				t.Error(err)
 			}
 		})
-	}), map[Verdict]uint64{RefusedGuard: 1})
+	}), map[bpfmap.Verdict]uint64{bpfmap.RefusedGuard: 1})
 }
 
 // A workload has its own slots: however many hosts it asks, no other loses one,
 // and what it held goes with it.
 func TestFlowsHaveABudget(t *testing.T) {
-	a := guarded(t, GuardEnforce)
+	a := guarded(t, workload.GuardEnforce)
 	fd := a.unconnected(unix.AF_INET, 123)
-	for i := range 4 * flowSlots {
+	for i := range 4 * bpfmap.FlowSlots {
 		to := netip.AddrPortFrom(remote4(a.number), uint16(1000+i))
 		if err := unix.Sendto(fd, []byte("?"), 0, sockaddr(fd, to)); err != nil && !errors.Is(err, unix.ECONNREFUSED) {
 			t.Fatalf("send to %s: %v", to, err)
 		}
 	}
-	if held := rowCounts(t, a.node.Datapath)["flows"]; held == 0 || held > flowSlots {
-		t.Errorf("the workload holds %d flows, want at most %d", held, flowSlots)
+	if held := rowCounts(t, a.node.Datapath)["flows"]; held == 0 || held > bpfmap.FlowSlots {
+		t.Errorf("the workload holds %d flows, want at most %d", held, bpfmap.FlowSlots)
 	}
 	if err := a.node.Remove(a.key); err != nil {
 		t.Fatal(err)

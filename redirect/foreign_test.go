@@ -11,9 +11,9 @@ import (
 	"unsafe"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 const foreignFunc = "redirect.foreign"
@@ -331,7 +331,7 @@ func TestForeignProcessesSeeNoDifference(t *testing.T) {
 			if diff := cmp.Diff(without, look()); diff != "" {
 				t.Errorf("Weir is loaded (-without +with):\n%s", diff)
 			}
-			a.add(full, func(r *Request) { r.DNS = DNS{Port: 8600} })
+			a.add(full, func(r *workload.Request) { r.DNS = workload.DNS{Port: 8600} })
 			a.startProxy()
 			a.works()
 			before := a.counts()

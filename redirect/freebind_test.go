@@ -5,9 +5,9 @@ package redirect
 import (
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // A socket that is bound to an address of others (IP_FREEBIND needs no privilege)
@@ -47,7 +47,7 @@ func TestFreebindIsRefused(t *testing.T) {
 			to("connectStart", "[::ffff:192.0.2.77]:8080").fails(unix.ENETUNREACH)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			a.moves(t, map[Verdict]uint64{RefusedSource: 1}, func() { p.run(t, tc.script) })
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedSource: 1}, func() { p.run(t, tc.script) })
 		})
 	}
 	if found := wire.seen(); len(found) > 0 {

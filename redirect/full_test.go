@@ -8,7 +8,9 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -17,12 +19,12 @@ func TestAddWhereATableIsFull(t *testing.T) {
 	for _, name := range []string{"releases", "workloads"} {
 		t.Run(name, func(t *testing.T) {
 			d := newDatapath(t)
-			tables, err := openTables(d.paths.maps())
+			tables, err := bpfmap.OpenTables(d.paths.Maps())
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer tables.Close()
-			table, err := tables.table(name)
+			table, err := tables.Table(name)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -33,21 +35,21 @@ func TestAddWhereATableIsFull(t *testing.T) {
 				}
 			}
 			ns := test.NewNetNS(t)
-			key := AttachmentID{ContainerID: "full", IfName: "eth0"}
-			err = d.Add(Attachment{Key: key, NetNS: ns.Path, Request: Request{Mode: ModeTransparent, ProxyUID: proxyUID, OutboundPort: outboundPort}})
-			if !errors.Is(err, ErrFull) || !strings.Contains(err.Error(), "map "+name) {
+			key := workload.AttachmentID{ContainerID: "full", IfName: "eth0"}
+			err = d.Add(Attachment{Key: key, NetNS: ns.Path, Request: workload.Request{Mode: workload.ModeTransparent, ProxyUID: proxyUID, OutboundPort: outboundPort}})
+			if !errors.Is(err, workload.ErrFull) || !strings.Contains(err.Error(), "map "+name) {
 				t.Errorf("error %v: want ErrFull that names %s", err, name)
 			}
-			if _, err := d.paths.readRecord(key); !errors.Is(err, ErrUnknown) {
+			if _, err := d.paths.ReadRecord(key); !errors.Is(err, store.ErrUnknown) {
 				t.Errorf("record: %v, want none", err)
 			}
-			if generation, err := tables.generation(ns.Cookie()); err != nil || generation != 0 {
+			if generation, err := tables.Generation(ns.Cookie()); err != nil || generation != 0 {
 				t.Errorf("generation %d, %v: want no row", generation, err)
 			}
 			if err := table.Delete(1<<63 | uint64(1)); err != nil {
 				t.Fatal(err)
 			}
-			if err := d.Add(Attachment{Key: key, NetNS: ns.Path, Request: Request{Mode: ModeTransparent, ProxyUID: proxyUID, OutboundPort: outboundPort}}); err != nil {
+			if err := d.Add(Attachment{Key: key, NetNS: ns.Path, Request: workload.Request{Mode: workload.ModeTransparent, ProxyUID: proxyUID, OutboundPort: outboundPort}}); err != nil {
 				t.Errorf("ADD with room for one: %v", err)
 			}
 		})

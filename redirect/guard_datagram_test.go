@@ -10,9 +10,10 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // cast sends a datagram from the remote to what need not be the allocation's own
@@ -122,15 +123,15 @@ func receives(fd int) bool {
 // kernel asks no sk_lookup, or sk_lookup cannot tell: the guard holds them too.
 func TestGuardOfDatagramsPastLookup(t *testing.T) {
 	for _, guard := range []struct {
-		guard   Guard
-		verdict Verdict
+		guard   workload.Guard
+		verdict bpfmap.Verdict
 		refused bool
-	}{{GuardOff, GuardAudited, false}, {GuardAudit, GuardAudited, false}, {GuardEnforce, RefusedGuard, true}} {
+	}{{workload.GuardOff, bpfmap.GuardAudited, false}, {workload.GuardAudit, bpfmap.GuardAudited, false}, {workload.GuardEnforce, bpfmap.RefusedGuard, true}} {
 		t.Run(string(guard.guard), func(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
-			a.add(func(r *Request) { r.Mode = ModeDirect; r.ExcludeInboundPorts = []uint16{7070} })
-			if err := n.SetMeshConfig(a.key, MeshConfig{Guard: guard.guard}); err != nil {
+			a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect; r.ExcludeInboundPorts = []uint16{7070} })
+			if err := n.SetMeshConfig(a.key, workload.MeshConfig{Guard: guard.guard}); err != nil {
 				t.Fatal(err)
 			}
 			four, six := make(map[uint16]int), make(map[uint16]int)
@@ -164,10 +165,10 @@ func TestGuardOfDatagramsPastLookup(t *testing.T) {
 				},
 			} {
 				t.Run(name, func(t *testing.T) {
-					for port, wanted := range map[uint16]Verdict{7070: InboundExcluded, 8080: guard.verdict, 40000: GuardEphemeral} {
-						want := map[Verdict]uint64{wanted: 1}
-						if guard.guard == GuardOff {
-							want = map[Verdict]uint64{}
+					for port, wanted := range map[uint16]bpfmap.Verdict{7070: bpfmap.InboundExcluded, 8080: guard.verdict, 40000: bpfmap.GuardEphemeral} {
+						want := map[bpfmap.Verdict]uint64{wanted: 1}
+						if guard.guard == workload.GuardOff {
+							want = map[bpfmap.Verdict]uint64{}
 						}
 						verdictsAre(t, a.rose(func() { send(port) }), want)
 						if got, want := receives(four[port]) || receives(six[port]), !guard.refused || port != 8080; got != want {
@@ -186,14 +187,14 @@ func broadcast4(n int) netip.Addr { return netip.MustParseAddr(fmt.Sprintf("10.9
 func TestGuardOfOtherProtocols(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.ExcludeInboundPorts = []uint16{7070} })
-	for guard, refused := range map[Guard]Verdict{GuardAudit: GuardAudited, GuardEnforce: RefusedGuard} {
-		if err := n.SetMeshConfig(a.key, MeshConfig{Guard: guard}); err != nil {
+	a.add(func(r *workload.Request) { r.ExcludeInboundPorts = []uint16{7070} })
+	for guard, refused := range map[workload.Guard]bpfmap.Verdict{workload.GuardAudit: bpfmap.GuardAudited, workload.GuardEnforce: bpfmap.RefusedGuard} {
+		if err := n.SetMeshConfig(a.key, workload.MeshConfig{Guard: guard}); err != nil {
 			t.Fatal(err)
 		}
 		for _, protocol := range []byte{unix.IPPROTO_UDPLITE, unix.IPPROTO_SCTP, unix.IPPROTO_DCCP} {
-			for port, want := range map[uint16]Verdict{7070: InboundExcluded, 8080: refused, 40000: GuardEphemeral} {
-				verdictsAre(t, a.rose(func() { a.forge(protocol, remote6(a.number), a.v6, port) }), map[Verdict]uint64{want: 1})
+			for port, want := range map[uint16]bpfmap.Verdict{7070: bpfmap.InboundExcluded, 8080: refused, 40000: bpfmap.GuardEphemeral} {
+				verdictsAre(t, a.rose(func() { a.forge(protocol, remote6(a.number), a.v6, port) }), map[bpfmap.Verdict]uint64{want: 1})
 			}
 		}
 	}
@@ -201,7 +202,7 @@ func TestGuardOfOtherProtocols(t *testing.T) {
 
 // What comes from inside is not the guard's, whatever its address.
 func TestGuardLeavesDatagramsInsideAlone(t *testing.T) {
-	a := guarded(t, GuardEnforce)
+	a := guarded(t, workload.GuardEnforce)
 	fd, sender := a.unconnected(unix.AF_INET6, 8081), a.unconnected(unix.AF_INET6, 8082)
 	verdictsAre(t, a.rose(func() {
 		for _, addr := range []netip.Addr{netip.MustParseAddr("127.0.0.1"), a.v4, netip.IPv6Loopback(), a.v6} {
@@ -210,7 +211,7 @@ func TestGuardLeavesDatagramsInsideAlone(t *testing.T) {
 				t.Errorf("a datagram to %s from inside does not arrive: %v", addr, err)
 			}
 		}
-	}), map[Verdict]uint64{})
+	}), map[bpfmap.Verdict]uint64{})
 	test.Echo(t, a.node.remote, "udp", "[::]:9000")
 	verdictsAre(t, a.rose(func() {
 		for _, addr := range []netip.Addr{remote4(a.number), remote6(a.number)} {
@@ -218,5 +219,5 @@ func TestGuardLeavesDatagramsInsideAlone(t *testing.T) {
 				t.Errorf("ask %s by UDP: %v", addr, err)
 			}
 		}
-	}), map[Verdict]uint64{UDP: 2})
+	}), map[bpfmap.Verdict]uint64{bpfmap.UDP: 2})
 }

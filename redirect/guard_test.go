@@ -9,17 +9,19 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
 // guarded is an allocation in direct mode with an application on every address
 // and a proxy's listener.
-func guarded(t *testing.T, guard Guard) *alloc {
+func guarded(t *testing.T, guard workload.Guard) *alloc {
 	t.Helper()
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect; r.ExcludeInboundPorts = []uint16{7070} })
-	if err := n.SetMeshConfig(a.key, MeshConfig{Guard: guard}); err != nil {
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect; r.ExcludeInboundPorts = []uint16{7070} })
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{Guard: guard}); err != nil {
 		t.Fatal(err)
 	}
 	for _, port := range []int{7070, 8080, inboundPort, 15001} {
@@ -42,24 +44,24 @@ func (a *alloc) outside(network string, port uint16) (errs []error) {
 
 func TestGuard(t *testing.T) {
 	for _, tc := range []struct {
-		guard   Guard
+		guard   workload.Guard
 		network string
 		port    uint16
 		refused bool
-		want    map[Verdict]uint64
+		want    map[bpfmap.Verdict]uint64
 	}{
-		{GuardOff, "tcp", 8080, false, map[Verdict]uint64{}},
-		{GuardOff, "udp", 8080, false, map[Verdict]uint64{}},
-		{GuardAudit, "tcp", 8080, false, map[Verdict]uint64{GuardAudited: 2}},
-		{GuardAudit, "udp", 8080, false, map[Verdict]uint64{GuardAudited: 2}},
-		{GuardAudit, "tcp", inboundPort, false, map[Verdict]uint64{}},
-		{GuardEnforce, "tcp", 8080, true, map[Verdict]uint64{RefusedGuard: 2}},
-		{GuardEnforce, "tcp", outboundPort, true, map[Verdict]uint64{RefusedGuard: 2}},
-		{GuardEnforce, "udp", 8080, true, map[Verdict]uint64{RefusedGuard: 2}},
-		{GuardEnforce, "tcp", 7070, false, map[Verdict]uint64{InboundExcluded: 2}},
-		{GuardEnforce, "udp", 7070, false, map[Verdict]uint64{InboundExcluded: 2}},
-		{GuardEnforce, "tcp", inboundPort, false, map[Verdict]uint64{}},
-		{GuardEnforce, "udp", 40000, false, map[Verdict]uint64{GuardEphemeral: 2}},
+		{workload.GuardOff, "tcp", 8080, false, map[bpfmap.Verdict]uint64{}},
+		{workload.GuardOff, "udp", 8080, false, map[bpfmap.Verdict]uint64{}},
+		{workload.GuardAudit, "tcp", 8080, false, map[bpfmap.Verdict]uint64{bpfmap.GuardAudited: 2}},
+		{workload.GuardAudit, "udp", 8080, false, map[bpfmap.Verdict]uint64{bpfmap.GuardAudited: 2}},
+		{workload.GuardAudit, "tcp", inboundPort, false, map[bpfmap.Verdict]uint64{}},
+		{workload.GuardEnforce, "tcp", 8080, true, map[bpfmap.Verdict]uint64{bpfmap.RefusedGuard: 2}},
+		{workload.GuardEnforce, "tcp", outboundPort, true, map[bpfmap.Verdict]uint64{bpfmap.RefusedGuard: 2}},
+		{workload.GuardEnforce, "udp", 8080, true, map[bpfmap.Verdict]uint64{bpfmap.RefusedGuard: 2}},
+		{workload.GuardEnforce, "tcp", 7070, false, map[bpfmap.Verdict]uint64{bpfmap.InboundExcluded: 2}},
+		{workload.GuardEnforce, "udp", 7070, false, map[bpfmap.Verdict]uint64{bpfmap.InboundExcluded: 2}},
+		{workload.GuardEnforce, "tcp", inboundPort, false, map[bpfmap.Verdict]uint64{}},
+		{workload.GuardEnforce, "udp", 40000, false, map[bpfmap.Verdict]uint64{bpfmap.GuardEphemeral: 2}},
 	} {
 		t.Run(fmt.Sprintf("%s %s %d", tc.guard, tc.network, tc.port), func(t *testing.T) {
 			a := guarded(t, tc.guard)
@@ -79,7 +81,7 @@ func TestGuard(t *testing.T) {
 }
 
 func TestGuardLeavesInsideAlone(t *testing.T) {
-	a := guarded(t, GuardEnforce)
+	a := guarded(t, workload.GuardEnforce)
 	for _, addr := range []string{"127.0.0.1:8080", "[::1]:8080", addrPort(a.v4, 8080), addrPort(a.v6, 8080)} {
 		if _, err := a.ask("tcp", addr); err != nil {
 			t.Errorf("dial %s from inside: %v", addr, err)
@@ -97,7 +99,7 @@ func TestGuardOfTransparentWorkloadTakesUDP(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	if err := n.SetMeshConfig(a.key, MeshConfig{Guard: GuardEnforce}); err != nil {
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{Guard: workload.GuardEnforce}); err != nil {
 		t.Fatal(err)
 	}
 	a.serve(taskUID, a.taskCg, "udp4", "0.0.0.0:8080")

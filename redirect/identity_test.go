@@ -10,14 +10,15 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // dials fails the test unless a process of the allocation reaches server at the remote
 // host's port 80, with the verdict and no other.
-func (a *alloc) dials(uid uint32, cgroup *test.Cgroup, server string, verdict Verdict) {
+func (a *alloc) dials(uid uint32, cgroup *test.Cgroup, server string, verdict bpfmap.Verdict) {
 	t := a.node.t
 	t.Helper()
 	moved := a.rose(func() {
@@ -26,7 +27,7 @@ func (a *alloc) dials(uid uint32, cgroup *test.Cgroup, server string, verdict Ve
 			t.Errorf("UID %d in cgroup %d: %q answered, error %v, want %q", uid, cgroup.ID, answer.Server, err, server)
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{verdict: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{verdict: 1})
 }
 
 // identity fails the test unless Workloads tells the proxy's so.
@@ -49,14 +50,14 @@ func TestIdentitySeparateCgroups(t *testing.T) {
 	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
 	// Nothing but the UID is known until the proxy listens.
 	a.identity(IdentityUID, 0, false)
-	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 	a.startProxy()
 	a.identity(IdentityCgroup, a.proxyCg.ID, false)
 	for range 2 {
-		a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
-		a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
-		a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
-		a.dials(0, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
+		a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
+		a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
+		a.dials(0, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	}
 	a.identity(IdentityCgroup, a.proxyCg.ID, false)
 }
@@ -68,18 +69,18 @@ func TestIdentitySharedCgroup(t *testing.T) {
 	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
 	a.proxyCg = a.taskCg
 	a.startProxy()
-	a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
-	a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+	a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy)
+	a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	a.identity(IdentityUID, a.taskCg.ID, true)
-	a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
-	a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+	a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy)
+	a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	// Restarted in a cgroup of its own, it is told by that.
 	a.outbound.Stop()
 	a.inbound.Stop()
 	a.proxyCg = test.NewCgroup(t)
 	a.startProxy()
-	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
-	a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
+	a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	a.identity(IdentityCgroup, a.proxyCg.ID, false)
 }
 
@@ -92,15 +93,15 @@ func TestIdentityOfARestartedProxy(t *testing.T) {
 	for range 3 {
 		former := a.proxyCg
 		a.outbound.Stop()
-		a.dials(proxyUID, former, remote.Name, Proxy) // one listener is left
+		a.dials(proxyUID, former, remote.Name, bpfmap.Proxy) // one listener is left
 		a.inbound.Stop()
 		a.proxyCg = test.NewCgroup(t)
 		moved := a.rose(func() { a.startProxy() })
-		verdictsAre(t, moved, map[Verdict]uint64{Listener: 2})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: 2})
 		a.identity(IdentityCgroup, a.proxyCg.ID, false)
-		a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
-		a.dials(proxyUID, former, a.outbound.Name, Redirected)
-		a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
+		a.dials(proxyUID, former, a.outbound.Name, bpfmap.Redirected)
+		a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 		a.arrives(a.v4, 8080, a.inbound.Name, true)
 	}
 }
@@ -119,22 +120,22 @@ func TestIdentityTakeoverEndsWithItsListener(t *testing.T) {
 		a.inbound.Stop()
 		a.proxyCg = a.taskCg
 		a.startProxy()
-		a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
+		a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy)
 		a.outbound.Stop()
-		a.dials(proxyUID, a.taskCg, remote.Name, Proxy) // one listener is left
+		a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy) // one listener is left
 		a.inbound.Stop()
 		moved := a.rose(func() {
 			if answer, err := a.askAs(proxyUID, a.taskCg, "tcp4", addrPort(remote4(a.number), 80)); err == nil {
 				t.Errorf("the task got out again: %+v", answer)
 			}
 		})
-		if moved[Proxy] != 0 {
+		if moved[bpfmap.Proxy] != 0 {
 			t.Errorf("verdicts %v: the task is still taken for the proxy", moved)
 		}
 		a.proxyCg = proxy
 		a.startProxy()
-		a.dials(proxyUID, proxy, remote.Name, Proxy)
-		a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(proxyUID, proxy, remote.Name, bpfmap.Proxy)
+		a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	}
 }
 
@@ -149,7 +150,7 @@ func TestIdentitySecondClaimant(t *testing.T) {
 	second.must(socketCall{Op: "bind", FD: early, Addr: netip.MustParseAddrPort("[::1]:15001")})
 	a.startProxy()
 	moved := a.rose(func() { second.must(socketCall{Op: "serve", FD: early, Name: "second"}) })
-	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerIdentity: 1})
 	// Older than a check, too, it is not registered; but Status tells of it.
 	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
 		t.Errorf("check beside a second candidate: %v, repaired %q", err, repaired)
@@ -161,12 +162,12 @@ func TestIdentitySecondClaimant(t *testing.T) {
 				t.Errorf("listen on %s as the second candidate: %v, want address in use", addr, err)
 			}
 		})
-		verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerIdentity: 1})
 	}
 	// The rest of the ports are not the proxy's.
 	second.close(second.mustListen("second", "127.0.0.1:15002"))
 	a.identity(IdentityCgroup, a.proxyCg.ID, false)
-	a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
+	a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	a.arrives(a.v4, 8080, a.inbound.Name, true)
 	a.refused(a.v6, 8080)
 	if got := a.spread(test.Scale(50)); len(got) != 1 || got[a.outbound.Name] == 0 {
@@ -181,14 +182,14 @@ func TestIdentityExcludedUIDs(t *testing.T) {
 	for uid := range uint32(300) {
 		uids = append(uids, 50000+uid)
 	}
-	a.add(func(r *Request) { r.ExcludeUIDs = append(uids, 0, 4294967294) })
+	a.add(func(r *workload.Request) { r.ExcludeUIDs = append(uids, 0, 4294967294) })
 	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
 	a.startProxy()
 	for _, uid := range []uint32{50000, 50299, 0, 4294967294} {
-		a.dials(uid, a.taskCg, remote.Name, UIDExcluded)
+		a.dials(uid, a.taskCg, remote.Name, bpfmap.UIDExcluded)
 	}
 	for _, uid := range []uint32{49999, 50300, taskUID} {
-		a.dials(uid, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(uid, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	}
 }
 
@@ -198,14 +199,14 @@ func TestIdentity32BitUIDs(t *testing.T) {
 		t.Run(fmt.Sprint(uid), func(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
-			a.add(func(r *Request) { r.ProxyUID = uid })
+			a.add(func(r *workload.Request) { r.ProxyUID = uid })
 			remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
 			a.outbound = a.serve(uid, a.proxyCg, "tcp4", outboundListener)
 			a.inbound = a.serve(uid, a.proxyCg, "tcp4", "0.0.0.0:20000")
-			a.dials(uid, a.proxyCg, remote.Name, Proxy)
+			a.dials(uid, a.proxyCg, remote.Name, bpfmap.Proxy)
 			for _, other := range []uint32{uid & 0xffff, uid & 0x7fffffff, uid - 1} {
 				if other != uid {
-					a.dials(other, a.proxyCg, a.outbound.Name, Redirected)
+					a.dials(other, a.proxyCg, a.outbound.Name, bpfmap.Redirected)
 				}
 			}
 			a.arrives(a.v4, 8080, a.inbound.Name, true)

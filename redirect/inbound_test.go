@@ -11,16 +11,18 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
 // verdictsAre fails the test unless exactly these counters moved. What lets a
 // connection in may count once more than it was dialled: sk_lookup also sees a
 // late packet of a connection that has just ended, and a SYN may be sent again.
-func verdictsAre(t *testing.T, moved, want map[Verdict]uint64) {
+func verdictsAre(t *testing.T, moved, want map[bpfmap.Verdict]uint64) {
 	t.Helper()
-	for _, verdict := range []Verdict{Inbound, InboundExcluded, GuardAudited, Forwarded} {
+	for _, verdict := range []bpfmap.Verdict{bpfmap.Inbound, bpfmap.InboundExcluded, bpfmap.GuardAudited, bpfmap.Forwarded} {
 		if want[verdict] > 0 {
 			moved[verdict] = min(moved[verdict], want[verdict])
 		}
@@ -81,7 +83,7 @@ func (a *alloc) refused(addr netip.Addr, port uint16) {
 func TestInbound(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.ExcludeInboundPorts = []uint16{9000, 9001} })
+	a.add(func(r *workload.Request) { r.ExcludeInboundPorts = []uint16{9000, 9001} })
 	a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:15001")
 	a.inbound = a.serve(proxyUID, a.proxyCg, "tcp", "[::]:20000")
 	app := a.serve(taskUID, a.taskCg, "tcp", "[::]:8080")
@@ -89,11 +91,11 @@ func TestInbound(t *testing.T) {
 	for _, addr := range []netip.Addr{a.v4, a.v6} {
 		// What the application listens on, what nobody does, the proxy's own ports.
 		for _, port := range []uint16{8080, 1, 65535, 20000, 15001, 22} {
-			verdictsAre(t, a.rose(func() { a.arrives(addr, port, a.inbound.Name, true) }), map[Verdict]uint64{Inbound: 1})
+			verdictsAre(t, a.rose(func() { a.arrives(addr, port, a.inbound.Name, true) }), map[bpfmap.Verdict]uint64{bpfmap.Inbound: 1})
 		}
-		verdictsAre(t, a.rose(func() { a.arrives(addr, 9000, excluded.Name, false) }), map[Verdict]uint64{InboundExcluded: 1})
+		verdictsAre(t, a.rose(func() { a.arrives(addr, 9000, excluded.Name, false) }), map[bpfmap.Verdict]uint64{bpfmap.InboundExcluded: 1})
 		// An excluded port without an application is the kernel's to refuse.
-		verdictsAre(t, a.rose(func() { a.refused(addr, 9001) }), map[Verdict]uint64{InboundExcluded: 1})
+		verdictsAre(t, a.rose(func() { a.refused(addr, 9001) }), map[bpfmap.Verdict]uint64{bpfmap.InboundExcluded: 1})
 	}
 	for _, addr := range []netip.Addr{a.v4, a.v6, netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.9"), netip.IPv6Loopback()} {
 		moved := a.rose(func() {
@@ -102,14 +104,14 @@ func TestInbound(t *testing.T) {
 				t.Errorf("a task dials %s: answer %+v, error %v, want %s", addrPort(addr, 8080), answer, err, app.Name)
 			}
 		})
-		verdictsAre(t, moved, map[Verdict]uint64{Local: 1})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Local: 1})
 		moved = a.rose(func() {
 			answer, err := a.askAs(proxyUID, a.proxyCg, "tcp", addrPort(addr, 8080))
 			if err != nil || answer.Server != app.Name {
 				t.Errorf("the proxy dials %s: answer %+v, error %v, want %s", addrPort(addr, 8080), answer, err, app.Name)
 			}
 		})
-		verdictsAre(t, moved, map[Verdict]uint64{Proxy: 1})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Proxy: 1})
 	}
 }
 
@@ -120,15 +122,15 @@ func TestInboundRefusedWithoutProxy(t *testing.T) {
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:8080")
 	for _, addr := range []netip.Addr{a.v4, a.v6} {
 		for _, port := range []uint16{8080, 20000} {
-			verdictsAre(t, a.rose(func() { a.refused(addr, port) }), map[Verdict]uint64{RefusedInboundNoProxy: 1})
+			verdictsAre(t, a.rose(func() { a.refused(addr, port) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundNoProxy: 1})
 		}
 	}
 	// Down after it was up.
 	inbound := a.serve(proxyUID, a.proxyCg, "tcp", "[::]:20000")
 	a.arrives(a.v4, 8080, inbound.Name, true)
 	inbound.Stop()
-	verdictsAre(t, a.rose(func() { a.refused(a.v4, 8080) }), map[Verdict]uint64{RefusedInboundNoProxy: 1})
-	verdictsAre(t, a.rose(func() { a.refused(a.v6, 8080) }), map[Verdict]uint64{RefusedInboundNoProxy: 1})
+	verdictsAre(t, a.rose(func() { a.refused(a.v4, 8080) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundNoProxy: 1})
+	verdictsAre(t, a.rose(func() { a.refused(a.v6, 8080) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundNoProxy: 1})
 }
 
 func TestInboundIPv6ToIPv4Proxy(t *testing.T) {
@@ -138,7 +140,7 @@ func TestInboundIPv6ToIPv4Proxy(t *testing.T) {
 	a.startProxy() // 0.0.0.0 only
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:8080")
 	a.arrives(a.v4, 8080, a.inbound.Name, true)
-	verdictsAre(t, a.rose(func() { a.refused(a.v6, 8080) }), map[Verdict]uint64{RefusedInboundNoProxy: 1})
+	verdictsAre(t, a.rose(func() { a.refused(a.v6, 8080) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundNoProxy: 1})
 }
 
 // A listener for IPv6 only must not swallow IPv4, and not open it to the application.
@@ -149,7 +151,7 @@ func TestInboundIPv4ToIPv6OnlyProxy(t *testing.T) {
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:8080")
 	six := a.serve(proxyUID, a.proxyCg, "tcp6", "[::]:20000")
 	a.arrives(a.v6, 8080, six.Name, true)
-	verdictsAre(t, a.rose(func() { a.refused(a.v4, 8080) }), map[Verdict]uint64{RefusedInboundNoProxy: 1})
+	verdictsAre(t, a.rose(func() { a.refused(a.v4, 8080) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundNoProxy: 1})
 	// One for each family side by side.
 	four := a.serve(proxyUID, a.proxyCg, "tcp4", "0.0.0.0:20000")
 	a.arrives(a.v6, 8080, six.Name, true)
@@ -172,7 +174,7 @@ func TestInboundListenerOnOneAddress(t *testing.T) {
 func TestInboundPortUnknown(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.InboundPort, r.ExcludeInboundPorts = 0, []uint16{9000} })
+	a.add(func(r *workload.Request) { r.InboundPort, r.ExcludeInboundPorts = 0, []uint16{9000} })
 	a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:15001")
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:8080")
 	excluded := a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
@@ -183,26 +185,26 @@ func TestInboundPortUnknown(t *testing.T) {
 	early := a.serve(proxyUID, a.proxyCg, "tcp", "[::]:21000")
 	for _, addr := range []netip.Addr{a.v4, a.v6} {
 		for _, port := range []uint16{8080, 21000, 1} {
-			verdictsAre(t, a.rose(func() { a.refused(addr, port) }), map[Verdict]uint64{RefusedInboundUnknown: 1})
+			verdictsAre(t, a.rose(func() { a.refused(addr, port) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundUnknown: 1})
 		}
 		a.arrives(addr, 9000, excluded.Name, false)
 	}
-	if err := n.SetMeshConfig(a.key, MeshConfig{InboundPort: 21000}); err != nil {
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{InboundPort: 21000}); err != nil {
 		t.Fatal(err)
 	}
 	for _, addr := range []netip.Addr{a.v4, a.v6} {
-		verdictsAre(t, a.rose(func() { a.arrives(addr, 8080, early.Name, true) }), map[Verdict]uint64{Inbound: 1})
+		verdictsAre(t, a.rose(func() { a.arrives(addr, 8080, early.Name, true) }), map[bpfmap.Verdict]uint64{bpfmap.Inbound: 1})
 		a.arrives(addr, 9000, excluded.Name, false)
 	}
 	// The same port opened again is seen by the kernel itself.
 	early.Stop()
-	verdictsAre(t, a.rose(func() { a.refused(a.v4, 8080) }), map[Verdict]uint64{RefusedInboundNoProxy: 1})
+	verdictsAre(t, a.rose(func() { a.refused(a.v4, 8080) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedInboundNoProxy: 1})
 	late := a.serve(proxyUID, a.proxyCg, "tcp", "[::]:21000")
 	a.arrives(a.v4, 8080, late.Name, true)
 	a.arrives(a.v6, 8080, late.Name, true)
 	// And a port that Consul moves.
 	moved := a.serve(proxyUID, a.proxyCg, "tcp", "[::]:22000")
-	if err := n.SetMeshConfig(a.key, MeshConfig{InboundPort: 22000, ExcludeInboundPorts: []uint16{8080}}); err != nil {
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{InboundPort: 22000, ExcludeInboundPorts: []uint16{8080}}); err != nil {
 		t.Fatal(err)
 	}
 	a.arrives(a.v4, 8081, moved.Name, true)
@@ -214,7 +216,7 @@ func TestInboundPortUnknown(t *testing.T) {
 func TestInboundEncodedRangeFromOutside(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.ExcludeInboundPorts = []uint16{9000} })
+	a.add(func(r *workload.Request) { r.ExcludeInboundPorts = []uint16{9000} })
 	a.outbound = a.serve(proxyUID, a.proxyCg, "tcp", "[::]:15001")
 	a.inbound = a.serve(proxyUID, a.proxyCg, "tcp", "[::]:20000")
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
@@ -228,14 +230,14 @@ func TestInboundEncodedRangeFromOutside(t *testing.T) {
 	}
 	a.Do(func() { setSysctl(t, "net/ipv4/conf/all/route_localnet", "1") })
 	n.remote.Do(func() { setSysctl(t, "net/ipv4/conf/all/route_localnet", "1") })
-	four, six := encodedAddrs(1)
+	four, six := workload.EncodedAddrs(1)
 	n.remote.Do(func() {
-		addRoute(t, encodedPrefix4, a.v4)
-		addRoute(t, encodedPrefix6, a.v6)
+		addRoute(t, workload.EncodedPrefix4, a.v4)
+		addRoute(t, workload.EncodedPrefix6, a.v6)
 	})
 	for _, addr := range []netip.Addr{four, six} {
 		for _, port := range []uint16{80, 9000, 20000} {
-			verdictsAre(t, a.rose(func() { a.refused(addr, port) }), map[Verdict]uint64{RefusedEncoded: 1})
+			verdictsAre(t, a.rose(func() { a.refused(addr, port) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1})
 		}
 	}
 }
@@ -243,7 +245,7 @@ func TestInboundEncodedRangeFromOutside(t *testing.T) {
 // addRoute adds a route in the calling thread's namespace.
 func addRoute(t *testing.T, prefix netip.Prefix, via netip.Addr) {
 	t.Helper()
-	if err := netlink.RouteAdd(&netlink.Route{Dst: ipNet(prefix), Gw: via.AsSlice()}); err != nil {
+	if err := netlink.RouteAdd(&netlink.Route{Dst: host.IPNet(prefix), Gw: via.AsSlice()}); err != nil {
 		t.Fatalf("add route %s: %v", prefix, err)
 	}
 }
@@ -260,7 +262,7 @@ func setSysctl(t *testing.T, name, value string) {
 func TestInboundOriginalDestinationIsForTheProxy(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.ExcludeInboundPorts = []uint16{9000} })
+	a.add(func(r *workload.Request) { r.ExcludeInboundPorts = []uint16{9000} })
 	a.inbound = a.serve(proxyUID, a.proxyCg, "tcp", "[::]:20000")
 	task := a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
 	for _, addr := range []netip.Addr{a.v4, a.v6} {

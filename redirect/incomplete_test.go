@@ -5,13 +5,14 @@ package redirect
 import (
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
 // dies leaves the record as a process does that dies half way through a change.
 func (a *alloc) dies() {
 	a.node.t.Helper()
-	r, err := a.node.paths.readRecord(a.key)
+	r, err := a.node.paths.ReadRecord(a.key)
 	if err == nil {
 		err = a.node.markIncomplete(r)
 	}
@@ -25,10 +26,10 @@ func (a *alloc) dies() {
 func TestPortChangeAfterAProcessDiedHalfWay(t *testing.T) {
 	for _, tc := range []struct {
 		name   string
-		change func(a *alloc, set MeshConfig) error
+		change func(a *alloc, set workload.MeshConfig) error
 	}{
-		{"change from Consul", func(a *alloc, set MeshConfig) error { return a.node.SetMeshConfig(a.key, set) }},
-		{"ADD", func(a *alloc, set MeshConfig) error {
+		{"change from Consul", func(a *alloc, set workload.MeshConfig) error { return a.node.SetMeshConfig(a.key, set) }},
+		{"ADD", func(a *alloc, set workload.MeshConfig) error {
 			request := a.request()
 			request.InboundPort = set.InboundPort
 			return a.node.Add(Attachment{Key: a.key, NetNS: a.Path, Request: request})
@@ -37,7 +38,7 @@ func TestPortChangeAfterAProcessDiedHalfWay(t *testing.T) {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
-			a.add(func(r *Request) { r.InboundPort = 0 })
+			a.add(func(r *workload.Request) { r.InboundPort = 0 })
 			a.startProxy()
 			inbound := [2]*test.ServerProcess{a.inbound, a.serve(proxyUID, a.proxyCg, "tcp4", "0.0.0.0:20001")}
 			sets := meshConfigs()

@@ -8,6 +8,10 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
 
@@ -15,36 +19,36 @@ import (
 // asks the kernel alone, takes no lock, and needs neither pins nor records: it is
 // for who could not look at these, which says nothing of the namespace.
 func (d *Datapath) InForce(netns string) (bool, error) {
-	ns, err := openNamespace(netns)
+	ns, err := host.OpenNamespace(netns)
 	if err != nil {
 		return false, err
 	}
 	defer ns.Close()
-	root, err := d.paths.cgroupRoot()
+	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {
 		return false, err
 	}
 	defer root.Close()
-	lookups, err := attachedTo(ns.file, ebpf.AttachSkLookup)
+	lookups, err := program.AttachedTo(ns.File, ebpf.AttachSkLookup)
 	if err != nil {
 		return false, err
 	}
-	lookups = slices.DeleteFunc(lookups, func(p attachedProgram) bool { return p.name != lookupName })
+	lookups = slices.DeleteFunc(lookups, func(p program.AttachedProgram) bool { return p.Name != program.LookupName })
 	if len(lookups) != 1 {
 		return false, nil // none, or two that refuse what the other one lets in
 	}
-	sets, err := setsAt(root)
+	sets, err := program.SetsAt(root)
 	if err != nil {
 		return false, err
 	}
 	for _, s := range sets {
-		if !slices.ContainsFunc(lookups[0].maps, s.reads) {
+		if !slices.ContainsFunc(lookups[0].Maps, s.Reads) {
 			continue
 		}
-		if !s.whole() || s.serves([]uint64{ns.cookie}) != 1 {
+		if !s.Whole() || s.Serves([]uint64{ns.Cookie}) != 1 {
 			return false, nil
 		}
-		return ns.hasEncodedRoute()
+		return ns.HasEncodedRoute()
 	}
 	return false, nil
 }
@@ -70,11 +74,11 @@ func CouldNotLook(err error) (reason string, ok bool) {
 	switch {
 	case err == nil:
 		return "", false
-	case errors.Is(err, errNewer):
+	case errors.Is(err, store.ErrNewer):
 		return "record_newer", true
-	case errors.Is(err, ErrUnreadable):
+	case errors.Is(err, store.ErrUnreadable):
 		return "record_unreadable", true
-	case errors.Is(err, ErrIncompatible):
+	case errors.Is(err, bpfmap.ErrIncompatible):
 		return "layout", true
 	case errors.Is(err, unix.EROFS):
 		return "read_only", true

@@ -12,9 +12,10 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // readOnly makes a directory read-only until the test ends.
@@ -44,12 +45,12 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 		problem string
 	}{
 		{"record cut short", func(t *testing.T, a *alloc) {
-			if err := os.Truncate(a.node.paths.record(a.key), 40); err != nil {
+			if err := os.Truncate(a.node.paths.Record(a.key), 40); err != nil {
 				t.Fatal(err)
 			}
 		}, "record_unreadable", "record cannot be read"},
 		{"newer record", func(t *testing.T, a *alloc) {
-			path := a.node.paths.record(a.key)
+			path := a.node.paths.Record(a.key)
 			text := strings.Replace(readIfThere(t, path), `"schema": 1`, `"schema": 2`, 1)
 			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
@@ -69,7 +70,7 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 			})
 		}, "read_only", "is read-only"},
 		{"stopped holder of the lock", func(t *testing.T, a *alloc) {
-			pid, _ := holder(t, a.node.paths.lock())
+			pid, _ := holder(t, a.node.paths.Lock())
 			if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
@@ -80,14 +81,14 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 			})
 		}, "locked", "is stopped"},
 		{"another layout", func(t *testing.T, a *alloc) {
-			editControl(t, a.node.Datapath, func(row *bpfControl) { row.Layout++ })
+			editControl(t, a.node.Datapath, func(row *bpfmap.BpfControl) { row.Layout++ })
 			t.Cleanup(func() {
-				table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.maps(), "control"), nil)
+				table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.Maps(), "control"), nil)
 				if err != nil {
 					t.Fatal(err)
 				}
 				defer table.Close()
-				var row bpfControl
+				var row bpfmap.BpfControl
 				if err := table.Lookup(uint32(0), &row); err != nil {
 					t.Fatal(err)
 				}
@@ -118,10 +119,10 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 			if err != nil || !anyProblem(status.Problems, tc.problem) || len(status.Problems) > 3 {
 				t.Errorf("status: %v, %v; want a problem that says %q", status.Problems, err, tc.problem)
 			}
-			if list, err := n.Workloads(); tc.reason != "layout" && (len(list) == 0 || err != nil && !errors.Is(err, ErrUnreadable)) {
+			if list, err := n.Workloads(); tc.reason != "layout" && (len(list) == 0 || err != nil && !errors.Is(err, store.ErrUnreadable)) {
 				t.Errorf("workloads: %v, %v", list, err)
 			}
-			if list, err := n.Verdicts(); tc.reason != "layout" && (len(list) == 0 || err != nil && !errors.Is(err, ErrUnreadable)) {
+			if list, err := n.Verdicts(); tc.reason != "layout" && (len(list) == 0 || err != nil && !errors.Is(err, store.ErrUnreadable)) {
 				t.Errorf("verdicts: %v, %v", list, err)
 			}
 			a.works()
@@ -131,8 +132,8 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 
 func TestWhatIsBrokenIsNotInForce(t *testing.T) {
 	for name, damage := range map[string]func(*testing.T, *alloc){
-		"link detached":   func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.link("weir_getsockopt")) },
-		"lookup detached": func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.lookup(a.Cookie())) },
+		"link detached":   func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Link("weir_getsockopt")) },
+		"lookup detached": func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Lookup(a.Cookie())) },
 		"rows lost":       func(t *testing.T, a *alloc) { a.dropRow(t, "workloads") },
 		"route lost":      func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V4) },
 		"unloaded": func(t *testing.T, a *alloc) {

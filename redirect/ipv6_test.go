@@ -11,9 +11,9 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // The addresses of the remote in the network of the first allocation, as a
@@ -31,7 +31,7 @@ const (
 type familyCase struct {
 	name   string
 	script script
-	want   Verdict
+	want   bpfmap.Verdict
 	source netip.Addr // that the proxy sees; not valid where it sees nothing
 }
 
@@ -45,7 +45,7 @@ func (a *alloc) families(t *testing.T, six *test.ServerProcess, cases []familyCa
 	for _, tc := range cases {
 		t.Run(tc.name, func(t *testing.T) {
 			origin := unmapped(tc.script[len(tc.script)-1].Addr)
-			a.moves(t, map[Verdict]uint64{tc.want: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{tc.want: 1}, func() {
 				if tc.want.Refused() {
 					p.run(t, tc.script.fails(unix.ENETUNREACH))
 					return
@@ -109,49 +109,49 @@ func TestIPv6ProxyOnIPv4(t *testing.T) {
 	a := proxiedAlloc(t)
 	mptcp6 := script(nil).open(unix.AF_INET6, unix.IPPROTO_MPTCP).set(unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
 	a.families(t, nil, []familyCase{
-		{"IPv4", stream(unix.AF_INET).connect(far4), Redirected, a.v4},
-		{"mapped", dualStack().connect(farMapped), Redirected, a.v4},
-		{"native", dualStack().connect(far6), Redirected, a.v4},
-		{"native, no route", dualStack().connect(elsewhere6), Redirected, a.v4},
-		{"native, non-blocking", dualStack().to("connectLater", far6), Redirected, a.v4},
-		{"native, bound to any", dualStack().bind("[::]:4001").connect(far6), Redirected, a.v4},
-		{"native, bound to mapped", a.boundToMapped().connect(far6), Redirected, a.v4},
-		{"V6ONLY", only6().connect(far6), RefusedFamily, netip.Addr{}},
-		{"V6ONLY, fast open", only6().to("connectByData", far6).data("hello"), RefusedFamily, netip.Addr{}},
-		{"V6ONLY, MPTCP", mptcp6.connect(far6), RefusedFamily, netip.Addr{}},
-		{"bound to IPv6", a.boundTo6(0).connect(far6), RefusedFamily, netip.Addr{}},
-		{"bound to IPv6 and a port", a.boundTo6(4002).connect(far6), RefusedFamily, netip.Addr{}},
-		{"bound to loopback", dualStack().bind("[::1]:0").connect(far6), RefusedFamily, netip.Addr{}},
+		{"IPv4", stream(unix.AF_INET).connect(far4), bpfmap.Redirected, a.v4},
+		{"mapped", dualStack().connect(farMapped), bpfmap.Redirected, a.v4},
+		{"native", dualStack().connect(far6), bpfmap.Redirected, a.v4},
+		{"native, no route", dualStack().connect(elsewhere6), bpfmap.Redirected, a.v4},
+		{"native, non-blocking", dualStack().to("connectLater", far6), bpfmap.Redirected, a.v4},
+		{"native, bound to any", dualStack().bind("[::]:4001").connect(far6), bpfmap.Redirected, a.v4},
+		{"native, bound to mapped", a.boundToMapped().connect(far6), bpfmap.Redirected, a.v4},
+		{"V6ONLY", only6().connect(far6), bpfmap.RefusedFamily, netip.Addr{}},
+		{"V6ONLY, fast open", only6().to("connectByData", far6).data("hello"), bpfmap.RefusedFamily, netip.Addr{}},
+		{"V6ONLY, MPTCP", mptcp6.connect(far6), bpfmap.RefusedFamily, netip.Addr{}},
+		{"bound to IPv6", a.boundTo6(0).connect(far6), bpfmap.RefusedFamily, netip.Addr{}},
+		{"bound to IPv6 and a port", a.boundTo6(4002).connect(far6), bpfmap.RefusedFamily, netip.Addr{}},
+		{"bound to loopback", dualStack().bind("[::1]:0").connect(far6), bpfmap.RefusedFamily, netip.Addr{}},
 	})
 }
 
 // proxyOn6 is what becomes of a connection where the proxy is on IPv6 alone.
 func (a *alloc) proxyOn6() []familyCase {
 	return []familyCase{
-		{"IPv4", stream(unix.AF_INET).connect(far4), RefusedFamily, netip.Addr{}},
-		{"IPv4, bound", stream(unix.AF_INET).bind(addrPort(a.v4, 0)).connect(far4), RefusedFamily, netip.Addr{}},
-		{"mapped", dualStack().connect(farMapped), Redirected, a.v6},
-		{"mapped, bound to mapped", a.boundToMapped().connect(farMapped), RefusedFamily, netip.Addr{}},
-		{"native", dualStack().connect(far6), Redirected, a.v6},
-		{"native, no route", dualStack().connect(elsewhere6), Redirected, a.v6},
-		{"native, MPTCP", script(nil).open(unix.AF_INET6, unix.IPPROTO_MPTCP).connect(far6), Redirected, a.v6},
-		{"V6ONLY", only6().connect(far6), Redirected, a.v6},
-		{"bound to IPv6", a.boundTo6(0).connect(far6), Redirected, a.v6},
-		{"bound to IPv6 and a port", a.boundTo6(4002).connect(far6), Redirected, a.v6},
-		{"bound to loopback", dualStack().bind("[::1]:0").connect(far6), Redirected, netip.IPv6Loopback()},
+		{"IPv4", stream(unix.AF_INET).connect(far4), bpfmap.RefusedFamily, netip.Addr{}},
+		{"IPv4, bound", stream(unix.AF_INET).bind(addrPort(a.v4, 0)).connect(far4), bpfmap.RefusedFamily, netip.Addr{}},
+		{"mapped", dualStack().connect(farMapped), bpfmap.Redirected, a.v6},
+		{"mapped, bound to mapped", a.boundToMapped().connect(farMapped), bpfmap.RefusedFamily, netip.Addr{}},
+		{"native", dualStack().connect(far6), bpfmap.Redirected, a.v6},
+		{"native, no route", dualStack().connect(elsewhere6), bpfmap.Redirected, a.v6},
+		{"native, MPTCP", script(nil).open(unix.AF_INET6, unix.IPPROTO_MPTCP).connect(far6), bpfmap.Redirected, a.v6},
+		{"V6ONLY", only6().connect(far6), bpfmap.Redirected, a.v6},
+		{"bound to IPv6", a.boundTo6(0).connect(far6), bpfmap.Redirected, a.v6},
+		{"bound to IPv6 and a port", a.boundTo6(4002).connect(far6), bpfmap.Redirected, a.v6},
+		{"bound to loopback", dualStack().bind("[::1]:0").connect(far6), bpfmap.Redirected, netip.IPv6Loopback()},
 	}
 }
 
 // proxyOnBoth is the same where it is on both families.
 func (a *alloc) proxyOnBoth() []familyCase {
 	return []familyCase{
-		{"IPv4", stream(unix.AF_INET).connect(far4), Redirected, a.v4},
-		{"mapped", dualStack().connect(farMapped), Redirected, a.v4},
-		{"mapped, bound to mapped", a.boundToMapped().connect(farMapped), Redirected, a.v4},
-		{"native", dualStack().connect(far6), Redirected, a.v6},
-		{"native, bound to mapped", a.boundToMapped().connect(far6), Redirected, a.v4},
-		{"V6ONLY", only6().connect(far6), Redirected, a.v6},
-		{"bound to IPv6", a.boundTo6(0).connect(far6), Redirected, a.v6},
+		{"IPv4", stream(unix.AF_INET).connect(far4), bpfmap.Redirected, a.v4},
+		{"mapped", dualStack().connect(farMapped), bpfmap.Redirected, a.v4},
+		{"mapped, bound to mapped", a.boundToMapped().connect(farMapped), bpfmap.Redirected, a.v4},
+		{"native", dualStack().connect(far6), bpfmap.Redirected, a.v6},
+		{"native, bound to mapped", a.boundToMapped().connect(far6), bpfmap.Redirected, a.v4},
+		{"V6ONLY", only6().connect(far6), bpfmap.Redirected, a.v6},
+		{"bound to IPv6", a.boundTo6(0).connect(far6), bpfmap.Redirected, a.v6},
 	}
 }
 
@@ -191,15 +191,15 @@ func TestIPv6ProxyChangesItsFamily(t *testing.T) {
 	for _, addr := range []string{"[::1]:15001", "127.0.0.1:15001", "[::1]:15001"} {
 		a.outbound = a.serve(proxyUID, a.proxyCg, "tcp", addr)
 		six := netip.MustParseAddrPort(addr).Addr().Is6()
-		v4, v6, source := Redirected, RefusedFamily, a.v4
+		v4, v6, source := bpfmap.Redirected, bpfmap.RefusedFamily, a.v4
 		if six {
-			v4, v6, source = RefusedFamily, Redirected, a.v6
+			v4, v6, source = bpfmap.RefusedFamily, bpfmap.Redirected, a.v6
 		}
 		t.Run(addr, func(t *testing.T) {
 			a.families(t, nil, []familyCase{
 				{"IPv4", stream(unix.AF_INET).connect(far4), v4, a.v4},
-				{"mapped", dualStack().connect(farMapped), Redirected, source},
-				{"native", dualStack().connect(far6), Redirected, source},
+				{"mapped", dualStack().connect(farMapped), bpfmap.Redirected, source},
+				{"native", dualStack().connect(far6), bpfmap.Redirected, source},
 				{"V6ONLY", only6().connect(far6), v6, a.v6},
 			})
 		})
@@ -208,7 +208,7 @@ func TestIPv6ProxyChangesItsFamily(t *testing.T) {
 	before := segments(t, a.node.remote)
 	p := a.task(t)
 	for _, s := range []script{stream(unix.AF_INET).connect(far4), dualStack().connect(far6)} {
-		a.moves(t, map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1}, func() { p.run(t, s.fails(unix.ECONNREFUSED)) })
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}, func() { p.run(t, s.fails(unix.ECONNREFUSED)) })
 	}
 	if after := segments(t, a.node.remote); after != before {
 		t.Errorf("%d segments reached the remote without a proxy", after-before)
@@ -223,10 +223,10 @@ func TestIPv6Disabled(t *testing.T) {
 	a.v6 = netip.Addr{} // it has none
 	a.startProxy()
 	a.families(t, nil, []familyCase{
-		{"IPv4", stream(unix.AF_INET).connect(far4), Redirected, a.v4},
-		{"mapped", dualStack().connect(farMapped), Redirected, a.v4},
-		{"native", dualStack().connect(far6), Redirected, a.v4},
-		{"V6ONLY", only6().connect(far6), RefusedFamily, netip.Addr{}},
+		{"IPv4", stream(unix.AF_INET).connect(far4), bpfmap.Redirected, a.v4},
+		{"mapped", dualStack().connect(farMapped), bpfmap.Redirected, a.v4},
+		{"native", dualStack().connect(far6), bpfmap.Redirected, a.v4},
+		{"V6ONLY", only6().connect(far6), bpfmap.RefusedFamily, netip.Addr{}},
 	})
 	if repaired, err := a.node.Check(a.key, a.Path); err != nil || len(repaired) != 0 {
 		t.Errorf("check: repaired %q, %v; want nothing to do", repaired, err)

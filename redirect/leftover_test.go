@@ -16,7 +16,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -25,7 +26,7 @@ import (
 func rowCounts(t *testing.T, d *Datapath) map[string]int {
 	t.Helper()
 	keyless := []string{"binders", "dials", "control", "events", "index_totals"}
-	entries, err := os.ReadDir(d.paths.maps())
+	entries, err := os.ReadDir(d.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -34,7 +35,7 @@ func rowCounts(t *testing.T, d *Datapath) map[string]int {
 		if slices.Contains(keyless, entry.Name()) {
 			continue
 		}
-		table, err := ebpf.LoadPinnedMap(filepath.Join(d.paths.maps(), entry.Name()), nil)
+		table, err := ebpf.LoadPinnedMap(filepath.Join(d.paths.Maps(), entry.Name()), nil)
 		if err != nil {
 			t.Fatalf("open map %s: %v", entry.Name(), err)
 		}
@@ -53,7 +54,7 @@ func rowCounts(t *testing.T, d *Datapath) map[string]int {
 // files lists what is pinned and recorded, without the directories.
 func files(t *testing.T, d *Datapath) (list []string) {
 	t.Helper()
-	for _, dir := range []string{d.paths.PinDir, d.paths.staging(), d.paths.workloads()} {
+	for _, dir := range []string{d.paths.PinDir, d.paths.Staging(), d.paths.Workloads()} {
 		err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
@@ -81,12 +82,12 @@ type objects struct {
 func kernelObjects(t *testing.T, d *Datapath) objects {
 	t.Helper()
 	var o objects
-	entries, err := os.ReadDir(d.paths.maps())
+	entries, err := os.ReadDir(d.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, entry := range entries {
-		table, err := ebpf.LoadPinnedMap(filepath.Join(d.paths.maps(), entry.Name()), nil)
+		table, err := ebpf.LoadPinnedMap(filepath.Join(d.paths.Maps(), entry.Name()), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -174,7 +175,7 @@ func nothingLeft(t *testing.T, d *Datapath) {
 	if diff := cmp.Diff(map[string]int{}, rowCounts(t, d)); diff != "" {
 		t.Errorf("rows that are left (-want +got):\n%s", diff)
 	}
-	for _, dir := range []string{d.paths.lookups(), d.paths.workloads()} {
+	for _, dir := range []string{d.paths.Lookups(), d.paths.Workloads()} {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)
@@ -188,15 +189,15 @@ func nothingLeft(t *testing.T, d *Datapath) {
 // routesOf are the routes to the encoded ranges in a namespace.
 func routesOf(t *testing.T, ns *test.NetNS) (v4, v6 bool) {
 	t.Helper()
-	opened, err := openNamespace(ns.Path)
+	opened, err := host.OpenNamespace(ns.Path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer opened.Close()
-	err = opened.do(func() error {
-		found, err := presentRoutes()
+	err = opened.Do(func() error {
+		found, err := host.PresentRoutes()
 		for _, route := range found {
-			v4, v6 = v4 || !isIPv6(&route), v6 || isIPv6(&route)
+			v4, v6 = v4 || !host.IsIPv6(&route), v6 || host.IsIPv6(&route)
 		}
 		return err
 	})
@@ -229,7 +230,7 @@ func witness(t *testing.T, ns *test.NetNS) (died func() error) {
 	}
 	t.Cleanup(func() { attached.Close() })
 	return func() error {
-		if inode := lookupInode(attached); inode != 0 {
+		if inode := program.LookupInode(attached); inode != 0 {
 			return fmt.Errorf("namespace with inode %d lives", inode)
 		}
 		return nil

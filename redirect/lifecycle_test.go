@@ -9,24 +9,25 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
-	"github.com/cilium/ebpf"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // generationOf is the generation in force of a namespace; 0 for none.
 func generationOf(t *testing.T, d *Datapath, ns *test.NetNS) uint64 {
 	t.Helper()
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tables.Close()
-	generation, err := tables.generation(ns.Cookie())
+	generation, err := tables.Generation(ns.Cookie())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,12 +59,12 @@ func (a *alloc) free() {
 }
 
 // full is a request that has rows in every table.
-func full(r *Request) {
+func full(r *workload.Request) {
 	r.ExcludeInboundPorts = []uint16{22, 8080}
 	r.ExcludeOutboundPorts = []uint16{25, 5433}
 	r.ExcludeUIDs = []uint32{7, 4_000_000_000}
 	r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
-	r.DNS = DNS{Port: 8600}
+	r.DNS = workload.DNS{Port: 8600}
 }
 
 func TestAddTwiceIsOnce(t *testing.T) {
@@ -72,8 +73,8 @@ func TestAddTwiceIsOnce(t *testing.T) {
 	a.add(full)
 	a.startProxy()
 	a.works()
-	generation, rows, lookup := generationOf(t, n.Datapath, a.NetNS), rowCounts(t, n.Datapath), linkIDs(t, n.paths.lookup(a.Cookie()))
-	record, err := os.ReadFile(n.paths.record(a.key))
+	generation, rows, lookup := generationOf(t, n.Datapath, a.NetNS), rowCounts(t, n.Datapath), linkIDs(t, n.paths.Lookup(a.Cookie()))
+	record, err := os.ReadFile(n.paths.Record(a.key))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -83,13 +84,13 @@ func TestAddTwiceIsOnce(t *testing.T) {
 	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
 		t.Errorf("generation = %d after the same ADD, was %d", now, generation)
 	}
-	if now := linkIDs(t, n.paths.lookup(a.Cookie())); now != lookup {
+	if now := linkIDs(t, n.paths.Lookup(a.Cookie())); now != lookup {
 		t.Errorf("lookup link and program = %d after the same ADD, were %d", now, lookup)
 	}
 	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
 		t.Errorf("rows after the same ADD (-want +got):\n%s", diff)
 	}
-	again, err := os.ReadFile(n.paths.record(a.key))
+	again, err := os.ReadFile(n.paths.Record(a.key))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,7 +116,7 @@ func TestAddAgainKeepsTheLastRequest(t *testing.T) {
 	if err := n.Add(Attachment{Key: a.key, NetNS: second, Request: request}); err != nil {
 		t.Fatal(err)
 	}
-	r, err := n.paths.readRecord(a.key)
+	r, err := n.paths.ReadRecord(a.key)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +145,7 @@ func TestAddGivesUpTheOldNamespaceOfAKey(t *testing.T) {
 	if generation := generationOf(t, n.Datapath, old.NetNS); generation != 0 {
 		t.Errorf("the old namespace has generation %d", generation)
 	}
-	if _, err := os.Stat(n.paths.lookup(old.Cookie())); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(n.paths.Lookup(old.Cookie())); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("lookup link of the old namespace: %v, want it gone", err)
 	}
 	next.remove()
@@ -158,7 +159,7 @@ func TestAddTakesOverANamespaceOfAnotherKey(t *testing.T) {
 	a.startProxy()
 	a.works()
 	former := a.key
-	a.key = AttachmentID{ContainerID: "heir", IfName: "eth0"}
+	a.key = workload.AttachmentID{ContainerID: "heir", IfName: "eth0"}
 	a.add()
 	a.works()
 	list, err := n.Workloads()
@@ -199,20 +200,20 @@ func TestAddRefuses(t *testing.T) {
 	})
 	for _, tc := range []struct {
 		name, netns string
-		request     Request
+		request     workload.Request
 		want        error
 	}{
-		{"the caller's namespace", "/proc/self/ns/net", Request{}, ErrHostNetNS},
-		{"the host's namespace by another name", hosted, Request{}, ErrHostNetNS},
-		{"a path that is gone", "/no/such/netns", Request{}, ErrNetNSGone},
-		{"an empty file", empty, Request{}, ErrNetNSGone},
-		{"a directory", t.TempDir(), Request{}, ErrNetNSGone},
-		{"a namespace of another kind", "/proc/self/ns/mnt", Request{}, ErrNetNSGone},
-		{"the same port twice", valid.Path, Request{InboundPort: 15001}, nil},
-		{"an unknown mode", valid.Path, Request{Mode: "magic"}, nil},
+		{"the caller's namespace", "/proc/self/ns/net", workload.Request{}, host.ErrHostNetNS},
+		{"the host's namespace by another name", hosted, workload.Request{}, host.ErrHostNetNS},
+		{"a path that is gone", "/no/such/netns", workload.Request{}, host.ErrNetNSGone},
+		{"an empty file", empty, workload.Request{}, host.ErrNetNSGone},
+		{"a directory", t.TempDir(), workload.Request{}, host.ErrNetNSGone},
+		{"a namespace of another kind", "/proc/self/ns/mnt", workload.Request{}, host.ErrNetNSGone},
+		{"the same port twice", valid.Path, workload.Request{InboundPort: 15001}, nil},
+		{"an unknown mode", valid.Path, workload.Request{Mode: "magic"}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			err := d.Add(Attachment{Key: AttachmentID{ContainerID: "refused", IfName: "eth0"}, NetNS: tc.netns, Request: tc.request})
+			err := d.Add(Attachment{Key: workload.AttachmentID{ContainerID: "refused", IfName: "eth0"}, NetNS: tc.netns, Request: tc.request})
 			if err == nil || tc.want != nil && !errors.Is(err, tc.want) {
 				t.Errorf("add: %v, want %v", err, tc.want)
 			}
@@ -228,27 +229,27 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name   string
-		damage func(t *testing.T, n *node, a *alloc, r *Request)
+		damage func(t *testing.T, n *node, a *alloc, r *workload.Request)
 	}{
-		{"record cannot be written", func(t *testing.T, n *node, a *alloc, _ *Request) {
-			if err := os.MkdirAll(n.paths.record(a.key)+".tmp", 0o700); err != nil {
+		{"record cannot be written", func(t *testing.T, n *node, a *alloc, _ *workload.Request) {
+			if err := os.MkdirAll(n.paths.Record(a.key)+".tmp", 0o700); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		{"lookup cannot be pinned", func(t *testing.T, n *node, a *alloc, r *Request) {
+		{"lookup cannot be pinned", func(t *testing.T, n *node, a *alloc, r *workload.Request) {
 			full(r)
-			if err := os.MkdirAll(n.paths.lookup(a.Cookie()), 0o700); err != nil {
+			if err := os.MkdirAll(n.paths.Lookup(a.Cookie()), 0o700); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		{"a table is full", func(_ *testing.T, _ *node, _ *alloc, r *Request) {
+		{"a table is full", func(_ *testing.T, _ *node, _ *alloc, r *workload.Request) {
 			full(r)
 			r.ExcludeUIDs = many
 		}},
-		{"the last table is another one", func(t *testing.T, n *node, _ *alloc, r *Request) {
+		{"the last table is another one", func(t *testing.T, n *node, _ *alloc, r *workload.Request) {
 			full(r)
 			// The true one is back in place when the test looks at what is left.
-			pin, held := filepath.Join(n.paths.maps(), "workloads"), filepath.Join(n.paths.PinDir, "held")
+			pin, held := filepath.Join(n.paths.Maps(), "workloads"), filepath.Join(n.paths.PinDir, "held")
 			if err := os.Rename(pin, held); err != nil {
 				t.Fatal(err)
 			}
@@ -278,7 +279,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 				t.Errorf("%d descriptors are open, were %d", now, descriptors)
 			}
 			if _, err := os.Stat(filepath.Join(n.paths.PinDir, "held")); err == nil {
-				if err := os.Rename(filepath.Join(n.paths.PinDir, "held"), filepath.Join(n.paths.maps(), "workloads")); err != nil {
+				if err := os.Rename(filepath.Join(n.paths.PinDir, "held"), filepath.Join(n.paths.Maps(), "workloads")); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -295,7 +296,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 
 func TestRemoveWhatIsNotThere(t *testing.T) {
 	d := unloadedDatapath(t)
-	key := AttachmentID{ContainerID: "nobody", IfName: "eth0"}
+	key := workload.AttachmentID{ContainerID: "nobody", IfName: "eth0"}
 	if err := d.Remove(key); err != nil {
 		t.Errorf("remove with nothing loaded: %v", err)
 	}
@@ -330,11 +331,11 @@ func TestRemoveGivesTheNamespaceBack(t *testing.T) {
 
 func TestRemoveWithoutItsNamespace(t *testing.T) {
 	n := newNode(t)
-	var key AttachmentID
+	var key workload.AttachmentID
 	t.Run("allocation", func(t *testing.T) {
 		ns := test.NewNetNS(t)
-		key = AttachmentID{ContainerID: "dead", IfName: "eth0"}
-		request := Request{}
+		key = workload.AttachmentID{ContainerID: "dead", IfName: "eth0"}
+		request := workload.Request{}
 		full(&request)
 		if err := n.Add(Attachment{Key: key, NetNS: ns.Path, Request: request}); err != nil {
 			t.Fatal(err)
@@ -377,13 +378,13 @@ func TestAddAgainWithAnotherAddress(t *testing.T) {
 	a.Do(func() {
 		eth0, err := netlink.LinkByName("eth0")
 		if err == nil {
-			err = netlink.AddrAdd(eth0, &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(moved, 24))})
+			err = netlink.AddrAdd(eth0, &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(moved, 24))})
 		}
 		if err != nil {
 			t.Error(err)
 		}
 	})
-	a.add(func(r *Request) { r.Addresses = []netip.Addr{moved, a.v6} })
+	a.add(func(r *workload.Request) { r.Addresses = []netip.Addr{moved, a.v6} })
 	answer, err := a.ask("tcp4", addrPort(remote4(1), 80))
 	if err != nil || answer.From.Addr() != moved || answer.Peer.Addr() != moved {
 		t.Errorf("dial: %+v, %v; want it from %s", answer, err, moved)

@@ -9,9 +9,9 @@ import (
 	"syscall"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 const outboundListener = "127.0.0.1:15001"
@@ -51,9 +51,9 @@ func TestListenerDownAndUp(t *testing.T) {
 	a.add()
 	origin := netip.MustParseAddrPort("192.0.2.1:80")
 	for range 3 {
-		verdictsAre(t, a.rose(func() { a.outboundRefused(origin.String()) }), map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1})
+		verdictsAre(t, a.rose(func() { a.outboundRefused(origin.String()) }), map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
 		moved := a.rose(func() { a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", outboundListener) })
-		verdictsAre(t, moved, map[Verdict]uint64{Listener: 1})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: 1})
 		answer, err := a.ask("tcp4", origin.String())
 		a.answered(answer, err, origin, a.v4)
 		a.outbound.Stop()
@@ -83,7 +83,7 @@ func TestListenerWorkers(t *testing.T) {
 					fds[i] = proxy.mustListen(fmt.Sprint("worker ", i), outboundListener, reusePort())
 				}
 			})
-			verdictsAre(t, moved, map[Verdict]uint64{Listener: uint64(workers)})
+			verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: uint64(workers)})
 			times := test.Scale(40*workers) + 20*workers
 			if got := a.spread(times); len(got) != workers {
 				t.Errorf("%d connections reached %d of %d workers: %v", times, len(got), workers, got)
@@ -141,18 +141,18 @@ func TestListenerMoreThanSlots(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	proxy := a.sockets(proxyUID, a.proxyCg)
-	fds := make([]int, listenerSlots+6)
+	fds := make([]int, bpfmap.ListenerSlots+6)
 	moved := a.rose(func() {
 		for i := range fds {
 			fds[i] = proxy.mustListen(fmt.Sprint("worker ", i), outboundListener, reusePort())
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{Listener: listenerSlots, RefusedListenerTable: 6})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: bpfmap.ListenerSlots, bpfmap.RefusedListenerTable: 6})
 	a.spread(test.Scale(200))
 	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
 		t.Errorf("check with more listeners than slots: %v, repaired %q", err, repaired)
 	}
-	for _, fd := range fds[:listenerSlots] {
+	for _, fd := range fds[:bpfmap.ListenerSlots] {
 		proxy.close(fd)
 	}
 	// What is left was never registered: refused, until a check takes it in.
@@ -177,8 +177,8 @@ func TestListenerMPTCP(t *testing.T) {
 			t.Fatal(err)
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerTable: 1})
-	verdictsAre(t, a.rose(func() { a.outboundRefused("192.0.2.1:80") }), map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerTable: 1})
+	verdictsAre(t, a.rose(func() { a.outboundRefused("192.0.2.1:80") }), map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
 	// It is no damage that a CHECK could repair, and no reason to end the allocation.
 	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
 		t.Errorf("check with an MPTCP listener: %v, repaired %q", err, repaired)
@@ -200,21 +200,21 @@ func TestListenerOfATask(t *testing.T) {
 	beside := a.sockets(proxyUID, a.taskCg) // under the proxy's UID, elsewhere
 	for _, hostile := range []struct {
 		addr    string
-		verdict Verdict
+		verdict bpfmap.Verdict
 	}{
-		{"127.0.0.1:15001", RefusedListenerIdentity},
-		{"127.0.0.2:15001", RefusedListenerAddress},
-		{"0.0.0.0:15001", RefusedListenerIdentity},
-		{"[::]:15001", RefusedListenerIdentity},
-		{"[::1]:15001", RefusedListenerIdentity},
-		{addrPort(a.v4, 15001), RefusedListenerAddress},
-		{"0.0.0.0:20000", RefusedListenerIdentity},
-		{addrPort(a.v4, 20000), RefusedListenerIdentity},
-		{"[::]:20000", RefusedListenerIdentity},
+		{"127.0.0.1:15001", bpfmap.RefusedListenerIdentity},
+		{"127.0.0.2:15001", bpfmap.RefusedListenerAddress},
+		{"0.0.0.0:15001", bpfmap.RefusedListenerIdentity},
+		{"[::]:15001", bpfmap.RefusedListenerIdentity},
+		{"[::1]:15001", bpfmap.RefusedListenerIdentity},
+		{addrPort(a.v4, 15001), bpfmap.RefusedListenerAddress},
+		{"0.0.0.0:20000", bpfmap.RefusedListenerIdentity},
+		{addrPort(a.v4, 20000), bpfmap.RefusedListenerIdentity},
+		{"[::]:20000", bpfmap.RefusedListenerIdentity},
 	} {
 		var fd int
 		moved := a.rose(func() { fd = task.mustListen("hostile", hostile.addr, reusePort()) })
-		verdictsAre(t, moved, map[Verdict]uint64{hostile.verdict: 1})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{hostile.verdict: 1})
 		a.outboundRefused("192.0.2.1:80")
 		a.outboundRefused("192.0.2.1:15001")
 		a.refused(a.v4, 20000)
@@ -313,7 +313,7 @@ func TestListenerAdoptedThenElsewhere(t *testing.T) {
 	a.inbound.Stop()
 	a.proxyCg = test.NewCgroup(t)
 	moved := a.rose(func() { a.startProxy() })
-	verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 2})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerIdentity: 2})
 	a.outboundRefused("192.0.2.1:80")
 	a.refused(a.v4, 8080)
 	// Nor does the unknown proxy pass the mesh.

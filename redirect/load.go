@@ -10,6 +10,11 @@ import (
 	"path/filepath"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
 )
 
 // LoadResult says what Load did.
@@ -18,14 +23,14 @@ type LoadResult struct {
 	Did     []string `json:"did"` // one line per step, past tense
 	// Problems are workloads that did not come along, each with its own. The others
 	// did: a bad one is no reason to leave the node as it was.
-	Problems []Problem `json:"problems"`
+	Problems []health.Problem `json:"problems"`
 }
 
 // left notes what did not come along.
 func (r *LoadResult) left(problems []error) {
 	for _, err := range problems {
 		if err != nil {
-			r.Problems = append(r.Problems, NewProblem(ProblemLoadIncomplete, "restart the allocation, or run its CNI CHECK: the others came along", err.Error()))
+			r.Problems = append(r.Problems, health.NewProblem(health.ProblemLoadIncomplete, "restart the allocation, or run its CNI CHECK: the others came along", err.Error()))
 		}
 	}
 }
@@ -48,15 +53,15 @@ func (d *Datapath) Load() (result LoadResult, err error) {
 // load is Load for a caller who holds the lock. Without renew, programs of
 // another version stay: a plugin must not fight over versions with the agent.
 func (d *Datapath) load(renew bool) (result LoadResult, err error) {
-	if err := d.paths.ensureBPFFS(); err != nil {
+	if err := d.paths.EnsureBPFFS(); err != nil {
 		return result, err
 	}
-	root, err := d.paths.cgroupRoot()
+	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {
 		return result, err
 	}
 	defer root.Close()
-	if _, err := unpinAll(d.paths.staging()); err != nil {
+	if _, err := program.UnpinAll(d.paths.Staging()); err != nil {
 		return result, fmt.Errorf("remove unfinished load: %w", err)
 	}
 	// No pins is not nothing: another bpffs may be mounted over them.
@@ -64,11 +69,11 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 	if err != nil {
 		return LoadResult{Did: reclaimed}, err
 	}
-	pinned, err := openTables(d.paths.maps())
+	pinned, err := bpfmap.OpenTables(d.paths.Maps())
 	switch {
-	case errors.Is(err, ErrNotLoaded):
+	case errors.Is(err, bpfmap.ErrNotLoaded):
 		result, err = d.loadFresh(root)
-	case errors.Is(err, ErrIncompatible) && renew:
+	case errors.Is(err, bpfmap.ErrIncompatible) && renew:
 		result, err = d.migrate(root)
 	case err == nil:
 		defer pinned.Close()
@@ -83,7 +88,7 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 }
 
 // loadOver is load where tables are there.
-func (d *Datapath) loadOver(pinned *tables, root *os.File, renew bool, reclaimed []string) (result LoadResult, err error) {
+func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []string) (result LoadResult, err error) {
 	repinned, err := d.repin()
 	repairs := append(reclaimed, repinned...)
 	if err != nil {
@@ -105,47 +110,47 @@ func (d *Datapath) loadOver(pinned *tables, root *os.File, renew bool, reclaimed
 }
 
 // sign says in the tables whose they are, where an older version did not.
-func (d *Datapath) sign(pinned *tables) error {
-	var row bpfControl
-	if _, err := pinned.get("control", uint32(0), &row); err != nil || row.Instance != 0 {
+func (d *Datapath) sign(pinned *bpfmap.Tables) error {
+	var row bpfmap.BpfControl
+	if _, err := pinned.Get("control", uint32(0), &row); err != nil || row.Instance != 0 {
 		return err
 	}
-	row.Instance = instanceOf(d.paths)
-	return pinned.put("control", uint32(0), row, ebpf.UpdateAny)
+	row.Instance = program.InstanceOf(d.paths)
+	return pinned.Put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
 // loadFresh builds everything beside the live directory, the workloads on
 // record included, and renames it into place, so that a load that dies leaves
 // nothing that looks complete.
 func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
-	if err := Probe(); err != nil {
+	if err := probe.Probe(); err != nil {
 		return result, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, removeTree(d.paths.staging()))
+			err = errors.Join(err, program.RemoveTree(d.paths.Staging()))
 		}
 	}()
-	spec, err := loadBpf()
+	spec, err := bpfmap.LoadBpf()
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
-	staging := d.paths.staging()
-	pins, err := createMaps(spec, filepath.Join(staging, "maps"), instanceOf(d.paths))
-	defer closeMaps(pins)
+	staging := d.paths.Staging()
+	pins, err := bpfmap.CreateMaps(spec, filepath.Join(staging, "maps"), program.InstanceOf(d.paths))
+	defer bpfmap.CloseMaps(pins)
 	if err != nil {
 		return result, err
 	}
-	collection, err := newCollection(spec, pins)
+	collection, err := program.NewCollection(spec, pins)
 	if err != nil {
 		return result, err
 	}
 	defer collection.Close()
-	repairs, err := attachAll(collection.Programs, spec.Programs, root, filepath.Join(staging, "links"))
+	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, filepath.Join(staging, "links"))
 	if err != nil {
 		return result, err
 	}
-	filters, err := loadFilterPrograms(filepath.Join(staging, "maps"), filepath.Join(staging, "filters"))
+	filters, err := program.LoadFilterPrograms(filepath.Join(staging, "maps"), filepath.Join(staging, "filters"))
 	if err != nil {
 		return result, err
 	}
@@ -155,7 +160,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	staged.paths.PinDir = staging
 	restored, problems := staged.restore(true)
 	// What a half-removed instance left is in the way of the rename.
-	if _, err := unpinAll(d.paths.PinDir); err != nil {
+	if _, err := program.UnpinAll(d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("remove incomplete pins: %w", err)
 	}
 	if err := os.Rename(staging, d.paths.PinDir); err != nil {
@@ -169,20 +174,20 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 
 // upgrade swaps the programs of a loaded node for this binary's where they
 // differ and renew is set, and repairs links that are not in force.
-func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result LoadResult, err error) {
-	var row bpfControl
-	if _, err := pinned.get("control", uint32(0), &row); err != nil {
+func (d *Datapath) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (result LoadResult, err error) {
+	var row bpfmap.BpfControl
+	if _, err := pinned.Get("control", uint32(0), &row); err != nil {
 		return result, err
 	}
-	broken, err := linkProblems(programNames(), root, d.paths.links())
+	broken, err := program.LinkProblems(program.ProgramNames(), root, d.paths.Links())
 	if err != nil {
 		return result, err
 	}
-	renew = renew && row.Digest != digest()
+	renew = renew && row.Digest != bpfmap.Digest()
 	if !renew && len(broken) == 0 {
 		return result, nil
 	}
-	spec, err := loadBpf()
+	spec, err := bpfmap.LoadBpf()
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
@@ -190,17 +195,17 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 		// Those that are in force may be of a newer version than this binary's.
 		maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return broken[name] == "" })
 	}
-	pins, err := pinnedMaps(spec, d.paths.maps())
-	defer closeMaps(pins)
+	pins, err := bpfmap.PinnedMaps(spec, d.paths.Maps())
+	defer bpfmap.CloseMaps(pins)
 	if err != nil {
 		return result, err
 	}
-	collection, err := newCollection(spec, pins)
+	collection, err := program.NewCollection(spec, pins)
 	if err != nil {
 		return result, err
 	}
 	defer collection.Close()
-	repairs, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
+	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.paths.Links())
 	result.Changed = true
 	result.Did = append(result.Did, repairs...)
 	if err != nil {
@@ -216,22 +221,22 @@ func (d *Datapath) upgrade(pinned *tables, root *os.File, renew bool) (result Lo
 		return result, err
 	}
 	result.Did = append(result.Did, repairs...)
-	row.Digest = digest()
-	return result, pinned.put("control", uint32(0), row, ebpf.UpdateAny)
+	row.Digest = bpfmap.Digest()
+	return result, pinned.Put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
 // renewLookups swaps the sk_lookup program of every workload. One that it cannot
 // swap goes on with the program that it has, which reads the same tables.
-func (d *Datapath) renewLookups(pinned *tables) (repairs []string, problems []error) {
-	records, err := d.paths.readRecords()
+func (d *Datapath) renewLookups(pinned *bpfmap.Tables) (repairs []string, problems []error) {
+	records, err := d.paths.ReadRecords()
 	problems = append(problems, err)
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
-		if errors.Is(err, ErrNetNSGone) {
+		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
 		if err == nil {
-			_, err = attachLookup(pinned, d.paths, ns, true)
+			_, err = program.AttachLookup(pinned, d.paths, ns, true)
 			ns.Close()
 		}
 		if err != nil {
@@ -246,19 +251,19 @@ func (d *Datapath) renewLookups(pinned *tables) (repairs []string, problems []er
 // restore puts the workloads on record back after their maps were lost, or looks
 // at each of them where the maps are not new.
 func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
-	records, unreadable := d.paths.readRecords()
+	records, unreadable := d.paths.ReadRecords()
 	problems = append(problems, unreadable)
 	if len(records) == 0 {
 		return nil, problems
 	}
-	pinned, err := openTables(d.paths.maps())
+	pinned, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return nil, append(problems, err)
 	}
 	defer pinned.Close()
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
-		if errors.Is(err, ErrNetNSGone) {
+		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
 		if err != nil {
@@ -266,7 +271,7 @@ func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
 			continue
 		}
 		if lost {
-			r.Complete, r.fresh = false, true // the tables are new
+			r.Complete, r.Fresh = false, true // the tables are new
 		}
 		repaired, err := d.ensure(pinned, r, ns)
 		ns.Close()

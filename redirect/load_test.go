@@ -13,7 +13,10 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -21,8 +24,8 @@ import (
 func pinnedLinks(t *testing.T, d *Datapath) map[string][2]uint32 {
 	t.Helper()
 	ids := make(map[string][2]uint32)
-	for _, name := range programNames() {
-		ids[name] = linkIDs(t, d.paths.link(name))
+	for _, name := range program.ProgramNames() {
+		ids[name] = linkIDs(t, d.paths.Link(name))
 	}
 	return ids
 }
@@ -71,7 +74,7 @@ func TestLoadTwiceChangesNothing(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !first.Changed || len(first.Did) < len(programNames()) {
+	if !first.Changed || len(first.Did) < len(program.ProgramNames()) {
 		t.Errorf("first load: %+v, want it to say what it did", first)
 	}
 	healthy(t, d)
@@ -92,7 +95,7 @@ func TestLoadTwiceChangesNothing(t *testing.T) {
 }
 
 func TestProgramNamesAreThoseOfTheObject(t *testing.T) {
-	spec, err := loadBpf()
+	spec, err := bpfmap.LoadBpf()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,12 +104,12 @@ func TestProgramNamesAreThoseOfTheObject(t *testing.T) {
 		names = append(names, name)
 	}
 	slices.Sort(names)
-	if diff := cmp.Diff(names, programNames()); diff != "" {
+	if diff := cmp.Diff(names, program.ProgramNames()); diff != "" {
 		t.Errorf("programs of the object and of programNames (-object +names):\n%s", diff)
 	}
-	for _, h := range hooks() {
-		if prog := spec.Programs[h.program]; prog != nil && prog.AttachType != h.attach {
-			t.Errorf("hook of %s is %s, want %s", h.program, h.attach, prog.AttachType)
+	for _, h := range program.Hooks() {
+		if prog := spec.Programs[h.Program]; prog != nil && prog.AttachType != h.Attach {
+			t.Errorf("hook of %s is %s, want %s", h.Program, h.Attach, prog.AttachType)
 		}
 	}
 }
@@ -117,16 +120,16 @@ func TestLoadRepairsLinks(t *testing.T) {
 		damage func(t *testing.T, d *Datapath)
 	}{
 		{"pin removed", func(t *testing.T, d *Datapath) {
-			if err := os.Remove(d.paths.link("weir_connect4")); err != nil {
+			if err := os.Remove(d.paths.Link("weir_connect4")); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		{"link detached", func(t *testing.T, d *Datapath) { detachPinned(t, d.paths.link("weir_connect4")) }},
+		{"link detached", func(t *testing.T, d *Datapath) { detachPinned(t, d.paths.Link("weir_connect4")) }},
 		{"links of a dead cgroup", func(t *testing.T, d *Datapath) {
 			var cgroup *test.Cgroup
 			t.Run("cgroup", func(inner *testing.T) {
 				cgroup = test.NewCgroup(inner)
-				if err := os.RemoveAll(d.paths.links()); err != nil {
+				if err := os.RemoveAll(d.paths.Links()); err != nil {
 					t.Fatal(err)
 				}
 				paths := d.paths
@@ -140,7 +143,7 @@ func TestLoadRepairsLinks(t *testing.T) {
 			}
 		}},
 		{"links of a living cgroup", func(t *testing.T, d *Datapath) {
-			if err := os.RemoveAll(d.paths.links()); err != nil {
+			if err := os.RemoveAll(d.paths.Links()); err != nil {
 				t.Fatal(err)
 			}
 			paths := d.paths
@@ -150,7 +153,7 @@ func TestLoadRepairsLinks(t *testing.T) {
 			}
 		}},
 		{"all links removed", func(t *testing.T, d *Datapath) {
-			if err := os.RemoveAll(d.paths.links()); err != nil {
+			if err := os.RemoveAll(d.paths.Links()); err != nil {
 				t.Fatal(err)
 			}
 		}},
@@ -186,35 +189,35 @@ func TestLoadRefusesAnotherLayout(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	tables, err := openTables(n.paths.maps())
+	tables, err := bpfmap.OpenTables(n.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tables.Close()
 	setLayout := func(number uint32) {
 		t.Helper()
-		var row bpfControl
-		if _, err := tables.get("control", uint32(0), &row); err != nil {
+		var row bpfmap.BpfControl
+		if _, err := tables.Get("control", uint32(0), &row); err != nil {
 			t.Fatal(err)
 		}
 		row.Layout = number
-		if err := tables.put("control", uint32(0), row, ebpf.UpdateAny); err != nil {
+		if err := tables.Put("control", uint32(0), row, ebpf.UpdateAny); err != nil {
 			t.Fatal(err)
 		}
 	}
-	setLayout(layout + 1)
+	setLayout(bpfmap.Layout + 1)
 	pins, links, rows := files(t, n.Datapath), pinnedLinks(t, n.Datapath), rowCounts(t, n.Datapath)
 	for name, action := range map[string]func() error{
 		"add": func() error {
-			return n.Add(Attachment{Key: AttachmentID{ContainerID: "other", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path})
+			return n.Add(Attachment{Key: workload.AttachmentID{ContainerID: "other", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path})
 		},
 		"check": func() error { _, err := n.Check(a.key, a.Path); return err },
 		"probe": n.Probe,
 		"overlay": func() error {
-			return n.SetMeshConfig(a.key, MeshConfig{InboundPort: 21000})
+			return n.SetMeshConfig(a.key, workload.MeshConfig{InboundPort: 21000})
 		},
 	} {
-		if err := action(); !errors.Is(err, ErrIncompatible) || !strings.Contains(err.Error(), "weir load") {
+		if err := action(); !errors.Is(err, bpfmap.ErrIncompatible) || !strings.Contains(err.Error(), "weir load") {
 			t.Errorf("%s on another layout: %v, want ErrIncompatible with a remedy", name, err)
 		}
 	}
@@ -243,7 +246,7 @@ func TestLoadRefusesAnotherShapeOfIndexes(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	pin, aside := filepath.Join(n.paths.maps(), "indexes"), filepath.Join(filepath.Dir(n.paths.PinDir), "indexes")
+	pin, aside := filepath.Join(n.paths.Maps(), "indexes"), filepath.Join(filepath.Dir(n.paths.PinDir), "indexes")
 	if err := os.Rename(pin, aside); err != nil {
 		t.Fatal(err)
 	}
@@ -255,9 +258,9 @@ func TestLoadRefusesAnotherShapeOfIndexes(t *testing.T) {
 	if err := other.Pin(pin); err != nil {
 		t.Fatal(err)
 	}
-	editControl(t, n.Datapath, func(row *bpfControl) { row.Layout = layout + 1 })
+	editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Layout = bpfmap.Layout + 1 })
 	links, rows := pinnedLinks(t, n.Datapath), rowCounts(t, n.Datapath)
-	if _, err := n.Load(); !errors.Is(err, ErrIncompatible) || !strings.Contains(err.Error(), "drain the node, 'weir unload', then load this version") {
+	if _, err := n.Load(); !errors.Is(err, bpfmap.ErrIncompatible) || !strings.Contains(err.Error(), "drain the node, 'weir unload', then load this version") {
 		t.Errorf("load: %v, want ErrIncompatible and the procedure", err)
 	}
 	if diff := cmp.Diff(links, pinnedLinks(t, n.Datapath)); diff != "" {
@@ -274,7 +277,7 @@ func TestLoadRefusesAnotherShapeOfIndexes(t *testing.T) {
 
 func TestLoadRefusesMapsOfAnotherShape(t *testing.T) {
 	d := newDatapath(t)
-	pin := filepath.Join(d.paths.maps(), "verdicts")
+	pin := filepath.Join(d.paths.Maps(), "verdicts")
 	if err := os.Remove(pin); err != nil {
 		t.Fatal(err)
 	}
@@ -286,8 +289,8 @@ func TestLoadRefusesMapsOfAnotherShape(t *testing.T) {
 	if err := other.Pin(pin); err != nil {
 		t.Fatal(err)
 	}
-	detachPinned(t, d.paths.link("weir_connect6"))
-	if _, err := d.Load(); !errors.Is(err, ErrIncompatible) || !strings.Contains(err.Error(), "verdicts") {
+	detachPinned(t, d.paths.Link("weir_connect6"))
+	if _, err := d.Load(); !errors.Is(err, bpfmap.ErrIncompatible) || !strings.Contains(err.Error(), "verdicts") {
 		t.Errorf("load over a map of another shape: %v, want ErrIncompatible that names it", err)
 	}
 }
@@ -297,12 +300,12 @@ func TestLoadSaysWhatTheHostLacks(t *testing.T) {
 	bpffs, state := test.BPFFS(t), t.TempDir()
 	for _, tc := range []struct {
 		name  string
-		paths Paths
+		paths store.Paths
 		want  string
 	}{
-		{"no bpffs", Paths{PinDir: filepath.Join(t.TempDir(), "weir")}, "not in a bpffs, mount one there"},
-		{"cgroup root is no cgroup", Paths{PinDir: filepath.Join(bpffs, "a"), CgroupRoot: t.TempDir()}, "not a cgroup v2 directory"},
-		{"cgroup root does not exist", Paths{PinDir: filepath.Join(bpffs, "a"), CgroupRoot: "/no/such/cgroup"}, "no such file or directory"},
+		{"no bpffs", store.Paths{PinDir: filepath.Join(t.TempDir(), "weir")}, "not in a bpffs, mount one there"},
+		{"cgroup root is no cgroup", store.Paths{PinDir: filepath.Join(bpffs, "a"), CgroupRoot: t.TempDir()}, "not a cgroup v2 directory"},
+		{"cgroup root does not exist", store.Paths{PinDir: filepath.Join(bpffs, "a"), CgroupRoot: "/no/such/cgroup"}, "no such file or directory"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			tc.paths.StateDir = state

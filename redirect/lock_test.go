@@ -11,9 +11,9 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // holder is a process that holds the lock until its input ends.
@@ -46,22 +46,22 @@ func TestLockThatIsNotGivenUp(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state", "lock")
 	ran := 0
 	count := func() error { ran++; return nil }
-	if err := Locked(path, count); err != nil {
+	if err := store.Locked(path, count); err != nil {
 		t.Fatal(err)
 	}
 	pid, release := holder(t, path)
-	err := lockedWithin(path, 50*time.Millisecond, count)
+	err := store.LockedWithin(path, 50*time.Millisecond, count)
 	if !errors.Is(err, unix.EAGAIN) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), fmt.Sprintf("process %d (cat)", pid)) {
 		t.Errorf("error %v: want EAGAIN that names the lock and process %d", err, pid)
 	}
 	waited := make(chan error, 1)
-	go func() { waited <- Locked(path, count) }()
+	go func() { waited <- store.Locked(path, count) }()
 	release()
 	if err := <-waited; err != nil {
 		t.Errorf("with the lock given up: %v", err)
 	}
 	// The wait that was given up does not keep the lock when it gets it.
-	if err := lockedWithin(path, 10*time.Second, count); err != nil {
+	if err := store.LockedWithin(path, 10*time.Second, count); err != nil {
 		t.Error(err)
 	}
 	if ran != 3 {

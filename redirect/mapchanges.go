@@ -11,13 +11,16 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // mapChanges are the maps of the node whose shape is not this binary's.
 type mapChanges struct {
 	names []string
-	old   *tables // as they are pinned
-	fresh *tables // the new ones, and those that stay
+	old   *bpfmap.Tables // as they are pinned
+	fresh *bpfmap.Tables // the new ones, and those that stay
 	kept  map[string]*ebpf.Map
 	all   *ebpf.CollectionSpec
 
@@ -29,8 +32,8 @@ type mapChanges struct {
 // map does not tell what a record is.
 func (d *Datapath) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, err error) {
 	changes = &mapChanges{
-		old:   &tables{dir: d.paths.maps(), open: make(map[string]*ebpf.Map)},
-		fresh: &tables{dir: d.paths.maps(), open: make(map[string]*ebpf.Map)},
+		old:   &bpfmap.Tables{Dir: d.paths.Maps(), Open: make(map[string]*ebpf.Map)},
+		fresh: &bpfmap.Tables{Dir: d.paths.Maps(), Open: make(map[string]*ebpf.Map)},
 		kept:  make(map[string]*ebpf.Map), all: spec, copied: make(map[string]map[string][]byte),
 	}
 	defer func() {
@@ -39,7 +42,7 @@ func (d *Datapath) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, 
 		}
 	}()
 	for name, mapSpec := range spec.Maps {
-		table, err := changes.old.table(name)
+		table, err := changes.old.Table(name)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			changes.names = append(changes.names, name)
@@ -47,14 +50,14 @@ func (d *Datapath) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, 
 		case err != nil:
 			return changes, err
 		}
-		same, err := sameShape(mapSpec, table)
+		same, err := bpfmap.SameShape(mapSpec, table)
 		if err != nil {
 			return changes, fmt.Errorf("compare map %s: %w", name, err)
 		}
 		if name == "indexes" {
 			if !same {
 				return changes, fmt.Errorf("migrate to layout %d: %w: map indexes differs, which connections that run need: drain the node, 'weir unload', then load this version",
-					layout, ErrIncompatible)
+					bpfmap.Layout, bpfmap.ErrIncompatible)
 			}
 			mapSpec.MaxEntries = table.MaxEntries()
 		}
@@ -76,9 +79,9 @@ func (c *mapChanges) create(spec *ebpf.CollectionSpec, dir string, instance uint
 	for _, name := range c.names {
 		some.Maps[name] = spec.Maps[name]
 	}
-	pins, err := createMaps(some, dir, instance)
+	pins, err := bpfmap.CreateMaps(some, dir, instance)
 	for name, table := range pins {
-		c.fresh.open[name] = table
+		c.fresh.Open[name] = table
 	}
 	return err
 }
@@ -89,28 +92,28 @@ func (c *mapChanges) pins() map[string]*ebpf.Map {
 		pins[name] = table
 	}
 	for _, name := range c.names {
-		pins[name] = c.fresh.open[name]
+		pins[name] = c.fresh.Open[name]
 	}
 	return pins
 }
 
 func (c *mapChanges) describe() []string {
-	return []string{fmt.Sprintf("migrated to layout %d: %d maps stay, %v are made anew", layout, len(c.kept), c.names)}
+	return []string{fmt.Sprintf("migrated to layout %d: %d maps stay, %v are made anew", bpfmap.Layout, len(c.kept), c.names)}
 }
 
 func (c *mapChanges) Close() error {
-	closeMaps(c.kept)
+	bpfmap.CloseMaps(c.kept)
 	return errors.Join(c.old.Close(), c.fresh.Close())
 }
 
 // writeRows writes what user space owns into the new maps: the rows of every
 // workload on record, under the generation in force, and its listeners.
-func (c *mapChanges) writeRows(paths Paths, records []*record) error {
-	c.fresh.only = c.names
-	defer func() { c.fresh.only = nil }()
+func (c *mapChanges) writeRows(paths store.Paths, records []*store.Record) error {
+	c.fresh.Only = c.names
+	defer func() { c.fresh.Only = nil }()
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
-		if errors.Is(err, ErrNetNSGone) {
+		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
 		if err != nil {
@@ -125,16 +128,16 @@ func (c *mapChanges) writeRows(paths Paths, records []*record) error {
 	return nil
 }
 
-func (c *mapChanges) writeRowsOf(paths Paths, r *record, ns *namespace) error {
-	generation, err := c.fresh.generation(r.Cookie)
+func (c *mapChanges) writeRowsOf(paths store.Paths, r *store.Record, ns *host.Namespace) error {
+	generation, err := c.fresh.Generation(r.Cookie)
 	if err != nil || generation == 0 {
 		return err
 	}
-	wanted := r.desired()
+	wanted := r.Desired()
 	if err := wanted.Validate(); err != nil {
 		return err
 	}
-	if err := c.fresh.putRows(encodeRows(wanted, r.Cookie, generation, r.IPv6), r.Cookie, generation); err != nil {
+	if err := c.fresh.PutRows(bpfmap.EncodeRows(wanted, r.Cookie, generation, r.IPv6), r.Cookie, generation); err != nil {
 		return err
 	}
 	if !slices.Contains(c.names, "listeners") {
@@ -157,7 +160,7 @@ func rowsOf(names []string) []string {
 // the next call's, for which the rows that were copied are remembered.
 func (c *mapChanges) copyRows() error {
 	for _, name := range rowsOf(c.names) {
-		table, err := c.old.table(name)
+		table, err := c.old.Table(name)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // this version's first
 		}
@@ -172,7 +175,7 @@ func (c *mapChanges) copyRows() error {
 }
 
 func (c *mapChanges) copyMap(name string, table *ebpf.Map) error {
-	convert, err := newConversion(table, c.all.Maps[name])
+	convert, err := bpfmap.NewConversion(table, c.all.Maps[name])
 	if err != nil {
 		return err
 	}
@@ -188,24 +191,24 @@ func (c *mapChanges) copyMap(name string, table *ebpf.Map) error {
 	for _, row := range rows {
 		before, known := copied[string(row.key)]
 		copied[string(row.key)] = row.value
-		key, value := convert.key(row.key), convert.value(row.value)
+		key, value := convert.Key(row.key), convert.Value(row.value)
 		switch {
 		case known && bytes.Equal(before, row.value):
 			continue
 		case !known:
-			if err := c.fresh.put(name, key, value, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+			if err := c.fresh.Put(name, key, value, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 				return err
 			}
 			continue
 		case name == "verdicts":
-			if err := c.addCounts(key, value, convert.value(before)); err != nil {
+			if err := c.addCounts(key, value, convert.Value(before)); err != nil {
 				return err
 			}
 			continue
 		case name != "proxies":
 			continue // the new programs' own is newer
 		}
-		if err := c.fresh.put(name, key, value, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		if err := c.fresh.Put(name, key, value, ebpf.UpdateExist); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 			return err
 		}
 	}
@@ -214,15 +217,15 @@ func (c *mapChanges) copyMap(name string, table *ebpf.Map) error {
 
 // addCounts adds to the counters of a workload what rose from before to now.
 func (c *mapChanges) addCounts(key, now, before []byte) error {
-	var sum bpfVerdictCounts
-	if found, err := c.fresh.get("verdicts", key, &sum); err != nil || !found {
+	var sum bpfmap.BpfVerdictCounts
+	if found, err := c.fresh.Get("verdicts", key, &sum); err != nil || !found {
 		return err
 	}
 	for i := range sum.Count {
 		at := 8 * i // the counts come first
 		sum.Count[i] += binary.NativeEndian.Uint64(now[at:]) - binary.NativeEndian.Uint64(before[at:])
 	}
-	return c.fresh.put("verdicts", key, sum, ebpf.UpdateExist)
+	return c.fresh.Put("verdicts", key, sum, ebpf.UpdateExist)
 }
 
 type rawRow struct{ key, value []byte }
@@ -242,13 +245,13 @@ func (c *mapChanges) forgetBinders() error {
 	if !slices.Contains(c.names, "binders") {
 		return nil
 	}
-	table, err := c.fresh.table("proxies")
+	table, err := c.fresh.Table("proxies")
 	if err != nil {
 		return err
 	}
-	var key bpfProxyKey
-	var proxy bpfProxy
-	counting := make(map[bpfProxyKey]bpfProxy)
+	var key bpfmap.BpfProxyKey
+	var proxy bpfmap.BpfProxy
+	counting := make(map[bpfmap.BpfProxyKey]bpfmap.BpfProxy)
 	rows := table.Iterate()
 	for rows.Next(&key, &proxy) {
 		if proxy.Listeners > 0 {
@@ -259,8 +262,8 @@ func (c *mapChanges) forgetBinders() error {
 		return fmt.Errorf("walk map proxies: %w", err)
 	}
 	for key, proxy := range counting {
-		proxy.Listeners, proxy.Flags = 0, proxy.Flags|bpfProxyFlagPROXY_PINNED
-		if err := c.fresh.put("proxies", key, proxy, ebpf.UpdateExist); err != nil {
+		proxy.Listeners, proxy.Flags = 0, proxy.Flags|bpfmap.BpfProxyFlagPROXY_PINNED
+		if err := c.fresh.Put("proxies", key, proxy, ebpf.UpdateExist); err != nil {
 			return err
 		}
 	}

@@ -13,6 +13,11 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,10 +44,10 @@ import (
 
 // migrate is upgrade for a node of another layout.
 func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
-	if err := Probe(); err != nil {
+	if err := probe.Probe(); err != nil {
 		return result, err
 	}
-	spec, err := loadBpf()
+	spec, err := bpfmap.LoadBpf()
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
@@ -51,23 +56,23 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	defer changes.Close()
-	staging := filepath.Join(d.paths.staging(), "maps")
-	if err := changes.create(spec, staging, instanceOf(d.paths)); err != nil {
+	staging := filepath.Join(d.paths.Staging(), "maps")
+	if err := changes.create(spec, staging, program.InstanceOf(d.paths)); err != nil {
 		return result, err
 	}
 	if err := changes.copyRows(); err != nil {
 		return result, err
 	}
-	records, unreadable := d.paths.readRecords()
+	records, unreadable := d.paths.ReadRecords()
 	if err := changes.writeRows(d.paths, records); err != nil {
 		return result, err
 	}
-	collection, err := newCollection(spec, changes.pins())
+	collection, err := program.NewCollection(spec, changes.pins())
 	if err != nil {
 		return result, err
 	}
 	defer collection.Close()
-	repairs, err := attachAll(collection.Programs, spec.Programs, root, d.paths.links())
+	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.paths.Links())
 	result = LoadResult{Changed: true, Did: append(changes.describe(), repairs...)}
 	if err != nil {
 		return result, err
@@ -77,7 +82,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	}
 	result.Did = append(result.Did, repairs...)
 	result.left([]error{unreadable})
-	waitForReaders()
+	bpfmap.WaitForReaders()
 	if err := errors.Join(changes.copyRows(), changes.forgetBinders()); err != nil {
 		return result, err
 	}
@@ -85,7 +90,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	result.Did = append(result.Did, repairs...)
-	if err := changes.fresh.setDigest([2]uint64{}); err != nil {
+	if err := changes.fresh.SetDigest([2]uint64{}); err != nil {
 		return result, err
 	}
 	if err := d.publish(staging, changes); err != nil {
@@ -95,13 +100,13 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	repairs, problems := d.ensureAll(records)
 	result.Did = append(result.Did, repairs...)
 	result.left(append(problems, renewed))
-	return result, changes.fresh.setDigest(digest())
+	return result, changes.fresh.SetDigest(bpfmap.Digest())
 }
 
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
 // record or not: one that stays would read maps that nobody writes any more.
-func (d *Datapath) swapLookups(tables *tables) (repairs []string, err error) {
-	entries, err := os.ReadDir(d.paths.lookups())
+func (d *Datapath) swapLookups(tables *bpfmap.Tables) (repairs []string, err error) {
+	entries, err := os.ReadDir(d.paths.Lookups())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("list lookup programs: %w", err)
 	}
@@ -118,13 +123,13 @@ func (d *Datapath) swapLookups(tables *tables) (repairs []string, err error) {
 	return repairs, nil
 }
 
-func (d *Datapath) swapLookup(tables *tables, cookie uint64) error {
-	pinned, err := link.LoadPinnedLink(d.paths.lookup(cookie), nil)
+func (d *Datapath) swapLookup(tables *bpfmap.Tables, cookie uint64) error {
+	pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)
 	if err != nil {
 		return err
 	}
 	defer pinned.Close()
-	prog, err := newLookup(tables, cookie)
+	prog, err := program.NewLookup(tables, cookie)
 	if err != nil {
 		return err
 	}
@@ -141,27 +146,27 @@ func (d *Datapath) swapLookup(tables *tables, cookie uint64) error {
 func (d *Datapath) publish(staging string, changes *mapChanges) error {
 	names := slices.DeleteFunc(slices.Clone(changes.names), func(name string) bool { return name == "control" })
 	for _, name := range append(names, "control") {
-		if err := os.Rename(filepath.Join(staging, name), filepath.Join(d.paths.maps(), name)); err != nil {
+		if err := os.Rename(filepath.Join(staging, name), filepath.Join(d.paths.Maps(), name)); err != nil {
 			return fmt.Errorf("publish map %s: %w", name, err)
 		}
 	}
-	entries, err := os.ReadDir(d.paths.maps())
+	entries, err := os.ReadDir(d.paths.Maps())
 	if err != nil {
 		return fmt.Errorf("list maps: %w", err)
 	}
 	for _, entry := range entries {
 		if changes.all.Maps[entry.Name()] == nil { // of another version alone
-			if err := os.Remove(filepath.Join(d.paths.maps(), entry.Name())); err != nil {
+			if err := os.Remove(filepath.Join(d.paths.Maps(), entry.Name())); err != nil {
 				return fmt.Errorf("remove map %s: %w", entry.Name(), err)
 			}
 		}
 	}
-	return removeTree(d.paths.staging())
+	return program.RemoveTree(d.paths.Staging())
 }
 
 // detachFormer ends the programs of another version that this one does not have.
 func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []string, err error) {
-	entries, err := os.ReadDir(d.paths.links())
+	entries, err := os.ReadDir(d.paths.Links())
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -169,8 +174,8 @@ func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []string, er
 		if spec.Programs[entry.Name()] != nil {
 			continue
 		}
-		pin := d.paths.link(entry.Name())
-		if err := errors.Join(detachPin(pin), os.Remove(pin)); err != nil {
+		pin := d.paths.Link(entry.Name())
+		if err := errors.Join(program.DetachPin(pin), os.Remove(pin)); err != nil {
 			return repairs, fmt.Errorf("detach %s: %w", entry.Name(), err)
 		}
 		repairs = append(repairs, "detached "+entry.Name())
@@ -179,15 +184,15 @@ func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []string, er
 }
 
 // ensureAll brings every workload to what this version makes of its record.
-func (d *Datapath) ensureAll(records []*record) (repairs []string, problems []error) {
-	tables, err := openTables(d.paths.maps())
+func (d *Datapath) ensureAll(records []*store.Record) (repairs []string, problems []error) {
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return nil, []error{err}
 	}
 	defer tables.Close()
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
-		if errors.Is(err, ErrNetNSGone) {
+		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
 		if err == nil {
@@ -200,7 +205,7 @@ func (d *Datapath) ensureAll(records []*record) (repairs []string, problems []er
 		}
 		repairs = append(repairs, "migrated "+r.Key.String())
 	}
-	if err := tables.correctTotal(); err != nil { // a version that had none counted none
+	if err := tables.CorrectTotal(); err != nil { // a version that had none counted none
 		problems = append(problems, err)
 	}
 	return repairs, problems

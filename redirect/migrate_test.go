@@ -16,7 +16,11 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -38,33 +42,33 @@ func (n *node) loadFormer(number uint32, edit func(name string, spec *ebpf.MapSp
 			n.t.Fatalf("load layout %d: %v", number, err)
 		}
 	}
-	spec, err := loadBpf()
+	spec, err := bpfmap.LoadBpf()
 	fail(err)
 	for name, mapSpec := range spec.Maps {
 		edit(name, mapSpec)
 	}
-	fail(n.paths.ensureBPFFS())
-	root, err := n.paths.cgroupRoot()
+	fail(n.paths.EnsureBPFFS())
+	root, err := n.paths.OpenCgroupRoot()
 	fail(err)
 	defer root.Close()
-	pins, err := createMaps(spec, n.paths.maps(), 0)
-	defer closeMaps(pins)
+	pins, err := bpfmap.CreateMaps(spec, n.paths.Maps(), 0)
+	defer bpfmap.CloseMaps(pins)
 	fail(err)
-	fail(pins["control"].Put(uint32(0), &bpfControl{Layout: number}))
-	collection, err := newCollection(spec, pins)
+	fail(pins["control"].Put(uint32(0), &bpfmap.BpfControl{Layout: number}))
+	collection, err := program.NewCollection(spec, pins)
 	fail(err)
 	defer collection.Close()
-	_, err = attachAll(collection.Programs, spec.Programs, root, n.paths.links())
+	_, err = program.AttachAll(collection.Programs, spec.Programs, root, n.paths.Links())
 	fail(err)
-	if number != layout {
+	if number != bpfmap.Layout {
 		return // it had no filters
 	}
-	filters, err := loadFilter()
+	filters, err := bpfmap.LoadFilter()
 	fail(err)
 	for name, mapSpec := range filters.Maps {
 		edit(name, mapSpec)
 	}
-	programs, err := pinFilterPrograms(filters, n.paths.maps(), n.paths.filters())
+	programs, err := program.PinFilterPrograms(filters, n.paths.Maps(), n.paths.Filters())
 	fail(err)
 	programs.Close()
 }
@@ -80,7 +84,7 @@ func (n *node) objectsOfLayout2() (restore func()) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	return swapObjects(bpf, lookup)
+	return bpfmap.SwapObjects(bpf, lookup)
 }
 
 // addToLayout2 is add on a node of layout 2.
@@ -93,28 +97,28 @@ func (a *alloc) addToLayout2() {
 		}
 	}
 	defer a.node.objectsOfLayout2()()
-	ns, err := openNamespace(a.Path)
+	ns, err := host.OpenNamespace(a.Path)
 	fail(err)
 	defer ns.Close()
-	boot, err := bootID()
+	boot, err := store.BootID()
 	fail(err)
-	r := &record{Key: a.key, Request: a.request(), NetNS: a.Path, Cookie: ns.cookie, BootID: boot}
+	r := &store.Record{Key: a.key, Request: a.request(), NetNS: a.Path, Cookie: ns.Cookie, BootID: boot}
 	_, err = observeSources(r, ns)
 	fail(err)
-	r.Ephemeral, err = ns.ephemeral()
+	r.Ephemeral, err = ns.Ephemeral()
 	fail(err)
-	r.IPv6, err = ns.setRoutes(r.desired())
+	r.IPv6, err = ns.SetRoutes(r.Desired())
 	fail(err)
-	r.Sources = Sources{} // unknown to that version
-	tables := &tables{dir: a.node.paths.maps(), open: make(map[string]*ebpf.Map)}
+	r.Sources = workload.Sources{} // unknown to that version
+	tables := &bpfmap.Tables{Dir: a.node.paths.Maps(), Open: make(map[string]*ebpf.Map)}
 	defer tables.Close()
-	fail(tables.put("verdicts", ns.cookie, make([]byte, 27*8), ebpf.UpdateNoExist))
-	tables.only = slices.DeleteFunc(mapNames(), func(name string) bool { return name == "verdicts" })
-	fail(tables.writeRows(ns.cookie, r.desired(), r.IPv6))
-	_, err = attachLookup(tables, a.node.paths, ns, false)
+	fail(tables.Put("verdicts", ns.Cookie, make([]byte, 27*8), ebpf.UpdateNoExist))
+	tables.Only = slices.DeleteFunc(bpfmap.MapNames(), func(name string) bool { return name == "verdicts" })
+	fail(tables.WriteRows(ns.Cookie, r.Desired(), r.IPv6))
+	_, err = program.AttachLookup(tables, a.node.paths, ns, false)
 	fail(err)
-	r.Complete, r.Applied = true, r.desired()
-	fail(a.node.paths.writeRecord(r))
+	r.Complete, r.Applied = true, r.Desired()
+	fail(a.node.paths.WriteRecord(r))
 }
 
 // Connections to ever new origins run all the time while the node is brought from
@@ -135,7 +139,7 @@ func TestMigrationUnderLoad(t *testing.T) {
 	// listeners registered anew.
 	t.Run("of every map but indexes", func(t *testing.T) {
 		n := &node{Datapath: unloadedDatapath(t), t: t, remote: test.NewNetNS(t)}
-		n.loadFormer(layout, func(name string, spec *ebpf.MapSpec) {
+		n.loadFormer(bpfmap.Layout, func(name string, spec *ebpf.MapSpec) {
 			if spec.MaxEntries > 1 && name != "indexes" {
 				spec.MaxEntries /= 2
 			}
@@ -145,15 +149,15 @@ func TestMigrationUnderLoad(t *testing.T) {
 			alloc.add()
 			alloc.startProxy()
 		}
-		editControl(t, n.Datapath, func(row *bpfControl) { row.Layout = layout + 1 })
+		editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Layout = bpfmap.Layout + 1 })
 		migrateUnderLoad(t, n, a, b, func() uint64 {
-			tables := &tables{dir: n.paths.maps(), open: make(map[string]*ebpf.Map)}
+			tables := &bpfmap.Tables{Dir: n.paths.Maps(), Open: make(map[string]*ebpf.Map)}
 			defer tables.Close()
-			counts, _, err := tables.verdicts(a.Cookie())
+			counts, _, err := tables.Verdicts(a.Cookie())
 			if err != nil {
 				t.Fatal(err)
 			}
-			return counts[Redirected.String()]
+			return counts[bpfmap.Redirected.String()]
 		})
 	})
 }
@@ -210,7 +214,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
-	if text := strings.Join(result.Did, "\n"); !result.Changed || !strings.Contains(text, fmt.Sprintf("migrated to layout %d", layout)) || len(result.Problems) > 0 {
+	if text := strings.Join(result.Did, "\n"); !result.Changed || !strings.Contains(text, fmt.Sprintf("migrated to layout %d", bpfmap.Layout)) || len(result.Problems) > 0 {
 		t.Errorf("load did %q, problems %v", result.Did, result.Problems)
 	}
 	more("connections after the migration")
@@ -224,11 +228,11 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 			t.Errorf("%s of the former version is left: %v", pin, err)
 		}
 	}
-	if counts := a.counts(); counts[Redirected] < before || before == 0 {
-		t.Errorf("redirected is counted %d times, before the migration it was %d", counts[Redirected], before)
+	if counts := a.counts(); counts[bpfmap.Redirected] < before || before == 0 {
+		t.Errorf("redirected is counted %d times, before the migration it was %d", counts[bpfmap.Redirected], before)
 	}
 	for verdict, count := range a.counts() {
-		if verdict != Redirected && verdict != Inbound && verdict != Listener {
+		if verdict != bpfmap.Redirected && verdict != bpfmap.Inbound && verdict != bpfmap.Listener {
 			t.Errorf("verdict %s was counted %d times", verdict, count)
 		}
 	}
@@ -239,7 +243,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 		t.Errorf("the next load did %q, %v; want nothing", again.Did, err)
 	}
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(mapNames()), len(programNames()) + len(filterNames()) + 2, len(programNames()) + 2})
+	held.settle(t, [3]int{len(bpfmap.MapNames()), len(program.ProgramNames()) + len(program.FilterNames()) + 2, len(program.ProgramNames()) + 2})
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +256,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 // attachFormer pins a program and a map that the other version alone has.
 func attachFormer(t *testing.T, d *Datapath) (pins []string) {
 	t.Helper()
-	pins = []string{d.paths.link("weir_former"), filepath.Join(d.paths.maps(), "former")}
+	pins = []string{d.paths.Link("weir_former"), filepath.Join(d.paths.Maps(), "former")}
 	n := attachNeighbour(t)
 	if err := errors.Join(n.link.Pin(pins[0]), n.counter.Pin(pins[1])); err != nil {
 		t.Fatal(err)
@@ -263,7 +267,7 @@ func attachFormer(t *testing.T, d *Datapath) (pins []string) {
 // countsOfLayout2 is how often layout 2 counted a redirect.
 func (a *alloc) countsOfLayout2() uint64 {
 	a.node.t.Helper()
-	table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.maps(), "verdicts"), nil)
+	table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.Maps(), "verdicts"), nil)
 	if err != nil {
 		a.node.t.Fatal(err)
 	}

@@ -8,7 +8,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -16,7 +16,7 @@ import (
 // no other one that is followed.
 func TestNetworkWatchNamesTheNamespace(t *testing.T) {
 	test.Need(t, test.Root)
-	watch, err := NewNetworkWatch()
+	watch, err := host.NewNetworkWatch()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,18 +43,18 @@ func TestNetworkWatchNamesTheNamespace(t *testing.T) {
 	}
 	for name, change := range map[string]func(netlink.Link) error{
 		"an address comes": func(lo netlink.Link) error {
-			return netlink.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix("10.1.2.3/32"))})
+			return netlink.AddrAdd(lo, &netlink.Addr{IPNet: host.IPNet(netip.MustParsePrefix("10.1.2.3/32"))})
 		},
 		"a route comes": func(lo netlink.Link) error {
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: ipNet(netip.MustParsePrefix("10.4.0.0/16"))})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: lo.Attrs().Index, Dst: host.IPNet(netip.MustParsePrefix("10.4.0.0/16"))})
 		},
 		"an IPv6 address comes": func(lo netlink.Link) error {
-			return netlink.AddrAdd(lo, &netlink.Addr{IPNet: ipNet(netip.MustParsePrefix("fd01::1/128"))})
+			return netlink.AddrAdd(lo, &netlink.Addr{IPNet: host.IPNet(netip.MustParsePrefix("fd01::1/128"))})
 		},
 	} {
 		changes.Do(func() {
 			var lo netlink.Link
-			if lo, err = netlink.LinkByIndex(loIndex); err == nil {
+			if lo, err = netlink.LinkByIndex(host.LoIndex); err == nil {
 				err = change(lo)
 			}
 		})

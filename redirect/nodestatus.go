@@ -10,28 +10,32 @@ import (
 	"slices"
 	"time"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
 
 // Status looks at the node. It changes nothing, takes no lock, and asks the kernel
 // for what the pins do not tell. What cannot be looked at is a problem.
 func (d *Datapath) Status() (Status, error) {
-	return settled(d.paths, d.status, func(s Status) []Problem { return s.Problems })
+	return settled(d.paths, d.status, func(s Status) []health.Problem { return s.Problems })
 }
 
 // settled looks again for as long as two looks differ in what is wrong: without
 // the lock, a look may see half of a change. It gives up after a second.
-func settled[T any](paths Paths, look func() (T, error), problems func(T) []Problem) (T, error) {
-	var before []Problem
+func settled[T any](paths store.Paths, look func() (T, error), problems func(T) []health.Problem) (T, error) {
+	var before []health.Problem
 	for deadline := time.Now().Add(time.Second); ; time.Sleep(20 * time.Millisecond) {
 		seen, err := look()
 		wrong := problems(seen)
-		_, busy := lockedBy(paths.lock())
+		_, busy := store.LockedBy(paths.Lock())
 		same := before != nil && slices.Equal(wrong, before) && !busy
-		if len(wrong) == 0 && (err == nil || errors.Is(err, ErrUnreadable)) || same || time.Now().After(deadline) {
+		if len(wrong) == 0 && (err == nil || errors.Is(err, store.ErrUnreadable)) || same || time.Now().After(deadline) {
 			return seen, err
 		}
-		before = append([]Problem{}, wrong...)
+		before = append([]health.Problem{}, wrong...)
 	}
 }
 
@@ -40,49 +44,49 @@ type nodeLook struct {
 	Status
 	node *Datapath
 	root *os.File
-	own  []*programSet
+	own  []*program.Set
 }
 
-func (l *nodeLook) problem(code ProblemCode, remedy, what string, args ...any) {
-	l.Problems = append(l.Problems, NewProblem(code, remedy, fmt.Sprintf(what, args...)))
+func (l *nodeLook) problem(code health.ProblemCode, remedy, what string, args ...any) {
+	l.Problems = append(l.Problems, health.NewProblem(code, remedy, fmt.Sprintf(what, args...)))
 }
 
 // unseen notes what could not be looked at: that is no sign that it is not there.
 func (l *nodeLook) unseen(what string, err error) {
 	if err != nil {
-		l.problem(ProblemStateUnreadable, "what is in force stays; see the error", "%s cannot be looked at: %v", what, err)
+		l.problem(health.ProblemStateUnreadable, "what is in force stays; see the error", "%s cannot be looked at: %v", what, err)
 	}
 }
 
 func (d *Datapath) status() (Status, error) {
 	l := &nodeLook{node: d, Status: Status{
-		Paths: d.paths, Barrier: readerWait(), Links: []string{}, Maps: []MapInfo{}, Others: []Other{}, Problems: []Problem{},
+		Paths: d.paths, Barrier: bpfmap.DetectReaderWait(), Links: []string{}, Maps: []bpfmap.MapInfo{}, Others: []Other{}, Problems: []health.Problem{},
 	}}
 	var err error
-	if l.root, err = d.paths.cgroupRoot(); err != nil {
-		l.problem(ProblemNoCgroup2, "mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
+	if l.root, err = d.paths.OpenCgroupRoot(); err != nil {
+		l.problem(health.ProblemNoCgroup2, "mount cgroup v2 and run weir in the host's cgroup namespace", "%v", err)
 		return l.Status, nil
 	}
 	defer l.root.Close()
 	l.CgroupRoot = l.root.Name()
-	sets, err := setsAt(l.root)
+	sets, err := program.SetsAt(l.root)
 	l.unseen("what is attached to "+l.root.Name(), err)
 	l.own = d.ownSets(sets)
 	l.Others, err = d.others(l.root, l.own)
 	l.unseen("programs of others", err)
 	l.changeable()
-	tables, err := openTablesToRead(d.paths.maps())
+	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	switch {
-	case errors.Is(err, ErrNotLoaded) && len(l.own) > 0:
-		l.Workloads = l.own[0].serves(d.cookies())
-		l.problem(ProblemPinsLost, "run 'weir load', which pins them again", "the programs run and redirect %d workloads, but no pin in %s leads to them: nothing can be changed",
+	case errors.Is(err, bpfmap.ErrNotLoaded) && len(l.own) > 0:
+		l.Workloads = l.own[0].Serves(d.cookies())
+		l.problem(health.ProblemPinsLost, "run 'weir load', which pins them again", "the programs run and redirect %d workloads, but no pin in %s leads to them: nothing can be changed",
 			l.Workloads, d.paths.PinDir)
 		return l.Status, nil
-	case errors.Is(err, ErrNotLoaded):
-		l.problem(ProblemNotLoaded, "start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
+	case errors.Is(err, bpfmap.ErrNotLoaded):
+		l.problem(health.ProblemNotLoaded, "start the agent, which loads it: 'systemctl enable --now weir-agent'; or run 'weir load'", "the data path is not loaded: no workload is redirected")
 		return l.Status, nil
-	case errors.Is(err, ErrIncompatible):
-		l.problem(ProblemOtherLayout, "run 'weir load' with the version that the node should run, or start its agent: it takes running workloads along", "%v", err)
+	case errors.Is(err, bpfmap.ErrIncompatible):
+		l.problem(health.ProblemOtherLayout, "run 'weir load' with the version that the node should run, or start its agent: it takes running workloads along", "%v", err)
 		return l.Status, nil
 	case err != nil:
 		l.unseen("the data path", err)
@@ -90,14 +94,14 @@ func (d *Datapath) status() (Status, error) {
 	}
 	defer tables.Close()
 	l.Loaded = true
-	var row bpfControl
-	if _, err := tables.get("control", uint32(0), &row); err != nil {
+	var row bpfmap.BpfControl
+	if _, err := tables.Get("control", uint32(0), &row); err != nil {
 		l.unseen("the node's row", err)
-	} else if l.Current = row.Digest == digest(); !l.Current {
-		l.problem(ProblemOtherVersion, "run 'weir load' with the version that the node should run", "the node runs programs of another version")
+	} else if l.Current = row.Digest == bpfmap.Digest(); !l.Current {
+		l.problem(health.ProblemOtherVersion, "run 'weir load' with the version that the node should run", "the node runs programs of another version")
 	}
 	l.links(tables)
-	l.Maps, err = tables.infos()
+	l.Maps, err = tables.Infos()
 	l.unseen("the tables", err)
 	l.workloads(tables)
 	return l.Status, nil
@@ -105,7 +109,7 @@ func (d *Datapath) status() (Status, error) {
 
 // cookies are those of the workloads on record.
 func (d *Datapath) cookies() (list []uint64) {
-	records, _ := d.paths.readRecords() // those that cannot be read have none
+	records, _ := d.paths.ReadRecords() // those that cannot be read have none
 	for _, r := range records {
 		list = append(list, r.Cookie)
 	}
@@ -116,49 +120,49 @@ func (d *Datapath) cookies() (list []uint64) {
 func (l *nodeLook) changeable() {
 	for _, dir := range []string{l.node.paths.StateDir, l.node.paths.PinDir} {
 		if err := unix.Access(dir, unix.W_OK); errors.Is(err, unix.EROFS) {
-			l.problem(ProblemStateReadOnly, "remount it writable", "%s is read-only: what is in force stays, but nothing can be changed", dir)
+			l.problem(health.ProblemStateReadOnly, "remount it writable", "%s is read-only: what is in force stays, but nothing can be changed", dir)
 		}
 	}
-	if holder, held := lockedBy(l.node.paths.lock()); held && holder.stopped() {
-		l.problem(ProblemLockHeld, "let it go on, or end it", "%s has the lock %s and is stopped: what is in force stays, but nothing can be changed", holder, l.node.paths.lock())
+	if holder, held := store.LockedBy(l.node.paths.Lock()); held && holder.Stopped() {
+		l.problem(health.ProblemLockHeld, "let it go on, or end it", "%s has the lock %s and is stopped: what is in force stays, but nothing can be changed", holder, l.node.paths.Lock())
 	}
 }
 
 // links looks at the programs at the root.
-func (l *nodeLook) links(tables *tables) {
-	broken, err := linkProblems(programNames(), l.root, l.node.paths.links())
+func (l *nodeLook) links(tables *bpfmap.Tables) {
+	broken, err := program.LinkProblems(program.ProgramNames(), l.root, l.node.paths.Links())
 	if err != nil { // the kernel tells without the pins
 		l.unseen("a pin", err)
 		broken = make(map[string]string)
-		for _, name := range programNames() {
-			if len(l.own) == 0 || len(l.own[0].programs[name]) == 0 {
+		for _, name := range program.ProgramNames() {
+			if len(l.own) == 0 || len(l.own[0].Programs[name]) == 0 {
 				broken[name] = name + " is not attached to the root of cgroup v2"
 			}
 		}
 	}
 	for _, what := range slices.Sorted(maps.Values(broken)) {
-		l.problem(ProblemProgramDetached, "run 'weir load'", "%s", what)
+		l.problem(health.ProblemProgramDetached, "run 'weir load'", "%s", what)
 	}
 	if len(broken) == 0 {
-		l.Links = programNames()
+		l.Links = program.ProgramNames()
 	}
-	table, err := tables.table("control")
+	table, err := tables.Table("control")
 	if err != nil {
 		return
 	}
-	control, err := mapID(table)
+	control, err := program.MapID(table)
 	for _, s := range l.own {
-		if err == nil && s.tables["control"] != control {
-			l.problem(ProblemUnpinnedPrograms, "run 'weir load', which detaches them", "%d programs of this instance are attached that no pin leads to: they refuse what the others redirect", len(s.programs))
+		if err == nil && s.Tables["control"] != control {
+			l.problem(health.ProblemUnpinnedPrograms, "run 'weir load', which detaches them", "%d programs of this instance are attached that no pin leads to: they refuse what the others redirect", len(s.Programs))
 		}
 	}
 }
 
 // workloads looks at the workloads on record, and at what has no record.
-func (l *nodeLook) workloads(tables *tables) {
+func (l *nodeLook) workloads(tables *bpfmap.Tables) {
 	workloads, err := l.node.workloads(tables)
-	if errors.Is(err, ErrUnreadable) {
-		l.problem(ProblemRecordUnreadable, "the agent makes it anew where libcni knows the allocation, and so does a restart of Nomad's client, by its CHECK; its redirect stays as it is", "%v", err)
+	if errors.Is(err, store.ErrUnreadable) {
+		l.problem(health.ProblemRecordUnreadable, "the agent makes it anew where libcni knows the allocation, and so does a restart of Nomad's client, by its CHECK; its redirect stays as it is", "%v", err)
 	} else {
 		l.unseen("the records", err)
 	}
@@ -173,28 +177,28 @@ func (l *nodeLook) workloads(tables *tables) {
 	l.unseen("the lookup programs without a record", err)
 	for _, o := range orphans {
 		if o.alive { // else it is the next prune's
-			l.problem(ProblemRecordMissing, "restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
+			l.problem(health.ProblemRecordMissing, "restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
 		}
 	}
 }
 
 // Maps returns the node's tables, sorted by name.
-func (d *Datapath) Maps() ([]MapInfo, error) {
-	tables, err := openTablesToRead(d.paths.maps())
+func (d *Datapath) Maps() ([]bpfmap.MapInfo, error) {
+	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
-	return tables.infos()
+	return tables.Infos()
 }
 
 // fillProblems names tables that are nearly full, who takes most, and what helps.
-func fillProblems(infos []MapInfo, workloads []WorkloadStatus) (problems []Problem) {
+func fillProblems(infos []bpfmap.MapInfo, workloads []WorkloadStatus) (problems []health.Problem) {
 	for _, info := range infos {
 		if !info.NearlyFull() {
 			continue
 		}
-		problem := NewProblem(ProblemTableFull, "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
+		problem := health.NewProblem(health.ProblemTableFull, "fewer allocations on this node, or fewer exclusions and upstreams in their jobs",
 			fmt.Sprintf("table %s is %d %% full: %d of %d rows", info.Name, info.Percent(), info.Rows, info.MaxEntries))
 		if info.Name == "origins" && len(workloads) > 0 {
 			most := slices.MaxFunc(workloads, func(a, b WorkloadStatus) int { return int(a.Origins) - int(b.Origins) })

@@ -7,17 +7,21 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // open opens the namespace that the record was made for. ErrNetNSGone says
 // that it died, or that its path leads to another one by now.
-func openNamespaceOf(r *record) (*namespace, error) {
-	ns, err := openNamespace(r.NetNS)
+func openNamespaceOf(r *store.Record) (*host.Namespace, error) {
+	ns, err := host.OpenNamespace(r.NetNS)
 	if err != nil {
 		return nil, err
 	}
-	if ns.cookie != r.Cookie {
-		return nil, errors.Join(fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, ErrNetNSGone), ns.Close())
+	if ns.Cookie != r.Cookie {
+		return nil, errors.Join(fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, host.ErrNetNSGone), ns.Close())
 	}
 	return ns, nil
 }
@@ -26,33 +30,33 @@ func openNamespaceOf(r *record) (*namespace, error) {
 // says what changed. An address that was taken off the namespace is not the
 // workload's any more. A link-local one comes by itself some time after the
 // device, so it is registered without a word.
-func observeSources(r *record, ns *namespace) (changed []string, err error) {
+func observeSources(r *store.Record, ns *host.Namespace) (changed []string, err error) {
 	var found, broadcast []netip.Addr
-	var sources Sources
-	err = ns.do(func() error {
-		own, err := ownAddresses()
+	var sources workload.Sources
+	err = ns.Do(func() error {
+		own, err := host.OwnAddresses()
 		if err != nil {
 			return err
 		}
 		for _, addr := range own {
 			found = append(found, addr.Addr)
-			broadcast = append(broadcast, addr.broadcast...)
+			broadcast = append(broadcast, addr.Broadcast...)
 		}
-		sources, err = findSources(own, r.Request.Addresses)
+		sources, err = host.FindSources(own, r.Request.Addresses)
 		return err
 	})
 	if err != nil {
 		return nil, err
 	}
-	if !slices.Equal(routable(found), routable(r.Found)) {
+	if !slices.Equal(host.Routable(found), host.Routable(r.Found)) {
 		changed = append(changed, fmt.Sprintf("its addresses are %v now, were %v", found, r.Found))
 	}
-	if !sources.equal(r.Sources) && len(changed) == 0 {
+	if !sources.Equal(r.Sources) && len(changed) == 0 {
 		changed = append(changed, fmt.Sprintf("own addresses of its connections are %v now, were %v", sources, r.Sources))
 	}
-	r.dirty = r.dirty || !slices.Equal(found, r.Found) || !sources.equal(r.Sources)
+	r.Dirty = r.Dirty || !slices.Equal(found, r.Found) || !sources.Equal(r.Sources)
 	slices.SortFunc(broadcast, netip.Addr.Compare)
 	r.Found, r.Sources, r.Broadcasts = found, sources, slices.Compact(broadcast)
-	r.Sliced = r.Sliced || sources.sliced()
+	r.Sliced = r.Sliced || sources.Sliced()
 	return changed, nil
 }

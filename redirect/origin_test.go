@@ -10,9 +10,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // twins are allocations that the kernel cannot tell apart by any address: each
@@ -22,7 +23,7 @@ func (n *node) twins(t *testing.T, keys ...string) (list []*alloc) {
 	v4, v6 := netip.MustParseAddr("10.8.0.2"), netip.MustParseAddr("fd08::2")
 	for _, key := range keys {
 		a := &alloc{
-			NetNS: test.NewNetNS(t), node: n, v4: v4, v6: v6, key: AttachmentID{ContainerID: key, IfName: "eth0"},
+			NetNS: test.NewNetNS(t), node: n, v4: v4, v6: v6, key: workload.AttachmentID{ContainerID: key, IfName: "eth0"},
 			proxyCg: test.NewCgroup(t), taskCg: test.NewCgroup(t), taskCache: make(map[test.Spec]*test.Client),
 		}
 		test.Veth(t,
@@ -92,7 +93,7 @@ func TestOriginOfManyConnections(t *testing.T) {
 		if diff := cmp.Diff(loadResult{Good: connections}, got); diff != "" {
 			t.Errorf("connections of %s (-want +got):\n%s", a.key, diff)
 		}
-		want := map[Verdict]uint64{Redirected: uint64(connections), Listener: 1}
+		want := map[bpfmap.Verdict]uint64{bpfmap.Redirected: uint64(connections), bpfmap.Listener: 1}
 		if diff := cmp.Diff(want, a.counts()); diff != "" {
 			t.Errorf("verdicts of %s (-want +got):\n%s", a.key, diff)
 		}
@@ -110,7 +111,7 @@ func TestOriginBudget(t *testing.T) {
 	hostile, neighbour := twins[0], twins[1]
 	budget, peaceful := test.Scale(10_000), test.Scale(5_000)
 	const workers = 4
-	hostile.add(func(r *Request) { r.Budget = uint32(budget) })
+	hostile.add(func(r *workload.Request) { r.Budget = uint32(budget) })
 	neighbour.add()
 	for i, a := range twins {
 		a.startLoadProxy(t, uint64(i+1))
@@ -132,7 +133,7 @@ func TestOriginBudget(t *testing.T) {
 	if held := hostile.origins(t); held != got.Good {
 		t.Errorf("the hostile task holds %d addresses, reached %d", held, got.Good)
 	}
-	want := map[Verdict]uint64{Redirected: uint64(got.Good), RefusedBudget: uint64(got.Refused), Listener: 1}
+	want := map[bpfmap.Verdict]uint64{bpfmap.Redirected: uint64(got.Good), bpfmap.RefusedBudget: uint64(got.Refused), bpfmap.Listener: 1}
 	if diff := cmp.Diff(want, hostile.counts()); diff != "" {
 		t.Errorf("verdicts of the hostile task (-want +got):\n%s", diff)
 	}
@@ -159,7 +160,7 @@ func TestOriginOnAThousandPorts(t *testing.T) {
 // What the kernel's own table of sockets says is the encoding that this package
 // knows: the first index, the origin's port.
 func TestOriginIsTheAddress(t *testing.T) {
-	v4, v6 := encodedAddrs(indexFirst)
+	v4, v6 := workload.EncodedAddrs(bpfmap.IndexFirst)
 	for _, tc := range []struct {
 		listener, origin string
 		family           uint8
@@ -208,19 +209,19 @@ func TestOriginRangeIsRefused(t *testing.T) {
 			if addr.Is4() {
 				domain = unix.AF_INET
 			}
-			a.moves(t, map[Verdict]uint64{RefusedEncoded: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1}, func() {
 				p.run(t, stream(domain).connect(addrPort(addr, port)).fails(unix.ECONNREFUSED))
 			})
 		}
 	}
 	// The proxy has no business there either.
 	proxy := a.actor(t, proxyUID, a.proxyCg)
-	a.moves(t, map[Verdict]uint64{RefusedEncoded: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1}, func() {
 		proxy.run(t, stream(unix.AF_INET).connect("127.128.0.1:8080").fails(unix.ECONNREFUSED))
 	})
 	// The neighbours of the range are like any other address.
 	app := a.serve(taskUID, a.taskCg, "tcp4", "127.127.255.255:8080")
-	a.moves(t, map[Verdict]uint64{Local: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Local: 1}, func() {
 		direct(t, p.last(t, stream(unix.AF_INET).connect(app.Addr.String()).ask("")).Answer, app.Name, app.Addr)
 	})
 	for _, next := range []string{"[fd77:6569:71ff:ffff:ffff:ffff:ffff:ffff]:8080", "[fd77:6569:7200::1:0:0]:8080"} {
@@ -242,7 +243,7 @@ func TestOriginRangeIsNoSource(t *testing.T) {
 		stream(unix.AF_INET6).bind("[::ffff:127.128.0.1]:0"),
 		free6.bind("[fd77:6569:7200::1]:0"),
 	} {
-		a.moves(t, map[Verdict]uint64{RefusedEncoded: 1}, func() { p.run(t, bound.fails(unix.EADDRNOTAVAIL)) })
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1}, func() { p.run(t, bound.fails(unix.EADDRNOTAVAIL)) })
 	}
 	// Without a port the kernel does not ask at bind; it is refused at connect.
 	later := stream(unix.AF_INET).set(unix.SOL_IP, unix.IP_BIND_ADDRESS_NO_PORT, 1).bind("127.128.0.1:0")
@@ -251,7 +252,7 @@ func TestOriginRangeIsNoSource(t *testing.T) {
 		later.connect(somewhere), later.connect("127.0.0.1:9000"),
 		later6.connect("[2001:db8::1]:80"), later6.connect("[::1]:9000"),
 	} {
-		a.moves(t, map[Verdict]uint64{RefusedEncoded: 1}, func() { p.run(t, s.fails(unix.ECONNREFUSED)) })
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1}, func() { p.run(t, s.fails(unix.ECONNREFUSED)) })
 	}
 }
 

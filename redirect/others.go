@@ -13,6 +13,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/moby/sys/mountinfo"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
 )
 
 // Other is a program of somebody else on one of Weir's hooks. Each of them may
@@ -30,22 +32,22 @@ type Other struct {
 }
 
 // others lists the programs at the root that are not of these sets.
-func (d *Datapath) others(root *os.File, own []*programSet) (list []Other, err error) {
+func (d *Datapath) others(root *os.File, own []*program.Set) (list []Other, err error) {
 	list = []Other{}
-	for _, h := range hooks() {
-		programs, err := attachedTo(root, h.attach)
+	for _, h := range program.Hooks() {
+		programs, err := program.AttachedTo(root, h.Attach)
 		if err != nil {
 			return list, err
 		}
-		mine := func(p attachedProgram) bool {
-			return slices.ContainsFunc(own, func(s *programSet) bool { return slices.Contains(s.programs[h.program], p.id) })
+		mine := func(p program.AttachedProgram) bool {
+			return slices.ContainsFunc(own, func(s *program.Set) bool { return slices.Contains(s.Programs[h.Program], p.Id) })
 		}
 		at := slices.IndexFunc(programs, mine)
 		for i, p := range programs {
 			if mine(p) {
 				continue
 			}
-			other := Other{ID: uint32(p.id), Name: p.name, UID: p.uid, Hook: h.attach.String(), Weir: p.name == h.program, Effect: effectAt(h.attach)}
+			other := Other{ID: uint32(p.Id), Name: p.Name, UID: p.Uid, Hook: h.Attach.String(), Weir: p.Name == h.Program, Effect: effectAt(h.Attach)}
 			switch {
 			case at >= 0 && i < at:
 				other.Order = "before"
@@ -85,7 +87,7 @@ func effectAt(attach ebpf.AttachType) string {
 func nameOwners(list []Other) {
 	programs := make(map[link.ID]uint32)
 	wanted := func(id uint32) bool { return slices.ContainsFunc(list, func(o Other) bool { return o.ID == id }) }
-	_ = eachLink(func(_ link.Link, info *link.Info) error {
+	_ = program.EachLink(func(_ link.Link, info *link.Info) error {
 		if wanted(uint32(info.Program)) {
 			programs[info.ID] = uint32(info.Program)
 		}
@@ -160,7 +162,7 @@ func linkHolders(programs map[link.ID]uint32) map[uint32]string {
 				value, found := strings.CutPrefix(line, "link_id:")
 				id, err := strconv.ParseUint(strings.TrimSpace(value), 10, 32)
 				if prog := programs[link.ID(id)]; found && err == nil && prog != 0 {
-					holders[prog] = processName(pid)
+					holders[prog] = host.ProcessName(pid)
 				}
 			}
 		}

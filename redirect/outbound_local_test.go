@@ -9,7 +9,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -57,13 +57,13 @@ func TestOutboundOwnLinkLocal(t *testing.T) {
 			t.Errorf("%s answered, want the application", answer.Server)
 		}
 	})
-	if diff := cmp.Diff([]Verdict{Local}, verdictsOf(moved)); diff != "" {
+	if diff := cmp.Diff([]bpfmap.Verdict{bpfmap.Local}, verdictsOf(moved)); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
 }
 
-func verdictsOf(counts map[Verdict]uint64) (list []Verdict) {
-	for _, verdict := range AllVerdicts() {
+func verdictsOf(counts map[bpfmap.Verdict]uint64) (list []bpfmap.Verdict) {
+	for _, verdict := range bpfmap.AllVerdicts() {
 		if counts[verdict] > 0 {
 			list = append(list, verdict)
 		}

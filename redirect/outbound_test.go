@@ -9,9 +9,10 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // answered fails the test unless the proxy answered, with the origin that was
@@ -50,7 +51,7 @@ func TestOutbound(t *testing.T) {
 			answer, err := a.ask("tcp4", origin)
 			a.answered(answer, err, netip.MustParseAddrPort(origin), a.v4)
 		})
-		if diff := cmp.Diff(map[Verdict]uint64{Redirected: 1}, moved); diff != "" {
+		if diff := cmp.Diff(map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}, moved); diff != "" {
 			t.Errorf("dial %s: verdicts (-want +got):\n%s", origin, diff)
 		}
 	}
@@ -78,7 +79,7 @@ func TestOutboundRefusedWithoutProxy(t *testing.T) {
 			t.Errorf("dial without a proxy: %v, want connection refused", err)
 		}
 	})
-	if diff := cmp.Diff(map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1}, moved); diff != "" {
+	if diff := cmp.Diff(map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}, moved); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
 }
@@ -107,7 +108,7 @@ func TestOutboundStaysLocal(t *testing.T) {
 				domain = unix.AF_INET
 			}
 			p := a.task(t)
-			a.moves(t, map[Verdict]uint64{Local: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Local: 1}, func() {
 				s := stream(domain)
 				if tc.network == "tcp6" {
 					s = s.set(unix.SOL_IPV6, unix.IPV6_V6ONLY, 1)
@@ -125,7 +126,7 @@ func TestOutboundUpstream(t *testing.T) {
 	a := proxiedAlloc(t)
 	listener4 := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
 	listener6 := a.serve(proxyUID, a.proxyCg, "tcp6", "[::1]:9192")
-	meshConfig := MeshConfig{Upstreams: []Upstream{
+	meshConfig := workload.MeshConfig{Upstreams: []workload.Upstream{
 		{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5"), netip.MustParseAddr("fd00:1::5")}, Listener: listener4.Addr},
 		{Name: "cache", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.6"), netip.MustParseAddr("fd00:1::6")}, Listener: listener6.Addr},
 	}}
@@ -149,7 +150,7 @@ func TestOutboundUpstream(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			dialled := unmapped(tc.script[len(tc.script)-1].Addr)
-			a.moves(t, map[Verdict]uint64{ToUpstream: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.ToUpstream: 1}, func() {
 				got := p.last(t, tc.script.ask("")).Answer
 				if got.Server != tc.listener.Name || got.Local != tc.listener.Addr {
 					t.Errorf("%s answered on %s, want %s", got.Server, got.Local, tc.listener.Name)
@@ -164,19 +165,19 @@ func TestOutboundUpstream(t *testing.T) {
 		})
 	}
 	t.Run("localhost", func(t *testing.T) {
-		a.moves(t, map[Verdict]uint64{Local: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Local: 1}, func() {
 			got := p.last(t, stream(unix.AF_INET).connect(listener4.Addr.String()).ask(""))
 			direct(t, got.Answer, listener4.Name, listener4.Addr)
 		})
 	})
 	t.Run("localhost by the socket of an upstream", func(t *testing.T) {
-		a.moves(t, map[Verdict]uint64{ToUpstream: 1, Local: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.ToUpstream: 1, bpfmap.Local: 1}, func() {
 			got := p.last(t, stream(unix.AF_INET).connect("240.0.0.5:80").ask("").disconnect().connect(listener4.Addr.String()).ask(""))
 			direct(t, got.Answer, listener4.Name, listener4.Addr)
 		})
 	})
 	t.Run("bound to lo", func(t *testing.T) {
-		a.moves(t, map[Verdict]uint64{ToUpstream: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.ToUpstream: 1}, func() {
 			got := p.last(t, stream(unix.AF_INET).device("lo").connect("240.0.0.5:80").ask("")).Answer
 			if got.Server != listener4.Name || got.To.String() != "240.0.0.5:80" {
 				t.Errorf("%s answered as %s, want %s", got.Server, got.To, listener4.Name)
@@ -184,7 +185,7 @@ func TestOutboundUpstream(t *testing.T) {
 		})
 	})
 	t.Run("connected already", func(t *testing.T) {
-		a.moves(t, map[Verdict]uint64{ToUpstream: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.ToUpstream: 1}, func() {
 			got := p.last(t, stream(unix.AF_INET).connect("240.0.0.5:80").connect(somewhere).fails(unix.EISCONN).ask("")).Answer
 			if got.To.String() != "240.0.0.5:80" {
 				t.Errorf("getpeername = %s, want what was dialled first", got.To)
@@ -201,11 +202,11 @@ func TestOutboundUpstream(t *testing.T) {
 		"bound to IPv6, listener on IPv4": stream(unix.AF_INET6).bind("[" + a.v6.String() + "]:0").connect("[fd00:1::5]:80"),
 	} {
 		t.Run(name, func(t *testing.T) {
-			a.moves(t, map[Verdict]uint64{RefusedFamily: 1}, func() { p.run(t, s.fails(unix.ENETUNREACH)) })
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedFamily: 1}, func() { p.run(t, s.fails(unix.ENETUNREACH)) })
 		})
 	}
 	t.Run("bound to a device", func(t *testing.T) {
-		a.moves(t, map[Verdict]uint64{RefusedDevice: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedDevice: 1}, func() {
 			p.run(t, stream(unix.AF_INET).device("eth0").connect("240.0.0.5:80").fails(unix.ENETUNREACH))
 		})
 	})

@@ -12,21 +12,24 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
 )
 
 func TestPathsFromEnvAndDefaults(t *testing.T) {
 	env := map[string]string{"WEIR_PIN_DIR": "/sys/fs/bpf/other", "WEIR_CGROUP_ROOT": "/cgroup"}
-	paths := PathsFromEnv(func(name string) string { return env[name] })
-	if diff := cmp.Diff(Paths{PinDir: "/sys/fs/bpf/other", CgroupRoot: "/cgroup"}, paths); diff != "" {
+	paths := store.PathsFromEnv(func(name string) string { return env[name] })
+	if diff := cmp.Diff(store.Paths{PinDir: "/sys/fs/bpf/other", CgroupRoot: "/cgroup"}, paths); diff != "" {
 		t.Errorf("paths of the environment (-want +got):\n%s", diff)
 	}
-	got := paths.Or(Paths{PinDir: "/no", StateDir: "/state", CgroupRoot: "/no"})
-	if diff := cmp.Diff(Paths{PinDir: "/sys/fs/bpf/other", StateDir: "/state", CgroupRoot: "/cgroup"}, got); diff != "" {
+	got := paths.Or(store.Paths{PinDir: "/no", StateDir: "/state", CgroupRoot: "/no"})
+	if diff := cmp.Diff(store.Paths{PinDir: "/sys/fs/bpf/other", StateDir: "/state", CgroupRoot: "/cgroup"}, got); diff != "" {
 		t.Errorf("paths with a fallback (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff(Paths{PinDir: DefaultPinDir, StateDir: DefaultStateDir}, New(Paths{}).Paths()); diff != "" {
+	if diff := cmp.Diff(store.Paths{PinDir: store.DefaultPinDir, StateDir: store.DefaultStateDir}, New(store.Paths{}).Paths()); diff != "" {
 		t.Errorf("default paths (-want +got):\n%s", diff)
 	}
 }
@@ -51,11 +54,11 @@ func TestFindCgroupRootReadsMountinfo(t *testing.T) {
 			if err := os.WriteFile(file, []byte(tc.mountinfo), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			got, err := findCgroupRoot(file)
+			got, err := host.FindCgroupRoot(file)
 			if got != tc.want || (err == nil) != (tc.want != "") {
 				t.Errorf("root = %q, %v; want %q", got, err, tc.want)
 			}
-			if err != nil && (!errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "mount it at")) {
+			if err != nil && (!errors.Is(err, probe.ErrUnsupported) || !strings.Contains(err.Error(), "mount it at")) {
 				t.Errorf("error %v: want ErrUnsupported with a remedy", err)
 			}
 		})
@@ -64,7 +67,7 @@ func TestFindCgroupRootReadsMountinfo(t *testing.T) {
 
 func TestCgroupRootIsTheRealOne(t *testing.T) {
 	test.Need(t, test.Root, test.CgroupV2)
-	dir, err := Paths{}.cgroupRoot()
+	dir, err := store.Paths{}.OpenCgroupRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -72,7 +75,7 @@ func TestCgroupRootIsTheRealOne(t *testing.T) {
 	if dir.Name() != test.CgroupRoot(t) {
 		t.Errorf("root = %s, want %s", dir.Name(), test.CgroupRoot(t))
 	}
-	id, err := cgroupID(dir)
+	id, err := program.CgroupID(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +88,7 @@ const cgroupRootFunc = "redirect.cgroupRoot"
 
 // tellCgroupRoot prints why the root of this process's cgroup namespace is none.
 func tellCgroupRoot(args []string) error {
-	dir, err := Paths{CgroupRoot: args[0]}.cgroupRoot()
+	dir, err := store.Paths{CgroupRoot: args[0]}.OpenCgroupRoot()
 	if err == nil {
 		fmt.Println("root", dir.Name())
 		return dir.Close()

@@ -9,18 +9,19 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/program"
 )
 
 // prepared waits for the program and returns its number in the kernel.
-func (a *alloc) prepared(t *testing.T) (*Preloaded, uint32) {
+func (a *alloc) prepared(t *testing.T) (*program.Preloaded, uint32) {
 	t.Helper()
 	p := a.node.preload(a.Path)
 	t.Cleanup(p.Close)
-	<-p.done
-	if p.program == nil {
+	<-p.Done
+	if p.Program == nil {
 		t.Fatal("no program was prepared")
 	}
-	info, err := p.program.Info()
+	info, err := p.Program.Info()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -29,12 +30,12 @@ func (a *alloc) prepared(t *testing.T) (*Preloaded, uint32) {
 }
 
 // addPrepared adds the allocation and reports whether it has that program.
-func (a *alloc) addPrepared(t *testing.T, p *Preloaded, id uint32) bool {
+func (a *alloc) addPrepared(t *testing.T, p *program.Preloaded, id uint32) bool {
 	t.Helper()
 	if err := a.node.Add(Attachment{Key: a.key, NetNS: a.Path, Request: a.request(), Prepared: p}); err != nil {
 		t.Fatal(err)
 	}
-	return linkIDs(t, a.node.paths.lookup(a.Cookie()))[1] == id
+	return linkIDs(t, a.node.paths.Lookup(a.Cookie()))[1] == id
 }
 
 func TestPreparedProgramIsTaken(t *testing.T) {
@@ -85,7 +86,7 @@ func TestPreparedProgramThatNobodyTakesEnds(t *testing.T) {
 		left.Close()
 		t.Errorf("program %d: %v: want it to be gone", id, err)
 	}
-	if _, err := os.Stat(n.paths.lookup(a.Cookie())); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(n.paths.Lookup(a.Cookie())); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("pin: %v: want none", err)
 	}
 }
@@ -96,12 +97,12 @@ func TestPrepareWithoutAnything(t *testing.T) {
 	d := unloadedDatapath(t)
 	for _, path := range []string{"/proc/self/ns/net", "/nowhere"} {
 		p := d.preload(path)
-		<-p.done
-		if p.program != nil {
+		<-p.Done
+		if p.Program != nil {
 			t.Errorf("%s: a program was prepared", path)
 		}
 		p.Close()
 	}
-	var none *Preloaded
+	var none *program.Preloaded
 	none.Close()
 }

@@ -10,14 +10,14 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 func TestProbePassesHere(t *testing.T) {
 	test.Need(t, test.Root, test.BPF)
-	if err := Probe(); err != nil {
+	if err := probe.Probe(); err != nil {
 		t.Error(err)
 	}
 }
@@ -25,12 +25,12 @@ func TestProbePassesHere(t *testing.T) {
 func TestProbeNamesWhatIsMissing(t *testing.T) {
 	lacking := func() error { return fmt.Errorf("ask the kernel: %w", ebpf.ErrNotSupported) }
 	there := func() error { return nil }
-	err := probe([]requirement{
-		{what: "helper one", why: "to do one thing", since: "5.7", probe: lacking},
-		{what: "helper two", why: "to do two things", since: "5.8", probe: there},
-		{what: "helper three", why: "to do three things", since: "5.9", probe: lacking},
+	err := probe.ProbeFor([]probe.Requirement{
+		{What: "helper one", Why: "to do one thing", Since: "5.7", ProbeFor: lacking},
+		{What: "helper two", Why: "to do two things", Since: "5.8", ProbeFor: there},
+		{What: "helper three", Why: "to do three things", Since: "5.9", ProbeFor: lacking},
 	})
-	if !errors.Is(err, ErrUnsupported) {
+	if !errors.Is(err, probe.ErrUnsupported) {
 		t.Fatalf("probe: %v, want ErrUnsupported", err)
 	}
 	for _, want := range []string{"6.1", "helper one, needed to do one thing (Linux 5.7)", "helper three, needed to do three things (Linux 5.9)"} {
@@ -41,29 +41,29 @@ func TestProbeNamesWhatIsMissing(t *testing.T) {
 	if strings.Contains(err.Error(), "helper two") {
 		t.Errorf("probe: %v; it names what is there", err)
 	}
-	if err := probe([]requirement{{what: "helper one", why: "to do one thing", since: "5.7", probe: there}}); err != nil {
+	if err := probe.ProbeFor([]probe.Requirement{{What: "helper one", Why: "to do one thing", Since: "5.7", ProbeFor: there}}); err != nil {
 		t.Errorf("probe with nothing missing: %v", err)
 	}
 }
 
 // A probe that could not be made says nothing of the kernel.
 func TestProbeThatFailsIsNotAMissingFeature(t *testing.T) {
-	err := probe([]requirement{{what: "helper one", why: "to do one thing", since: "5.7", probe: func() error { return unix.EPERM }}})
-	if err == nil || errors.Is(err, ErrUnsupported) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "helper one") {
+	err := probe.ProbeFor([]probe.Requirement{{What: "helper one", Why: "to do one thing", Since: "5.7", ProbeFor: func() error { return unix.EPERM }}})
+	if err == nil || errors.Is(err, probe.ErrUnsupported) || !errors.Is(err, unix.EPERM) || !strings.Contains(err.Error(), "helper one") {
 		t.Errorf("probe: %v, want the cause and what was asked for", err)
 	}
 }
 
 func TestRequirementsAreExplained(t *testing.T) {
 	seen := make(map[string]bool)
-	for _, need := range requirements() {
-		if need.what == "" || !strings.HasPrefix(need.why, "to ") || need.since == "" || need.probe == nil {
+	for _, need := range probe.Requirements() {
+		if need.What == "" || !strings.HasPrefix(need.Why, "to ") || need.Since == "" || need.ProbeFor == nil {
 			t.Errorf("requirement %+v is not explained", need)
 		}
-		if seen[need.what] {
-			t.Errorf("requirement %q is there twice", need.what)
+		if seen[need.What] {
+			t.Errorf("requirement %q is there twice", need.What)
 		}
-		seen[need.what] = true
+		seen[need.What] = true
 	}
 }
 

@@ -13,18 +13,21 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
 )
 
 // Each code has a name of its own, a severity and a title.
 func TestProblemCodes(t *testing.T) {
 	names := make(map[string]bool)
-	for _, code := range AllProblemCodes() {
+	for _, code := range health.AllProblemCodes() {
 		name := code.String()
 		if names[name] || !regexp.MustCompile(`^[a-z0-9]+([-_][a-z0-9]+)*$`).MatchString(name) {
 			t.Errorf("code %d has the name %q, want one of its own in lower case", code, name)
 		}
 		names[name] = true
-		if severity := code.Severity(); severity != SeverityError && severity != SeverityWarning || code.Title() == "" {
+		if severity := code.Severity(); severity != health.SeverityError && severity != health.SeverityWarning || code.Title() == "" {
 			t.Errorf("code %s has severity %q and title %q", name, severity, code.Title())
 		}
 	}
@@ -33,17 +36,17 @@ func TestProblemCodes(t *testing.T) {
 			t.Error("a code that is not in the table makes a problem")
 		}
 	}()
-	NewProblem(problemMax, "", "")
+	health.NewProblem(health.ProblemMax, "", "")
 }
 
 func TestProblemJSON(t *testing.T) {
-	problem := NewProblem(ProblemTableFull, "stop some", "it is full").Of("workload a-eth0", "a")
+	problem := health.NewProblem(health.ProblemTableFull, "stop some", "it is full").Of("workload a-eth0", "a")
 	text, err := json.Marshal(problem)
 	want := `{"code":"table-full","severity":"warning","subject":"workload a-eth0","alloc_id":"a","what":"it is full","remedy":"stop some"}`
 	if err != nil || string(text) != want {
 		t.Errorf("JSON is %s, %v; want %s", text, err, want)
 	}
-	var again Problem
+	var again health.Problem
 	if err := json.Unmarshal(text, &again); err != nil || again != problem {
 		t.Errorf("read again it is %+v, %v; want %+v", again, err, problem)
 	}
@@ -62,7 +65,7 @@ func TestEachProblemHasACode(t *testing.T) {
 		if hidden := strings.HasPrefix(entry.Name(), ".") && entry.Name() != ".."; hidden && entry.IsDir() {
 			return filepath.SkipDir
 		}
-		if entry.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") || path == "../redirect/problem.go" {
+		if entry.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") || path == "../redirect/health/problem.go" {
 			return nil
 		}
 		files := token.NewFileSet()
@@ -110,7 +113,7 @@ func isProblem(expression ast.Expr) bool {
 
 // A name with a line end in it, such as a job's, makes no line of its own.
 func TestProblemIsOneLine(t *testing.T) {
-	problem := NewProblem(ProblemStepFailed, "look", "first\nsecond").Of("allocation x (job\nhealthy: 3 workloads/g)", "x")
+	problem := health.NewProblem(health.ProblemStepFailed, "look", "first\nsecond").Of("allocation x (job\nhealthy: 3 workloads/g)", "x")
 	if got, want := problem.Text(), "allocation x (job; healthy: 3 workloads/g): first; second [step-failed]"; got != want {
 		t.Errorf("the problem is %q, want %q", got, want)
 	}
@@ -130,8 +133,8 @@ func TestCommandIsQuotedWhereItIsNotPrinted(t *testing.T) {
 	}
 	defer rename(strings.TrimSpace(string(before)))
 	for name, want := range map[string]string{"envoy": "envoy", "a b": "a b", "x\x1b[2J\nfine": `"x\x1b[2J\nfine"`} {
-		if rename(name); commandOf(os.Getpid()) != want {
-			t.Errorf("a process named %q is told as %s, want %s", name, commandOf(os.Getpid()), want)
+		if rename(name); host.CommandOf(os.Getpid()) != want {
+			t.Errorf("a process named %q is told as %s, want %s", name, host.CommandOf(os.Getpid()), want)
 		}
 	}
 }

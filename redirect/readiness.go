@@ -10,20 +10,23 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
 	"golang.org/x/sys/unix"
 )
 
 // Readiness checks the kernel, the mounts and the hooks of this node. It loads
 // nothing that stays, attaches nothing and changes nothing.
-func (d *Datapath) Readiness() []Check {
+func (d *Datapath) Readiness() []health.Check {
 	return append(append(kernelReadiness("/"), d.mountReadiness()...), d.hookReadiness()...)
 }
 
 // kernelReadiness asks the kernel for each feature, and reads below root what
 // says how it is set up.
-func kernelReadiness(root string) []Check {
-	c := &Checks{Group: "kernel"}
-	checkRequirements(c, requirements())
+func kernelReadiness(root string) []health.Check {
+	c := &health.Checks{Group: "kernel"}
+	checkRequirements(c, probe.Requirements())
 	if btf, err := os.Stat(filepath.Join(root, "sys/kernel/btf/vmlinux")); err == nil && btf.Size() > 0 {
 		c.OK("kernel-btf", "the kernel has BTF")
 	} else {
@@ -61,17 +64,17 @@ func kernelReadiness(root string) []Check {
 	return c.List
 }
 
-func checkRequirements(c *Checks, needs []requirement) {
+func checkRequirements(c *health.Checks, needs []probe.Requirement) {
 	for _, need := range needs {
-		switch err := need.probe(); {
+		switch err := need.ProbeFor(); {
 		case err == nil:
-			c.OK("kernel-feature", "%s, needed %s", need.what, need.why)
+			c.OK("kernel-feature", "%s, needed %s", need.What, need.Why)
 		case errors.Is(err, ebpf.ErrNotSupported):
 			c.Fault("kernel-feature", "boot Linux 6.1 or newer, or a kernel that carries the feature",
-				"the kernel lacks %s, needed %s (Linux %s)", need.what, need.why, need.since)
+				"the kernel lacks %s, needed %s (Linux %s)", need.What, need.Why, need.Since)
 		default:
 			c.Fault("kernel-feature", "run weir as root, with CAP_BPF and CAP_NET_ADMIN; in a container also see its seccomp profile",
-				"the kernel cannot be asked for %s: %v", need.what, err)
+				"the kernel cannot be asked for %s: %v", need.What, err)
 		}
 	}
 }
@@ -88,9 +91,9 @@ func lockdown(path string) string {
 }
 
 // mountReadiness checks the root of cgroup v2 and the bpffs.
-func (d *Datapath) mountReadiness() []Check {
-	c := &Checks{Group: "mounts"}
-	if root, err := d.paths.cgroupRoot(); err != nil {
+func (d *Datapath) mountReadiness() []health.Check {
+	c := &health.Checks{Group: "mounts"}
+	if root, err := d.paths.OpenCgroupRoot(); err != nil {
 		c.Fault("cgroup-root", "mount cgroup v2, as by 'mount -t cgroup2 none /sys/fs/cgroup', and run weir in the host's cgroup namespace", "%v", err)
 	} else {
 		c.OK("cgroup-root", "the root of cgroup v2 is %s", root.Name())
@@ -132,14 +135,14 @@ func knowsBPFFS(path string) bool {
 
 // hookReadiness names the programs of others where Weir's are attached. What
 // each of them does only its owner knows.
-func (d *Datapath) hookReadiness() []Check {
-	c := &Checks{Group: "hooks"}
-	root, err := d.paths.cgroupRoot()
+func (d *Datapath) hookReadiness() []health.Check {
+	c := &health.Checks{Group: "hooks"}
+	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {
 		return nil // told among the mounts
 	}
 	defer root.Close()
-	sets, err := setsAt(root)
+	sets, err := program.SetsAt(root)
 	var others []Other
 	if err == nil {
 		others, err = d.others(root, d.ownSets(sets))
@@ -184,9 +187,9 @@ func (o Other) String() string {
 // decidesConnections reports a program that can refuse a connection, or send it
 // elsewhere.
 func (o Other) decidesConnections() bool {
-	for _, h := range hooks() {
-		if h.attach.String() == o.Hook {
-			switch h.attach {
+	for _, h := range program.Hooks() {
+		if h.Attach.String() == o.Hook {
+			switch h.Attach {
 			case ebpf.AttachCGroupInet4Connect, ebpf.AttachCGroupInet6Connect, ebpf.AttachCGroupUDP4Sendmsg, ebpf.AttachCGroupUDP6Sendmsg,
 				ebpf.AttachCGroupGetsockopt:
 				return true

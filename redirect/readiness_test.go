@@ -12,13 +12,16 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // resultsOf are the results of the checks of one code.
-func resultsOf(checks []Check, code string) (list []Result) {
+func resultsOf(checks []health.Check, code string) (list []health.Result) {
 	for _, check := range checks {
 		if check.Code == code {
 			list = append(list, check.Result)
@@ -32,25 +35,25 @@ func resultsOf(checks []Check, code string) (list []Result) {
 func TestReadinessChangesNothing(t *testing.T) {
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	pins, state := test.BPFFS(t), t.TempDir()
-	d := New(Paths{PinDir: filepath.Join(pins, "weir"), StateDir: filepath.Join(state, "state"), CgroupRoot: test.NewCgroup(t).Path})
+	d := New(store.Paths{PinDir: filepath.Join(pins, "weir"), StateDir: filepath.Join(state, "state"), CgroupRoot: test.NewCgroup(t).Path})
 	t.Cleanup(func() {
 		if _, err := d.Unload(); err != nil {
 			t.Errorf("unload: %v", err)
 		}
 	})
 	seen := func() (list []string) {
-		root, err := d.paths.cgroupRoot()
+		root, err := d.paths.OpenCgroupRoot()
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		for _, h := range hooks() {
-			programs, err := attachedTo(root, h.attach)
+		for _, h := range program.Hooks() {
+			programs, err := program.AttachedTo(root, h.Attach)
 			if err != nil {
 				t.Fatal(err)
 			}
 			for _, p := range programs {
-				list = append(list, fmt.Sprintf("%s: program %d", h.attach, p.id))
+				list = append(list, fmt.Sprintf("%s: program %d", h.Attach, p.Id))
 			}
 		}
 		for _, dir := range []string{pins, state} {
@@ -81,12 +84,12 @@ func TestReadinessChangesNothing(t *testing.T) {
 			t.Errorf("loaded %t: the node (-before +after):\n%s", loaded, diff)
 		}
 		for _, check := range checks {
-			if check.Result == ResultFault {
+			if check.Result == health.ResultFault {
 				t.Errorf("loaded %t: %+v", loaded, check)
 			}
 		}
-		if got := resultsOf(checks, "kernel-feature"); len(got) != len(requirements()) {
-			t.Errorf("loaded %t: %d features were asked for, want %d", loaded, len(got), len(requirements()))
+		if got := resultsOf(checks, "kernel-feature"); len(got) != len(probe.Requirements()) {
+			t.Errorf("loaded %t: %d features were asked for, want %d", loaded, len(got), len(probe.Requirements()))
 		}
 	}
 }
@@ -113,17 +116,17 @@ func TestReadinessOfTheKernel(t *testing.T) {
 	for _, c := range []struct {
 		name, path, text string // a file of a good kernel that is another one; empty text: not there
 		code             string
-		want             Result
+		want             health.Result
 		says             string
 	}{
-		{"a good kernel", "proc/sys/net/core/bpf_jit_enable", "1", "bpf-jit", ResultOK, "compiled"},
-		{"no BTF", "sys/kernel/btf/vmlinux", "", "kernel-btf", ResultFault, "has no BTF"},
-		{"locked down", "sys/kernel/security/lockdown", "none integrity [confidentiality]\n", "kernel-lockdown", ResultOK, "for confidentiality"},
-		{"no lockdown", "sys/kernel/security/lockdown", "", "kernel-lockdown", ResultOK, "not locked down"},
-		{"an interpreter", "proc/sys/net/core/bpf_jit_enable", "0\n", "bpf-jit", ResultWarning, "interpreted"},
-		{"always compiled", "proc/sys/net/core/bpf_jit_enable", "", "bpf-jit", ResultOK, "always"},
-		{"no forwarding", "proc/sys/net/ipv4/ip_forward", "0\n", "ip-forward", ResultWarning, `"0"`},
-		{"bpf for all", "proc/sys/kernel/unprivileged_bpf_disabled", "0\n", "unprivileged-bpf", ResultOK, "is 0"},
+		{"a good kernel", "proc/sys/net/core/bpf_jit_enable", "1", "bpf-jit", health.ResultOK, "compiled"},
+		{"no BTF", "sys/kernel/btf/vmlinux", "", "kernel-btf", health.ResultFault, "has no BTF"},
+		{"locked down", "sys/kernel/security/lockdown", "none integrity [confidentiality]\n", "kernel-lockdown", health.ResultOK, "for confidentiality"},
+		{"no lockdown", "sys/kernel/security/lockdown", "", "kernel-lockdown", health.ResultOK, "not locked down"},
+		{"an interpreter", "proc/sys/net/core/bpf_jit_enable", "0\n", "bpf-jit", health.ResultWarning, "interpreted"},
+		{"always compiled", "proc/sys/net/core/bpf_jit_enable", "", "bpf-jit", health.ResultOK, "always"},
+		{"no forwarding", "proc/sys/net/ipv4/ip_forward", "0\n", "ip-forward", health.ResultWarning, `"0"`},
+		{"bpf for all", "proc/sys/kernel/unprivileged_bpf_disabled", "0\n", "unprivileged-bpf", health.ResultOK, "is 0"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			root := t.TempDir()
@@ -136,10 +139,10 @@ func TestReadinessOfTheKernel(t *testing.T) {
 			for _, check := range kernelReadiness(root) {
 				switch {
 				case check.Code == c.code:
-					if check.Result != c.want || !strings.Contains(check.What, c.says) || (check.Remedy == "") != (c.want == ResultOK) {
+					if check.Result != c.want || !strings.Contains(check.What, c.says) || (check.Remedy == "") != (c.want == health.ResultOK) {
 						t.Errorf("check = %+v, want %s that says %q", check, c.want, c.says)
 					}
-				case check.Code != "kernel-feature" && check.Result != ResultOK:
+				case check.Code != "kernel-feature" && check.Result != health.ResultOK:
 					t.Errorf("%+v, want ok", check)
 				}
 			}
@@ -148,11 +151,11 @@ func TestReadinessOfTheKernel(t *testing.T) {
 }
 
 func TestReadinessNamesEachFeature(t *testing.T) {
-	c := &Checks{Group: "kernel"}
-	checkRequirements(c, []requirement{
-		{what: "helper one", why: "to do one thing", since: "5.7", probe: func() error { return fmt.Errorf("ask: %w", ebpf.ErrNotSupported) }},
-		{what: "helper two", why: "to do two things", since: "5.8", probe: func() error { return nil }},
-		{what: "helper three", why: "to do three things", since: "5.9", probe: func() error { return unix.EPERM }},
+	c := &health.Checks{Group: "kernel"}
+	checkRequirements(c, []probe.Requirement{
+		{What: "helper one", Why: "to do one thing", Since: "5.7", ProbeFor: func() error { return fmt.Errorf("ask: %w", ebpf.ErrNotSupported) }},
+		{What: "helper two", Why: "to do two things", Since: "5.8", ProbeFor: func() error { return nil }},
+		{What: "helper three", Why: "to do three things", Since: "5.9", ProbeFor: func() error { return unix.EPERM }},
 	})
 	var got []string
 	for _, check := range c.List {
@@ -177,23 +180,23 @@ func TestReadinessJudgesProgramsOfOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := make(map[string]Check)
+	found := make(map[string]health.Check)
 	for _, check := range n.hookReadiness() {
 		found[check.What] = check
 	}
 	what := fmt.Sprintf("program neighbour (ID %d) at CGroupInet4Connect, which runs before Weir's, loaded by UID 0 may refuse a connection or datagram, or send it elsewhere", info.Program)
-	if check := found[what]; check.Result != ResultWarning || check.Code != "other-program" || check.Remedy == "" {
+	if check := found[what]; check.Result != health.ResultWarning || check.Code != "other-program" || check.Remedy == "" {
 		t.Errorf("no warning %q among %+v", what, found)
 	}
-	id := linkIDs(t, another.paths.link("weir_connect4"))[1]
+	id := linkIDs(t, another.paths.Link("weir_connect4"))[1]
 	what = fmt.Sprintf("program weir_connect4 (ID %d) at CGroupInet4Connect, which runs after Weir's, pinned at %s is of another instance of Weir and serves its own namespaces",
-		id, another.paths.link("weir_connect4"))
-	if check := found[what]; check.Result != ResultOK {
+		id, another.paths.Link("weir_connect4"))
+	if check := found[what]; check.Result != health.ResultOK {
 		t.Errorf("no check %q that is ok among %+v", what, found)
 	}
 	// Where none is, that is said.
-	alone := New(Paths{PinDir: n.paths.PinDir, StateDir: n.paths.StateDir, CgroupRoot: test.NewCgroup(t).Path})
-	if got := resultsOf(alone.hookReadiness(), "other-program"); !cmp.Equal(got, []Result{ResultOK}) {
+	alone := New(store.Paths{PinDir: n.paths.PinDir, StateDir: n.paths.StateDir, CgroupRoot: test.NewCgroup(t).Path})
+	if got := resultsOf(alone.hookReadiness(), "other-program"); !cmp.Equal(got, []health.Result{health.ResultOK}) {
 		t.Errorf("a cgroup without programs: %v, want one that is ok", got)
 	}
 }
@@ -203,15 +206,15 @@ func TestReadinessOfMounts(t *testing.T) {
 	pins := test.BPFFS(t)
 	for _, c := range []struct {
 		name  string
-		paths Paths
-		want  map[string]Result
+		paths store.Paths
+		want  map[string]health.Result
 	}{
-		{"as it should be", Paths{PinDir: filepath.Join(pins, "weir")}, map[string]Result{"cgroup-root": ResultOK, "bpffs": ResultOK}},
-		{"pins on a disk", Paths{PinDir: filepath.Join(t.TempDir(), "weir")}, map[string]Result{"cgroup-root": ResultOK, "bpffs": ResultFault}},
-		{"no cgroup v2", Paths{PinDir: filepath.Join(pins, "weir"), CgroupRoot: t.TempDir()}, map[string]Result{"cgroup-root": ResultFault, "bpffs": ResultOK}},
+		{"as it should be", store.Paths{PinDir: filepath.Join(pins, "weir")}, map[string]health.Result{"cgroup-root": health.ResultOK, "bpffs": health.ResultOK}},
+		{"pins on a disk", store.Paths{PinDir: filepath.Join(t.TempDir(), "weir")}, map[string]health.Result{"cgroup-root": health.ResultOK, "bpffs": health.ResultFault}},
+		{"no cgroup v2", store.Paths{PinDir: filepath.Join(pins, "weir"), CgroupRoot: t.TempDir()}, map[string]health.Result{"cgroup-root": health.ResultFault, "bpffs": health.ResultOK}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := make(map[string]Result)
+			got := make(map[string]health.Result)
 			for _, check := range New(c.paths).mountReadiness() {
 				got[check.Code] = check.Result
 			}
@@ -223,7 +226,7 @@ func TestReadinessOfMounts(t *testing.T) {
 	if err := unix.Mount("", pins, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 		t.Fatal(err)
 	}
-	if got := resultsOf(New(Paths{PinDir: filepath.Join(pins, "weir")}).mountReadiness(), "bpffs"); !cmp.Equal(got, []Result{ResultFault}) {
+	if got := resultsOf(New(store.Paths{PinDir: filepath.Join(pins, "weir")}).mountReadiness(), "bpffs"); !cmp.Equal(got, []health.Result{health.ResultFault}) {
 		t.Errorf("a bpffs that is read-only: %v, want a fault", got)
 	}
 }

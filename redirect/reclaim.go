@@ -14,6 +14,9 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // reclaim pins again what this instance has attached and no pin leads to: its
@@ -23,17 +26,17 @@ func (d *Datapath) reclaim(root *os.File) (repairs []string, err error) {
 	if !d.lacksPins() {
 		return nil, nil
 	}
-	sets, err := setsAt(root)
+	sets, err := program.SetsAt(root)
 	if err != nil {
 		return nil, err
 	}
-	control, err := pinnedID(filepath.Join(d.paths.maps(), "control"))
+	control, err := program.PinnedID(filepath.Join(d.paths.Maps(), "control"))
 	if err != nil {
 		return nil, err
 	}
-	var own *programSet
+	var own *program.Set
 	for _, s := range sets {
-		if control != 0 && s.tables["control"] == control {
+		if control != 0 && s.Tables["control"] == control {
 			own = s
 		}
 	}
@@ -42,7 +45,7 @@ func (d *Datapath) reclaim(root *os.File) (repairs []string, err error) {
 			own = list[0]
 		}
 	}
-	if own == nil || own.ends() {
+	if own == nil || own.Ends() {
 		return nil, nil
 	}
 	if control == 0 && d.ends(root, own) {
@@ -60,20 +63,20 @@ func (d *Datapath) reclaim(root *os.File) (repairs []string, err error) {
 	if err != nil {
 		return repairs, err
 	}
-	filters, err := pinFilters(d.paths, own)
+	filters, err := program.PinFilters(d.paths, own)
 	return append(repairs, filters...), err
 }
 
 // ends waits a moment where some of the set's programs run no more, and reports
 // whether the others ended too: the kernel ends them one by one, and rules of
 // nftables in namespaces hold the tables meanwhile.
-func (d *Datapath) ends(root *os.File, own *programSet) bool {
-	for deadline := time.Now().Add(500 * time.Millisecond); len(own.programs) < len(programNames()); time.Sleep(5 * time.Millisecond) {
-		sets, err := setsAt(root)
+func (d *Datapath) ends(root *os.File, own *program.Set) bool {
+	for deadline := time.Now().Add(500 * time.Millisecond); len(own.Programs) < len(program.ProgramNames()); time.Sleep(5 * time.Millisecond) {
+		sets, err := program.SetsAt(root)
 		if err != nil || time.Now().After(deadline) {
 			return false
 		}
-		if !slices.ContainsFunc(sets, func(s *programSet) bool { return s.tables["control"] == own.tables["control"] }) {
+		if !slices.ContainsFunc(sets, func(s *program.Set) bool { return s.Tables["control"] == own.Tables["control"] }) {
 			return true
 		}
 	}
@@ -82,12 +85,12 @@ func (d *Datapath) ends(root *os.File, own *programSet) bool {
 
 // openOrReclaim is openTables for who must not take a node without pins for one
 // without programs.
-func (d *Datapath) openOrReclaim() (*tables, error) {
-	pinned, err := openTables(d.paths.maps())
-	if !errors.Is(err, ErrNotLoaded) {
+func (d *Datapath) openOrReclaim() (*bpfmap.Tables, error) {
+	pinned, err := bpfmap.OpenTables(d.paths.Maps())
+	if !errors.Is(err, bpfmap.ErrNotLoaded) {
 		return pinned, err
 	}
-	root, rootErr := d.paths.cgroupRoot()
+	root, rootErr := d.paths.OpenCgroupRoot()
 	if rootErr != nil {
 		return nil, err // nothing can be attached to it
 	}
@@ -95,7 +98,7 @@ func (d *Datapath) openOrReclaim() (*tables, error) {
 	if repairs, failed := d.reclaim(root); failed != nil || len(repairs) == 0 {
 		return nil, errors.Join(err, failed)
 	}
-	return openTables(d.paths.maps())
+	return bpfmap.OpenTables(d.paths.Maps())
 }
 
 // lacksPins reports whether a pin of the node is not where it belongs.
@@ -106,17 +109,17 @@ func (d *Datapath) lacksPins() bool {
 			return errors.Is(err, fs.ErrNotExist)
 		})
 	}
-	return missing(d.paths.maps(), mapNames()) || missing(d.paths.links(), programNames())
+	return missing(d.paths.Maps(), bpfmap.MapNames()) || missing(d.paths.Links(), program.ProgramNames())
 }
 
 // errEnding: the programs ended while they were looked at.
 var errEnding = errors.New("on its way out")
 
 // pinTables pins all of the set's tables or, where one is gone already, none.
-func (d *Datapath) pinTables(s *programSet) (repairs []string, err error) {
+func (d *Datapath) pinTables(s *program.Set) (repairs []string, err error) {
 	tables := make(map[string]*ebpf.Map)
-	defer closeMaps(tables)
-	for name, id := range s.tables {
+	defer bpfmap.CloseMaps(tables)
+	for name, id := range s.Tables {
 		table, err := ebpf.NewMapFromID(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, errEnding
@@ -127,7 +130,7 @@ func (d *Datapath) pinTables(s *programSet) (repairs []string, err error) {
 		tables[name] = table
 	}
 	for name, table := range tables {
-		pinned, err := pinAgain(filepath.Join(d.paths.maps(), name), table)
+		pinned, err := program.PinAgain(filepath.Join(d.paths.Maps(), name), table)
 		if err != nil {
 			return repairs, err
 		}
@@ -141,30 +144,30 @@ func (d *Datapath) pinTables(s *programSet) (repairs []string, err error) {
 
 // pinLinks pins the set's links. A link whose last pin was just removed may be on
 // its way out: it is not there to be pinned then, and is attached anew later.
-func (d *Datapath) pinLinks(s *programSet) (repairs []string, err error) {
+func (d *Datapath) pinLinks(s *program.Set) (repairs []string, err error) {
 	atRoot := make(map[ebpf.ProgramID]string)
-	for name, ids := range s.programs {
+	for name, ids := range s.Programs {
 		atRoot[ids[0]] = name
 	}
 	cookies, err := d.cookiesByInode()
 	if err != nil {
 		return nil, err
 	}
-	err = eachLink(func(l link.Link, info *link.Info) error {
+	err = program.EachLink(func(l link.Link, info *link.Info) error {
 		path, what := "", ""
 		if name := atRoot[info.Program]; name != "" && info.Cgroup() != nil {
-			path, what = d.paths.link(name), "pin of "+name+" put back"
+			path, what = d.paths.Link(name), "pin of "+name+" put back"
 		} else if ns := info.NetNs(); ns != nil && ns.NetnsInode != 0 {
-			cookie, err := s.cookieOf(info.Program, cookies[uint64(ns.NetnsInode)])
+			cookie, err := s.CookieOf(info.Program, cookies[uint64(ns.NetnsInode)])
 			if err != nil || cookie == 0 {
 				return err
 			}
-			path, what = d.paths.lookup(cookie), fmt.Sprintf("pin of the lookup program of the namespace with cookie %d put back", cookie)
+			path, what = d.paths.Lookup(cookie), fmt.Sprintf("pin of the lookup program of the namespace with cookie %d put back", cookie)
 		}
 		if path == "" {
 			return nil
 		}
-		pinned, err := pinAgain(path, l)
+		pinned, err := program.PinAgain(path, l)
 		if pinned {
 			repairs = append(repairs, what)
 		}
@@ -176,14 +179,14 @@ func (d *Datapath) pinLinks(s *programSet) (repairs []string, err error) {
 
 // cookiesByInode are the cookies of the namespaces on record.
 func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
-	records, err := d.paths.readRecords()
-	if err != nil && !errors.Is(err, ErrUnreadable) {
+	records, err := d.paths.ReadRecords()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return nil, err
 	}
 	cookies := make(map[uint64]uint64)
 	for _, r := range records {
 		if ns, err := openNamespaceOf(r); err == nil {
-			cookies[ns.inode] = ns.cookie
+			cookies[ns.Inode] = ns.Cookie
 			ns.Close()
 		}
 	}
@@ -195,7 +198,7 @@ func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
 // attached is detached: it would refuse what these programs redirect. One that
 // ends takes a moment, so it is waited for.
 func (d *Datapath) confirm(root *os.File) (repairs []string, err error) {
-	control, err := pinnedID(filepath.Join(d.paths.maps(), "control"))
+	control, err := program.PinnedID(filepath.Join(d.paths.Maps(), "control"))
 	if err != nil {
 		return nil, err
 	}
@@ -204,27 +207,27 @@ func (d *Datapath) confirm(root *os.File) (repairs []string, err error) {
 		if err != nil || len(wrong) == 0 {
 			return repairs, err
 		}
-		detached, err := detachPrograms(stale)
+		detached, err := program.DetachPrograms(stale)
 		if err != nil {
 			return repairs, err
 		}
 		repairs = append(repairs, detached...)
 		if time.Now().After(deadline) {
-			return repairs, fmt.Errorf("look at the repaired data path: %s: %w", strings.Join(wrong, "; "), ErrOtherInstance)
+			return repairs, fmt.Errorf("look at the repaired data path: %s: %w", strings.Join(wrong, "; "), program.ErrOtherInstance)
 		}
 	}
 }
 
 // outcome says what is wrong at the root, and which programs of this instance are
 // too many there and in namespaces.
-func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, stale []*programSet, err error) {
-	sets, err := setsAt(root)
+func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, stale []*program.Set, err error) {
+	sets, err := program.SetsAt(root)
 	if err != nil {
 		return nil, nil, err
 	}
-	own := new(programSet)
+	own := new(program.Set)
 	for _, s := range sets {
-		if s.tables["control"] == control {
+		if s.Tables["control"] == control {
 			own = s
 		}
 	}
@@ -233,12 +236,12 @@ func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, s
 			continue
 		}
 		stale = append(stale, s)
-		for name, ids := range s.programs {
+		for name, ids := range s.Programs {
 			wrong = append(wrong, fmt.Sprintf("%s hangs at the root beside this instance's, as program %v", name, ids))
 		}
 	}
-	for _, name := range programNames() {
-		if ids := own.programs[name]; len(ids) != 1 {
+	for _, name := range program.ProgramNames() {
+		if ids := own.Programs[name]; len(ids) != 1 {
 			wrong = append(wrong, fmt.Sprintf("%s runs %d times at its hook, not once", name, len(ids)))
 		}
 	}
@@ -249,19 +252,19 @@ func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, s
 // ownSets returns this instance's sets among sets, the one first that serves most
 // of the workloads on record. One that does not say whose it is belongs to whose
 // workloads it serves.
-func (d *Datapath) ownSets(sets []*programSet) (own []*programSet) {
+func (d *Datapath) ownSets(sets []*program.Set) (own []*program.Set) {
 	var cookies []uint64
-	records, _ := d.paths.readRecords() // those that cannot be read are not asked for
+	records, _ := d.paths.ReadRecords() // those that cannot be read are not asked for
 	for _, r := range records {
 		cookies = append(cookies, r.Cookie)
 	}
-	served := make(map[*programSet]int)
+	served := make(map[*program.Set]int)
 	for _, s := range sets {
-		served[s] = s.serves(cookies)
-		if s.instance == instanceOf(d.paths) || s.instance == 0 && served[s] > 0 {
+		served[s] = s.Serves(cookies)
+		if s.Instance == program.InstanceOf(d.paths) || s.Instance == 0 && served[s] > 0 {
 			own = append(own, s)
 		}
 	}
-	slices.SortStableFunc(own, func(a, b *programSet) int { return served[b] - served[a] })
+	slices.SortStableFunc(own, func(a, b *program.Set) int { return served[b] - served[a] })
 	return own
 }

@@ -10,9 +10,11 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // hidePins mounts another bpffs over the one that the pins are in.
@@ -69,7 +71,7 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			a.startProxy()
 			a.works()
 			if tc.older {
-				editControl(t, n.Datapath, func(row *bpfControl) { row.Instance = 0 })
+				editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Instance = 0 })
 			}
 			before, rows := kernelObjects(t, n.Datapath), rowCounts(t, n.Datapath)
 			load := newTraffic(t)
@@ -120,7 +122,7 @@ func TestHiddenLookupWithoutARecordIsTakenOver(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	if err := n.paths.removeRecord(a.key); err != nil {
+	if err := n.paths.RemoveRecord(a.key); err != nil {
 		t.Fatal(err)
 	}
 	n.hidePins()
@@ -173,11 +175,11 @@ func TestTwoSetsOfOneInstance(t *testing.T) {
 	a.add(full)
 	a.startProxy()
 	a.works()
-	if err := n.paths.removeRecord(a.key); err != nil {
+	if err := n.paths.RemoveRecord(a.key); err != nil {
 		t.Fatal(err)
 	}
 	n.hidePins()
-	root, err := n.paths.cgroupRoot()
+	root, err := n.paths.OpenCgroupRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -198,7 +200,7 @@ func TestTwoSetsOfOneInstance(t *testing.T) {
 	healthy(t, n.Datapath)
 }
 
-func anyProblem(problems []Problem, part string) bool {
+func anyProblem(problems []health.Problem, part string) bool {
 	for _, problem := range problems {
 		if strings.Contains(problem.What, part) {
 			return true
@@ -215,7 +217,7 @@ func TestSecondInstanceOnANamespaceIsRefused(t *testing.T) {
 	a.startProxy()
 	other := newDatapath(t)
 	err := other.Add(Attachment{Key: a.key, NetNS: a.Path, Request: a.request()})
-	if !errors.Is(err, ErrOtherInstance) {
+	if !errors.Is(err, program.ErrOtherInstance) {
 		t.Fatalf("add: %v, want ErrOtherInstance", err)
 	}
 	if diff := cmp.Diff(map[string]int{}, rowCounts(t, other)); diff != "" {
@@ -272,8 +274,8 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 	if diff := cmp.Diff(want, find(want.ID)); diff != "" {
 		t.Errorf("the second (-want +got):\n%s", diff)
 	}
-	ids := linkIDs(t, another.paths.link("weir_sockops"))
-	if other := find(ids[1]); !other.Weir || other.Order != "after" || other.Pinned != another.paths.link("weir_sockops") {
+	ids := linkIDs(t, another.paths.Link("weir_sockops"))
+	if other := find(ids[1]); !other.Weir || other.Order != "after" || other.Pinned != another.paths.Link("weir_sockops") {
 		t.Errorf("another instance: %+v", other)
 	}
 }

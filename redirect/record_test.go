@@ -11,7 +11,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -25,53 +26,53 @@ func readIfThere(t *testing.T, path string) string {
 }
 
 func TestRecordKeepsWhatWasWritten(t *testing.T) {
-	paths := Paths{StateDir: t.TempDir()}
-	boot, err := bootID()
+	paths := store.Paths{StateDir: t.TempDir()}
+	boot, err := store.BootID()
 	if err != nil {
 		t.Fatal(err)
 	}
-	request := Request{Network: "nomad", Mode: ModeTransparent, ProxyUID: 4_294_967_294, OutboundPort: 15001, Budget: 7,
-		Job: Job{Region: "global", Namespace: "default", ID: "job", Group: "group", AllocID: "id"}, Notes: []string{"a note"},
+	request := workload.Request{Network: "nomad", Mode: workload.ModeTransparent, ProxyUID: 4_294_967_294, OutboundPort: 15001, Budget: 7,
+		Job: workload.Job{Region: "global", Namespace: "default", ID: "job", Group: "group", AllocID: "id"}, Notes: []string{"a note"},
 		Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2"), netip.MustParseAddr("fd00::2")}}
 	full(&request)
-	want := &record{
-		Key: AttachmentID{ContainerID: "id", IfName: "eth0"}, Request: request, MeshConfig: meshConfigs()[0], NetNS: "/run/netns/id",
+	want := &store.Record{
+		Key: workload.AttachmentID{ContainerID: "id", IfName: "eth0"}, Request: request, MeshConfig: meshConfigs()[0], NetNS: "/run/netns/id",
 		Cookie: 1<<63 + 1, BootID: boot, IPv6: true, Complete: true,
 	}
-	want.Applied = want.desired()
-	if err := paths.writeRecord(want); err != nil {
+	want.Applied = want.Desired()
+	if err := paths.WriteRecord(want); err != nil {
 		t.Fatal(err)
 	}
-	got, err := paths.readRecord(want.Key)
+	got, err := paths.ReadRecord(want.Key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(record{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(store.Record{}), cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 		cmp.Comparer(func(a, b netip.Prefix) bool { return a == b }), cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
 		t.Errorf("record (-written +read):\n%s", diff)
 	}
-	if !got.Applied.Equal(got.desired()) {
+	if !got.Applied.Equal(got.Desired()) {
 		t.Error("the applied workload is not the desired one after a read")
 	}
 	for range 2 {
-		if err := paths.removeRecord(want.Key); err != nil {
+		if err := paths.RemoveRecord(want.Key); err != nil {
 			t.Error(err)
 		}
 	}
-	if _, err := paths.readRecord(want.Key); !errors.Is(err, ErrUnknown) {
+	if _, err := paths.ReadRecord(want.Key); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("read after the removal: %v, want ErrUnknown", err)
 	}
 }
 
 // agedRecord turns the allocation's record into one of an earlier boot.
-func agedRecord(t *testing.T, d *Datapath, key AttachmentID) {
+func agedRecord(t *testing.T, d *Datapath, key workload.AttachmentID) {
 	t.Helper()
-	r, err := d.paths.readRecord(key)
+	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.BootID = "00000000-0000-0000-0000-000000000000"
-	if err := d.paths.writeRecord(r); err != nil {
+	if err := d.paths.WriteRecord(r); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -86,7 +87,7 @@ func TestRecordOfAnEarlierBootIsIgnored(t *testing.T) {
 	if list, err := n.Workloads(); err != nil || len(list) != 0 {
 		t.Errorf("workloads = %+v, %v; want none", list, err)
 	}
-	if _, err := n.Check(a.key, a.Path); !errors.Is(err, ErrUnknown) {
+	if _, err := n.Check(a.key, a.Path); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("check: %v, want ErrUnknown", err)
 	}
 	if _, err := n.GC("nomad", nil); err != nil {
@@ -99,7 +100,7 @@ func TestRecordOfAnEarlierBootIsIgnored(t *testing.T) {
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(n.paths.record(a.key)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(n.paths.Record(a.key)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("record of an earlier boot after its DEL: %v, want it gone", err)
 	}
 }
@@ -110,8 +111,8 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	a, b := n.newAlloc(), n.newAlloc()
 	a.add()
 	a.startProxy()
-	broken := AttachmentID{ContainerID: "broken", IfName: "eth0"}
-	if err := os.WriteFile(n.paths.record(broken), []byte("{\"key\": "), 0o600); err != nil {
+	broken := workload.AttachmentID{ContainerID: "broken", IfName: "eth0"}
+	if err := os.WriteFile(n.paths.Record(broken), []byte("{\"key\": "), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	status, err := n.Status()
@@ -120,7 +121,7 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	}
 	named := false
 	for _, problem := range status.Problems {
-		named = named || strings.Contains(problem.What, n.paths.record(broken))
+		named = named || strings.Contains(problem.What, n.paths.Record(broken))
 	}
 	if status.Workloads != 1 || !named {
 		t.Errorf("status = %+v, want one workload and a problem that names the file", status)
@@ -139,21 +140,21 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 		t.Fatal(err)
 	}
 	loaded, err := n.Load()
-	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.record(broken)) {
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.Record(broken)) {
 		t.Errorf("load: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	a.works()
 	b.works()
 	staleDigest(t, n.Datapath)
 	loaded, err = n.Load()
-	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.record(broken)) {
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.Record(broken)) {
 		t.Errorf("upgrade: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	if status, err := n.Status(); err != nil || !status.Current {
 		t.Errorf("status after the upgrade: current %t, %v", status.Current, err)
 	}
 	for name, call := range map[string]func() error{
-		"GC":      func() error { return second(n.GC("nomad", []AttachmentID{a.key, b.key})) },
+		"GC":      func() error { return second(n.GC("nomad", []workload.AttachmentID{a.key, b.key})) },
 		"prune":   func() error { return second(n.PruneDead()) },
 		"collect": func() error { return second(n.NewIndexReclaimer().Run()) },
 	} {
@@ -184,17 +185,17 @@ func TestRecordThatCannotBeReadIsMadeAnew(t *testing.T) {
 			a := n.newAlloc()
 			a.add(full)
 			a.startProxy()
-			path := n.paths.record(a.key)
+			path := n.paths.Record(a.key)
 			spoiled := spoil(readIfThere(t, path))
 			if err := os.WriteFile(path, []byte(spoiled), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := n.Check(a.key, a.Path); !errors.Is(err, ErrUnreadable) || !strings.Contains(err.Error(), path) {
+			if _, err := n.Check(a.key, a.Path); !errors.Is(err, store.ErrUnreadable) || !strings.Contains(err.Error(), path) {
 				t.Errorf("check: %v, want ErrUnreadable that names %s", err, path)
 			}
 			a.works()
 			a.add(full)
-			if kept := readIfThere(t, path+asideSuffix); kept != spoiled {
+			if kept := readIfThere(t, path+store.AsideSuffix); kept != spoiled {
 				t.Errorf("set aside: %q, want what was there", kept)
 			}
 			a.works()
@@ -210,7 +211,7 @@ func TestRecordWithoutASchemaIsRead(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add(full)
-	path := n.paths.record(a.key)
+	path := n.paths.Record(a.key)
 	text := readIfThere(t, path)
 	old := strings.Replace(text, "  \"schema\": 1,\n", "", 1)
 	if old == text {
@@ -230,11 +231,11 @@ func TestUnreadableStateDirIsAnError(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	d := New(Paths{PinDir: test.BPFFS(t) + "/weir", StateDir: file})
+	d := New(store.Paths{PinDir: test.BPFFS(t) + "/weir", StateDir: file})
 	if _, err := d.Load(); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("load: %v, want an error that names %s", err, file)
 	}
-	if err := d.Add(Attachment{Key: AttachmentID{ContainerID: "a", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
+	if err := d.Add(Attachment{Key: workload.AttachmentID{ContainerID: "a", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path}); err == nil || !strings.Contains(err.Error(), file) {
 		t.Errorf("add: %v, want an error that names %s", err, file)
 	}
 }

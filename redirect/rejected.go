@@ -7,6 +7,10 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // RejectedListener is a socket that listens on a port of a workload's proxy and
@@ -30,15 +34,15 @@ type ProxyPorts struct {
 // RejectedListeners returns the ports of a workload's proxies without a listener,
 // and the sockets on their ports that are not registered. It takes no lock, and
 // walks the processes of the node once for each socket.
-func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list []RejectedListener, err error) {
+func (d *Datapath) RejectedListeners(key workload.AttachmentID) (ports ProxyPorts, list []RejectedListener, err error) {
 	fail := func(err error) (ProxyPorts, []RejectedListener, error) {
 		return ports, nil, fmt.Errorf("look at listeners of workload %s: %w", key, err)
 	}
-	r, err := d.paths.readRecord(key)
+	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return fail(err)
 	}
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return fail(err)
 	}
@@ -48,17 +52,17 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 		return fail(err)
 	}
 	defer ns.Close()
-	w := r.desired()
+	w := r.Desired()
 	ports.UID = w.ProxyUID
 	registered := make(map[uint64]bool)
-	for _, port := range w.ports() {
-		if port.outbound && w.Mode != ModeTransparent {
+	for _, port := range w.Ports() {
+		if port.Outbound && w.Mode != workload.ModeTransparent {
 			continue // the default, which nothing is redirected to
 		}
-		four, six := listenerRoles(port)
+		four, six := bpfmap.ListenerRoles(port)
 		before := len(registered)
-		for _, role := range []bpfListenerRole{four, six} {
-			slots, err := tables.registered(r.Cookie, role, port.port)
+		for _, role := range []bpfmap.BpfListenerRole{four, six} {
+			slots, err := tables.Registered(r.Cookie, role, port.Port)
 			if err != nil {
 				return fail(err)
 			}
@@ -67,27 +71,27 @@ func (d *Datapath) RejectedListeners(key AttachmentID) (ports ProxyPorts, list [
 			}
 		}
 		if len(registered) == before {
-			ports.Missing = append(ports.Missing, port.port)
+			ports.Missing = append(ports.Missing, port.Port)
 		}
 	}
-	sockets, err := ns.listening()
+	sockets, err := ns.Listening()
 	if err != nil {
 		return fail(err)
 	}
 	for _, s := range sockets {
-		if _, ok := w.portOf(s.port); !ok || registered[s.cookie] {
+		if _, ok := w.PortOf(s.Port); !ok || registered[s.Cookie] {
 			continue
 		}
 		_, roles := socketRoles(s, w)
-		rejected := RejectedListener{Address: netip.AddrPortFrom(s.addr, s.port), UID: s.uid, Usable: len(roles) > 0}
-		err := ns.eachOwner(s.inode, func(pid, _ int) (bool, error) {
-			rejected.PID, rejected.Command, rejected.Cgroup = pid, commandOf(pid), ""
-			if path, _, err := cgroupOfProcess(strconv.Itoa(pid)); err == nil {
+		rejected := RejectedListener{Address: netip.AddrPortFrom(s.Addr, s.Port), UID: s.Uid, Usable: len(roles) > 0}
+		err := ns.EachOwner(s.Inode, func(pid, _ int) (bool, error) {
+			rejected.PID, rejected.Command, rejected.Cgroup = pid, host.CommandOf(pid), ""
+			if path, _, err := host.CgroupOfProcess(strconv.Itoa(pid)); err == nil {
 				rejected.Cgroup = path
 			}
 			return true, nil
 		})
-		if err != nil && !errors.Is(err, errNoOwner) {
+		if err != nil && !errors.Is(err, host.ErrNoOwner) {
 			return fail(err)
 		}
 		list = append(list, rejected)

@@ -10,6 +10,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -26,21 +28,21 @@ func TestRejectedListenerSaysWhoseItIs(t *testing.T) {
 	remapped, task, proxy := a.sockets(remappedUID, a.proxyCg), a.sockets(taskUID, a.taskCg), a.sockets(proxyUID, a.proxyCg)
 	var want []Event
 	var listens []RejectedListener
-	expect := func(s *sockets, uid uint32, cgroup *test.Cgroup, address string, verdict Verdict) {
+	expect := func(s *sockets, uid uint32, cgroup *test.Cgroup, address string, verdict bpfmap.Verdict) {
 		at := netip.MustParseAddrPort(address)
 		want = append(want, Event{Cookie: a.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: at, Destination: at,
 			UID: uid, PID: uint32(s.PID), Cgroup: cgroup.ID, Command: command(t, s.PID)})
 		listens = append(listens, RejectedListener{Address: at, UID: uid, PID: s.PID, Command: command(t, s.PID),
-			Cgroup: cgroupPath(t, s.PID), Usable: verdict == RefusedListenerIdentity})
+			Cgroup: cgroupPath(t, s.PID), Usable: verdict == bpfmap.RefusedListenerIdentity})
 	}
 	remapped.mustListen("envoy", outboundListener)
-	expect(remapped, remappedUID, a.proxyCg, outboundListener, RefusedListenerIdentity)
+	expect(remapped, remappedUID, a.proxyCg, outboundListener, bpfmap.RefusedListenerIdentity)
 	remapped.mustListen("envoy", "0.0.0.0:20000")
-	expect(remapped, remappedUID, a.proxyCg, "0.0.0.0:20000", RefusedListenerIdentity)
+	expect(remapped, remappedUID, a.proxyCg, "0.0.0.0:20000", bpfmap.RefusedListenerIdentity)
 	proxy.mustListen("elsewhere", "127.0.0.2:15001")
-	expect(proxy, proxyUID, a.proxyCg, "127.0.0.2:15001", RefusedListenerAddress)
+	expect(proxy, proxyUID, a.proxyCg, "127.0.0.2:15001", bpfmap.RefusedListenerAddress)
 	task.mustListen("task", "[::1]:15001")
-	expect(task, taskUID, a.taskCg, "[::1]:15001", RefusedListenerIdentity)
+	expect(task, taskUID, a.taskCg, "[::1]:15001", bpfmap.RefusedListenerIdentity)
 	task.mustListen("task", "127.0.0.1:8080") // not the proxy's port: nobody's business
 
 	ports, list, err := n.RejectedListeners(a.key)
@@ -66,7 +68,7 @@ func TestRejectedListenerSaysWhoseItIs(t *testing.T) {
 	if _, err := beside.listen("beside", "127.0.0.1:20000", 0, reusePort()); err == nil {
 		t.Error("a socket under the proxy's UID in another cgroup binds the proxy's port")
 	}
-	expect(beside, proxyUID, a.taskCg, "127.0.0.1:20000", RefusedListenerIdentity)
+	expect(beside, proxyUID, a.taskCg, "127.0.0.1:20000", bpfmap.RefusedListenerIdentity)
 	if ports, list, err := n.RejectedListeners(a.key); err != nil || len(list) > 0 || len(ports.Missing) > 0 {
 		t.Errorf("rejected listeners of a proxy that listens = %+v, %+v, %v", ports, list, err)
 	}
@@ -80,7 +82,7 @@ func TestRejectedListenerSaysWhoseItIs(t *testing.T) {
 
 func cgroupPath(t *testing.T, pid int) string {
 	t.Helper()
-	path, _, err := cgroupOfProcess(strconv.Itoa(pid))
+	path, _, err := host.CgroupOfProcess(strconv.Itoa(pid))
 	if err != nil {
 		t.Fatal(err)
 	}

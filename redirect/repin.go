@@ -12,6 +12,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
 )
 
 // repin pins those tables again whose pin somebody removed. The programs in
@@ -19,16 +21,16 @@ import (
 // node without the table that tells its layout is one that is not loaded.
 func (d *Datapath) repin() (repairs []string, err error) {
 	var lost []string
-	for _, name := range mapNames() {
-		if _, err := os.Lstat(filepath.Join(d.paths.maps(), name)); errors.Is(err, fs.ErrNotExist) {
+	for _, name := range bpfmap.MapNames() {
+		if _, err := os.Lstat(filepath.Join(d.paths.Maps(), name)); errors.Is(err, fs.ErrNotExist) {
 			lost = append(lost, name)
 		}
 	}
 	if len(lost) == 0 || slices.Contains(lost, "control") {
 		return nil, nil
 	}
-	for _, name := range programNames() {
-		found, err := d.repinFrom(d.paths.link(name), lost)
+	for _, name := range program.ProgramNames() {
+		found, err := d.repinFrom(d.paths.Link(name), lost)
 		if err != nil {
 			return repairs, err
 		}
@@ -95,7 +97,7 @@ func (d *Datapath) repinMap(id ebpf.MapID, lost []string) (name string, err erro
 	if !slices.Contains(lost, info.Name) {
 		return "", nil
 	}
-	if err := table.Pin(filepath.Join(d.paths.maps(), info.Name)); err != nil {
+	if err := table.Pin(filepath.Join(d.paths.Maps(), info.Name)); err != nil {
 		return "", fmt.Errorf("pin map %s again: %w", info.Name, err)
 	}
 	return info.Name, nil

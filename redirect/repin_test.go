@@ -10,10 +10,11 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 func TestMapNamesAreThoseOfTheObject(t *testing.T) {
-	spec, err := loadBpf()
+	spec, err := bpfmap.LoadBpf()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -22,7 +23,7 @@ func TestMapNamesAreThoseOfTheObject(t *testing.T) {
 		want = append(want, name)
 	}
 	slices.Sort(want)
-	if diff := cmp.Diff(want, mapNames()); diff != "" {
+	if diff := cmp.Diff(want, bpfmap.MapNames()); diff != "" {
 		t.Errorf("names (-want +got):\n%s", diff)
 	}
 }
@@ -37,11 +38,11 @@ func TestRepairPutsBackPinsOfMaps(t *testing.T) {
 	a.works()
 	before := kernelObjects(t, n.Datapath)
 	rows := rowCounts(t, n.Datapath)
-	for _, name := range mapNames() {
+	for _, name := range bpfmap.MapNames() {
 		if name == "control" { // without it the node is not loaded
 			continue
 		}
-		if err := os.Remove(filepath.Join(n.paths.maps(), name)); err != nil {
+		if err := os.Remove(filepath.Join(n.paths.Maps(), name)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -5,6 +5,9 @@ package redirect
 import (
 	"encoding/json"
 	"fmt"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+
 	gomaps "maps"
 	"os"
 	"slices"
@@ -13,7 +16,6 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-
 	"github.com/weirmesh/weir/test"
 )
 
@@ -36,11 +38,11 @@ type measurement struct {
 // it prints each measurement as a line of JSON, for the table in docs/compatibility.md.
 func TestReport(t *testing.T) {
 	test.Need(t, test.Root, test.BPF)
-	node, err := loadBpf()
+	node, err := bpfmap.LoadBpf()
 	if err != nil {
 		t.Fatal(err)
 	}
-	lookup, err := loadLookup()
+	lookup, err := bpfmap.LoadLookup()
 	if err != nil {
 		t.Fatal(err)
 	}

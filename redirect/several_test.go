@@ -9,6 +9,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -38,21 +40,21 @@ func newSeveral(t *testing.T) *several {
 	return s
 }
 
-func (s *several) meshConfig() MeshConfig {
-	return MeshConfig{Service: "api", Proxies: []Sidecar{{
+func (s *several) meshConfig() workload.MeshConfig {
+	return workload.MeshConfig{Service: "api", Proxies: []workload.Sidecar{{
 		Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound,
 		ServicePorts: []uint16{secondService}, VirtualIPs: test.Addrs(secondVIP),
 	}}}
 }
 
 // turned is the same two proxies in the other order.
-func (s *several) turned() MeshConfig {
-	return MeshConfig{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound, Proxies: []Sidecar{{
+func (s *several) turned() workload.MeshConfig {
+	return workload.MeshConfig{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound, Proxies: []workload.Sidecar{{
 		Service: "api", InboundPort: inboundPort, OutboundPort: outboundPort,
 	}}}
 }
 
-func (s *several) set(meshConfig MeshConfig) {
+func (s *several) set(meshConfig workload.MeshConfig) {
 	s.node.t.Helper()
 	if err := s.node.SetMeshConfig(s.key, meshConfig); err != nil {
 		s.node.t.Fatal(err)
@@ -77,7 +79,7 @@ func (s *several) goesTo(addr string, proxy *test.ServerProcess) {
 			t.Errorf("dial %s: %+v, %v; want %q, which is told so", origin, answer, err, proxy.Name)
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{Redirected: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1})
 }
 
 // identities fails the test unless all proxies are told so.
@@ -120,7 +122,7 @@ func TestSeveralProxies(t *testing.T) {
 			t.Errorf("dial what a stopped proxy owns: %v, want connection refused", err)
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
 	s.goesTo(nobodysVIP, s.outbound)
 	s.secondCg = test.NewCgroup(t)
 	s.startSecond()
@@ -134,13 +136,13 @@ func TestSeveralProxiesIdentity(t *testing.T) {
 	s.startProxy()
 	// The second has not shown itself: it may be whoever has the UID.
 	s.identities(IdentityUID, s.proxyCg.ID, 0)
-	s.dials(proxyUID, s.secondCg, remote.Name, Proxy)
+	s.dials(proxyUID, s.secondCg, remote.Name, bpfmap.Proxy)
 	s.startSecond()
 	for range 2 {
-		s.dials(proxyUID, s.proxyCg, remote.Name, Proxy)
-		s.dials(proxyUID, s.secondCg, remote.Name, Proxy)
-		s.dials(proxyUID, s.taskCg, s.outbound.Name, Redirected)
-		s.dials(taskUID, s.taskCg, s.outbound.Name, Redirected)
+		s.dials(proxyUID, s.proxyCg, remote.Name, bpfmap.Proxy)
+		s.dials(proxyUID, s.secondCg, remote.Name, bpfmap.Proxy)
+		s.dials(proxyUID, s.taskCg, s.outbound.Name, bpfmap.Redirected)
+		s.dials(taskUID, s.taskCg, s.outbound.Name, bpfmap.Redirected)
 	}
 	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
 	// Neither a task nor the other proxy gets a part of a proxy's connections.
@@ -152,11 +154,11 @@ func TestSeveralProxiesIdentity(t *testing.T) {
 					t.Errorf("listen on %s beside the second proxy: %v, want address in use", addr, err)
 				}
 			})
-			verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+			verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerIdentity: 1})
 		}
 	}
 	// A task that shares the second proxy's cgroup makes its UID decide there.
-	s.dials(taskUID, s.secondCg, s.outbound.Name, Redirected)
+	s.dials(taskUID, s.secondCg, s.outbound.Name, bpfmap.Redirected)
 	if got := s.status().Sidecars[0].Identity; got != IdentityUID {
 		t.Errorf("a proxy that shares its cgroup is told by %q", got)
 	}
@@ -186,14 +188,14 @@ func TestSeveralProxiesChange(t *testing.T) {
 	if after := s.origins(t); after != before {
 		t.Errorf("%d origins are held, %d before anything changed", after, before)
 	}
-	s.dials(proxyUID, s.proxyCg, remote.Name, Proxy)
-	s.dials(proxyUID, s.taskCg, s.outbound2nd.Name, Redirected)
+	s.dials(proxyUID, s.proxyCg, remote.Name, bpfmap.Proxy)
+	s.dials(proxyUID, s.taskCg, s.outbound2nd.Name, bpfmap.Redirected)
 	// The one that goes leaves nothing, and comes back as one that is not known.
-	s.set(MeshConfig{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound})
+	s.set(workload.MeshConfig{Service: "web", InboundPort: secondInbound, OutboundPort: secondOutbound})
 	s.identities(IdentityCgroup, s.secondCg.ID)
 	s.goesTo(nobodysVIP, s.outbound2nd)
 	s.arrives(s.v4, inboundPort, s.inbound2nd.Name, true)
-	s.dials(proxyUID, s.proxyCg, s.outbound2nd.Name, Redirected)
+	s.dials(proxyUID, s.proxyCg, s.outbound2nd.Name, bpfmap.Redirected)
 	s.set(turned)
 	s.identities(IdentityCgroup, s.secondCg.ID, s.proxyCg.ID) // by its listeners, which are registered
 	s.goesTo(nobodysVIP, s.outbound)
@@ -246,7 +248,7 @@ func TestSeveralProxiesFamilies(t *testing.T) {
 			t.Errorf("dial by IPv4 what a proxy on IPv6 owns: %v, want network unreachable", err)
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{RefusedFamily: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedFamily: 1})
 	meshConfig := s.meshConfig()
 	meshConfig.Proxies[0].VirtualIPs = test.Addrs("fd00::2")
 	s.set(meshConfig)
@@ -260,14 +262,14 @@ func TestSeveralProxiesFamilies(t *testing.T) {
 func TestSeveralPlainProxies(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Mode = ModeDirect })
-	upstream := func(name, vip, listener string) Upstream {
-		return Upstream{Name: name, Addresses: test.Addrs(vip), Listener: netip.MustParseAddrPort(listener)}
+	a.add(func(r *workload.Request) { r.Mode = workload.ModeDirect })
+	upstream := func(name, vip, listener string) workload.Upstream {
+		return workload.Upstream{Name: name, Addresses: test.Addrs(vip), Listener: netip.MustParseAddrPort(listener)}
 	}
-	if err := n.SetMeshConfig(a.key, MeshConfig{
-		Guard: GuardEnforce, Service: "api", InboundPort: inboundPort,
-		Proxies:   []Sidecar{{Service: "web", InboundPort: secondInbound}},
-		Upstreams: []Upstream{upstream("db", "240.0.0.1", "127.0.0.1:9191"), upstream("cache", "240.0.0.2", "127.0.0.1:9292")},
+	if err := n.SetMeshConfig(a.key, workload.MeshConfig{
+		Guard: workload.GuardEnforce, Service: "api", InboundPort: inboundPort,
+		Proxies:   []workload.Sidecar{{Service: "web", InboundPort: secondInbound}},
+		Upstreams: []workload.Upstream{upstream("db", "240.0.0.1", "127.0.0.1:9191"), upstream("cache", "240.0.0.2", "127.0.0.1:9292")},
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +284,7 @@ func TestSeveralPlainProxies(t *testing.T) {
 			}
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{}) // a proxy's port is no exclusion
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{}) // a proxy's port is no exclusion
 	if _, err := test.Ask(n.remote, "tcp4", addrPort(a.v4, 8080)); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("the application from outside: %v, want connection refused", err)
 	}
@@ -295,9 +297,9 @@ func TestSeveralPlainProxies(t *testing.T) {
 	}
 	// Neither proxy's own connections are anybody's business.
 	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
-	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
-	a.dials(proxyUID, second, remote.Name, Proxy)
-	a.dials(proxyUID, a.taskCg, remote.Name, Direct)
+	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
+	a.dials(proxyUID, second, remote.Name, bpfmap.Proxy)
+	a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Direct)
 }
 
 // The listeners of a proxy that is gone from Consul close when another one sits
@@ -306,8 +308,8 @@ func TestSeveralProxiesSeatIsTakenOver(t *testing.T) {
 	s := newSeveral(t)
 	s.startProxy()
 	s.startSecond()
-	s.set(MeshConfig{})
-	s.set(MeshConfig{Service: "api", Proxies: []Sidecar{{Service: "db", InboundPort: 20003, OutboundPort: 15003}}})
+	s.set(workload.MeshConfig{})
+	s.set(workload.MeshConfig{Service: "api", Proxies: []workload.Sidecar{{Service: "db", InboundPort: 20003, OutboundPort: 15003}}})
 	third := test.NewCgroup(t)
 	s.serve(proxyUID, third, "tcp4", "127.0.0.1:15003")
 	s.serve(proxyUID, third, "tcp4", "0.0.0.0:20003")

@@ -12,9 +12,10 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // everyPort are all ports, as one range of a job.
@@ -33,9 +34,9 @@ func uids(count int) (list []uint32) {
 }
 
 // edit opens the node's tables for a test.
-func (n *node) edit(change func(tables *tables) error) {
+func (n *node) edit(change func(tables *bpfmap.Tables) error) {
 	n.t.Helper()
-	tables, err := openTables(n.paths.maps())
+	tables, err := bpfmap.OpenTables(n.paths.Maps())
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -49,8 +50,8 @@ func (n *node) edit(change func(tables *tables) error) {
 // indexes beside those that they do.
 func (n *node) others(held uint32) {
 	n.t.Helper()
-	n.edit(func(tables *tables) error {
-		return tables.put("index_totals", uint32(indexesFreed), -held, ebpf.UpdateAny)
+	n.edit(func(tables *bpfmap.Tables) error {
+		return tables.Put("index_totals", uint32(bpfmap.IndexesFreed), -held, ebpf.UpdateAny)
 	})
 }
 
@@ -59,17 +60,17 @@ func (n *node) others(held uint32) {
 func TestPortRangesLeaveRoom(t *testing.T) {
 	n := newNode(t)
 	for range 3 {
-		n.newAlloc().add(func(r *Request) { r.ExcludeInboundPorts, r.ExcludeOutboundPorts = everyPort(), everyPort() })
+		n.newAlloc().add(func(r *workload.Request) { r.ExcludeInboundPorts, r.ExcludeOutboundPorts = everyPort(), everyPort() })
 	}
 	if got := rowCounts(t, n.Datapath)["ports"]; got != 3*2*64 {
 		t.Errorf("%d rows for all ports of three workloads, want 64 for each direction", got)
 	}
 	b := n.newAlloc()
-	b.add(func(r *Request) { r.ExcludeOutboundPorts = []uint16{8080} })
+	b.add(func(r *workload.Request) { r.ExcludeOutboundPorts = []uint16{8080} })
 	test.Echo(t, n.remote, "tcp", "[::]:8080")
 	b.startProxy()
-	if moved := b.rose(func() { _, _ = b.ask("tcp4", addrPort(remote4(b.number), 8080)) }); moved[PortExcluded] != 1 {
-		t.Errorf("verdicts %v, want one %s", moved, PortExcluded)
+	if moved := b.rose(func() { _, _ = b.ask("tcp4", addrPort(remote4(b.number), 8080)) }); moved[bpfmap.PortExcluded] != 1 {
+		t.Errorf("verdicts %v, want one %s", moved, bpfmap.PortExcluded)
 	}
 	n.healthy()
 }
@@ -95,8 +96,8 @@ func TestFirstDestinationsFindRoom(t *testing.T) {
 			t.Errorf("refused: %v, want 9 of 10: there was room for one", refused)
 		}
 	})
-	if moved[RefusedShare] != 9 || moved[Redirected] != 1 {
-		t.Errorf("verdicts %v, want 9 %s", moved, RefusedShare)
+	if moved[bpfmap.RefusedShare] != 9 || moved[bpfmap.Redirected] != 1 {
+		t.Errorf("verdicts %v, want 9 %s", moved, bpfmap.RefusedShare)
 	}
 	// What it knows goes on.
 	if refused := greedy.knock(first, many); len(refused) > 0 {
@@ -107,8 +108,8 @@ func TestFirstDestinationsFindRoom(t *testing.T) {
 	late.add()
 	late.startProxy()
 	for _, a := range []*alloc{quiet, late} {
-		if refused := a.knock(netip.MustParseAddr("20.3.0.0"), originShare); len(refused) > 0 {
-			t.Errorf("allocation %d: of its first %d destinations are refused: %v", a.number, originShare, refused)
+		if refused := a.knock(netip.MustParseAddr("20.3.0.0"), bpfmap.OriginShare); len(refused) > 0 {
+			t.Errorf("allocation %d: of its first %d destinations are refused: %v", a.number, bpfmap.OriginShare, refused)
 		}
 		if refused := a.knock(netip.MustParseAddr("20.4.0.0"), 1); refused[unix.ENETUNREACH] != 1 {
 			t.Errorf("allocation %d: one more than its share: %v, want it refused", a.number, refused)
@@ -128,27 +129,27 @@ func TestFirstDestinationsFindRoom(t *testing.T) {
 func TestAddFindsRows(t *testing.T) {
 	n := newNode(t)
 	big := n.newAlloc()
-	big.add(func(r *Request) { r.ExcludeUIDs = uids(MaxRows) })
-	filler := Workload{OutboundPort: 1, ExcludeUIDs: uids(131072/8*7 - MaxRows)}
-	n.edit(func(tables *tables) error { return tables.writeRows(1<<60, filler, false) })
+	big.add(func(r *workload.Request) { r.ExcludeUIDs = uids(workload.MaxRows) })
+	filler := workload.Workload{OutboundPort: 1, ExcludeUIDs: uids(131072/8*7 - workload.MaxRows)}
+	n.edit(func(tables *bpfmap.Tables) error { return tables.WriteRows(1<<60, filler, false) })
 
 	refused := n.newAlloc()
 	request := refused.request()
-	request.ExcludeUIDs = uids(rowShare + 1)
+	request.ExcludeUIDs = uids(bpfmap.RowShare + 1)
 	err := n.Add(Attachment{Key: refused.key, NetNS: refused.Path, Request: request})
-	if !errors.Is(err, ErrFull) || !strings.Contains(fmt.Sprint(err), "write map exclusions: table is full: 114688 of its 131072 rows are taken; this workload asks for 65") {
+	if !errors.Is(err, workload.ErrFull) || !strings.Contains(fmt.Sprint(err), "write map exclusions: table is full: 114688 of its 131072 rows are taken; this workload asks for 65") {
 		t.Errorf("ADD of more than a share: %v", err)
 	}
 	small := n.newAlloc()
-	small.add(func(r *Request) { r.ExcludeUIDs = uids(rowShare) })
+	small.add(func(r *workload.Request) { r.ExcludeUIDs = uids(bpfmap.RowShare) })
 	small.startProxy()
 	small.works()
 	// What a workload has is its own.
-	if err := n.SetMeshConfig(big.key, MeshConfig{InboundPort: 20001}); err != nil {
+	if err := n.SetMeshConfig(big.key, workload.MeshConfig{InboundPort: 20001}); err != nil {
 		t.Errorf("change of a workload with many rows: %v", err)
 	}
 	n.ails("table exclusions is 87 % full")
-	n.edit(func(tables *tables) error { return tables.deleteWorkload(1<<60, &filler) })
+	n.edit(func(tables *bpfmap.Tables) error { return tables.DeleteWorkload(1<<60, &filler) })
 	if err := n.Add(Attachment{Key: refused.key, NetNS: refused.Path, Request: request}); err != nil {
 		t.Errorf("ADD where there is room again: %v", err)
 	}
@@ -158,28 +159,28 @@ func TestAddFindsRows(t *testing.T) {
 func TestAddOfTooManyRows(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	for name, edit := range map[string]func(*Request){
-		"excluded UIDs: table is full: these are 4097, a workload has at most 4096": func(r *Request) { r.ExcludeUIDs = uids(MaxRows + 1) },
-		"excluded CIDRs: table is full: these are 4097, a workload has at most 4096": func(r *Request) {
-			for i := range MaxRows + 1 {
+	for name, edit := range map[string]func(*workload.Request){
+		"excluded UIDs: table is full: these are 4097, a workload has at most 4096": func(r *workload.Request) { r.ExcludeUIDs = uids(workload.MaxRows + 1) },
+		"excluded CIDRs: table is full: these are 4097, a workload has at most 4096": func(r *workload.Request) {
+			for i := range workload.MaxRows + 1 {
 				r.ExcludeOutboundCIDRs = append(r.ExcludeOutboundCIDRs, netip.PrefixFrom(netip.AddrFrom4([4]byte{11, byte(i >> 8), byte(i)}), 32))
 			}
 		},
-		"addresses and virtual IPs: table is full: these are 4097, a workload has at most 4096": func(r *Request) {
-			for i := range MaxRows + 1 {
+		"addresses and virtual IPs: table is full: these are 4097, a workload has at most 4096": func(r *workload.Request) {
+			for i := range workload.MaxRows + 1 {
 				r.Addresses = append(r.Addresses, netip.AddrFrom4([4]byte{11, 1, byte(i >> 8), byte(i)}))
 			}
-			r.Addresses = r.Addresses[len(r.Addresses)-MaxRows-1:]
+			r.Addresses = r.Addresses[len(r.Addresses)-workload.MaxRows-1:]
 		},
 	} {
 		request := a.request()
 		edit(&request)
 		err := n.Add(Attachment{Key: a.key, NetNS: a.Path, Request: request})
-		if !errors.Is(err, ErrFull) || !strings.Contains(fmt.Sprint(err), name) {
+		if !errors.Is(err, workload.ErrFull) || !strings.Contains(fmt.Sprint(err), name) {
 			t.Errorf("ADD: %v, want %q", err, name)
 		}
 	}
-	a.add(func(r *Request) { r.ExcludeUIDs = uids(MaxRows) })
+	a.add(func(r *workload.Request) { r.ExcludeUIDs = uids(workload.MaxRows) })
 }
 
 // The DEL of a workload with very many destinations removes them all, lets
@@ -193,7 +194,7 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 			stays.knock(netip.MustParseAddr("20.9.0.0"), 7)
 			empty := rowCounts(t, n.Datapath)
 			a := n.newAlloc()
-			many := 5 * sliceRows
+			many := 5 * bpfmap.SliceRows
 			fill := func() {
 				t.Helper()
 				a.add()
@@ -209,8 +210,8 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 				if diff := cmp.Diff(empty, rowCounts(t, n.Datapath)); diff != "" {
 					t.Errorf("rows (-want +got):\n%s", diff)
 				}
-				n.edit(func(tables *tables) error {
-					if held, err := tables.heldByNode(); err != nil || held != 7 {
+				n.edit(func(tables *bpfmap.Tables) error {
+					if held, err := tables.HeldByNode(); err != nil || held != 7 {
 						t.Errorf("the node holds %d indexes, %v, want 7", held, err)
 					}
 					return nil
@@ -225,11 +226,11 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 
 			// A process that dies after the first slice; the namespace comes again before the rest went.
 			fill()
-			n.edit(func(tables *tables) error { return tables.deleteWorkload(a.Cookie(), nil) })
+			n.edit(func(tables *bpfmap.Tables) error { return tables.DeleteWorkload(a.Cookie(), nil) })
 			fill()
 			a.startProxy()
 			a.works()
-			n.edit(func(tables *tables) error { return tables.deleteWorkload(a.Cookie(), nil) })
+			n.edit(func(tables *bpfmap.Tables) error { return tables.DeleteWorkload(a.Cookie(), nil) })
 			if err := n.eraseDead(); err != nil {
 				t.Fatal(err)
 			}
@@ -245,12 +246,12 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 // while action was half way.
 func (n *node) lockedWhile(action func() error) (half map[uint32]bool) {
 	n.t.Helper()
-	tables, err := openTables(n.paths.maps())
+	tables, err := bpfmap.OpenTables(n.paths.Maps())
 	if err != nil {
 		n.t.Fatal(err)
 	}
 	defer tables.Close()
-	before, err := tables.heldByNode()
+	before, err := tables.HeldByNode()
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -260,7 +261,7 @@ func (n *node) lockedWhile(action func() error) (half map[uint32]bool) {
 		seen := make(map[uint32]bool)
 		for !end.Load() {
 			err := n.locked(func() error {
-				held, err := tables.heldByNode()
+				held, err := tables.HeldByNode()
 				seen[held] = true
 				return err
 			})
@@ -276,7 +277,7 @@ func (n *node) lockedWhile(action func() error) (half map[uint32]bool) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	after, err := tables.heldByNode()
+	after, err := tables.HeldByNode()
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -289,8 +290,8 @@ func (n *node) lockedWhile(action func() error) (half map[uint32]bool) {
 func TestCollectorGoesOn(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	many := 4 * sliceRows
-	a.add(func(r *Request) { r.Budget = uint32(many) })
+	many := 4 * bpfmap.SliceRows
+	a.add(func(r *workload.Request) { r.Budget = uint32(many) })
 	a.startProxy()
 	if refused := a.knock(netip.MustParseAddr("20.1.0.0"), many); len(refused) > 0 {
 		t.Fatalf("refused: %v", refused)
@@ -319,9 +320,9 @@ func TestCollectorGoesOn(t *testing.T) {
 	if len(between) < 1 {
 		t.Errorf("another got the lock in %d places half way, want it between the slices", len(between))
 	}
-	n.edit(func(tables *tables) error {
-		held, err := tables.held(cookie)
-		node, nodeErr := tables.heldByNode()
+	n.edit(func(tables *bpfmap.Tables) error {
+		held, err := tables.Held(cookie)
+		node, nodeErr := tables.HeldByNode()
 		if held != uint32(many/2) || node != held {
 			t.Errorf("the workload holds %d, the node %d, want %d", held, node, many/2)
 		}

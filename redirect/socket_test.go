@@ -9,16 +9,17 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // somewhere is a destination that only the proxy can serve.
 const somewhere = "192.0.2.77:8080"
 
 // moves fails the test unless action moves exactly these counters.
-func (a *alloc) moves(t *testing.T, want map[Verdict]uint64, action func()) {
+func (a *alloc) moves(t *testing.T, want map[bpfmap.Verdict]uint64, action func()) {
 	t.Helper()
 	if diff := cmp.Diff(want, a.rose(action)); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
@@ -29,7 +30,7 @@ func (a *alloc) moves(t *testing.T, want map[Verdict]uint64, action func()) {
 func (a *alloc) proxied(t *testing.T, p actor, s script, origin string, source netip.Addr) outcome {
 	t.Helper()
 	var last outcome
-	a.moves(t, map[Verdict]uint64{Redirected: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}, func() {
 		last = p.last(t, s)
 		a.answered(last.Answer, nil, netip.MustParseAddrPort(origin), source)
 	})
@@ -37,7 +38,7 @@ func (a *alloc) proxied(t *testing.T, p actor, s script, origin string, source n
 }
 
 // proxiedAlloc is an allocation under Weir with its proxy on IPv4.
-func proxiedAlloc(t *testing.T, change ...func(*Request)) *alloc {
+func proxiedAlloc(t *testing.T, change ...func(*workload.Request)) *alloc {
 	t.Helper()
 	a := newNode(t).newAlloc()
 	a.add(change...)
@@ -130,7 +131,7 @@ func TestSocketIOUring(t *testing.T) {
 		t.Run(how, func(t *testing.T) {
 			a.proxied(t, p, stream(unix.AF_INET).to(how, somewhere).ask(""), somewhere, a.v4)
 			a.proxied(t, p, stream(unix.AF_INET6).to(how, "[2001:db8::1]:443").ask(""), "[2001:db8::1]:443", a.v4)
-			a.moves(t, map[Verdict]uint64{RefusedEncoded: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1}, func() {
 				p.run(t, stream(unix.AF_INET).to(how, "127.128.0.1:80").fails(unix.ECONNREFUSED))
 			})
 		})
@@ -141,7 +142,7 @@ func TestSocketConnectsAgainAfterRefusal(t *testing.T) {
 	a := newNode(t).newAlloc()
 	a.add()
 	p := a.task(t)
-	a.moves(t, map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}, func() {
 		p.run(t, stream(unix.AF_INET).connect(somewhere).fails(unix.ECONNREFUSED))
 	})
 	a.startProxy()
@@ -152,7 +153,7 @@ func TestSocketConnectsAgainAfterRefusal(t *testing.T) {
 func TestSocketConnectsElsewhereAfterRefusal(t *testing.T) {
 	a := proxiedAlloc(t)
 	p := a.task(t)
-	a.moves(t, map[Verdict]uint64{RefusedEncoded: 1, Redirected: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedEncoded: 1, bpfmap.Redirected: 1}, func() {
 		got := p.last(t, stream(unix.AF_INET).connect("127.200.0.1:80").fails(unix.ECONNREFUSED).connect(somewhere).ask(""))
 		a.answered(got.Answer, nil, netip.MustParseAddrPort(somewhere), a.v4)
 	})
@@ -174,7 +175,7 @@ func TestSocketReconnectsAfterDisconnect(t *testing.T) {
 	local := a.serve(taskUID, a.taskCg, "tcp4", "127.0.0.1:9000")
 	p := a.task(t)
 	const second = "198.51.100.3:443"
-	a.moves(t, map[Verdict]uint64{Redirected: 2, Local: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 2, bpfmap.Local: 1}, func() {
 		got := p.run(t, stream(unix.AF_INET).connect(somewhere).ask("").
 			disconnect().connect(second).ask("").
 			disconnect().connect(local.Addr.String()).ask(""))
@@ -210,7 +211,7 @@ func TestSocketBoundToDevice(t *testing.T) {
 	p := a.task(t)
 	for _, device := range []string{"eth0", "lo"} {
 		t.Run(device, func(t *testing.T) {
-			a.moves(t, map[Verdict]uint64{RefusedDevice: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedDevice: 1}, func() {
 				p.run(t, stream(unix.AF_INET).device(device).connect(remote.Addr.String()).fails(unix.ENETUNREACH))
 			})
 		})

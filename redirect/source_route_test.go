@@ -11,9 +11,10 @@ import (
 	"slices"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 const pktOptions2292 = 6 // IPV6_2292PKTOPTIONS
@@ -97,15 +98,15 @@ func TestSourceRouteIsRefused(t *testing.T) {
 		for _, protocol := range []int{unix.IPPROTO_TCP, unix.IPPROTO_MPTCP} {
 			t.Run(fmt.Sprint(option.Args[:2], " protocol ", protocol), func(t *testing.T) {
 				before := script(nil).open(unix.AF_INET6, protocol).do(option).fails(unix.ENOPROTOOPT)
-				a.moves(t, map[Verdict]uint64{RefusedOption: 1, Redirected: 1}, func() {
+				a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedOption: 1, bpfmap.Redirected: 1}, func() {
 					got := p.last(t, before.connect(elsewhere6).ask(""))
 					a.answered(got.Answer, nil, netip.MustParseAddrPort(elsewhere6), a.v4)
 				})
-				a.moves(t, map[Verdict]uint64{RefusedOption: 1, Local: 1}, func() {
+				a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedOption: 1, bpfmap.Local: 1}, func() {
 					got := p.last(t, before.connect(addrPort(a.v6, 9000)).ask(""))
 					direct(t, got.Answer, app.Name, netip.AddrPortFrom(a.v6, 9000))
 				})
-				a.moves(t, map[Verdict]uint64{RefusedOption: 1, Redirected: 1}, func() {
+				a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedOption: 1, bpfmap.Redirected: 1}, func() {
 					after := script(nil).open(unix.AF_INET6, protocol).connect(elsewhere6).do(option).fails(unix.ENOPROTOOPT)
 					a.answered(p.last(t, after.ask("")).Answer, nil, netip.MustParseAddrPort(elsewhere6), a.v4)
 				})
@@ -113,7 +114,7 @@ func TestSourceRouteIsRefused(t *testing.T) {
 		}
 	}
 	t.Run("IPv4 socket", func(t *testing.T) {
-		a.moves(t, map[Verdict]uint64{RefusedOption: 1, Redirected: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedOption: 1, bpfmap.Redirected: 1}, func() {
 			s := stream(unix.AF_INET).setBytes(unix.SOL_IP, unix.IP_OPTIONS, looseRoute(remote4(1))).fails(unix.ENOPROTOOPT)
 			a.answered(p.last(t, s.connect(somewhere).ask("")).Answer, nil, netip.MustParseAddrPort(somewhere), a.v4)
 		})
@@ -127,12 +128,12 @@ func TestSourceRouteIsRefused(t *testing.T) {
 func TestOtherPacketOptionsStay(t *testing.T) {
 	a := proxiedAlloc(t)
 	p := a.task(t)
-	a.moves(t, map[Verdict]uint64{Redirected: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}, func() {
 		s := stream(unix.AF_INET).setBytes(unix.SOL_IP, unix.IP_OPTIONS, recordRoute()).
 			setBytes(unix.SOL_IP, unix.IP_OPTIONS, nil).connect(somewhere).ask("")
 		a.answered(p.last(t, s).Answer, nil, netip.MustParseAddrPort(somewhere), a.v4)
 	})
-	a.moves(t, map[Verdict]uint64{Redirected: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}, func() {
 		s := stream(unix.AF_INET6).setBytes(unix.SOL_IPV6, unix.IPV6_RTHDR, nil).
 			set(unix.SOL_IPV6, unix.IPV6_RECVRTHDR, 1).setBytes(unix.SOL_IPV6, pktOptions2292, nil).connect(elsewhere6).ask("")
 		a.answered(p.last(t, s).Answer, nil, netip.MustParseAddrPort(elsewhere6), a.v4)
@@ -142,18 +143,18 @@ func TestOtherPacketOptionsStay(t *testing.T) {
 // Excluded UIDs, and everybody outside of transparent mode, route as they like.
 func TestSourceRouteIsTheirs(t *testing.T) {
 	n := newNode(t)
-	for _, mode := range []Mode{ModeTransparent, ModeDirect, ModeGateway} {
+	for _, mode := range []workload.Mode{workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway} {
 		t.Run(string(mode), func(t *testing.T) {
 			a := n.newAlloc()
-			a.add(func(r *Request) {
+			a.add(func(r *workload.Request) {
 				r.Mode = mode
-				if mode == ModeTransparent {
+				if mode == workload.ModeTransparent {
 					r.ExcludeUIDs = []uint32{0}
 				}
 			})
 			p := a.actor(t, 0, a.taskCg)
 			for _, option := range possible(t, n.remote, sourceRoutes(remote4(a.number), remote6(a.number))) {
-				a.moves(t, map[Verdict]uint64{}, func() { p.run(t, stream(unix.AF_INET6).do(option)) })
+				a.moves(t, map[bpfmap.Verdict]uint64{}, func() { p.run(t, stream(unix.AF_INET6).do(option)) })
 			}
 		})
 	}
@@ -173,7 +174,7 @@ func TestSourceRouteOfBefore(t *testing.T) {
 			a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
 			far := segments(t, n.remote)
 			for _, addr := range slices.Concat([]string{elsewhere6, addrPort(a.v6, 9000), "[::1]:9000", "[::ffff:192.0.2.77]:80"}) {
-				a.moves(t, map[Verdict]uint64{RefusedOption: 1}, func() {
+				a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedOption: 1}, func() {
 					p.run(t, script(nil).to("connect", addr).fails(unix.ENETUNREACH))
 				})
 			}

@@ -9,9 +9,10 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // Addresses of an allocation's second network, and what lies behind it.
@@ -66,7 +67,7 @@ func (a *alloc) inside(change func() error) {
 func (a *alloc) routeVia(prefix netip.Prefix, gateway netip.Addr) {
 	a.node.t.Helper()
 	a.inside(func() error {
-		return netlink.RouteReplace(&netlink.Route{Dst: ipNet(prefix), Gw: gateway.AsSlice()})
+		return netlink.RouteReplace(&netlink.Route{Dst: host.IPNet(prefix), Gw: gateway.AsSlice()})
 	})
 }
 
@@ -107,7 +108,7 @@ func TestOwnAddressIsThatOfTheNetwork(t *testing.T) {
 	a.wantOwn("tcp6", remote6(1), a.v6)
 	a.wantOwn("tcp6", secondPeer6, second6)
 	for _, own := range []netip.Addr{second4, second6} {
-		if moved := a.rose(func() { _, _ = a.ask("tcp", addrPort(own, 1)) }); moved[Local] != 1 {
+		if moved := a.rose(func() { _, _ = a.ask("tcp", addrPort(own, 1)) }); moved[bpfmap.Local] != 1 {
 			t.Errorf("dialled %s of the second network: %v, want it local", own, moved)
 		}
 	}
@@ -134,7 +135,7 @@ func TestNetworkThatComesAndGoes(t *testing.T) {
 	a.wantOwn("tcp4", secondPeer4, second4)
 	a.wantOwn("tcp6", secondPeer6, second6)
 	a.wantOwn("tcp4", remote4(1), a.v4)
-	if moved := a.rose(func() { _, _ = a.ask("tcp4", addrPort(second4, 1)) }); moved[Local] != 1 {
+	if moved := a.rose(func() { _, _ = a.ask("tcp4", addrPort(second4, 1)) }); moved[bpfmap.Local] != 1 {
 		t.Errorf("dialled an own address that came after ADD: %v, want it local", moved)
 	}
 	a.routeVia(netip.PrefixFrom(remote4(1), 32), secondPeer4)
@@ -150,7 +151,7 @@ func TestNetworkThatComesAndGoes(t *testing.T) {
 	a.repaired("its addresses are")
 	a.wantOwn("tcp4", secondPeer4, a.v4)
 	a.wantOwn("tcp4", remote4(1), a.v4)
-	if moved := a.rose(func() { a.wantOwn("tcp4", second4, a.v4) }); moved[Redirected] != 1 {
+	if moved := a.rose(func() { a.wantOwn("tcp4", second4, a.v4) }); moved[bpfmap.Redirected] != 1 {
 		t.Errorf("dialled an address that is not own any more: %v, want it redirected", moved)
 	}
 	if err := n.Remove(a.key); err != nil {
@@ -188,9 +189,9 @@ func (a *alloc) replaceAddress(old, replacement netip.Prefix) {
 		if err != nil {
 			return err
 		}
-		if err := netlink.AddrDel(link, &netlink.Addr{IPNet: ipNet(old)}); err != nil {
+		if err := netlink.AddrDel(link, &netlink.Addr{IPNet: host.IPNet(old)}); err != nil {
 			return err
 		}
-		return netlink.AddrAdd(link, &netlink.Addr{IPNet: ipNet(replacement), Flags: unix.IFA_F_NODAD})
+		return netlink.AddrAdd(link, &netlink.Addr{IPNet: host.IPNet(replacement), Flags: unix.IFA_F_NODAD})
 	})
 }

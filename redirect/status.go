@@ -10,20 +10,28 @@ import (
 	"os"
 	"slices"
 	"strings"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Status is the state of the node's data path.
 type Status struct {
-	Loaded     bool       `json:"loaded"`
-	Current    bool       `json:"current"` // the node runs this binary's programs
-	Paths      Paths      `json:"paths"`
-	CgroupRoot string     `json:"cgroup_root"` // what the programs are attached to
-	Links      []string   `json:"links"`       // programs in force there
-	Maps       []MapInfo  `json:"maps"`
-	Barrier    ReaderWait `json:"barrier"` // the way in use, the weaker one where the kernel has no other
-	Workloads  int        `json:"workloads"`
-	Others     []Other    `json:"others,omitempty"` // programs of others on the same hooks
-	Problems   []Problem  `json:"problems"`
+	Loaded     bool              `json:"loaded"`
+	Current    bool              `json:"current"` // the node runs this binary's programs
+	Paths      store.Paths       `json:"paths"`
+	CgroupRoot string            `json:"cgroup_root"` // what the programs are attached to
+	Links      []string          `json:"links"`       // programs in force there
+	Maps       []bpfmap.MapInfo  `json:"maps"`
+	Barrier    bpfmap.ReaderWait `json:"barrier"` // the way in use, the weaker one where the kernel has no other
+	Workloads  int               `json:"workloads"`
+	Others     []Other           `json:"others,omitempty"` // programs of others on the same hooks
+	Problems   []health.Problem  `json:"problems"`
 }
 
 // Healthy reports whether nothing is wrong.
@@ -32,13 +40,13 @@ func (s Status) Healthy() bool { return s.Loaded && len(s.Problems) == 0 }
 // Probe reports whether an Add would find what it needs: the data path is
 // loaded and of a layout that this binary knows, or the kernel can load it.
 func (d *Datapath) Probe() error {
-	tables, err := openTables(d.paths.maps())
-	if errors.Is(err, ErrNotLoaded) {
-		root, err := d.paths.cgroupRoot()
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	if errors.Is(err, bpfmap.ErrNotLoaded) {
+		root, err := d.paths.OpenCgroupRoot()
 		if err != nil {
 			return err
 		}
-		return errors.Join(Probe(), root.Close())
+		return errors.Join(probe.Probe(), root.Close())
 	}
 	if err != nil {
 		return err
@@ -69,35 +77,35 @@ type ProxyStatus struct {
 
 // WorkloadStatus is the state of one workload.
 type WorkloadStatus struct {
-	Key   AttachmentID `json:"key"`
-	ID    string       `json:"id"` // allocation ID
-	Job   string       `json:"job"`
-	Group string       `json:"group"`
-	NomadNames
-	NetNS     string        `json:"netns"`
-	Cookie    uint64        `json:"cookie,string"`
-	Mode      Mode          `json:"mode"`
-	Guard     Guard         `json:"guard"`
-	Addresses []netip.Addr  `json:"addresses"`
-	Proxy     ProxyStatus   `json:"proxy"`              // the first one
-	Sidecars  []ProxyStatus `json:"sidecars,omitempty"` // the others
-	Origins   uint32        `json:"origins"`            // destination addresses held
-	Budget    uint32        `json:"budget"`             // ... of so many
-	Notes     []string      `json:"notes"`
-	Problems  []Problem     `json:"problems"`
+	Key   workload.AttachmentID `json:"key"`
+	ID    string                `json:"id"` // allocation ID
+	Job   string                `json:"job"`
+	Group string                `json:"group"`
+	workload.NomadNames
+	NetNS     string           `json:"netns"`
+	Cookie    uint64           `json:"cookie,string"`
+	Mode      workload.Mode    `json:"mode"`
+	Guard     workload.Guard   `json:"guard"`
+	Addresses []netip.Addr     `json:"addresses"`
+	Proxy     ProxyStatus      `json:"proxy"`              // the first one
+	Sidecars  []ProxyStatus    `json:"sidecars,omitempty"` // the others
+	Origins   uint32           `json:"origins"`            // destination addresses held
+	Budget    uint32           `json:"budget"`             // ... of so many
+	Notes     []string         `json:"notes"`
+	Problems  []health.Problem `json:"problems"`
 }
 
 // Workloads returns every workload on record, sorted by key, without the lock. A
 // record that cannot be read does not hide the others; it comes back in the error.
 func (d *Datapath) Workloads() ([]WorkloadStatus, error) {
 	return settled(d.paths, func() ([]WorkloadStatus, error) {
-		tables, err := openTablesToRead(d.paths.maps())
+		tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 		if err != nil {
 			return nil, err
 		}
 		defer tables.Close()
 		return d.workloads(tables)
-	}, func(list []WorkloadStatus) (wrong []Problem) {
+	}, func(list []WorkloadStatus) (wrong []health.Problem) {
 		for _, w := range list {
 			wrong = append(wrong, w.Problems...)
 		}
@@ -105,16 +113,16 @@ func (d *Datapath) Workloads() ([]WorkloadStatus, error) {
 	})
 }
 
-func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
-	records, unreadable := d.paths.readRecords()
-	if unreadable != nil && !errors.Is(unreadable, ErrUnreadable) {
+func (d *Datapath) workloads(tables *bpfmap.Tables) ([]WorkloadStatus, error) {
+	records, unreadable := d.paths.ReadRecords()
+	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
 		return nil, unreadable
 	}
 	list := make([]WorkloadStatus, 0, len(records))
 	for _, r := range records {
 		status, err := d.workload(tables, r)
 		if err != nil { // it says nothing of the others
-			status.Problems = append(status.Problems, NewProblem(ProblemStateUnreadable, "what is in force stays; see the error",
+			status.Problems = append(status.Problems, health.NewProblem(health.ProblemStateUnreadable, "what is in force stays; see the error",
 				fmt.Sprintf("it cannot be looked at: %v", err)).Of("workload "+status.Key.String(), status.ID))
 		}
 		list = append(list, status)
@@ -125,22 +133,22 @@ func (d *Datapath) workloads(tables *tables) ([]WorkloadStatus, error) {
 	return list, unreadable
 }
 
-func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
-	w := r.desired()
+func (d *Datapath) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadStatus, error) {
+	w := r.Desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
 		NomadNames: r.Request.Job.Names(r.Key), NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Addresses: w.Addresses,
-		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []Problem{},
+		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []health.Problem{},
 	}
 	if status.ID == "" {
 		status.ID = r.Key.ContainerID
 	}
-	problem := func(code ProblemCode, remedy, what string, args ...any) {
-		problem := NewProblem(code, remedy, fmt.Sprintf(what, args...))
+	problem := func(code health.ProblemCode, remedy, what string, args ...any) {
+		problem := health.NewProblem(code, remedy, fmt.Sprintf(what, args...))
 		status.Problems = append(status.Problems, problem.Of("workload "+r.Key.String(), status.ID))
 	}
 	var err error
-	if status.Origins, err = tables.held(r.Cookie); err != nil {
+	if status.Origins, err = tables.Held(r.Cookie); err != nil {
 		return status, err
 	}
 	proxies, shared, err := proxyStatus(tables, r.Cookie, w)
@@ -158,15 +166,15 @@ func (d *Datapath) workload(tables *tables, r *record) (WorkloadStatus, error) {
 }
 
 // inspect compares the kernel with the record.
-func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *WorkloadStatus, problem func(code ProblemCode, remedy, what string, args ...any)) error {
+func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
-	served, err := tables.served(r.Cookie, w)
+	served, err := tables.Served(r.Cookie, w)
 	if err != nil {
 		return err
 	}
 	ns, err := openNamespaceOf(r)
-	if errors.Is(err, ErrNetNSGone) {
-		problem(ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
+	if errors.Is(err, host.ErrNetNSGone) {
+		problem(health.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
 		return nil
 	}
 	if err != nil {
@@ -174,59 +182,61 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 	}
 	defer ns.Close()
 	if !r.Complete {
-		problem(ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
+		problem(health.ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
 	}
 	moved := *r
 	if changed, err := observeSources(&moved, ns); err != nil {
 		return err
 	} else if len(changed) > 0 {
-		problem(ProblemAddressesChanged, "run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
+		problem(health.ProblemAddressesChanged, "run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
 	}
-	written, err := tables.hasRows(r.Cookie, w, r.IPv6)
+	written, err := tables.HasRows(r.Cookie, w, r.IPv6)
 	if err != nil {
 		return err
 	}
 	if !written {
 		status.Proxy.Identity = IdentityNone
-		problem(ProblemRowsMissing, anew, "rows are missing: its connections are refused or pass untouched")
+		problem(health.ProblemRowsMissing, anew, "rows are missing: its connections are refused or pass untouched")
 	}
-	routed, err := ns.hasRoutes(w, r.IPv6)
+	routed, err := ns.HasRoutes(w, r.IPv6)
 	if err != nil {
 		return err
 	}
 	if !routed {
-		problem(ProblemRoutesMissing, anew, "routes to the proxy are missing: redirected connections do not arrive")
+		problem(health.ProblemRoutesMissing, anew, "routes to the proxy are missing: redirected connections do not arrive")
 	}
-	filtered, err := filtered(d.paths, ns, w)
+	filtered, err := program.Filtered(d.paths, ns, w)
 	if err != nil {
 		return err
 	}
 	if !filtered {
-		problem(ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
+		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
 	}
-	lookups, err := lookupsIn(tables, ns)
+	lookups, err := program.LookupsIn(tables, ns)
 	if err != nil {
 		return err
 	}
-	if lookups.own == 0 {
-		problem(ProblemLookupMissing, anew, "its lookup program is not attached: inbound connections pass the mesh")
-	} else if _, err := os.Lstat(d.paths.lookup(ns.cookie)); errors.Is(err, fs.ErrNotExist) {
-		problem(ProblemLookupMissing, anew, "its lookup program runs without a pin")
+	if lookups.Own == 0 {
+		problem(health.ProblemLookupMissing, anew, "its lookup program is not attached: inbound connections pass the mesh")
+	} else if _, err := os.Lstat(d.paths.Lookup(ns.Cookie)); errors.Is(err, fs.ErrNotExist) {
+		problem(health.ProblemLookupMissing, anew, "its lookup program runs without a pin")
 	}
-	if lookups.other != nil {
-		problem(ProblemOtherInstance, "end the allocation with the paths that it was started with, or unload that instance",
-			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.other.id)
+	if lookups.Other != nil {
+		problem(health.ProblemOtherInstance, "end the allocation with the paths that it was started with, or unload that instance",
+			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.Other.Id)
 	}
-	sockets, err := ns.listening()
+	sockets, err := ns.Listening()
 	if err != nil {
 		return err
 	}
 	for _, s := range sockets {
 		port, roles := socketRoles(s, w)
-		unserved := func(role bpfListenerRole) bool { return !served[listenerKey(r.Cookie, role, port.port, 0)] }
-		if s.uid == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
-			problem(ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
-				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.addr, s.port))
+		unserved := func(role bpfmap.BpfListenerRole) bool {
+			return !served[bpfmap.ListenerKey(r.Cookie, role, port.Port, 0)]
+		}
+		if s.Uid == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
+			problem(health.ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
+				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.Addr, s.Port))
 		}
 	}
 	return nil
@@ -234,11 +244,11 @@ func (d *Datapath) inspect(tables *tables, r *record, w Workload, status *Worklo
 
 // WorkloadVerdicts are the counters of one workload since it was added.
 type WorkloadVerdicts struct {
-	Key   AttachmentID `json:"key"`
-	ID    string       `json:"id"`
-	Job   string       `json:"job"`
-	Group string       `json:"group"`
-	NomadNames
+	Key   workload.AttachmentID `json:"key"`
+	ID    string                `json:"id"`
+	Job   string                `json:"job"`
+	Group string                `json:"group"`
+	workload.NomadNames
 	Cookie uint64            `json:"cookie,string"`
 	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out
 
@@ -248,14 +258,14 @@ type WorkloadVerdicts struct {
 // Verdicts returns the counters of every workload on record, beside an error
 // where one cannot be read.
 func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
-	tables, err := openTablesToRead(d.paths.maps())
+	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
-	records, unreadable := d.paths.readRecords()
+	records, unreadable := d.paths.ReadRecords()
 	for _, r := range records {
-		counts, lost, err := tables.verdicts(r.Cookie)
+		counts, lost, err := tables.Verdicts(r.Cookie)
 		if err != nil {
 			return nil, err
 		}
@@ -267,9 +277,9 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 
 // proxyStatus is what is known of each proxy, the first one first, and whether
 // one of them shares its cgroup with tasks.
-func proxyStatus(m *tables, cookie uint64, w Workload) (list []ProxyStatus, shared bool, err error) {
-	for i, p := range w.all() {
-		proxy, err := m.proxyState(cookie, w.proxyID(i))
+func proxyStatus(m *bpfmap.Tables, cookie uint64, w workload.Workload) (list []ProxyStatus, shared bool, err error) {
+	for i, p := range w.All() {
+		proxy, err := m.ProxyState(cookie, w.ProxyID(i))
 		if err != nil {
 			return nil, false, err
 		}
@@ -277,19 +287,19 @@ func proxyStatus(m *tables, cookie uint64, w Workload) (list []ProxyStatus, shar
 			Service: p.Service, UID: w.ProxyUID, Cgroup: proxy.Cgroup, Identity: IdentityUID, Inbound: p.InboundPort, Outbound: p.OutboundPort,
 		}
 		switch {
-		case proxy.Flags&bpfProxyFlagPROXY_SHARED != 0:
+		case proxy.Flags&bpfmap.BpfProxyFlagPROXY_SHARED != 0:
 			shared = true
 		case proxy.Cgroup != 0:
 			status.Identity = IdentityCgroup
 		}
 		sockets := make(map[uint64]bool)
-		for _, port := range w.ports() {
-			if port.proxyID != w.proxyID(i) {
+		for _, port := range w.Ports() {
+			if port.ProxyID != w.ProxyID(i) {
 				continue
 			}
-			four, six := listenerRoles(port)
-			for _, role := range []bpfListenerRole{four, six} {
-				slots, err := m.registered(cookie, role, port.port)
+			four, six := bpfmap.ListenerRoles(port)
+			for _, role := range []bpfmap.BpfListenerRole{four, six} {
+				slots, err := m.Registered(cookie, role, port.Port)
 				if err != nil {
 					return nil, false, err
 				}

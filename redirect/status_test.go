@@ -16,9 +16,13 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 func (n *node) healthy() {
@@ -30,7 +34,7 @@ func (n *node) healthy() {
 	if !status.Healthy() || !status.Current {
 		n.t.Errorf("status: %+v, want healthy", status)
 	}
-	if diff := cmp.Diff(programNames(), status.Links); diff != "" {
+	if diff := cmp.Diff(program.ProgramNames(), status.Links); diff != "" {
 		n.t.Errorf("links in force (-want +got):\n%s", diff)
 	}
 }
@@ -59,50 +63,50 @@ type damage struct {
 
 func damages() []damage {
 	list := []damage{
-		{"link unpinned", "weir_connect4 is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.link("weir_connect4")) }},
-		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.link("weir_getsockopt")) }},
-		{"lookup unpinned", "lookup program is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.lookup(a.Cookie())) }},
-		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.lookup(a.Cookie())) }},
-		{"IPv4 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, encodedPrefix4) }},
-		{"IPv6 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, encodedPrefix6) }},
+		{"link unpinned", "weir_connect4 is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.Link("weir_connect4")) }},
+		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.Link("weir_getsockopt")) }},
+		{"lookup unpinned", "lookup program is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.Lookup(a.Cookie())) }},
+		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.Lookup(a.Cookie())) }},
+		{"IPv4 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, workload.EncodedPrefix4) }},
+		{"IPv6 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, workload.EncodedPrefix6) }},
 	}
 	for _, name := range []string{"workloads", "budgets", "verdicts"} {
 		list = append(list, damage{"row in " + name, "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.delete(name, a.Cookie()) })
+			dropRow(t, a, func(tables *bpfmap.Tables, _ uint64) error { return tables.Delete(name, a.Cookie()) })
 		}})
 	}
 	list = append(list,
 		damage{"row in proxies", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, _ uint64) error { return tables.deleteProxies(a.Cookie(), 1) })
+			dropRow(t, a, func(tables *bpfmap.Tables, _ uint64) error { return tables.DeleteProxies(a.Cookie(), 1) })
 		}},
 		damage{"row in configs", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.delete("configs", bpfConfigKey{Cookie: a.Cookie(), Generation: generation})
+			dropRow(t, a, func(tables *bpfmap.Tables, generation uint64) error {
+				return tables.Delete("configs", bpfmap.BpfConfigKey{Cookie: a.Cookie(), Generation: generation})
 			})
 		}},
 		damage{"row in exclusions", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.delete("exclusions", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_UID, Value: 1500})
+			dropRow(t, a, func(tables *bpfmap.Tables, generation uint64) error {
+				return tables.Delete("exclusions", bpfmap.BpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfmap.BpfExclusionKindEXCLUSION_UID, Value: 1500})
 			})
 		}},
 		damage{"row in ports", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.delete("ports", bpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432 / portsPerRow})
+			dropRow(t, a, func(tables *bpfmap.Tables, generation uint64) error {
+				return tables.Delete("ports", bpfmap.BpfExclusionKey{Cookie: a.Cookie(), Generation: generation, Kind: bpfmap.BpfExclusionKindEXCLUSION_PORT_OUT, Value: 5432 / bpfmap.PortsPerRow})
 			})
 		}},
 		damage{"row in addresses", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.delete("addresses", bpfAddressKey{Cookie: a.Cookie(), Generation: generation, Addr: encodeAddr(a.v6)})
+			dropRow(t, a, func(tables *bpfmap.Tables, generation uint64) error {
+				return tables.Delete("addresses", bpfmap.BpfAddressKey{Cookie: a.Cookie(), Generation: generation, Addr: bpfmap.EncodeAddr(a.v6)})
 			})
 		}},
 		damage{"row in cidrs", "rows are missing", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, generation uint64) error {
-				return tables.delete("cidrs", encodeCIDR(netip.MustParsePrefix("172.16.0.0/12"), a.Cookie(), generation))
+			dropRow(t, a, func(tables *bpfmap.Tables, generation uint64) error {
+				return tables.Delete("cidrs", bpfmap.EncodeCIDR(netip.MustParsePrefix("172.16.0.0/12"), a.Cookie(), generation))
 			})
 		}},
 		damage{"row in listeners", "is not registered", func(t *testing.T, a *alloc) {
-			dropRow(t, a, func(tables *tables, _ uint64) error {
-				return tables.delete("listeners", bpfListenerKey{Cookie: a.Cookie(), Role: bpfListenerRoleLISTENER_OUTBOUND4, Port: outboundPort})
+			dropRow(t, a, func(tables *bpfmap.Tables, _ uint64) error {
+				return tables.Delete("listeners", bpfmap.BpfListenerKey{Cookie: a.Cookie(), Role: bpfmap.BpfListenerRoleLISTENER_OUTBOUND4, Port: outboundPort})
 			})
 		}},
 	)
@@ -130,7 +134,7 @@ func detach(t *testing.T, pin string) {
 
 func removeRoute(t *testing.T, a *alloc, prefix netip.Prefix) {
 	t.Helper()
-	route := &netlink.Route{LinkIndex: 1, Dst: ipNet(prefix), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL}
+	route := &netlink.Route{LinkIndex: 1, Dst: host.IPNet(prefix), Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL}
 	if prefix.Addr().Is4() {
 		route.Scope = netlink.SCOPE_HOST
 	}
@@ -141,14 +145,14 @@ func removeRoute(t *testing.T, a *alloc, prefix netip.Prefix) {
 	})
 }
 
-func dropRow(t *testing.T, a *alloc, drop func(tables *tables, generation uint64) error) {
+func dropRow(t *testing.T, a *alloc, drop func(tables *bpfmap.Tables, generation uint64) error) {
 	t.Helper()
-	tables, err := openTables(a.node.paths.maps())
+	tables, err := bpfmap.OpenTables(a.node.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tables.Close()
-	generation, err := tables.generation(a.Cookie())
+	generation, err := tables.Generation(a.Cookie())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -161,7 +165,7 @@ func dropRow(t *testing.T, a *alloc, drop func(tables *tables, generation uint64
 func TestStatusNamesDamage(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) {
+	a.add(func(r *workload.Request) {
 		r.ExcludeOutboundPorts = []uint16{5432}
 		r.ExcludeUIDs = []uint32{1500}
 		r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("172.16.0.0/12")}
@@ -216,7 +220,7 @@ func TestStatusOfALostRecord(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	remove(t, n.paths.record(a.key))
+	remove(t, n.paths.Record(a.key))
 	n.ails("its record is gone")
 }
 
@@ -228,7 +232,7 @@ func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 	t.Run("workload", func(t *testing.T) {
 		a := (&node{Datapath: d, t: t, remote: test.NewNetNS(t)}).newAlloc()
 		a.add()
-		remove(t, d.paths.record(a.key))
+		remove(t, d.paths.Record(a.key))
 	})
 	test.Eventually(t, func() error {
 		status, err := n.Status()
@@ -240,7 +244,7 @@ func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 	if _, err := d.PruneDead(); err != nil {
 		t.Fatal(err)
 	}
-	if left, err := os.ReadDir(d.paths.lookups()); err != nil || len(left) > 0 {
+	if left, err := os.ReadDir(d.paths.Lookups()); err != nil || len(left) > 0 {
 		t.Errorf("lookup programs after a prune: %v, %v: want none", left, err)
 	}
 }
@@ -259,9 +263,9 @@ func TestStatusOfAnMPTCPListener(t *testing.T) {
 func TestWorkloadsJSON(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
-	a.add(func(r *Request) { r.Notes = []string{"a remark"} })
+	a.add(func(r *workload.Request) { r.Notes = []string{"a remark"} })
 	a.startProxy()
-	remove(t, n.paths.lookup(a.Cookie()))
+	remove(t, n.paths.Lookup(a.Cookie()))
 	list, err := n.Workloads()
 	if err != nil {
 		t.Fatal(err)
@@ -273,8 +277,8 @@ func TestWorkloadsJSON(t *testing.T) {
 	var rows []struct {
 		ID, Job, Group, NetNS, Cookie, Mode, Guard string
 		Addresses, Notes                           []string
-		Problems                                   []Problem
-		NomadNames
+		Problems                                   []health.Problem
+		workload.NomadNames
 		Proxy struct {
 			UID, Cgroup, Inbound, Outbound uint64
 			Identity                       string
@@ -299,7 +303,7 @@ func TestWorkloadsJSON(t *testing.T) {
 		p.Identity != "cgroup" || p.Listeners != 2 {
 		t.Errorf("proxy: %+v", p)
 	}
-	if p := row.Problems; len(p) != 1 || p[0].Code != "lookup-missing" || p[0].Severity != SeverityError || p[0].AllocID != row.ID ||
+	if p := row.Problems; len(p) != 1 || p[0].Code != "lookup-missing" || p[0].Severity != health.SeverityError || p[0].AllocID != row.ID ||
 		p[0].Subject != "workload "+a.key.String() || !strings.Contains(p[0].What, "lookup program is not attached") || !strings.Contains(p[0].Remedy, "CNI CHECK") {
 		t.Errorf("problems: %q, want one with its code, its allocation and its remedy", row.Problems)
 	}

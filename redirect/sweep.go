@@ -11,16 +11,20 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Record is what the node's record says of a workload: who asked for what. What
 // the kernel makes of it is in WorkloadStatus.
 type Record struct {
-	Key        AttachmentID
+	Key        workload.AttachmentID
 	NetNS      string
 	Cookie     uint64
-	Request    Request
-	MeshConfig MeshConfig
+	Request    workload.Request
+	MeshConfig workload.MeshConfig
 	Complete   bool // its last ADD, CHECK or change did not stop half way
 }
 
@@ -28,7 +32,7 @@ type Record struct {
 // kernel and without the lock: a record is replaced in one step. One that
 // cannot be read does not hide the others; it comes back in the error.
 func (d *Datapath) Records() (list []Record, err error) {
-	records, err := d.paths.readRecords()
+	records, err := d.paths.ReadRecords()
 	for _, r := range records {
 		list = append(list, Record{
 			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.Complete,
@@ -56,15 +60,15 @@ func (d *Datapath) Repair() (repairs []string, err error) {
 
 // PruneDead removes what belongs to namespaces that died, whatever network they
 // were in, and returns the workloads that it took off the record.
-func (d *Datapath) PruneDead() (removed []AttachmentID, err error) {
+func (d *Datapath) PruneDead() (removed []workload.AttachmentID, err error) {
 	err = d.locked(func() error {
-		before, err := d.paths.readRecords()
-		if err != nil && !errors.Is(err, ErrUnreadable) {
+		before, err := d.paths.ReadRecords()
+		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
 		pruned := d.pruneDead()
 		for _, r := range before {
-			if _, gone := os.Lstat(d.paths.record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
+			if _, gone := os.Lstat(d.paths.Record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
 				removed = append(removed, r.Key)
 			}
 		}
@@ -75,10 +79,10 @@ func (d *Datapath) PruneDead() (removed []AttachmentID, err error) {
 
 // LookupsMissing returns the workloads on record whose lookup program is not pinned
 // any more. It looks at nothing else, and is for when that directory changed.
-func (d *Datapath) LookupsMissing() (keys []AttachmentID, err error) {
+func (d *Datapath) LookupsMissing() (keys []workload.AttachmentID, err error) {
 	known, err := d.Records()
 	for _, k := range known {
-		if _, missing := os.Lstat(d.paths.lookup(k.Cookie)); errors.Is(missing, fs.ErrNotExist) {
+		if _, missing := os.Lstat(d.paths.Lookup(k.Cookie)); errors.Is(missing, fs.ErrNotExist) {
 			keys = append(keys, k.Key)
 		}
 	}
@@ -88,12 +92,12 @@ func (d *Datapath) LookupsMissing() (keys []AttachmentID, err error) {
 // LookupAttached reports whether the lookup program of a namespace, which its cookie
 // names, is pinned and in force: two system calls, without the lock.
 func (d *Datapath) LookupAttached(cookie uint64) bool {
-	pinned, err := link.LoadPinnedLink(d.paths.lookup(cookie), nil)
+	pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)
 	if err != nil {
 		return false
 	}
 	defer pinned.Close()
-	return lookupInode(pinned) != 0
+	return program.LookupInode(pinned) != 0
 }
 
 // eraseDead removes what erase left of workloads that are not under Weir any
@@ -101,8 +105,8 @@ func (d *Datapath) LookupAttached(cookie uint64) bool {
 // the DEL of a workload with very many destinations. A process that dies half way
 // leaves the rest to the next one.
 func (d *Datapath) eraseDead() error {
-	tables, err := openTables(d.paths.maps())
-	if errors.Is(err, ErrNotLoaded) || errors.Is(err, ErrIncompatible) {
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	if errors.Is(err, bpfmap.ErrNotLoaded) || errors.Is(err, bpfmap.ErrIncompatible) {
 		return nil
 	}
 	if err != nil {
@@ -110,11 +114,11 @@ func (d *Datapath) eraseDead() error {
 	}
 	defer tables.Close()
 	dead := make(map[uint64]bool)
-	err = walk(tables, "budgets", func(cookie uint64, _ bpfBudget) error { dead[cookie] = true; return nil })
+	err = bpfmap.Walk(tables, "budgets", func(cookie uint64, _ bpfmap.BpfBudget) error { dead[cookie] = true; return nil })
 	if err != nil {
 		return err
 	}
-	err = walk(tables, "workloads", func(cookie uint64, _ bpfWorkload) error { delete(dead, cookie); return nil })
+	err = bpfmap.Walk(tables, "workloads", func(cookie uint64, _ bpfmap.BpfWorkload) error { delete(dead, cookie); return nil })
 	if err != nil {
 		return err
 	}
@@ -124,7 +128,7 @@ func (d *Datapath) eraseDead() error {
 	// A namespace that was added again goes on with what is left.
 	spare := func() error {
 		for cookie := range dead {
-			generation, err := tables.generation(cookie)
+			generation, err := tables.Generation(cookie)
 			if err != nil {
 				return err
 			}
@@ -134,21 +138,21 @@ func (d *Datapath) eraseDead() error {
 		}
 		return nil
 	}
-	cursor := batchCursor[bpfIndexKey, bpfAddr]{size: sliceRows}
+	cursor := bpfmap.BatchCursor[bpfmap.BpfIndexKey, bpfmap.BpfAddr]{Size: bpfmap.SliceRows}
 	err = d.inSlices(func() (more bool, err error) {
 		if err := spare(); err != nil {
 			return false, err
 		}
-		origins, indexes := make(map[uint64][]bpfOriginKey), make(map[uint64][]bpfIndexKey)
-		more, err = cursor.next(tables, "indexes", func(key bpfIndexKey, addr bpfAddr) error {
+		origins, indexes := make(map[uint64][]bpfmap.BpfOriginKey), make(map[uint64][]bpfmap.BpfIndexKey)
+		more, err = cursor.Next(tables, "indexes", func(key bpfmap.BpfIndexKey, addr bpfmap.BpfAddr) error {
 			if dead[key.Cookie] {
-				origins[key.Cookie] = append(origins[key.Cookie], bpfOriginKey{Cookie: key.Cookie, Addr: addr})
+				origins[key.Cookie] = append(origins[key.Cookie], bpfmap.BpfOriginKey{Cookie: key.Cookie, Addr: addr})
 				indexes[key.Cookie] = append(indexes[key.Cookie], key)
 			}
 			return nil
 		})
 		for cookie := range indexes {
-			err = errors.Join(err, tables.dropOrigins(cookie, origins[cookie], indexes[cookie]))
+			err = errors.Join(err, tables.DropOrigins(cookie, origins[cookie], indexes[cookie]))
 		}
 		return more && len(dead) > 0, err
 	})
@@ -158,7 +162,7 @@ func (d *Datapath) eraseDead() error {
 	return d.locked(func() error {
 		err := spare()
 		for cookie := range dead {
-			err = errors.Join(err, tables.eraseBudget(cookie))
+			err = errors.Join(err, tables.EraseBudget(cookie))
 		}
 		return err
 	})

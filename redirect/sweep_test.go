@@ -10,7 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -18,7 +18,7 @@ func TestKnownIsWhatWasAskedFor(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	meshConfig := MeshConfig{ExcludeInboundPorts: []uint16{8081}, Guard: GuardAudit}
+	meshConfig := workload.MeshConfig{ExcludeInboundPorts: []uint16{8081}, Guard: workload.GuardAudit}
 	if err := n.SetMeshConfig(a.key, meshConfig); err != nil {
 		t.Fatal(err)
 	}
@@ -30,7 +30,7 @@ func TestKnownIsWhatWasAskedFor(t *testing.T) {
 	if got.Key != a.key || got.NetNS != a.Path || got.Cookie != a.Cookie() || !got.Complete {
 		t.Errorf("known = %+v", got)
 	}
-	if !Merge(got.Request, got.MeshConfig).Equal(Merge(a.request(), meshConfig)) {
+	if !workload.Merge(got.Request, got.MeshConfig).Equal(workload.Merge(a.request(), meshConfig)) {
 		t.Errorf("request and mesh configuration = %+v, %+v", got.Request, got.MeshConfig)
 	}
 }
@@ -40,7 +40,7 @@ func TestRepairPutsBackALinkAndSaysSo(t *testing.T) {
 	if repairs, err := n.Repair(); err != nil || len(repairs) > 0 {
 		t.Fatalf("repair of what is whole = %q, %v; want nothing", repairs, err)
 	}
-	if err := os.Remove(n.paths.link("weir_connect4")); err != nil {
+	if err := os.Remove(n.paths.Link("weir_connect4")); err != nil {
 		t.Fatal(err)
 	}
 	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []string{"attached weir_connect4"}) {
@@ -59,11 +59,11 @@ func TestUnhookedNamesWhoseProgramIsNotPinned(t *testing.T) {
 	if keys, err := n.LookupsMissing(); err != nil || len(keys) > 0 {
 		t.Fatalf("unhooked = %v, %v; want none", keys, err)
 	}
-	if err := os.Remove(n.paths.lookup(b.Cookie())); err != nil {
+	if err := os.Remove(n.paths.Lookup(b.Cookie())); err != nil {
 		t.Fatal(err)
 	}
 	keys, err := n.LookupsMissing()
-	if diff := cmp.Diff([]AttachmentID{b.key}, keys); err != nil || diff != "" {
+	if diff := cmp.Diff([]workload.AttachmentID{b.key}, keys); err != nil || diff != "" {
 		t.Errorf("unhooked, %v (-want +got):\n%s", err, diff)
 	}
 }
@@ -71,8 +71,8 @@ func TestUnhookedNamesWhoseProgramIsNotPinned(t *testing.T) {
 func TestPruneForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
 	n := newNode(t)
 	a, b := n.newAlloc(), n.newAlloc()
-	a.add(func(r *Request) { r.Network = "one" })
-	b.add(func(r *Request) { r.Network = "other" })
+	a.add(func(r *workload.Request) { r.Network = "one" })
+	b.add(func(r *workload.Request) { r.Network = "other" })
 	if removed, err := n.PruneDead(); err != nil || len(removed) > 0 {
 		t.Fatalf("prune among the living = %v, %v; want nothing", removed, err)
 	}
@@ -97,7 +97,7 @@ func TestPruneForgetsADeadNamespaceOfAnyNetwork(t *testing.T) {
 	a.End()
 	test.Eventually(t, func() error {
 		removed, err := n.PruneDead()
-		if diff := cmp.Diff([]AttachmentID{a.key}, removed); err != nil || diff != "" {
+		if diff := cmp.Diff([]workload.AttachmentID{a.key}, removed); err != nil || diff != "" {
 			return fmt.Errorf("prune, %w (-want +got):\n%s", err, diff)
 		}
 		return nil

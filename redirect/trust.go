@@ -8,6 +8,10 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
 
@@ -16,11 +20,11 @@ import (
 // listening: whoever is first under the proxy's UID is taken for it, as without
 // SetProxyCgroup, and a proxy that listens stays who it is. service is whose sidecar the
 // proxy is; a workload with one proxy needs none.
-func (d *Datapath) SetProxyCgroup(key AttachmentID, service string, cgroup uint64) error {
-	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
-		w, i := r.desired(), 0
+func (d *Datapath) SetProxyCgroup(key workload.AttachmentID, service string, cgroup uint64) error {
+	err := d.onRecord(key, func(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) error {
+		w, i := r.Desired(), 0
 		if len(w.Proxies) > 0 {
-			i = slices.IndexFunc(w.all(), func(p Sidecar) bool { return p.Service == service })
+			i = slices.IndexFunc(w.All(), func(p workload.Sidecar) bool { return p.Service == service })
 		}
 		if i < 0 {
 			return nil
@@ -30,7 +34,7 @@ func (d *Datapath) SetProxyCgroup(key AttachmentID, service string, cgroup uint6
 				return err
 			}
 		}
-		return trustProxy(tables, d.paths, ns, w, w.proxyID(i), cgroup)
+		return trustProxy(tables, d.paths, ns, w, w.ProxyID(i), cgroup)
 	})
 	if err != nil {
 		return fmt.Errorf("trust cgroup %d of workload %s: %w", cgroup, key, err)
@@ -38,28 +42,28 @@ func (d *Datapath) SetProxyCgroup(key AttachmentID, service string, cgroup uint6
 	return nil
 }
 
-func trustProxy(t *tables, paths Paths, ns *namespace, w Workload, proxyID uint8, cgroup uint64) error {
-	proxy, err := t.proxyState(ns.cookie, proxyID)
-	vouched := proxy.Cgroup == cgroup && proxy.Flags&bpfProxyFlagPROXY_TAKEN == 0
+func trustProxy(t *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, proxyID uint8, cgroup uint64) error {
+	proxy, err := t.ProxyState(ns.Cookie, proxyID)
+	vouched := proxy.Cgroup == cgroup && proxy.Flags&bpfmap.BpfProxyFlagPROXY_TAKEN == 0
 	if err != nil || vouched || proxy.Listeners > 0 {
 		return err
 	}
-	registered, err := t.listenersOf(ns.cookie, proxyID, w)
+	registered, err := t.ListenersOf(ns.Cookie, proxyID, w)
 	if err != nil || len(registered) > 0 {
 		return err
 	}
-	proxy.Cgroup, proxy.Flags = cgroup, proxy.Flags&^(bpfProxyFlagPROXY_SHARED|bpfProxyFlagPROXY_PINNED|bpfProxyFlagPROXY_TAKEN)
+	proxy.Cgroup, proxy.Flags = cgroup, proxy.Flags&^(bpfmap.BpfProxyFlagPROXY_SHARED|bpfmap.BpfProxyFlagPROXY_PINNED|bpfmap.BpfProxyFlagPROXY_TAKEN)
 	for range 8 {
-		if err := t.put("proxies", proxyKey(ns.cookie, proxyID), proxy, ebpf.UpdateAny); err != nil {
+		if err := t.Put("proxies", bpfmap.ProxyKey(ns.Cookie, proxyID), proxy, ebpf.UpdateAny); err != nil {
 			return err
 		}
 		// A listener that opens meanwhile is counted in the row that was replaced:
 		// once none can be under way any more, those that are missing are told.
-		waitForReaders()
-		if proxy, err = t.proxyState(ns.cookie, proxyID); err != nil {
+		bpfmap.WaitForReaders()
+		if proxy, err = t.ProxyState(ns.Cookie, proxyID); err != nil {
 			return err
 		}
-		registered, err := t.listenersOf(ns.cookie, proxyID, w)
+		registered, err := t.ListenersOf(ns.Cookie, proxyID, w)
 		if err != nil || len(registered) <= int(proxy.Listeners) {
 			return err
 		}
@@ -78,17 +82,17 @@ func trustProxy(t *tables, paths Paths, ns *namespace, w Workload, proxyID uint8
 
 // cgroupOf is that of a process that holds one of the listeners, by cookie; 0 if
 // all have closed.
-func cgroupOf(ns *namespace, listeners map[uint64]bpfProxyFlag, paths Paths) (uint64, error) {
-	sockets, err := ns.listening()
+func cgroupOf(ns *host.Namespace, listeners map[uint64]bpfmap.BpfProxyFlag, paths store.Paths) (uint64, error) {
+	sockets, err := ns.Listening()
 	if err != nil {
 		return 0, err
 	}
 	for _, socket := range sockets {
-		if _, wanted := listeners[socket.cookie]; !wanted {
+		if _, wanted := listeners[socket.Cookie]; !wanted {
 			continue
 		}
-		fd, cgroup, err := ns.copySocket(socket.inode, paths.CgroupRoot)
-		if errors.Is(err, errNoOwner) {
+		fd, cgroup, err := ns.CopySocket(socket.Inode, paths.CgroupRoot)
+		if errors.Is(err, host.ErrNoOwner) {
 			continue
 		}
 		if err == nil {
@@ -108,25 +112,25 @@ type ObservedProxy struct {
 // ObservedProxies returns those of the proxies of these namespaces, by cookie. A few
 // map reads each, without the lock.
 func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy, error) {
-	tables, err := openTablesToRead(d.paths.maps())
+	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	if err != nil {
 		return nil, err
 	}
 	defer tables.Close()
 	found := make(map[uint64][]ObservedProxy)
 	for _, cookie := range cookies {
-		generation, err := tables.generation(cookie)
+		generation, err := tables.Generation(cookie)
 		if err != nil {
 			return nil, err
 		}
-		var config bpfConfig
-		if _, err := tables.get("configs", bpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil {
+		var config bpfmap.BpfConfig
+		if _, err := tables.Get("configs", bpfmap.BpfConfigKey{Cookie: cookie, Generation: generation}, &config); err != nil {
 			return nil, err
 		}
-		err = eachProxyID(cookie, config.Seats, func(key bpfProxyKey) error {
-			proxy, err := tables.proxyState(cookie, uint8(key.Seat))
+		err = bpfmap.EachProxyID(cookie, config.Seats, func(key bpfmap.BpfProxyKey) error {
+			proxy, err := tables.ProxyState(cookie, uint8(key.Seat))
 			found[cookie] = append(found[cookie], ObservedProxy{
-				Cgroup: proxy.Cgroup, Listens: proxy.Listeners > 0 || proxy.Flags&bpfProxyFlagPROXY_PINNED != 0,
+				Cgroup: proxy.Cgroup, Listens: proxy.Listeners > 0 || proxy.Flags&bpfmap.BpfProxyFlagPROXY_PINNED != 0,
 			})
 			return err
 		})
@@ -139,9 +143,9 @@ func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy
 
 // onRecord runs action on a workload that is on record, while nobody else changes
 // the state.
-func (d *Datapath) onRecord(key AttachmentID, action func(*tables, *record, *namespace) error) error {
+func (d *Datapath) onRecord(key workload.AttachmentID, action func(*bpfmap.Tables, *store.Record, *host.Namespace) error) error {
 	return d.locked(func() error {
-		r, err := d.paths.readRecord(key)
+		r, err := d.paths.ReadRecord(key)
 		if err != nil {
 			return err
 		}
@@ -150,7 +154,7 @@ func (d *Datapath) onRecord(key AttachmentID, action func(*tables, *record, *nam
 			return err
 		}
 		defer ns.Close()
-		tables, err := openTables(d.paths.maps())
+		tables, err := bpfmap.OpenTables(d.paths.Maps())
 		if err != nil {
 			return err
 		}
@@ -163,29 +167,29 @@ func (d *Datapath) onRecord(key AttachmentID, action func(*tables, *record, *nam
 // the proxy's, for as long as the workload is under Weir, and learns the proxy
 // anew from the listeners of others. Where there are none yet, connections are
 // refused until the proxy listens.
-func (d *Datapath) RejectProxyCgroup(key AttachmentID, cgroup uint64) error {
-	err := d.onRecord(key, func(tables *tables, r *record, ns *namespace) error {
+func (d *Datapath) RejectProxyCgroup(key workload.AttachmentID, cgroup uint64) error {
+	err := d.onRecord(key, func(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) error {
 		if !slices.Contains(r.RejectedCgroups, cgroup) {
 			r.RejectedCgroups = append(r.RejectedCgroups, cgroup)
 		}
-		if err := d.paths.writeRecord(r); err != nil {
+		if err := d.paths.WriteRecord(r); err != nil {
 			return err
 		}
-		w := r.desired()
+		w := r.Desired()
 		var proxyIDs []uint8
-		for i := range w.all() {
-			proxy, err := tables.proxyState(r.Cookie, w.proxyID(i))
+		for i := range w.All() {
+			proxy, err := tables.ProxyState(r.Cookie, w.ProxyID(i))
 			if err != nil {
 				return err
 			}
 			if proxy.Cgroup == cgroup {
-				proxyIDs = append(proxyIDs, w.proxyID(i))
+				proxyIDs = append(proxyIDs, w.ProxyID(i))
 			}
 		}
 		if len(proxyIDs) == 0 {
 			return nil
 		}
-		if err := tables.deleteProxy(r.Cookie, proxyIDs, w); err != nil {
+		if err := tables.DeleteProxy(r.Cookie, proxyIDs, w); err != nil {
 			return err
 		}
 		_, err := d.ensure(tables, r, ns)

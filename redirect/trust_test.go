@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -28,7 +30,7 @@ func (a *alloc) refusedWithoutProxy(uid uint32, cgroup *test.Cgroup) {
 			t.Errorf("UID %d in cgroup %d: %q answered, error %v, want connection refused", uid, cgroup.ID, answer.Server, err)
 		}
 	})
-	verdictsAre(t, moved, map[Verdict]uint64{Redirected: 1, RefusedNoProxy: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
 }
 
 // A proxy that is known before it listens: nobody else leaves by its UID.
@@ -37,12 +39,12 @@ func TestTrustBeforeTheProxyListens(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
-	a.dials(proxyUID, a.taskCg, remote.Name, Proxy)
+	a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy)
 	for _, change := range []func() error{
 		func() error { return nil },
 		func() error { return n.SetProxyCgroup(a.key, "", a.proxyCg.ID) },
 		func() error {
-			return n.SetMeshConfig(a.key, MeshConfig{Service: "web", ExcludeInboundPorts: []uint16{9090}})
+			return n.SetMeshConfig(a.key, workload.MeshConfig{Service: "web", ExcludeInboundPorts: []uint16{9090}})
 		},
 		func() error { _, err := n.Check(a.key, a.Path); return err },
 		func() error { _, err := n.load(true); return err },
@@ -53,13 +55,13 @@ func TestTrustBeforeTheProxyListens(t *testing.T) {
 		}
 		a.identity(IdentityCgroup, a.proxyCg.ID, false)
 		a.refusedWithoutProxy(proxyUID, a.taskCg)
-		a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+		a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 	}
-	verdictsAre(t, a.rose(a.startProxy), map[Verdict]uint64{Listener: 2})
+	verdictsAre(t, a.rose(a.startProxy), map[bpfmap.Verdict]uint64{bpfmap.Listener: 2})
 	a.trust("", a.taskCg) // too late: it listens
 	a.identity(IdentityCgroup, a.proxyCg.ID, false)
-	a.dials(proxyUID, a.taskCg, a.outbound.Name, Redirected)
-	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+	a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
+	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 }
 
 // A proxy that restarts has another cgroup: it gets in whether that was told
@@ -76,13 +78,13 @@ func TestTrustKeepsNoProxyOut(t *testing.T) {
 		a.refusedWithoutProxy(proxyUID, a.proxyCg)
 		if told {
 			a.trust("", a.proxyCg)
-			a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
+			a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 		}
-		verdictsAre(t, a.rose(a.startProxy), map[Verdict]uint64{Listener: 2})
+		verdictsAre(t, a.rose(a.startProxy), map[bpfmap.Verdict]uint64{bpfmap.Listener: 2})
 		a.identity(IdentityCgroup, a.proxyCg.ID, false)
-		a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
-		a.dials(proxyUID, former, a.outbound.Name, Redirected)
-		a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+		a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
+		a.dials(proxyUID, former, a.outbound.Name, bpfmap.Redirected)
+		a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 		a.arrives(a.v4, 8080, a.inbound.Name, true)
 		a.outbound.Stop()
 		a.inbound.Stop()
@@ -102,9 +104,9 @@ func TestTrustBesideAProxyThatWasTakenIn(t *testing.T) {
 	a.inbound.Stop()
 	a.proxyCg = test.NewCgroup(t)
 	a.trust("", a.proxyCg)
-	a.dials(proxyUID, a.proxyCg, remote.Name, Proxy)
-	verdictsAre(t, a.rose(a.startProxy), map[Verdict]uint64{Listener: 2})
-	a.dials(taskUID, a.taskCg, a.outbound.Name, Redirected)
+	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
+	verdictsAre(t, a.rose(a.startProxy), map[bpfmap.Verdict]uint64{bpfmap.Listener: 2})
+	a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 }
 
 // Of several, each is told by its service.
@@ -112,13 +114,13 @@ func TestTrustSeveralProxies(t *testing.T) {
 	s := newSeveral(t)
 	remote := test.Echo(t, s.node.remote, "tcp4", "0.0.0.0:80")
 	s.trust("web", s.secondCg)
-	s.dials(proxyUID, s.taskCg, remote.Name, Proxy) // the first may be anybody
+	s.dials(proxyUID, s.taskCg, remote.Name, bpfmap.Proxy) // the first may be anybody
 	s.trust("nobody's", s.taskCg)
 	s.trust("api", s.proxyCg)
 	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
 	s.refusedWithoutProxy(proxyUID, s.taskCg)
-	s.dials(proxyUID, s.proxyCg, remote.Name, Proxy)
-	s.dials(proxyUID, s.secondCg, remote.Name, Proxy)
+	s.dials(proxyUID, s.proxyCg, remote.Name, bpfmap.Proxy)
+	s.dials(proxyUID, s.secondCg, remote.Name, bpfmap.Proxy)
 	s.startSecond()
 	s.startProxy()
 	s.identities(IdentityCgroup, s.proxyCg.ID, s.secondCg.ID)
@@ -152,7 +154,7 @@ func TestTrustWhileTheProxyBeginsToListen(t *testing.T) {
 			}
 			second.close(listener)
 		})
-		verdictsAre(t, moved, map[Verdict]uint64{RefusedListenerIdentity: 1})
+		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerIdentity: 1})
 		proxy.close(listener)
 		if list, err := n.ObservedProxies([]uint64{a.Cookie()}); err != nil || len(list[a.Cookie()]) != 1 || list[a.Cookie()][0] != (ObservedProxy{a.proxyCg.ID, false}) {
 			t.Fatalf("round %d: %+v, %v; want the proxy, which does not listen", round, list, err)

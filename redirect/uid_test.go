@@ -6,9 +6,10 @@ import (
 	"fmt"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // The UID that decides is that of iptables' --uid-owner: the file-system UID,
@@ -17,44 +18,44 @@ func TestUIDIsThatOfTheSocket(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	const excluded, saved = 2000, 0
-	a.add(func(r *Request) { r.ExcludeUIDs = []uint32{excluded} })
+	a.add(func(r *workload.Request) { r.ExcludeUIDs = []uint32{excluded} })
 	remote := test.Echo(t, n.remote, "tcp", "[::]:8080")
 	a.startProxy()
 	for _, tc := range []struct {
 		name   string
 		cgroup *test.Cgroup
 		open   func(s script, protocol int) script
-		want   Verdict
+		want   bpfmap.Verdict
 	}{
 		{"real UID excluded, effective not", a.taskCg, func(s script, protocol int) script {
 			return s.users(excluded, taskUID, saved).open(unix.AF_INET6, protocol)
-		}, Redirected},
+		}, bpfmap.Redirected},
 		{"effective UID excluded, real not", a.taskCg, func(s script, protocol int) script {
 			return s.users(taskUID, excluded, saved).open(unix.AF_INET6, protocol)
-		}, UIDExcluded},
+		}, bpfmap.UIDExcluded},
 		{"opened under an excluded UID", a.taskCg, func(s script, protocol int) script {
 			return s.users(-1, excluded, saved).open(unix.AF_INET6, protocol).users(-1, 0, saved).users(taskUID, taskUID, taskUID)
-		}, UIDExcluded},
+		}, bpfmap.UIDExcluded},
 		{"opened before an excluded UID was taken", a.taskCg, func(s script, protocol int) script {
 			return s.users(-1, taskUID, saved).open(unix.AF_INET6, protocol).users(-1, 0, saved).users(excluded, excluded, excluded)
-		}, Redirected},
+		}, bpfmap.Redirected},
 		{"real UID the proxy's, effective not", a.proxyCg, func(s script, protocol int) script {
 			return s.users(proxyUID, taskUID, saved).open(unix.AF_INET6, protocol)
-		}, Redirected},
+		}, bpfmap.Redirected},
 		{"effective UID the proxy's, real not", a.proxyCg, func(s script, protocol int) script {
 			return s.users(taskUID, proxyUID, saved).open(unix.AF_INET6, protocol)
-		}, Proxy},
+		}, bpfmap.Proxy},
 		{"the proxy's, in a task's cgroup", a.taskCg, func(s script, protocol int) script {
 			return s.users(-1, proxyUID, saved).open(unix.AF_INET6, protocol)
-		}, Redirected},
+		}, bpfmap.Redirected},
 	} {
 		for _, protocol := range []int{unix.IPPROTO_TCP, unix.IPPROTO_MPTCP} {
 			t.Run(fmt.Sprint(tc.name, " protocol ", protocol), func(t *testing.T) {
 				p := a.actor(t, 0, tc.cgroup)
-				a.moves(t, map[Verdict]uint64{tc.want: 1}, func() {
+				a.moves(t, map[bpfmap.Verdict]uint64{tc.want: 1}, func() {
 					got := p.last(t, tc.open(nil, protocol).connect(addrPort(remote4(a.number), 8080)).ask("")).Answer
 					server := remote.Name
-					if tc.want == Redirected {
+					if tc.want == bpfmap.Redirected {
 						server = a.outbound.Name
 					}
 					if got.Server != server {
@@ -74,14 +75,14 @@ func TestListenerByEffectiveUID(t *testing.T) {
 	for _, tc := range []struct {
 		name            string
 		real, effective int
-		want            Verdict
+		want            bpfmap.Verdict
 	}{
-		{"real UID the proxy's", proxyUID, taskUID, RefusedListenerIdentity},
-		{"effective UID the proxy's", taskUID, proxyUID, Listener},
+		{"real UID the proxy's", proxyUID, taskUID, bpfmap.RefusedListenerIdentity},
+		{"effective UID the proxy's", taskUID, proxyUID, bpfmap.Listener},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := a.actor(t, 0, a.proxyCg)
-			a.moves(t, map[Verdict]uint64{tc.want: 1}, func() {
+			a.moves(t, map[bpfmap.Verdict]uint64{tc.want: 1}, func() {
 				p.run(t, script(nil).users(tc.real, tc.effective, 0).open(unix.AF_INET, unix.IPPROTO_TCP).
 					bind("127.0.0.1:15001").listen())
 			})
@@ -97,15 +98,15 @@ func TestUIDByIOUring(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	const excluded = 2000
-	a.add(func(r *Request) { r.ExcludeUIDs = []uint32{excluded} })
+	a.add(func(r *workload.Request) { r.ExcludeUIDs = []uint32{excluded} })
 	test.Echo(t, n.remote, "tcp", "[::]:8080")
 	a.startProxy()
 	for _, how := range []string{"connectByRing", "connectByWorker"} {
 		p := a.actor(t, 0, a.taskCg)
-		a.moves(t, map[Verdict]uint64{UIDExcluded: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.UIDExcluded: 1}, func() {
 			p.run(t, script(nil).users(taskUID, excluded, 0).open(unix.AF_INET, unix.IPPROTO_TCP).to(how, addrPort(remote4(a.number), 8080)))
 		})
-		a.moves(t, map[Verdict]uint64{Redirected: 1}, func() {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}, func() {
 			p.run(t, script(nil).users(-1, 0, 0).users(excluded, taskUID, 0).open(unix.AF_INET, unix.IPPROTO_TCP).to(how, addrPort(remote4(a.number), 8080)))
 		})
 	}

@@ -4,6 +4,10 @@ package redirect
 
 import (
 	"errors"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // Unload removes programs, maps, pins and records, and returns what it
@@ -11,8 +15,8 @@ import (
 // any version pinned, and again on what it could not finish.
 func (d *Datapath) Unload() (removed []string, err error) {
 	err = d.locked(func() error {
-		records, err := d.paths.readRecords()
-		if err != nil && !errors.Is(err, ErrUnreadable) {
+		records, err := d.paths.ReadRecords()
+		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
 		if err != nil {
@@ -20,19 +24,19 @@ func (d *Datapath) Unload() (removed []string, err error) {
 		}
 		var problems []error
 		for _, r := range records {
-			problems = append(problems, removeRoutes(r), d.paths.removeRecord(r.Key))
+			problems = append(problems, removeRoutes(r), d.paths.RemoveRecord(r.Key))
 			removed = append(removed, "workload "+r.Key.String())
 		}
 		problems = append(problems, d.dropWorkloads())
-		for _, dir := range []string{d.paths.PinDir, d.paths.staging()} {
-			pins, err := unpinAll(dir)
+		for _, dir := range []string{d.paths.PinDir, d.paths.Staging()} {
+			pins, err := program.UnpinAll(dir)
 			removed = append(removed, pins...)
 			problems = append(problems, err)
 		}
 		detached, err := d.detachHidden()
 		removed = append(removed, detached...)
 		problems = append(problems, err)
-		return errors.Join(append(problems, removeTree(d.paths.workloads()), removeTree(d.paths.eventsLock()))...)
+		return errors.Join(append(problems, program.RemoveTree(d.paths.Workloads()), program.RemoveTree(d.paths.EventsLock()))...)
 	})
 	return removed, err
 }
@@ -40,24 +44,24 @@ func (d *Datapath) Unload() (removed []string, err error) {
 // dropWorkloads makes the programs leave every namespace alone: without a record
 // nobody knows the path to one, whose rules of nftables ask them until it ends.
 func (d *Datapath) dropWorkloads() error {
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return nil // there are none, or some that this version does not know
 	}
 	defer tables.Close()
-	return deleteIf[uint64, bpfWorkload](tables, "workloads", func(uint64) bool { return true })
+	return bpfmap.DeleteIf[uint64, bpfmap.BpfWorkload](tables, "workloads", func(uint64) bool { return true })
 }
 
 // detachHidden detaches what this instance has attached and no pin leads to.
 func (d *Datapath) detachHidden() (repairs []string, err error) {
-	root, err := d.paths.cgroupRoot()
+	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {
 		return nil, nil // nothing can be attached to it
 	}
 	defer root.Close()
-	sets, err := setsAt(root)
+	sets, err := program.SetsAt(root)
 	if err != nil {
 		return nil, err
 	}
-	return detachPrograms(d.ownSets(sets))
+	return program.DetachPrograms(d.ownSets(sets))
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -18,7 +19,7 @@ func TestUnloadRemovesEverything(t *testing.T) {
 	a.startProxy()
 	a.works()
 	held, pins := kernelObjects(t, n.Datapath), files(t, n.Datapath)
-	if want := [3]int{len(held.maps), len(programNames()) + len(filterNames()) + 1, len(programNames()) + 1}; held.counts() != want {
+	if want := [3]int{len(held.maps), len(program.ProgramNames()) + len(program.FilterNames()) + 1, len(program.ProgramNames()) + 1}; held.counts() != want {
 		t.Fatalf("maps, programs, links = %d, want %d", held.counts(), want)
 	}
 	removed, err := n.Unload()
@@ -64,7 +65,7 @@ func TestUnloadFinishesAHalfRemovedInstance(t *testing.T) {
 			held := kernelObjects(t, n.Datapath)
 			path := filepath.Join(n.paths.PinDir, part)
 			if part == "records" {
-				path = n.paths.workloads()
+				path = n.paths.Workloads()
 			}
 			if err := os.RemoveAll(path); err != nil {
 				t.Fatal(err)

@@ -13,7 +13,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -115,7 +116,7 @@ func TestForeignProgramsOnTheSameHooksStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	stay("after an upgrade")
-	detachPinned(t, n.paths.link("weir_connect4"))
+	detachPinned(t, n.paths.Link("weir_connect4"))
 	if _, err := n.Load(); err != nil {
 		t.Fatal(err)
 	}
@@ -130,23 +131,23 @@ func TestForeignProgramsOnTheSameHooksStay(t *testing.T) {
 // staleDigest makes the node look as if it ran the programs of another version.
 func staleDigest(t *testing.T, d *Datapath) {
 	t.Helper()
-	editControl(t, d, func(row *bpfControl) { row.Digest[0]++ })
+	editControl(t, d, func(row *bpfmap.BpfControl) { row.Digest[0]++ })
 }
 
 // editControl changes the node's own row.
-func editControl(t *testing.T, d *Datapath, edit func(*bpfControl)) {
+func editControl(t *testing.T, d *Datapath, edit func(*bpfmap.BpfControl)) {
 	t.Helper()
-	tables, err := openTables(d.paths.maps())
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer tables.Close()
-	var row bpfControl
-	if _, err := tables.get("control", uint32(0), &row); err != nil {
+	var row bpfmap.BpfControl
+	if _, err := tables.Get("control", uint32(0), &row); err != nil {
 		t.Fatal(err)
 	}
 	edit(&row)
-	if err := tables.put("control", uint32(0), row, ebpf.UpdateAny); err != nil {
+	if err := tables.Put("control", uint32(0), row, ebpf.UpdateAny); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -189,13 +190,13 @@ func TestUpgradeUnderLoad(t *testing.T) {
 		if status, err := n.Status(); err != nil || status.Current {
 			t.Fatalf("status before upgrade %d: current %t, %v", i, status.Current, err)
 		}
-		links, lookup := pinnedLinks(t, n.Datapath), linkIDs(t, n.paths.lookup(a.Cookie()))
+		links, lookup := pinnedLinks(t, n.Datapath), linkIDs(t, n.paths.Lookup(a.Cookie()))
 		seen := connections.Load()
 		result, err := n.Load()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if want := len(programNames()) + 2; !result.Changed || len(result.Did) != want {
+		if want := len(program.ProgramNames()) + 2; !result.Changed || len(result.Did) != want {
 			t.Errorf("upgrade %d did %q, want %d steps", i, result.Did, want)
 		}
 		for name, now := range pinnedLinks(t, n.Datapath) {
@@ -204,7 +205,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 					i, name, now[0], now[1], links[name])
 			}
 		}
-		if now := linkIDs(t, n.paths.lookup(a.Cookie())); now[0] != lookup[0] || now[1] == lookup[1] {
+		if now := linkIDs(t, n.paths.Lookup(a.Cookie())); now[0] != lookup[0] || now[1] == lookup[1] {
 			t.Errorf("upgrade %d: lookup is link and program %d, was %d", i, now, lookup)
 		}
 		test.Eventually(t, func() error {
@@ -221,10 +222,10 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	b.works()
 	// The old programs are gone, not only out of the way.
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(held.maps), len(programNames()) + len(filterNames()) + 2, len(programNames()) + 2})
+	held.settle(t, [3]int{len(held.maps), len(program.ProgramNames()) + len(program.FilterNames()) + 2, len(program.ProgramNames()) + 2})
 	counts := a.counts()
 	for verdict := range counts {
-		if verdict != Redirected && verdict != Inbound && verdict != Listener {
+		if verdict != bpfmap.Redirected && verdict != bpfmap.Inbound && verdict != bpfmap.Listener {
 			t.Errorf("verdict %s was counted %d times", verdict, counts[verdict])
 		}
 	}
@@ -248,7 +249,7 @@ func TestCheckDoesNotUpgrade(t *testing.T) {
 			t.Errorf("check swapped %s", name)
 		}
 	}
-	detachPinned(t, n.paths.link("weir_bind6"))
+	detachPinned(t, n.paths.Link("weir_bind6"))
 	if _, err := n.Check(a.key, a.Path); err != nil {
 		t.Fatal(err)
 	}

@@ -11,9 +11,9 @@ import (
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // compileChanged compiles a program of ../bpf with one piece of the sources
@@ -63,7 +63,7 @@ func TestUnknownVerdictRefuses(t *testing.T) {
 	const unknown = "(enum verdict)(VERDICT_MAX + 1)"
 	connect := compileChanged(t, "redirect.c", "return VERDICT_PORT_EXCLUDED;", "return "+unknown+";")
 	lookup := compileChanged(t, "lookup.c", "return VERDICT_INBOUND_EXCLUDED;", "return "+unknown+";")
-	t.Cleanup(swapObjects(connect, lookup))
+	t.Cleanup(bpfmap.SwapObjects(connect, lookup))
 
 	n := newNode(t)
 	a := n.newAlloc()

@@ -11,10 +11,11 @@ import (
 	"runtime/debug"
 
 	"github.com/containernetworking/cni/pkg/skel"
-
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 const usage = `This is a CNI plugin: a container runtime runs it, with its request in the
@@ -36,10 +37,10 @@ func main() {
 		return
 	}
 	plugin := cni.Plugin{
-		Open:               func(paths redirect.Paths) cni.Datapath { return redirect.New(paths) },
-		Paths:              redirect.PathsFromEnv(os.Getenv),
+		Open:               func(paths store.Paths) cni.Datapath { return redirect.New(paths) },
+		Paths:              store.PathsFromEnv(os.Getenv),
 		ConfigDir:          os.Getenv("WEIR_CONFIG_DIR"),
-		RedirectedByConsul: redirect.RedirectedByConsul,
+		RedirectedByConsul: host.RedirectedByConsul,
 		Network:            func(c network.Config, stateDir string) cni.Network { return network.New(c, stateDir) },
 		AddressesIn:        cni.AddressesIn,
 		Stdout:             os.Stdout,

@@ -17,11 +17,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/cli"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // The agent tells systemd when it is ready and that it goes on, and ends when it
@@ -72,7 +73,7 @@ func TestAgentTellsItsManager(t *testing.T) {
 	if !strings.Contains(ui.OutputWriter.String(), "msg=ready") {
 		t.Errorf("log: %s", ui.OutputWriter)
 	}
-	datapath := redirect.New(redirect.PathsFromEnv(func(name string) string { return environment[name] }))
+	datapath := redirect.New(store.PathsFromEnv(func(name string) string { return environment[name] }))
 	if after, err := datapath.Status(); err != nil || !after.Healthy() {
 		t.Errorf("the data path after the agent = %+v, %v; want it healthy", after, err)
 	}
@@ -93,7 +94,7 @@ func TestAgentReloads(t *testing.T) {
 	}
 	defer manager.Close()
 	t.Setenv("NOTIFY_SOCKET", filepath.Join(dir, "notify"))
-	paths := redirect.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(dir, "state"), CgroupRoot: test.NewCgroup(t).Path}
+	paths := store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(dir, "state"), CgroupRoot: test.NewCgroup(t).Path}
 	datapath := redirect.New(paths)
 	t.Cleanup(func() {
 		if _, err := datapath.Unload(); err != nil {
@@ -165,9 +166,9 @@ func TestAgentReloads(t *testing.T) {
 	go func() { ended <- weirTo(ctx, ui, nil, "agent", "-config", dir) }()
 	wantTold("READY=1")
 	ns := test.NewNetNS(t)
-	key := redirect.AttachmentID{ContainerID: "alloc", IfName: "eth0"}
-	if err := datapath.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: redirect.Request{
-		Network: "nomad", Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001}}); err != nil {
+	key := workload.AttachmentID{ContainerID: "alloc", IfName: "eth0"}
+	if err := datapath.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: workload.Request{
+		Network: "nomad", Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001}}); err != nil {
 		t.Fatal(err)
 	}
 	before, err := datapath.Workloads()

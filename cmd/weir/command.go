@@ -18,11 +18,14 @@ import (
 
 	"github.com/hashicorp/cli"
 	"github.com/posener/complete"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // env is all that the program has of the world; tests give another one.
@@ -32,7 +35,7 @@ type env struct {
 	getenv     func(string) string
 	terminal   bool // standard output is one
 	uid        int  // effective user ID of this process
-	open       func(redirect.Paths) datapath
+	open       func(store.Paths) datapath
 	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
 	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
 	askFlows   func(ctx context.Context, stateDir string, query agent.FlowQuery, deliver func(agent.Flow) error) error
@@ -51,12 +54,12 @@ type datapath interface {
 	Load() (redirect.LoadResult, error)
 	Unload() (removed []string, err error)
 	Status() (redirect.Status, error)
-	Readiness() []redirect.Check
+	Readiness() []health.Check
 	Records() ([]redirect.Record, error)
 	Workloads() ([]redirect.WorkloadStatus, error)
 	Verdicts() ([]redirect.WorkloadVerdicts, error)
-	Explain(redirect.AttachmentID, redirect.Connection) (redirect.Explanation, error)
-	Settings(redirect.AttachmentID) (settings []redirect.Setting, silent bool, err error)
+	Explain(workload.AttachmentID, explain.Connection) (explain.Explanation, error)
+	Settings(workload.AttachmentID) (settings []explain.Setting, silent bool, err error)
 	Events(ctx context.Context, deliver func(redirect.Event) error) error
 }
 
@@ -74,7 +77,7 @@ type command struct {
 	operands []string
 	predict  complete.Predictor // what a shell offers for them
 
-	paths   redirect.Paths
+	paths   store.Paths
 	json    bool
 	verbose bool
 	asUser  func() bool // whether it can do its work without root
@@ -181,13 +184,13 @@ func (c *command) parse(args []string) error {
 
 // datapath opens the instance that flags and environment name.
 func (c *command) datapath() datapath {
-	return c.open(c.paths.Or(redirect.PathsFromEnv(c.getenv)))
+	return c.open(c.paths.Or(store.PathsFromEnv(c.getenv)))
 }
 
 // agent asks the instance's agent for its view. ok is false where none answers,
 // and dead then says why one should; nothing where none is there to answer: the
 // data path works without.
-func (c *command) agent() (view agent.Status, ok bool, dead redirect.Problem) {
+func (c *command) agent() (view agent.Status, ok bool, dead health.Problem) {
 	const timeout = 2 * time.Second
 	ctx, cancel := context.WithTimeout(c.ctx, timeout)
 	defer cancel()
@@ -197,14 +200,14 @@ func (c *command) agent() (view agent.Status, ok bool, dead redirect.Problem) {
 	switch {
 	case err == nil:
 		return view, true, dead
-	case none && (stateDir != redirect.DefaultStateDir || !c.unit()):
+	case none && (stateDir != store.DefaultStateDir || !c.unit()):
 		return view, false, dead
 	}
 	what := fmt.Sprintf("the agent does not answer: %v", err)
 	if none || errors.Is(err, agent.ErrNotRunning) {
 		what = "the agent does not run: nothing follows Consul, guards new allocations or repairs the data path"
 	}
-	return agent.Status{}, false, redirect.NewProblem(redirect.ProblemAgentNotRunning,
+	return agent.Status{}, false, health.NewProblem(health.ProblemAgentNotRunning,
 		"see its log, 'journalctl -u weir-agent' or that of Nomad's job, and start it: 'systemctl restart weir-agent'", what)
 }
 
@@ -218,7 +221,7 @@ func unitEnabled() bool {
 }
 
 func (c *command) stateDir() string {
-	return c.paths.Or(redirect.PathsFromEnv(c.getenv)).Or(redirect.Paths{StateDir: redirect.DefaultStateDir}).StateDir
+	return c.paths.Or(store.PathsFromEnv(c.getenv)).Or(store.Paths{StateDir: store.DefaultStateDir}).StateDir
 }
 
 // jsonSchema is the form of what commands print as JSON, told in the key "schema"
@@ -280,7 +283,7 @@ func detail(err error) string {
 	if formatter, ok := err.(fmt.Formatter); ok {
 		return fmt.Sprintf("%+v", formatter)
 	}
-	switch err := err.(type) {
+	switch err := err.(type) { //nolint:errorlint // it walks the tree itself
 	case interface{ Unwrap() error }:
 		if inner := err.Unwrap(); inner != nil {
 			return detail(inner)

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -38,8 +39,8 @@ func completions(t *testing.T, n *node, line string) []string {
 
 func TestCompletion(t *testing.T) {
 	n := &node{known: []redirect.Record{
-		{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f"}, Request: redirect.Request{Job: redirect.Job{ID: "demo"}}},
-		{Key: redirect.AttachmentID{ContainerID: "1c6e1d2f-8d1a"}, Request: redirect.Request{Job: redirect.Job{ID: "demo"}}},
+		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f"}, Request: workload.Request{Job: workload.Job{ID: "demo"}}},
+		{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-8d1a"}, Request: workload.Request{Job: workload.Job{ID: "demo"}}},
 	}}
 	for _, c := range []struct {
 		line string

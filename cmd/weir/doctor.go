@@ -10,16 +10,15 @@ import (
 	"strings"
 
 	"github.com/mitchellh/go-wordwrap"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/deploy"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // doctorReport is what doctor prints as JSON.
 type doctorReport struct {
-	Schema int              `json:"schema"`
-	Checks []redirect.Check `json:"checks"`
+	Schema int            `json:"schema"`
+	Checks []health.Check `json:"checks"`
 }
 
 // doctor is one run of the command.
@@ -29,7 +28,7 @@ type doctor struct {
 	before bool // Weir is not installed yet
 	config agent.Config
 	valid  bool // ... is as the files have it
-	checks []redirect.Check
+	checks []health.Check
 }
 
 func newDoctor(env env) *command {
@@ -65,7 +64,7 @@ func newDoctor(env env) *command {
 		d.node.Layout.CNIConfig = cmp.Or(*cniConfig, d.node.Layout.CNIConfig, deploy.DefaultLayout().CNIConfig)
 		d.examine(*path)
 		code := 0
-		if d.count(redirect.ResultFault) > 0 {
+		if d.count(health.ResultFault) > 0 {
 			code = 2
 		}
 		if c.json {
@@ -87,7 +86,7 @@ func (d *doctor) examine(path string) {
 	d.checks = append(d.checks, d.node.Readiness(d.ctx, cmp.Or(d.proc, "/proc"), d.before)...)
 	var services []byte
 	if d.valid {
-		var checks []redirect.Check
+		var checks []health.Check
 		checks, services = agent.ConsulReadiness(d.ctx, *d.config.Consul)
 		d.checks = append(d.checks, checks...)
 	}
@@ -101,7 +100,7 @@ func (d *doctor) examine(path string) {
 
 // readConfig reads the agent's configuration; the defaults where it is not valid.
 func (d *doctor) readConfig(path string) {
-	checks := &redirect.Checks{Group: "configuration"}
+	checks := &health.Checks{Group: "configuration"}
 	if path == "" {
 		if dir := cmp.Or(d.node.Layout.Config, deploy.DefaultLayout().Config); isDirectory(dir) {
 			path = dir
@@ -136,7 +135,7 @@ func (d *doctor) weir(datapath datapath) (view agent.Status, running bool) {
 	if d.before {
 		return view, running
 	}
-	checks := &redirect.Checks{Group: "weir"}
+	checks := &health.Checks{Group: "weir"}
 	status, err := datapath.Status()
 	if err != nil {
 		checks.Fault("data-path", "see the error", "the data path cannot be looked at: %v", err)
@@ -161,8 +160,8 @@ func (d *doctor) weir(datapath datapath) (view agent.Status, running bool) {
 
 // allocationsSeen are the allocations of the mesh that are not under Weir, as the
 // running agent sees them.
-func allocationsSeen(view agent.Status) []redirect.Check {
-	checks := &redirect.Checks{Group: "allocations"}
+func allocationsSeen(view agent.Status) []health.Check {
+	checks := &health.Checks{Group: "allocations"}
 	for _, w := range view.Workloads {
 		who := "allocation " + name(w.Job, w.Group, w.Key)
 		switch w.State {
@@ -170,7 +169,7 @@ func allocationsSeen(view agent.Status) []redirect.Check {
 			checks.Warn("allocation-consul", "nothing, it goes on as it is; 'nomad alloc stop' it for one that is under Weir",
 				"%s was redirected by consul-cni: its own rules hold until Nomad starts a new one in its place", who)
 		case agent.StateUnprotected:
-			problem := redirect.NewProblem(redirect.ProblemUnprotected, "see the agent's log", "no reason is known yet")
+			problem := health.NewProblem(health.ProblemUnprotected, "see the agent's log", "no reason is known yet")
 			if len(w.Problems) > 0 {
 				problem = w.Problems[0]
 			}
@@ -183,7 +182,7 @@ func allocationsSeen(view agent.Status) []redirect.Check {
 	return checks.List
 }
 
-func (d *doctor) count(result redirect.Result) (count int) {
+func (d *doctor) count(result health.Result) (count int) {
 	for _, check := range d.checks {
 		if check.Result == result {
 			count++
@@ -195,7 +194,7 @@ func (d *doctor) count(result redirect.Result) (count int) {
 // render says first whether the node is ready, then what was found, in groups.
 func (d *doctor) render() string {
 	var text strings.Builder
-	faults, warnings := d.count(redirect.ResultFault), d.count(redirect.ResultWarning)
+	faults, warnings := d.count(health.ResultFault), d.count(health.ResultWarning)
 	switch {
 	case faults > 0 && warnings > 0:
 		fmt.Fprintln(&text, d.paint(red, fmt.Sprintf("not ready: %s, %s", countOf(faults, "fault"), countOf(warnings, "warning"))))
@@ -217,7 +216,7 @@ func (d *doctor) render() string {
 			group = check.Group
 			fmt.Fprintf(&text, "\n%s\n", d.paint(bold, strings.ToUpper(group[:1])+group[1:]))
 		}
-		if check.Result == redirect.ResultOK && same > 3 && !d.verbose {
+		if check.Result == health.ResultOK && same > 3 && !d.verbose {
 			check.What = fmt.Sprintf("%s: %d are in order, -verbose lists them", check.Code, same)
 			rest = rest[same:]
 		} else {
@@ -228,16 +227,16 @@ func (d *doctor) render() string {
 	return strings.TrimRight(text.String(), "\n")
 }
 
-func (d *doctor) renderCheck(check redirect.Check) string {
+func (d *doctor) renderCheck(check health.Check) string {
 	mark := d.paint(green, "✓")
 	switch check.Result {
-	case redirect.ResultWarning:
+	case health.ResultWarning:
 		mark = d.paint(yellow, "‼")
-	case redirect.ResultFault:
+	case health.ResultFault:
 		mark = d.paint(red, "✗")
 	}
 	text := "  " + mark + " " + wrapped(check.What) + "\n"
-	if check.Result != redirect.ResultOK {
+	if check.Result != health.ResultOK {
 		text += "    " + wrapped("remedy: "+check.Remedy) + "\n    see docs/runbook.md#" + check.Code + "\n"
 	}
 	return text

@@ -15,11 +15,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // doctorArgs are those of a node of the test's own, on which nothing is installed
@@ -39,16 +41,16 @@ func doctorArgs(t *testing.T, more ...string) []string {
 	return append([]string{"doctor", "-config", dir + "/weir.hcl", "-cni-path", dir + "/bin", "-cni-config-dir", dir + "/config"}, more...)
 }
 
-func features(count int) (list []redirect.Check) {
+func features(count int) (list []health.Check) {
 	for i := range count {
-		list = append(list, redirect.Check{Group: "kernel", Code: "kernel-feature", Result: redirect.ResultOK, What: fmt.Sprintf("feature %d, needed to do %d things", i+1, i+1)})
+		list = append(list, health.Check{Group: "kernel", Code: "kernel-feature", Result: health.ResultOK, What: fmt.Sprintf("feature %d, needed to do %d things", i+1, i+1)})
 	}
 	return list
 }
 
 func TestDoctorBeforeAnInstallation(t *testing.T) {
-	n := &node{proc: t.TempDir(), ready: append(features(5), redirect.Check{
-		Group: "kernel", Code: "bpf-jit", Result: redirect.ResultWarning, What: "net.core.bpf_jit_enable is 0: programs are interpreted, which costs several times the time for each connection",
+	n := &node{proc: t.TempDir(), ready: append(features(5), health.Check{
+		Group: "kernel", Code: "bpf-jit", Result: health.ResultWarning, What: "net.core.bpf_jit_enable is 0: programs are interpreted, which costs several times the time for each connection",
 		Remedy: "'sysctl -w net.core.bpf_jit_enable=1', and the same in /etc/sysctl.d",
 	})}
 	args := doctorArgs(t, "-pre")
@@ -83,8 +85,8 @@ Allocations
 
 // Lines fit a terminal of 80 columns, but for what cannot be broken.
 func TestDoctorFitsATerminal(t *testing.T) {
-	n := &node{proc: t.TempDir(), ready: []redirect.Check{{
-		Group: "kernel", Code: "kernel-feature", Result: redirect.ResultFault, Remedy: strings.Repeat("do this and that ", 20), What: strings.Repeat("something is not as it should be ", 10),
+	n := &node{proc: t.TempDir(), ready: []health.Check{{
+		Group: "kernel", Code: "kernel-feature", Result: health.ResultFault, Remedy: strings.Repeat("do this and that ", 20), What: strings.Repeat("something is not as it should be ", 10),
 	}}}
 	for line := range strings.Lines(try(t, n, nil, doctorArgs(t)...).stdout) {
 		if line = strings.TrimRight(line, "\n"); utf8.RuneCountInString(line) > 80 && !strings.Contains(line, os.TempDir()) {
@@ -95,26 +97,26 @@ func TestDoctorFitsATerminal(t *testing.T) {
 
 func TestDoctorWithFaults(t *testing.T) {
 	n := &node{proc: t.TempDir(), agent: &agent.Status{Workloads: []agent.WorkloadView{
-		{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, Job: "demo", Group: "web", State: agent.StateUnprotected,
-			Problems: []redirect.Problem{{What: "its namespace cannot be entered", Remedy: "'nomad alloc stop' it"}}},
-		{Key: redirect.AttachmentID{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: agent.StateConsul},
-		{Key: redirect.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: agent.StateManaged},
-	}}, status: redirect.Status{Problems: []redirect.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
+		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, Job: "demo", Group: "web", State: agent.StateUnprotected,
+			Problems: []health.Problem{{What: "its namespace cannot be entered", Remedy: "'nomad alloc stop' it"}}},
+		{Key: workload.AttachmentID{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: agent.StateConsul},
+		{Key: workload.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: agent.StateManaged},
+	}}, status: redirect.Status{Problems: []health.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
 	got := try(t, n, nil, doctorArgs(t, "-json")...)
 	var report doctorReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || got.code != 2 || report.Schema != 1 {
 		t.Fatalf("code %d, schema %d, %v; want code 2 and schema 1:\n%s", got.code, report.Schema, err, got.stdout)
 	}
-	results := make(map[string]redirect.Check)
+	results := make(map[string]health.Check)
 	for _, check := range report.Checks {
 		results[check.Code] = check
 	}
-	for code, want := range map[string]redirect.Check{
-		"data-path": {Group: "weir", Result: redirect.ResultFault, What: "the data path is not loaded", Remedy: "run 'weir load'"},
-		"agent":     {Group: "weir", Result: redirect.ResultOK, What: "the agent runs"},
-		"allocation-unprotected": {Group: "allocations", Result: redirect.ResultFault,
+	for code, want := range map[string]health.Check{
+		"data-path": {Group: "weir", Result: health.ResultFault, What: "the data path is not loaded", Remedy: "run 'weir load'"},
+		"agent":     {Group: "weir", Result: health.ResultOK, What: "the agent runs"},
+		"allocation-unprotected": {Group: "allocations", Result: health.ResultFault,
 			What: "allocation demo/web/0b5d0c1e is in the mesh and not under Weir: its namespace cannot be entered", Remedy: "'nomad alloc stop' it"},
-		"allocation-consul": {Group: "allocations", Result: redirect.ResultWarning,
+		"allocation-consul": {Group: "allocations", Result: health.ResultWarning,
 			What:   "allocation old/web/1b5d0c1e was redirected by consul-cni: its own rules hold until Nomad starts a new one in its place",
 			Remedy: "nothing, it goes on as it is; 'nomad alloc stop' it for one that is under Weir"},
 	} {
@@ -154,7 +156,7 @@ func TestDoctorChangesNothing(t *testing.T) {
 	args := doctorArgs(t)
 	seen := func() (list []string) {
 		// To another instance all that is attached there is of others.
-		status, err := redirect.New(redirect.Paths{PinDir: pins + "/another", StateDir: state + "/another", CgroupRoot: cgroup}).Status()
+		status, err := redirect.New(store.Paths{PinDir: pins + "/another", StateDir: state + "/another", CgroupRoot: cgroup}).Status()
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -13,6 +13,8 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 func newEvents(env env) *command {
@@ -127,14 +129,14 @@ func (n *eventNames) of(cookie uint64) eventSource {
 	}
 	// It stays unknown where it was removed meanwhile, or cannot be read.
 	n.known[cookie] = eventSource{fmt.Sprintf("netns %d", cookie), n.chosen == selection{}}
-	if list, err := n.datapath.Verdicts(); err == nil || errors.Is(err, redirect.ErrUnreadable) {
+	if list, err := n.datapath.Verdicts(); err == nil || errors.Is(err, store.ErrUnreadable) {
 		n.learn(list)
 	}
 	return n.known[cookie]
 }
 
 func (c *command) renderEvent(event redirect.Event, workload string) string {
-	if event.Verdict == redirect.EventsLost {
+	if event.Verdict == bpfmap.EventsLost {
 		return c.paint(red, eventColumns(event.Time.Format("15:04:05.000000"), workload, event.Name, "-", "-",
 			fmt.Sprintf("%d events of this workload are not shown", event.Lost)))
 	}
@@ -164,6 +166,6 @@ func arrow(source, origin, destination netip.AddrPort) string {
 }
 
 // eventColumns lays out a line whose neighbours are not known yet.
-func eventColumns(time, workload, verdict, uid, pid, way string) string {
-	return fmt.Sprintf("%-15s  %-28s  %-24s  %6s  %7s  %s", time, cell(workload), verdict, uid, pid, way)
+func eventColumns(at, workload, verdict, uid, pid, way string) string {
+	return fmt.Sprintf("%-15s  %-28s  %-24s  %6s  %7s  %s", at, cell(workload), verdict, uid, pid, way)
 }

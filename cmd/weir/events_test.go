@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 func threeEvents() *node {
@@ -16,17 +17,17 @@ func threeEvents() *node {
 	n := twoWorkloads()
 	n.events = []redirect.Event{
 		{
-			Time: at, Cookie: 4711, Verdict: redirect.Redirected, Name: "redirected", UID: 1000, PID: 815, Command: "curl",
+			Time: at, Cookie: 4711, Verdict: bpfmap.Redirected, Name: "redirected", UID: 1000, PID: 815, Command: "curl",
 			Origin:      netip.MustParseAddrPort("10.0.0.9:8080"),
 			Destination: netip.MustParseAddrPort("127.128.0.0:8080"),
 		},
 		{
-			Time: at, Cookie: 4712, Verdict: redirect.RefusedInboundNoProxy, Name: "refused_inbound_no_proxy",
+			Time: at, Cookie: 4712, Verdict: bpfmap.RefusedInboundNoProxy, Name: "refused_inbound_no_proxy",
 			Source: netip.MustParseAddrPort("10.0.0.9:40000"),
 			Origin: netip.MustParseAddrPort("10.0.0.8:8080"),
 		},
 		{
-			Time: at, Cookie: 4713, Verdict: redirect.Local, Name: "local", UID: 0, PID: 816,
+			Time: at, Cookie: 4713, Verdict: bpfmap.Local, Name: "local", UID: 0, PID: 816,
 			Origin:      netip.MustParseAddrPort("[::1]:53"),
 			Destination: netip.MustParseAddrPort("[::1]:53"),
 		},
@@ -60,7 +61,7 @@ func TestFollowedEventsEndWithTheirSource(t *testing.T) {
 func TestEventsTellTheirLosses(t *testing.T) {
 	n := threeEvents()
 	n.events = append(n.events[:1], redirect.Event{
-		Time: n.events[0].Time, Cookie: 4711, Verdict: redirect.EventsLost, Name: redirect.EventsLost.String(), Lost: 12,
+		Time: n.events[0].Time, Cookie: 4711, Verdict: bpfmap.EventsLost, Name: bpfmap.EventsLost.String(), Lost: 12,
 	})
 	const told = "weir events: 12 events were lost: what reads them is slower than connections happen\n"
 	want(t, try(t, n, nil, "events", "-duration", "1ms"), outcome{code: 1, stderr: told, stdout: "" +

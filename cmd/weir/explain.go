@@ -14,25 +14,27 @@ import (
 	"time"
 
 	"github.com/mitchellh/go-wordwrap"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // explained is the answer of explain, as JSON has it.
 type explained struct {
-	Schema    int                `json:"schema"`
-	AllocID   string             `json:"alloc_id"`
-	Verdict   *string            `json:"verdict"` // null without a destination
-	Refused   *bool              `json:"refused"`
-	Steps     []redirect.Step    `json:"steps"`
-	SentTo    *netip.AddrPort    `json:"sent_to"` // the listener in the namespace that gets it; null: it goes where it was dialled
-	Listens   *bool              `json:"listens"` // whether anybody listens there; null: not of the namespace
-	Service   *string            `json:"service"`
-	Intention *string            `json:"intention"` // Consul is not asked yet
-	Instances *explainInstances  `json:"instances"`
-	Remedy    string             `json:"remedy"`
-	Settings  []redirect.Setting `json:"settings"` // without a destination
+	Schema    int               `json:"schema"`
+	AllocID   string            `json:"alloc_id"`
+	Verdict   *string           `json:"verdict"` // null without a destination
+	Refused   *bool             `json:"refused"`
+	Steps     []explain.Step    `json:"steps"`
+	SentTo    *netip.AddrPort   `json:"sent_to"` // the listener in the namespace that gets it; null: it goes where it was dialled
+	Listens   *bool             `json:"listens"` // whether anybody listens there; null: not of the namespace
+	Service   *string           `json:"service"`
+	Intention *string           `json:"intention"` // Consul is not asked yet
+	Instances *explainInstances `json:"instances"`
+	Remedy    string            `json:"remedy"`
+	Settings  []explain.Setting `json:"settings"` // without a destination
 }
 
 type explainInstances struct {
@@ -96,19 +98,19 @@ func (c *command) explain(f explainFlags) (int, error) {
 	}
 	datapath := c.datapath()
 	view, _, _ := c.agent()
-	workload, err := c.workload(datapath, view)
+	record, err := c.workload(datapath, view)
 	if err != nil {
 		return 1, err
 	}
-	answer := explained{Schema: 1, AllocID: allocationOf(workload), Steps: []redirect.Step{}, Settings: []redirect.Setting{}}
+	answer := explained{Schema: 1, AllocID: allocationOf(record), Steps: []explain.Step{}, Settings: []explain.Setting{}}
 	if f.destination == "" {
-		return c.explainWhole(datapath, workload, answer, view)
+		return c.explainWhole(datapath, record, answer, view)
 	}
-	connection, err := c.connection(f, workload, view)
+	connection, err := c.connection(f, record, view)
 	if err != nil {
 		return 1, err
 	}
-	e, err := datapath.Explain(workload.Key, connection)
+	e, err := datapath.Explain(record.Key, connection)
 	if err != nil {
 		return 1, err
 	}
@@ -122,7 +124,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	if e.Local {
 		answer.Listens = &e.Listens
 	}
-	if service := serviceOf(e, connection, workload.Key, view); service != "" {
+	if service := serviceOf(e, connection, record.Key, view); service != "" {
 		answer.Service = &service
 	}
 	code := 0
@@ -132,12 +134,12 @@ func (c *command) explain(f explainFlags) (int, error) {
 	if c.json {
 		return code, c.printJSON(answer)
 	}
-	c.ui.Output(c.renderExplanation(e, connection, workload, answer, fails))
+	c.ui.Output(c.renderExplanation(e, connection, record, answer, fails))
 	return code, nil
 }
 
-func (c *command) explainWhole(datapath datapath, workload redirect.Record, answer explained, view agent.Status) (int, error) {
-	settings, silent, err := datapath.Settings(workload.Key)
+func (c *command) explainWhole(datapath datapath, record redirect.Record, answer explained, view agent.Status) (int, error) {
+	settings, silent, err := datapath.Settings(record.Key)
 	if err != nil {
 		return 1, err
 	}
@@ -150,7 +152,7 @@ func (c *command) explainWhole(datapath datapath, workload redirect.Record, answ
 		return code, c.printJSON(answer)
 	}
 	var text strings.Builder
-	fmt.Fprintln(&text, c.paint(bold, name(workload.Request.Job.ID, workload.Request.Job.Group, workload.Key)))
+	fmt.Fprintln(&text, c.paint(bold, name(record.Request.Job.ID, record.Request.Job.Group, record.Key)))
 	rows := [][]string{{"SETTING", "VALUE", "SOURCE"}}
 	for _, s := range settings {
 		const width = 36 // of a value: three columns stay within 80
@@ -164,7 +166,7 @@ func (c *command) explainWhole(datapath datapath, workload redirect.Record, answ
 	}
 	fmt.Fprintln(&text, table("  ", rows))
 	for _, w := range view.Workloads {
-		if w.Key == workload.Key {
+		if w.Key == record.Key {
 			fmt.Fprintf(&text, "\nAgent: %s, Consul: %s\n", w.State, seenWorkload{Agent: &w}.consul())
 		}
 	}
@@ -178,7 +180,7 @@ func (c *command) explainWhole(datapath datapath, workload redirect.Record, answ
 // workload is the one that the first operand names.
 func (c *command) workload(datapath datapath, view agent.Status) (redirect.Record, error) {
 	known, unreadable := datapath.Records()
-	if unreadable != nil && !errors.Is(unreadable, redirect.ErrUnreadable) {
+	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
 		return redirect.Record{}, unreadable
 	}
 	list, err := selectFrom(c, known, func(w redirect.Record) named {
@@ -205,8 +207,8 @@ func (c *command) workload(datapath datapath, view agent.Status) (redirect.Recor
 func allocationOf(w redirect.Record) string { return allocID(w.Request.Job.AllocID, w.Key) }
 
 // connection is what the flags and the destination name.
-func (c *command) connection(f explainFlags, w redirect.Record, view agent.Status) (redirect.Connection, error) {
-	connection := redirect.Connection{UID: redirect.NoUID, IPv6Socket: f.mapped}
+func (c *command) connection(f explainFlags, w redirect.Record, view agent.Status) (explain.Connection, error) {
+	connection := explain.Connection{UID: explain.NoUID, IPv6Socket: f.mapped}
 	if f.from != "" && !f.inbound {
 		return connection, errors.New("-from: it needs -inbound")
 	}
@@ -231,7 +233,7 @@ func (c *command) connection(f explainFlags, w redirect.Record, view agent.Statu
 }
 
 // asTask makes the connection that of a task: the proxy's where the agent knows it as the proxy.
-func asTask(connection *redirect.Connection, f explainFlags, w redirect.Record, view agent.Status) error {
+func asTask(connection *explain.Connection, f explainFlags, w redirect.Record, view agent.Status) error {
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key || !slices.Contains(strings.FieldsFunc(seen.Task, func(r rune) bool { return r == ' ' || r == ',' }), f.task) {
 			continue
@@ -244,7 +246,7 @@ func asTask(connection *redirect.Connection, f explainFlags, w redirect.Record, 
 	return nil
 }
 
-func inboundConnection(connection redirect.Connection, f explainFlags, w redirect.Record) (redirect.Connection, error) {
+func inboundConnection(connection explain.Connection, f explainFlags, w redirect.Record) (explain.Connection, error) {
 	from := netip.MustParseAddr("192.0.2.1") // any address that is not the allocation's
 	if f.from != "" {
 		var err error
@@ -306,14 +308,14 @@ func (c *command) resolve(text string, w redirect.Record, view agent.Status) (ne
 }
 
 // upstreamsOf are those of the record, then those that the agent knows.
-func upstreamsOf(w redirect.Record, view agent.Status) []redirect.Upstream {
+func upstreamsOf(w redirect.Record, view agent.Status) []workload.Upstream {
 	list := slices.Clone(w.MeshConfig.Upstreams)
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key {
 			continue
 		}
 		for _, u := range seen.Upstreams {
-			list = append(list, redirect.Upstream{Name: u.Name, Addresses: u.VirtualIPs, Listener: u.Listener})
+			list = append(list, workload.Upstream{Name: u.Name, Addresses: u.VirtualIPs, Listener: u.Listener})
 		}
 	}
 	return list
@@ -321,7 +323,7 @@ func upstreamsOf(w redirect.Record, view agent.Status) []redirect.Upstream {
 
 // serviceOf names the service behind the destination: by the allocation's own upstreams, else by
 // those of any allocation of the node, because a virtual IP is the same for all.
-func serviceOf(e redirect.Explanation, connection redirect.Connection, key redirect.AttachmentID, view agent.Status) string {
+func serviceOf(e explain.Explanation, connection explain.Connection, key workload.AttachmentID, view agent.Status) string {
 	if e.Service != "" || connection.From.IsValid() {
 		return e.Service
 	}

@@ -11,9 +11,12 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -21,10 +24,10 @@ import (
 func explainNode() *node {
 	known := func(id, job string) redirect.Record {
 		return redirect.Record{
-			Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"},
-			Request: redirect.Request{Job: redirect.Job{ID: job, Group: "web", AllocID: id}, ProxyUID: 101,
+			Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"},
+			Request: workload.Request{Job: workload.Job{ID: job, Group: "web", AllocID: id}, ProxyUID: 101,
 				Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")}},
-			MeshConfig: redirect.MeshConfig{Upstreams: []redirect.Upstream{
+			MeshConfig: workload.MeshConfig{Upstreams: []workload.Upstream{
 				{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5")}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 				{Name: "cache", Listener: netip.MustParseAddrPort("127.0.0.1:9192")},
 			}},
@@ -33,13 +36,13 @@ func explainNode() *node {
 	return &node{
 		known: []redirect.Record{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
 		agent: &agent.Status{Workloads: []agent.WorkloadView{
-			{Key: redirect.AttachmentID{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: agent.StateManaged, Task: "connect-proxy-api",
+			{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: agent.StateManaged, Task: "connect-proxy-api",
 				Upstreams: []agent.UpstreamView{{Name: "far", VirtualIPs: []netip.Addr{netip.MustParseAddr("240.0.0.9")}}}},
 			{ID: "2d7f3333-7c0f", Job: "plain", State: agent.StateUnprotected},
 		}},
-		explanation: redirect.Explanation{Verdict: redirect.Redirected, Local: true, Listens: true,
+		explanation: explain.Explanation{Verdict: bpfmap.Redirected, Local: true, Listens: true,
 			SentTo: netip.MustParseAddrPort("127.0.0.1:15001"),
-			Steps:  []redirect.Step{{Rule: redirect.RuleListener, Result: redirect.ResultMatch, Detail: "the proxy listens", Source: redirect.SourceNode}}},
+			Steps:  []explain.Step{{Rule: explain.RuleListener, Result: explain.ResultMatch, Detail: "the proxy listens", Source: explain.SourceNode}}},
 	}
 }
 
@@ -61,17 +64,17 @@ func TestExplainNamesTheAllocation(t *testing.T) {
 }
 
 func TestExplainReadsTheConnection(t *testing.T) {
-	outside := func(from, to string) redirect.Connection {
-		return redirect.Connection{From: netip.AddrPortFrom(netip.MustParseAddr(from), 0), Destination: netip.MustParseAddrPort(to), UID: redirect.NoUID}
+	outside := func(from, to string) explain.Connection {
+		return explain.Connection{From: netip.AddrPortFrom(netip.MustParseAddr(from), 0), Destination: netip.MustParseAddrPort(to), UID: explain.NoUID}
 	}
-	to := func(text string) redirect.Connection {
-		return redirect.Connection{Destination: netip.MustParseAddrPort(text), UID: redirect.NoUID}
+	to := func(text string) explain.Connection {
+		return explain.Connection{Destination: netip.MustParseAddrPort(text), UID: explain.NoUID}
 	}
 	asUID, asProxy := to("1.2.3.4:5"), to("1.2.3.4:5")
 	asUID.UID, asUID.IPv6Socket, asProxy.UID, asProxy.Proxy = 1000, true, 101, true
 	for _, tc := range []struct {
 		args    string
-		want    redirect.Connection
+		want    explain.Connection
 		problem string
 	}{
 		{"other 1.2.3.4:5", to("1.2.3.4:5"), ""},
@@ -84,14 +87,14 @@ func TestExplainReadsTheConnection(t *testing.T) {
 		{"other cache", to("127.0.0.1:9192"), ""},
 		{"-inbound -from 10.0.0.9 other 8080", outside("10.0.0.9", "10.0.0.2:8080"), ""},
 		{"-inbound other 10.0.0.2:8080", outside("192.0.2.1", "10.0.0.2:8080"), ""},
-		{"other 1.2.3.4", redirect.Connection{}, "name a port too"},
-		{"other unheard", redirect.Connection{}, "any other needs a port"},
-		{"other db:many", redirect.Connection{}, "want ADDR:PORT or NAME[:PORT]"},
-		{"-uid me other 1.2.3.4:5", redirect.Connection{}, "want a number"},
-		{"-from 10.0.0.9 other 1.2.3.4:5", redirect.Connection{}, "it needs -inbound"},
-		{"-inbound -from here other 80", redirect.Connection{}, "want an address"},
-		{"other 1.2.3.4:5 more", redirect.Connection{}, `unexpected argument "more"`},
-		{"", redirect.Connection{}, "name an allocation"},
+		{"other 1.2.3.4", explain.Connection{}, "name a port too"},
+		{"other unheard", explain.Connection{}, "any other needs a port"},
+		{"other db:many", explain.Connection{}, "want ADDR:PORT or NAME[:PORT]"},
+		{"-uid me other 1.2.3.4:5", explain.Connection{}, "want a number"},
+		{"-from 10.0.0.9 other 1.2.3.4:5", explain.Connection{}, "it needs -inbound"},
+		{"-inbound -from here other 80", explain.Connection{}, "want an address"},
+		{"other 1.2.3.4:5 more", explain.Connection{}, `unexpected argument "more"`},
+		{"", explain.Connection{}, "name an allocation"},
 	} {
 		n := explainNode()
 		got := try(t, n, nil, append([]string{"explain"}, strings.Fields(tc.args)...)...)
@@ -150,11 +153,11 @@ func TestExplainOnAKernel(t *testing.T) {
 	}
 	t.Cleanup(func() { weir("unload", "-force") })
 	ns := test.NewNetNS(t)
-	err := redirect.New(redirect.PathsFromEnv(func(name string) string { return environment[name] })).Add(redirect.Attachment{
-		Key:   redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+	err := redirect.New(store.PathsFromEnv(func(name string) string { return environment[name] })).Add(redirect.Attachment{
+		Key:   workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 		NetNS: ns.Path,
-		Request: redirect.Request{
-			Network: "nomad", Job: redirect.Job{ID: "demo", Group: "web"}, Mode: redirect.ModeTransparent,
+		Request: workload.Request{
+			Network: "nomad", Job: workload.Job{ID: "demo", Group: "web"}, Mode: workload.ModeTransparent,
 			ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001, ExcludeOutboundPorts: []uint16{5432},
 		},
 	})

@@ -8,8 +8,9 @@ import (
 	"strings"
 
 	"github.com/mitchellh/go-wordwrap"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/explain"
 )
 
 const proxyRemedy = "'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not listen; 'weir events -f' names a listener that was not accepted"
@@ -21,13 +22,13 @@ func hang(text string) string {
 }
 
 // renderExplanation shows each rule and then, in sentences, what becomes of the connection.
-func (c *command) renderExplanation(e redirect.Explanation, connection redirect.Connection, w redirect.Record, answer explained, fails bool) string {
+func (c *command) renderExplanation(e explain.Explanation, connection explain.Connection, w redirect.Record, answer explained, fails bool) string {
 	var text strings.Builder
 	of := name(w.Request.Job.ID, w.Request.Job.Group, w.Key)
 	switch {
 	case connection.From.IsValid():
 		fmt.Fprintf(&text, "%s\n\n", hang(fmt.Sprintf("A connection from %s to %s of %s", connection.From.Addr(), connection.Destination, of)))
-	case connection.UID == redirect.NoUID:
+	case connection.UID == explain.NoUID:
 		fmt.Fprintf(&text, "%s\n\n", hang(fmt.Sprintf("A connection of a task of %s to %s", of, connection.Destination)))
 	default:
 		fmt.Fprintf(&text, "%s\n\n", hang(fmt.Sprintf("A connection of UID %d in %s to %s", connection.UID, of, connection.Destination)))
@@ -36,7 +37,7 @@ func (c *command) renderExplanation(e redirect.Explanation, connection redirect.
 		mark := " "
 		if i == len(e.Steps)-1 {
 			mark = ">"
-		} else if step.Result == redirect.ResultMatch {
+		} else if step.Result == explain.ResultMatch {
 			mark = "+"
 		}
 		detail := step.Detail
@@ -65,7 +66,7 @@ func (c *command) renderExplanation(e redirect.Explanation, connection redirect.
 }
 
 // behind says whether somebody takes the connection where it ends in the namespace.
-func behind(e redirect.Explanation, dialled netip.AddrPort) string {
+func behind(e explain.Explanation, dialled netip.AddrPort) string {
 	if !e.Local {
 		return ""
 	}
@@ -80,7 +81,7 @@ func behind(e redirect.Explanation, dialled netip.AddrPort) string {
 }
 
 // explainRemedy says what to do where a connection would fail.
-func explainRemedy(e redirect.Explanation, connection redirect.Connection) string {
+func explainRemedy(e explain.Explanation, connection explain.Connection) string {
 	if !e.Verdict.Refused() {
 		if e.Local && !e.Listens {
 			return "start what should listen there, or dial the port where it listens"
@@ -89,17 +90,17 @@ func explainRemedy(e redirect.Explanation, connection redirect.Connection) strin
 	}
 	port := connection.Destination.Port()
 	switch e.Verdict {
-	case redirect.RefusedNoProxy, redirect.RefusedInboundNoProxy:
+	case bpfmap.RefusedNoProxy, bpfmap.RefusedInboundNoProxy:
 		return proxyRemedy
-	case redirect.RefusedInboundUnknown:
+	case bpfmap.RefusedInboundUnknown:
 		return "the agent names the port as soon as the service is registered in Consul: 'weir workloads' says whether it is"
-	case redirect.RefusedGuard:
+	case bpfmap.RefusedGuard:
 		return fmt.Sprintf("map port %d in the job, exclude it with exclude_inbound_ports, give it an expose path, or let the client use the mesh", port)
-	case redirect.RefusedEncoded:
+	case bpfmap.RefusedEncoded:
 		return "dial the service itself: 127.128.0.0/9 and fd77:6569:7200::/96 are Weir's own"
-	case redirect.RefusedFamily:
+	case bpfmap.RefusedFamily:
 		return "dial by the other address family, or let the proxy listen in both"
-	case redirect.RefusedBroadcast:
+	case bpfmap.RefusedBroadcast:
 		return "dial one address; where it must be, exclude it with exclude_outbound_cidrs"
 	}
 	return fmt.Sprintf("see %s in docs/runbook.md", e.Verdict)

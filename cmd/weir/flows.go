@@ -15,6 +15,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // fewFlows is how many are shown where nothing says how many or since when.
@@ -109,7 +110,7 @@ func (c *command) flowQuery(query agent.FlowQuery, since, until string, port uin
 		return query, fmt.Errorf("%q beside -alloc or -job: give one of them", c.operands[0])
 	}
 	known, err := c.datapath().Records()
-	if err != nil && !errors.Is(err, redirect.ErrUnreadable) {
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return query, err
 	}
 	chosen, err := selected(c, known, func(k redirect.Record) named {

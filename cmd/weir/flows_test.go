@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // agentEvents is what an agent would tell that reads the kernel's ring.
@@ -145,7 +145,7 @@ func TestFlowsAsksWhatItIsTold(t *testing.T) {
 	if diff := cmp.Diff(asked, n.query); diff != "" {
 		t.Errorf("query (-want +got):\n%s", diff)
 	}
-	n.known = []redirect.Record{{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e"}, Request: redirect.Request{Job: redirect.Job{AllocID: "0b5d0c1e", ID: "demo"}}}}
+	n.known = []redirect.Record{{Key: workload.AttachmentID{ContainerID: "0b5d0c1e"}, Request: workload.Request{Job: workload.Job{AllocID: "0b5d0c1e", ID: "demo"}}}}
 	try(t, n, nil, "flows", "demo")
 	if n.query.Job != "demo" {
 		t.Errorf("query = %+v, want job demo", n.query)

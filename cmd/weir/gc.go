@@ -12,7 +12,7 @@ import (
 
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/deploy"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // leftovers is what the commands need of ended.Node.
@@ -58,7 +58,7 @@ func newGC(env env) *command {
 		if err != nil {
 			return 1, err
 		}
-		node.Paths = c.paths.Or(redirect.PathsFromEnv(c.getenv))
+		node.Paths = c.paths.Or(store.PathsFromEnv(c.getenv))
 		if node.CNIPath == "" {
 			if node.CNIPath, err = installedPath(); err != nil {
 				return 1, err

@@ -7,9 +7,9 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/cni/ended"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 const (
@@ -19,9 +19,9 @@ const (
 
 func leftBehind() *node {
 	return &node{left: []ended.Attachment{
-		{Key: redirect.AttachmentID{ContainerID: goneID, IfName: "eth0"}, Job: redirect.Job{ID: "demo", Group: "web"}, Network: "weir",
+		{Key: workload.AttachmentID{ContainerID: goneID, IfName: "eth0"}, Job: workload.Job{ID: "demo", Group: "web"}, Network: "weir",
 			NetNS: "/var/run/docker/netns/1", State: ended.Gone},
-		{Key: redirect.AttachmentID{ContainerID: emptyID, IfName: "eth0"}, Job: redirect.Job{ID: "demo", Group: "db"}, Network: "nomad",
+		{Key: workload.AttachmentID{ContainerID: emptyID, IfName: "eth0"}, Job: workload.Job{ID: "demo", Group: "db"}, Network: "nomad",
 			NetNS: "/var/run/netns/" + emptyID, State: ended.Empty},
 	}}
 }
@@ -76,7 +76,7 @@ func TestGCOnACleanNode(t *testing.T) {
 	n := &node{}
 	want(t, try(t, n, map[string]string{"WEIR_STATE_DIR": "/elsewhere"}, "gc", "-netns-dir", "/netns", "-cni-path", "/a:/b"),
 		outcome{stdout: "nothing to do: no allocation that is over has left anything\n"})
-	wanted := ended.Node{Paths: redirect.Paths{StateDir: "/elsewhere"}, CacheDir: ended.DefaultCacheDir, NetNSDir: "/netns", CNIPath: "/a:/b"}
+	wanted := ended.Node{Paths: store.Paths{StateDir: "/elsewhere"}, CacheDir: ended.DefaultCacheDir, NetNSDir: "/netns", CNIPath: "/a:/b"}
 	if diff := cmp.Diff(wanted, n.lookedAt); diff != "" {
 		t.Errorf("looked at (-want +got):\n%s", diff)
 	}
@@ -85,7 +85,7 @@ func TestGCOnACleanNode(t *testing.T) {
 // One that cannot be removed does not keep the others from it.
 func TestGCGoesOn(t *testing.T) {
 	n := leftBehind()
-	n.stuck = map[redirect.AttachmentID]error{n.left[0].Key: ended.ErrInUse}
+	n.stuck = map[workload.AttachmentID]error{n.left[0].Key: ended.ErrInUse}
 	want(t, try(t, n, nil, "gc", "-empty", "all"), outcome{code: 1,
 		stdout: "removed demo/db/6e1d0a01 from network nomad: nothing runs in /var/run/netns/" + emptyID + "\n",
 		stderr: "weir gc: remove network of demo/web/0b5d0c1e: it is in use\n"})

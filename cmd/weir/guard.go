@@ -12,6 +12,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 func newGuard(env env) *command {
@@ -79,7 +80,7 @@ func (c *command) renderGuard(list agent.GuardList, now time.Time) string {
 	}
 	lines := strings.Split(table("", rows), "\n")
 	for i, e := range list.Entries {
-		if e.Verdict == redirect.RefusedGuard.String() {
+		if e.Verdict == bpfmap.RefusedGuard.String() {
 			lines[i+1] = c.paint(red, lines[i+1])
 		}
 	}

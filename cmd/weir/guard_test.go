@@ -11,6 +11,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func audited() *node {
@@ -30,9 +31,9 @@ func audited() *node {
 		},
 	}}}
 	for _, e := range n.guard.Entries[1:] {
-		n.known = append(n.known, redirect.Record{Key: redirect.AttachmentID{ContainerID: e.AllocID}, Request: redirect.Request{Job: redirect.Job{ID: e.Job}}})
+		n.known = append(n.known, redirect.Record{Key: workload.AttachmentID{ContainerID: e.AllocID}, Request: workload.Request{Job: workload.Job{ID: e.Job}}})
 	}
-	n.known = append(n.known, redirect.Record{Key: redirect.AttachmentID{ContainerID: "c0ffee"}, Request: redirect.Request{Job: redirect.Job{ID: "quiet"}}})
+	n.known = append(n.known, redirect.Record{Key: workload.AttachmentID{ContainerID: "c0ffee"}, Request: workload.Request{Job: workload.Job{ID: "quiet"}}})
 	return n
 }
 

@@ -11,11 +11,11 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -158,20 +158,20 @@ func TestUninstallRefuses(t *testing.T) {
 	test.Need(t, test.Root)
 	alive := test.NewNetNS(t)
 	environment := map[string]string{"WEIR_STATE_DIR": t.TempDir()}
-	record := func(id, netns string, mode redirect.Mode) redirect.Record {
+	record := func(id, netns string, mode workload.Mode) redirect.Record {
 		return redirect.Record{
-			Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: netns,
-			Request: redirect.Request{Mode: mode, Job: redirect.Job{AllocID: id, ID: "demo", Group: "web"}},
+			Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: netns,
+			Request: workload.Request{Mode: mode, Job: workload.Job{AllocID: id, ID: "demo", Group: "web"}},
 		}
 	}
 	n := &node{known: []redirect.Record{
-		record("0b5d0c1e", alive.Path, redirect.ModeTransparent),
-		record("1c6e1d2f", alive.Path, redirect.ModeDirect),
-		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), redirect.ModeTransparent),
+		record("0b5d0c1e", alive.Path, workload.ModeTransparent),
+		record("1c6e1d2f", alive.Path, workload.ModeDirect),
+		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), workload.ModeTransparent),
 	}, removed: []string{"map origins"}, bridges: []string{"bridge weir0"}, others: []string{"bridge weir1"}, networks: []cni.Attached{
-		{Key: redirect.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
-		{Key: redirect.AttachmentID{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: redirect.Job{ID: "plain", Group: "web"}},
-		{Key: redirect.AttachmentID{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
+		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
+		{Key: workload.AttachmentID{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: workload.Job{ID: "plain", Group: "web"}},
+		{Key: workload.AttachmentID{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
 	}}
 	root := t.TempDir()
 	plugin := root + "/opt/cni/bin/weir"

@@ -14,10 +14,12 @@ import (
 	"testing"
 
 	"github.com/hashicorp/cli"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -54,12 +56,12 @@ func TestOnAKernel(t *testing.T) {
 
 	ns := test.NewNetNS(t)
 	getenv := func(name string) string { return environment[name] }
-	err := redirect.New(redirect.PathsFromEnv(getenv)).Add(redirect.Attachment{
-		Key:   redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+	err := redirect.New(store.PathsFromEnv(getenv)).Add(redirect.Attachment{
+		Key:   workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 		NetNS: ns.Path,
-		Request: redirect.Request{
-			Network: "nomad", Job: redirect.Job{ID: "demo", Group: "web"},
-			Mode: redirect.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001,
+		Request: workload.Request{
+			Network: "nomad", Job: workload.Job{ID: "demo", Group: "web"},
+			Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20000, OutboundPort: 15001,
 		},
 	})
 	if err != nil {
@@ -81,7 +83,7 @@ func TestOnAKernel(t *testing.T) {
 			if err := json.Unmarshal([]byte(line), &event); err != nil {
 				return err
 			}
-			if event.Origin == origin && event.Name == redirect.Redirected.String() {
+			if event.Origin == origin && event.Name == bpfmap.Redirected.String() {
 				return nil
 			}
 		}
@@ -115,7 +117,7 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths redirect.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows,
+		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows,
 		leftovers: func(ended.Node) leftovers { return &node{} },
 	})
 }

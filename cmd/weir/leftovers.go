@@ -7,13 +7,14 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/cni/ended"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // leftBehind says for status what gc would find: in lines, and as problems where
 // something that runs suffers from it.
-func (c *command) leftBehind() (lines string, problems []redirect.Problem) {
-	list, err := c.leftovers(ended.Node{Paths: c.paths.Or(redirect.PathsFromEnv(c.getenv))}).Find()
+func (c *command) leftBehind() (lines string, problems []health.Problem) {
+	list, err := c.leftovers(ended.Node{Paths: c.paths.Or(store.PathsFromEnv(c.getenv))}).Find()
 	count := map[ended.State]int{}
 	for _, a := range list {
 		count[a.State]++
@@ -37,7 +38,7 @@ func (c *command) leftBehind() (lines string, problems []redirect.Problem) {
 
 // shadowProblems says which connections a network that is left behind takes from
 // others.
-func shadowProblems(a ended.Attachment) (list []redirect.Problem) {
+func shadowProblems(a ended.Attachment) (list []health.Problem) {
 	remedy := "run 'weir gc'"
 	if a.State == ended.Empty {
 		id := short(a.Key.ContainerID)
@@ -48,7 +49,7 @@ func shadowProblems(a ended.Attachment) (list []redirect.Problem) {
 		if shadow.By != nil {
 			owner = "of " + name(shadow.Job.ID, shadow.Job.Group, *shadow.By) + ", which runs"
 		}
-		list = append(list, redirect.NewProblem(redirect.ProblemHostPortTaken, remedy,
+		list = append(list, health.NewProblem(health.ProblemHostPortTaken, remedy,
 			fmt.Sprintf("it has no process any more and still holds host port %d/%s %s: connections to it from outside are lost",
 				shadow.Port, shadow.Protocol, owner)).Of("allocation "+nameOf(a), a.Key.ContainerID))
 	}

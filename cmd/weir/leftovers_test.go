@@ -8,10 +8,10 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni/ended"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func TestStatusNamesWhatIsLeftBehind(t *testing.T) {
@@ -39,14 +39,14 @@ empty: nothing runs in the namespace of 1 allocation, which is over or about to 
 func TestStatusOfPortsThatLeadNowhere(t *testing.T) {
 	n := leftBehind()
 	n.status, n.agent = healthy(), &agent.Status{}
-	heir := redirect.AttachmentID{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
-	n.left[0].Shadows = []ended.Shadow{{Port: 28101, Protocol: "tcp", By: &heir, Job: redirect.Job{ID: "demo", Group: "new"}}}
+	heir := workload.AttachmentID{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
+	n.left[0].Shadows = []ended.Shadow{{Port: 28101, Protocol: "tcp", By: &heir, Job: workload.Job{ID: "demo", Group: "new"}}}
 	n.left[1].Shadows = []ended.Shadow{{Port: 8443, Protocol: "udp"}}
-	wanted := []redirect.Problem{
-		redirect.NewProblem(redirect.ProblemHostPortTaken, "run 'weir gc'",
+	wanted := []health.Problem{
+		health.NewProblem(health.ProblemHostPortTaken, "run 'weir gc'",
 			"it has no process any more and still holds host port 28101/tcp of demo/new/77aa00bb, which runs: connections to it from outside are lost").
 			Of("allocation demo/web/0b5d0c1e", n.left[0].Key.ContainerID),
-		redirect.NewProblem(redirect.ProblemHostPortTaken, "where 'nomad alloc status 6e1d0a01' says that it ended, run 'weir gc -empty 6e1d0a01'",
+		health.NewProblem(health.ProblemHostPortTaken, "where 'nomad alloc status 6e1d0a01' says that it ended, run 'weir gc -empty 6e1d0a01'",
 			"it has no process any more and still holds host port 8443/udp on which a process of the node itself listens: connections to it from outside are lost").
 			Of("allocation demo/db/6e1d0a01", n.left[1].Key.ContainerID),
 	}
@@ -55,7 +55,7 @@ func TestStatusOfPortsThatLeadNowhere(t *testing.T) {
 		t.Errorf("status ends with %d:\n%s", got.code, got.stdout)
 	}
 	got = try(t, n, nil, "status", "-json")
-	var told struct{ Problems []redirect.Problem }
+	var told struct{ Problems []health.Problem }
 	if err := json.Unmarshal([]byte(got.stdout), &told); err != nil {
 		t.Fatal(err)
 	}

@@ -16,12 +16,12 @@ import (
 	"strings"
 
 	"github.com/hashicorp/cli"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -33,7 +33,7 @@ func main() {
 		getenv:     os.Getenv,
 		terminal:   notTerminal == nil,
 		uid:        os.Geteuid(),
-		open:       func(paths redirect.Paths) datapath { return redirect.New(paths) },
+		open:       func(paths store.Paths) datapath { return redirect.New(paths) },
 		ask:        agent.ReadStatus,
 		askEvents:  agent.ReadEvents,
 		askFlows:   agent.ReadFlows,

@@ -14,16 +14,19 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // node is a data path that answers what a test gives it.
 type node struct {
-	paths    redirect.Paths
+	paths    store.Paths
 	load     redirect.LoadResult
 	removed  []string
 	status   redirect.Status
@@ -41,7 +44,7 @@ type node struct {
 	networks []cni.Attached
 	bridges  []string // that are removed with the networks
 	others   []string // ... and that are not
-	ready    []redirect.Check
+	ready    []health.Check
 	proc     string // where processes are
 	err      error
 
@@ -49,29 +52,29 @@ type node struct {
 	told        []redirect.Event // ... of the kernel's
 	flows       []agent.Flow
 	query       agent.FlowQuery // of the last reader of them
-	explanation redirect.Explanation
-	asked       []redirect.Connection // of explain
-	settings    []redirect.Setting
+	explanation explain.Explanation
+	asked       []explain.Connection // of explain
+	settings    []explain.Setting
 	silent      bool // a proxy does not listen
 
 	left      []ended.Attachment              // of ended allocations
-	stuck     map[redirect.AttachmentID]error // why one of them cannot be removed
-	collected []redirect.AttachmentID         // that were removed
+	stuck     map[workload.AttachmentID]error // why one of them cannot be removed
+	collected []workload.AttachmentID         // that were removed
 	lookedAt  ended.Node
 }
 
 func (n *node) Load() (redirect.LoadResult, error)             { return n.load, n.err }
 func (n *node) Unload() ([]string, error)                      { return n.removed, n.err }
 func (n *node) Status() (redirect.Status, error)               { return n.status, n.err }
-func (n *node) Readiness() []redirect.Check                    { return n.ready }
+func (n *node) Readiness() []health.Check                      { return n.ready }
 func (n *node) Records() ([]redirect.Record, error)            { return n.known, n.err }
 func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
 func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
-func (n *node) Explain(_ redirect.AttachmentID, c redirect.Connection) (redirect.Explanation, error) {
+func (n *node) Explain(_ workload.AttachmentID, c explain.Connection) (explain.Explanation, error) {
 	n.asked = append(n.asked, c)
 	return n.explanation, n.err
 }
-func (n *node) Settings(redirect.AttachmentID) ([]redirect.Setting, bool, error) {
+func (n *node) Settings(workload.AttachmentID) ([]explain.Setting, bool, error) {
 	return n.settings, n.silent, n.err
 }
 func (n *node) Find() ([]ended.Attachment, error) { return n.left, n.err }
@@ -118,7 +121,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		getenv:   func(name string) string { return environment[name] },
 		terminal: terminal,
 		uid:      n.uid,
-		open: func(paths redirect.Paths) datapath {
+		open: func(paths store.Paths) datapath {
 			n.paths = paths
 			return n
 		},
@@ -262,7 +265,7 @@ func TestPaths(t *testing.T) {
 	n := &node{}
 	try(t, n, map[string]string{"WEIR_PIN_DIR": "/env/pins", "WEIR_STATE_DIR": "/env/state"},
 		"load", "-pin-dir", "/flag/pins", "-cgroup-root", "/flag/cgroup")
-	if want := (redirect.Paths{PinDir: "/flag/pins", StateDir: "/env/state", CgroupRoot: "/flag/cgroup"}); n.paths != want {
+	if want := (store.Paths{PinDir: "/flag/pins", StateDir: "/env/state", CgroupRoot: "/flag/cgroup"}); n.paths != want {
 		t.Errorf("paths = %+v, want %+v", n.paths, want)
 	}
 }

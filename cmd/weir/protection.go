@@ -6,7 +6,8 @@ import (
 	"slices"
 
 	"github.com/weirmesh/weir/agent"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // protection answers whether a connection from outside can reach a task of a workload past its proxy.
@@ -24,7 +25,7 @@ func (w seenWorkload) protection() protection {
 	if w.outside {
 		return unmanaged(w.Agent.State)
 	}
-	transparent := w.Mode == redirect.ModeTransparent
+	transparent := w.Mode == workload.ModeTransparent
 	by := "guard"
 	if transparent {
 		by = "redirect"
@@ -32,9 +33,9 @@ func (w seenWorkload) protection() protection {
 	switch {
 	case len(w.Problems) > 0: // and they say what
 		return protection{answer: "no", by: by}
-	case transparent || w.Guard == redirect.GuardEnforce:
+	case transparent || w.Guard == workload.GuardEnforce:
 		return protection{answer: "yes", by: by}
-	case w.Guard == redirect.GuardAudit:
+	case w.Guard == workload.GuardAudit:
 		return protection{answer: "audit", by: by, why: "connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them"}
 	}
 	return protection{answer: "no", by: "-", why: "the guard is off: connections past the proxy are let in"}
@@ -61,7 +62,7 @@ func (w seenWorkload) proxy() string {
 		return "-"
 	case w.Proxy.Listeners > 0:
 		return "up"
-	case w.Mode == redirect.ModeTransparent:
+	case w.Mode == workload.ModeTransparent:
 		return "down"
 	}
 	return "-"
@@ -83,13 +84,13 @@ func (w seenWorkload) consul() string {
 }
 
 // problems are those that the data path and the agent see, each once.
-func (w seenWorkload) problems() []redirect.Problem {
+func (w seenWorkload) problems() []health.Problem {
 	list := slices.Clone(w.Problems)
 	if w.Agent == nil {
 		return list
 	}
 	for _, problem := range w.Agent.Problems {
-		same := func(p redirect.Problem) bool { return p.What == problem.What }
+		same := func(p health.Problem) bool { return p.What == problem.What }
 		if !slices.ContainsFunc(list, same) {
 			list = append(list, problem)
 		}

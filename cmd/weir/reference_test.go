@@ -13,8 +13,8 @@ import (
 	"testing"
 
 	"github.com/hashicorp/cli"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/test/reference"
 )
 
@@ -46,10 +46,10 @@ func TestReferenceOfTheRunbook(t *testing.T) {
 	}
 	var wanted []string
 	rows := [][]string{{"code", "severity", "what is wrong"}}
-	for _, verdict := range redirect.AllVerdicts() {
+	for _, verdict := range bpfmap.AllVerdicts() {
 		wanted = append(wanted, verdict.String())
 	}
-	for _, code := range redirect.AllProblemCodes() {
+	for _, code := range health.AllProblemCodes() {
 		wanted = append(wanted, code.String())
 		rows = append(rows, []string{fmt.Sprintf("[`%s`](#%s)", code, code), string(code.Severity()), code.Title()})
 	}

@@ -9,8 +9,7 @@ import (
 
 	"github.com/agext/levenshtein"
 	"github.com/posener/complete"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // named is what an operator may call a workload by.
@@ -66,7 +65,7 @@ func selected[T any](c *command, list []T, who func(T) named) (selection, error)
 
 // allocID is the allocation's ID as the request has it. A runtime other than Nomad gives none: what it
 // calls its container stands for it.
-func allocID(id string, key redirect.AttachmentID) string {
+func allocID(id string, key workload.AttachmentID) string {
 	if id == "" {
 		return key.ContainerID
 	}

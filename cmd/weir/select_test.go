@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func TestSelectWorkloads(t *testing.T) {
@@ -99,9 +101,9 @@ func TestListsOfOneWorkload(t *testing.T) {
 // others is no loss of this list.
 func TestEventsOfAJobGoOnWithItsNextAllocation(t *testing.T) {
 	n := threeEvents()
-	next := redirect.WorkloadVerdicts{Key: redirect.AttachmentID{ContainerID: "2d7f2e3a", IfName: "eth0"}, Job: "demo", Group: "web", Cookie: 4713}
+	next := redirect.WorkloadVerdicts{Key: workload.AttachmentID{ContainerID: "2d7f2e3a", IfName: "eth0"}, Job: "demo", Group: "web", Cookie: 4713}
 	n.events = append(n.events, redirect.Event{
-		Time: time.Now(), Cookie: 4712, Verdict: redirect.EventsLost, Name: redirect.EventsLost.String(), Lost: 12, Origin: netip.AddrPort{},
+		Time: time.Now(), Cookie: 4712, Verdict: bpfmap.EventsLost, Name: bpfmap.EventsLost.String(), Lost: 12, Origin: netip.AddrPort{},
 	})
 	n.onEvents = func() { n.verdicts = append(n.verdicts, next) }
 	got := try(t, n, nil, "events", "-duration", "1ms", "demo")

@@ -10,6 +10,7 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 func newStatus(env env) *command {
@@ -37,7 +38,7 @@ func newStatus(env env) *command {
 			status.Problems = append(status.Problems, dead)
 		}
 		for _, problem := range view.Problems {
-			same := func(p redirect.Problem) bool { return p.What == problem.What && p.AllocID == problem.AllocID }
+			same := func(p health.Problem) bool { return p.What == problem.What && p.AllocID == problem.AllocID }
 			if !slices.ContainsFunc(status.Problems, same) { // both may have seen it
 				status.Problems = append(status.Problems, problem)
 			}
@@ -97,14 +98,14 @@ const startAgent = "'systemctl enable --now weir-agent', or run weir.nomad.hcl, 
 
 // renderStatus is the view of the data path. Its first line tells where no agent
 // answers: all that only has an upstream is without a guard then.
-func (c *command) renderStatus(status redirect.Status, agent bool) string {
+func (c *command) renderStatus(status redirect.Status, withAgent bool) string {
 	var text strings.Builder
 	switch problems := "not healthy: " + countOf(len(status.Problems), "problem"); {
-	case !status.Healthy() && agent:
+	case !status.Healthy() && withAgent:
 		fmt.Fprintln(&text, c.paint(red, problems))
 	case !status.Healthy():
 		fmt.Fprintln(&text, c.paint(red, problems+"; no agent answers, so plain connect jobs are not guarded"))
-	case agent:
+	case withAgent:
 		fmt.Fprintln(&text, c.paint(green, "healthy: "+countOf(status.Workloads, "workload")))
 	default:
 		fmt.Fprintln(&text, c.paint(yellow, "healthy: "+countOf(status.Workloads, "workload")+"; no agent runs, so plain connect jobs are not guarded"))
@@ -153,11 +154,11 @@ func renderOthers(others []redirect.Other) string {
 
 // renderProblems says what is wrong and what to do, a paragraph each. The code at
 // the end of the first line is a heading of the runbook.
-func (c *command) renderProblems(problems []redirect.Problem) string {
+func (c *command) renderProblems(problems []health.Problem) string {
 	var text strings.Builder
 	for _, problem := range problems {
 		colour := red
-		if problem.Severity == redirect.SeverityWarning {
+		if problem.Severity == health.SeverityWarning {
 			colour = yellow
 		}
 		fmt.Fprintf(&text, "  %s\n    remedy: %s\n", c.paint(colour, problem.Text()), problem.Remedy)

@@ -13,16 +13,19 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 func healthy() redirect.Status {
 	return redirect.Status{
 		Loaded: true, Current: true, Workloads: 2,
-		Paths:      redirect.Paths{PinDir: "/sys/fs/bpf/weir", StateDir: "/run/weir"},
+		Paths:      store.Paths{PinDir: "/sys/fs/bpf/weir", StateDir: "/run/weir"},
 		CgroupRoot: "/sys/fs/cgroup",
-		Barrier:    redirect.BarrierKernel,
+		Barrier:    bpfmap.BarrierKernel,
 		Links:      []string{"weir_connect4", "weir_connect6"},
-		Maps: []redirect.MapInfo{
+		Maps: []bpfmap.MapInfo{
 			{Name: "origins", MaxEntries: 1048576, Bytes: 8392704},
 			{Name: "workloads", MaxEntries: 16384, Bytes: 131329},
 		},
@@ -48,8 +51,8 @@ agent: none runs, so nothing follows Consul and only allocations with transparen
 }
 
 func TestStatusNotLoaded(t *testing.T) {
-	status := redirect.Status{Problems: []redirect.Problem{
-		redirect.NewProblem(redirect.ProblemNotLoaded, "run 'weir load'", "the data path is not loaded: no workload is redirected"),
+	status := redirect.Status{Problems: []health.Problem{
+		health.NewProblem(health.ProblemNotLoaded, "run 'weir load'", "the data path is not loaded: no workload is redirected"),
 	}}
 	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded
   the data path is not loaded: no workload is redirected [not-loaded]
@@ -63,9 +66,9 @@ agent: none runs, so nothing follows Consul and only allocations with transparen
 func TestStatusWithProblems(t *testing.T) {
 	status := healthy()
 	status.Links, status.Maps = nil, nil
-	status.Problems = []redirect.Problem{
-		redirect.NewProblem(redirect.ProblemProgramDetached, "run 'weir load'", "link connect4 is gone"),
-		redirect.NewProblem(redirect.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
+	status.Problems = []health.Problem{
+		health.NewProblem(health.ProblemProgramDetached, "run 'weir load'", "link connect4 is gone"),
+		health.NewProblem(health.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
 	}
 	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 2 problems; no agent answers, so plain connect jobs are not guarded
   link connect4 is gone [program-detached]
@@ -85,8 +88,8 @@ agent: none runs, so nothing follows Consul and only allocations with transparen
 }
 
 func TestStatusJSON(t *testing.T) {
-	status := redirect.Status{Links: []string{}, Maps: []redirect.MapInfo{}, Problems: []redirect.Problem{
-		redirect.NewProblem(redirect.ProblemTableFull, "r", "w").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
+	status := redirect.Status{Links: []string{}, Maps: []bpfmap.MapInfo{}, Problems: []health.Problem{
+		health.NewProblem(health.ProblemTableFull, "r", "w").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
 	}}
 	want(t, try(t, &node{status: status}, nil, "status", "-json"), outcome{code: 1, stdout: `{
   "schema": 1,
@@ -122,14 +125,14 @@ func TestStatusJSON(t *testing.T) {
 func TestStatusOfTheAgentsProblems(t *testing.T) {
 	view := &agent.Status{
 		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", Error: "refused"},
-		Problems: []redirect.Problem{
+		Problems: []health.Problem{
 			{What: "not in sync with Consul: refused", Remedy: "start Consul"},
 			{What: "link connect4 is gone", Remedy: "see the agent's log"},
 		},
 		Workloads: []agent.WorkloadView{{State: agent.StateHost}, {State: agent.StateManaged}, {State: agent.StateManaged}},
 	}
 	status := healthy()
-	status.Problems = []redirect.Problem{{What: "link connect4 is gone", Remedy: "run 'weir load'"}}
+	status.Problems = []health.Problem{{What: "link connect4 is gone", Remedy: "run 'weir load'"}}
 	n := &node{status: status, agent: view}
 	got := try(t, n, nil, "status")
 	if want := `not healthy: 2 problems
@@ -141,7 +144,7 @@ func TestStatusOfTheAgentsProblems(t *testing.T) {
 		t.Errorf("outcome %d:\n%s\nwant 1, beginning with:\n%s", got.code, got.stdout, want)
 	}
 	var told struct {
-		Problems []redirect.Problem
+		Problems []health.Problem
 		Agent    *struct {
 			Consul    agent.ConsulStatus
 			Workloads map[string]int
@@ -231,7 +234,7 @@ func TestColour(t *testing.T) {
 
 // Programs of others on the hooks are told, and are no problem by themselves.
 func TestStatusNamesProgramsOfOthers(t *testing.T) {
-	n := &node{status: redirect.Status{Loaded: true, Problems: []redirect.Problem{}, Others: []redirect.Other{
+	n := &node{status: redirect.Status{Loaded: true, Problems: []health.Problem{}, Others: []redirect.Other{
 		{ID: 17, Name: "cil_sock4_connect", Hook: "CGroupInet4Connect", Order: "before", Effect: "may refuse", Pinned: "/sys/fs/bpf/cilium/c4"},
 		{ID: 18, Name: "weir_connect4", Hook: "CGroupInet4Connect", Order: "after", Effect: "serves namespaces of its own", Weir: true, Owner: "process 4 (weir)"},
 	}}}

@@ -15,6 +15,8 @@ import (
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // What an uninstallation takes from allocations that run, by what Weir does
@@ -36,7 +38,7 @@ type affected struct {
 	ID    string `json:"id"`
 	Job   string `json:"job"`
 	Group string `json:"group"`
-	redirect.NomadNames
+	workload.NomadNames
 	Loses []string `json:"loses"`
 }
 
@@ -154,13 +156,13 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 	known, err := c.datapath().Records()
 	networks, unread := c.networks(c.stateDir())
 	for _, k := range known {
-		if _, gone := redirect.Cookie(k.NetNS); errors.Is(gone, redirect.ErrNetNSGone) {
+		if _, gone := host.Cookie(k.NetNS); errors.Is(gone, host.ErrNetNSGone) {
 			continue
 		}
 		a := withoutDataPath(k)
 		built := slices.ContainsFunc(networks, func(n cni.Attached) bool { return n.Key == k.Key })
 		called := false // by Nomad, in a chain
-		if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
+		if k.Request.Mode == workload.ModeTransparent || k.Request.Mode == "" {
 			called = !consul || k.Request.Network != nomadsBridge
 		}
 		if built || called {
@@ -170,7 +172,7 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 	}
 	for _, n := range networks {
 		redirected := func(k redirect.Record) bool { return k.Key == n.Key }
-		if _, gone := redirect.Cookie(n.NetNS); errors.Is(gone, redirect.ErrNetNSGone) || slices.ContainsFunc(known, redirected) {
+		if _, gone := host.Cookie(n.NetNS); errors.Is(gone, host.ErrNetNSGone) || slices.ContainsFunc(known, redirected) {
 			continue
 		}
 		list = append(list, affected{
@@ -186,7 +188,7 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 func (c *command) redirected() (list []affected, err error) {
 	known, err := c.datapath().Records()
 	for _, k := range known {
-		if _, gone := redirect.Cookie(k.NetNS); !errors.Is(gone, redirect.ErrNetNSGone) {
+		if _, gone := host.Cookie(k.NetNS); !errors.Is(gone, host.ErrNetNSGone) {
 			list = append(list, withoutDataPath(k))
 		}
 	}
@@ -198,7 +200,7 @@ func withoutDataPath(k redirect.Record) affected {
 	a := affected{
 		ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, NomadNames: k.Request.Job.Names(k.Key), Loses: []string{loseGuard},
 	}
-	if k.Request.Mode == redirect.ModeTransparent || k.Request.Mode == "" {
+	if k.Request.Mode == workload.ModeTransparent || k.Request.Mode == "" {
 		a.Loses = []string{loseTransparent}
 	}
 	return a

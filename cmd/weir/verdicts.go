@@ -8,6 +8,9 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // verdictsReport is what verdicts prints as JSON.
@@ -27,7 +30,7 @@ func newVerdicts(env env) *command {
 	all := c.flags.Bool("all", false, "also print verdicts that never happened")
 	c.do = func() (int, error) {
 		list, err := c.datapath().Verdicts()
-		if errors.Is(err, redirect.ErrUnreadable) {
+		if errors.Is(err, store.ErrUnreadable) {
 			c.ui.Error("left out: " + err.Error())
 		} else if err != nil {
 			return 1, err
@@ -56,20 +59,20 @@ func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) str
 		return "no workloads"
 	}
 	var blocks []string
-	for _, workload := range list {
+	for _, counted := range list {
 		rows := [][]string{{"VERDICT", "COUNT", "MEANING"}}
-		for _, verdict := range redirect.AllVerdicts() {
-			count := workload.Counts[verdict.String()]
+		for _, verdict := range bpfmap.AllVerdicts() {
+			count := counted.Counts[verdict.String()]
 			if count == 0 && !all {
 				continue
 			}
 			rows = append(rows, []string{verdict.String(), fmt.Sprint(count), verdict.Describe()})
 		}
-		if workload.EventsLost > 0 {
-			lost := redirect.EventsLost
-			rows = append(rows, []string{lost.String(), fmt.Sprint(workload.EventsLost), lost.Describe()})
+		if counted.EventsLost > 0 {
+			lost := bpfmap.EventsLost
+			rows = append(rows, []string{lost.String(), fmt.Sprint(counted.EventsLost), lost.Describe()})
 		}
-		title := c.paint(bold, name(workload.Job, workload.Group, workload.Key))
+		title := c.paint(bold, name(counted.Job, counted.Group, counted.Key))
 		if len(rows) == 1 {
 			blocks = append(blocks, title+"\n  no connection yet")
 			continue
@@ -81,7 +84,7 @@ func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) str
 
 // name is how people know a workload: job, group and the short form of its
 // allocation's ID; the last alone where the request named no job.
-func name(job, group string, key redirect.AttachmentID) string {
+func name(job, group string, key workload.AttachmentID) string {
 	parts := []string{}
 	for _, part := range []string{job, group, short(key.ContainerID)} {
 		if part != "" {

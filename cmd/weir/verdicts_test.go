@@ -7,17 +7,19 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func twoWorkloads() *node {
 	return &node{verdicts: []redirect.WorkloadVerdicts{
 		{
-			Key: redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+			Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 			Job: "demo", Group: "web", Cookie: 4711,
 			Counts: map[string]uint64{"redirected": 12, "refused_no_proxy": 3, "proxy": 0},
 		},
 		{
-			Key: redirect.AttachmentID{ContainerID: "1c6e1d2f-8d1a-4e1f-8b62-3a7d9f2e1b02", IfName: "eth0"}, Cookie: 4712,
+			Key: workload.AttachmentID{ContainerID: "1c6e1d2f-8d1a-4e1f-8b62-3a7d9f2e1b02", IfName: "eth0"}, Cookie: 4712,
 		},
 	}}
 }
@@ -35,7 +37,7 @@ func TestVerdicts(t *testing.T) {
 
 func TestAllVerdicts(t *testing.T) {
 	got := try(t, twoWorkloads(), nil, "verdicts", "-all")
-	for _, verdict := range redirect.AllVerdicts() {
+	for _, verdict := range bpfmap.AllVerdicts() {
 		if count := strings.Count(got.stdout, "\n  "+verdict.String()+" "); count != 2 {
 			t.Errorf("%s is listed %d times, want once per workload", verdict, count)
 		}

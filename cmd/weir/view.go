@@ -10,6 +10,8 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // seenWorkload is a workload with what the agent knows of it.
@@ -23,7 +25,7 @@ type seenWorkload struct {
 // withAgent joins the workloads with the agent's view of them. What is not under
 // Weir follows as the agent sees it.
 func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload {
-	views := make(map[redirect.AttachmentID]*agent.WorkloadView)
+	views := make(map[workload.AttachmentID]*agent.WorkloadView)
 	for i, w := range view.Workloads {
 		views[w.Key] = &view.Workloads[i]
 	}
@@ -31,7 +33,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 	for _, w := range list {
 		seen = append(seen, seenWorkload{WorkloadStatus: w, Agent: views[w.Key]})
 	}
-	known := make(map[redirect.AttachmentID]bool)
+	known := make(map[workload.AttachmentID]bool)
 	for _, w := range list {
 		known[w.Key] = true
 	}
@@ -39,7 +41,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 		if !known[w.Key] && w.State != agent.StateManaged { // that one's ADD or DEL is under way
 			seen = append(seen, seenWorkload{outside: true, Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
 				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NomadNames: w.NomadNames, NetNS: w.NetNS,
-				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []redirect.Problem{},
+				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []health.Problem{},
 			}})
 		}
 	}

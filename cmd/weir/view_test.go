@@ -11,26 +11,27 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	began := time.Now().Add(-time.Minute)
-	key := redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}
+	key := workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}
 	view := &agent.Status{
 		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", InSync: true, Since: began},
 		Workloads: []agent.WorkloadView{
 			{
-				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: agent.StateManaged, Guard: redirect.GuardAudit, InSync: true, Since: began,
+				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: agent.StateManaged, Guard: workload.GuardAudit, InSync: true, Since: began,
 				Proxies:   []agent.ProxyView{{Kind: "connect-proxy"}},
 				Upstreams: []agent.UpstreamView{{Name: "api", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}, Open: []uint16{8081, 21500},
 			},
-			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []redirect.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
+			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []health.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
 		},
 	}
-	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", Mode: redirect.ModeDirect, Guard: redirect.GuardAudit,
+	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", Mode: workload.ModeDirect, Guard: workload.GuardAudit,
 		Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID}}}, agent: view}
 	got := try(t, n, nil, "workloads")
 	for _, want := range []string{
@@ -74,7 +75,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 // Allocations from before Weir are listed as what they are.
 func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 	view := &agent.Status{Workloads: []agent.WorkloadView{{
-		Key: redirect.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: agent.StateConsul, Since: time.Now(),
+		Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: agent.StateConsul, Since: time.Now(),
 	}}}
 	n := &node{agent: view}
 	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each\n"

@@ -11,6 +11,8 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // workloadsReport is what workloads prints as JSON.
@@ -48,7 +50,7 @@ func newWorkloads(env env) *command {
 	c.flags.Lookup("verbose").Usage = "print every column and whole names; and errors in full, with the kernel's verifier log"
 	c.do = func() (int, error) {
 		list, err := c.datapath().Workloads()
-		if errors.Is(err, redirect.ErrUnreadable) {
+		if errors.Is(err, store.ErrUnreadable) {
 			c.ui.Error("left out: " + err.Error())
 		} else if err != nil {
 			return 1, err
@@ -65,7 +67,7 @@ func newWorkloads(env env) *command {
 		if running {
 			text += "\n\n" + strings.Join(c.sources(view, time.Now()), "\n")
 		} else if dead.What != "" {
-			text += "\n\n" + strings.TrimRight(c.renderProblems([]redirect.Problem{dead}), "\n")
+			text += "\n\n" + strings.TrimRight(c.renderProblems([]health.Problem{dead}), "\n")
 		}
 		c.ui.Output(text)
 		return 0, nil
@@ -177,7 +179,7 @@ func (c *command) renderProblemsOf(list []seenWorkload) string {
 }
 
 // ownProblems are those of one workload, for where its name stands above them.
-func ownProblems(problems []redirect.Problem) (list []redirect.Problem) {
+func ownProblems(problems []health.Problem) (list []health.Problem) {
 	for _, problem := range problems {
 		list = append(list, problem.Of("", problem.AllocID))
 	}

@@ -9,22 +9,24 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func TestWorkloads(t *testing.T) {
 	n := &node{list: []redirect.WorkloadStatus{
 		{
-			Key: redirect.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
-			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
+			Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
+			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
 			Proxy:    redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
 			Sidecars: []redirect.ProxyStatus{{Service: "api", UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20001, Listeners: 1}},
 			Origins:  12, Budget: 65536,
 		},
 		{
-			Key: redirect.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
+			Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
 			Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID, Outbound: 15001}, Budget: 65536,
 			Notes:    []string{"port \"0\" in ExcludeInboundPorts means nothing"},
-			Problems: []redirect.Problem{{What: "its namespace is gone", Remedy: "run CNI DEL or GC"}},
+			Problems: []health.Problem{{What: "its namespace is gone", Remedy: "run CNI DEL or GC"}},
 		},
 	}}
 	want(t, try(t, n, nil, "workloads"), outcome{stdout: `ID        JOB   GROUP  PROTECTED  BY        PROXY  GUARD    CONSUL
@@ -53,8 +55,8 @@ func TestWorkloadsFitATerminal(t *testing.T) {
 	n := &node{agent: &agent.Status{}}
 	for i, job := range []string{"payments-settlement-production", "web", "größte-aller-möglichen-bezeichnungen"} {
 		w := redirect.WorkloadStatus{
-			Key: redirect.AttachmentID{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
-			Group: "settlement-workers", Mode: redirect.ModeTransparent, Guard: redirect.GuardEnforce,
+			Key: workload.AttachmentID{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
+			Group: "settlement-workers", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
 		}
 		n.list = append(n.list, w)
 		n.agent.Workloads = append(n.agent.Workloads, agent.WorkloadView{Key: w.Key, State: agent.StateManaged, Proxies: []agent.ProxyView{{}}})
@@ -76,29 +78,29 @@ func TestWorkloadsFitATerminal(t *testing.T) {
 // Each answer is what the node really does about a connection past the proxy, and no answer but yes
 // is without its reason.
 func TestProtected(t *testing.T) {
-	wrong := []redirect.Problem{{What: "rows are missing", Remedy: "run CNI CHECK"}}
+	wrong := []health.Problem{{What: "rows are missing", Remedy: "run CNI CHECK"}}
 	for _, c := range []struct {
-		mode     redirect.Mode
-		guard    redirect.Guard
-		problems []redirect.Problem
+		mode     workload.Mode
+		guard    workload.Guard
+		problems []health.Problem
 		state    agent.State
 		want     string
 		reason   string
 	}{
-		{redirect.ModeTransparent, redirect.GuardOff, nil, agent.StateManaged, "yes redirect", ""},
-		{redirect.ModeTransparent, redirect.GuardAudit, nil, "", "yes redirect", ""},
-		{redirect.ModeTransparent, redirect.GuardEnforce, wrong, agent.StateManaged, "no redirect", "\n  rows are missing\n"},
-		{redirect.ModeDirect, redirect.GuardEnforce, nil, agent.StateManaged, "yes guard", ""},
-		{redirect.ModeDirect, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
-		{redirect.ModeGateway, redirect.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: "},
-		{redirect.ModeDirect, "", nil, "", "no -", "\nno: the guard is off: connections past the proxy are let in\n"},
+		{workload.ModeTransparent, workload.GuardOff, nil, agent.StateManaged, "yes redirect", ""},
+		{workload.ModeTransparent, workload.GuardAudit, nil, "", "yes redirect", ""},
+		{workload.ModeTransparent, workload.GuardEnforce, wrong, agent.StateManaged, "no redirect", "\n  rows are missing\n"},
+		{workload.ModeDirect, workload.GuardEnforce, nil, agent.StateManaged, "yes guard", ""},
+		{workload.ModeDirect, workload.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
+		{workload.ModeGateway, workload.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: "},
+		{workload.ModeDirect, "", nil, "", "no -", "\nno: the guard is off: connections past the proxy are let in\n"},
 		{"", "", nil, agent.StateConsul, "no consul", "\nno: Consul's own rules redirect it"},
 		{"", "", nil, agent.StateHost, "no host", "\nno: it is on the node's own network"},
 		{"", "", wrong, agent.StateUnprotected, "no -", "\n  rows are missing\n"},
 		{"", "", wrong, agent.StateUnclaimed, "no -", "\n  rows are missing\n"},
 		{"", "", wrong, agent.StateEnded, "- -", "\n  rows are missing\n"},
 	} {
-		key := redirect.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}
+		key := workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}
 		n := &node{}
 		if c.mode != "" {
 			n.list = []redirect.WorkloadStatus{{Key: key, ID: "1c6e1d2f", Mode: c.mode, Guard: c.guard, Problems: c.problems}}

@@ -33,8 +33,10 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 
+	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/redirect"
 )
@@ -48,7 +50,7 @@ const (
 
 // Node says where on a node everything is. Zero fields mean the default.
 type Node struct {
-	Paths    redirect.Paths
+	Paths    store.Paths
 	CacheDir string    // of libcni
 	NetNSDir string    // where Nomad makes namespaces
 	CNIPath  string    // directories of plugins, as in Nomad's cni_path
@@ -69,8 +71,8 @@ var ErrInUse = errors.New("it is in use")
 
 // Attachment is an allocation's place in a network, which nothing uses.
 type Attachment struct {
-	Key     redirect.AttachmentID `json:"key"`
-	Job     redirect.Job          `json:"job"`
+	Key     workload.AttachmentID `json:"key"`
+	Job     workload.Job          `json:"job"`
 	Network string                `json:"network"` // its name; empty where only the namespace is left
 	NetNS   string                `json:"netns"`   // path
 	State   State                 `json:"state"`
@@ -118,8 +120,8 @@ func (n Node) Find() ([]Attachment, error) {
 
 // attachments joins what libcni, both kinds of records and Nomad's directory know.
 func (n Node) attachments() ([]*Attachment, error) {
-	found := make(map[redirect.AttachmentID]*Attachment)
-	at := func(key redirect.AttachmentID) *Attachment {
+	found := make(map[workload.AttachmentID]*Attachment)
+	at := func(key workload.AttachmentID) *Attachment {
 		if found[key] == nil {
 			found[key] = &Attachment{Key: key}
 		}
@@ -165,7 +167,7 @@ func (a *Attachment) lived(path string, cookie uint64) {
 }
 
 // cached adds what libcni remembers of Nomad's allocations.
-func (n Node) cached(at func(redirect.AttachmentID) *Attachment) error {
+func (n Node) cached(at func(workload.AttachmentID) *Attachment) error {
 	library := n.library()
 	attachments, err := library.GetCachedAttachments("")
 	if err != nil {
@@ -182,7 +184,7 @@ func (n Node) cached(at func(redirect.AttachmentID) *Attachment) error {
 			problems = append(problems, fmt.Errorf("CNI result of allocation %s: read its configuration: %w", job.AllocID, err))
 			continue
 		}
-		a := at(redirect.AttachmentID{ContainerID: cached.ContainerID, IfName: cached.IfName})
+		a := at(workload.AttachmentID{ContainerID: cached.ContainerID, IfName: cached.IfName})
 		a.Job, a.Network, a.list, a.args = job, cached.Network, list, cached.CapabilityArgs
 		a.lived(cached.NetNS, 0)
 		a.portmap = slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool { return p.Network.Type == "portmap" })
@@ -229,7 +231,7 @@ func (a *Attachment) describe(raw types.Result) error {
 }
 
 // named adds the namespaces that Nomad made under the IDs of allocations.
-func (n Node) named(at func(redirect.AttachmentID) *Attachment, found map[redirect.AttachmentID]*Attachment) error {
+func (n Node) named(at func(workload.AttachmentID) *Attachment, found map[workload.AttachmentID]*Attachment) error {
 	allocID := regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 	dir := cmp.Or(n.NetNSDir, DefaultNetNSDir)
 	entries, err := os.ReadDir(dir)
@@ -253,7 +255,7 @@ func (n Node) named(at func(redirect.AttachmentID) *Attachment, found map[redire
 			}
 		}
 		if _, mounted, err := inodeOf(path); alone && mounted && err == nil {
-			a := at(redirect.AttachmentID{ContainerID: id})
+			a := at(workload.AttachmentID{ContainerID: id})
 			a.Job.AllocID, a.mount = id, path
 			a.lived(path, 0)
 		}
@@ -261,11 +263,11 @@ func (n Node) named(at func(redirect.AttachmentID) *Attachment, found map[redire
 	return nil
 }
 
-func jobOf(args [][2]string) (job redirect.Job) {
+func jobOf(args [][2]string) (job workload.Job) {
 	for _, arg := range args {
 		job.SetArg(arg[0], arg[1])
 	}
 	return job
 }
 
-func (n Node) stateDir() string { return cmp.Or(n.Paths.StateDir, redirect.DefaultStateDir) }
+func (n Node) stateDir() string { return cmp.Or(n.Paths.StateDir, store.DefaultStateDir) }

@@ -16,17 +16,19 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 func TestMain(m *testing.M) { test.Main(m, nil) }
 
 const allocationID = "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01"
 
-var key = redirect.AttachmentID{ContainerID: allocationID, IfName: "eth0"}
+var key = workload.AttachmentID{ContainerID: allocationID, IfName: "eth0"}
 
 // node is a node of its own, whose plugins are real: libcni makes the networks
 // that deploy has conflists for, as Nomad does.
@@ -50,7 +52,7 @@ func newNode(t *testing.T, network string) *node {
 	}
 	n := &node{
 		Node: Node{
-			Paths:    redirect.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()},
+			Paths:    store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()},
 			CacheDir: t.TempDir(), NetNSDir: t.TempDir(), CNIPath: dir + ":" + test.CNIPath(t),
 		},
 		t: t, host: test.NewNetNS(t), alloc: test.NewBareNetNS(t), leases: t.TempDir(), network: network,
@@ -284,7 +286,7 @@ func TestRemoveAfterAReboot(t *testing.T) {
 	for _, network := range []string{"weir", "weir-chained"} {
 		t.Run(network, func(t *testing.T) {
 			n := newNode(t, network)
-			addresses, err := redirect.Addresses(n.alloc.Path)
+			addresses, err := host.Addresses(n.alloc.Path)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -316,7 +318,7 @@ func TestRemoveAfterAReboot(t *testing.T) {
 // A namespace of Nomad's alone is one that it did not take away.
 func TestRemoveOfANamespaceAlone(t *testing.T) {
 	test.Need(t, test.Root)
-	n := Node{Paths: redirect.Paths{StateDir: t.TempDir()}, CacheDir: t.TempDir(), NetNSDir: t.TempDir()}
+	n := Node{Paths: store.Paths{StateDir: t.TempDir()}, CacheDir: t.TempDir(), NetNSDir: t.TempDir()}
 	mounted := filepath.Join(n.NetNSDir, allocationID)
 	for _, name := range []string{mounted, filepath.Join(n.NetNSDir, "somebody-elses")} {
 		ns := test.NewNetNS(t)

@@ -15,10 +15,9 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/cni/network"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
 )
 
 // Shadow is a host port of an ended allocation that is somebody else's by now.
@@ -27,8 +26,8 @@ import (
 type Shadow struct {
 	Port     uint16                 `json:"port"`
 	Protocol string                 `json:"protocol"`
-	By       *redirect.AttachmentID `json:"by"` // the running allocation; null: a process in the node's own network
-	Job      redirect.Job           `json:"job"`
+	By       *workload.AttachmentID `json:"by"` // the running allocation; null: a process in the node's own network
+	Job      workload.Job           `json:"job"`
 }
 
 // hostPort is a port of the node that is mapped to one of an allocation.

@@ -12,8 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -59,8 +58,8 @@ func TestPortOfARunningAllocation(t *testing.T) {
 			n.add(heir, alloc)
 			n.wantShadows("beside an allocation that does not run")
 			test.EchoProcess(t, test.Spec{NetNS: alloc}, "tcp4", "0.0.0.0:8080")
-			heirKey := redirect.AttachmentID{ContainerID: heir, IfName: "eth0"}
-			shadow := []Shadow{{Port: 18080, Protocol: "tcp", By: &heirKey, Job: redirect.Job{AllocID: heir, ID: "demo", Group: "web"}}}
+			heirKey := workload.AttachmentID{ContainerID: heir, IfName: "eth0"}
+			shadow := []Shadow{{Port: 18080, Protocol: "tcp", By: &heirKey, Job: workload.Job{AllocID: heir, ID: "demo", Group: "web"}}}
 			if network == "weir" {
 				shadow = nil
 			}

@@ -16,10 +16,10 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/version"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"golang.org/x/sys/unix"
 )
 
 // timeout is longer than any plugin needs for a DEL.
@@ -109,7 +109,7 @@ func (n Node) notes() io.Writer {
 // runner runs plugins on the instance of Weir that is looked at.
 type runner struct {
 	invoke.DefaultExec
-	paths redirect.Paths
+	paths store.Paths
 }
 
 func (r *runner) ExecPlugin(ctx context.Context, plugin string, stdin []byte, environ []string) ([]byte, error) {

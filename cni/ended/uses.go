@@ -14,9 +14,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"github.com/weirmesh/weir/redirect/host"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // netInterface is told from any other by name and hardware address.
@@ -115,23 +114,23 @@ func (a *Attachment) has(s space) bool {
 func lookAtOne(paths []string) (s space, err error) {
 	for _, path := range paths {
 		s, err = look(path)
-		if !errors.Is(err, redirect.ErrNetNSGone) {
+		if !errors.Is(err, host.ErrNetNSGone) {
 			break
 		}
 	}
-	if errors.Is(err, redirect.ErrNetNSGone) || errors.Is(err, redirect.ErrHostNetNS) {
+	if errors.Is(err, host.ErrNetNSGone) || errors.Is(err, host.ErrHostNetNS) {
 		return space{}, nil // all of its processes have ended, or it is no allocation's
 	}
 	return s, err
 }
 
 func look(path string) (s space, err error) {
-	if s.cookie, err = redirect.Cookie(path); err != nil {
+	if s.cookie, err = host.Cookie(path); err != nil {
 		return s, err
 	}
 	handle, err := netns.GetFromPath(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return s, redirect.ErrNetNSGone
+		return s, host.ErrNetNSGone
 	}
 	if err != nil {
 		return s, fmt.Errorf("open namespace %s: %w", path, err)

@@ -10,7 +10,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -110,7 +111,7 @@ func TestCheckRestoresALostRecord(t *testing.T) {
 	if err := os.RemoveAll(n.stateDir); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := n.check(a, nil); !errors.Is(err, redirect.ErrUnknown) {
+	if _, err := n.check(a, nil); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("without a previous result: %v: want ErrUnknown", err)
 	}
 	repairs, err := n.check(a, result)
@@ -137,7 +138,7 @@ func TestCheckOfAnEmptyNamespace(t *testing.T) {
 			}
 		}
 		n.wantSame(t, func() {
-			if _, err := n.check(&empty, result); !errors.Is(err, redirect.ErrNetNSGone) {
+			if _, err := n.check(&empty, result); !errors.Is(err, host.ErrNetNSGone) {
 				t.Errorf("record lost %v: %v: want ErrNetNSGone", lost, err)
 			}
 		})
@@ -148,7 +149,7 @@ func TestHostsOwnNamespaceIsRefused(t *testing.T) {
 	n := newNode(t)
 	a := n.allocation(t, "a")
 	a.NetNS = n.ns.Path // as the plugin of this node has it
-	if _, err := n.add(a); !errors.Is(err, redirect.ErrHostNetNS) {
+	if _, err := n.add(a); !errors.Is(err, host.ErrHostNetNS) {
 		t.Errorf("error %v: want ErrHostNetNS", err)
 	}
 	n.wantNothingLeft(t)

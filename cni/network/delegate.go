@@ -12,9 +12,9 @@ import (
 	"slices"
 	"strings"
 
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/workload"
 
-	"github.com/weirmesh/weir/redirect"
+	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
 // HostLocal is the IPAM plugin that a network has unless its conflist names
@@ -113,7 +113,7 @@ func withAddresses(stdin json.RawMessage, result *current.Result) ([]byte, error
 
 // collectLeases gives back the leases of host-local that belong to no valid
 // attachment: those whose record was lost.
-func (n *Network) collectLeases(valid []redirect.AttachmentID, path string) error {
+func (n *Network) collectLeases(valid []workload.AttachmentID, path string) error {
 	if n.config.IPAM != HostLocal || n.config.LeaseDir == "" {
 		return nil
 	}
@@ -129,7 +129,7 @@ func (n *Network) collectLeases(valid []redirect.AttachmentID, path string) erro
 	for _, entry := range entries {
 		data, err := os.ReadFile(filepath.Join(dir, entry.Name()))
 		owner, ifName, ok := strings.Cut(strings.ReplaceAll(strings.TrimSpace(string(data)), "\r", ""), "\n")
-		key := redirect.AttachmentID{ContainerID: owner, IfName: ifName}
+		key := workload.AttachmentID{ContainerID: owner, IfName: ifName}
 		if err != nil || !ok || slices.Contains(valid, key) {
 			continue // the lock, the last address, or gone by now
 		}

@@ -10,14 +10,13 @@ import (
 	"net"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // HostDevice is the name of an attachment's device on the node: always the
 // same for the same key, so that it is found without a record.
-func HostDevice(key redirect.AttachmentID) string {
+func HostDevice(key workload.AttachmentID) string {
 	sum := sha256.Sum256([]byte(key.String()))
 	return "weir" + hex.EncodeToString(sum[:])[:unix.IFNAMSIZ-1-len("weir")]
 }

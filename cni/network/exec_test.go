@@ -10,9 +10,9 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/workload"
 
-	"github.com/weirmesh/weir/redirect"
+	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
 // script is another plugin, as a shell script in a CNI_PATH of its own.
@@ -23,7 +23,7 @@ func script(t *testing.T, body string) *record {
 		t.Fatal(err)
 	}
 	return &record{Attachment: Attachment{
-		Key: redirect.AttachmentID{ContainerID: "alloc", IfName: "eth7"}, NetNS: "/run/netns/alloc", Path: "/nowhere:" + dir,
+		Key: workload.AttachmentID{ContainerID: "alloc", IfName: "eth7"}, NetNS: "/run/netns/alloc", Path: "/nowhere:" + dir,
 		Args: "NOMAD_ALLOC_ID=alloc;CONSUL_IPTABLES_CONFIG={}",
 	}}
 }

@@ -13,11 +13,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/workload"
+
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -79,7 +79,7 @@ type allocation struct {
 func (n *node) allocation(t *testing.T, id string) *allocation {
 	t.Helper()
 	ns := test.NewBareNetNS(t)
-	return &allocation{Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Path: n.path}, ns}
+	return &allocation{Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Path: n.path}, ns}
 }
 
 // added is an allocation whose network is built.

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // FuzzPortMappings holds what a job asks to be mapped: each mapping that is taken has
@@ -65,7 +65,7 @@ func FuzzRecordFile(f *testing.F) {
 		}
 		got, err := readRecordFile(path)
 		if err != nil {
-			if got != nil || !errors.Is(err, redirect.ErrUnknown) || !strings.Contains(err.Error(), path) {
+			if got != nil || !errors.Is(err, store.ErrUnknown) || !strings.Contains(err.Error(), path) {
 				t.Errorf("%q: %+v, %v: want no record, and an error that names the file", data, got, err)
 			}
 			return

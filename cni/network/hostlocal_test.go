@@ -9,10 +9,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/workload"
+
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -43,7 +43,7 @@ func ranges(subnets ...string) (sets [][]map[string]string) {
 }
 
 func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
-	r := &record{Attachment: Attachment{Key: redirect.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
+	r := &record{Attachment: Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
 	result, err := r.call(command, HostLocal, b.config)
 	if err != nil || result == nil {
 		return nil, err

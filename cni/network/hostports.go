@@ -13,9 +13,9 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // portMapping is a host port as the runtime asks for it, by the capability portMappings.
@@ -165,7 +165,7 @@ func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
 	if err != nil {
 		return err
 	}
-	lost := make(map[redirect.AttachmentID][]hostPort)
+	lost := make(map[workload.AttachmentID][]hostPort)
 	for _, wanted := range r.Ports {
 		i := slices.IndexFunc(held, func(h heldPort) bool { return h.sameHost(wanted) && h.Container != wanted.Container })
 		if i >= 0 {
@@ -177,7 +177,7 @@ func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
 			return err
 		}
 		other, err := n.readRecord(owner)
-		if errors.Is(err, redirect.ErrUnknown) {
+		if errors.Is(err, store.ErrUnknown) {
 			continue
 		}
 		if err != nil {
@@ -253,7 +253,7 @@ func deleteElements(conn *nftables.Conn, ports []hostPort) error {
 }
 
 func (m portMap) queueDelete(conn *nftables.Conn, ports []hostPort) error {
-	elements := m.elements(ports, redirect.AttachmentID{})
+	elements := m.elements(ports, workload.AttachmentID{})
 	for i := range elements {
 		elements[i] = nftables.SetElement{Key: elements[i].Key}
 	}
@@ -327,12 +327,12 @@ func (r *record) forgetFlows() error {
 // heldPort is a translation as the kernel has it.
 type heldPort struct {
 	hostPort
-	owner redirect.AttachmentID
+	owner workload.AttachmentID
 }
 
 // HostPort is a port of the node that is an attachment's, as the kernel has it.
 type HostPort struct {
-	Key      redirect.AttachmentID
+	Key      workload.AttachmentID
 	Protocol string
 	Host     netip.AddrPort // unspecified: every address of the family
 }

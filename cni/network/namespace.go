@@ -15,9 +15,9 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // namespace is an allocation's open network namespace.
@@ -30,13 +30,13 @@ type namespace struct {
 func openNamespace(path string) (*namespace, error) {
 	file, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("open namespace %s: %w", path, redirect.ErrNetNSGone)
+		return nil, fmt.Errorf("open namespace %s: %w", path, host.ErrNetNSGone)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open namespace: %w", err)
 	}
 	// By descriptor: the path may lead elsewhere by now.
-	cookie, err := redirect.Cookie(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
+	cookie, err := host.Cookie(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("namespace %s: %w", path, err), file.Close())
 	}
@@ -91,7 +91,7 @@ func (ns *namespace) has(device string) (there bool, err error) {
 // refuseInUse is an error where the key's device leads to another namespace
 // than this one, in which processes run. The kernel numbers the namespaces at the
 // other end of a device.
-func (ns *namespace) refuseInUse(key redirect.AttachmentID) error {
+func (ns *namespace) refuseInUse(key workload.AttachmentID) error {
 	return withHandle(func(h *netlink.Handle) error {
 		device, err := find1(h, HostDevice(key))
 		if err != nil || device == nil || device.Attrs().NetNsID < 0 {

@@ -18,9 +18,11 @@ import (
 	"slices"
 
 	"github.com/containernetworking/cni/pkg/types"
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 
-	"github.com/weirmesh/weir/redirect"
+	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
 var (
@@ -59,7 +61,7 @@ type Config struct {
 
 // Attachment is one allocation's place in a network, as CNI names it.
 type Attachment struct {
-	Key   redirect.AttachmentID `json:"key"`
+	Key   workload.AttachmentID `json:"key"`
 	NetNS string                `json:"netns"`
 	Args  string                `json:"args"` // CNI_ARGS
 	Path  string                `json:"path"` // CNI_PATH, where other plugins are found
@@ -75,7 +77,7 @@ type Network struct {
 // New returns the network. Nothing is opened or changed.
 func New(config Config, stateDir string) *Network {
 	if stateDir == "" {
-		stateDir = redirect.DefaultStateDir
+		stateDir = store.DefaultStateDir
 	}
 	return &Network{config: config, stateDir: stateDir}
 }
@@ -103,7 +105,7 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 		}
 		return old.Result, func() error { return nil }, n.writeRecord(old)
 	}
-	if !known && !errors.Is(err, redirect.ErrUnknown) {
+	if !known && !errors.Is(err, store.ErrUnknown) {
 		return nil, nil, err
 	}
 	if err := ns.refuseInUse(a.Key); err != nil {
@@ -178,7 +180,7 @@ func (n *Network) Check(a Attachment, previous *current.Result) (repairs []strin
 	}
 	defer ns.Close()
 	r, err := n.readRecord(a.Key)
-	if errors.Is(err, redirect.ErrUnknown) {
+	if errors.Is(err, store.ErrUnknown) {
 		if r, err = n.restore(a, previous, ns); err == nil {
 			repairs = append(repairs, "the record of the network was lost; written anew from the previous result")
 		}
@@ -187,10 +189,10 @@ func (n *Network) Check(a Attachment, previous *current.Result) (repairs []strin
 		return nil, err
 	}
 	if !r.Complete {
-		return nil, fmt.Errorf("network of %s was never finished: %w", a.Key, redirect.ErrNetNSGone)
+		return nil, fmt.Errorf("network of %s was never finished: %w", a.Key, host.ErrNetNSGone)
 	}
 	if r.Cookie != ns.cookie {
-		return nil, fmt.Errorf("namespace %s was replaced since ADD: %w", a.NetNS, redirect.ErrNetNSGone)
+		return nil, fmt.Errorf("namespace %s was replaced since ADD: %w", a.NetNS, host.ErrNetNSGone)
 	}
 	r.NetNS, r.Path = a.NetNS, a.Path
 	did, err := n.ensure(r, ns)
@@ -211,14 +213,14 @@ func (n *Network) Check(a Attachment, previous *current.Result) (repairs []strin
 // be in the namespace: an empty namespace has nothing to restore.
 func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace) (*record, error) {
 	if previous == nil {
-		return nil, fmt.Errorf("network of %s: its record is lost, and there is no previous result: %w", a.Key, redirect.ErrUnknown)
+		return nil, fmt.Errorf("network of %s: its record is lost, and there is no previous result: %w", a.Key, store.ErrUnknown)
 	}
 	there, err := ns.has(a.Key.IfName)
 	if err != nil {
 		return nil, err
 	}
 	if !there {
-		return nil, fmt.Errorf("namespace %s has no %s: %w", a.NetNS, a.Key.IfName, redirect.ErrNetNSGone)
+		return nil, fmt.Errorf("namespace %s has no %s: %w", a.NetNS, a.Key.IfName, host.ErrNetNSGone)
 	}
 	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie, Complete: true}
 	if r.Result, err = r.result(previous); err != nil || r.PortMappings == nil {
@@ -261,14 +263,14 @@ func (n *Network) teardown(r *record) error {
 }
 
 // Owns reports whether anything of the attachment is on the node.
-func (n *Network) Owns(key redirect.AttachmentID) bool {
+func (n *Network) Owns(key workload.AttachmentID) bool {
 	_, err := n.readRecord(key)
-	return !errors.Is(err, redirect.ErrUnknown) || hasDevice(HostDevice(key))
+	return !errors.Is(err, store.ErrUnknown) || hasDevice(HostDevice(key))
 }
 
 // Collect removes the network's attachments that are not in valid, and the
 // leases of host-local that belong to none of them.
-func (n *Network) Collect(valid []redirect.AttachmentID, path string) (removed []redirect.AttachmentID, err error) {
+func (n *Network) Collect(valid []workload.AttachmentID, path string) (removed []workload.AttachmentID, err error) {
 	records, err := n.readRecords()
 	problems := []error{err}
 	for _, r := range records {

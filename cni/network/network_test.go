@@ -16,10 +16,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 func TestAllocationsReachEachOtherAndTheWorld(t *testing.T) {
@@ -163,7 +163,7 @@ func TestKnownIDWithANewNamespace(t *testing.T) {
 	if _, err := n.check(moved, nil); err != nil {
 		t.Error(err)
 	}
-	if _, err := n.check(old, nil); !errors.Is(err, redirect.ErrNetNSGone) {
+	if _, err := n.check(old, nil); !errors.Is(err, host.ErrNetNSGone) {
 		t.Errorf("CHECK with the old namespace: %v: want ErrNetNSGone", err)
 	}
 }
@@ -242,7 +242,7 @@ func TestDelKeepsForLaterWhatItCouldNotDo(t *testing.T) {
 			t.Error("the device is still there")
 		}
 		removed, err := n.network().Collect(nil, path)
-		if err != nil || !slices.Equal(removed, []redirect.AttachmentID{a.Key}) {
+		if err != nil || !slices.Equal(removed, []workload.AttachmentID{a.Key}) {
 			t.Errorf("collected %v, %v", removed, err)
 		}
 	})
@@ -267,8 +267,8 @@ func TestCollect(t *testing.T) {
 	other.ranges("10.78.0.0/24")
 	foreign, _ := other.added(t, "foreign")
 	n.ns.Do(func() {
-		removed, err := n.network().Collect([]redirect.AttachmentID{keep.Key}, n.path)
-		if err != nil || !slices.Equal(removed, []redirect.AttachmentID{gone.Key}) {
+		removed, err := n.network().Collect([]workload.AttachmentID{keep.Key}, n.path)
+		if err != nil || !slices.Equal(removed, []workload.AttachmentID{gone.Key}) {
 			t.Errorf("collected %v, %v: want only %s", removed, err, gone.Key)
 		}
 	})

@@ -14,9 +14,8 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
-
-	"github.com/weirmesh/weir/redirect"
 )
 
 // Host ports are elements of maps and no rules: a packet costs the same beside
@@ -65,7 +64,7 @@ func portMaps() []portMap {
 }
 
 // elements are those of the ports that belong into the map, under the owner's name.
-func (m portMap) elements(ports []hostPort, owner redirect.AttachmentID) (list []nftables.SetElement) {
+func (m portMap) elements(ports []hostPort, owner workload.AttachmentID) (list []nftables.SetElement) {
 	for _, p := range ports {
 		if p.Host.Addr().Is4() != m.four || p.Host.Addr().IsUnspecified() != m.any {
 			continue
@@ -103,7 +102,7 @@ func (m portMap) decode(element nftables.SetElement) (held heldPort, ok bool) {
 	held.Host = netip.AddrPortFrom(host, binary.BigEndian.Uint16(key))
 	held.Container = netip.AddrPortFrom(container, binary.BigEndian.Uint16(value[size:]))
 	id, ifName, _ := strings.Cut(strings.TrimRight(element.Comment, "\x00"), " ")
-	held.owner = redirect.AttachmentID{ContainerID: id, IfName: ifName}
+	held.owner = workload.AttachmentID{ContainerID: id, IfName: ifName}
 	return held, true
 }
 

@@ -11,9 +11,10 @@ import (
 	"path/filepath"
 	"strings"
 
-	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 
-	"github.com/weirmesh/weir/redirect"
+	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
 // Who maps the host ports of an attachment.
@@ -42,20 +43,20 @@ type record struct {
 
 func (n *Network) records() string { return filepath.Join(n.stateDir, "networks") }
 
-func (n *Network) recordPath(key redirect.AttachmentID) string {
+func (n *Network) recordPath(key workload.AttachmentID) string {
 	return filepath.Join(n.records(), key.String()+".json")
 }
 
 // readRecord returns redirect.ErrUnknown where there is none. One of an earlier
 // boot is never complete: its namespace is gone, its lease may not be.
-func (n *Network) readRecord(key redirect.AttachmentID) (*record, error) {
+func (n *Network) readRecord(key workload.AttachmentID) (*record, error) {
 	return readRecordFile(n.recordPath(key))
 }
 
 func readRecordFile(path string) (*record, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, redirect.ErrUnknown
+		return nil, store.ErrUnknown
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read record: %w", err)
@@ -64,7 +65,7 @@ func readRecordFile(path string) (*record, error) {
 	if err := json.Unmarshal(data, r); err != nil {
 		// Written in one step, so this is no half of one. What it stood for
 		// is found by its key.
-		return nil, fmt.Errorf("read record %s: %w: %w", path, redirect.ErrUnknown, err)
+		return nil, fmt.Errorf("read record %s: %w: %w", path, store.ErrUnknown, err)
 	}
 	boot, err := bootID()
 	if err != nil {
@@ -98,7 +99,7 @@ func (n *Network) writeRecord(r *record) (err error) {
 	return nil
 }
 
-func (n *Network) removeRecord(key redirect.AttachmentID) error {
+func (n *Network) removeRecord(key workload.AttachmentID) error {
 	for _, path := range []string{n.recordPath(key) + ".tmp", n.recordPath(key)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove record: %w", err)
@@ -135,7 +136,7 @@ func (n *Network) readRecords() ([]*record, error) {
 // locked runs action while no other process changes what attachments share:
 // the bridge, its ports, and the rules for it.
 func (n *Network) locked(action func() error) error {
-	return redirect.Locked(filepath.Join(n.stateDir, "network.lock"), action)
+	return store.Locked(filepath.Join(n.stateDir, "network.lock"), action)
 }
 
 func bootID() (string, error) {

@@ -9,8 +9,7 @@ import (
 	"os"
 
 	"github.com/google/nftables"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
 )
 
 // Repair puts back the rules and host ports that somebody flushed, of every
@@ -28,7 +27,7 @@ func Repair(stateDir string) (repaired []string, err error) {
 			var held []heldPort
 			seen := make(map[string]bool) // networks whose rules are there
 			for _, r := range records {
-				cookie, err := redirect.Cookie(r.NetNS)
+				cookie, err := host.Cookie(r.NetNS)
 				if err != nil || !r.Complete || cookie != r.Cookie {
 					continue // it is for the next ADD, DEL or CHECK to see to it
 				}

@@ -12,8 +12,9 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
-
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Recorded is an attachment on record.
@@ -46,9 +47,9 @@ func Attachments(stateDir string) ([]Recorded, error) {
 
 // Forget removes an attachment that is on record, as Remove does, with what the
 // record says of its network. path is CNI_PATH; empty leaves it to the record.
-func Forget(stateDir string, key redirect.AttachmentID, path string) error {
+func Forget(stateDir string, key workload.AttachmentID, path string) error {
 	n := New(Config{}, stateDir)
-	if _, err := n.readRecord(key); errors.Is(err, redirect.ErrUnknown) {
+	if _, err := n.readRecord(key); errors.Is(err, store.ErrUnknown) {
 		return n.removeRecord(key) // one that cannot be read stands for nothing
 	}
 	return n.Remove(Attachment{Key: key, Path: path})
@@ -141,7 +142,7 @@ func (n *Network) removeBridges(h *netlink.Handle) (removed, kept []string, inUs
 func (n *Network) serves() bool {
 	records, _ := n.readRecords() // one that cannot be read cannot be served either
 	return slices.ContainsFunc(records, func(r *record) bool {
-		cookie, err := redirect.Cookie(r.NetNS)
+		cookie, err := host.Cookie(r.NetNS)
 		return err == nil && cookie == r.Cookie
 	})
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/hashicorp/consul/sdk/iptables"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // interfaceName is the name under which this program is a CNI plugin: see
@@ -53,7 +53,9 @@ func (a *allocation) addr() netip.Addr {
 	return netip.AddrFrom4([4]byte{10, 210, byte(a.number >> 8), byte(a.number)})
 }
 
-func (a *allocation) key() redirect.AttachmentID { return redirect.AttachmentID{ContainerID: a.id, IfName: "eth0"} }
+func (a *allocation) key() workload.AttachmentID {
+	return workload.AttachmentID{ContainerID: a.id, IfName: "eth0"}
+}
 
 // newFleet makes so many allocations, the last quarter with transparent_proxy:
 // Consul works out the upstreams of each of those anew for each service that

@@ -18,7 +18,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
 
@@ -172,7 +172,7 @@ func (b *bench) prepare() (undo func() error, err error) {
 		}
 		steps = append(steps, func() error { return unix.Unmount(mounted, unix.MNT_DETACH) })
 	}
-	b.paths = redirect.Paths{PinDir: filepath.Join(bpffs, "weir"), StateDir: filepath.Join(state, "weir")}
+	b.paths = store.Paths{PinDir: filepath.Join(bpffs, "weir"), StateDir: filepath.Join(state, "weir")}
 	// Workers run under ordinary users, who may not reach the build's directory.
 	b.program = filepath.Join(dir, "worker")
 	if err := copyProgram(b.program); err != nil {

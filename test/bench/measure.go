@@ -15,7 +15,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // A measurement fills some rows of the table: every round it measures each of
@@ -37,7 +37,7 @@ type figures map[string]float64
 // A bench is one run: the machine's parts that it made, and what it measured.
 type bench struct {
 	size     sizes
-	paths    redirect.Paths
+	paths    store.Paths
 	netns    string // where namespaces are mounted
 	program  string // this program, executable for everybody
 	engine   string // the program of ./engine

@@ -12,6 +12,7 @@ import (
 
 	"github.com/hashicorp/consul/sdk/iptables"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // The variants that are measured side by side.
@@ -75,21 +76,21 @@ func (b *bench) unload() error {
 	return err
 }
 
-func key(s *site) redirect.AttachmentID {
-	return redirect.AttachmentID{ContainerID: s.name, IfName: "eth0"}
+func key(s *site) workload.AttachmentID {
+	return workload.AttachmentID{ContainerID: s.name, IfName: "eth0"}
 }
 
 func attachment(s *site) redirect.Attachment {
 	return redirect.Attachment{
 		Key:   key(s),
 		NetNS: s.inside,
-		Request: redirect.Request{
+		Request: workload.Request{
 			Network:      "bench",
-			Mode:         redirect.ModeTransparent,
+			Mode:         workload.ModeTransparent,
 			ProxyUID:     proxyUID,
 			InboundPort:  inboundPort,
 			OutboundPort: outboundPort,
-			DNS:          redirect.DNS{Address: netip.MustParseAddr(dnsAddr), Port: dnsPort},
+			DNS:          workload.DNS{Address: netip.MustParseAddr(dnsAddr), Port: dnsPort},
 			Addresses:    []netip.Addr{netip.MustParseAddr(insideAddr)},
 		},
 	}

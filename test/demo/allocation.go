@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test/envoy"
 	"github.com/weirmesh/weir/test/spawn"
 )
@@ -67,8 +69,8 @@ func newAllocation(n *node, id, group, address string) (*allocation, error) {
 
 func (a *allocation) veth() string     { return "veth" + a.id[:8] }
 func (a *allocation) proxyDir() string { return filepath.Join(runDir, "envoy-"+a.group) }
-func (a *allocation) key() redirect.AttachmentID {
-	return redirect.AttachmentID{ContainerID: a.id, IfName: ifName}
+func (a *allocation) key() workload.AttachmentID {
+	return workload.AttachmentID{ContainerID: a.id, IfName: ifName}
 }
 
 // cniArgs is CNI_ARGS as Nomad 1.11 writes it for a job with a
@@ -211,5 +213,5 @@ func (a *allocation) newLines(ctx context.Context, count int) ([]envoy.Connectio
 // datapath is the data path of the demo alone: a live one on the same
 // machine has other directories.
 func datapath() *redirect.Datapath {
-	return redirect.New(redirect.Paths{PinDir: pinDir, StateDir: filepath.Join(runDir, "state")})
+	return redirect.New(store.Paths{PinDir: pinDir, StateDir: filepath.Join(runDir, "state")})
 }

@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test/spawn"
 )
 
@@ -190,7 +190,7 @@ func (s *story) movePort(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	inbound := redirect.Inbound.String()
+	inbound := bpfmap.Inbound.String()
 	s.check(strings.HasPrefix(seen.Body, "hello from uid 1000"), "the client dials as before and is served")
 	s.check(after["api"][inbound] > before["api"][inbound], "what came for api was handed to its proxy")
 	text, err := spawn.Run(spawn.Spec{Binary: s.tools.weir, Args: []string{

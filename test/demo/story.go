@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test/spawn"
 )
 
@@ -164,7 +165,7 @@ func (s *story) connect(ctx context.Context) (err error) {
 	s.check(seen.Local.Addr() == s.web.address.Addr(), "the client sees its own address")
 
 	// The last thing to happen is that api's proxy dials the service.
-	events, err := watch.await(ctx, redirect.Proxy, 2, func() error { return nil })
+	events, err := watch.await(ctx, bpfmap.Proxy, 2, func() error { return nil })
 	if err != nil {
 		return err
 	}
@@ -193,8 +194,8 @@ func (s *story) connect(ctx context.Context) (err error) {
 	s.check(in[0].Remote.Addr() == s.web.address.Addr(), "its source is web's address")
 
 	return s.expectRises(counts, map[string]map[string]uint64{
-		"web": {redirect.Redirected.String(): 1, redirect.Proxy.String(): 1},
-		"api": {redirect.Inbound.String(): 1, redirect.Proxy.String(): 1},
+		"web": {bpfmap.Redirected.String(): 1, bpfmap.Proxy.String(): 1},
+		"api": {bpfmap.Inbound.String(): 1, bpfmap.Proxy.String(): 1},
 	})
 }
 
@@ -204,11 +205,11 @@ func (s *story) showEvents(events []redirect.Event, target netip.AddrPort) {
 	steered := false
 	for _, event := range events {
 		switch event.Verdict {
-		case redirect.Local: // the watch's own
-		case redirect.Redirected:
+		case bpfmap.Local: // the watch's own
+		case bpfmap.Redirected:
 			s.fact("kernel: "+event.Name, "uid %d dialled %s, its socket was sent to %s", event.UID, event.Origin, event.Destination)
 			steered = steered || event.Origin == target && encoded.Contains(event.Destination.Addr()) && event.Destination.Port() == target.Port()
-		case redirect.Inbound:
+		case bpfmap.Inbound:
 			s.fact("kernel: "+event.Name, "%s came for %s, handed to the inbound listener", event.Source, event.Origin)
 		default:
 			s.fact("kernel: "+event.Name, "uid %d dialled %s", event.UID, event.Origin)
@@ -262,7 +263,7 @@ func (s *story) stopProxy(context.Context) error {
 	s.fact("the client got", "%s", seen.Error)
 	s.check(seen.Refused, "refused at once, never past the proxy")
 	return s.expectRises(counts, map[string]map[string]uint64{
-		"web": {redirect.Redirected.String(): 1, redirect.RefusedNoProxy.String(): 1},
+		"web": {bpfmap.Redirected.String(): 1, bpfmap.RefusedNoProxy.String(): 1},
 		"api": {},
 	})
 }
@@ -344,7 +345,7 @@ func (s *story) expectRises(before, want map[string]map[string]uint64) error {
 			}
 		}
 		s.rises(a.group, rose)
-		if inbound := redirect.Inbound.String(); want[a.group][inbound]+1 == rose[inbound] && rose[inbound] > 1 {
+		if inbound := bpfmap.Inbound.String(); want[a.group][inbound]+1 == rose[inbound] && rose[inbound] > 1 {
 			rose[inbound]--
 		}
 		s.check(fmt.Sprint(rose) == fmt.Sprint(want[a.group]), "the verdicts of %s are the expected ones, and no other%s",

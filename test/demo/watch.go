@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test/spawn"
 )
 
@@ -38,7 +39,7 @@ func (s *story) startWatch(ctx context.Context) (*watch, error) {
 		})
 	}()
 	dial := spawn.Dialer(s.web.netns)
-	_, err := w.await(ctx, redirect.Local, 1, func() error {
+	_, err := w.await(ctx, bpfmap.Local, 1, func() error {
 		conn, err := dial(ctx, "tcp", adminAddress)
 		if err != nil {
 			return fmt.Errorf("dial %s: %w", adminAddress, err)
@@ -53,7 +54,7 @@ func (s *story) startWatch(ctx context.Context) (*watch, error) {
 
 // await returns the events since the last call, in the order of their time, as
 // soon as count of them have the verdict. Before each look it calls nudge.
-func (w *watch) await(ctx context.Context, verdict redirect.Verdict, count int, nudge func() error) ([]redirect.Event, error) {
+func (w *watch) await(ctx context.Context, verdict bpfmap.Verdict, count int, nudge func() error) ([]redirect.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -75,7 +76,7 @@ func (w *watch) await(ctx context.Context, verdict redirect.Verdict, count int, 
 	}
 }
 
-func (w *watch) take(verdict redirect.Verdict, count int) []redirect.Event {
+func (w *watch) take(verdict bpfmap.Verdict, count int) []redirect.Event {
 	w.mutex.Lock()
 	defer w.mutex.Unlock()
 	have := 0

@@ -18,8 +18,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -66,7 +66,7 @@ type cniAnswer struct {
 // and state that no other node sees.
 type cniNode struct {
 	plugin string
-	paths  redirect.Paths
+	paths  store.Paths
 	cgroup *test.Cgroup
 	idle   []string // what a node has where nothing is redirected
 }
@@ -81,7 +81,7 @@ func newCNINode(t *testing.T) *cniNode {
 	n := &cniNode{
 		plugin: filepath.Join(dir, "consul-cni"),
 		cgroup: cgroup,
-		paths: redirect.Paths{
+		paths: store.Paths{
 			PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(dir, "state"), CgroupRoot: cgroup.Path,
 		},
 	}

@@ -8,7 +8,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/envoy"
 )
@@ -72,8 +72,8 @@ func TestConnection(t *testing.T) {
 				t.Errorf("api's proxy saw %+v, want %s dialled from %s", in, c.target, c.source)
 			}
 			mesh.wantRise(t, before, counts{
-				"web": {redirect.Redirected.String(): 1, redirect.Proxy.String(): 1},
-				"api": {redirect.Inbound.String(): 1, redirect.Proxy.String(): 1},
+				"web": {bpfmap.Redirected.String(): 1, bpfmap.Proxy.String(): 1},
+				"api": {bpfmap.Inbound.String(): 1, bpfmap.Proxy.String(): 1},
 			})
 		})
 	}
@@ -84,7 +84,7 @@ func TestConnection(t *testing.T) {
 		if !errors.Is(err, syscall.ENETUNREACH) {
 			t.Errorf("dial = %v, want ENETUNREACH", err)
 		}
-		mesh.wantRise(t, before, counts{"web": {redirect.RefusedFamily.String(): 1}, "api": {}})
+		mesh.wantRise(t, before, counts{"web": {bpfmap.RefusedFamily.String(): 1}, "api": {}})
 	})
 }
 
@@ -101,7 +101,7 @@ func TestProxyStopped(t *testing.T) {
 		t.Errorf("dial without web's proxy = %v, want ECONNREFUSED", err)
 	}
 	mesh.wantRise(t, before, counts{
-		"web": {redirect.Redirected.String(): 1, redirect.RefusedNoProxy.String(): 1}, "api": {},
+		"web": {bpfmap.Redirected.String(): 1, bpfmap.RefusedNoProxy.String(): 1}, "api": {},
 	})
 	mesh.web.start(t)
 	if _, err := mesh.dial(request); err != nil {
@@ -117,7 +117,7 @@ func TestProxyStopped(t *testing.T) {
 	if _, err := test.Ask(mesh.outsider, "tcp4", target.String()); !errors.Is(err, syscall.ECONNREFUSED) {
 		t.Errorf("another process's dial without api's proxy = %v, want ECONNREFUSED", err)
 	}
-	mesh.wantRise(t, before, counts{"web": {}, "api": {redirect.RefusedInboundNoProxy.String(): 1}})
+	mesh.wantRise(t, before, counts{"web": {}, "api": {bpfmap.RefusedInboundNoProxy.String(): 1}})
 	mesh.api.start(t)
 	if _, err := mesh.dial(request); err != nil {
 		t.Errorf("dial after api's proxy is back: %v", err)
@@ -151,8 +151,8 @@ func TestManyConnections(t *testing.T) {
 	}
 	count := uint64(len(targets))
 	mesh.wantRise(t, before, counts{
-		"web": {redirect.Redirected.String(): count, redirect.Proxy.String(): count},
-		"api": {redirect.Inbound.String(): count, redirect.Proxy.String(): count},
+		"web": {bpfmap.Redirected.String(): count, bpfmap.Proxy.String(): count},
+		"api": {bpfmap.Inbound.String(): count, bpfmap.Proxy.String(): count},
 	})
 }
 

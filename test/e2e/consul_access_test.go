@@ -12,7 +12,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/consul"
 )
@@ -64,7 +65,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 		}
 		return nil
 	}, "the weak token to be told")
-	if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+	if _, err := api.known(); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("api = %v, want it unknown to a token that reads nothing", err)
 	}
 
@@ -83,9 +84,9 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	// Everything that the agent asks for is allowed by the policy.
 	first := n.newToken("weir")
 	writeToken(first)
-	api.eventually("the new token to be used", func(o redirect.MeshConfig) bool { return o.InboundPort == 20001 })
-	web.eventually("the virtual IP", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 1 })
-	edge.eventually("the gateway's listener", func(o redirect.MeshConfig) bool { return slices.Contains(o.ExposedPorts, 9090) })
+	api.eventually("the new token to be used", func(o workload.MeshConfig) bool { return o.InboundPort == 20001 })
+	web.eventually("the virtual IP", func(o workload.MeshConfig) bool { return len(o.Upstreams) == 1 })
+	edge.eventually("the gateway's listener", func(o workload.MeshConfig) bool { return slices.Contains(o.ExposedPorts, 9090) })
 	test.Eventually(t, func() error {
 		status := n.mustStatus(t)
 		if status.Consul.Hidden {
@@ -127,7 +128,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 
 	writeToken(n.newToken("weir"))
 	n.wantInSync(t, true)
-	web.eventually("what changed meanwhile", func(o redirect.MeshConfig) bool {
+	web.eventually("what changed meanwhile", func(o workload.MeshConfig) bool {
 		return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292
 	})
 	web.wantPassed(t, task, virtual, server.Name, 9292)
@@ -167,15 +168,15 @@ func TestConsulIsReachedByTLS(t *testing.T) {
 			defer n.stop()
 			if c.want != "" {
 				n.tellsOfConsul(c.want)
-				if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+				if _, err := api.known(); !errors.Is(err, store.ErrUnknown) {
 					t.Errorf("api is %v, want it unknown", err)
 				}
 				return
 			}
-			api.eventually("the registration", func(o redirect.MeshConfig) bool { return o.InboundPort == uint16(port) })
+			api.eventually("the registration", func(o workload.MeshConfig) bool { return o.InboundPort == uint16(port) })
 			port++
 			api.register("api", object{"Port": port})
-			api.eventually("a change", func(o redirect.MeshConfig) bool { return o.InboundPort == uint16(port) })
+			api.eventually("a change", func(o workload.MeshConfig) bool { return o.InboundPort == uint16(port) })
 		})
 	}
 }
@@ -234,7 +235,7 @@ func TestConsulCertificatesAreReplaced(t *testing.T) {
 	n.tellsOfConsul("private key does not match public key")
 	replace(config.KeyFile, n.consul.TLS.Key)
 	n.wantInSync(t, true)
-	api.eventually("the registration", func(o redirect.MeshConfig) bool { return o.InboundPort == 20001 })
+	api.eventually("the registration", func(o workload.MeshConfig) bool { return o.InboundPort == 20001 })
 
 	renew()
 	api.register("api", object{"Port": 20002})
@@ -244,5 +245,5 @@ func TestConsulCertificatesAreReplaced(t *testing.T) {
 	}
 	replaceAll()
 	n.wantInSync(t, true)
-	api.eventually("what changed meanwhile", func(o redirect.MeshConfig) bool { return o.InboundPort == 20002 })
+	api.eventually("what changed meanwhile", func(o workload.MeshConfig) bool { return o.InboundPort == 20002 })
 }

@@ -11,7 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/envoy"
 	"github.com/weirmesh/weir/test/spawn"
@@ -92,15 +93,15 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 		task := web.newHeld()
 		resolver := netip.AddrPortFrom(web.gate, n.consul.DNS)
 		n.intend("api", "web", "allow")
-		web.eventually("the virtual IP", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 1 })
+		web.eventually("the virtual IP", func(o workload.MeshConfig) bool { return len(o.Upstreams) == 1 })
 		wantServed(t, task, "127.0.0.1:9191", server.Name) // by now both proxies know all of it
-		steered := web.counted(t, redirect.ToUpstream)
+		steered := web.counted(t, bpfmap.ToUpstream)
 		api.wantProved(t, task, "127.0.0.1:9191", server.Name)
 		api.wantProved(t, task, virtual, server.Name)
 		for _, network := range []string{"udp", "tcp"} {
 			api.wantProved(t, task.asking(network, resolver), name, server.Name)
 		}
-		if rose := web.counted(t, redirect.ToUpstream) - steered; rose != 3 {
+		if rose := web.counted(t, bpfmap.ToUpstream) - steered; rose != 3 {
 			t.Errorf("%d connections were sent to the upstream's listener, want 3", rose)
 		}
 		n.intend("api", "web", "deny")
@@ -125,9 +126,9 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 			wantServed(t, task, virtual, server.Name)
 			api.wantProved(t, task, virtual, server.Name)
 			for _, network := range []string{"udp", "tcp"} {
-				before := shop.counted(t, redirect.ToDNS)
+				before := shop.counted(t, bpfmap.ToDNS)
 				api.wantProved(t, task.asking(network, resolver), name, server.Name)
-				if shop.counted(t, redirect.ToDNS) == before {
+				if shop.counted(t, bpfmap.ToDNS) == before {
 					t.Errorf("no question by %s was sent to Consul's resolver", network)
 				}
 			}
@@ -144,7 +145,7 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 			t.Errorf("dial: %q, %v", server, err)
 		}
 		n.consul.Put("/v1/config", object{"Kind": "service-defaults", "Name": "shop", "TransparentProxy": object{"OutboundListenerPort": 15009}})
-		shop.eventually("the outbound port to move", func(o redirect.MeshConfig) bool { return o.OutboundPort == 15009 })
+		shop.eventually("the outbound port to move", func(o workload.MeshConfig) bool { return o.OutboundPort == 15009 })
 		served()
 		if word, err := task.say("open", virtual); err != nil || word != "still here" {
 			t.Errorf("the open connection says %q, %v", word, err)

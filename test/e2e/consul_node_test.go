@@ -19,9 +19,10 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/consul"
 )
@@ -250,7 +251,7 @@ func (a *meshAlloc) known() (redirect.Record, error) {
 			return k, nil
 		}
 	}
-	return redirect.Record{}, fmt.Errorf("allocation %s: %w", a.id, redirect.ErrUnknown)
+	return redirect.Record{}, fmt.Errorf("allocation %s: %w", a.id, store.ErrUnknown)
 }
 
 // workload is what the kernel has of the allocation.
@@ -264,7 +265,7 @@ func (a *meshAlloc) workload() (redirect.WorkloadStatus, error) {
 			return w, nil
 		}
 	}
-	return redirect.WorkloadStatus{}, fmt.Errorf("allocation %s: %w", a.id, redirect.ErrUnknown)
+	return redirect.WorkloadStatus{}, fmt.Errorf("allocation %s: %w", a.id, store.ErrUnknown)
 }
 
 // view is what the agent says of the allocation.
@@ -282,7 +283,7 @@ func (a *meshAlloc) view() (agent.WorkloadView, error) {
 }
 
 // eventually waits until the mesh configuration on record passes the check.
-func (a *meshAlloc) eventually(what string, check func(redirect.MeshConfig) bool) {
+func (a *meshAlloc) eventually(what string, check func(workload.MeshConfig) bool) {
 	a.node.t.Helper()
 	test.Eventually(a.node.t, func() error {
 		known, err := a.known()

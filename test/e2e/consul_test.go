@@ -14,6 +14,8 @@ import (
 
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -35,10 +37,10 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	apiProxy := api.register("api", object{"Port": 20001})
 	api.startEnvoy(apiProxy)
 	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
-	api.eventually("api to be found", func(o redirect.MeshConfig) bool {
-		return o.InboundPort == 20001 && o.Guard == redirect.GuardAudit && slices.Equal(o.ExcludeInboundPorts, []uint16{8081})
+	api.eventually("api to be found", func(o workload.MeshConfig) bool {
+		return o.InboundPort == 20001 && o.Guard == workload.GuardAudit && slices.Equal(o.ExcludeInboundPorts, []uint16{8081})
 	})
-	if w, err := api.workload(); err != nil || w.Mode != redirect.ModeDirect || len(w.Problems) > 0 {
+	if w, err := api.workload(); err != nil || w.Mode != workload.ModeDirect || len(w.Problems) > 0 {
 		t.Errorf("api in the kernel = %+v, %v; want direct mode without problems", w, err)
 	}
 
@@ -54,7 +56,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	webProxy := web.register("web", sidecar(9191, nil))
 	web.startEnvoy(webProxy)
 	virtual := n.virtualIP("api")
-	web.eventually("web's ports and upstream", func(o redirect.MeshConfig) bool {
+	web.eventually("web's ports and upstream", func(o workload.MeshConfig) bool {
 		return o.InboundPort == 20002 && slices.Equal(o.ExcludeInboundPorts, []uint16{8181}) && len(o.Upstreams) == 1 &&
 			o.Upstreams[0].Listener.Port() == 9191 && slices.Contains(o.Upstreams[0].Addresses, virtual)
 	})
@@ -105,7 +107,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		writes := test.CountMapWrites(t)
 		web.register("web", sidecar(9191, object{"Upstreams": []object{
 			{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "db", "LocalBindPort": 9494}}}))
-		web.eventually("the second upstream", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 2 })
+		web.eventually("the second upstream", func(o workload.MeshConfig) bool { return len(o.Upstreams) == 2 })
 		web.wantPassed(t, task, netip.AddrPortFrom(n.virtualIP("db"), 5432).String(), behind.Name, 9494)
 		web.wantPassed(t, task, "127.0.0.1:9494", behind.Name, 9494)
 		if len(writes.Seen()) == 0 {
@@ -116,7 +118,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("the upstream's port moves", func(t *testing.T) {
 		web.register("web", sidecar(9292, nil))
-		web.eventually("the new port", func(o redirect.MeshConfig) bool {
+		web.eventually("the new port", func(o workload.MeshConfig) bool {
 			return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9292
 		})
 		web.wantPassed(t, task, target, server.Name, 9292)
@@ -126,7 +128,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	t.Run("an expose path is added", func(t *testing.T) {
 		asked := web.serveHealth(t, "127.0.0.1:8080")
 		web.register("web", sidecar(9292, object{"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21500, "LocalPathPort": 8080}}}}))
-		web.eventually("the path's port to be open", func(o redirect.MeshConfig) bool {
+		web.eventually("the path's port to be open", func(o workload.MeshConfig) bool {
 			return slices.Equal(o.ExcludeInboundPorts, []uint16{8181}) && slices.Equal(o.ExposedPorts, []uint16{21500})
 		})
 		test.Eventually(t, func() error {
@@ -146,7 +148,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	}{{"proxy-defaults", "proxy-defaults", "global", 15009}, {"service-defaults", "service-defaults", "web", 15010}} {
 		t.Run(moves.what+" move the outbound listener", func(t *testing.T) {
 			n.consul.Put("/v1/config", object{"Kind": moves.kind, "Name": moves.name, "TransparentProxy": object{"OutboundListenerPort": moves.port}})
-			web.eventually("the port", func(o redirect.MeshConfig) bool { return o.OutboundPort == moves.port })
+			web.eventually("the port", func(o workload.MeshConfig) bool { return o.OutboundPort == moves.port })
 			if w, err := web.workload(); err != nil || w.Proxy.Outbound != moves.port {
 				t.Errorf("the kernel has outbound port %d, %v; want %d", w.Proxy.Outbound, err, moves.port)
 			}
@@ -157,7 +159,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("a job strengthens the guard", func(t *testing.T) {
 		api.register("api", object{"Port": 20001, "Meta": object{"weir-guard": "enforce"}})
-		api.eventually("the guard", func(o redirect.MeshConfig) bool { return o.Guard == redirect.GuardEnforce })
+		api.eventually("the guard", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
 	})
 
 	t.Run("the proxy is deregistered while tasks run", func(t *testing.T) {
@@ -174,7 +176,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 			return err
 		}, "the agent to see it go")
 		after, err := web.known()
-		if err != nil || !redirect.Merge(after.Request, after.MeshConfig).Equal(redirect.Merge(before.Request, before.MeshConfig)) {
+		if err != nil || !workload.Merge(after.Request, after.MeshConfig).Equal(workload.Merge(before.Request, before.MeshConfig)) {
 			t.Errorf("the workload changed to %+v, %v", after.MeshConfig, err)
 		}
 		stillOpen(t)
@@ -185,7 +187,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		n.consul.Stop()
 		n.wantInSync(t, false)
 		late := n.allocate(meshRequest) // ADD asks nobody
-		if w, err := late.workload(); err != nil || w.Mode != redirect.ModeTransparent {
+		if w, err := late.workload(); err != nil || w.Mode != workload.ModeTransparent {
 			t.Errorf("an allocation added meanwhile = %+v, %v", w, err)
 		}
 		stillOpen(t)
@@ -195,7 +197,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		stillOpen(t)
 		web.wantPassed(t, task, target, server.Name, 9292)
 		late.register("late", object{"Port": 20003, "Proxy": object{"Mode": "transparent"}})
-		late.eventually("the registration after the restart", func(o redirect.MeshConfig) bool { return o.InboundPort == 20003 })
+		late.eventually("the registration after the restart", func(o workload.MeshConfig) bool { return o.InboundPort == 20003 })
 	})
 
 	t.Run("somebody takes away what holds it", func(t *testing.T) {
@@ -218,7 +220,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("the record is lost", func(t *testing.T) {
 		removeFilesIn(t, filepath.Join(n.config.StateDir, "workloads"))
-		api.eventually("api's record", func(o redirect.MeshConfig) bool { return o.Guard == redirect.GuardEnforce })
+		api.eventually("api's record", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
 		test.Eventually(t, func() error {
 			_, err := web.workload()
 			return err
@@ -230,7 +232,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		n.consul.Deregister(apiProxy)
 		api.end()
 		test.Eventually(t, func() error {
-			if _, err := api.known(); !errors.Is(err, redirect.ErrUnknown) {
+			if _, err := api.known(); !errors.Is(err, store.ErrUnknown) {
 				return fmt.Errorf("api is still on record: %w", err)
 			}
 			return nil
@@ -247,7 +249,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		}
 		n.runAgent()
 		web.register("web", sidecar(9393, nil))
-		web.eventually("a change seen by the new agent", func(o redirect.MeshConfig) bool {
+		web.eventually("a change seen by the new agent", func(o workload.MeshConfig) bool {
 			return len(o.Upstreams) == 1 && o.Upstreams[0].Listener.Port() == 9393
 		})
 		stillOpen(t)

@@ -11,7 +11,8 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/agent"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -39,7 +40,7 @@ func TestGateways(t *testing.T) {
 
 	for _, g := range gateways {
 		t.Run(g.kind+" in audit", func(t *testing.T) {
-			g.wantServing(t, redirect.GuardAudit)
+			g.wantServing(t, workload.GuardAudit)
 			before := g.counts(t)
 			for _, from := range []*test.NetNS{m.outside, neighbour.ns} {
 				if status, err := ready(from, g.at(adminPort)); err != nil || status != "LIVE" {
@@ -52,7 +53,7 @@ func TestGateways(t *testing.T) {
 				}
 			}
 			after := g.counts(t)
-			if got := after[redirect.GuardAudited.String()] - before[redirect.GuardAudited.String()]; got != 6 {
+			if got := after[bpfmap.GuardAudited.String()] - before[bpfmap.GuardAudited.String()]; got != 6 {
 				t.Errorf("%d connections were counted as what the guard would refuse, want 6: %v", got, after)
 			}
 			g.wantNothingSteered(t)
@@ -60,11 +61,11 @@ func TestGateways(t *testing.T) {
 	}
 
 	m.stop()
-	m.config.Guard.Default = string(redirect.GuardEnforce)
+	m.config.Guard.Default = string(workload.GuardEnforce)
 	m.runAgent()
 	for _, g := range gateways {
 		t.Run(g.kind+" in enforce", func(t *testing.T) {
-			g.wantServing(t, redirect.GuardEnforce)
+			g.wantServing(t, workload.GuardEnforce)
 			before := g.counts(t)
 			for _, from := range []*test.NetNS{m.outside, neighbour.ns} {
 				if status, err := ready(from, g.at(adminPort)); !errors.Is(err, syscall.ECONNREFUSED) {
@@ -77,10 +78,10 @@ func TestGateways(t *testing.T) {
 				}
 			}
 			after := g.counts(t)
-			if got := after[redirect.RefusedGuard.String()] - before[redirect.RefusedGuard.String()]; got != 6 {
+			if got := after[bpfmap.RefusedGuard.String()] - before[bpfmap.RefusedGuard.String()]; got != 6 {
 				t.Errorf("%d connections were counted as refused by the guard, want 6: %v", got, after)
 			}
-			if got := after[redirect.GuardAudited.String()] - before[redirect.GuardAudited.String()]; got != 0 {
+			if got := after[bpfmap.GuardAudited.String()] - before[bpfmap.GuardAudited.String()]; got != 0 {
 				t.Errorf("%d connections were let in all the same", got)
 			}
 			// From inside, nothing is the guard's business.
@@ -96,7 +97,7 @@ func TestGateways(t *testing.T) {
 
 // wantServing waits until the gateway is what the agent makes of it, and checks
 // that traffic passes through it and that its listeners are open to everybody.
-func (g *gateway) wantServing(t *testing.T, guard redirect.Guard) {
+func (g *gateway) wantServing(t *testing.T, guard workload.Guard) {
 	t.Helper()
 	var view agent.WorkloadView
 	test.Eventually(t, func() (err error) {
@@ -106,10 +107,10 @@ func (g *gateway) wantServing(t *testing.T, guard redirect.Guard) {
 		}
 		return err
 	}, fmt.Sprintf("the %s to be open at %v", g.kind, g.open))
-	if view.Mode != redirect.ModeGateway || len(view.Problems) > 0 || len(view.Proxies) != 1 || view.Proxies[0].Kind != g.kind+"-gateway" {
+	if view.Mode != workload.ModeGateway || len(view.Problems) > 0 || len(view.Proxies) != 1 || view.Proxies[0].Kind != g.kind+"-gateway" {
 		t.Errorf("the agent shows %+v; want one %s gateway without problems", view, g.kind)
 	}
-	if w, err := g.workload(); err != nil || w.Mode != redirect.ModeGateway || w.Guard != guard || len(w.Problems) > 0 {
+	if w, err := g.workload(); err != nil || w.Mode != workload.ModeGateway || w.Guard != guard || len(w.Problems) > 0 {
 		t.Errorf("the kernel has %+v, %v; want mode gateway without problems", w, err)
 	}
 	before := g.counts(t)
@@ -119,7 +120,7 @@ func (g *gateway) wantServing(t *testing.T, guard redirect.Guard) {
 			t.Errorf("listener %d from outside: %v", port, err)
 		}
 	}
-	g.wantSince(t, before, redirect.InboundExcluded)
+	g.wantSince(t, before, bpfmap.InboundExcluded)
 }
 
 // wantNothingSteered checks that what is dialled in the gateway's namespace, by
@@ -131,22 +132,22 @@ func (g *gateway) wantNothingSteered(t *testing.T) {
 	if err != nil || answer.Server != g.elsewhere.Name || answer.Peer.Addr() != g.addr {
 		t.Errorf("a task that dials %s is answered %+v, %v; want that server, which sees %s", g.elsewhere.Addr, answer, err, g.addr)
 	}
-	g.wantSince(t, before, redirect.Direct)
+	g.wantSince(t, before, bpfmap.Direct)
 	after := g.counts(t)
-	for _, verdict := range []redirect.Verdict{redirect.Redirected, redirect.ToUpstream, redirect.ToDNS} {
+	for _, verdict := range []bpfmap.Verdict{bpfmap.Redirected, bpfmap.ToUpstream, bpfmap.ToDNS} {
 		if count := after[verdict.String()]; count > 0 {
 			t.Errorf("%d connections are counted as %s: %s", count, verdict, verdict.Describe())
 		}
 	}
-	for _, verdict := range redirect.AllVerdicts() {
-		if count := after[verdict.String()]; verdict.Refused() && verdict != redirect.RefusedGuard && count > 0 {
+	for _, verdict := range bpfmap.AllVerdicts() {
+		if count := after[verdict.String()]; verdict.Refused() && verdict != bpfmap.RefusedGuard && count > 0 {
 			t.Errorf("%d connections are counted as %s: %s", count, verdict, verdict.Describe())
 		}
 	}
 }
 
 // wantSince checks that a verdict was given since the counts were read.
-func (g *gateway) wantSince(t *testing.T, before map[string]uint64, verdict redirect.Verdict) {
+func (g *gateway) wantSince(t *testing.T, before map[string]uint64, verdict bpfmap.Verdict) {
 	t.Helper()
 	if after := g.counts(t); after[verdict.String()] <= before[verdict.String()] {
 		t.Errorf("%s was counted %d times before and %d after", verdict, before[verdict.String()], after[verdict.String()])

@@ -13,7 +13,8 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -96,24 +97,24 @@ func TestGuard(t *testing.T) {
 	}
 
 	register("audit")
-	a.wantGuard(t, redirect.GuardAudit)
+	a.wantGuard(t, workload.GuardAudit)
 	t.Run("audit", func(t *testing.T) {
-		before := a.counted(t, redirect.GuardAudited)
+		before := a.counted(t, bpfmap.GuardAudited)
 		closed := each(t, func(t *testing.T, _ bool, err error) {
 			if err != nil {
 				t.Errorf("dial: %v", err)
 			}
 		})
-		if rose := a.counted(t, redirect.GuardAudited) - before; rose != closed {
+		if rose := a.counted(t, bpfmap.GuardAudited) - before; rose != closed {
 			t.Errorf("%d connections and datagrams were counted, want %d", rose, closed)
 		}
 	})
 
 	register("enforce")
-	a.wantGuard(t, redirect.GuardEnforce)
+	a.wantGuard(t, workload.GuardEnforce)
 	t.Run("enforce", func(t *testing.T) {
-		before := a.counted(t, redirect.RefusedGuard)
-		ephemeral := a.counted(t, redirect.GuardEphemeral)
+		before := a.counted(t, bpfmap.RefusedGuard)
+		ephemeral := a.counted(t, bpfmap.GuardEphemeral)
 		closed := each(t, func(t *testing.T, open bool, err error) {
 			if open && err != nil {
 				t.Errorf("dial: %v", err)
@@ -122,10 +123,10 @@ func TestGuard(t *testing.T) {
 				t.Errorf("dial: %v, want ECONNREFUSED", err)
 			}
 		})
-		if rose := a.counted(t, redirect.RefusedGuard) - before; rose != closed {
+		if rose := a.counted(t, bpfmap.RefusedGuard) - before; rose != closed {
 			t.Errorf("%d connections and datagrams were counted as refused, want %d", rose, closed)
 		}
-		if rose := a.counted(t, redirect.GuardEphemeral) - ephemeral; rose != 4 {
+		if rose := a.counted(t, bpfmap.GuardEphemeral) - ephemeral; rose != 4 {
 			t.Errorf("%d datagrams to an ephemeral port were counted, want 4", rose)
 		}
 		client := test.NewClient(t, a.spec(1000))
@@ -140,7 +141,7 @@ func TestGuard(t *testing.T) {
 
 	t.Run("a job cannot weaken it", func(t *testing.T) {
 		register("off")
-		a.eventually("the node's own guard", func(o redirect.MeshConfig) bool { return o.Guard == redirect.GuardAudit })
+		a.eventually("the node's own guard", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardAudit })
 	})
 }
 
@@ -152,10 +153,10 @@ func TestGuardOfATransparentAllocation(t *testing.T) {
 	n.runAgent()
 	a := n.allocate(`{"ProxyUserID":"101","ProxyInboundPort":0,"ProxyOutboundPort":15001,"ExcludeInboundPorts":["8081"]}`)
 	neighbour := n.allocate("")
-	register := func(guard redirect.Guard) (proxyID string) {
+	register := func(guard workload.Guard) (proxyID string) {
 		return a.register("web", object{"Port": 20002, "Meta": object{"weir-guard": guard}, "Proxy": object{"Mode": "transparent"}})
 	}
-	a.startEnvoy(register(redirect.GuardAudit), "-admin-bind", "0.0.0.0:19000")
+	a.startEnvoy(register(workload.GuardAudit), "-admin-bind", "0.0.0.0:19000")
 	const application, excluded, admin = 8080, 8081, 19000
 	for _, network := range []string{"tcp", "udp"} {
 		for _, port := range []int{application, excluded} {
@@ -163,18 +164,18 @@ func TestGuardOfATransparentAllocation(t *testing.T) {
 		}
 	}
 	test.Eventually(t, func() error { return dials(n.outside, a.at(20002)) }, "Envoy to listen")
-	for _, guard := range []redirect.Guard{redirect.GuardAudit, redirect.GuardEnforce} {
+	for _, guard := range []workload.Guard{workload.GuardAudit, workload.GuardEnforce} {
 		register(guard)
 		a.wantGuard(t, guard)
 		for from, ns := range map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns} {
 			t.Run(fmt.Sprintf("%s, from %s", guard, from), func(t *testing.T) {
 				for _, port := range []uint16{application, admin} {
-					before := a.counted(t, redirect.Inbound)
+					before := a.counted(t, bpfmap.Inbound)
 					// The proxy hangs up on who speaks no TLS; a task would greet.
 					if status, err := ready(ns, a.at(port)); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
 						t.Errorf("port %d answers %q, %v; want it to be the proxy, which hangs up", port, status, err)
 					}
-					if a.counted(t, redirect.Inbound) == before {
+					if a.counted(t, bpfmap.Inbound) == before {
 						t.Errorf("no connection to port %d went to the proxy", port)
 					}
 				}
@@ -184,11 +185,11 @@ func TestGuardOfATransparentAllocation(t *testing.T) {
 					return err
 				}, "a way by IPv6")
 				// Consul's Envoy listens on IPv4 alone.
-				before := a.counted(t, redirect.RefusedInboundNoProxy)
+				before := a.counted(t, bpfmap.RefusedInboundNoProxy)
 				if _, err := test.Ask(ns, "tcp", netip.AddrPortFrom(a.addr6, application).String()); !errors.Is(err, syscall.ECONNREFUSED) {
 					t.Errorf("dial of the application by IPv6 = %v, want ECONNREFUSED", err)
 				}
-				if rose := a.counted(t, redirect.RefusedInboundNoProxy) - before; rose != 1 {
+				if rose := a.counted(t, bpfmap.RefusedInboundNoProxy) - before; rose != 1 {
 					t.Errorf("%d connections were counted as refused without a proxy, want 1", rose)
 				}
 				for _, addr := range []netip.Addr{a.addr, a.addr6} {
@@ -197,10 +198,10 @@ func TestGuardOfATransparentAllocation(t *testing.T) {
 							t.Errorf("%s dial of the excluded port at %s: %v", network, addr, err)
 						}
 					}
-					verdict := map[redirect.Guard]redirect.Verdict{redirect.GuardAudit: redirect.GuardAudited, redirect.GuardEnforce: redirect.RefusedGuard}[guard]
+					verdict := map[workload.Guard]bpfmap.Verdict{workload.GuardAudit: bpfmap.GuardAudited, workload.GuardEnforce: bpfmap.RefusedGuard}[guard]
 					before := a.counted(t, verdict)
 					_, err := test.Ask(ns, "udp", netip.AddrPortFrom(addr, application).String())
-					if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (guard == redirect.GuardEnforce) || !refused && err != nil {
+					if refused := errors.Is(err, syscall.ECONNREFUSED); refused != (guard == workload.GuardEnforce) || !refused && err != nil {
 						t.Errorf("datagram to the application at %s: %v", addr, err)
 					}
 					if rose := a.counted(t, verdict) - before; rose != 1 {
@@ -233,11 +234,11 @@ func TestGuardOfEnvoysAdministration(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			a := n.allocate("")
-			guard := func(guard redirect.Guard) (proxyID string) {
+			guard := func(guard workload.Guard) (proxyID string) {
 				return a.register("web", object{"Port": 20002, "Meta": object{"weir-guard": guard}})
 			}
-			a.startEnvoy(guard(redirect.GuardAudit), "-admin-bind", c.bind)
-			a.wantGuard(t, redirect.GuardAudit)
+			a.startEnvoy(guard(workload.GuardAudit), "-admin-bind", c.bind)
+			a.wantGuard(t, workload.GuardAudit)
 			admin := c.reached(a)
 			from := map[string]*test.NetNS{"the host": n.outside, "a neighbour": neighbour.ns}
 			for name, ns := range from {
@@ -246,14 +247,14 @@ func TestGuardOfEnvoysAdministration(t *testing.T) {
 					return err
 				}, "administration to be reached in audit from "+name)
 			}
-			guard(redirect.GuardEnforce)
-			a.wantGuard(t, redirect.GuardEnforce)
+			guard(workload.GuardEnforce)
+			a.wantGuard(t, workload.GuardEnforce)
 			for name, ns := range from {
-				before := a.counted(t, redirect.RefusedGuard)
+				before := a.counted(t, bpfmap.RefusedGuard)
 				if status, err := ready(ns, admin); !errors.Is(err, syscall.ECONNREFUSED) {
 					t.Errorf("administration from %s = %q, %v; want ECONNREFUSED", name, status, err)
 				}
-				if a.counted(t, redirect.RefusedGuard) == before {
+				if a.counted(t, bpfmap.RefusedGuard) == before {
 					t.Errorf("a dial from %s was not counted as refused", name)
 				}
 			}
@@ -268,7 +269,7 @@ func TestGuardOfEnvoysAdministration(t *testing.T) {
 // registration names for that, in either mode, and no port that it does not name.
 func TestGuardLeavesMetricsOpen(t *testing.T) {
 	n := newMeshNode(t, false)
-	n.config.Guard.Default = string(redirect.GuardEnforce)
+	n.config.Guard.Default = string(workload.GuardEnforce)
 	n.runAgent()
 	neighbour := n.allocate("")
 	for _, mode := range []string{"direct", "transparent"} {
@@ -302,7 +303,7 @@ func TestGuardLeavesMetricsOpen(t *testing.T) {
 			}
 			for key, port := range ports { // Envoy listens at both all the while
 				register(object{key: named[key]})
-				a.eventually("one port alone", func(o redirect.MeshConfig) bool { return slices.Equal(o.ExposedPorts, []uint16{port}) })
+				a.eventually("one port alone", func(o workload.MeshConfig) bool { return slices.Equal(o.ExposedPorts, []uint16{port}) })
 				for other := range ports {
 					if err := scrape(n.outside, other); (err == nil) != (other == key) {
 						t.Errorf("with %s alone registered, %s answers the host: %v", key, other, err)
@@ -340,16 +341,16 @@ func (a *meshAlloc) routeLoopback(t *testing.T, neighbour *meshAlloc) {
 }
 
 // wantGuard waits until the kernel has the guard.
-func (a *meshAlloc) wantGuard(t *testing.T, want redirect.Guard) {
+func (a *meshAlloc) wantGuard(t *testing.T, want workload.Guard) {
 	t.Helper()
-	a.eventually("the guard", func(o redirect.MeshConfig) bool { return o.Guard == want })
+	a.eventually("the guard", func(o workload.MeshConfig) bool { return o.Guard == want })
 	if w, err := a.workload(); err != nil || w.Guard != want || len(w.Problems) > 0 {
 		t.Fatalf("the kernel has %+v, %v; want guard %s without problems", w, err, want)
 	}
 }
 
 // counted is how often a verdict was reached in the allocation.
-func (a *meshAlloc) counted(t *testing.T, verdict redirect.Verdict) uint64 {
+func (a *meshAlloc) counted(t *testing.T, verdict bpfmap.Verdict) uint64 {
 	t.Helper()
 	list, err := a.node.Verdicts()
 	if err != nil {

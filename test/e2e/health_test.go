@@ -10,7 +10,7 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -61,10 +61,10 @@ func TestHealthChecksOfConsul(t *testing.T) {
 	}
 
 	n.stop()
-	n.config.Guard.Default = string(redirect.GuardEnforce)
+	n.config.Guard.Default = string(workload.GuardEnforce)
 	n.runAgent()
-	web.wantGuard(t, redirect.GuardEnforce)
-	api.wantGuard(t, redirect.GuardEnforce)
+	web.wantGuard(t, workload.GuardEnforce)
+	api.wantGuard(t, workload.GuardEnforce)
 	before := hits()
 	test.Eventually(t, func() error {
 		more := 0

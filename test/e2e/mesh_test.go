@@ -11,8 +11,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/envoy"
 )
@@ -62,7 +64,7 @@ type mesh struct {
 // allocation is a namespace under Weir with a real Envoy in a cgroup of its
 // own.
 type allocation struct {
-	key   redirect.AttachmentID
+	key   workload.AttachmentID
 	ns    *test.NetNS
 	spec  envoy.Spec
 	proxy *envoy.Proxy
@@ -79,7 +81,7 @@ func newMesh(t *testing.T) *mesh {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	m := &mesh{
-		datapath: redirect.New(redirect.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}),
+		datapath: redirect.New(store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}),
 		outsider: test.NewNetNS(t),
 	}
 	t.Cleanup(func() {
@@ -103,9 +105,9 @@ func newMesh(t *testing.T) *mesh {
 
 func (m *mesh) newAllocation(t *testing.T, group string, ns *test.NetNS, addresses ...string) *allocation {
 	t.Helper()
-	a := &allocation{key: redirect.AttachmentID{ContainerID: group, IfName: "eth0"}, ns: ns}
-	request := redirect.Request{
-		Network: "nomad", Job: redirect.Job{ID: "e2e", Group: group}, Mode: redirect.ModeTransparent,
+	a := &allocation{key: workload.AttachmentID{ContainerID: group, IfName: "eth0"}, ns: ns}
+	request := workload.Request{
+		Network: "nomad", Job: workload.Job{ID: "e2e", Group: group}, Mode: workload.ModeTransparent,
 		ProxyUID: proxyUID, InboundPort: 20000, OutboundPort: 15001,
 	}
 	for _, address := range addresses {
@@ -205,7 +207,7 @@ func (m *mesh) wantRise(t *testing.T, before, want counts) {
 				rose[group][name] = count - before[group][name]
 			}
 		}
-		inbound := redirect.Inbound.String()
+		inbound := bpfmap.Inbound.String()
 		if expected := want[group][inbound]; expected > 0 && rose[group][inbound] > expected {
 			rose[group][inbound] -= min(rose[group][inbound]-expected, 1+expected/100)
 		}

@@ -14,7 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -24,7 +25,7 @@ import (
 func TestAgentRepairs(t *testing.T) {
 	n := newMeshNode(t, false)
 	test.Need(t, test.Tool("bpftool"))
-	n.config.Guard.Default = string(redirect.GuardEnforce)
+	n.config.Guard.Default = string(workload.GuardEnforce)
 	n.runAgent()
 	api := n.allocate("")
 	api.startEnvoy(api.register("api", object{"Port": 20001}))
@@ -35,7 +36,7 @@ func TestAgentRepairs(t *testing.T) {
 	virtual := netip.AddrPortFrom(n.virtualIP("api"), 80).String()
 	task := shop.newHeld()
 	wantServed(t, task, virtual, server.Name)
-	api.wantGuard(t, redirect.GuardEnforce)
+	api.wantGuard(t, workload.GuardEnforce)
 	if _, err := task.say("open", virtual); err != nil {
 		t.Fatal(err)
 	}
@@ -109,7 +110,7 @@ func TestAgentRepairs(t *testing.T) {
 				t.Errorf("the open connection says %q, %v", word, err)
 			}
 			for _, a := range []*meshAlloc{api, shop} {
-				if w, err := a.workload(); err != nil || w.Guard != redirect.GuardEnforce || len(w.Problems) > 0 {
+				if w, err := a.workload(); err != nil || w.Guard != workload.GuardEnforce || len(w.Problems) > 0 {
 					t.Errorf("the kernel has %+v, %v; want it guarded without problems", w, err)
 				}
 			}
@@ -120,11 +121,11 @@ func TestAgentRepairs(t *testing.T) {
 	t.Run("a namespace dies", func(t *testing.T) {
 		dead := n.allocate("")
 		dead.register("dead", object{"Port": 20009})
-		dead.eventually("it to be found", func(o redirect.MeshConfig) bool { return o.InboundPort == 20009 })
+		dead.eventually("it to be found", func(o workload.MeshConfig) bool { return o.InboundPort == 20009 })
 		before, program := n.mustStatus(t).Counts.Pruned, lookup(dead)
 		dead.ns.End()
 		test.Eventually(t, func() error {
-			if _, err := dead.known(); !errors.Is(err, redirect.ErrUnknown) {
+			if _, err := dead.known(); !errors.Is(err, store.ErrUnknown) {
 				return fmt.Errorf("it is on record: %w", err)
 			}
 			if n.mustStatus(t).Counts.Pruned == before {

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -73,7 +75,7 @@ func TestSeveralSidecars(t *testing.T) {
 		})
 		n.only("db", "front")
 		n.only("cache", "back")
-		p.eventually("both upstreams and both proxies", func(o redirect.MeshConfig) bool {
+		p.eventually("both upstreams and both proxies", func(o workload.MeshConfig) bool {
 			return len(o.Upstreams) == 2 && o.InboundPort == 20002 && len(o.Proxies) == 1 && o.Proxies[0].InboundPort == 20001
 		})
 		task := p.newHeld()
@@ -90,7 +92,7 @@ func TestSeveralSidecars(t *testing.T) {
 		}
 		test.EchoProcess(t, p.spec(1000), "tcp4", "0.0.0.0:8888")
 		wantRefused(t, visitor, p.at(8888).String())
-		if p.counted(t, redirect.RefusedGuard) == 0 {
+		if p.counted(t, bpfmap.RefusedGuard) == 0 {
 			t.Error("the guard refused nothing")
 		}
 	})
@@ -104,7 +106,7 @@ func TestSeveralSidecars(t *testing.T) {
 		n.only("cache", "admin")
 		task := p.newHeld()
 		wantServed(t, task, virtual("cache"), servers["cache"].Name)
-		p.eventually("what web owns", func(o redirect.MeshConfig) bool {
+		p.eventually("what web owns", func(o workload.MeshConfig) bool {
 			return o.Service == "admin" && len(o.Proxies) == 1 && o.Proxies[0].OutboundPort == 15002 && len(o.Proxies[0].VirtualIPs) == 1
 		})
 		wantServed(t, task, virtual("db"), servers["db"].Name)

@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -58,8 +58,8 @@ func TestVirtualIPThatBecomesAnothers(t *testing.T) {
 	stolen := n.virtualIP("api")
 	web := n.allocate("")
 	web.register("web", object{"Port": 20002, "Proxy": object{"Upstreams": []object{{"DestinationName": "api", "LocalBindPort": 9191}}}})
-	has := func(addrs ...netip.Addr) func(redirect.MeshConfig) bool {
-		return func(o redirect.MeshConfig) bool {
+	has := func(addrs ...netip.Addr) func(workload.MeshConfig) bool {
+		return func(o workload.MeshConfig) bool {
 			if len(addrs) == 0 {
 				return len(o.Upstreams) == 0
 			}
@@ -106,17 +106,17 @@ func TestVirtualIPOfAServiceWithoutInstances(t *testing.T) {
 	n.runAgent()
 	web := n.allocate("")
 	web.register("web", object{"Port": 20002, "Proxy": object{"Upstreams": []object{{"DestinationName": "api", "LocalBindPort": 9191}}}})
-	web.eventually("web to be configured", func(o redirect.MeshConfig) bool { return o.InboundPort == 20002 })
+	web.eventually("web to be configured", func(o workload.MeshConfig) bool { return o.InboundPort == 20002 })
 	began := time.Now()
 	n.consul.Put("/v1/config", object{"Kind": "service-defaults", "Name": "api", "Protocol": "tcp"})
 	kept := n.virtualIP("api")
-	web.eventually("the virtual IP", func(o redirect.MeshConfig) bool {
+	web.eventually("the virtual IP", func(o workload.MeshConfig) bool {
 		return len(o.Upstreams) == 1 && slices.Contains(o.Upstreams[0].Addresses, kept)
 	})
 	wantSoon(t, "the virtual IP came", began)
 	began = time.Now()
 	n.consul.Delete("/v1/config/service-defaults/api")
-	web.eventually("the virtual IP to go", func(o redirect.MeshConfig) bool { return len(o.Upstreams) == 0 })
+	web.eventually("the virtual IP to go", func(o workload.MeshConfig) bool { return len(o.Upstreams) == 0 })
 	wantSoon(t, "the virtual IP went", began)
 }
 
@@ -126,7 +126,7 @@ func TestGatewayGetsAListener(t *testing.T) {
 	for _, kind := range []string{"ingress", "api"} {
 		t.Run(kind, func(t *testing.T) {
 			n := newMeshNode(t, false)
-			n.config.Guard.Default = string(redirect.GuardEnforce)
+			n.config.Guard.Default = string(workload.GuardEnforce)
 			n.runAgent()
 			a := n.allocate("")
 			listen := func(ports ...uint16) {
@@ -144,8 +144,8 @@ func TestGatewayGetsAListener(t *testing.T) {
 			}
 			listen(9090)
 			a.registerGateway(kind, "door", nil)
-			open := func(ports ...uint16) func(redirect.MeshConfig) bool {
-				return func(o redirect.MeshConfig) bool { return slices.Equal(o.ExposedPorts, ports) }
+			open := func(ports ...uint16) func(workload.MeshConfig) bool {
+				return func(o workload.MeshConfig) bool { return slices.Equal(o.ExposedPorts, ports) }
 			}
 			a.eventually("the first listener to be open", open(9090))
 			server := test.EchoProcess(t, a.spec(101), "tcp4", "0.0.0.0:9191")

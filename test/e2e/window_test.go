@@ -10,7 +10,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -19,7 +19,7 @@ import (
 // medians.
 func TestTimeUntilTheGuard(t *testing.T) {
 	n := newMeshNode(t, false)
-	n.config.Guard.Default = string(redirect.GuardEnforce)
+	n.config.Guard.Default = string(workload.GuardEnforce)
 	n.runAgent()
 	for _, c := range []struct {
 		name    string

@@ -268,14 +268,14 @@ func (a *Alloc) App(task string, args ...string) wire.Outcome {
 }
 
 // Get asks a URL from a task, once.
-func (a *Alloc) Get(task, url string) wire.Outcome {
+func (a *Alloc) Get(task, address string) wire.Outcome {
 	a.node.tb.Helper()
-	return a.App(task, "get", url)
+	return a.App(task, "get", address)
 }
 
 // EventuallyGet asks until check is content with what came of it. A nil check
 // wants an answer of a task.
-func (a *Alloc) EventuallyGet(task, url string, check func(wire.Outcome) error) (outcome wire.Outcome) {
+func (a *Alloc) EventuallyGet(task, address string, check func(wire.Outcome) error) (outcome wire.Outcome) {
 	a.node.tb.Helper()
 	if check == nil {
 		check = func(got wire.Outcome) error {
@@ -286,9 +286,9 @@ func (a *Alloc) EventuallyGet(task, url string, check func(wire.Outcome) error) 
 		}
 	}
 	eventually(a.node.tb, 30*time.Second, func() error {
-		outcome = a.Get(task, url)
+		outcome = a.Get(task, address)
 		return check(outcome)
-	}, "GET "+url+" from "+task)
+	}, "GET "+address+" from "+task)
 	return outcome
 }
 

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 )
 
 // Workload is what "weir workloads -json" tells of an allocation.
@@ -22,11 +22,11 @@ type Workload struct {
 		Listeners         int
 	}
 	Notes    []string
-	Problems []redirect.Problem
+	Problems []health.Problem
 	// Agent is what the agent adds; nil where it does not run.
 	Agent *struct {
 		State, Guard string
-		Problems     []redirect.Problem
+		Problems     []health.Problem
 	}
 }
 

@@ -35,14 +35,14 @@ func run() (code int, err error) {
 		return 0, err
 	}
 	name, home := filepath.Base(self), filepath.Dir(filepath.Dir(self))
-	real := filepath.Join(home, "real")
-	plugin := filepath.Join(real, name)
+	realDir := filepath.Join(home, "real")
+	plugin := filepath.Join(realDir, name)
 	call := wire.Call{Plugin: name, Command: os.Getenv("CNI_COMMAND"), Container: os.Getenv("CNI_CONTAINERID")}
 	if call.Container == "" {
 		return 0, syscall.Exec(plugin, append([]string{plugin}, os.Args[1:]...), os.Environ()) // asked for its version
 	}
 	cmd := exec.Command(plugin)
-	cmd.Env = append(os.Environ(), "CNI_PATH="+real)
+	cmd.Env = append(os.Environ(), "CNI_PATH="+realDir)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	call.Start = time.Now()
 	err = cmd.Run()

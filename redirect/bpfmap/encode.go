@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package bpfmap
+
+import (
+	"encoding/binary"
+	"net/netip"
+	"unsafe"
+
+	"github.com/weirmesh/weir/redirect/workload"
+)
+
+// This file is the only one that knows the layout of the rows. An address is
+// 16 bytes in network order, IPv4 mapped; a port is in host order.
+
+// encodedPrefix4 and encodedPrefix6 are the ranges that carry an index, as
+// ../bpf/addr.h has them. Both are routed to lo in every workload.
+const (
+	ListenerSlots = 64  // LISTENER_SLOTS
+	FlowSlots     = 128 // FLOW_SLOTS
+	IndexFirst    = 1   // INDEX_FIRST
+
+	PortsPerRow  = 1024 // PORTS_PER_ROW
+	OriginShare  = 128  // ORIGIN_SHARE
+	indexesGiven = 0    // INDEXES_GIVEN
+	IndexesFreed = 1    // INDEXES_FREED
+
+	listensOutbound  = 1 << 8  // LISTENS_OUTBOUND
+	listensExposed   = 1 << 9  // LISTENS_EXPOSED
+	ProxyListensHere = 1 << 16 // PROXY_LISTENS_HERE
+)
+
+func EncodeAddr(addr netip.Addr) (row BpfAddr) {
+	bytes := addr.As16()
+	for i := range row.Word {
+		row.Word[i] = binary.NativeEndian.Uint32(bytes[4*i:])
+	}
+	return row
+}
+
+func DecodeAddr(row BpfAddr) netip.Addr {
+	var bytes [16]byte
+	for i, word := range row.Word {
+		binary.NativeEndian.PutUint32(bytes[4*i:], word)
+	}
+	return netip.AddrFrom16(bytes).Unmap()
+}
+
+func DecodeAddrPort(row BpfAddr, port uint16) netip.AddrPort {
+	return netip.AddrPortFrom(DecodeAddr(row), port)
+}
+
+// rows is one generation of a workload, ready to be written.
+type rows struct {
+	config     BpfConfig
+	exclusions map[BpfExclusionKey]uint32
+	ports      map[BpfExclusionKey]BpfPorts
+	addresses  map[BpfAddressKey]BpfAddress
+	cidrs      map[BpfCidrKey]uint32 // the family that the prefix was written in
+	sources    map[BpfCidrKey]uint32 // the slice of the encoded range
+}
+
+// EncodeRows is the pure function from a workload to its rows. ipv6 says that
+// the encoded IPv6 range is routed in the namespace.
+func EncodeRows(w workload.Workload, cookie, generation uint64, ipv6 bool) rows {
+	r := rows{
+		config: BpfConfig{
+			ProxyUid:     w.ProxyUID,
+			Budget:       w.Budget,
+			OutboundPort: w.OutboundPort,
+			InboundPort:  w.InboundPort,
+
+			EphemeralFirst: w.Ephemeral.First,
+			EphemeralLast:  w.Ephemeral.Last,
+
+			Seat:  w.ProxyID(0),
+			Seats: w.TakenProxyIDs(),
+		},
+		exclusions: make(map[BpfExclusionKey]uint32),
+		ports:      make(map[BpfExclusionKey]BpfPorts),
+		addresses:  make(map[BpfAddressKey]BpfAddress),
+		cidrs:      make(map[BpfCidrKey]uint32),
+		sources:    make(map[BpfCidrKey]uint32),
+	}
+	flag := func(set bool, bit BpfConfigFlag) {
+		if set {
+			r.config.Flags |= bit
+		}
+	}
+	mean := func(kind BpfExclusionKind, value, meaning uint32) {
+		r.exclusions[BpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}] = meaning
+	}
+	excludePorts := func(kind BpfExclusionKind, ports []uint16) {
+		for _, port := range ports {
+			key := BpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: uint32(port) / PortsPerRow}
+			row := r.ports[key]
+			row.Bits[port%PortsPerRow/64] |= 1 << (port % 64)
+			r.ports[key] = row
+		}
+	}
+	// What comes later overwrites: the last proxy first, then what goes before any proxy.
+	for i := len(w.Proxies) - 1; i >= 0; i-- {
+		p, proxyID := w.Proxies[i], uint32(w.ProxyID(i+1))
+		for _, addr := range p.VirtualIPs {
+			r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
+				Kind: BpfAddressKindADDRESS_PROXY, Port: p.OutboundPort, Seat: uint16(proxyID),
+			}
+		}
+		for _, port := range p.ServicePorts {
+			mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(port), uint32(p.InboundPort))
+		}
+		if p.OutboundPort != 0 {
+			mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), proxyID|listensOutbound)
+		}
+		if p.InboundPort != 0 {
+			mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.InboundPort), proxyID)
+		}
+	}
+	for _, p := range w.All() {
+		if p.InboundPort != 0 && len(w.Proxies) > 0 {
+			mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(p.InboundPort), uint32(p.InboundPort))
+		}
+	}
+	exposed := w.Exposed()
+	for _, p := range exposed {
+		mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(p.Port), uint32(p.Port)|ProxyListensHere)
+		mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.Port), uint32(p.ProxyID)|listensExposed)
+	}
+	excludePorts(BpfExclusionKindEXCLUSION_PORT_OUT, w.ExcludeOutboundPorts)
+	excludePorts(BpfExclusionKindEXCLUSION_PORT_IN, w.ExcludeInboundPorts)
+	for _, uid := range w.ExcludeUIDs {
+		mean(BpfExclusionKindEXCLUSION_UID, uid, 0)
+	}
+	for _, cidr := range w.ExcludeOutboundCIDRs {
+		r.cidrs[EncodeCIDR(cidr, cookie, generation)] = CidrFamily(cidr)
+	}
+	for _, source := range w.Sources.Prefixes {
+		r.sources[EncodeCIDR(source.Prefix, cookie, generation)] = source.Slice
+	}
+	for _, addr := range w.Broadcasts {
+		r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
+			Kind: BpfAddressKindADDRESS_BROADCAST,
+		}
+	}
+	for slice, addr := range w.Sources.IPv6 {
+		_, first := workload.EncodedAddrs(uint32(slice) << workload.SliceShift)
+		r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(first)}] = BpfAddress{
+			Kind: BpfAddressKindADDRESS_SOURCE, Listener: EncodeAddr(addr),
+		}
+	}
+	for _, upstream := range w.Upstreams {
+		for _, addr := range upstream.Addresses {
+			r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
+				Kind:     BpfAddressKindADDRESS_UPSTREAM,
+				Port:     upstream.Listener.Port(),
+				Listener: EncodeAddr(upstream.Listener.Addr()),
+			}
+		}
+	}
+	for _, addr := range w.Addresses {
+		r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
+			Kind: BpfAddressKindADDRESS_OWN,
+		}
+	}
+	encodeDNS(w.DNS, &r.config)
+	flag(w.Mode == workload.ModeTransparent, BpfConfigFlagCONFIG_TRANSPARENT)
+	flag(len(w.ExcludeOutboundPorts) > 0, BpfConfigFlagCONFIG_PORTS_OUT)
+	flag(len(w.Proxies) > 0, BpfConfigFlagCONFIG_PROXIES)
+	flag(len(exposed) > 0, BpfConfigFlagCONFIG_LISTENERS)
+	flag(len(w.ExcludeInboundPorts) > 0, BpfConfigFlagCONFIG_PORTS_IN)
+	flag(len(w.ExcludeUIDs) > 0, BpfConfigFlagCONFIG_UIDS)
+	flag(len(w.ExcludeOutboundCIDRs) > 0, BpfConfigFlagCONFIG_CIDRS)
+	flag(w.Sources.Sliced(), BpfConfigFlagCONFIG_SOURCES)
+	flag(ipv6, BpfConfigFlagCONFIG_IPV6)
+	flag(w.Guard == workload.GuardAudit, BpfConfigFlagCONFIG_AUDIT)
+	flag(w.Guard == workload.GuardEnforce, BpfConfigFlagCONFIG_ENFORCE)
+	flag(w.Forward, BpfConfigFlagCONFIG_FORWARD)
+	return r
+}
+
+func encodeDNS(dns workload.DNS, config *BpfConfig) {
+	addr, port := dns.Address, dns.Port
+	switch {
+	case !addr.IsValid() && port == 0:
+		return
+	case port == 0:
+		port = workload.DefaultDNSPort
+		config.Flags |= BpfConfigFlagCONFIG_DNS | BpfConfigFlagCONFIG_DNS_ANY
+	case !addr.IsValid():
+		addr = netip.AddrFrom4([4]byte{127, 0, 0, 1})
+		config.Flags |= BpfConfigFlagCONFIG_DNS
+	default:
+		config.Flags |= BpfConfigFlagCONFIG_DNS
+	}
+	config.DnsAddr, config.DnsPort = EncodeAddr(addr), port
+}
+
+// CidrFamily keeps ::/0 from excluding IPv4, which is a part of it once it is
+// mapped: 4 or 6.
+func CidrFamily(cidr netip.Prefix) uint32 {
+	if cidr.Addr().Is4() || cidr.Addr().Is4In6() && cidr.Bits() >= 96 {
+		return 4
+	}
+	return 6
+}
+
+// EncodeCIDR puts the workload in front of the prefix: the trie matches it as
+// the first 128 bits.
+func EncodeCIDR(cidr netip.Prefix, cookie, generation uint64) BpfCidrKey {
+	bits := cidr.Bits()
+	if cidr.Addr().Is4() {
+		bits += 96
+	}
+	key := BpfCidrKey{Prefixlen: uint32(128 + bits), Addr: EncodeAddr(cidr.Addr())}
+	scope := (*[4]uint32)(unsafe.Pointer(&[2]uint64{cookie, generation}))
+	key.Scope = *scope
+	return key
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package host
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
+)
+
+// A route to lo is not found for a socket that is bound to another device, which
+// a task may do when it is connected already: its packets to the encoded ranges,
+// to loopback or to an own address would leave by that device. IPv4 even takes
+// every address for a neighbour there where no route leads to it, so a route of
+// type unreachable does not help. A local route by way of the device keeps them
+// in the namespace, and the connection goes on.
+
+// deviceMetric is the metric of these routes less the device's index. It lies
+// above those of the routes that sockets without a device take.
+const deviceMetric = 1 << 20
+
+// deviceRoutes are what each device of the namespace needs beside the routes that
+// are there.
+func deviceRoutes(ipv6 bool) (routes []*netlink.Route, err error) {
+	links, err := dump(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	assigned, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	for _, device := range links {
+		index := device.Attrs().Index
+		if index == LoIndex || device.Attrs().Flags&unix.IFF_UP == 0 {
+			continue
+		}
+		inside := []netip.Prefix{workload.LoopbackPrefix4}
+		if ipv6 {
+			inside = append(inside, workload.LoopbackPrefix6, workload.EncodedPrefix6)
+		}
+		for _, entry := range assigned {
+			addr, ok := netip.AddrFromSlice(entry.IP)
+			addr = addr.Unmap()
+			if !ok || entry.LinkIndex == index || entry.LinkIndex == LoIndex || addr.IsLinkLocalUnicast() || addr.Is6() && !ipv6 {
+				continue
+			}
+			inside = append(inside, netip.PrefixFrom(addr, addr.BitLen()))
+		}
+		for _, prefix := range inside {
+			routes = append(routes, localRoute(index, prefix, deviceMetric+index))
+		}
+	}
+	return routes, nil
+}
+
+func localRoute(device int, prefix netip.Prefix, metric int) *netlink.Route {
+	route := &netlink.Route{
+		LinkIndex: device,
+		Dst:       IPNet(prefix),
+		Table:     unix.RT_TABLE_LOCAL,
+		Type:      unix.RTN_LOCAL,
+		Scope:     netlink.SCOPE_HOST,
+		Protocol:  unix.RTPROT_STATIC,
+		Priority:  metric,
+	}
+	if prefix.Addr().Is6() {
+		route.Scope = netlink.SCOPE_UNIVERSE
+	}
+	return route
+}
+
+// DeviceRoutesIn are those that the namespace has, by device and destination.
+func DeviceRoutesIn() (map[deviceRoute]*netlink.Route, error) {
+	found := make(map[deviceRoute]*netlink.Route)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := dump(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: unix.RTPROT_STATIC},
+				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+		})
+		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, route := range list {
+			if route.Priority == deviceMetric+route.LinkIndex {
+				found[keyOf(&route)] = &route
+			}
+		}
+	}
+	return found, nil
+}
+
+type deviceRoute struct {
+	device      int
+	destination string
+}
+
+func keyOf(route *netlink.Route) deviceRoute {
+	return deviceRoute{route.LinkIndex, route.Dst.String()}
+}
+
+// setDeviceRoutes makes the routes of all devices what they should be; none where
+// they are not wanted. It reports whether it had to change something.
+func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
+	missing, surplus, err := diffDeviceRoutes(wanted, ipv6)
+	if err != nil {
+		return false, err
+	}
+	for _, route := range missing {
+		if err := netlink.RouteReplace(route); err != nil {
+			return true, fmt.Errorf("set route %s by device %d: %w", route.Dst, route.LinkIndex, err)
+		}
+	}
+	for _, route := range surplus {
+		if err := deleteRoute(route); err != nil {
+			return true, err
+		}
+	}
+	return len(missing)+len(surplus) > 0, nil
+}
+
+func diffDeviceRoutes(wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
+	there, err := DeviceRoutesIn()
+	if err != nil {
+		return nil, nil, err
+	}
+	if wanted {
+		routes, err := deviceRoutes(ipv6)
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, route := range routes {
+			if there[keyOf(route)] == nil {
+				missing = append(missing, route)
+			}
+			delete(there, keyOf(route))
+		}
+	}
+	for _, route := range there {
+		surplus = append(surplus, route)
+	}
+	return missing, surplus, nil
+}

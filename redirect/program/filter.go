@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package program
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"github.com/google/nftables/xt"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
+)
+
+// What is forwarded through a namespace has no socket in it, and for broadcast,
+// multicast and UDP-Lite the kernel asks no sk_lookup. So each namespace gets a
+// table of nftables with two chains at most, whose rules ask the programs of
+// ../bpf/filter.c. A rule goes with its namespace; a pinned link of netfilter
+// (Linux 6.4) would keep the namespace alive.
+
+// FilterTable is the table's name, of family inet.
+const FilterTable = "weir_filter"
+
+// chainPrograms are the programs of ../bpf/filter.c by the chain that asks
+// them, loaded once for the node and pinned under these names.
+type chainPrograms map[string]*ebpf.Program
+
+func (f chainPrograms) Close() {
+	for _, prog := range f {
+		prog.Close()
+	}
+}
+
+func FilterNames() map[string]string {
+	return map[string]string{"forward": "weir_forward", "input": "weir_input"}
+}
+
+// LoadFilterPrograms loads the programs over the tables and pins them in dir,
+// which must not have any.
+func LoadFilterPrograms(tables, dir string) (chainPrograms, error) {
+	spec, err := bpfmap.LoadFilter()
+	if err != nil {
+		return nil, fmt.Errorf("read filter programs: %w", err)
+	}
+	return PinFilterPrograms(spec, tables, dir)
+}
+
+func PinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainPrograms, error) {
+	pins, err := bpfmap.PinnedMaps(spec, tables)
+	defer bpfmap.CloseMaps(pins)
+	if err != nil {
+		return nil, err
+	}
+	collection, err := NewCollection(spec, pins)
+	if err != nil {
+		return nil, err
+	}
+	defer collection.Close()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("create pin directory: %w", err)
+	}
+	programs := make(chainPrograms)
+	for chain, name := range FilterNames() {
+		programs[chain] = collection.DetachProgram(name)
+		if err := programs[chain].Pin(filepath.Join(dir, name)); err != nil {
+			programs.Close()
+			return nil, fmt.Errorf("pin %s: %w", name, err)
+		}
+	}
+	return programs, nil
+}
+
+// openChainPrograms opens the node's programs. fs.ErrNotExist says that a pin
+// is gone.
+func openChainPrograms(p store.Paths) (chainPrograms, error) {
+	programs := make(chainPrograms)
+	for chain, name := range FilterNames() {
+		prog, err := ebpf.LoadPinnedProgram(filepath.Join(p.Filters(), name), &ebpf.LoadPinOptions{ReadOnly: true})
+		if err != nil {
+			programs.Close()
+			return nil, fmt.Errorf("open %s: %w", name, err)
+		}
+		programs[chain] = prog
+	}
+	return programs, nil
+}
+
+// RenewFilterPrograms replaces the node's programs by this binary's. Namespaces
+// whose rules ask the former ones get the new by setFilter.
+func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
+	if err := RemoveTree(p.Filters()); err != nil {
+		return nil, err
+	}
+	return LoadFilterPrograms(p.Maps(), p.Filters())
+}
+
+// PinFilters pins the programs again that read the set's tables. Rules of
+// namespaces ask them, or a pin that cannot be seen leads to them.
+func PinFilters(p store.Paths, s *Set) (repairs []string, err error) {
+	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
+		found, err := describeProgram(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it ended
+		}
+		if err != nil {
+			return repairs, err
+		}
+		if !slices.Contains(slices.Collect(maps.Values(FilterNames())), found.Name) || !slices.ContainsFunc(found.Maps, s.Reads) {
+			continue
+		}
+		prog, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue
+		}
+		pinned, err := PinAgain(filepath.Join(p.Filters(), found.Name), prog)
+		prog.Close()
+		if err != nil {
+			return repairs, err
+		}
+		if pinned {
+			repairs = append(repairs, "pin of "+found.Name+" put back")
+		}
+	}
+	return repairs, nil
+}
+
+// chains are those that the workload's namespace should have.
+func filterChains(w workload.Workload) (names []string) {
+	guarded := w.Guard == workload.GuardAudit || w.Guard == workload.GuardEnforce
+	if guarded || w.Mode == workload.ModeTransparent {
+		names = append(names, "forward")
+	}
+	if guarded {
+		names = append(names, "input")
+	}
+	return names
+}
+
+// filterRule is a rule of the table. Its comment tells it, and the program that
+// it asks.
+type filterRule struct {
+	comment string
+	exprs   []expr.Any
+}
+
+// rules are those of the chains that the workload should have.
+func (f chainPrograms) rules(w workload.Workload) (map[string][]filterRule, error) {
+	rules := make(map[string][]filterRule)
+	for _, chain := range filterChains(w) {
+		info, err := f[chain].Info()
+		if err != nil {
+			return nil, fmt.Errorf("read filter program: %w", err)
+		}
+		id, _ := info.ID()
+		comment, prog := fmt.Sprintf("program %d refuses", id), asks(f[chain])
+		tcp, lo := []byte{unix.IPPROTO_TCP}, binary.NativeEndian.AppendUint32(nil, 1)
+		accept := &expr.Verdict{Kind: expr.VerdictAccept}
+		if chain == "forward" {
+			rules[chain] = []filterRule{
+				{comment + " TCP", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), prog, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})},
+				{comment, append(is(expr.MetaKeyL4PROTO, expr.CmpOpNeq, tcp), prog,
+					&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED})},
+			}
+			continue
+		}
+		rules[chain] = []filterRule{
+			{"TCP is for sk_lookup", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), accept)},
+			{"what comes by lo is from inside", append(is(expr.MetaKeyIIF, expr.CmpOpEq, lo), accept)},
+			{comment, []expr.Any{prog, &expr.Verdict{Kind: expr.VerdictDrop}}},
+		}
+	}
+	return rules, nil
+}
+
+// asks is the match "bpf" of xtables (xt_bpf), by a descriptor of the program: it
+// is the one way for a rule to ask a program with tables.
+func asks(prog *ebpf.Program) expr.Any {
+	const (
+		modeFD   = 2               // XT_BPF_MODE_FD_ELF
+		infoSize = 2 + 2 + 4 + 512 // struct xt_bpf_info_v1 up to its pointer, which is the kernel's
+	)
+	info := make(xt.Unknown, infoSize+8)
+	binary.NativeEndian.PutUint16(info, modeFD)
+	binary.NativeEndian.PutUint32(info[4:], uint32(prog.FD()))
+	return &expr.Match{Name: "bpf", Rev: 1, Info: &info}
+}
+
+func is(key expr.MetaKey, op expr.CmpOp, value []byte) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: value}}
+}
+
+// SetFilter makes the namespace's table what the workload should have, in one
+// step, and reports whether it was not. A namespace that should have none keeps
+// none.
+func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed bool, err error) {
+	if len(filterChains(w)) == 0 {
+		return RemoveFilter(ns)
+	}
+	programs, err := openChainPrograms(p)
+	if errors.Is(err, fs.ErrNotExist) {
+		programs, err = RenewFilterPrograms(p)
+	}
+	if err != nil {
+		return false, err
+	}
+	defer programs.Close()
+	rules, err := programs.rules(w)
+	if err != nil {
+		return false, err
+	}
+	err = withNFTables(ns, func(conn *nftables.Conn) error {
+		there, err := hasFilter(conn, rules)
+		if err != nil || there {
+			return err
+		}
+		changed = true
+		return replaceFilter(conn, rules)
+	})
+	if err != nil {
+		return false, fmt.Errorf("set filter of forwarded packets: the kernel needs nf_tables with nft_compat, nft_reject_inet and xt_bpf: %w", err)
+	}
+	return changed, nil
+}
+
+// Filtered reports whether the namespace's table is what the workload should have.
+func Filtered(p store.Paths, ns *host.Namespace, w workload.Workload) (there bool, err error) {
+	if len(filterChains(w)) == 0 {
+		return true, nil
+	}
+	programs, err := openChainPrograms(p)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	defer programs.Close()
+	rules, err := programs.rules(w)
+	if err != nil {
+		return false, err
+	}
+	err = withNFTables(ns, func(conn *nftables.Conn) error {
+		there, err = hasFilter(conn, rules)
+		return err
+	})
+	return there, err
+}
+
+func hasFilter(conn *nftables.Conn, wanted map[string][]filterRule) (bool, error) {
+	table := &nftables.Table{Name: FilterTable, Family: nftables.TableFamilyINet}
+	for chain := range FilterNames() {
+		present, err := conn.GetRules(table, &nftables.Chain{Name: chain})
+		if err != nil {
+			return false, fmt.Errorf("list rules: %w", err)
+		}
+		same := slices.EqualFunc(wanted[chain], present, func(want filterRule, is *nftables.Rule) bool {
+			comment, ok := userdata.GetString(is.UserData, userdata.TypeComment)
+			return ok && comment == want.comment
+		})
+		if !same {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// replaceFilter makes the table anew in one step. A new namespace has none to
+// delete, and does not wait for the kernel to free it.
+func replaceFilter(conn *nftables.Conn, rules map[string][]filterRule) error {
+	table := &nftables.Table{Name: FilterTable, Family: nftables.TableFamilyINet}
+	if _, err := conn.ListTableOfFamily(FilterTable, nftables.TableFamilyINet); err == nil {
+		conn.DelTable(table)
+	} else if !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("find table: %w", err)
+	}
+	conn.AddTable(table)
+	hooks := map[string]*nftables.ChainHook{"forward": nftables.ChainHookForward, "input": nftables.ChainHookInput}
+	for name, list := range rules {
+		chain := conn.AddChain(&nftables.Chain{
+			Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hooks[name], Priority: nftables.ChainPriorityRaw,
+		})
+		for _, r := range list {
+			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: r.exprs,
+				UserData: userdata.AppendString(nil, userdata.TypeComment, r.comment)})
+		}
+	}
+	return conn.Flush()
+}
+
+// RemoveFilter removes the namespace's table and reports whether there was one.
+// A kernel without nf_tables has none.
+func RemoveFilter(ns *host.Namespace) (removed bool, err error) {
+	err = withNFTables(ns, func(conn *nftables.Conn) error {
+		conn.DelTable(&nftables.Table{Name: FilterTable, Family: nftables.TableFamilyINet})
+		return conn.Flush()
+	})
+	for _, none := range []error{unix.ENOENT, unix.EPROTONOSUPPORT, unix.EINVAL, unix.EOPNOTSUPP} {
+		if errors.Is(err, none) {
+			return false, nil
+		}
+	}
+	if err != nil {
+		return false, fmt.Errorf("remove filter of forwarded packets: %w", err)
+	}
+	return true, nil
+}
+
+// nftables hands action a connection to the namespace's nftables.
+func withNFTables(ns *host.Namespace, action func(*nftables.Conn) error) error {
+	return ns.Do(func() (err error) {
+		conn, err := nftables.New(nftables.AsLasting())
+		if err != nil {
+			return fmt.Errorf("open nftables: %w", err)
+		}
+		defer func() { err = errors.Join(err, conn.CloseLasting()) }()
+		return action(conn)
+	})
+}
