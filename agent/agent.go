@@ -60,6 +60,7 @@ type Agent struct {
 	networks        *networks
 	flows           *flows        // nil: they are not to be recorded
 	resting         time.Duration // between two runs of origins
+	counting        time.Duration // between two looks at the counters of verdicts
 	repairNetworks  func() ([]string, error)
 	version         string
 	networkInterval time.Duration
@@ -92,6 +93,7 @@ type Agent struct {
 	resynced       time.Time
 	pruned         time.Time
 	freed          time.Time
+	counted        time.Time                 // the verdicts were
 	reported       map[string]bool           // files and registrations that could not be read, as told
 	unmatchedSince map[string]unmatchedProxy // proxies without a namespace, by allocation or proxy ID
 	unproven       time.Time                 // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
@@ -108,6 +110,7 @@ func New(config Config, options Options) (*Agent, error) {
 		datapath:       redirect.New(config.Paths()).Within(lockTimeout),
 		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
+		counting:       refusalInterval,
 		wake:           make(chan struct{}, 1),
 		allocations:    make(map[workload.AttachmentID]*allocState),
 		reported:       make(map[string]bool),
@@ -268,6 +271,10 @@ func (a *Agent) pass(changed bool) {
 	if now.Sub(a.freed) > a.resting {
 		a.freed = now
 		a.free()
+	}
+	if now.Sub(a.counted) >= a.counting {
+		a.counted = now
+		a.readRefusals(now)
 	}
 	if !changed {
 		a.checkSome()

@@ -41,6 +41,7 @@ type allocState struct {
 	listened          bool                      // all of them did at some time
 	mute              health.Problem            // that one does not listen; none where they do, or may still start
 	heard             time.Time                 // when that was last looked at
+	refused           refusals                  // for a fault
 	missing           time.Time                 // since when its record is missing; zero: it is not
 	retry             time.Time                 // when to try again what went wrong; zero: nothing did
 	failures          int
@@ -152,6 +153,9 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 	if m.mute.What != "" && state == StateManaged {
 		problems = append(problems, m.mute)
 	}
+	if state == StateManaged {
+		problems = append(problems, m.refused.problems()...)
+	}
 	next := describe(s, state, wanted, problems, consul.Facts)
 	next.InSync = state == StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && inForce
 	next.Task, m.proxies = m.tasks(), s.Proxies
@@ -169,7 +173,7 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 	}
 	if m.hook != before {
 		m.notListeningSince, m.sought = now, time.Time{}
-		m.listened, m.mute, m.heard = false, health.Problem{}, time.Time{}
+		m.listened, m.mute, m.heard, m.refused = false, health.Problem{}, time.Time{}, refusals{}
 	}
 }
 

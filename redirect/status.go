@@ -275,6 +275,24 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 	return list, unreadable
 }
 
+// VerdictCounts returns the counters of the workloads with these cookies, by
+// Verdict.String(); verdicts never reached are left out. A map read each, without
+// the lock.
+func (d *Datapath) VerdictCounts(cookies []uint64) (map[uint64]map[string]uint64, error) {
+	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
+	if err != nil {
+		return nil, err
+	}
+	defer tables.Close()
+	found := make(map[uint64]map[string]uint64, len(cookies))
+	for _, cookie := range cookies {
+		if found[cookie], _, err = tables.Verdicts(cookie); err != nil {
+			return nil, err
+		}
+	}
+	return found, nil
+}
+
 // proxyStatus is what is known of each proxy, the first one first, and whether
 // one of them shares its cgroup with tasks.
 func proxyStatus(m *bpfmap.Tables, cookie uint64, w workload.Workload) (list []ProxyStatus, shared bool, err error) {

@@ -17,14 +17,7 @@ import (
 func TestStatusNamesWhatIsLeftBehind(t *testing.T) {
 	n := leftBehind()
 	n.status = healthy()
-	n.status.Maps, n.status.Links = nil, nil
 	want(t, try(t, n, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
-
-pins         /sys/fs/bpf/weir
-records      /run/weir
-attached to  /sys/fs/cgroup
-programs     -
-changes      wait for running programs by membarrier
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it

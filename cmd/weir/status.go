@@ -18,6 +18,8 @@ func newStatus(env env) *command {
   with what is wrong and what to do about it: with the data path, with the agent
   and what it learns from Consul and Docker, and with allocations of the mesh. Its
   last lines say how the agent stands to Consul and what it repaired since it began.
+  -verbose adds the mechanics: pins, programs, the size of each map, and the
+  programs of others on the same hooks.
 
   The exit code is 0 when all is well and 1 when something is wrong, which
   includes that nothing is loaded, that an agent which should run does not answer,
@@ -28,6 +30,7 @@ func newStatus(env env) *command {
   Fail a script where something is wrong, and keep what:
 
       $ weir status -json > status.json || exit 1`).withPaths().withJSON()
+	c.flags.Lookup("verbose").Usage = "print pins, programs, maps and the programs of others; and errors in full, with the kernel's verifier log"
 	c.do = func() (int, error) {
 		status, err := c.datapath().Status()
 		if err != nil {
@@ -111,9 +114,20 @@ func (c *command) renderStatus(status redirect.Status, withAgent bool) string {
 		fmt.Fprintln(&text, c.paint(yellow, "healthy: "+countOf(status.Workloads, "workload")+"; no agent runs, so plain connect jobs are not guarded"))
 	}
 	text.WriteString(c.renderProblems(status.Problems))
-	if !status.Loaded {
-		return strings.TrimRight(text.String(), "\n")
+	switch {
+	case !status.Loaded:
+	case c.verbose:
+		text.WriteString(renderMechanics(status))
+		text.WriteString(renderOthers(status.Others))
+	case len(status.Others) > 0:
+		fmt.Fprintf(&text, "\n%s of others on the same hooks: -verbose lists them\n", countOf(len(status.Others), "program"))
 	}
+	return strings.TrimRight(text.String(), "\n")
+}
+
+// renderMechanics is what few ask for: where the state is, and what is loaded.
+func renderMechanics(status redirect.Status) string {
+	var text strings.Builder
 	fmt.Fprintf(&text, "\n%s\n", table("", [][]string{
 		{"pins", status.Paths.PinDir},
 		{"records", status.Paths.StateDir},
@@ -121,15 +135,18 @@ func (c *command) renderStatus(status redirect.Status, withAgent bool) string {
 		{"programs", orDash(strings.ReplaceAll(strings.Join(status.Links, " "), "weir_", ""))},
 		{"changes", "wait for running programs by " + string(status.Barrier)},
 	}))
-	rows := [][]string{{"MAP", "MOST ENTRIES", "MEMORY"}}
+	rows := [][]string{{"MAP", "ROWS", "MOST ENTRIES", "MEMORY"}}
 	for _, info := range status.Maps {
-		rows = append(rows, []string{info.Name, fmt.Sprint(info.MaxEntries), kibibytes(info.Bytes)})
+		used := "-"
+		if info.Counted {
+			used = fmt.Sprint(info.Rows)
+		}
+		rows = append(rows, []string{info.Name, used, fmt.Sprint(info.MaxEntries), kibibytes(info.Bytes)})
 	}
 	if len(rows) > 1 {
 		fmt.Fprintf(&text, "\n%s\n", table("", rows))
 	}
-	text.WriteString(renderOthers(status.Others))
-	return strings.TrimRight(text.String(), "\n")
+	return text.String()
 }
 
 // renderOthers names the programs of others on the same hooks. What each of them

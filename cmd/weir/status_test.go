@@ -26,14 +26,27 @@ func healthy() redirect.Status {
 		Barrier:    bpfmap.BarrierKernel,
 		Links:      []string{"weir_connect4", "weir_connect6"},
 		Maps: []bpfmap.MapInfo{
-			{Name: "origins", MaxEntries: 1048576, Bytes: 8392704},
+			{Name: "origins", Counted: true, Rows: 512, MaxEntries: 1048576, Bytes: 8392704},
 			{Name: "workloads", MaxEntries: 16384, Bytes: 131329},
 		},
 	}
 }
 
-func TestStatus(t *testing.T) {
-	want(t, try(t, &node{status: healthy()}, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
+// Without -verbose there is nothing of the mechanics, however many maps there are.
+func TestStatusFitsOneScreen(t *testing.T) {
+	n := &node{status: healthy()}
+	n.status.Others = []redirect.Other{{ID: 17, Name: "cil_sock4_connect"}, {ID: 18, Name: "cil_sock6_connect"}}
+	want(t, try(t, n, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
+
+2 programs of others on the same hooks: -verbose lists them
+
+agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
+`})
+}
+
+func TestStatusVerbose(t *testing.T) {
+	want(t, try(t, &node{status: healthy()}, nil, "status", "-verbose"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
 
 pins         /sys/fs/bpf/weir
 records      /run/weir
@@ -41,9 +54,9 @@ attached to  /sys/fs/cgroup
 programs     connect4 connect6
 changes      wait for running programs by membarrier
 
-MAP        MOST ENTRIES  MEMORY
-origins    1048576       8196 KiB
-workloads  16384         129 KiB
+MAP        ROWS  MOST ENTRIES  MEMORY
+origins    512   1048576       8196 KiB
+workloads  -     16384         129 KiB
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
@@ -65,7 +78,6 @@ agent: none runs, so nothing follows Consul and only allocations with transparen
 
 func TestStatusWithProblems(t *testing.T) {
 	status := healthy()
-	status.Links, status.Maps = nil, nil
 	status.Problems = []health.Problem{
 		health.NewProblem(health.ProblemProgramDetached, "run 'weir load'", "link connect4 is gone"),
 		health.NewProblem(health.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
@@ -75,12 +87,6 @@ func TestStatusWithProblems(t *testing.T) {
     remedy: run 'weir load'
   workload 0b5d0c1e-eth0: its namespace is gone [namespace-gone]
     remedy: run CNI DEL or GC; nothing of it is in use
-
-pins         /sys/fs/bpf/weir
-records      /run/weir
-attached to  /sys/fs/cgroup
-programs     -
-changes      wait for running programs by membarrier
 
 agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
@@ -238,7 +244,7 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 		{ID: 17, Name: "cil_sock4_connect", Hook: "CGroupInet4Connect", Order: "before", Effect: "may refuse", Pinned: "/sys/fs/bpf/cilium/c4"},
 		{ID: 18, Name: "weir_connect4", Hook: "CGroupInet4Connect", Order: "after", Effect: "serves namespaces of its own", Weir: true, Owner: "process 4 (weir)"},
 	}}}
-	got := try(t, n, nil, "status")
+	got := try(t, n, nil, "status", "-verbose")
 	for _, want := range []string{"cil_sock4_connect", "17", "before", "/sys/fs/bpf/cilium/c4", "weir_connect4 (another Weir)", "after", "process 4 (weir)"} {
 		if !strings.Contains(got.stdout, want) {
 			t.Errorf("status does not say %q:\n%s", want, got.stdout)

@@ -116,6 +116,8 @@ const (
 	ProblemTaskAsProxy
 	ProblemStepFailed
 
+	ProblemGuardRefuses
+
 	ProblemRefusedNoProxy
 	ProblemRefusedInboundNoProxy
 	ProblemRefusedTable
@@ -189,6 +191,8 @@ func (c ProblemCode) row() problemRow {
 		ProblemProxyNotListening:    {"proxy-not-listening", failure, "the proxy of an allocation does not listen"},
 		ProblemTaskAsProxy:          {"task-as-proxy", failure, "a task under the proxy's UID took the place of the proxy"},
 		ProblemStepFailed:           {"step-failed", failure, "a step of the agent's for an allocation fails"},
+
+		ProblemGuardRefuses: {"guard-refuses", warning, "the guard refuses connections to an allocation that it had let some in to"},
 
 		ProblemRefusedNoProxy:          {bpfmap.RefusedNoProxy.String(), failure, bpfmap.RefusedNoProxy.Describe()},
 		ProblemRefusedInboundNoProxy:   {bpfmap.RefusedInboundNoProxy.String(), failure, bpfmap.RefusedInboundNoProxy.Describe()},

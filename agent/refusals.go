@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
+)
+
+// How often the counters of verdicts are read, and for how long a connection that
+// was refused for a fault is a problem.
+const (
+	refusalInterval = 10 * time.Second
+	refusalMemory   = time.Minute
+)
+
+// refusals are the connections of a workload that were refused for a fault.
+type refusals struct {
+	counts   map[string]uint64                // by verdict, as last read; nil: not read yet
+	listened bool                             // all proxies did then
+	last     map[health.ProblemCode]time.Time // when a count was last seen to have risen
+}
+
+// refusalCodes are the codes of problems that a rising count of a verdict is.
+func refusalCodes() map[string]health.ProblemCode {
+	codes := map[string]health.ProblemCode{bpfmap.RefusedGuard.String(): health.ProblemGuardRefuses}
+	for code := health.ProblemRefusedNoProxy; code < health.ProblemMax; code++ {
+		codes[code.String()] = code
+	}
+	return codes
+}
+
+// note takes in the counters as they are now, and reports whether the problems are
+// others than before. What was counted before the first call is not of now.
+func (r *refusals) note(counts map[string]uint64, listens bool, now time.Time) (changed bool) {
+	before := slices.Collect(maps.Keys(r.last))
+	if r.counts != nil {
+		for verdict, code := range refusalCodes() {
+			if counts[verdict] > r.counts[verdict] && r.isFault(code, counts, listens) {
+				if r.last == nil {
+					r.last = make(map[health.ProblemCode]time.Time)
+				}
+				r.last[code] = now
+			}
+		}
+	}
+	maps.DeleteFunc(r.last, func(_ health.ProblemCode, at time.Time) bool { return now.Sub(at) >= refusalMemory })
+	r.counts, r.listened = counts, listens
+	after := slices.Collect(maps.Keys(r.last))
+	slices.Sort(before)
+	slices.Sort(after)
+	return !slices.Equal(before, after)
+}
+
+// isFault leaves out what is no fault, or is told otherwise: connections while a
+// proxy starts, ends, or is known not to listen, sockets beside a proxy that has its
+// port, and what a guard refuses that never let anything in.
+func (r *refusals) isFault(code health.ProblemCode, counts map[string]uint64, listens bool) bool {
+	switch code { //nolint:exhaustive // the others always are
+	case health.ProblemRefusedNoProxy, health.ProblemRefusedInboundNoProxy:
+		return r.listened && listens
+	case health.ProblemRefusedListenerIdentity, health.ProblemRefusedListenerAddress, health.ProblemRefusedListenerTable:
+		return !listens // else the proxy has its port, and the other socket does not
+	case health.ProblemGuardRefuses:
+		return counts[bpfmap.GuardAudited.String()] > 0
+	}
+	return true
+}
+
+// problems tells the refusals of the last minute.
+func (r *refusals) problems() (list []health.Problem) {
+	for _, code := range slices.Sorted(maps.Keys(r.last)) {
+		list = append(list, health.NewProblem(code, refusalRemedy(code), "in the last minute: "+code.Title()))
+	}
+	return list
+}
+
+func refusalRemedy(code health.ProblemCode) string {
+	switch code { //nolint:exhaustive // the others have one remedy
+	case health.ProblemGuardRefuses:
+		return "'weir guard' lists ports and sources, each with the line of the job that lets it in; guard \"audit\" lets all in again"
+	case health.ProblemRefusedNoProxy, health.ProblemRefusedInboundNoProxy:
+		return "see the log of the proxy's task ('nomad alloc logs'): whether Envoy stopped; 'weir flows -refused' tells each connection"
+	case health.ProblemRefusedBudget:
+		return "exclude the CIDRs that it dials so many addresses of, in its job; 'weir workloads' shows how many it holds"
+	case health.ProblemRefusedShare, health.ProblemRefusedTable:
+		return "'weir status -verbose' shows which table is full; stop the allocations that dial so many destinations"
+	}
+	return "'weir events' tells the socket and its process; give a task that takes the proxy's port another one"
+}
+
+// readRefusals reads the counters of the workloads that the agent keeps.
+func (a *Agent) readRefusals(now time.Time) {
+	var cookies []uint64
+	for _, m := range a.allocations {
+		if m.hook != 0 {
+			cookies = append(cookies, m.hook)
+		}
+	}
+	counts, err := a.datapath.VerdictCounts(cookies)
+	if err != nil {
+		return // the data path is on its way back, and its own problem
+	}
+	changed := false
+	for _, m := range a.allocations {
+		if m.hook != 0 {
+			listens := m.notListeningSince.IsZero() && len(m.proxies) > 0
+			changed = m.refused.note(counts[m.hook], listens, now) || changed
+		}
+	}
+	if changed {
+		a.trigger() // it is shown
+	}
+}

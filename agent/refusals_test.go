@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test"
+)
+
+// A count that rises is a problem for a minute, but for what is no fault.
+func TestRefusalIsAProblemForAMinute(t *testing.T) {
+	const (
+		noProxy, budget, guard, audit = "refused_no_proxy", "refused_budget", "refused_guard", "guard_audit"
+		identity                      = "refused_listener_identity"
+	)
+	type look struct {
+		after   time.Duration // since the first
+		counts  map[string]uint64
+		silent  bool // the proxy does not listen
+		want    string
+		changed bool
+	}
+	for name, looks := range map[string][]look{
+		"what was counted before is not of now": {
+			{counts: map[string]uint64{budget: 7}},
+			{after: 10 * time.Second, counts: map[string]uint64{budget: 7}},
+		},
+		"a count that rises, until a minute later": {
+			{counts: map[string]uint64{budget: 7}},
+			{after: 10 * time.Second, counts: map[string]uint64{budget: 8}, want: "refused_budget", changed: true},
+			{after: 20 * time.Second, counts: map[string]uint64{budget: 9}, want: "refused_budget"},
+			{after: 79 * time.Second, counts: map[string]uint64{budget: 9}, want: "refused_budget"},
+			{after: 80 * time.Second, counts: map[string]uint64{budget: 9}, changed: true},
+		},
+		"a proxy that stopped and is back": {
+			{},
+			{after: 10 * time.Second, counts: map[string]uint64{noProxy: 1}, want: "refused_no_proxy", changed: true},
+		},
+		"a proxy that starts": {
+			{silent: true},
+			{after: 10 * time.Second, counts: map[string]uint64{noProxy: 5}},
+			{after: 20 * time.Second, counts: map[string]uint64{noProxy: 5}},
+		},
+		"a proxy that stops": {
+			{},
+			{after: 10 * time.Second, counts: map[string]uint64{noProxy: 5}, silent: true},
+		},
+		"a socket beside a proxy that listens": {
+			{},
+			{after: 10 * time.Second, counts: map[string]uint64{identity: 1}},
+		},
+		"a socket in the proxy's place": {
+			{silent: true},
+			{after: 10 * time.Second, counts: map[string]uint64{identity: 1}, silent: true, want: "refused_listener_identity", changed: true},
+		},
+		"a guard from the beginning": {
+			{},
+			{after: 10 * time.Second, counts: map[string]uint64{guard: 3}},
+		},
+		"a guard that let some in": {
+			{counts: map[string]uint64{audit: 3}},
+			{after: 10 * time.Second, counts: map[string]uint64{audit: 3, guard: 3}, want: "guard-refuses", changed: true},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var r refusals
+			first := time.Now()
+			for _, l := range looks {
+				counts := l.counts
+				if counts == nil {
+					counts = map[string]uint64{}
+				}
+				changed := r.note(counts, !l.silent, first.Add(l.after))
+				var codes []string
+				for _, problem := range r.problems() {
+					codes = append(codes, problem.Code)
+				}
+				if got := strings.Join(codes, ","); got != l.want || changed != l.changed {
+					t.Errorf("after %s the problems are %q, changed %t; want %q, %t", l.after, got, changed, l.want, l.changed)
+				}
+			}
+		})
+	}
+}
+
+// Each refusal that is a fault by itself says what helps.
+func TestEachRefusalHasARemedy(t *testing.T) {
+	for verdict, code := range refusalCodes() {
+		r := refusals{last: map[health.ProblemCode]time.Time{code: time.Now()}}
+		problems := r.problems()
+		if len(problems) != 1 || problems[0].Remedy == "" || !strings.HasPrefix(problems[0].What, "in the last minute: ") {
+			t.Errorf("problems for %s are %+v", verdict, problems)
+		}
+	}
+}
+
+// An allocation whose tasks dial more addresses than it may is not healthy, and the
+// node says which one.
+func TestRefusedConnectionIsAProblemOfItsAllocation(t *testing.T) {
+	n := newNode(t)
+	cgroup := test.NewCgroup(t)
+	n.config.CgroupRoot = cgroup.Path
+	n.Datapath = redirect.New(n.config.Paths())
+	ids := []string{numbered(1), numbered(2)}
+	quiet, _ := n.transparent(ids[0])
+	greedy, key := n.transparent(ids[1])
+	request := workload.Request{Network: "nomad", Job: workload.Job{AllocID: ids[1]}, Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001, Budget: 2}
+	if err := n.Add(redirect.Attachment{Key: key, NetNS: greedy.Path, Request: request}); err != nil {
+		t.Fatal(err)
+	}
+	n.fake.answers(registered(ids...))
+	for _, ns := range []*test.NetNS{quiet, greedy} {
+		test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, fmt.Sprint("envoy", ns.Cookie())), UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
+	}
+	n.run(func(a *Agent) { a.counting = 50 * time.Millisecond })
+	n.eventually(ids[0], StateManaged)
+	task := test.NewClient(t, test.Spec{NetNS: greedy, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
+	dialled := 0
+	var codes []string
+	test.Eventually(t, func() error {
+		dialled++ // the first look at the counters is where counting begins
+		_, _ = task.Ask("tcp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(dialled)}), 80).String())
+		codes = nil
+		for _, problem := range n.eventually(ids[1], StateManaged).Problems {
+			codes = append(codes, problem.Code)
+		}
+		if !slices.Contains(codes, "refused_budget") {
+			return fmt.Errorf("its problems are %v after %d addresses", codes, dialled)
+		}
+		return nil
+	}, "the refusals to be a problem")
+	for _, problem := range n.eventually(ids[0], StateManaged).Problems {
+		if strings.HasPrefix(problem.Code, "refused_") {
+			t.Errorf("the other allocation has %s", problem)
+		}
+	}
+	counted := `weir_problems{code="refused_budget",severity="error"} 1`
+	test.Eventually(t, func() error { return n.metric(counted) }, "the metric to count it")
+}
