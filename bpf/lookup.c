@@ -68,14 +68,15 @@ _Static_assert(LISTENER_OUTBOUND4 == LISTENER_INBOUND4 - 2, "roles");
 
 /* Hands the connection to the first listener of the role. All of a role's
  * listeners take its family, so one that cannot be assigned has just closed,
- * and would have reset the connection a moment later. */
+ * and would have reset the connection a moment later. Behind them is the gate,
+ * which holds what comes before the proxy has listened. */
 static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u32 role, __u16 port)
 {
 	struct listener_key key = { .cookie = cookie, .role = role, .port = port };
 	struct bpf_sock *sk = NULL;
 	long err;
 
-	for (__u32 slot = 0; slot < LISTENER_SLOTS; slot++) {
+	for (__u32 slot = 0; slot <= GATE_SLOT; slot++) {
 		barrier_var(slot); /* a counter on the stack is unbounded to the verifier */
 		key.slot = slot;
 		sk = bpf_map_lookup_elem(&listeners, &key);

@@ -13,6 +13,7 @@
 #define MAX_EXCLUSIONS 131072
 #define MAX_ORIGINS 1048576
 #define LISTENER_SLOTS 64
+#define GATE_SLOT LISTENER_SLOTS /* behind them all: see redirect/gate.go */
 /* A workload holds so many flows at most, one in each slot. */
 #define FLOW_SLOTS 128
 #define FLOW_SHIFT 25 /* of 32 bits the upper 7 */
@@ -198,7 +199,7 @@ struct listener_key {
 	__u64 cookie;
 	enum listener_role role;
 	__u16 port; /* of the listener; who looks has it from the generation in force */
-	__u16 slot; /* below LISTENER_SLOTS: workers, hot restart */
+	__u16 slot; /* below LISTENER_SLOTS: workers, hot restart; or GATE_SLOT */
 };
 
 /* Who bound a socket. sockops runs without a process and reads it here. */

@@ -124,6 +124,9 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	r.Dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
+	if r.Fresh {
+		r.Added = time.Now()
+	}
 	if !r.Complete && !r.Fresh {
 		if err := d.removeOtherRecords(r); err != nil {
 			return err

@@ -42,6 +42,11 @@ func (d *Datapath) Explain(key workload.AttachmentID, c explain.Connection) (exp
 	for i := range e.Steps {
 		e.Steps[i].Source = explain.SourceOf(r, &e.Steps[i], c)
 	}
+	if verdict == bpfmap.RefusedNoProxy {
+		if e.Held, err = tables.GateHolds(r.Cookie, rows.ArrivalPort()); err != nil {
+			return e, fmt.Errorf("explain %s: %w", key, err)
+		}
+	}
 	return e, lookBehind(&e, r, rows, c)
 }
 

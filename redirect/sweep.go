@@ -25,7 +25,8 @@ type Record struct {
 	Cookie     uint64
 	Request    workload.Request
 	MeshConfig workload.MeshConfig
-	Complete   bool // its last ADD, CHECK or change did not stop half way
+	Complete   bool      // its last ADD, CHECK or change did not stop half way
+	Added      time.Time // when it was put under Weir; zero: nobody knows
 }
 
 // Records returns every workload on record, sorted by key, without a look at the
@@ -35,7 +36,7 @@ func (d *Datapath) Records() (list []Record, err error) {
 	records, err := d.paths.ReadRecords()
 	for _, r := range records {
 		list = append(list, Record{
-			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.Complete,
+			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.Complete, Added: r.Added,
 		})
 	}
 	slices.SortFunc(list, func(a, b Record) int { return strings.Compare(a.Key.String(), b.Key.String()) })

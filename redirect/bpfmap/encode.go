@@ -16,9 +16,10 @@ import (
 // encodedPrefix4 and encodedPrefix6 are the ranges that carry an index, as
 // ../bpf/addr.h has them. Both are routed to lo in every workload.
 const (
-	ListenerSlots = 64  // LISTENER_SLOTS
-	FlowSlots     = 128 // FLOW_SLOTS
-	IndexFirst    = 1   // INDEX_FIRST
+	ListenerSlots = 64            // LISTENER_SLOTS
+	GateSlot      = ListenerSlots // GATE_SLOT: of no proxy, see redirect.Gate
+	FlowSlots     = 128           // FLOW_SLOTS
+	IndexFirst    = 1             // INDEX_FIRST
 
 	PortsPerRow  = 1024 // PORTS_PER_ROW
 	OriginShare  = 128  // ORIGIN_SHARE

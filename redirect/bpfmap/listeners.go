@@ -49,6 +49,9 @@ func (m *Tables) deleteListeners(cookie uint64, applied *workload.Workload) erro
 		return m.DeleteListenersOn(cookie, nil)
 	}
 	for _, port := range applied.Ports() {
+		if err := m.Delete("listeners", ListenerKey(cookie, BpfListenerRoleLISTENER_OUTBOUND4, port.Port, GateSlot)); err != nil {
+			return err
+		}
 		proxy, err := m.ProxyState(cookie, port.ProxyID)
 		if err != nil {
 			return err
@@ -98,6 +101,12 @@ func (m *Tables) Registered(cookie uint64, role BpfListenerRole, port uint16) (m
 		}
 	}
 	return slots, nil
+}
+
+// GateHolds reports whether a gate holds what is sent to the port.
+func (m *Tables) GateHolds(cookie uint64, port uint16) (bool, error) {
+	var socket uint64
+	return m.Get("listeners", ListenerKey(cookie, BpfListenerRoleLISTENER_OUTBOUND4, port, GateSlot), &socket)
 }
 
 // Served returns where listeners are registered: their keys, without the slot.
@@ -171,7 +180,7 @@ func (m *Tables) anyListener(cookie uint64, proxyID uint8, w workload.Workload) 
 	var socket uint64
 	rows := table.Iterate()
 	for rows.Next(&key, &socket) {
-		if key.Cookie != cookie {
+		if key.Cookie != cookie || key.Slot == GateSlot {
 			continue
 		}
 		if port, ok := w.PortOf(key.Port); !ok || port.ProxyID == proxyID {

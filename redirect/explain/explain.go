@@ -73,6 +73,7 @@ type Explanation struct {
 	SentTo  netip.AddrPort // the listener in the namespace that the connection is sent to; not valid: it goes where it was dialled
 	Listens bool           // something listens there, or on the own address that was dialled
 	Local   bool           // Listens says something: the connection stays in the namespace
+	Held    bool           // it is not refused yet: the gate lets it wait for the proxy
 }
 
 func (c Connection) Unmapped() Connection {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -34,6 +35,8 @@ type Record struct {
 	NetNS      string                `json:"netns"`
 	Cookie     uint64                `json:"cookie,string"`
 	BootID     string                `json:"boot_id"`
+	// Added is when the namespace was put under Weir; zero: nobody knows.
+	Added time.Time `json:"added,omitzero"`
 	// Found are the addresses of the namespace, those that the request does not
 	// name and those that came after ADD included: they are the workload's own.
 	Found []netip.Addr `json:"found,omitempty"`

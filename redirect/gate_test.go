@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
+)
+
+// asked is what came of a connection that was dialled in the background.
+type asked struct {
+	answer test.Answer
+	err    error
+}
+
+// dialInBackground dials as a task does, with a process of its own.
+func (a *alloc) dialInBackground(addr string) <-chan asked {
+	a.node.t.Helper()
+	client := test.NewClient(a.node.t, test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg, UID: taskUID, GID: taskUID})
+	done := make(chan asked, 1)
+	go func() {
+		answer, err := client.Ask("tcp4", addr)
+		done <- asked{answer, err}
+	}()
+	return done
+}
+
+// eventuallyWaits waits until so many connections do.
+func eventuallyWaits(t *testing.T, g *Gate, want int) {
+	t.Helper()
+	test.Eventually(t, func() error {
+		state, err := g.Look()
+		if err != nil || len(state.Waiting) != want || state.Listens {
+			return fmt.Errorf("gate is %+v, %w; want %d that wait", state, err, want)
+		}
+		return nil
+	}, "connections to wait")
+}
+
+// What is dialled before the proxy listens waits for it, and reaches it with its
+// origin. Once it listens, a proxy that stops is refused at once, as without a gate.
+func TestGateHoldsUntilTheProxyListens(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	if _, err := a.ask("tcp4", addrPort(remote4(1), 80)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Fatalf("dial without a gate: %v, want it refused", err)
+	}
+	gate, err := n.OpenGate(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var waiting []<-chan asked
+	for i := range 3 {
+		waiting = append(waiting, a.dialInBackground(addrPort(remote4(1), uint16(80+i))))
+	}
+	eventuallyWaits(t, gate, len(waiting))
+	refused := a.counts()[bpfmap.RefusedNoProxy]
+	a.startProxy()
+	for i, done := range waiting {
+		got := <-done
+		if want := addrPort(remote4(1), uint16(80+i)); got.err != nil || got.answer.Origin.String() != want {
+			t.Errorf("a connection that waited: %+v, %v; want origin %s", got.answer, got.err, want)
+		}
+	}
+	state, err := gate.Look()
+	if err != nil || !state.Listens || len(state.Waiting) > 0 {
+		t.Errorf("gate is %+v, %v; want that the proxy listens", state, err)
+	}
+	if err := gate.Close(); err != nil {
+		t.Error(err)
+	}
+	a.works()
+	if now := a.counts()[bpfmap.RefusedNoProxy]; now != refused {
+		t.Errorf("%d connections were refused", now-refused)
+	}
+	a.outbound.Stop()
+	if _, err := a.ask("tcp4", addrPort(remote4(1), 80)); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("dial when the proxy stopped: %v, want it refused", err)
+	}
+	a.remove()
+	nothingLeft(t, n.Datapath)
+}
+
+// A gate that closes, as its process does when it is killed, lets what waits be
+// refused at its next attempt. It never reaches another socket.
+func TestGateThatClosesRefuses(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	gate, err := n.OpenGate(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, uid := range []uint32{taskUID, 0} { // they are no proxy's
+		a.serve(uid, a.taskCg, "tcp4", fmt.Sprintf("127.0.0.1:%d", 16000+i))
+	}
+	done := a.dialInBackground(addrPort(remote4(1), 80))
+	eventuallyWaits(t, gate, 1)
+	if err := gate.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-done; !errors.Is(got.err, unix.ECONNREFUSED) {
+		t.Errorf("a connection that waited: %+v, %v; want it refused", got.answer, got.err)
+	}
+	a.remove()
+	nothingLeft(t, n.Datapath)
+}
+
+// A gate is no listener: whoever asks whether the proxy listens is told that it does
+// not. It comes back where its rows are lost, and goes with its allocation.
+func TestGateIsNoListener(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	gate, err := n.OpenGate(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen, err := n.ObservedProxies([]uint64{a.Cookie()})
+	if err != nil || slices.ContainsFunc(seen[a.Cookie()], func(p ObservedProxy) bool { return p.Listens }) {
+		t.Errorf("proxies are %+v, %v; want that none listens", seen, err)
+	}
+	if e, err := n.Explain(a.key, explain.Connection{Destination: netip.AddrPortFrom(remote4(1), 80), UID: explain.NoUID}); err != nil || e.Verdict != bpfmap.RefusedNoProxy || !e.Held {
+		t.Errorf("explained as %+v, %v; want that it is held", e, err)
+	}
+	n.edit(func(tables *bpfmap.Tables) error {
+		return tables.Delete("listeners", bpfmap.ListenerKey(a.Cookie(), bpfmap.BpfListenerRoleLISTENER_OUTBOUND4, outboundPort, bpfmap.GateSlot))
+	})
+	if state, err := gate.Look(); err != nil || state.Listens {
+		t.Errorf("gate is %+v, %v", state, err)
+	}
+	done := a.dialInBackground(addrPort(remote4(1), 80))
+	eventuallyWaits(t, gate, 1)
+	a.remove()
+	nothingLeft(t, n.Datapath)
+	if _, err := gate.Look(); !errors.Is(err, store.ErrUnknown) {
+		t.Errorf("a look at the gate of an allocation that ended: %v", err)
+	}
+	if err := gate.Close(); err != nil {
+		t.Error(err)
+	}
+	select {
+	case got := <-done:
+		if got.err == nil {
+			t.Errorf("a connection of an allocation that ended was answered: %+v", got.answer)
+		}
+	case <-time.After(time.Minute):
+		t.Error("a connection waits although its gate is gone")
+	}
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package host
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
+)
+
+// The address of a holder: an address of loopback that nobody listens on, and a
+// port below all that tasks bind, so that it is in nobody's way.
+const holderPort = 1
+
+func holderAddress() [4]byte { return [4]byte{127, 127, 255, 254} }
+
+// Holder makes a TCP listener in the namespace that answers nobody: a socket filter
+// (SO_ATTACH_FILTER) drops each segment before the listener sees it. Whoever is
+// steered to it sends its SYN again after a second, and again, as if it had been
+// lost on the way. The caller closes the file. It keeps the namespace alive.
+func (ns *Namespace) Holder() (file *os.File, err error) {
+	err = ns.Do(func() error {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			return fmt.Errorf("open socket: %w", err)
+		}
+		file = os.NewFile(uintptr(fd), "holder")
+		nothing := unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 0}
+		err = unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &unix.SockFprog{Len: 1, Filter: &nothing})
+		if err != nil {
+			return fmt.Errorf("attach socket filter: %w", err)
+		}
+		err = unix.Bind(fd, &unix.SockaddrInet4{Addr: holderAddress(), Port: holderPort})
+		if err != nil {
+			return fmt.Errorf("bind: %w", err)
+		}
+		if err := unix.Listen(fd, 1); err != nil {
+			return fmt.Errorf("listen: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		if file != nil {
+			err = errors.Join(err, file.Close())
+		}
+		return nil, fmt.Errorf("make a listener that holds connections: %w", err)
+	}
+	return file, nil
+}
+
+// Waiting returns the cookies of the sockets whose connection to the encoded range
+// was not answered yet.
+func (ns *Namespace) Waiting() (map[uint64]bool, error) {
+	waiting := make(map[uint64]bool)
+	err := ns.sockets(1<<unix.BPF_TCP_SYN_SENT, func(message []byte) error {
+		if len(message) < inetDiagSize {
+			return fmt.Errorf("list sockets: message of %d bytes", len(message))
+		}
+		if _, encoded := workload.DecodeIndex(inetDiagAddr(message[0], message[24:])); encoded {
+			waiting[binary.NativeEndian.Uint64(message[44:])] = true
+		}
+		return nil
+	})
+	return waiting, err
+}
