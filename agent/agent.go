@@ -198,6 +198,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	a.loop(ctx)
 	cancel()
+	a.closeGates(func(workload.AttachmentID) bool { return false })
 	a.notify("STOPPING=1")
 	err = errors.Join(a.watcher.Close(), a.networks.Close(), a.servers.close())
 	background.Wait()
@@ -232,7 +233,7 @@ func (a *Agent) loop(ctx context.Context) {
 			a.checkMoved()
 		case <-search.C:
 		}
-		search.Reset(min(a.identifyProxies(time.Now()), a.untilProven(time.Now())))
+		search.Reset(min(a.identifyProxies(time.Now()), a.untilProven(time.Now()), a.lookAtGates(time.Now())))
 		a.notify("WATCHDOG=1")
 	}
 }

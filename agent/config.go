@@ -34,6 +34,7 @@ type Config struct {
 	LogJSON    bool             `hcl:"log_json,optional"`    // log lines as JSON
 	Consul     *ConsulConfig    `hcl:"consul,block"`
 	Guard      *GuardConfig     `hcl:"guard,block"`
+	Gate       *GateConfig      `hcl:"gate,block"`
 	Proxy      *ProxyConfig     `hcl:"proxy,block"`
 	CNI        *CNIConfig       `hcl:"cni,block"`
 	Docker     *DockerConfig    `hcl:"docker,block"`
@@ -64,6 +65,11 @@ type ConsulConfig struct {
 type GuardConfig struct {
 	Default string `hcl:"default,optional"` // `off`, `audit`, `enforce`; a job strengthens it, never weakens it
 	Forward bool   `hcl:"forward,optional"` // let packets be forwarded through the namespaces of allocations, past their proxies
+}
+
+// GateConfig is the start gate: what a new allocation dials waits for its proxy.
+type GateConfig struct {
+	Timeout string `hcl:"timeout,optional"` // how long after ADD connections wait for a proxy that has not listened yet, at most: a duration up to 10m; `0s`: they are refused at once
 }
 
 // ProxyConfig is what is assumed of proxies that no plugin was told about.
@@ -105,6 +111,7 @@ func DefaultConfig() Config {
 		LogLevel: "info",
 		Consul:   &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
 		Guard:    &GuardConfig{Default: string(workload.GuardAudit)},
+		Gate:     &GateConfig{Timeout: "30s"},
 		Proxy:    &ProxyConfig{DefaultUID: 101},
 		CNI: &CNIConfig{
 			CacheDir: "/var/lib/cni", NetNSDir: "/var/run/netns",
@@ -234,6 +241,21 @@ func (c *FlowsConfig) length() time.Duration {
 		return 0
 	}
 	return length
+}
+
+// longestGate is as long as a connection may wait. Linux gives up after two minutes.
+const longestGate = 10 * time.Minute
+
+// parseGate reads the timeout of a gate.
+func parseGate(text string) (time.Duration, bool) {
+	timeout, err := time.ParseDuration(text)
+	return timeout, err == nil && timeout >= 0 && timeout <= longestGate
+}
+
+// timeout is how long the node's gates stay open.
+func (c *GateConfig) timeout() time.Duration {
+	timeout, _ := parseGate(c.Timeout)
+	return timeout
 }
 
 // Paths are where the data path keeps its state.

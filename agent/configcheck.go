@@ -46,6 +46,9 @@ func (c Config) problems() (list []valueProblem) {
 	if _, known := guardStrength(workload.Guard(c.Guard.Default)); !known {
 		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
 	}
+	if _, ok := parseGate(c.Gate.Timeout); !ok {
+		wrong("gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
+	}
 	for _, name := range c.CNI.JobArgs {
 		if !slices.Contains(request.JobArgs(), name) {
 			wrong("cni.job_args", name, "names of "+strings.Join(request.JobArgs(), ", "))

@@ -119,6 +119,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	for action, count := range map[string]uint64{
 		"added": status.Counts.Added, "changed": status.Counts.Changes, "removed": status.Counts.Removed,
 		"repaired": status.Counts.Repaired, "pruned": status.Counts.Pruned, "freed": status.Counts.Freed, "failed": status.Counts.Failures,
+		"held": status.Counts.Held, "held_timeout": status.Counts.HeldTimeout,
 	} {
 		counter(c.actions, count, action)
 	}

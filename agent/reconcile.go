@@ -42,8 +42,9 @@ type allocState struct {
 	mute              health.Problem            // that one does not listen; none where they do, or may still start
 	heard             time.Time                 // when that was last looked at
 	refused           refusals                  // for a fault
-	missing           time.Time                 // since when its record is missing; zero: it is not
-	retry             time.Time                 // when to try again what went wrong; zero: nothing did
+	gate              gate
+	missing           time.Time // since when its record is missing; zero: it is not
+	retry             time.Time // when to try again what went wrong; zero: nothing did
 	failures          int
 	errors            map[string]string // by step
 }
@@ -174,6 +175,12 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 	if m.hook != before {
 		m.notListeningSince, m.sought = now, time.Time{}
 		m.listened, m.mute, m.heard, m.refused = false, health.Problem{}, time.Time{}, refusals{}
+		a.closeGate(s.Key, m)
+		m.gate = gate{}
+	}
+	a.keepGate(s, m, now)
+	if m.gate.held != nil {
+		m.view.HeldSince = m.gate.since
 	}
 }
 
@@ -342,5 +349,6 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 	for _, s := range allocations {
 		there[s.Key] = true
 	}
+	a.closeGates(func(key workload.AttachmentID) bool { return there[key] })
 	maps.DeleteFunc(a.allocations, func(key workload.AttachmentID, _ *allocState) bool { return !there[key] })
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -28,6 +29,10 @@ const (
 // guardMeta is the key of a registration's meta by which a job asks for a
 // stronger guard.
 const guardMeta = "weir-guard"
+
+// gateMeta is that by which a job shortens the time that its connections wait for
+// a proxy which starts.
+const gateMeta = "weir-gate"
 
 // service names a service in Consul. Namespace and partition are empty in the
 // free edition, the peer where it is none of another cluster's.
@@ -67,6 +72,7 @@ type proxy struct {
 	BindsAsNode bool     // a gateway without listeners of its own choosing, which Nomad gives to each in a namespace
 	Upstreams   []upstream
 	Guard       workload.Guard // "" where the job does not ask
+	Gate        *time.Duration // nil where the job does not ask
 	Problems    []string
 }
 
@@ -201,6 +207,13 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 			p.Guard = guard
 		} else {
 			problem("meta %s = %q: want off, audit or enforce", guardMeta, asked)
+		}
+	}
+	if asked, ok := r.Meta[gateMeta]; ok {
+		if timeout, ok := parseGate(asked); ok {
+			p.Gate = &timeout
+		} else {
+			problem("meta %s = %q: want a duration from 0s to 10m", gateMeta, asked)
 		}
 	}
 	return p

@@ -56,13 +56,15 @@ type ConsulStatus struct {
 
 // Counts are what the agent did since it began.
 type Counts struct {
-	Added    uint64 `json:"added"`    // workloads put under Weir
-	Changes  uint64 `json:"changes"`  // changes from Consul that were written
-	Removed  uint64 `json:"removed"`  // workloads whose allocation ended
-	Repaired uint64 `json:"repaired"` // links, pins, rows and listeners put back
-	Pruned   uint64 `json:"pruned"`   // workloads whose namespace died
-	Freed    uint64 `json:"freed"`    // origins given back
-	Failures uint64 `json:"failures"` // steps that will be tried again
+	Added       uint64 `json:"added"`        // workloads put under Weir
+	Changes     uint64 `json:"changes"`      // changes from Consul that were written
+	Removed     uint64 `json:"removed"`      // workloads whose allocation ended
+	Repaired    uint64 `json:"repaired"`     // links, pins, rows and listeners put back
+	Pruned      uint64 `json:"pruned"`       // workloads whose namespace died
+	Freed       uint64 `json:"freed"`        // origins given back
+	Held        uint64 `json:"held"`         // connections that waited for a proxy to start
+	HeldTimeout uint64 `json:"held_timeout"` // ... and were refused when the time was over
+	Failures    uint64 `json:"failures"`     // steps that will be tried again
 }
 
 // WorkloadView is the agent's view of one attachment.
@@ -77,8 +79,9 @@ type WorkloadView struct {
 	Mode      workload.Mode    `json:"mode,omitempty"`
 	Task      string           `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
 	Guard     workload.Guard   `json:"guard,omitempty"`
-	InSync    bool             `json:"in_sync"` // its registration in Consul is what the kernel has
-	Since     time.Time        `json:"since"`   // of State and InSync
+	InSync    bool             `json:"in_sync"`             // its registration in Consul is what the kernel has
+	Since     time.Time        `json:"since"`               // of State and InSync
+	HeldSince time.Time        `json:"held_since,omitzero"` // since when what it dials waits for its proxy to start; zero: it does not
 	Proxies   []ProxyView      `json:"proxies"`
 	Open      []uint16         `json:"open"` // ports beside the proxy's listener
 	Upstreams []UpstreamView   `json:"upstreams"`

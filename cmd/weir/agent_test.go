@@ -161,7 +161,8 @@ func TestAgentReloads(t *testing.T) {
 	}
 	first, second, third := free(), free(), free()
 	listen := func(address string) string { return fmt.Sprintf("telemetry {\n listen = %q\n}\n", address) }
-	write("3.hcl", "flows {\n enabled = false\n}\n") // whoever records asks the kernel for events, by a map
+	// Whoever records asks the kernel for events, by a map, and a gate is its process' own.
+	write("3.hcl", "flows {\n enabled = false\n}\ngate {\n timeout = \"0s\"\n}\n")
 	write("2.hcl", listen(first))
 	go func() { ended <- weirTo(ctx, ui, nil, "agent", "-config", dir) }()
 	wantTold("READY=1")

@@ -27,6 +27,7 @@ type explained struct {
 	AllocID   string            `json:"alloc_id"`
 	Verdict   *string           `json:"verdict"` // null without a destination
 	Refused   *bool             `json:"refused"`
+	Held      bool              `json:"held"` // not refused yet: the start gate lets it wait for the proxy
 	Steps     []explain.Step    `json:"steps"`
 	SentTo    *netip.AddrPort   `json:"sent_to"` // the listener in the namespace that gets it; null: it goes where it was dialled
 	Listens   *bool             `json:"listens"` // whether anybody listens there; null: not of the namespace
@@ -118,6 +119,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	refused := fails
 	fails = fails || e.Local && !e.Listens
 	answer.Verdict, answer.Refused, answer.Steps, answer.Remedy = &verdict, &refused, e.Steps, explainRemedy(e, connection)
+	answer.Held = e.Held
 	if e.SentTo.IsValid() {
 		answer.SentTo = &e.SentTo
 	}

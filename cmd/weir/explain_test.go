@@ -117,6 +117,7 @@ func TestExplainAsJSON(t *testing.T) {
   "alloc_id": "1c6e1d2f-7c0f",
   "verdict": "redirected",
   "refused": false,
+  "held": false,
   "steps": [
     {
       "rule": "listener",

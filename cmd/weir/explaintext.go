@@ -53,6 +53,9 @@ func (c *command) renderExplanation(e explain.Explanation, connection explain.Co
 		colour = red
 	}
 	fmt.Fprintf(&text, "\n%s\n", c.paint(colour, hang(fmt.Sprintf("Verdict: %s (%s)", e.Verdict, e.Verdict.Describe()))))
+	if e.Held {
+		fmt.Fprintln(&text, hang("Not yet: the start gate is open, so the connection waits for the proxy to listen."))
+	}
 	if line := behind(e, connection.Destination); line != "" {
 		fmt.Fprintln(&text, hang(line))
 	}

@@ -19,7 +19,8 @@ func TestStatusNamesWhatIsLeftBehind(t *testing.T) {
 	n.status = healthy()
 	want(t, try(t, n, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
 
-agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
+       they dial before their proxy listens is refused
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 
 left behind: the network of 1 allocation that is over, take it away with 'weir gc'

@@ -64,7 +64,7 @@ func newStatus(env env) *command {
 		case running:
 			text += "\n\n" + c.summary(view, time.Now())
 		case dead.What == "":
-			text += "\n\nagent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir\n" +
+			text += "\n\nagent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what\n       they dial before their proxy listens is refused\n" +
 				"  next: " + startAgent
 		}
 		c.ui.Output(text + leftovers)

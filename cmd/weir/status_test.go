@@ -40,7 +40,8 @@ func TestStatusFitsOneScreen(t *testing.T) {
 
 2 programs of others on the same hooks: -verbose lists them
 
-agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
+       they dial before their proxy listens is refused
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }
@@ -58,7 +59,8 @@ MAP        ROWS  MOST ENTRIES  MEMORY
 origins    512   1048576       8196 KiB
 workloads  -     16384         129 KiB
 
-agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
+       they dial before their proxy listens is refused
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }
@@ -71,7 +73,8 @@ func TestStatusNotLoaded(t *testing.T) {
   the data path is not loaded: no workload is redirected [not-loaded]
     remedy: run 'weir load'
 
-agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
+       they dial before their proxy listens is refused
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }
@@ -88,7 +91,8 @@ func TestStatusWithProblems(t *testing.T) {
   workload 0b5d0c1e-eth0: its namespace is gone [namespace-gone]
     remedy: run CNI DEL or GC; nothing of it is in use
 
-agent: none runs, so nothing follows Consul and only allocations with transparent_proxy are under Weir
+agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
+       they dial before their proxy listens is refused
   next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
 `})
 }

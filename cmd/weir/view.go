@@ -67,11 +67,32 @@ func (c *command) summary(view agent.Status, now time.Time) string {
 	if unprotected := count[agent.StateUnprotected]; unprotected > 0 {
 		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))
 	}
+	lines = append(lines, heldLines(view.Workloads, now)...)
 	if counts := view.Counts; counts.Repaired+counts.Pruned > 0 {
 		lines = append(lines, fmt.Sprintf("agent: %s since it began, %s forgotten whose namespace died",
 			countOf(int(counts.Repaired), "repair"), countOf(int(counts.Pruned), "workload")))
 	}
 	return strings.Join(lines, "\n")
+}
+
+// heldLines name allocations whose connections wait for their proxy to start, few of
+// many.
+func heldLines(list []agent.WorkloadView, now time.Time) (lines []string) {
+	const most = 3
+	held := 0
+	for _, w := range list {
+		if w.HeldSince.IsZero() {
+			continue
+		}
+		if held++; held <= most {
+			lines = append(lines, fmt.Sprintf("agent: %s waits for its proxy since %s, and so does what it dials",
+				name(w.Job, w.Group, w.Key), now.Sub(w.HeldSince).Round(time.Second)))
+		}
+	}
+	if held > most {
+		lines = append(lines, fmt.Sprintf("agent: %s more wait for their proxies", countOf(held-most, "allocation")))
+	}
+	return lines
 }
 
 // sources says how good the agent's knowledge is.

@@ -33,6 +33,13 @@ consul {
   # watch           = true               # one blocking query, so that a change is seen at once
 }
 
+# How long after its ADD what an allocation dials waits for a proxy that has not
+# listened yet, at most; "0s": it is refused at once. A job shortens it by
+# sidecar_service { meta { weir-gate = "5s" } }.
+gate {
+  # timeout = "30s"
+}
+
 # What may be reached from outside a mesh allocation beside its proxy, expose
 # paths and mapped ports: off (everything), audit (everything, but counted),
 # enforce (nothing). A job strengthens it by sidecar_service { meta { weir-guard =

@@ -20,6 +20,7 @@ func TestNode(t *testing.T) {
 		{"Fingerprint", fingerprint},
 		{"TransparentDocker", transparentDocker},
 		{"TransparentExec", transparentExec},
+		{"StartGate", startGate},
 		{"Exclusions", exclusions},
 		{"Gateways", gateways},
 		{"GuardedUpstreams", guardedUpstreams},

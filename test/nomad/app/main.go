@@ -9,6 +9,7 @@
 //	app dial NETWORK ADDRESS   connects, or asks by datagram, and prints an Outcome
 //	app lookup NAME            prints the addresses of a name
 //	app loop URL FILE [EVERY]  asks until FILE is gone; a line of it for each Outcome
+//	app first URL              asks once, at once, and ends with 1 where that fails; goes on as pause
 //	app pause                  does nothing until it is told to end
 //
 // -uid N before the word changes the user first. A refusal is an Outcome, not a
@@ -61,6 +62,13 @@ func run(uid int, args []string) error {
 		return show(lookup(args[1]))
 	case len(args) >= 3 && args[0] == "loop":
 		return loop(args[1], args[2], args[3:])
+	case len(args) == 2 && args[0] == "first":
+		const gate = 30 * time.Second // what waits for its proxy may wait so long
+		got := get(&http.Client{Timeout: gate}, args[1])
+		if err := show(got); err != nil || !got.OK() {
+			return fmt.Errorf("the first request failed: %s", got)
+		}
+		return run(-1, []string{"pause"})
 	case len(args) == 1 && args[0] == "pause":
 		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 		defer stop()

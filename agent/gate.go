@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/workload"
+)
+
+// How often the gates of new allocations are looked at, and those that are older.
+const (
+	gateInterval = 100 * time.Millisecond
+	slowGate     = 500 * time.Millisecond
+	newGate      = 5 * time.Second // since ADD
+)
+
+// gate is the start gate of an allocation: what its tasks dial waits until its
+// proxy listens for the first time.
+type gate struct {
+	held  *redirect.Gate // nil: it is not open
+	since time.Time      // of the allocation's ADD
+	until time.Time      // when it closes whatever the proxy does
+	over  bool           // the proxy listened, or the time is over: it does not open again
+	seen  map[uint64]bool
+}
+
+// close lets nothing wait any more.
+func (g *gate) close() error {
+	if g.held == nil {
+		return nil
+	}
+	held := g.held
+	g.held, g.over = nil, true
+	return held.Close()
+}
+
+// keepGate opens the gate of an allocation in transparent mode that was added a
+// moment ago, and closes that of one which has none.
+func (a *Agent) keepGate(s allocation, m *allocState, now time.Time) {
+	timeout := a.gateTimeout(s.Proxies)
+	if m.hook == 0 || s.Record == nil || s.Record.Request.Mode != workload.ModeTransparent || timeout == 0 {
+		a.closeGate(s.Key, m)
+		return
+	}
+	m.gate.since, m.gate.until = s.Record.Added, s.Record.Added.Add(timeout)
+	if m.gate.over || m.gate.held != nil || !now.Before(m.gate.until) {
+		return
+	}
+	held, err := a.datapath.OpenGate(s.Key)
+	if ends(err) {
+		return // it went meanwhile
+	}
+	if a.note(s.Key, m, "gate", err); err == nil {
+		m.gate.held, m.gate.seen = held, make(map[uint64]bool)
+	}
+}
+
+// gateTimeout is the node's, or what the job makes of it.
+func (a *Agent) gateTimeout(proxies []proxy) time.Duration {
+	timeout := a.config.Gate.timeout()
+	for _, p := range proxies {
+		if p.Gate != nil {
+			timeout = min(timeout, *p.Gate)
+		}
+	}
+	return timeout
+}
+
+func (a *Agent) closeGate(key workload.AttachmentID, m *allocState) {
+	if err := m.gate.close(); err != nil {
+		a.warnOnce("close the start gate of "+key.String(), err)
+	}
+}
+
+// closeGates is for the end of the agent, and for allocations that it drops.
+func (a *Agent) closeGates(stays func(workload.AttachmentID) bool) {
+	for key, m := range a.allocations {
+		if !stays(key) {
+			a.closeGate(key, m)
+		}
+	}
+}
+
+// lookAtGates closes the gates whose proxies listen or whose time is over, and
+// counts what they hold. It returns when to look again.
+func (a *Agent) lookAtGates(now time.Time) time.Duration {
+	wait := tick
+	for key, m := range a.allocations {
+		if m.gate.held == nil {
+			continue
+		}
+		state, err := m.gate.held.Look()
+		if err != nil && !ends(err) {
+			a.note(key, m, "gate", err)
+		}
+		for socket := range state.Waiting {
+			if !m.gate.seen[socket] {
+				m.gate.seen[socket] = true
+				a.count(func(c *Counts) { c.Held++ })
+			}
+		}
+		log := a.log.With("alloc_id", key.ContainerID, "interface", key.IfName, "connections", len(m.gate.seen))
+		switch {
+		case ends(err):
+		case state.Listens:
+			log.Info("start gate closed: the proxy listens", "after", now.Sub(m.gate.since).Round(time.Millisecond))
+		case !now.Before(m.gate.until):
+			a.count(func(c *Counts) { c.HeldTimeout += uint64(len(state.Waiting)) })
+			log.Warn("start gate closed: the proxy does not listen, what its tasks dial is refused", "after", now.Sub(m.gate.since).Round(time.Millisecond))
+		default:
+			pace := slowGate
+			if now.Sub(m.gate.since) < newGate {
+				pace = gateInterval
+			}
+			wait = min(wait, pace, max(m.gate.until.Sub(now), time.Millisecond))
+			continue
+		}
+		a.closeGate(key, m)
+		a.trigger() // it is shown
+	}
+	return wait
+}

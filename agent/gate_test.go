@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
+)
+
+// gated is an allocation that comes while the agent runs, with a task that dials.
+type gated struct {
+	id     string
+	ns     *test.NetNS
+	cgroup *test.Cgroup
+	task   *test.Client
+}
+
+func (n *node) gated(cgroup *test.Cgroup, number int) gated {
+	n.t.Helper()
+	g := gated{id: numbered(number)}
+	g.ns, _ = n.transparent(g.id)
+	g.cgroup = cgroup.Child(n.t, fmt.Sprint("envoy", number))
+	g.task = test.NewClient(n.t, test.Spec{NetNS: g.ns, Cgroup: cgroup.Child(n.t, fmt.Sprint("task", number)), UID: 1000, GID: 1000})
+	return g
+}
+
+// dial opens a connection in the background.
+func (g gated) dial() <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		answer, err := g.task.Ask("tcp4", "192.0.2.1:80")
+		if err == nil && answer.Origin.String() != "192.0.2.1:80" {
+			err = fmt.Errorf("answered by %+v", answer)
+		}
+		done <- err
+	}()
+	return done
+}
+
+func (g gated) serve(t *testing.T) *test.ServerProcess {
+	t.Helper()
+	return test.EchoProcess(t, test.Spec{NetNS: g.ns, Cgroup: g.cgroup, UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
+}
+
+// withGate is a node whose agent runs with a gate of that length.
+func withGate(t *testing.T, timeout string) (n *node, cgroup *test.Cgroup) {
+	t.Helper()
+	n = newNode(t)
+	cgroup = test.NewCgroup(t)
+	n.config.CgroupRoot, n.config.Gate.Timeout = cgroup.Path, timeout
+	n.Datapath = redirect.New(n.config.Paths())
+	n.fake.answers(registered(numbered(1), numbered(2)))
+	return n, cgroup
+}
+
+// eventuallyHeld waits until the agent says whether the allocation's connections wait.
+func (n *node) eventuallyHeld(id string, want bool) {
+	n.t.Helper()
+	test.Eventually(n.t, func() error {
+		if since := n.eventually(id, StateManaged).HeldSince; since.IsZero() == want {
+			return fmt.Errorf("held since %s", since)
+		}
+		return nil
+	}, fmt.Sprintf("held to be %t", want))
+}
+
+// What a new allocation dials waits for its proxy, and no more than that: once the
+// proxy has listened, a connection is refused while it does not.
+func TestGateOfANewAllocation(t *testing.T) {
+	n, cgroup := withGate(t, "1m")
+	n.run()
+	g := n.gated(cgroup, 1)
+	n.eventuallyHeld(g.id, true)
+	done := g.dial()
+	test.Eventually(t, func() error {
+		if held := n.agent.Status().Counts.Held; held != 1 {
+			return fmt.Errorf("%d connections are counted", held)
+		}
+		return nil
+	}, "the connection to be counted")
+	proxy := g.serve(t)
+	if err := <-done; err != nil {
+		t.Errorf("a connection that waited: %v", err)
+	}
+	n.eventuallyHeld(g.id, false)
+	proxy.Stop()
+	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("dial when the proxy stopped: %v, want it refused", err)
+	}
+	if counts := n.agent.Status().Counts; counts.Held != 1 || counts.HeldTimeout != 0 {
+		t.Errorf("counts are %+v, want one that was held", counts)
+	}
+}
+
+// A proxy that does not come is waited for until the time is over.
+func TestGateTimesOut(t *testing.T) {
+	n, cgroup := withGate(t, "1500ms")
+	n.run()
+	g := n.gated(cgroup, 1)
+	n.eventuallyHeld(g.id, true)
+	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("a connection that waited: %v, want it refused", err)
+	}
+	n.eventuallyHeld(g.id, false)
+	if counts := n.agent.Status().Counts; counts.Held != 1 || counts.HeldTimeout != 1 {
+		t.Errorf("counts are %+v, want one that was held and timed out", counts)
+	}
+	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("dial after the timeout: %v, want it refused", err)
+	}
+}
+
+// A node or a job without a gate has none, and an allocation that is older than the
+// agent's gate gets none.
+func TestNoGate(t *testing.T) {
+	n, cgroup := withGate(t, "0s")
+	g := n.gated(cgroup, 1)
+	n.run()
+	n.eventually(g.id, StateManaged)
+	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("dial without a gate: %v, want it refused", err)
+	}
+	second, zero := 1*time.Second, time.Duration(0)
+	a := &Agent{config: DefaultConfig()}
+	for _, c := range []struct {
+		proxies []proxy
+		want    time.Duration
+	}{
+		{nil, 30 * time.Second},
+		{[]proxy{{}, {Gate: &second}}, time.Second},
+		{[]proxy{{Gate: &zero}, {Gate: &second}}, 0},
+	} {
+		if got := a.gateTimeout(c.proxies); got != c.want {
+			t.Errorf("timeout = %s, want %s", got, c.want)
+		}
+	}
+}
+
+// The end of the agent lets nothing wait for ever, and a new one opens the gate again
+// for what is left of its time.
+func TestGateEndsWithTheAgent(t *testing.T) {
+	n, cgroup := withGate(t, "1m")
+	g := n.gated(cgroup, 1)
+	instance, err := New(n.config, Options{Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- instance.Run(ctx) }()
+	test.Eventually(t, func() error {
+		for _, w := range instance.Status().Workloads {
+			if w.ID == g.id && !w.HeldSince.IsZero() {
+				return nil
+			}
+		}
+		return errors.New("it is not held")
+	}, "the gate to open")
+	done := g.dial()
+	test.Eventually(t, func() error {
+		if instance.Status().Counts.Held == 0 {
+			return errors.New("nothing is held")
+		}
+		return nil
+	}, "the connection to wait")
+	cancel()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	if err := <-done; !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("a connection that waited: %v, want it refused", err)
+	}
+	n.run()
+	n.eventuallyHeld(g.id, true)
+}
+
+// A job asks by its service's meta.
+func TestGateOfARegistration(t *testing.T) {
+	for asked, want := range map[string]string{"5s": "5s", "0s": "0s", "11m": "", "soon": "", "-1s": ""} {
+		text := fmt.Sprintf(`{"_nomad-task-%s-group-g-web-80-sidecar-proxy":{"Kind":"connect-proxy","Service":"web-sidecar-proxy","Port":20001,"Meta":{"weir-gate":%q}}}`, numbered(1), asked)
+		proxies, problems, err := parseServices([]byte(text), loopback4())
+		if err != nil || len(proxies) != 1 {
+			t.Fatalf("proxies %+v, %v", proxies, err)
+		}
+		got := ""
+		if proxies[0].Gate != nil {
+			got = proxies[0].Gate.String()
+		}
+		told := strings.Contains(fmt.Sprint(problems, proxies[0]), "weir-gate")
+		if got != want || told != (want == "") {
+			t.Errorf("weir-gate = %q gives %q, told %t; want %q", asked, got, told, want)
+		}
+	}
+}
