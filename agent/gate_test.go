@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -182,6 +184,31 @@ func TestGateEndsWithTheAgent(t *testing.T) {
 	}
 	n.run()
 	n.eventuallyHeld(g.id, true)
+}
+
+// An allocation that ends without a DEL while its gate is open is forgotten: the gate
+// does not keep its namespace alive.
+func TestGateKeepsNoNamespaceAlive(t *testing.T) {
+	n, _ := withGate(t, "10m")
+	n.run()
+	id := numbered(1)
+	ns, key := n.transparent(id)
+	n.eventuallyHeld(id, true)
+	ns.End()
+	n.fake.answers(registered())
+	if err := os.Remove(filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+id+"-eth0")); err != nil {
+		t.Fatal(err)
+	}
+	test.Eventually(t, func() error {
+		if _, err := n.PruneDead(); err != nil {
+			return err
+		}
+		known, err := n.Records()
+		if err != nil || len(known) > 0 {
+			return fmt.Errorf("on record: %+v, %w", known, err)
+		}
+		return nil
+	}, key.String()+" to be forgotten")
 }
 
 // A job asks by its service's meta.

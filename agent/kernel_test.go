@@ -44,7 +44,7 @@ func newNode(t *testing.T) *node {
 	n.config.CgroupRoot, n.config.CNI.CacheDir = test.NewCgroup(t).Path, filepath.Join(dir, "cni")
 	n.config.CNI.NetNSDir, n.config.Docker.Socket = filepath.Join(dir, "netns"), ""
 	n.config.Consul.Address, n.config.Consul.Watch = n.fake.URL, false
-	n.config.Telemetry.Listen = "127.0.0.1:0"
+	n.config.Telemetry.Listen, n.config.Gate.Timeout = "127.0.0.1:0", "0s" // what no proxy takes is refused at once
 	n.Datapath = redirect.New(n.config.Paths())
 	for _, needed := range []string{filepath.Join(n.config.CNI.CacheDir, "results"), n.config.CNI.NetNSDir} {
 		if err := os.MkdirAll(needed, 0o700); err != nil {

@@ -95,6 +95,7 @@ func (g *Gate) Look() (state GateState, err error) {
 	}
 	defer tables.Close()
 	state.Listens = true
+	whole := true
 	for _, port := range g.ports {
 		listens := false
 		for _, role := range []bpfmap.BpfListenerRole{bpfmap.BpfListenerRoleLISTENER_OUTBOUND4, bpfmap.BpfListenerRoleLISTENER_OUTBOUND6} {
@@ -104,9 +105,13 @@ func (g *Gate) Look() (state GateState, err error) {
 			}
 			listens = listens || len(sockets) > 0
 		}
-		state.Listens = state.Listens && listens
+		holds, err := tables.GateHolds(g.cookie, port)
+		if err != nil {
+			return fail(err)
+		}
+		state.Listens, whole = state.Listens && listens, whole && holds
 	}
-	if state.Listens {
+	if state.Listens || whole {
 		return state, nil
 	}
 	return state, g.register()

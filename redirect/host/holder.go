@@ -12,11 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The address of a holder: an address of loopback that nobody listens on, and a
-// port below all that tasks bind, so that it is in nobody's way.
-const holderPort = 1
-
-func holderAddress() [4]byte { return [4]byte{127, 127, 255, 254} }
+// Where a holder listens: on addresses of loopback that nobody uses, and a port below
+// all that tasks bind, so that it is in nobody's way. There are several, because an
+// agent that begins may find its predecessor's.
+const (
+	holderPort  = 1
+	holderPlace = 254 // 127.127.255.254, and down
+	holders     = 8
+)
 
 // Holder makes a TCP listener in the namespace that answers nobody: a socket filter
 // (SO_ATTACH_FILTER) drops each segment before the listener sees it. Whoever is
@@ -34,7 +37,12 @@ func (ns *Namespace) Holder() (file *os.File, err error) {
 		if err != nil {
 			return fmt.Errorf("attach socket filter: %w", err)
 		}
-		err = unix.Bind(fd, &unix.SockaddrInet4{Addr: holderAddress(), Port: holderPort})
+		for place := range byte(holders) {
+			err = unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 127, 255, holderPlace - place}, Port: holderPort})
+			if !errors.Is(err, unix.EADDRINUSE) {
+				break
+			}
+		}
 		if err != nil {
 			return fmt.Errorf("bind: %w", err)
 		}
