@@ -39,7 +39,7 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 	var listeners []listener
 	for _, socket := range sockets {
 		at, roles := socketRoles(socket, w)
-		if len(roles) == 0 || socket.Uid != w.ProxyUID {
+		if len(roles) == 0 || socket.UID != w.ProxyUID {
 			continue
 		}
 		missing, err := tables.MissingFrom(ns.Cookie, roles, at.Port, socket.Cookie)
@@ -114,7 +114,7 @@ func socketRoles(s host.Socket, w workload.Workload) (port workload.ProxyPort, r
 		return port, nil
 	}
 	mapped := s.Addr.Is4() || s.Addr.Is4In6()
-	take4 := mapped || s.Addr.IsUnspecified() && !s.V6only
+	take4 := mapped || s.Addr.IsUnspecified() && !s.V6Only
 	addr := s.Addr.Unmap()
 	if port.Outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
 		return port, nil

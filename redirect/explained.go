@@ -144,7 +144,7 @@ func lookBehind(e *explain.Explanation, r *store.Record, rows *explain.Snapshot,
 	e.Local = err == nil
 	for _, s := range sockets {
 		addr := s.Addr.Unmap()
-		family := addr.Is4() == to.Addr().Is4() || addr.Is6() && addr.IsUnspecified() && !s.V6only
+		family := addr.Is4() == to.Addr().Is4() || addr.Is6() && addr.IsUnspecified() && !s.V6Only
 		e.Listens = e.Listens || s.Port == to.Port() && family && (addr == to.Addr() || addr.IsUnspecified())
 	}
 	return err

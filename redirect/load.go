@@ -109,10 +109,11 @@ func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, re
 	return result, nil
 }
 
-// sign says in the tables whose they are, where an older version did not.
+// sign says in the tables whose they are, where an older version did not, or in
+// another way.
 func (d *Datapath) sign(pinned *bpfmap.Tables) error {
 	var row bpfmap.BpfControl
-	if _, err := pinned.Get("control", uint32(0), &row); err != nil || row.Instance != 0 {
+	if _, err := pinned.Get("control", uint32(0), &row); err != nil || row.Instance == program.InstanceOf(d.paths) {
 		return err
 	}
 	row.Instance = program.InstanceOf(d.paths)

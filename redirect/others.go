@@ -40,14 +40,14 @@ func (d *Datapath) others(root *os.File, own []*program.Set) (list []Other, err 
 			return list, err
 		}
 		mine := func(p program.AttachedProgram) bool {
-			return slices.ContainsFunc(own, func(s *program.Set) bool { return slices.Contains(s.Programs[h.Program], p.Id) })
+			return slices.ContainsFunc(own, func(s *program.Set) bool { return slices.Contains(s.Programs[h.Program], p.ID) })
 		}
 		at := slices.IndexFunc(programs, mine)
 		for i, p := range programs {
 			if mine(p) {
 				continue
 			}
-			other := Other{ID: uint32(p.Id), Name: p.Name, UID: p.Uid, Hook: h.Attach.String(), Weir: p.Name == h.Program, Effect: effectAt(h.Attach)}
+			other := Other{ID: uint32(p.ID), Name: p.Name, UID: p.UID, Hook: h.Attach.String(), Weir: p.Name == h.Program, Effect: effectAt(h.Attach)}
 			switch {
 			case at >= 0 && i < at:
 				other.Order = "before"

@@ -53,7 +53,7 @@ func TestReadinessChangesNothing(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, p := range programs {
-				list = append(list, fmt.Sprintf("%s: program %d", h.Attach, p.Id))
+				list = append(list, fmt.Sprintf("%s: program %d", h.Attach, p.ID))
 			}
 		}
 		for _, dir := range []string{pins, state} {

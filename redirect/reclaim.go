@@ -250,8 +250,8 @@ func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, s
 }
 
 // ownSets returns this instance's sets among sets, the one first that serves most
-// of the workloads on record. One that does not say whose it is belongs to whose
-// workloads it serves.
+// of the workloads on record. One that does not say for sure whose it is belongs to
+// whose workloads it serves.
 func (d *Datapath) ownSets(sets []*program.Set) (own []*program.Set) {
 	var cookies []uint64
 	records, _ := d.paths.ReadRecords() // those that cannot be read are not asked for
@@ -261,7 +261,8 @@ func (d *Datapath) ownSets(sets []*program.Set) (own []*program.Set) {
 	served := make(map[*program.Set]int)
 	for _, s := range sets {
 		served[s] = s.Serves(cookies)
-		if s.Instance == program.InstanceOf(d.paths) || s.Instance == 0 && served[s] > 0 {
+		unnamed := s.Instance == 0 || s.Instance == program.FormerInstanceOf(d.paths)
+		if s.Instance == program.InstanceOf(d.paths) || unnamed && served[s] > 0 {
 			own = append(own, s)
 		}
 	}

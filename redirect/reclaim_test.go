@@ -6,13 +6,16 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -54,15 +57,16 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 		name   string
 		damage func(*node)
 		repair func(*node, *alloc) ([]string, error)
-		older  bool // programs of a version that did not say whose they are
+		older  func(store.Paths) uint32 // whose programs of an older version say that they are; nil: of this one
 	}{
-		{"by CHECK", hide, check, false},
-		{"by load", hide, load, false},
-		{"by the agent", hide, repair, false},
-		{"by ADD of another", hide, add, false},
-		{"of an older version", hide, load, true},
-		{"control's pin removed", lose("maps", "control"), repair, false},
-		{"maps' pins removed", lose("maps"), repair, false},
+		{"by CHECK", hide, check, nil},
+		{"by load", hide, load, nil},
+		{"by the agent", hide, repair, nil},
+		{"by ADD of another", hide, add, nil},
+		{"of the oldest version", hide, load, func(store.Paths) uint32 { return 0 }},
+		{"of an older version", hide, load, program.FormerInstanceOf},
+		{"control's pin removed", lose("maps", "control"), repair, nil},
+		{"maps' pins removed", lose("maps"), repair, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			n := newNode(t)
@@ -70,8 +74,8 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			a.add(full)
 			a.startProxy()
 			a.works()
-			if tc.older {
-				editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Instance = 0 })
+			if tc.older != nil {
+				editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Instance = tc.older(n.paths) })
 			}
 			before, rows := kernelObjects(t, n.Datapath), rowCounts(t, n.Datapath)
 			load := newTraffic(t)
@@ -302,4 +306,57 @@ func TestPruneKeepsWhatRunsUnderHiddenPins(t *testing.T) {
 		t.Errorf("prune removed %v, %v; want nothing", removed, err)
 	}
 	a.works()
+}
+
+// A node in a mount namespace of its own has the same directories by name. What another
+// has attached to the root of all cgroups is not taken for its own.
+func TestNodesWithTheSamePathsAreTwo(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add(full)
+	a.startProxy()
+	a.works()
+	before, rows := kernelObjects(t, n.Datapath), rowCounts(t, n.Datapath)
+	mount := func(what, dir string) (end func()) {
+		t.Helper()
+		if err := unix.Mount(what, dir, what, 0, "mode=0700"); err != nil {
+			t.Fatalf("mount %s: %v", what, err)
+		}
+		var once sync.Once
+		end = func() {
+			once.Do(func() {
+				if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+					t.Errorf("unmount %s: %v", what, err)
+				}
+			})
+		}
+		t.Cleanup(end)
+		return end
+	}
+	pins, state := mount("bpf", filepath.Dir(n.paths.PinDir)), mount("tmpfs", filepath.Dir(n.paths.StateDir))
+	second := New(n.paths)
+	if _, err := second.Load(); err != nil {
+		t.Fatal(err)
+	}
+	status, err := second.Status()
+	if err != nil || !status.Healthy() || status.Workloads != 0 {
+		t.Errorf("status of the second node: %+v, %v; want it healthy and empty", status, err)
+	}
+	if !slices.ContainsFunc(status.Others, func(o Other) bool { return o.Weir }) {
+		t.Error("the second node does not see the first one's programs")
+	}
+	a.works()
+	if _, err := second.Unload(); err != nil {
+		t.Fatal(err)
+	}
+	a.works()
+	state()
+	pins()
+	if diff := cmp.Diff(before.counts(), kernelObjects(t, n.Datapath).counts()); diff != "" {
+		t.Errorf("maps, programs, links of the first node (-before +after):\n%s", diff)
+	}
+	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
+		t.Errorf("rows of the first node (-before +after):\n%s", diff)
+	}
+	healthy(t, n.Datapath)
 }

@@ -83,7 +83,7 @@ func (d *Datapath) RejectedListeners(key workload.AttachmentID) (ports ProxyPort
 			continue
 		}
 		_, roles := socketRoles(s, w)
-		rejected := RejectedListener{Address: netip.AddrPortFrom(s.Addr, s.Port), UID: s.Uid, Usable: len(roles) > 0}
+		rejected := RejectedListener{Address: netip.AddrPortFrom(s.Addr, s.Port), UID: s.UID, Usable: len(roles) > 0}
 		err := ns.EachOwner(s.Inode, func(pid, _ int) (bool, error) {
 			rejected.PID, rejected.Command, rejected.Cgroup = pid, host.CommandOf(pid), ""
 			if path, _, err := host.CgroupOfProcess(strconv.Itoa(pid)); err == nil {

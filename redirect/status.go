@@ -223,7 +223,7 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 	}
 	if lookups.Other != nil {
 		problem(health.ProblemOtherInstance, "end the allocation with the paths that it was started with, or unload that instance",
-			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.Other.Id)
+			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.Other.ID)
 	}
 	sockets, err := ns.Listening()
 	if err != nil {
@@ -234,7 +234,7 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 		unserved := func(role bpfmap.BpfListenerRole) bool {
 			return !served[bpfmap.ListenerKey(r.Cookie, role, port.Port, 0)]
 		}
-		if s.Uid == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
+		if s.UID == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
 			problem(health.ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
 				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.Addr, s.Port))
 		}

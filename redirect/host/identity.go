@@ -126,7 +126,7 @@ func ListeningAs(path string, uid uint32) (ports []uint16, err error) {
 	defer ns.Close()
 	sockets, err := ns.Listening()
 	for _, socket := range sockets {
-		if socket.Uid == uid {
+		if socket.UID == uid {
 			ports = append(ports, socket.Port)
 		}
 	}

@@ -17,11 +17,11 @@ import (
 type Socket struct {
 	Addr   netip.Addr
 	Port   uint16
-	Uid    uint32 // of whoever made it
+	UID    uint32 // of whoever made it
 	Inode  uint32
 	Cookie uint64
 	family uint8
-	V6only bool
+	V6Only bool
 }
 
 // inetDiagRequest is struct inet_diag_req_v2 of linux/inet_diag.h.
@@ -110,7 +110,7 @@ func parseSocket(message []byte) (s Socket, err error) {
 		family: message[0],
 		Port:   binary.BigEndian.Uint16(message[4:]),
 		Cookie: binary.NativeEndian.Uint64(message[44:]),
-		Uid:    binary.NativeEndian.Uint32(message[64:]),
+		UID:    binary.NativeEndian.Uint32(message[64:]),
 		Inode:  binary.NativeEndian.Uint32(message[68:]),
 	}
 	s.Addr = inetDiagAddr(s.family, message[8:])
@@ -120,7 +120,7 @@ func parseSocket(message []byte) (s Socket, err error) {
 	}
 	for _, attribute := range attributes {
 		if attribute.Attr.Type == attrV6Only && len(attribute.Value) > 0 {
-			s.V6only = attribute.Value[0] != 0
+			s.V6Only = attribute.Value[0] != 0
 		}
 	}
 	return s, nil

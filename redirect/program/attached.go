@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 
 	"github.com/cilium/ebpf"
@@ -18,6 +19,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/store"
+	"golang.org/x/sys/unix"
 )
 
 // This file asks the kernel what is attached. Pins tell less: another bpffs may
@@ -58,19 +60,37 @@ func ProgramNames() (names []string) {
 
 const LookupName = "weir_lookup"
 
-// instance tells the programs of this instance from those of others on the same
-// cgroup root, also where their pins cannot be seen.
+// InstanceOf tells the programs of this instance from those of others on the same
+// cgroup root, also where their pins cannot be seen. Two nodes in mount namespaces of
+// their own may have the same pin directory by name, so the file system of the state
+// counts, too: it is there before any pin, and stays while the pins are hidden.
 func InstanceOf(p store.Paths) uint32 {
+	return instance(filepath.Clean(p.PinDir), fmt.Sprint(deviceOf(p.StateDir)))
+}
+
+// FormerInstanceOf is what versions took that looked at the pin directory alone.
+func FormerInstanceOf(p store.Paths) uint32 { return instance(filepath.Clean(p.PinDir)) }
+
+func instance(parts ...string) uint32 {
 	sum := fnv.New32a()
-	_, _ = sum.Write([]byte(filepath.Clean(p.PinDir)))
+	_, _ = sum.Write([]byte(strings.Join(parts, "\x00")))
 	return max(1, sum.Sum32()) // 0: older than instances
+}
+
+// deviceOf is the device of the file system that a directory is in, or will be.
+func deviceOf(dir string) uint64 {
+	var stat unix.Stat_t
+	for unix.Stat(dir, &stat) != nil && dir != filepath.Dir(dir) {
+		dir = filepath.Dir(dir)
+	}
+	return stat.Dev
 }
 
 // AttachedProgram is a program that runs at a hook, whoever attached it.
 type AttachedProgram struct {
-	Id   ebpf.ProgramID
+	ID   ebpf.ProgramID
 	Name string
-	Uid  uint32 // who loaded it
+	UID  uint32 // who loaded it
 	Maps []ebpf.MapID
 }
 
@@ -110,8 +130,8 @@ func describeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
 	if err != nil {
 		return found, fmt.Errorf("read program %d: %w", id, err)
 	}
-	found = AttachedProgram{Id: id, Name: info.Name}
-	found.Uid, _ = info.CreatedByUID()
+	found = AttachedProgram{ID: id, Name: info.Name}
+	found.UID, _ = info.CreatedByUID()
 	found.Maps, _ = info.MapIDs()
 	return found, nil
 }
@@ -204,7 +224,7 @@ func joinSets(sets []*Set, prog AttachedProgram) ([]*Set, error) {
 	if err != nil {
 		return nil, err
 	}
-	one.Programs[prog.Name] = []ebpf.ProgramID{prog.Id}
+	one.Programs[prog.Name] = []ebpf.ProgramID{prog.ID}
 	apart := sets[:0:0]
 	for _, s := range sets {
 		if !slices.ContainsFunc(prog.Maps, s.Reads) {

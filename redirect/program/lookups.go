@@ -48,7 +48,7 @@ func LookupsIn(m *bpfmap.Tables, ns *host.Namespace) (found namespaceLookups, er
 			continue
 		}
 		if slices.Contains(prog.Maps, workloads) {
-			found.Own = prog.Id
+			found.Own = prog.ID
 			continue
 		}
 		set, err := setOf(prog)
@@ -66,7 +66,7 @@ func LookupsIn(m *bpfmap.Tables, ns *host.Namespace) (found namespaceLookups, er
 
 func (l namespaceLookups) refusal(ns *host.Namespace) error {
 	return fmt.Errorf("namespace %s has lookup program %d of it: %w: end the allocation with the paths that it was started with, or unload that instance",
-		ns.File.Name(), l.Other.Id, ErrOtherInstance)
+		ns.File.Name(), l.Other.ID, ErrOtherInstance)
 }
 
 // RefuseOtherInstance returns ErrOtherInstance where another instance serves the

@@ -48,9 +48,9 @@ func DetachPrograms(sets []*Set) (repairs []string, err error) {
 				continue
 			}
 			if err := l.Detach(); err != nil {
-				return fmt.Errorf("detach program %d (%s): %w", prog.Id, prog.Name, err)
+				return fmt.Errorf("detach program %d (%s): %w", prog.ID, prog.Name, err)
 			}
-			repairs = append(repairs, fmt.Sprintf("detached program %d (%s), which no pin led to", prog.Id, prog.Name))
+			repairs = append(repairs, fmt.Sprintf("detached program %d (%s), which no pin led to", prog.ID, prog.Name))
 			break
 		}
 		return nil
