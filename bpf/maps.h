@@ -228,7 +228,7 @@ struct dialled {
 struct control {
 	__u64 events_until_ns; /* CLOCK_MONOTONIC; 0: nobody reads */
 	__u32 layout;          /* of all structs here; user space refuses another */
-	__u32 instance;        /* whose programs these are: by pin directory and state: see program.InstanceOf */
+	__u32 instance;        /* whose programs these are: see program.InstanceOf */
 	__u64 digest[2];       /* of the objects that the node runs; tells when to upgrade */
 };
 
