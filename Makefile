@@ -20,6 +20,7 @@ build: ## Build bin/weir and bin/weir-cni, both static
 generate: ## Compile the eBPF programs (Debian bookworm's clang), generate bindings and the tables of docs/
 	test/tools/setup.sh build
 	go generate ./redirect/bpfmap
+	cd test/bench && go generate ./limit
 	WEIR_UPDATE_DOCS=1 go test -count=1 -run '^TestReference' ./agent ./cmd/weir
 
 lint: ## Check formatting, imports between packages, file sizes and common mistakes
@@ -55,7 +56,7 @@ demo: build ## Show a redirected allocation on this machine, in namespaces of it
 	test/tools/setup.sh rules envoy
 	$(GORUN) ./test/demo
 
-bench: build ## Measure side by side with Consul's iptables rules, and the agent (root)
+bench: build ## Measure side by side with Consul's engines and the limit, and the agent (root)
 	test/tools/setup.sh test consul cni
 	test/bench/run.sh
 

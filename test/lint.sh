@@ -65,7 +65,7 @@ licensed() {
 }
 
 format_c() {
-	files 'bpf/*.c' 'bpf/*.h' | xargs --no-run-if-empty clang-format --dry-run -Werror
+	files '*.c' '*.h' | xargs --no-run-if-empty clang-format --dry-run -Werror
 }
 
 links() {

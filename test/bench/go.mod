@@ -5,7 +5,7 @@ go 1.26.7
 require (
 	github.com/cilium/ebpf v0.22.0
 	github.com/containernetworking/cni v1.3.1
-	github.com/hashicorp/consul/sdk v0.17.1
+	github.com/hashicorp/consul/sdk v0.18.2
 	github.com/vishvananda/netlink v1.3.1
 	github.com/weirmesh/weir v0.0.0
 	golang.org/x/sync v0.23.0
@@ -26,3 +26,5 @@ require (
 )
 
 replace github.com/weirmesh/weir => ../..
+
+tool github.com/cilium/ebpf/cmd/bpf2go

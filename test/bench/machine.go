@@ -3,6 +3,7 @@
 package main
 
 import (
+	"debug/buildinfo"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,7 +28,8 @@ type machine struct {
 	Attached int       `json:"programs_at_cgroup_root"` // others', at the start
 	Go       string    `json:"go"`
 	Iptables string    `json:"iptables"`
-	SDK      string    `json:"consul_sdk"`
+	SDK      string    `json:"consul_sdk"`          // with the iptables engine
+	NFTables string    `json:"consul_sdk_nftables"` // with the nftables engine
 	Revision string    `json:"revision"`
 	Date     time.Time `json:"date"`
 }
@@ -41,8 +43,8 @@ func (m machine) String() string {
 	if m.Virtual {
 		kind = "virtual machine"
 	}
-	return fmt.Sprintf("%s with %d cores (%s), %d MiB, Linux %s, load %s at the start; %s, %s, consul/sdk %s, Weir %s, %s.%s",
-		strings.ToUpper(kind[:1])+kind[1:], m.Cores, m.CPU, m.Memory, m.Kernel, m.Load, m.Go, m.Iptables, m.SDK, m.Revision,
+	return fmt.Sprintf("%s with %d cores (%s), %d MiB, Linux %s, load %s at the start; %s, %s, consul/sdk %s and %s, Weir %s, %s.%s",
+		strings.ToUpper(kind[:1])+kind[1:], m.Cores, m.CPU, m.Memory, m.Kernel, m.Load, m.Go, m.Iptables, m.SDK, m.NFTables, m.Revision,
 		m.Date.Format(time.DateOnly), others)
 }
 
@@ -68,7 +70,7 @@ func attachedPrograms(root string) (int, error) {
 	return count, nil
 }
 
-func describeMachine(cpus []int, cgroup, revision string) (machine, error) {
+func describeMachine(cpus []int, cgroup, nftables, revision string) (machine, error) {
 	m := machine{Cores: len(cpus), Go: runtime.Version(), Revision: revision, Date: time.Now()}
 	attached, err := attachedPrograms(cgroup)
 	if err != nil {
@@ -112,11 +114,22 @@ func describeMachine(cpus []int, cgroup, revision string) (machine, error) {
 		return m, fmt.Errorf("get version of iptables: %s is not the nf_tables one", m.Iptables)
 	}
 	if build, ok := debug.ReadBuildInfo(); ok {
-		for _, module := range build.Deps {
-			if module.Path == "github.com/hashicorp/consul/sdk" {
-				m.SDK = module.Version
-			}
+		m.SDK = sdkVersion(build)
+	}
+	build, err := buildinfo.ReadFile(nftables)
+	if err != nil {
+		return m, fmt.Errorf("get version of Consul's nftables engine: %w", err)
+	}
+	m.NFTables = sdkVersion(build)
+	return m, nil
+}
+
+// sdkVersion is the version of consul/sdk that a program was built with.
+func sdkVersion(build *debug.BuildInfo) string {
+	for _, module := range build.Deps {
+		if module.Path == "github.com/hashicorp/consul/sdk" {
+			return module.Version
 		}
 	}
-	return m, nil
+	return "unknown"
 }

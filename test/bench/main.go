@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
-// Bench measures Weir side by side with no redirection and with Consul's own
-// iptables engine, on this machine, and prints a table. It must run as root:
+// Bench measures Weir side by side with no redirection, with both of Consul's own
+// engines and with the least that could redirect, on this machine, and prints a table. It must run as root:
 // it makes network namespaces and cgroups, loads Weir into a bpffs of its own,
 // and takes all of it away again. run.sh builds and starts it.
 package main
@@ -19,6 +19,7 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/test/bench/peer"
 	"golang.org/x/sys/unix"
 )
 
@@ -28,6 +29,7 @@ type options struct {
 	only     string
 	json     string
 	engine   string
+	nftables string
 	plugin   string
 	weir     string
 	consul   string
@@ -73,6 +75,7 @@ func main() {
 	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign storm storm-ports agent")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
 	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
+	flag.StringVar(&o.nftables, "nftables", "", "the program of ./nftables")
 	flag.StringVar(&o.plugin, "plugin", "", "weir-cni")
 	flag.StringVar(&o.weir, "weir", "", "weir")
 	flag.StringVar(&o.consul, "consul", "", "consul")
@@ -100,7 +103,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 		}
 	}
 	b := &bench{
-		size: fullSizes(o.rounds), engine: o.engine, plugin: o.plugin, weir: o.weir, consul: o.consul, plugins: o.plugins, progress: stderr,
+		size: fullSizes(o.rounds), engine: o.engine, nftables: o.nftables, plugin: o.plugin, weir: o.weir, consul: o.consul, plugins: o.plugins, progress: stderr,
 	}
 	if o.quick {
 		b.size = quickSizes(o.rounds)
@@ -110,7 +113,7 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	about, err := describeMachine(b.cpus, filepath.Dir(b.task), o.revision)
+	about, err := describeMachine(b.cpus, filepath.Dir(b.task), o.nftables, o.revision)
 	if err != nil {
 		return err
 	}
@@ -181,6 +184,10 @@ func (b *bench) prepare() (undo func() error, err error) {
 	if err := preferNFT(path); err != nil {
 		return undo, err
 	}
+	if b.peer, err = peer.Start(b.nftables); err != nil {
+		return undo, err
+	}
+	steps = append(steps, b.peer.Stop)
 	root, err := cgroupRoot()
 	if err != nil {
 		return undo, err

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/test/bench/limit"
+	"github.com/weirmesh/weir/test/bench/peer"
 )
 
 // A measurement fills some rows of the table: every round it measures each of
@@ -38,9 +40,12 @@ type figures map[string]float64
 type bench struct {
 	size     sizes
 	paths    store.Paths
-	netns    string // where namespaces are mounted
-	program  string // this program, executable for everybody
-	engine   string // the program of ./engine
+	netns    string     // where namespaces are mounted
+	program  string     // this program, executable for everybody
+	engine   string     // the program of ./engine
+	nftables string     // the program of ./nftables
+	peer     *peer.Peer // that program, running
+	limit    *limit.Config
 	plugin   string // weir-cni
 	weir     string // weir
 	consul   string // consul; "": there is none

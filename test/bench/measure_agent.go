@@ -19,8 +19,8 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/test/bench/relay"
 )
 
 // agent measures the daemon on a node that is full of allocations, beside a
@@ -94,7 +94,7 @@ func (b *bench) agentOnce(ctx context.Context) (got figures, err error) {
 	if err := f.changeAll(ctx, got); err != nil {
 		return nil, fmt.Errorf("measure a change of all: %w", err)
 	}
-	got["agent.connections"] = float64(daemon.relay.count().Most)
+	got["agent.connections"] = float64(daemon.relay.Count().Most)
 	if err := daemon.stop(); err != nil {
 		return nil, err
 	}
@@ -116,32 +116,32 @@ func (b *bench) loseMaps() error { return os.RemoveAll(b.paths.PinDir) }
 type daemon struct {
 	bench *bench
 	cmd   *exec.Cmd
-	relay *relay
+	relay *relay.Relay
 }
 
 // startAgent starts the agent and waits until every allocation's registration
 // is what the kernel has.
 func (f *fleet) startAgent(ctx context.Context, got figures, id string) (*daemon, error) {
-	r, err := startRelay(f.consul.address)
+	r, err := relay.Start(f.consul.address)
 	if err != nil {
 		return nil, err
 	}
 	log, err := os.Create(filepath.Join(f.dir, id+".log"))
 	if err != nil {
-		return nil, errors.Join(err, r.stop())
+		return nil, errors.Join(err, r.Stop())
 	}
 	defer log.Close()
 	conf := filepath.Join(f.dir, "weir.hcl")
 	if err := os.WriteFile(conf, fmt.Appendf(nil, "cni {\n  cache_dir = %q\n}\n", f.cache()), 0o644); err != nil {
-		return nil, errors.Join(err, r.stop())
+		return nil, errors.Join(err, r.Stop())
 	}
-	d := &daemon{bench: f.bench, relay: r, cmd: exec.CommandContext(ctx, f.bench.weir, "agent", "-config", conf, "-consul", r.address)}
+	d := &daemon{bench: f.bench, relay: r, cmd: exec.CommandContext(ctx, f.bench.weir, "agent", "-config", conf, "-consul", r.Address)}
 	d.cmd.Env = append(os.Environ(), "WEIR_PIN_DIR="+f.bench.paths.PinDir, "WEIR_STATE_DIR="+f.bench.paths.StateDir)
 	d.cmd.Stdout, d.cmd.Stderr = log, log
 	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	start := time.Now()
 	if err := d.cmd.Start(); err != nil {
-		return nil, errors.Join(fmt.Errorf("start agent: %w", err), r.stop())
+		return nil, errors.Join(fmt.Errorf("start agent: %w", err), r.Stop())
 	}
 	// Not so often that the question is what takes the time.
 	err = until(ctx, 3*time.Minute, 250*time.Millisecond, func() error { return f.inSync(ctx) })
@@ -214,7 +214,7 @@ func (d *daemon) stop() error {
 	if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("stop agent: %w", err)
 	}
-	return errors.Join(d.cmd.Wait(), d.relay.stop())
+	return errors.Join(d.cmd.Wait(), d.relay.Stop())
 }
 
 // beCalm measures an agent beside which nothing changes.
@@ -224,7 +224,7 @@ func (d *daemon) beCalm(ctx context.Context, got figures) error {
 		return err
 	}
 	pid, minutes := d.cmd.Process.Pid, float64(d.bench.size.minutes)
-	before := d.relay.count()
+	before := d.relay.Count()
 	first, err := processCPU(pid)
 	if err != nil {
 		return err
@@ -242,7 +242,7 @@ func (d *daemon) beCalm(ctx context.Context, got figures) error {
 		last = now
 	}
 	got["agent.cpu"] = percent(last-first, time.Duration(minutes)*d.bench.size.minute)
-	got["agent.read"] = kibibytes(d.relay.count().Read-before.Read) / (minutes * d.bench.size.minute.Minutes())
+	got["agent.read"] = kibibytes(d.relay.Count().Read-before.Read) / (minutes * d.bench.size.minute.Minutes())
 	rss, peak, err := processMemory(pid)
 	got["agent.rss"], got["agent.peak"] = kibibytes(rss)/1024, kibibytes(peak)/1024
 	return err

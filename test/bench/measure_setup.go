@@ -23,9 +23,9 @@ func (b *bench) setups() []measurement {
 	return []measurement{
 		{
 			name: "setup", about: "redirect set-up in process", rounds: b.size.setups,
-			variants: []string{weir, consul},
+			variants: []string{weir, consul, nftables},
 			rows: []row{
-				{ID: "setup.add", Name: "set-up in process, wall", Unit: "ms", target: atMost(1.5, "ms")},
+				{ID: "setup.add", Name: "set-up in process, wall", Unit: "ms", target: shareOf(0.12, nftables)},
 				{ID: "setup.cpu", Name: "set-up in process, CPU with children", Unit: "ms"},
 				{ID: "setup.remove", Name: "removal in process, wall", Unit: "ms"},
 			},
@@ -33,9 +33,9 @@ func (b *bench) setups() []measurement {
 		},
 		{
 			name: "process", about: "a whole plugin process", rounds: b.size.setups,
-			variants: []string{weir, consul},
+			variants: []string{weir, consul, nftables, inProcess},
 			rows: []row{
-				{ID: "process.add", Name: "ADD, whole process, wall", Unit: "ms", target: timesFaster(5, "the engine alone")},
+				{ID: "process.add", Name: "ADD, whole process, wall", Unit: "ms", target: shareOf(0.4, inProcess)},
 				{ID: "process.cpu", Name: "ADD, whole process, CPU with children", Unit: "ms"},
 				{ID: "process.del", Name: "DEL, whole process, wall", Unit: "ms"},
 			},
@@ -61,6 +61,10 @@ func (b *bench) setupOnce(ctx context.Context, name string) (got figures, err er
 	}
 	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
 	runtime.GC()
+	if name == nftables {
+		wall, cpu, err := b.peer.Setup(engineConfig(s))
+		return figures{"setup.add": millis(wall), "setup.cpu": millis(cpu)}, err
+	}
 	if name == consul {
 		wall, cpu, err := spent(func() error { return installConsul(s) })
 		return figures{"setup.add": millis(wall), "setup.cpu": millis(cpu)}, err
@@ -97,17 +101,18 @@ func spent(f func() error) (wall, cpu time.Duration, err error) {
 }
 
 // processOnce runs ADD as Nomad does, proves with real connections that the
-// namespace is redirected, and runs DEL. Consul's engine has no DEL.
+// namespace is redirected, and runs DEL. Consul's engines have no DEL.
 func (b *bench) processOnce(ctx context.Context, name string) (got figures, err error) {
 	s, err := b.newSite()
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, s.close(), b.settle(ctx)) }()
-	program := b.plugin
-	if name == consul {
-		program = b.engine
+	if name == inProcess {
+		wall, cpu, err := b.peer.Setup(engineConfig(s))
+		return figures{"process.add": millis(wall), "process.cpu": millis(cpu)}, err
 	}
+	program := map[string]string{weir: b.plugin, consul: b.engine, nftables: b.nftables}[name]
 	wall, cpu, err := b.call(ctx, program, "ADD", s)
 	if err != nil {
 		return nil, err

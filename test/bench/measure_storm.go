@@ -23,9 +23,9 @@ const mappedPorts = 3
 // storm measures all that CNI does for many allocations that start at once:
 // Nomad has one lock for the node, so they wait for each other. Weir builds the
 // namespace itself, beside the plugins of Nomad's bridge mode with one at their
-// end that calls Consul's engine. Each allocation has so many host ports.
+// end that calls one of Consul's engines. Each allocation has so many host ports.
 func (b *bench) storm(ports int) measurement {
-	name, goal := "storm", 10.0
+	name := "storm"
 	count := fmt.Sprintf("%d allocations: ", b.size.storm)
 	if ports > 0 {
 		name = "storm-ports"
@@ -33,9 +33,9 @@ func (b *bench) storm(ports int) measurement {
 	}
 	return measurement{
 		name: name, about: "all of CNI for " + count[:len(count)-2], rounds: b.size.heavy,
-		variants: []string{weir, consul},
+		variants: []string{weir, consul, nftables},
 		rows: []row{
-			{ID: name + ".all", Name: count + "all of CNI, one after the other, wall", Unit: "s", target: timesFaster(goal, "the reference chain")},
+			{ID: name + ".all", Name: count + "all of CNI, one after the other, wall", Unit: "s", target: fasterThanChains},
 			{ID: name + ".add", Name: count + "one ADD, median", Unit: "ms"},
 			{ID: name + ".slowest", Name: count + "the slowest ADD", Unit: "ms"},
 			{ID: name + ".growth", Name: count + "the last ten ADDs, the first ten being 1", Unit: ""},
@@ -54,7 +54,8 @@ const stormNote = `
 Whole namespaces by libcni, under one lock as in Nomad; a namespace of its own stands for the node.
 "Weir" is the plugin alone in cni/weir: bridge, veth, addresses by host-local, routes, masquerading, host ports, redirect. "iptables-nft"
 is Nomad's bridge mode: the reference plugins loopback, bridge with host-local and ipMasq, firewall, portmap, and after them
-a plugin that does nothing but call Consul's own iptables engine, as consul-cni does.
+a plugin that does nothing but call Consul's own iptables engine, as consul-cni does. "nftables" is the same with the
+nftables engine.
 `
 
 // A cniNode is a namespace that stands for a node, and its network.
@@ -78,9 +79,13 @@ func (b *bench) newCNINode(variant string) (*cniNode, error) {
 	if err := os.Mkdir(bin, 0o755); err != nil {
 		return nil, err
 	}
+	engine := b.engine
+	if variant == nftables {
+		engine = b.nftables
+	}
 	err = errors.Join(
 		os.Symlink(b.plugin, filepath.Join(bin, "weir")),
-		os.Symlink(b.engine, filepath.Join(bin, "engine")))
+		os.Symlink(engine, filepath.Join(bin, "engine")))
 	if err != nil {
 		return nil, err
 	}

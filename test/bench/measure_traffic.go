@@ -15,9 +15,9 @@ func (b *bench) traffic() []measurement {
 	parallel := dialSpec{Task: taskConnect, Count: b.size.parallel, Threads: 4, Warmup: 200}
 	return []measurement{
 		b.connects("connect", "connect, 1 byte, close; both ends on one core", "one core",
-			trial{client: connect, clientCPUs: first, proxyCPUs: first}, addedCost),
+			trial{client: connect, clientCPUs: first, proxyCPUs: first}, addedCost(0.12, 2.2), addedCost(0.15, 0)),
 		b.connects("connect2", "connect, 1 byte, close; ends on two cores", "two cores",
-			trial{client: connect, clientCPUs: first, proxyCPUs: last}, addedCost),
+			trial{client: connect, clientCPUs: first, proxyCPUs: last}, addedCost(0.25, 2.2), addedCost(0.15, 0)),
 		b.compare("rate", "connections/s of 4 client threads", b.size.rounds,
 			[]row{{ID: "rate", Name: "connections/s, 4 threads", Unit: "/s"}},
 			trial{client: parallel},
@@ -30,11 +30,11 @@ func (b *bench) traffic() []measurement {
 		b.requests("requests", 1, first, first),
 		b.requests("requests16", 16, first, last),
 		b.connects("inbound", "inbound over veth: connect, 1 byte, close; one core", "inbound",
-			trial{inbound: true, client: connect, clientCPUs: first, proxyCPUs: first}, nil),
+			trial{inbound: true, client: connect, clientCPUs: first, proxyCPUs: first}, nil, nil),
 	}
 }
 
-// compare measures all four variants with one kind of trial.
+// compare measures all variants with one kind of trial.
 func (b *bench) compare(name, about string, rounds int, rows []row, t trial, read func(outcome) figures) measurement {
 	byName := map[string]variant{}
 	m := measurement{name: name, about: about, rounds: rounds, rows: rows}
@@ -55,12 +55,12 @@ func (b *bench) compare(name, about string, rounds int, rows []row, t trial, rea
 	return m
 }
 
-func (b *bench) connects(name, about, where string, t trial, target func(row) verdict) measurement {
+func (b *bench) connects(name, about, where string, t trial, latency, work func(row) verdict) measurement {
 	p50, p99, cpu := name+".p50", name+".p99", name+".cpu"
 	rows := []row{
-		{ID: p50, Name: "connect p50, " + where, Unit: "us", target: target},
+		{ID: p50, Name: "connect p50, " + where, Unit: "us", target: latency},
 		{ID: p99, Name: "connect p99, " + where, Unit: "us"},
-		{ID: cpu, Name: "CPU per connection, " + where, Unit: "us", target: target},
+		{ID: cpu, Name: "CPU per connection, " + where, Unit: "us", target: work},
 	}
 	return b.compare(name, about, b.size.rounds, rows, t, func(o outcome) figures {
 		return figures{

@@ -117,18 +117,20 @@ func replaceBetween(path, begin, end, text string) error {
 const comparisonNote = `
 Medians of all rounds; [a-b] is the range from the lower to the upper quartile. x1.05 is the median of the ratios to
 "direct" of the same round. "direct" dials the proxy itself, on a machine without Weir; "direct again" is the same, its
-ratio is the noise. "iptables-nft" is Consul's own engine, consul/sdk/iptables. A fresh network namespace for every
+ratio is the noise. "limit" is Weir's hooks with one constant destination and no table: the least that could redirect.
+"iptables-nft" and "nftables" are Consul's own engines, sdk/iptables before v0.19.0 and sdk/nftables since; "nftables in
+process" is the latter without the start of a program, in the rounds of the row. A fresh network namespace for every
 measurement; variants in random order; the proxy asks for SO_ORIGINAL_DST on every accept and every answer was right.
 "within noise": the ratio is not under the lower quartile of "direct again", or not under 0.98 where that is lower.
-"added": what a redirect adds to the median of "direct", Weir's to iptables-nft's. For foreign sockets "direct" means
-that Weir is not loaded, "Weir" that it is.
+"added": what a redirect adds to the median of "direct", Weir's to iptables-nft's, and as a multiple of the limit's. For
+foreign sockets "direct" means that Weir is not loaded, "Weir" that it is.
 `
 
 // markdown writes the table, and under it what a reader must know to judge it.
 // A variant that no row has is left out.
 func (r report) markdown(w io.Writer) error {
 	var out strings.Builder
-	columns := slices.DeleteFunc([]string{direct, directAgain, weir, consul}, func(column string) bool {
+	columns := slices.DeleteFunc([]string{direct, directAgain, least, weir, consul, nftables}, func(column string) bool {
 		return !slices.ContainsFunc(r.Rows, func(row reportedRow) bool { return row.cell(column) != "" })
 	})
 	fmt.Fprintf(&out, "| | %s | to reach | reached |\n", strings.Join(columns, " | "))

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: MPL-2.0
 #
 # Measures Weir on this machine and prints a table. Needs root, Go, and Debian's
-# iptables and util-linux. Arguments go to the program, for example:
+# iptables, nftables and util-linux. Arguments go to the program, for example:
 #
 #   test/bench/run.sh -quick                 # under a minute: does everything work?
 #   test/bench/run.sh -only connect,setup    # some measurements, all their rounds
@@ -17,11 +17,11 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
-if ! command -v iptables-nft >/dev/null || ! command -v nsenter >/dev/null; then
+if ! command -v iptables-nft >/dev/null || ! command -v nsenter >/dev/null || ! command -v nft >/dev/null; then
 	if [ -x "$root/test/tools/setup.sh" ]; then
 		"$root/test/tools/setup.sh" test
 	else
-		apt-get install -y --no-install-recommends iptables util-linux
+		apt-get install -y --no-install-recommends iptables nftables util-linux
 	fi
 fi
 [ -x "$root/bin/weir-cni" ] && [ -x "$root/bin/weir" ] || make -s -C "$root" build
@@ -32,7 +32,9 @@ built=$(mktemp -d)
 trap 'rm -rf "$built"' EXIT
 echo 'building the benchmark' >&2
 (cd "$here" && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$built/" . ./engine)
+# Consul's nftables engine wants a later Go than the rest.
+(cd "$here/nftables" && GOTOOLCHAIN=go1.26.9 CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$built/nftables" .)
 
 revision=$(git -C "$root" rev-parse --short HEAD 2>/dev/null || echo unknown)
-unshare --mount "$built/bench" -engine "$built/engine" -plugin "$root/bin/weir-cni" -weir "$root/bin/weir" -consul "$consul" \
+unshare --mount "$built/bench" -engine "$built/engine" -nftables "$built/nftables" -plugin "$root/bin/weir-cni" -weir "$root/bin/weir" -consul "$consul" \
 	-cni "$root/.tools/cni" -revision "$revision" "$@"

@@ -18,19 +18,34 @@ func TestTargets(t *testing.T) {
 		figure  string
 	}{
 		{
-			"a fifth of the added cost is reached", addedCost,
+			"the share of the added cost is reached", addedCost(0.2, 0),
 			map[string][]float64{direct: {10, 30}, weir: {12, 32}, consul: {20, 40}},
 			true, "+2.0 to +10.0 us, 0.20",
 		},
 		{
-			"more than a fifth is not", addedCost,
+			"more than the share is not", addedCost(0.2, 0),
 			map[string][]float64{direct: {10, 30}, weir: {13, 33}, consul: {20, 40}},
 			false, "+3.0 to +10.0 us, 0.30",
 		},
 		{
-			"nothing is proved when iptables adds nothing", addedCost,
+			"nothing is proved when iptables adds nothing", addedCost(0.2, 0),
 			map[string][]float64{direct: {10}, weir: {9}, consul: {10}},
 			false, "",
+		},
+		{
+			"twice the limit is reached", addedCost(0.2, 2),
+			map[string][]float64{direct: {10}, least: {11}, weir: {12}, consul: {20}},
+			true, "+2.0 to +10.0 us, 0.20; 2.0 times the limit",
+		},
+		{
+			"the share is reached, twice the limit is not", addedCost(0.2, 2),
+			map[string][]float64{direct: {10}, least: {10.5}, weir: {12}, consul: {20}},
+			false, "0.20; 4.0 times the limit",
+		},
+		{
+			"a limit within the noise proves nothing", addedCost(0.2, 2),
+			map[string][]float64{direct: {10}, least: {10}, weir: {11}, consul: {20}},
+			false, "+1.0 to +10.0 us, 0.10",
 		},
 		{
 			"inside the floor's own noise", asTheFloor,
@@ -51,12 +66,29 @@ func TestTargets(t *testing.T) {
 			map[string][]float64{weir: {1.6}}, false, "1.60 ms",
 		},
 		{
-			"fast enough", timesFaster(5, "the engine alone"),
-			map[string][]float64{weir: {4}, consul: {60}}, true, "15.0 times",
+			"a share of the other", shareOf(0.4, inProcess),
+			map[string][]float64{weir: {4}, inProcess: {10}, nftables: {5}},
+			true, "0.40",
 		},
 		{
-			"not fast enough", timesFaster(5, "the engine alone"),
-			map[string][]float64{weir: {20}, consul: {60}}, false, "3.0 times",
+			"more than the share of the other", shareOf(0.4, nftables),
+			map[string][]float64{weir: {5}, nftables: {10}},
+			false, "0.50",
+		},
+		{
+			"faster than both chains", fasterThanChains,
+			map[string][]float64{weir: {4}, consul: {60}, nftables: {20}},
+			true, "15.0 and 5.0 times",
+		},
+		{
+			"not fast enough beside the first", fasterThanChains,
+			map[string][]float64{weir: {4}, consul: {36}, nftables: {20}},
+			false, "9.0 and 5.0 times",
+		},
+		{
+			"not fast enough beside the second", fasterThanChains,
+			map[string][]float64{weir: {4}, consul: {60}, nftables: {16}},
+			false, "15.0 and 4.0 times",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -74,7 +106,7 @@ func TestTargets(t *testing.T) {
 func TestMarkdownShowsEveryRow(t *testing.T) {
 	rows := []row{
 		{
-			ID: "a", Name: "connect p50", Unit: "us", Floor: direct, target: addedCost,
+			ID: "a", Name: "connect p50", Unit: "us", Floor: direct, target: addedCost(0.2, 0),
 			Samples: map[string][]float64{direct: {10, 20}, directAgain: {11, 21}, weir: {11, 21}, consul: {20, 30}},
 		},
 		{ID: "b", Name: "set-up", Unit: "ms", Samples: map[string][]float64{weir: {1}, consul: {50}}},

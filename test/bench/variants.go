@@ -5,14 +5,19 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strconv"
 
 	"github.com/hashicorp/consul/sdk/iptables"
+	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test/bench/limit"
+	"golang.org/x/sys/unix"
 )
 
 // The variants that are measured side by side.
@@ -20,7 +25,10 @@ const (
 	direct      = "direct"       // the client dials the proxy itself: the floor
 	directAgain = "direct again" // the floor once more: what differs is noise
 	weir        = "Weir"
-	consul      = "iptables-nft" // Consul's own engine
+	consul      = "iptables-nft" // Consul's own engine, before v0.19.0 of its sdk
+	nftables    = "nftables"     // the one that it has since
+	least       = "limit"        // Weir's hooks with the least that could redirect
+	inProcess   = "nftables in process"
 )
 
 // Who runs what in a site. The proxy's user is the one of Envoy's image.
@@ -41,7 +49,7 @@ type variant struct {
 	remove   func(*site) error
 }
 
-// variants are the four of a comparison of traffic. Weir's programs are loaded
+// variants are the six of a comparison of traffic. Weir's programs are loaded
 // only while Weir is measured: the floor is a machine without them.
 func (b *bench) variants() []variant {
 	nothing := func(*site) error { return nil }
@@ -50,9 +58,47 @@ func (b *bench) variants() []variant {
 	return []variant{
 		{direct, out, in, false, nothing, nothing},
 		{directAgain, out, in, false, nothing, nothing},
+		{least, far, served, true, b.installLimit, b.removeLimit},
 		{weir, far, served, true, b.installWeir, b.removeWeir},
 		{consul, far, served, true, installConsul, nothing},
+		{nftables, far, served, true, b.installNFTables, nothing},
 	}
+}
+
+// installLimit makes what Weir has in a namespace, the route to the encoded range,
+// and attaches the programs of package limit.
+func (b *bench) installLimit(s *site) error {
+	cookie, err := host.Cookie(s.inside)
+	if err != nil {
+		return err
+	}
+	err = inNetNS(s.inside, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("find lo: %w", err)
+		}
+		prefix := workload.EncodedPrefix4
+		return netlink.RouteReplace(&netlink.Route{
+			LinkIndex: lo.Attrs().Index, Table: unix.RT_TABLE_LOCAL, Type: unix.RTN_LOCAL, Scope: netlink.SCOPE_HOST,
+			Dst: &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), 32)}, Src: net.ParseIP(insideAddr),
+		})
+	})
+	if err != nil {
+		return err
+	}
+	b.limit = &limit.Config{
+		Cgroup: filepath.Dir(b.task), NetNS: s.inside, Cookie: cookie,
+		Remote: addrPort(remote).Addr(), Service: addrPort(service).Addr(), Encoded: workload.EncodedPrefix4.Addr().Next(),
+		Port: addrPort(remote).Port(), Outbound: outboundPort, Inbound: inboundPort,
+	}
+	return b.limit.Attach()
+}
+
+func (b *bench) removeLimit(*site) error { return b.limit.Close() }
+
+func (b *bench) installNFTables(s *site) error {
+	_, _, err := b.peer.Setup(engineConfig(s))
+	return err
 }
 
 func (b *bench) installWeir(s *site) error {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package main
+// Package relay counts what goes between an agent and its Consul.
+package relay
 
 import (
 	"errors"
@@ -10,32 +11,33 @@ import (
 	"sync"
 )
 
-// A relay stands between the agent and Consul on loopback and counts: every
+// A Relay stands between the agent and Consul on loopback and counts: every
 // connection that the agent opens, and every byte that it reads.
-type relay struct {
-	address  string
+type Relay struct {
+	Address  string
 	target   string
 	listener net.Listener
 	running  sync.WaitGroup
 
 	mu     sync.Mutex
-	counts relayCounts
+	counts Counts
 	conns  map[net.Conn]bool
 }
 
-type relayCounts struct {
+type Counts struct {
 	Now    int   // connections that are open
 	Most   int   // ... at a time
 	Opened int   // ... ever
 	Read   int64 // bytes from Consul to the agent
 }
 
-func startRelay(target string) (*relay, error) {
+// Start listens on loopback for the agent.
+func Start(target string) (*Relay, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("start relay: %w", err)
 	}
-	r := &relay{address: listener.Addr().String(), target: target, listener: listener, conns: map[net.Conn]bool{}}
+	r := &Relay{Address: listener.Addr().String(), target: target, listener: listener, conns: map[net.Conn]bool{}}
 	r.running.Go(func() {
 		for {
 			conn, err := listener.Accept()
@@ -48,7 +50,7 @@ func startRelay(target string) (*relay, error) {
 	return r, nil
 }
 
-func (r *relay) carry(agent net.Conn) {
+func (r *Relay) carry(agent net.Conn) {
 	defer agent.Close()
 	consul, err := net.Dial("tcp", r.target)
 	if err != nil {
@@ -65,7 +67,7 @@ func (r *relay) carry(agent net.Conn) {
 	_, _ = io.Copy(countingWriter{agent, r}, consul)
 }
 
-func (r *relay) opened(conns ...net.Conn) {
+func (r *Relay) opened(conns ...net.Conn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, conn := range conns {
@@ -76,7 +78,7 @@ func (r *relay) opened(conns ...net.Conn) {
 	r.counts.Most = max(r.counts.Most, r.counts.Now)
 }
 
-func (r *relay) closed(conns ...net.Conn) {
+func (r *Relay) closed(conns ...net.Conn) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, conn := range conns {
@@ -85,14 +87,15 @@ func (r *relay) closed(conns ...net.Conn) {
 	r.counts.Now--
 }
 
-// count is what was seen so far.
-func (r *relay) count() relayCounts {
+// Count is what was seen so far.
+func (r *Relay) Count() Counts {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.counts
 }
 
-func (r *relay) stop() error {
+// Stop closes the listener and all connections, and waits for them.
+func (r *Relay) Stop() error {
 	err := r.listener.Close()
 	r.mu.Lock()
 	for conn := range r.conns {
@@ -108,7 +111,7 @@ func (r *relay) stop() error {
 // countingWriter counts when bytes arrive, not when their connection ends.
 type countingWriter struct {
 	conn  net.Conn
-	relay *relay
+	relay *Relay
 }
 
 // Write is that of io.Writer.
