@@ -36,25 +36,42 @@ func (g *gate) close() error {
 	return held.Close()
 }
 
-// keepGate opens the gate of an allocation in transparent mode that was added a
-// moment ago, and closes that of one which has none.
+// keepGate opens the gate of an allocation that was added a moment ago and is in
+// transparent mode or has explicit upstreams, and closes that of one which has none.
 func (a *Agent) keepGate(s allocation, m *allocState, now time.Time) {
 	timeout := a.gateTimeout(s.Proxies)
-	if m.hook == 0 || s.Record == nil || s.Record.Request.Mode != workload.ModeTransparent || timeout == 0 {
+	upstreams := heldUpstreams(s.Proxies)
+	if m.hook == 0 || s.Record == nil || s.Record.Request.Mode != workload.ModeTransparent && len(upstreams) == 0 || timeout == 0 {
 		a.closeGate(s.Key, m)
 		return
 	}
 	m.gate.since, m.gate.until = s.Record.Added, s.Record.Added.Add(timeout)
-	if m.gate.over || m.gate.held != nil || !now.Before(m.gate.until) {
+	if m.gate.over || !now.Before(m.gate.until) {
 		return
 	}
-	held, err := a.datapath.OpenGate(s.Key)
-	if ends(err) {
-		return // it went meanwhile
+	var err error
+	if m.gate.held == nil {
+		m.gate.held, err = a.datapath.OpenGate(s.Key)
+		m.gate.seen = make(map[uint64]bool)
 	}
-	if a.note(s.Key, m, "gate", err); err == nil {
-		m.gate.held, m.gate.seen = held, make(map[uint64]bool)
+	if err == nil {
+		err = m.gate.held.Hold(upstreams)
 	}
+	if !ends(err) { // else it went meanwhile
+		a.note(s.Key, m, "gate", err)
+	}
+}
+
+// heldUpstreams are the local ports of explicit upstreams on which a proxy is to listen.
+func heldUpstreams(proxies []proxy) (ports []uint16) {
+	for _, p := range proxies {
+		for _, u := range p.Upstreams {
+			if u.Listener.Addr().Is4() && u.Listener.Addr().IsLoopback() {
+				ports = append(ports, u.Listener.Port())
+			}
+		}
+	}
+	return ports
 }
 
 // gateTimeout is the node's, or what the job makes of it.

@@ -229,3 +229,31 @@ func TestGateOfARegistration(t *testing.T) {
 		}
 	}
 }
+
+// A plain allocation has a gate for its explicit upstreams and for nothing else.
+func TestGateOfAPlainAllocation(t *testing.T) {
+	n, cgroup := withGate(t, "1m")
+	id, ns := numbered(1), test.NewNetNS(t)
+	n.fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-80-sidecar-proxy":{"Kind":"connect-proxy","Service":"web-sidecar-proxy","Port":20001,
+		"Proxy":{"DestinationServiceName":"web","Upstreams":[{"DestinationType":"service","DestinationName":"api","LocalBindPort":9191}]}}}`, id)))
+	n.run()
+	n.cached(id, ns.Path, "")
+	n.eventuallyHeld(id, true)
+	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
+	done := make(chan error, 1)
+	go func() {
+		_, err := task.Ask("tcp4", "127.0.0.1:9191")
+		done <- err
+	}()
+	test.Eventually(t, func() error {
+		if held := n.agent.Status().Counts.Held; held != 1 {
+			return fmt.Errorf("%d connections are counted", held)
+		}
+		return nil
+	}, "the connection to wait")
+	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "envoy"), UID: 101, GID: 101}, "tcp4", "127.0.0.1:9191")
+	if err := <-done; err != nil {
+		t.Errorf("a connection that waited: %v", err)
+	}
+	n.eventuallyHeld(id, false)
+}

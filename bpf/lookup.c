@@ -90,6 +90,24 @@ static __always_inline bool assign(struct bpf_sk_lookup *ctx, __u64 cookie, __u3
 	return !err;
 }
 
+/* What dials an upstream's port on which nobody has listened yet waits in the gate.
+ * Such a row goes with the first listener there, see on_listen. */
+static __always_inline void hold(struct bpf_sk_lookup *ctx, __u64 cookie)
+{
+	struct listener_key key = {
+		.cookie = cookie,
+		.role = LISTENER_UPSTREAM,
+		.port = ctx->local_port,
+		.slot = GATE_SLOT,
+	};
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &key);
+
+	if (!sk)
+		return;
+	bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+}
+
 /* Who dials is at home here: a connection to an own address comes by lo, but
  * with the device of that address as its ingress. From outside such a source is
  * a forgery, whose answers stay in the namespace. */
@@ -143,8 +161,11 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx,
 	encoded = tcp && addr_decode(local, &index);
 	if (outbound) {
 		/* What stays in the namespace is not the mesh's business. */
-		if (!encoded)
+		if (!encoded) {
+			if (tcp)
+				hold(ctx, snapshot->cookie);
 			return VERDICT_LOCAL;
+		}
 		if (!config)
 			return VERDICT_REFUSED_TABLE;
 		port = config->outbound_port;

@@ -178,6 +178,7 @@ enum listener_role {
 	LISTENER_OUTBOUND6 = 2,
 	LISTENER_INBOUND4 = 3,
 	LISTENER_INBOUND6 = 4,
+	LISTENER_UPSTREAM = 5, /* in GATE_SLOT alone: nobody listens on an upstream's port yet */
 };
 
 /* A workload's slot for a datagram that an unconnected socket sent. */

@@ -289,8 +289,19 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx, const struct sna
 	__u32 seat;
 	int err = 0;
 
-	if (!sk || !is_proxy_port(snapshot, ctx->local_port, &seat, &outbound, &exposed))
+	if (!sk)
 		return;
+	if (!is_proxy_port(snapshot, ctx->local_port, &seat, &outbound, &exposed)) {
+		struct listener_key held = {
+			.cookie = cookie,
+			.role = LISTENER_UPSTREAM,
+			.port = ctx->local_port,
+			.slot = GATE_SLOT,
+		};
+
+		bpf_map_delete_elem(&listeners, &held);
+		return;
+	}
 	if (ctx->family == AF_INET6) {
 		local = ADDR_OF_CTX(ctx->local_ip6);
 		barrier(); /* keeps clang from merging the branches' reads */

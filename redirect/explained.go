@@ -43,11 +43,21 @@ func (d *Datapath) Explain(key workload.AttachmentID, c explain.Connection) (exp
 		e.Steps[i].Source = explain.SourceOf(r, &e.Steps[i], c)
 	}
 	if verdict == bpfmap.RefusedNoProxy {
-		if e.Held, err = tables.GateHolds(r.Cookie, rows.ArrivalPort()); err != nil {
+		if e.Held, err = tables.GateHolds(r.Cookie, rows.ArrivalPort(), false); err != nil {
 			return e, fmt.Errorf("explain %s: %w", key, err)
 		}
 	}
-	return e, lookBehind(&e, r, rows, c)
+	if err := lookBehind(&e, r, rows, c); err != nil || !e.Local || e.Listens || verdict.Refused() {
+		return e, err
+	}
+	port := c.Destination.Port()
+	if e.SentTo.IsValid() {
+		port = e.SentTo.Port()
+	}
+	if e.Held, err = tables.GateHolds(r.Cookie, port, true); err != nil {
+		return e, fmt.Errorf("explain %s: %w", key, err)
+	}
+	return e, nil
 }
 
 // Settings is all that decides about a workload's connections: where each value comes from, and

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -20,27 +21,29 @@ type Gate struct {
 	datapath *Datapath
 	key      workload.AttachmentID
 	cookie   uint64
-	ports    []uint16 // outbound, of the proxies
+	ports    []uint16 // outbound, of the proxies in transparent mode
 	holder   *os.File
+
+	upstreams map[uint16]bool // ports on which an explicit upstream is to listen
 }
 
 // GateState is how a gate stands.
 type GateState struct {
-	Listens bool            // every proxy has its outbound listener: nothing is held any more
+	Listens bool            // all that it holds for is there: nothing is held any more
 	Waiting map[uint64]bool // cookies of the sockets that wait now
 }
 
-// OpenGate makes a gate for a workload in transparent mode, until Close. It takes
-// no lock.
+// OpenGate makes a gate for a workload, until Close. In transparent mode it holds what
+// is redirected; Hold adds explicit upstreams, in any mode. It takes no lock.
 func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 	fail := func(err error) (*Gate, error) { return nil, fmt.Errorf("open gate of %s: %w", key, err) }
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return fail(err)
 	}
-	g := &Gate{datapath: d, key: key, cookie: r.Cookie}
+	g := &Gate{datapath: d, key: key, cookie: r.Cookie, upstreams: make(map[uint16]bool)}
 	for _, port := range r.Desired().MeshPorts() {
-		if port.Outbound {
+		if port.Outbound && r.Request.Mode == workload.ModeTransparent {
 			g.ports = append(g.ports, port.Port)
 		}
 	}
@@ -66,10 +69,50 @@ func (g *Gate) register() error {
 	}
 	defer tables.Close()
 	for _, port := range g.ports {
-		key := bpfmap.ListenerKey(g.cookie, bpfmap.BpfListenerRoleLISTENER_OUTBOUND4, port, bpfmap.GateSlot)
-		if err := tables.Put("listeners", key, uint64(g.holder.Fd()), ebpf.UpdateAny); err != nil {
+		if err := tables.Put("listeners", bpfmap.GateKey(g.cookie, port, false), uint64(g.holder.Fd()), ebpf.UpdateAny); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// Hold lets what is dialled to these ports of loopback wait until somebody listens
+// there. The kernel ends that with the first listener, once for each port.
+func (g *Gate) Hold(upstreams []uint16) error {
+	fail := func(err error) error { return fmt.Errorf("hold upstreams of %s: %w", g.key, err) }
+	fresh := slices.DeleteFunc(slices.Clone(upstreams), func(port uint16) bool { return g.upstreams[port] })
+	if len(fresh) == 0 {
+		return nil
+	}
+	tables, err := bpfmap.OpenTables(g.datapath.paths.Maps())
+	if err != nil {
+		return fail(err)
+	}
+	defer tables.Close()
+	for _, port := range fresh {
+		if err := tables.Put("listeners", bpfmap.GateKey(g.cookie, port, true), uint64(g.holder.Fd()), ebpf.UpdateAny); err != nil {
+			return fail(err)
+		}
+		g.upstreams[port] = true
+	}
+	// A listener that is older than the row did not take it away.
+	r, err := g.datapath.paths.ReadRecord(g.key)
+	if err != nil {
+		return fail(err)
+	}
+	ns, err := openNamespaceOf(r)
+	if err != nil {
+		return fail(err)
+	}
+	defer ns.Close()
+	sockets, err := ns.Listening()
+	for _, s := range sockets {
+		if slices.Contains(fresh, s.Port) {
+			err = errors.Join(err, tables.Delete("listeners", bpfmap.GateKey(g.cookie, s.Port, true)))
+		}
+	}
+	if err != nil {
+		return fail(err)
 	}
 	return nil
 }
@@ -105,11 +148,18 @@ func (g *Gate) Look() (state GateState, err error) {
 			}
 			listens = listens || len(sockets) > 0
 		}
-		holds, err := tables.GateHolds(g.cookie, port)
+		holds, err := tables.GateHolds(g.cookie, port, false)
 		if err != nil {
 			return fail(err)
 		}
 		state.Listens, whole = state.Listens && listens, whole && holds
+	}
+	for port := range g.upstreams {
+		holds, err := tables.GateHolds(g.cookie, port, true)
+		if err != nil {
+			return fail(err)
+		}
+		state.Listens = state.Listens && !holds
 	}
 	if state.Listens || whole {
 		return state, nil

@@ -13,6 +13,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -135,7 +136,7 @@ func TestGateIsNoListener(t *testing.T) {
 		t.Errorf("explained as %+v, %v; want that it is held", e, err)
 	}
 	n.edit(func(tables *bpfmap.Tables) error {
-		return tables.Delete("listeners", bpfmap.ListenerKey(a.Cookie(), bpfmap.BpfListenerRoleLISTENER_OUTBOUND4, outboundPort, bpfmap.GateSlot))
+		return tables.Delete("listeners", bpfmap.GateKey(a.Cookie(), outboundPort, false))
 	})
 	if state, err := gate.Look(); err != nil || state.Listens {
 		t.Errorf("gate is %+v, %v", state, err)
@@ -157,5 +158,87 @@ func TestGateIsNoListener(t *testing.T) {
 		}
 	case <-time.After(time.Minute):
 		t.Error("a connection waits although its gate is gone")
+	}
+}
+
+// What is dialled to the port of an explicit upstream waits until somebody listens
+// there, in transparent mode and without, and by its virtual IP too. From then on
+// the port is as any other.
+func TestGateOfUpstreams(t *testing.T) {
+	const port = 9191
+	service := netip.MustParseAddr("240.0.0.5")
+	for _, mode := range []workload.Mode{workload.ModeTransparent, workload.ModeDirect} {
+		t.Run(string(mode), func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			a.add(func(r *workload.Request) { r.Mode = mode })
+			gate, err := n.OpenGate(a.key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := gate.Hold([]uint16{port, 9292}); err != nil {
+				t.Fatal(err)
+			}
+			// A change of the rows lets it be.
+			upstream := workload.Upstream{Name: "far", Addresses: []netip.Addr{service}, Listener: netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), port)}
+			if err := n.SetMeshConfig(a.key, workload.MeshConfig{InboundPort: inboundPort, Upstreams: []workload.Upstream{upstream}}); err != nil {
+				t.Fatal(err)
+			}
+			dialled := []string{fmt.Sprintf("127.0.0.1:%d", port), addrPort(service, 80)}
+			var waiting []<-chan asked
+			for _, addr := range dialled {
+				waiting = append(waiting, a.dialInBackground(addr))
+			}
+			eventuallyWaits(t, gate, len(waiting))
+			if e, err := n.Explain(a.key, explain.Connection{Destination: netip.AddrPortFrom(service, 80), UID: explain.NoUID}); err != nil || !e.Held || e.Listens {
+				t.Errorf("explained as %+v, %v; want that it is held", e, err)
+			}
+			// Nobody else's port is held.
+			if _, err := a.ask("tcp4", "127.0.0.1:9393"); !errors.Is(err, unix.ECONNREFUSED) {
+				t.Errorf("dial of another port: %v, want it refused", err)
+			}
+			listener := a.serve(proxyUID, a.proxyCg, "tcp4", dialled[0])
+			for i, done := range waiting {
+				if got := <-done; got.err != nil {
+					t.Errorf("a connection to %s that waited: %v", dialled[i], got.err)
+				}
+			}
+			listener.Stop()
+			for _, addr := range dialled {
+				if _, err := a.ask("tcp4", addr); !errors.Is(err, unix.ECONNREFUSED) {
+					t.Errorf("dial of %s when the listener stopped: %v, want it refused", addr, err)
+				}
+			}
+			if err := gate.Hold([]uint16{port}); err != nil { // it had its listener
+				t.Error(err)
+			}
+			if _, err := a.ask("tcp4", dialled[0]); !errors.Is(err, unix.ECONNREFUSED) {
+				t.Errorf("dial after that: %v, want it refused", err)
+			}
+			if err := gate.Close(); err != nil {
+				t.Error(err)
+			}
+			a.remove()
+			nothingLeft(t, n.Datapath)
+		})
+	}
+}
+
+// A port on which somebody listens already is not held.
+func TestGateOfAnUpstreamThatListens(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
+	gate, err := n.OpenGate(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer gate.Close()
+	if err := gate.Hold([]uint16{9191}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.ask("tcp4", "127.0.0.1:9191"); err != nil {
+		t.Errorf("dial: %v", err)
 	}
 }

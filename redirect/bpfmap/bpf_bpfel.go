@@ -198,6 +198,7 @@ const (
 	BpfListenerRoleLISTENER_OUTBOUND6 BpfListenerRole = 2
 	BpfListenerRoleLISTENER_INBOUND4  BpfListenerRole = 3
 	BpfListenerRoleLISTENER_INBOUND6  BpfListenerRole = 4
+	BpfListenerRoleLISTENER_UPSTREAM  BpfListenerRole = 5
 )
 
 type BpfOrigin struct {

@@ -49,7 +49,7 @@ func (m *Tables) deleteListeners(cookie uint64, applied *workload.Workload) erro
 		return m.DeleteListenersOn(cookie, nil)
 	}
 	for _, port := range applied.Ports() {
-		if err := m.Delete("listeners", ListenerKey(cookie, BpfListenerRoleLISTENER_OUTBOUND4, port.Port, GateSlot)); err != nil {
+		if err := m.Delete("listeners", GateKey(cookie, port.Port, false)); err != nil {
 			return err
 		}
 		proxy, err := m.ProxyState(cookie, port.ProxyID)
@@ -75,6 +75,9 @@ func (m *Tables) deleteListeners(cookie uint64, applied *workload.Workload) erro
 // walks the table, which has a few rows a workload.
 func (m *Tables) DeleteListenersOn(cookie uint64, ports []workload.ProxyPort) error {
 	return DeleteIf[BpfListenerKey, uint64](m, "listeners", func(k BpfListenerKey) bool {
+		if k.Role == BpfListenerRoleLISTENER_UPSTREAM && ports != nil {
+			return false // a gate's: it goes with the first listener, or with the gate
+		}
 		return k.Cookie == cookie && !slices.ContainsFunc(ports, func(p workload.ProxyPort) bool {
 			four, six := ListenerRoles(p)
 			return p.Port == k.Port && (k.Role == four || k.Role == six)
@@ -103,10 +106,19 @@ func (m *Tables) Registered(cookie uint64, role BpfListenerRole, port uint16) (m
 	return slots, nil
 }
 
+// GateKey is the place of a gate for what is sent to the port: the outbound one of a
+// proxy, or that of an explicit upstream.
+func GateKey(cookie uint64, port uint16, upstream bool) BpfListenerKey {
+	if upstream {
+		return ListenerKey(cookie, BpfListenerRoleLISTENER_UPSTREAM, port, GateSlot)
+	}
+	return ListenerKey(cookie, BpfListenerRoleLISTENER_OUTBOUND4, port, GateSlot)
+}
+
 // GateHolds reports whether a gate holds what is sent to the port.
-func (m *Tables) GateHolds(cookie uint64, port uint16) (bool, error) {
+func (m *Tables) GateHolds(cookie uint64, port uint16, upstream bool) (bool, error) {
 	var socket uint64
-	return m.Get("listeners", ListenerKey(cookie, BpfListenerRoleLISTENER_OUTBOUND4, port, GateSlot), &socket)
+	return m.Get("listeners", GateKey(cookie, port, upstream), &socket)
 }
 
 // Served returns where listeners are registered: their keys, without the slot.

@@ -60,15 +60,16 @@ func (ns *Namespace) Holder() (file *os.File, err error) {
 	return file, nil
 }
 
-// Waiting returns the cookies of the sockets whose connection to the encoded range
-// was not answered yet.
+// Waiting returns the cookies of the sockets whose connection to the encoded range or
+// to loopback was not answered yet.
 func (ns *Namespace) Waiting() (map[uint64]bool, error) {
 	waiting := make(map[uint64]bool)
 	err := ns.sockets(1<<unix.BPF_TCP_SYN_SENT, func(message []byte) error {
 		if len(message) < inetDiagSize {
 			return fmt.Errorf("list sockets: message of %d bytes", len(message))
 		}
-		if _, encoded := workload.DecodeIndex(inetDiagAddr(message[0], message[24:])); encoded {
+		to := inetDiagAddr(message[0], message[24:])
+		if _, encoded := workload.DecodeIndex(to); encoded || to.Unmap().IsLoopback() {
 			waiting[binary.NativeEndian.Uint64(message[44:])] = true
 		}
 		return nil

@@ -6,7 +6,7 @@ variable "count" {
 }
 
 job "gate-first" {
-  group "first" {
+  group "implicit" {
     count = var.count
     network {
       mode = "bridge"
@@ -20,7 +20,7 @@ job "gate-first" {
       unlimited = false
     }
     service {
-      name = "gate-first"
+      name = "gate-implicit"
       port = "8080"
       connect {
         sidecar_service {
@@ -43,12 +43,121 @@ job "gate-first" {
         }
       }
     }
-    task "first" {
+    task "implicit" {
       driver = "exec"
       user   = "app"
       config {
         command = "app"
         args    = ["first", "http://gate-api.virtual.consul/"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+
+  group "explicit" {
+    count = var.count
+    network {
+      mode = "bridge"
+    }
+    restart {
+      attempts = 0
+      mode     = "fail"
+    }
+    reschedule {
+      attempts  = 0
+      unlimited = false
+    }
+    service {
+      name = "gate-explicit"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+          proxy {
+            transparent_proxy {}
+            upstreams {
+              destination_name = "gate-api"
+              local_bind_port  = 9191
+            }
+          }
+        }
+        sidecar_task {
+          driver = "exec"
+          user   = "envoy"
+          config {
+            command = "envoy"
+            args    = ["-c", "${NOMAD_SECRETS_DIR}/envoy_bootstrap.json", "--disable-hot-restart", "--concurrency", "1"]
+          }
+          resources {
+            cpu    = 50
+            memory = 128
+          }
+        }
+      }
+    }
+    task "explicit" {
+      driver = "exec"
+      user   = "app"
+      config {
+        command = "app"
+        args    = ["first", "http://gate-api.virtual.consul/"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
+
+  group "plain" {
+    count = var.count
+    network {
+      mode = "bridge"
+    }
+    restart {
+      attempts = 0
+      mode     = "fail"
+    }
+    reschedule {
+      attempts  = 0
+      unlimited = false
+    }
+    service {
+      name = "gate-plain"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+          proxy {
+            upstreams {
+              destination_name = "gate-api"
+              local_bind_port  = 9191
+            }
+          }
+        }
+        sidecar_task {
+          driver = "exec"
+          user   = "envoy"
+          config {
+            command = "envoy"
+            args    = ["-c", "${NOMAD_SECRETS_DIR}/envoy_bootstrap.json", "--disable-hot-restart", "--concurrency", "1"]
+          }
+          resources {
+            cpu    = 50
+            memory = 128
+          }
+        }
+      }
+    }
+    task "plain" {
+      driver = "exec"
+      user   = "app"
+      config {
+        command = "app"
+        args    = ["first", "http://127.0.0.1:9191/"]
       }
       resources {
         cpu    = 50
