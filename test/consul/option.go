@@ -30,6 +30,7 @@ func In(ns *test.NetNS, addr netip.Addr) Option {
 		s.Address = "unix://" + filepath.Join(s.dir, "http.sock")
 		addresses := config["addresses"].(settings)
 		addresses["http"], addresses["dns"] = s.Address, "0.0.0.0"
+		addresses["grpc_tls"] = addr.String() // where a peer finds it
 	}
 }
 
