@@ -18,50 +18,31 @@ import (
 
 // A listener that is older than the workload's rows was not seen by sockops:
 // of an adopted allocation, after lost maps, or on a port that Consul named
-// only later. adopt takes such listeners in from user space, under the same
-// identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6).
+// only later. Such listeners are registered from user space, under the same
+// identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6):
+// observe, decide, apply.
+
+// existingListener is a listener under the proxy's UID on one of a proxy's ports.
+type existingListener struct {
+	host.Socket
+	at      workload.ProxyPort
+	roles   []bpfmap.BpfListenerRole // that it can serve
+	missing []bpfmap.BpfListenerRole // ... of which it is not registered for
+}
+
+// registerExistingListeners registers what is there already, and says what it did.
 func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64) (adopted []string, err error) {
-	proxies, registered := make(map[uint8]bpfmap.BpfProxy), make(map[uint8]bool)
-	for i := range w.All() {
-		if proxies[w.ProxyID(i)], err = tables.ProxyState(ns.Cookie, w.ProxyID(i)); err != nil {
-			return nil, err
-		}
-	}
-	sockets, err := ns.Listening()
+	listeners, err := observeListeners(tables, ns, w)
 	if err != nil {
 		return nil, err
 	}
-	type listener struct {
-		host.Socket
-		at             workload.ProxyPort
-		roles, missing []bpfmap.BpfListenerRole
-	}
-	var listeners []listener
-	for _, socket := range sockets {
-		at, roles := socketRoles(socket, w)
-		if len(roles) == 0 || socket.UID != w.ProxyUID {
-			continue
-		}
-		missing, err := tables.MissingFrom(ns.Cookie, roles, at.Port, socket.Cookie)
-		if err != nil {
-			return nil, err
-		}
-		registered[at.ProxyID] = registered[at.ProxyID] || len(missing) < len(roles)
-		listeners = append(listeners, listener{socket, at, roles, missing})
-	}
-	for proxyID, proxy := range proxies {
-		if registered[proxyID] {
-			continue
-		}
-		// None is at these ports; at others it takes a walk to know.
-		if proxies[proxyID], err = tables.DeleteRegistered(ns.Cookie, proxyID, proxy, w); err != nil {
-			return nil, err
-		}
+	proxies, err := observeProxies(tables, ns.Cookie, w, listeners)
+	if err != nil {
+		return nil, err
 	}
 	for _, l := range listeners {
 		proxy := proxies[l.at.ProxyID]
-		// A proxy whose row was lost is learned anew from what is registered.
-		if len(l.missing) == 0 && proxy != (bpfmap.BpfProxy{}) {
+		if l.settled(proxy) {
 			continue
 		}
 		fd, cgroup, err := ns.CopySocket(l.Inode, paths.CgroupRoot)
@@ -71,39 +52,99 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 		if err != nil {
 			return adopted, err
 		}
-		if proxy.Cgroup != 0 && cgroup != 0 && proxy.Cgroup != cgroup {
-			unix.Close(fd)
-			continue // a second candidate
+		next, admitted := l.decide(proxy, cgroup, rejected)
+		if admitted {
+			admitted, err = l.apply(tables, ns.Cookie, fd, next)
 		}
-		if slices.Contains(rejected, cgroup) {
-			unix.Close(fd)
-			continue
-		}
-		err = tables.RegisterListener(ns.Cookie, l.missing, l.at.Port, fd)
 		unix.Close(fd)
-		// As in weir_sockops: the kernel takes no MPTCP socket into the table,
-		// and a proxy with more listeners than slots has enough of them there.
-		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, ebpf.ErrKeyExist) {
-			continue
-		}
 		if err != nil {
 			return adopted, err
 		}
-		if proxy.Cgroup == 0 {
-			proxy.Cgroup = cgroup
-			proxy.Flags |= bpfmap.BpfProxyFlagPROXY_PINNED
+		if admitted {
+			proxies[l.at.ProxyID] = next
+			adopted = append(adopted, fmt.Sprintf("listener %s registered", netip.AddrPortFrom(l.Addr, l.Port)))
 		}
-		for _, role := range l.roles {
-			proxy.Flags |= bpfmap.RoleFlag(role)
-		}
-		if err := tables.Put("proxies", bpfmap.ProxyKey(ns.Cookie, l.at.ProxyID), proxy, ebpf.UpdateAny); err != nil {
-			return adopted, err
-		}
-		proxies[l.at.ProxyID] = proxy
-		adopted = append(adopted, fmt.Sprintf("listener %s registered",
-			netip.AddrPortFrom(l.Addr, l.Port)))
 	}
 	return adopted, nil
+}
+
+// observeListeners finds the sockets that may be registered, and for what they are.
+func observeListeners(tables *bpfmap.Tables, ns *host.Namespace, w workload.Workload) (found []existingListener, err error) {
+	sockets, err := ns.Listening()
+	if err != nil {
+		return nil, err
+	}
+	for _, socket := range sockets {
+		at, roles := socketRoles(socket, w)
+		if len(roles) == 0 || socket.UID != w.ProxyUID {
+			continue
+		}
+		missing, err := tables.MissingFrom(ns.Cookie, roles, at.Port, socket.Cookie)
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, existingListener{socket, at, roles, missing})
+	}
+	return found, nil
+}
+
+// observeProxies reads what the kernel knows of the proxies. One of which no listener
+// is registered any more is learned anew.
+func observeProxies(tables *bpfmap.Tables, cookie uint64, w workload.Workload, listeners []existingListener) (map[uint8]bpfmap.BpfProxy, error) {
+	proxies := make(map[uint8]bpfmap.BpfProxy)
+	for i := range w.All() {
+		id := w.ProxyID(i)
+		proxy, err := tables.ProxyState(cookie, id)
+		registered := slices.ContainsFunc(listeners, func(l existingListener) bool {
+			return l.at.ProxyID == id && len(l.missing) < len(l.roles)
+		})
+		if err == nil && !registered {
+			// None is at these ports; at others it takes a walk to know.
+			proxy, err = tables.DeleteRegistered(cookie, id, proxy, w)
+		}
+		if err != nil {
+			return nil, err
+		}
+		proxies[id] = proxy
+	}
+	return proxies, nil
+}
+
+// settled reports a listener that is registered for all that it can serve. A proxy
+// whose row was lost is learned anew from what is registered.
+func (l existingListener) settled(proxy bpfmap.BpfProxy) bool {
+	return len(l.missing) == 0 && proxy != (bpfmap.BpfProxy{})
+}
+
+// decide reports whether a listener that lives in the cgroup is the proxy's, and what
+// is known of the proxy then. It is the test of weir_sockops: the first one shows
+// who the proxy is, and a second candidate waits.
+func (l existingListener) decide(proxy bpfmap.BpfProxy, cgroup uint64, rejected []uint64) (next bpfmap.BpfProxy, admitted bool) {
+	if proxy.Cgroup != 0 && cgroup != 0 && proxy.Cgroup != cgroup || slices.Contains(rejected, cgroup) {
+		return proxy, false
+	}
+	if proxy.Cgroup == 0 {
+		proxy.Cgroup = cgroup
+		proxy.Flags |= bpfmap.BpfProxyFlagPROXY_PINNED
+	}
+	for _, role := range l.roles {
+		proxy.Flags |= bpfmap.RoleFlag(role)
+	}
+	return proxy, true
+}
+
+// apply registers the socket and writes what is known of its proxy. As in
+// weir_sockops, the kernel takes no MPTCP socket into the table, and a proxy with
+// more listeners than slots has enough of them there.
+func (l existingListener) apply(tables *bpfmap.Tables, cookie uint64, fd int, proxy bpfmap.BpfProxy) (done bool, err error) {
+	err = tables.RegisterListener(cookie, l.missing, l.at.Port, fd)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, ebpf.ErrKeyExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, tables.Put("proxies", bpfmap.ProxyKey(cookie, l.at.ProxyID), proxy, ebpf.UpdateAny)
 }
 
 // roles is the test that weir_sockops makes on a new listener: which roles of
