@@ -40,7 +40,7 @@ func (n *node) gated(cgroup *test.Cgroup, number int) gated {
 func (g gated) dial() <-chan error {
 	done := make(chan error, 1)
 	go func() {
-		answer, err := g.task.Ask("tcp4", "192.0.2.1:80")
+		answer, err := g.task.Ask("tcp4"+test.Waiting, "192.0.2.1:80")
 		if err == nil && answer.Origin.String() != "192.0.2.1:80" {
 			err = fmt.Errorf("answered by %+v", answer)
 		}
@@ -106,7 +106,7 @@ func TestGateOfANewAllocation(t *testing.T) {
 
 // A proxy that does not come is waited for until the time is over.
 func TestGateTimesOut(t *testing.T) {
-	n, cgroup := withGate(t, "1500ms")
+	n, cgroup := withGate(t, "3s")
 	n.run()
 	g := n.gated(cgroup, 1)
 	n.eventuallyHeld(g.id, true)
@@ -242,7 +242,7 @@ func TestGateOfAPlainAllocation(t *testing.T) {
 	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
 	done := make(chan error, 1)
 	go func() {
-		_, err := task.Ask("tcp4", "127.0.0.1:9191")
+		_, err := task.Ask("tcp4"+test.Waiting, "127.0.0.1:9191")
 		done <- err
 	}()
 	test.Eventually(t, func() error {

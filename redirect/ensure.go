@@ -36,51 +36,19 @@ func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Names
 	if err := wanted.Validate(); err != nil {
 		return nil, err
 	}
-	routed := r.Complete && before.Applied.Sources.Equal(wanted.Sources)
-	if routed {
-		if routed, err = ns.HasRoutes(wanted, r.IPv6); err != nil {
-			return nil, err
-		}
+	routed, err := d.ensureRoutes(r, &before, ns, wanted)
+	if err != nil {
+		return changed, err
 	}
-	if !routed {
-		if err := d.markIncomplete(r); err != nil {
-			return nil, err
-		}
-		if r.IPv6, err = ns.SetRoutes(wanted); err != nil {
-			return changed, err
-		}
+	if routed {
 		changed = append(changed, "routes to the proxy set")
 	}
-	written := before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted)
+	written, err := d.ensureRows(tables, r, &before, ns, wanted, len(changed) == 0)
+	if err != nil {
+		return changed, err
+	}
 	if written {
-		if written, err = tables.HasRows(r.Cookie, wanted, r.IPv6); err != nil {
-			return changed, err
-		}
-	}
-	quiet := false
-	if !written && before.Complete && len(changed) == 0 && !slices.Equal(before.Found, r.Found) {
-		// Link-local addresses alone, unless rows are missing as well.
-		if quiet, err = tables.HasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
-			return nil, err
-		}
-	}
-	if !written {
-		if err := d.markIncomplete(r); err != nil {
-			return changed, err
-		}
-		if !before.Fresh && (!before.Complete || !workload.SamePorts(before.Applied, wanted)) {
-			// Those that wait at the new ports already, before anybody is sent there.
-			// After a process that died half way nobody knows which ports are in force.
-			if _, err := registerExistingListeners(tables, d.paths, ns, wanted, r.RejectedCgroups); err != nil {
-				return changed, err
-			}
-		}
-		if err := d.replaceRows(tables, r, &before, wanted); err != nil {
-			return changed, err
-		}
-		if !quiet {
-			changed = append(changed, "rows written")
-		}
+		changed = append(changed, "rows written")
 	}
 	attached, err := program.AttachLookup(tables, d.paths, ns, false)
 	if err != nil {
@@ -106,6 +74,47 @@ func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Names
 	}
 	r.Complete, r.Applied = true, wanted
 	return changed, d.paths.WriteRecord(r)
+}
+
+// ensureRoutes sets the routes to the encoded ranges where they are not there.
+func (d *Datapath) ensureRoutes(r, before *store.Record, ns *host.Namespace, wanted workload.Workload) (changed bool, err error) {
+	if r.Complete && before.Applied.Sources.Equal(wanted.Sources) {
+		if there, err := ns.HasRoutes(wanted, r.IPv6); err != nil || there {
+			return false, err
+		}
+	}
+	if err := d.markIncomplete(r); err != nil {
+		return false, err
+	}
+	r.IPv6, err = ns.SetRoutes(wanted)
+	return err == nil, err
+}
+
+// ensureRows writes the rows where they are not those that are wanted. With quiet a
+// change of link-local addresses alone is not worth a word, unless rows are missing
+// as well.
+func (d *Datapath) ensureRows(tables *bpfmap.Tables, r, before *store.Record, ns *host.Namespace, wanted workload.Workload, quiet bool) (told bool, err error) {
+	if before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted) {
+		if there, err := tables.HasRows(r.Cookie, wanted, r.IPv6); err != nil || there {
+			return false, err
+		}
+	}
+	if quiet = quiet && before.Complete && !slices.Equal(before.Found, r.Found); quiet {
+		if quiet, err = tables.HasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
+			return false, err
+		}
+	}
+	if err := d.markIncomplete(r); err != nil {
+		return false, err
+	}
+	if !before.Fresh && (!before.Complete || !workload.SamePorts(before.Applied, wanted)) {
+		// Those that wait at the new ports already, before anybody is sent there.
+		// After a process that died half way nobody knows which ports are in force.
+		if _, err := registerExistingListeners(tables, d.paths, ns, wanted, r.RejectedCgroups); err != nil {
+			return false, err
+		}
+	}
+	return !quiet, d.replaceRows(tables, r, before, wanted)
 }
 
 // markIncomplete marks the record incomplete on disk.

@@ -30,7 +30,7 @@ func (a *alloc) dialInBackground(addr string) <-chan asked {
 	client := test.NewClient(a.node.t, test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg, UID: taskUID, GID: taskUID})
 	done := make(chan asked, 1)
 	go func() {
-		answer, err := client.Ask("tcp4", addr)
+		answer, err := client.Ask("tcp4"+test.Waiting, addr)
 		done <- asked{answer, err}
 	}()
 	return done

@@ -27,8 +27,14 @@ type Answer struct {
 // refusal comes at once.
 const dialPatience = 3 * time.Second
 
+// Waiting, behind a network's name, lets a dial go on through several retransmissions.
+const Waiting = "+wait"
+
+const waitingPatience = time.Minute
+
 // Ask dials addr from the namespace, as the test's own process, and returns what
-// the server answered. Network is tcp or udp, with 4 or 6 for one family.
+// the server answered. Network is tcp or udp, with 4 or 6 for one family, and with
+// Waiting for a dial that is not to be answered at once.
 func Ask(ns *NetNS, network, addr string) (Answer, error) {
 	var answer Answer
 	var err error
@@ -52,7 +58,11 @@ func CanDial(tb testing.TB, ns *NetNS, addr string) bool {
 
 func ask(network, addr string) (Answer, error) {
 	var answer Answer
+	network, waiting := strings.CutSuffix(network, Waiting)
 	dialer := net.Dialer{Timeout: dialPatience}
+	if waiting {
+		dialer.Timeout = waitingPatience
+	}
 	conn, err := dialer.Dial(network, addr)
 	if err != nil {
 		return answer, err
