@@ -64,6 +64,7 @@ type ConsulConfig struct {
 // GuardConfig is the node's guard. A job may ask for a stronger one.
 type GuardConfig struct {
 	Default string `hcl:"default,optional"` // `off`, `audit`, `enforce`; a job strengthens it, never weakens it
+	Egress  string `hcl:"egress,optional"`  // `off`, `audit`, `enforce`: what leaves an allocation past its proxy; a job strengthens it, never weakens it
 	Forward bool   `hcl:"forward,optional"` // let packets be forwarded through the namespaces of allocations, past their proxies
 }
 
@@ -110,7 +111,7 @@ func DefaultConfig() Config {
 		StateDir: store.DefaultStateDir,
 		LogLevel: "info",
 		Consul:   &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
-		Guard:    &GuardConfig{Default: string(workload.GuardAudit)},
+		Guard:    &GuardConfig{Default: string(workload.GuardAudit), Egress: string(workload.GuardOff)},
 		Gate:     &GateConfig{Timeout: "30s"},
 		Proxy:    &ProxyConfig{DefaultUID: 101},
 		CNI: &CNIConfig{

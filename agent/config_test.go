@@ -77,6 +77,7 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 		{"unknown key in a block", "consul {\n  adress = \"x\"\n}\n", "", `weir.hcl:2`},
 		{"syntax", "guard {\n", "", "weir.hcl:"},
 		{"guard", `guard { default = "on" }`, "", `guard.default = "on"`},
+		{"egress guard", `guard { egress = "on" }`, "", `guard.egress = "on"`},
 		{"relative path", `pin_dir = "weir"`, "", `pin_dir = "weir"`},
 		{"telemetry", `telemetry { listen = "9902" }`, "", `telemetry.listen = "9902"`},
 		{"address without port", `consul { address = "consul" }`, "", `consul.address = "consul"`},
@@ -84,7 +85,7 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 		{"relative socket", `consul { address = "unix://x" }`, "", `consul.address = "unix://x"`},
 		{"half a key pair", `consul { cert_file = "/c" }`, "", `consul.key_file`},
 		{"log level", `log_level = "loud"`, "", `log_level = "loud"`},
-		{"unknown job argument", `cni { job_args = ["mode", "garud"] }`, "", `cni.job_args = "garud": want names of mode, guard, forward`},
+		{"unknown job argument", `cni { job_args = ["mode", "garud"] }`, "", `cni.job_args = "garud": want names of mode, guard, egress, forward`},
 		{"environment", "", "maybe", `CONSUL_HTTP_SSL="maybe"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {

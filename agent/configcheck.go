@@ -49,6 +49,9 @@ func (c Config) problems() (list []valueProblem) {
 	if _, ok := parseGate(c.Gate.Timeout); !ok {
 		wrong("gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
 	}
+	if _, known := guardStrength(workload.Guard(c.Guard.Egress)); !known {
+		wrong("guard.egress", c.Guard.Egress, "off, audit or enforce")
+	}
 	for _, name := range c.CNI.JobArgs {
 		if !slices.Contains(request.JobArgs(), name) {
 			wrong("cni.job_args", name, "names of "+strings.Join(request.JobArgs(), ", "))

@@ -42,6 +42,7 @@ type catalogData struct {
 // policy is the operator's part.
 type policy struct {
 	Guard    workload.Guard
+	Egress   workload.Guard
 	Forward  bool
 	ProxyUID uint32
 }
@@ -62,7 +63,9 @@ func (w *plan) problem(code health.ProblemCode, remedy, what string) {
 func planFor(s allocation, known catalogData, node policy) plan {
 	var w plan
 	if s.Withdrawn && s.Record != nil {
-		meshConfig := workload.MeshConfig{Guard: workload.MaxGuard(node.Guard, s.Record.Request.Guard)}
+		meshConfig := workload.MeshConfig{
+			Guard: workload.MaxGuard(node.Guard, s.Record.Request.Guard), Egress: workload.MaxEgress(node.Egress, s.Record.Request.Egress),
+		}
 		if s.Record.Request.Mode != workload.ModeTransparent {
 			meshConfig.ExcludeInboundPorts = s.mappedPorts()
 		}
@@ -72,13 +75,13 @@ func planFor(s allocation, known catalogData, node policy) plan {
 		return w
 	}
 	mode, transparent := workload.ModeDirect, false
-	guard := node.Guard
+	guard, egress := node.Guard, workload.MaxEgress(node.Egress, "")
 	for _, p := range s.Proxies {
 		transparent = transparent || p.Transparent
 		if p.isGateway() {
 			mode = workload.ModeGateway
 		}
-		guard = workload.MaxGuard(guard, p.Guard)
+		guard, egress = workload.MaxGuard(guard, p.Guard), workload.MaxEgress(egress, p.Egress)
 		for _, what := range p.Problems {
 			w.problem(health.ProblemRegistration, "correct its job's connect block and run the job again", what)
 		}
@@ -88,7 +91,7 @@ func planFor(s allocation, known catalogData, node policy) plan {
 		return w // the plugin's, whose request comes first
 	case s.Record != nil:
 		mode = s.Record.Request.Mode
-		guard = workload.MaxGuard(guard, s.Record.Request.Guard)
+		guard, egress = workload.MaxGuard(guard, s.Record.Request.Guard), workload.MaxEgress(egress, s.Record.Request.Egress)
 		if mode == workload.ModeTransparent && !transparent {
 			w.problem(health.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
 				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
@@ -102,7 +105,7 @@ func planFor(s allocation, known catalogData, node policy) plan {
 				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
 		}
 	}
-	meshConfig := workload.MeshConfig{Guard: guard, Forward: node.Forward}
+	meshConfig := workload.MeshConfig{Guard: guard, Egress: egress, Forward: node.Forward}
 	proxies := inOrder(s.Proxies)
 	w.Problems = append(w.Problems, sidecars(&meshConfig, proxies, mode, known, s.Record)...)
 	var open []uint16

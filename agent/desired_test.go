@@ -254,6 +254,23 @@ func TestDesire(t *testing.T) {
 			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
+			name: "a job strengthens the egress guard, by its meta and by the plugin, and does not weaken the node's",
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: func() *redirect.Record {
+				known := onRecord(workload.ModeDirect)
+				known.Request.Egress = workload.GuardEnforce
+				return known
+			}(), Proxies: []proxy{sidecar(func(p *proxy) { p.Egress = workload.GuardAudit })}},
+			policy: policy{Guard: workload.GuardAudit, Egress: workload.GuardAudit},
+			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Egress: workload.GuardEnforce}},
+		},
+		{
+			name: "the node's egress guard",
+			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
+				Proxies: []proxy{sidecar(func(p *proxy) { p.Egress = workload.GuardOff })}},
+			policy: policy{Guard: workload.GuardAudit, Egress: workload.GuardAudit},
+			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Egress: workload.GuardAudit}},
+		},
+		{
 			name: "a job strengthens the guard by the plugin",
 			subject: allocation{attachment: attachment{Key: found().Key}, Record: func() *redirect.Record {
 				known := onRecord(workload.ModeDirect)

@@ -131,7 +131,7 @@ func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
 		a.allocations[s.Key] = m
 	}
 	m.fresh = false
-	wanted := planFor(s, consul.Facts, policy{Guard: workload.Guard(a.config.Guard.Default), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
+	wanted := planFor(s, consul.Facts, policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
 	state := a.ensureAdded(s, m, wanted, now)
 	inForce := !m.fresh
 	if state == StateManaged && wanted.MeshConfig != nil && !m.fresh {

@@ -26,9 +26,11 @@ const (
 	kindAPI         = "api-gateway"
 )
 
-// guardMeta is the key of a registration's meta by which a job asks for a
-// stronger guard.
-const guardMeta = "weir-guard"
+// The keys of a registration's meta by which a job asks for a stronger guard.
+const (
+	guardMeta  = "weir-guard"
+	egressMeta = "weir-egress"
+)
 
 // gateMeta is that by which a job shortens the time that its connections wait for
 // a proxy which starts.
@@ -72,6 +74,7 @@ type proxy struct {
 	BindsAsNode bool     // a gateway without listeners of its own choosing, which Nomad gives to each in a namespace
 	Upstreams   []upstream
 	Guard       workload.Guard // "" where the job does not ask
+	Egress      workload.Guard // likewise
 	Gate        *time.Duration // nil where the job does not ask
 	Problems    []string
 }
@@ -201,12 +204,16 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 			Remote:   u.Datacenter != "" && u.Datacenter != r.Datacenter || u.DestinationType == "prepared_query",
 		})
 	}
-	if asked, ok := r.Meta[guardMeta]; ok {
+	for key, field := range map[string]*workload.Guard{guardMeta: &p.Guard, egressMeta: &p.Egress} {
+		asked, ok := r.Meta[key]
+		if !ok {
+			continue
+		}
 		guard := workload.Guard(asked)
 		if _, known := guardStrength(guard); known {
-			p.Guard = guard
+			*field = guard
 		} else {
-			problem("meta %s = %q: want off, audit or enforce", guardMeta, asked)
+			problem("meta %s = %q: want off, audit or enforce", key, asked)
 		}
 	}
 	if asked, ok := r.Meta[gateMeta]; ok {

@@ -21,7 +21,10 @@ enum config_flag {
 	CONFIG_LISTENERS = 1 << 11,  /* proxies have exposed ports */
 	CONFIG_SOURCES = 1 << 12,    /* the own address depends on the origin: see map sources */
 	CONFIG_FORWARD = 1 << 13,    /* the operator lets it forward */
+	CONFIG_EGRESS_AUDIT = 1 << 14,   /* the egress guard counts what it would refuse */
+	CONFIG_EGRESS_ENFORCE = 1 << 15, /* the egress guard refuses */
 };
+#define CONFIG_EGRESS (CONFIG_EGRESS_AUDIT | CONFIG_EGRESS_ENFORCE)
 
 /* One generation of a workload's configuration. Never changed in place. */
 struct config {

@@ -69,6 +69,43 @@ static __always_inline bool flow_answers(const struct snapshot *snapshot, __u16 
 	       bpf_ktime_get_coarse_ns() - flow->sent_ns < FLOW_TIMEOUT_NS;
 }
 
+/* The slot of a flow that began outside. */
+static __always_inline struct flow_key inbound_flow_key(__u64 cookie, const struct addr *remote,
+							__u16 remote_port, __u16 local_port)
+{
+	struct flow_key key = flow_key(cookie, remote, remote_port, local_port);
+
+	key.slot += FLOW_SLOTS;
+	return key;
+}
+
+/* Remembers a datagram that came in to a port which the job opens: the egress
+ * guard lets its answer out. */
+static __always_inline void inbound_remember(const struct snapshot *snapshot, __u16 local_port,
+					     const struct addr *remote, __u16 remote_port)
+{
+	struct flow_key key = inbound_flow_key(snapshot->cookie, remote, remote_port, local_port);
+	struct flow fresh = {
+		.sent_ns = bpf_ktime_get_coarse_ns(),
+		.remote = *remote,
+		.remote_port = remote_port,
+		.local_port = local_port,
+	};
+
+	bpf_map_update_elem(&flows, &key, &fresh, BPF_ANY);
+}
+
+/* Whether such a datagram came a short while ago from where this one goes. */
+static __always_inline bool is_answer(const struct snapshot *snapshot, __u16 local_port,
+				      const struct addr *remote, __u16 remote_port)
+{
+	struct flow_key key = inbound_flow_key(snapshot->cookie, remote, remote_port, local_port);
+	struct flow *flow = bpf_map_lookup_elem(&flows, &key);
+
+	return flow && flow_is(flow, remote, remote_port, local_port) &&
+	       bpf_ktime_get_coarse_ns() - flow->sent_ns < FLOW_TIMEOUT_NS;
+}
+
 static __always_inline enum verdict guard_refusal(const struct config *config)
 {
 	return config->flags & CONFIG_ENFORCE ? VERDICT_REFUSED_GUARD : VERDICT_GUARD_AUDIT;

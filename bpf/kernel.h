@@ -17,6 +17,8 @@
 #define IPPROTO_SCTP 132
 #define IPPROTO_UDPLITE 136
 #define IPPROTO_MPTCP 262
+#define SOCK_STREAM 1
+#define SOCK_DGRAM 2
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80 /* IP6T_SO_ORIGINAL_DST has the same number */
@@ -25,6 +27,7 @@
 #define IPV6_RTHDR 57
 #define LO_IFINDEX 1 /* lo is the first device of every namespace */
 
+#define EPERM 1
 #define EEXIST 17
 #define ENOPROTOOPT 92
 #define EADDRINUSE 98
@@ -163,6 +166,16 @@ struct bpf_sockopt_kern {
 static __always_inline __u32 kernel_uid_of_option(struct bpf_sockopt *ctx)
 {
 	return kernel_uid_read(BPF_CORE_READ((struct bpf_sockopt_kern *)ctx, sk));
+}
+
+/* The context of a program on addresses as the kernel has it. */
+struct bpf_sock_addr_kern {
+	struct sock *sk;
+} __attribute__((preserve_access_index));
+
+static __always_inline __u32 kernel_uid_of_addr(struct bpf_sock_addr *ctx)
+{
+	return kernel_uid_read(BPF_CORE_READ((struct bpf_sock_addr_kern *)ctx, sk));
 }
 
 /* The socket that the application holds: of MPTCP, connect sees the first

@@ -235,6 +235,11 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 
 	snapshot_open(&snapshot, own_cookie());
 	verdict = hide_from_verifier(ctx, decide(ctx, &snapshot, &local, &remote));
+	if (ctx->protocol == IPPROTO_UDP && snapshot.config &&
+	    (snapshot.config->flags & CONFIG_EGRESS) &&
+	    (verdict == VERDICT_DIRECT || verdict == VERDICT_INBOUND_EXCLUDED) &&
+	    snapshot_excludes_port(&snapshot, EXCLUSION_PORT_IN, ctx->local_port))
+		inbound_remember(&snapshot, ctx->local_port, &remote, bpf_ntohs(ctx->remote_port));
 	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
 		return SK_PASS;
 	emit(ctx, snapshot.cookie, &local, &remote, verdict);

@@ -14,7 +14,8 @@
 #define MAX_ORIGINS 1048576
 #define LISTENER_SLOTS 64
 #define GATE_SLOT LISTENER_SLOTS /* behind them all: see redirect/gate.go */
-/* A workload holds so many flows at most, one in each slot. */
+/* A workload holds so many flows at most, one in each slot: that many that it began,
+ * and as many that began outside and that it may answer, for the egress guard. */
 #define FLOW_SLOTS 128
 #define FLOW_SHIFT 25 /* of 32 bits the upper 7 */
 #define MAX_FLOWS 65536
@@ -39,6 +40,8 @@ enum verdict {
 	VERDICT_GUARD_AUDIT,
 	VERDICT_GUARD_EPHEMERAL,
 	VERDICT_FORWARDED,
+	VERDICT_EGRESS_AUDIT,
+	VERDICT_EGRESS_SOCKET_AUDIT,
 
 	VERDICT_LISTENER,
 	VERDICT_REFUSED_LISTENER_IDENTITY,
@@ -59,6 +62,8 @@ enum verdict {
 	VERDICT_REFUSED_INBOUND_UNKNOWN,
 	VERDICT_REFUSED_GUARD,
 	VERDICT_REFUSED_FORWARDED,
+	VERDICT_REFUSED_EGRESS,
+	VERDICT_REFUSED_EGRESS_SOCKET,
 	VERDICT_MAX,
 
 	VERDICT_FIRST_REFUSED = VERDICT_REFUSED_ENCODED, /* of a connection */
@@ -184,7 +189,7 @@ enum listener_role {
 /* A workload's slot for a datagram that an unconnected socket sent. */
 struct flow_key {
 	__u64 cookie;
-	__u32 slot; /* below FLOW_SLOTS */
+	__u32 slot; /* below FLOW_SLOTS; of those that began outside FLOW_SLOTS more */
 	__u32 pad;
 };
 
@@ -246,7 +251,9 @@ struct event {
 	__u16 origin_port;
 	__u16 destination_port;
 	__u16 source_port;
-	__u16 pad[3];
+	__u16 protocol;    /* of a socket that is made, or of what it sends: IPPROTO_..., ETH_P_... */
+	__u16 family;      /* of a socket that is made; else 0, as is the next */
+	__u16 socket_type; /* SOCK_... */
 	char comm[16];
 };
 

@@ -9,14 +9,16 @@
  *                                            bind     weir_bind4/6    who binds
  *                                            listen   weir_sockops    register
  *   connect   weir_connect4/6   decide, rewrite
- *   sendto    weir_sendmsg4/6   DNS only
+ *   sendto    weir_sendmsg4/6   DNS, and the egress guard
  *             ~~~~~~~~ lo ~~~~~~~~>          SYN      weir_lookup     (lookup.c)
  *                                            accept
  *                                            SO_ORIGINAL_DST  weir_getsockopt
  *   getpeername  weir_peername4/6, getsockname  weir_sockname6
  *   recvfrom     weir_recvmsg4/6  DNS only
  *   setsockopt   weir_setsockopt  no option that chooses another way
+ *   socket       weir_socket      the egress guard: no protocol that passes the rest
  */
+#include "egress.h"
 #include "guard.h"
 #include "kernel.h"
 #include "maps.h"
@@ -49,6 +51,9 @@ static __always_inline void emit(const struct snapshot *snapshot, const struct d
 	event->destination = dial->destination;
 	event->destination_port = dial->destination_port;
 	event->verdict = verdict;
+	event->protocol = dial->protocol;
+	event->family = dial->made_family;
+	event->socket_type = dial->made_type;
 	bpf_ringbuf_submit(event, 0);
 }
 
@@ -98,9 +103,14 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 	dial->destination = dial->origin;
 	dial->destination_port = dial->port;
 	dial->cgroup = bpf_get_current_cgroup_id();
+	dial->protocol = datagram ? IPPROTO_UDP : ctx->protocol;
 	if (datagram || is_udp(ctx->protocol)) {
 		dial->uid = (__u32)bpf_get_current_uid_gid(); /* for the event only */
 		verdict = decide_udp(sk, &snapshot, dial, datagram);
+		if (verdict == VERDICT_UDP && (snapshot.config->flags & CONFIG_EGRESS)) {
+			dial->uid = kernel_uid_of_addr(ctx);
+			verdict = decide_egress(sk, &snapshot, dial);
+		}
 	} else if (is_tcp(ctx->protocol)) {
 		dial->uid = kernel_uid(sk);
 		verdict = decide(sk, &snapshot, dial);
@@ -118,6 +128,8 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 		return refuse(errno_of(verdict));
 	*rewritten = verdict == VERDICT_REDIRECTED || verdict == VERDICT_UPSTREAM ||
 		     verdict == VERDICT_DNS;
+	if (datagram && !*rewritten)
+		return 1;
 	/* An encoded destination says itself what was dialled. */
 	save_original_peer(sk, dial, *rewritten && verdict != VERDICT_REDIRECTED);
 	return 1;
@@ -455,6 +467,29 @@ foreign:
 	if (ctx->optlen > PAGE)
 		ctx->optlen = 0;
 	return 1;
+}
+
+/* The hooks above see TCP and UDP. Whatever else sends is held where it is made. */
+SEC("cgroup/sock_create")
+int weir_socket(struct bpf_sock *sk)
+{
+	struct dial dial = {};
+	struct snapshot snapshot;
+	enum verdict verdict;
+
+	if (has_hooks(sk->type, sk->protocol) ||
+	    !snapshot_open(&snapshot, bpf_get_netns_cookie(sk)))
+		return 1;
+	dial.uid = (__u32)bpf_get_current_uid_gid();
+	dial.cgroup = bpf_get_current_cgroup_id();
+	dial.protocol = sk->protocol;
+	dial.made_family = sk->family;
+	dial.made_type = sk->type;
+	verdict = decide_socket(&snapshot, &dial);
+	if (verdict == VERDICT_DIRECT)
+		return 1;
+	emit(&snapshot, &dial, verdict);
+	return is_refusal(verdict) ? refuse(errno_of(verdict)) : 1;
 }
 
 char LICENSE[] SEC("license") = "Dual MPL/GPL";

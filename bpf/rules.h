@@ -15,6 +15,9 @@ struct dial {
 	__u16 port; /* of origin */
 	__u16 destination_port;
 	__u16 family; /* of the socket, not of the address */
+	__u16 protocol;
+	__u16 made_family; /* of a socket that is made, for the event */
+	__u16 made_type;
 	__u32 uid;
 	__u64 cgroup;
 };
@@ -265,6 +268,19 @@ static __always_inline bool is_foreign_source(const struct snapshot *snapshot,
 	return !address || address->kind != ADDRESS_OWN;
 }
 
+/* What leaves the namespace past the proxy, as the egress guard has it. */
+static __always_inline enum verdict egress_refusal(const struct config *config)
+{
+	return config->flags & CONFIG_EGRESS_ENFORCE ? VERDICT_REFUSED_EGRESS :
+						       VERDICT_EGRESS_AUDIT;
+}
+
+/* A TCP connection of a workload where nothing is redirected. */
+static __always_inline enum verdict plain(const struct config *config)
+{
+	return config->flags & CONFIG_EGRESS ? egress_refusal(config) : VERDICT_DIRECT;
+}
+
 /* The rules of a TCP connection; the first that matches decides. */
 static __always_inline enum verdict decide(struct bpf_sock *sk, const struct snapshot *snapshot,
 					   struct dial *dial)
@@ -307,7 +323,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct sna
 			return VERDICT_LOCAL;
 		/* By another device it leaves the namespace. */
 		return snapshot->config->flags & CONFIG_TRANSPARENT ? VERDICT_REFUSED_DEVICE
-								    : VERDICT_DIRECT;
+								    : plain(snapshot->config);
 	}
 	address = snapshot_address(snapshot, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
@@ -327,7 +343,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct sna
 	    snapshot_excludes_cidr(snapshot, &dial->origin))
 		return VERDICT_CIDR_EXCLUDED;
 	if (!(snapshot->config->flags & CONFIG_TRANSPARENT))
-		return VERDICT_DIRECT;
+		return plain(snapshot->config);
 	/* As the kernel does; the proxy would take it, and an index be spent. */
 	if (addr_is_multicast(&dial->origin) || (address && address->kind == ADDRESS_BROADCAST))
 		return VERDICT_REFUSED_BROADCAST;

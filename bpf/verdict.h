@@ -20,6 +20,8 @@ static __always_inline int errno_of(enum verdict verdict)
 	switch (verdict) {
 	case VERDICT_REFUSED_ENCODED:
 		return ECONNREFUSED;
+	case VERDICT_REFUSED_EGRESS_SOCKET:
+		return EPERM;
 	default:
 		return ENETUNREACH;
 	}

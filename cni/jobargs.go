@@ -26,6 +26,7 @@ func jobArgs() []jobArg {
 	return []jobArg{
 		{request.Mode, applyMode},
 		{request.Guard, applyGuard},
+		{request.Egress, applyEgress},
 		{request.Forward, applyForward},
 		{request.ProxyUID, applyProxyUID},
 		{request.InboundPort, applyInboundPort},
@@ -149,15 +150,23 @@ func applyMode(value string, asked *jobRequest) error {
 	return nil
 }
 
-func applyGuard(value string, asked *jobRequest) error {
+func applyGuard(value string, asked *jobRequest) (err error) {
+	asked.Guard, err = parseGuard(value)
+	return err
+}
+
+func applyEgress(value string, asked *jobRequest) (err error) {
+	asked.Egress, err = parseGuard(value)
+	return err
+}
+
+func parseGuard(value string) (workload.Guard, error) {
 	guard := workload.Guard(value)
 	switch guard {
 	case workload.GuardAudit, workload.GuardEnforce:
-	default:
-		return fmt.Errorf("want %s or %s: a job strengthens the guard and never weakens it", workload.GuardAudit, workload.GuardEnforce)
+		return guard, nil
 	}
-	asked.Guard = guard
-	return nil
+	return "", fmt.Errorf("want %s or %s: a job strengthens the guard and never weakens it", workload.GuardAudit, workload.GuardEnforce)
 }
 
 // applyForward takes no "false": what the operator lets all jobs do, none undoes.
@@ -276,8 +285,11 @@ func applyExcludedUIDs(value string, asked *jobRequest) error {
 }
 
 func (asked *jobRequest) outboundExclusions(value, what string) ([]string, error) {
-	if err := asked.wantTransparent(); err != nil {
-		return nil, err
+	// The egress guard of a plain allocation has exceptions, too.
+	if asked.Egress == "" {
+		if err := asked.wantTransparent(); err != nil {
+			return nil, err
+		}
 	}
 	return asked.exclusions(value, what)
 }

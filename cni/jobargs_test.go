@@ -45,8 +45,8 @@ func TestJobArguments(t *testing.T) {
 	for args, change := range map[string]func(*workload.Request){
 		"weir.mode=transparent":                           func(r *workload.Request) { r.Notes = []string{unknownInbound} },
 		"weir.mode= transparent ;weir.inbound-port=20000": func(r *workload.Request) { r.InboundPort = 20000 },
-		"weir.mode=transparent;weir.inbound-port=20000;weir.outbound-port=15009;weir.proxy-uid=4294967294;weir.guard=enforce": func(r *workload.Request) {
-			r.InboundPort, r.OutboundPort, r.ProxyUID, r.Guard = 20000, 15009, 4294967294, workload.GuardEnforce
+		"weir.mode=transparent;weir.inbound-port=20000;weir.outbound-port=15009;weir.proxy-uid=4294967294;weir.guard=enforce;weir.egress=audit": func(r *workload.Request) {
+			r.InboundPort, r.OutboundPort, r.ProxyUID, r.Guard, r.Egress = 20000, 15009, 4294967294, workload.GuardEnforce, workload.GuardAudit
 		},
 		"weir.mode=transparent;weir.inbound-port=15001;weir.outbound-port=15002": func(r *workload.Request) {
 			r.InboundPort, r.OutboundPort = 15001, 15002
@@ -112,6 +112,7 @@ func TestBadJobArguments(t *testing.T) {
 	for name, groups := range map[string][][]string{
 		"mode":                   {{"", "x", "Transparent", "transparent,direct"}},
 		"guard":                  {{"", "off", "x", "Enforce"}},
+		"egress":                 {{"", "off", "x", "Enforce"}},
 		"forward":                {{"", "false", "1", "True"}},
 		"proxy-uid":              {{"", "-1", "+1", "envoy", "1-2", "4294967295", "4294967296"}},
 		"inbound-port":           {numbers},

@@ -14,5 +14,6 @@ func helpers() map[string]func(args []string) error {
 		loadTaskFunc:   serveLoadTask,
 		operateFunc:    serveOperations,
 		foreignFunc:    serveForeign,
+		attackFunc:     serveAttacks,
 	}
 }

@@ -8,6 +8,7 @@ package request
 const (
 	Mode                 = "mode"
 	Guard                = "guard"
+	Egress               = "egress"
 	Forward              = "forward"
 	ProxyUID             = "proxy-uid"
 	InboundPort          = "inbound-port"
@@ -22,11 +23,11 @@ const (
 // JobArgs are all of them, in the order in which the plugin applies them.
 func JobArgs() []string {
 	return []string{
-		Mode, Guard, Forward, ProxyUID, InboundPort, OutboundPort, DNS,
+		Mode, Guard, Egress, Forward, ProxyUID, InboundPort, OutboundPort, DNS,
 		ExcludeInboundPorts, ExcludeOutboundPorts, ExcludeOutboundCIDRs, ExcludeUIDs,
 	}
 }
 
 // DefaultJobArgs are those that a job may set where the operator does not say:
-// it can join the mesh and strengthen the guard, and take nothing out of the mesh.
-func DefaultJobArgs() []string { return []string{Mode, Guard, InboundPort, OutboundPort} }
+// it can join the mesh and strengthen the guards, and take nothing out of the mesh.
+func DefaultJobArgs() []string { return []string{Mode, Guard, Egress, InboundPort, OutboundPort} }

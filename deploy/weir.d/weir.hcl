@@ -65,7 +65,7 @@ proxy {
 cni {
   # cache_dir         = "/var/lib/cni"
   # netns_dir         = "/var/run/netns"
-  # job_args          = ["mode", "guard", "inbound-port", "outbound-port"]
+  # job_args          = ["mode", "guard", "egress", "inbound-port", "outbound-port"]
   # consul_exclusions = true
 }
 

@@ -85,20 +85,22 @@ type BpfConfig struct {
 type BpfConfigFlag uint32
 
 const (
-	BpfConfigFlagCONFIG_TRANSPARENT BpfConfigFlag = 1
-	BpfConfigFlagCONFIG_DNS         BpfConfigFlag = 2
-	BpfConfigFlagCONFIG_DNS_ANY     BpfConfigFlag = 4
-	BpfConfigFlagCONFIG_UIDS        BpfConfigFlag = 8
-	BpfConfigFlagCONFIG_PORTS_OUT   BpfConfigFlag = 16
-	BpfConfigFlagCONFIG_PORTS_IN    BpfConfigFlag = 32
-	BpfConfigFlagCONFIG_CIDRS       BpfConfigFlag = 64
-	BpfConfigFlagCONFIG_IPV6        BpfConfigFlag = 128
-	BpfConfigFlagCONFIG_AUDIT       BpfConfigFlag = 256
-	BpfConfigFlagCONFIG_ENFORCE     BpfConfigFlag = 512
-	BpfConfigFlagCONFIG_PROXIES     BpfConfigFlag = 1024
-	BpfConfigFlagCONFIG_LISTENERS   BpfConfigFlag = 2048
-	BpfConfigFlagCONFIG_SOURCES     BpfConfigFlag = 4096
-	BpfConfigFlagCONFIG_FORWARD     BpfConfigFlag = 8192
+	BpfConfigFlagCONFIG_TRANSPARENT    BpfConfigFlag = 1
+	BpfConfigFlagCONFIG_DNS            BpfConfigFlag = 2
+	BpfConfigFlagCONFIG_DNS_ANY        BpfConfigFlag = 4
+	BpfConfigFlagCONFIG_UIDS           BpfConfigFlag = 8
+	BpfConfigFlagCONFIG_PORTS_OUT      BpfConfigFlag = 16
+	BpfConfigFlagCONFIG_PORTS_IN       BpfConfigFlag = 32
+	BpfConfigFlagCONFIG_CIDRS          BpfConfigFlag = 64
+	BpfConfigFlagCONFIG_IPV6           BpfConfigFlag = 128
+	BpfConfigFlagCONFIG_AUDIT          BpfConfigFlag = 256
+	BpfConfigFlagCONFIG_ENFORCE        BpfConfigFlag = 512
+	BpfConfigFlagCONFIG_PROXIES        BpfConfigFlag = 1024
+	BpfConfigFlagCONFIG_LISTENERS      BpfConfigFlag = 2048
+	BpfConfigFlagCONFIG_SOURCES        BpfConfigFlag = 4096
+	BpfConfigFlagCONFIG_FORWARD        BpfConfigFlag = 8192
+	BpfConfigFlagCONFIG_EGRESS_AUDIT   BpfConfigFlag = 16384
+	BpfConfigFlagCONFIG_EGRESS_ENFORCE BpfConfigFlag = 32768
 )
 
 type BpfConfigKey struct {
@@ -138,7 +140,9 @@ type BpfEvent struct {
 	OriginPort      uint16
 	DestinationPort uint16
 	SourcePort      uint16
-	Pad             [3]uint16
+	Protocol        uint16
+	Family          uint16
+	SocketType      uint16
 	Comm            [16]int8
 }
 
@@ -261,32 +265,36 @@ const (
 	BpfVerdictVERDICT_GUARD_AUDIT               BpfVerdict = 12
 	BpfVerdictVERDICT_GUARD_EPHEMERAL           BpfVerdict = 13
 	BpfVerdictVERDICT_FORWARDED                 BpfVerdict = 14
-	BpfVerdictVERDICT_LISTENER                  BpfVerdict = 15
-	BpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY BpfVerdict = 16
-	BpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  BpfVerdict = 17
-	BpfVerdictVERDICT_REFUSED_LISTENER_TABLE    BpfVerdict = 18
-	BpfVerdictVERDICT_REFUSED_ENCODED           BpfVerdict = 19
-	BpfVerdictVERDICT_REFUSED_FAMILY            BpfVerdict = 20
-	BpfVerdictVERDICT_REFUSED_DEVICE            BpfVerdict = 21
-	BpfVerdictVERDICT_REFUSED_OPTION            BpfVerdict = 22
-	BpfVerdictVERDICT_REFUSED_BROADCAST         BpfVerdict = 23
-	BpfVerdictVERDICT_REFUSED_SOURCE            BpfVerdict = 24
-	BpfVerdictVERDICT_REFUSED_BUDGET            BpfVerdict = 25
-	BpfVerdictVERDICT_REFUSED_SHARE             BpfVerdict = 26
-	BpfVerdictVERDICT_REFUSED_TABLE             BpfVerdict = 27
-	BpfVerdictVERDICT_REFUSED_NO_PROXY          BpfVerdict = 28
-	BpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  BpfVerdict = 29
-	BpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   BpfVerdict = 30
-	BpfVerdictVERDICT_REFUSED_GUARD             BpfVerdict = 31
-	BpfVerdictVERDICT_REFUSED_FORWARDED         BpfVerdict = 32
-	BpfVerdictVERDICT_MAX                       BpfVerdict = 33
-	BpfVerdictVERDICT_FIRST_REFUSED             BpfVerdict = 19
+	BpfVerdictVERDICT_EGRESS_AUDIT              BpfVerdict = 15
+	BpfVerdictVERDICT_EGRESS_SOCKET_AUDIT       BpfVerdict = 16
+	BpfVerdictVERDICT_LISTENER                  BpfVerdict = 17
+	BpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY BpfVerdict = 18
+	BpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  BpfVerdict = 19
+	BpfVerdictVERDICT_REFUSED_LISTENER_TABLE    BpfVerdict = 20
+	BpfVerdictVERDICT_REFUSED_ENCODED           BpfVerdict = 21
+	BpfVerdictVERDICT_REFUSED_FAMILY            BpfVerdict = 22
+	BpfVerdictVERDICT_REFUSED_DEVICE            BpfVerdict = 23
+	BpfVerdictVERDICT_REFUSED_OPTION            BpfVerdict = 24
+	BpfVerdictVERDICT_REFUSED_BROADCAST         BpfVerdict = 25
+	BpfVerdictVERDICT_REFUSED_SOURCE            BpfVerdict = 26
+	BpfVerdictVERDICT_REFUSED_BUDGET            BpfVerdict = 27
+	BpfVerdictVERDICT_REFUSED_SHARE             BpfVerdict = 28
+	BpfVerdictVERDICT_REFUSED_TABLE             BpfVerdict = 29
+	BpfVerdictVERDICT_REFUSED_NO_PROXY          BpfVerdict = 30
+	BpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  BpfVerdict = 31
+	BpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   BpfVerdict = 32
+	BpfVerdictVERDICT_REFUSED_GUARD             BpfVerdict = 33
+	BpfVerdictVERDICT_REFUSED_FORWARDED         BpfVerdict = 34
+	BpfVerdictVERDICT_REFUSED_EGRESS            BpfVerdict = 35
+	BpfVerdictVERDICT_REFUSED_EGRESS_SOCKET     BpfVerdict = 36
+	BpfVerdictVERDICT_MAX                       BpfVerdict = 37
+	BpfVerdictVERDICT_FIRST_REFUSED             BpfVerdict = 21
 )
 
 type BpfVerdictCounts struct {
 	_          structs.HostLayout
 	Names      [0]BpfVerdict
-	Count      [33]uint64
+	Count      [37]uint64
 	EventsLost uint64
 	EventDue   uint64
 }
@@ -332,6 +340,7 @@ const (
 	BpfProgWeirSendmsg4   = "weir_sendmsg4"
 	BpfProgWeirSendmsg6   = "weir_sendmsg6"
 	BpfProgWeirSetsockopt = "weir_setsockopt"
+	BpfProgWeirSocket     = "weir_socket"
 	BpfProgWeirSockname6  = "weir_sockname6"
 	BpfProgWeirSockops    = "weir_sockops"
 )
@@ -390,6 +399,7 @@ type BpfProgramSpecs struct {
 	WeirSendmsg4   *ebpf.ProgramSpec `ebpf:"weir_sendmsg4"`
 	WeirSendmsg6   *ebpf.ProgramSpec `ebpf:"weir_sendmsg6"`
 	WeirSetsockopt *ebpf.ProgramSpec `ebpf:"weir_setsockopt"`
+	WeirSocket     *ebpf.ProgramSpec `ebpf:"weir_socket"`
 	WeirSockname6  *ebpf.ProgramSpec `ebpf:"weir_sockname6"`
 	WeirSockops    *ebpf.ProgramSpec `ebpf:"weir_sockops"`
 }
@@ -515,6 +525,7 @@ type BpfPrograms struct {
 	WeirSendmsg4   *ebpf.Program `ebpf:"weir_sendmsg4"`
 	WeirSendmsg6   *ebpf.Program `ebpf:"weir_sendmsg6"`
 	WeirSetsockopt *ebpf.Program `ebpf:"weir_setsockopt"`
+	WeirSocket     *ebpf.Program `ebpf:"weir_socket"`
 	WeirSockname6  *ebpf.Program `ebpf:"weir_sockname6"`
 	WeirSockops    *ebpf.Program `ebpf:"weir_sockops"`
 }
@@ -533,6 +544,7 @@ func (p *BpfPrograms) Close() error {
 		p.WeirSendmsg4,
 		p.WeirSendmsg6,
 		p.WeirSetsockopt,
+		p.WeirSocket,
 		p.WeirSockname6,
 		p.WeirSockops,
 	)

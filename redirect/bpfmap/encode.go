@@ -175,6 +175,8 @@ func EncodeRows(w workload.Workload, cookie, generation uint64, ipv6 bool) rows 
 	flag(ipv6, BpfConfigFlagCONFIG_IPV6)
 	flag(w.Guard == workload.GuardAudit, BpfConfigFlagCONFIG_AUDIT)
 	flag(w.Guard == workload.GuardEnforce, BpfConfigFlagCONFIG_ENFORCE)
+	flag(w.Egress == workload.GuardAudit, BpfConfigFlagCONFIG_EGRESS_AUDIT)
+	flag(w.Egress == workload.GuardEnforce, BpfConfigFlagCONFIG_EGRESS_ENFORCE)
 	flag(w.Forward, BpfConfigFlagCONFIG_FORWARD)
 	return r
 }

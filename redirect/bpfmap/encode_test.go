@@ -154,17 +154,19 @@ func TestEncodeFlags(t *testing.T) {
 		ipv6 bool
 		want BpfConfigFlag
 	}{
-		"nothing":     {func(*workload.Workload) {}, false, 0},
-		"transparent": {func(w *workload.Workload) { w.Mode = workload.ModeTransparent }, false, BpfConfigFlagCONFIG_TRANSPARENT},
-		"gateway":     {func(w *workload.Workload) { w.Mode = workload.ModeGateway }, false, 0},
-		"IPv6":        {func(*workload.Workload) {}, true, BpfConfigFlagCONFIG_IPV6},
-		"UIDs":        {func(w *workload.Workload) { w.ExcludeUIDs = []uint32{0} }, false, BpfConfigFlagCONFIG_UIDS},
-		"ports out":   {func(w *workload.Workload) { w.ExcludeOutboundPorts = []uint16{1} }, false, BpfConfigFlagCONFIG_PORTS_OUT},
-		"ports in":    {func(w *workload.Workload) { w.ExcludeInboundPorts = []uint16{1} }, false, BpfConfigFlagCONFIG_PORTS_IN},
-		"CIDRs":       {func(w *workload.Workload) { w.ExcludeOutboundCIDRs = test.Prefixes("::/0") }, false, BpfConfigFlagCONFIG_CIDRS},
-		"two proxies": {func(w *workload.Workload) { w.Proxies = []workload.Sidecar{{InboundPort: 1}} }, false, BpfConfigFlagCONFIG_PROXIES},
-		"audit":       {func(w *workload.Workload) { w.Guard = workload.GuardAudit }, false, BpfConfigFlagCONFIG_AUDIT},
-		"enforce":     {func(w *workload.Workload) { w.Guard = workload.GuardEnforce }, false, BpfConfigFlagCONFIG_ENFORCE},
+		"nothing":        {func(*workload.Workload) {}, false, 0},
+		"transparent":    {func(w *workload.Workload) { w.Mode = workload.ModeTransparent }, false, BpfConfigFlagCONFIG_TRANSPARENT},
+		"gateway":        {func(w *workload.Workload) { w.Mode = workload.ModeGateway }, false, 0},
+		"IPv6":           {func(*workload.Workload) {}, true, BpfConfigFlagCONFIG_IPV6},
+		"UIDs":           {func(w *workload.Workload) { w.ExcludeUIDs = []uint32{0} }, false, BpfConfigFlagCONFIG_UIDS},
+		"ports out":      {func(w *workload.Workload) { w.ExcludeOutboundPorts = []uint16{1} }, false, BpfConfigFlagCONFIG_PORTS_OUT},
+		"ports in":       {func(w *workload.Workload) { w.ExcludeInboundPorts = []uint16{1} }, false, BpfConfigFlagCONFIG_PORTS_IN},
+		"CIDRs":          {func(w *workload.Workload) { w.ExcludeOutboundCIDRs = test.Prefixes("::/0") }, false, BpfConfigFlagCONFIG_CIDRS},
+		"two proxies":    {func(w *workload.Workload) { w.Proxies = []workload.Sidecar{{InboundPort: 1}} }, false, BpfConfigFlagCONFIG_PROXIES},
+		"audit":          {func(w *workload.Workload) { w.Guard = workload.GuardAudit }, false, BpfConfigFlagCONFIG_AUDIT},
+		"egress audit":   {func(w *workload.Workload) { w.Egress = workload.GuardAudit }, false, BpfConfigFlagCONFIG_EGRESS_AUDIT},
+		"egress enforce": {func(w *workload.Workload) { w.Egress = workload.GuardEnforce }, false, BpfConfigFlagCONFIG_EGRESS_ENFORCE},
+		"enforce":        {func(w *workload.Workload) { w.Guard = workload.GuardEnforce }, false, BpfConfigFlagCONFIG_ENFORCE},
 	} {
 		w := workload.Workload{Mode: workload.ModeDirect, Guard: workload.GuardOff}
 		tc.edit(&w)

@@ -40,7 +40,7 @@ func (m *Tables) DeleteWorkload(cookie uint64, applied *workload.Workload) error
 			return err
 		}
 	}
-	for slot := range uint32(FlowSlots) {
+	for slot := range uint32(2 * FlowSlots) { // those that began outside come second
 		if err := m.Delete("flows", BpfFlowKey{Cookie: cookie, Slot: slot}); err != nil {
 			return err
 		}

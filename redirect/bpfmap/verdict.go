@@ -28,6 +28,8 @@ const (
 	GuardAudited            = Verdict(BpfVerdictVERDICT_GUARD_AUDIT)
 	GuardEphemeral          = Verdict(BpfVerdictVERDICT_GUARD_EPHEMERAL)
 	Forwarded               = Verdict(BpfVerdictVERDICT_FORWARDED)
+	EgressAudited           = Verdict(BpfVerdictVERDICT_EGRESS_AUDIT)
+	EgressSocketAudited     = Verdict(BpfVerdictVERDICT_EGRESS_SOCKET_AUDIT)
 	Listener                = Verdict(BpfVerdictVERDICT_LISTENER)
 	RefusedListenerIdentity = Verdict(BpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
 	RefusedListenerAddress  = Verdict(BpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
@@ -46,6 +48,8 @@ const (
 	RefusedInboundUnknown   = Verdict(BpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN)
 	RefusedGuard            = Verdict(BpfVerdictVERDICT_REFUSED_GUARD)
 	RefusedForwarded        = Verdict(BpfVerdictVERDICT_REFUSED_FORWARDED)
+	RefusedEgress           = Verdict(BpfVerdictVERDICT_REFUSED_EGRESS)
+	RefusedEgressSocket     = Verdict(BpfVerdictVERDICT_REFUSED_EGRESS_SOCKET)
 	verdictMax              = Verdict(BpfVerdictVERDICT_MAX)
 	verdictFirstRefused     = Verdict(BpfVerdictVERDICT_FIRST_REFUSED)
 )
@@ -69,6 +73,8 @@ func (v Verdict) text() verdictText {
 		GuardAudited:            {"guard_audit", "from outside, let in: the guard would refuse it in mode enforce"},
 		GuardEphemeral:          {"guard_ephemeral", "from outside, let in: a datagram to an ephemeral port may be a reply"},
 		Forwarded:               {"forwarded", "let through: forwarded through the namespace, past the proxy; of TCP each connection, of all else each packet"},
+		EgressAudited:           {"egress_audit", "let out past the proxy: the egress guard would refuse it in mode enforce"},
+		EgressSocketAudited:     {"egress_socket_audit", "let be made: a socket of a protocol that passes the proxy, which the egress guard would refuse in mode enforce"},
 		Listener:                {"listener", "a listener of the proxy was registered"},
 		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
 		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
@@ -87,6 +93,8 @@ func (v Verdict) text() verdictText {
 		RefusedInboundUnknown:   {"refused_inbound_unknown", "from outside, refused: the proxy's inbound port is not known yet"},
 		RefusedGuard:            {"refused_guard", "from outside, refused by the guard: not the proxy's port nor an allowed one"},
 		RefusedForwarded:        {"refused_forwarded", "refused: a packet to be forwarded through the namespace, past the proxy"},
+		RefusedEgress:           {"refused_egress", "refused by the egress guard: it would leave past the proxy, by no exclusion and as no answer"},
+		RefusedEgressSocket:     {"refused_egress_socket", "refused by the egress guard: a socket of a protocol that passes the proxy (raw, ICMP, SCTP, packet)"},
 	}
 	if v == EventsLost {
 		return verdictText{"lost", "no connection: events that the reader does not get"}

@@ -236,6 +236,12 @@ func askCIDR(s *Snapshot, c Connection) finding {
 
 func askMode(s *Snapshot, _ Connection) finding {
 	if !s.has(bpfmap.BpfConfigFlagCONFIG_TRANSPARENT) {
+		switch {
+		case s.has(bpfmap.BpfConfigFlagCONFIG_EGRESS_ENFORCE):
+			return decides(bpfmap.RefusedEgress, "the allocation is not in transparent mode, and the egress guard refuses what passes the proxy")
+		case s.has(bpfmap.BpfConfigFlagCONFIG_EGRESS_AUDIT):
+			return decides(bpfmap.EgressAudited, "the allocation is not in transparent mode, and the egress guard counts what passes the proxy")
+		}
 		return decides(bpfmap.Direct, "the allocation is not in transparent mode: only explicit upstreams are the proxy's")
 	}
 	return passes("the allocation is in transparent mode: what no rule exempts is redirected")

@@ -45,6 +45,7 @@ func Hooks() []hook {
 		{"weir_sendmsg4", ebpf.AttachCGroupUDP4Sendmsg},
 		{"weir_sendmsg6", ebpf.AttachCGroupUDP6Sendmsg},
 		{"weir_setsockopt", ebpf.AttachCGroupSetsockopt},
+		{"weir_socket", ebpf.AttachCGroupInetSockCreate},
 		{"weir_sockname6", ebpf.AttachCgroupInet6GetSockname},
 		{"weir_sockops", ebpf.AttachCGroupSockOps},
 	}

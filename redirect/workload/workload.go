@@ -66,6 +66,15 @@ func MaxGuard(a, b Guard) Guard {
 	return order[max(0, slices.Index(order, a), slices.Index(order, b))]
 }
 
+// MaxEgress is MaxGuard for the egress guard, of which "" is the weakest: a record
+// of a version without it is equal to one where it is off.
+func MaxEgress(a, b Guard) Guard {
+	if guard := MaxGuard(a, b); guard != GuardOff {
+		return guard
+	}
+	return ""
+}
+
 // Job names the Nomad job that a workload belongs to, for people.
 type Job struct {
 	Region    string `json:"region,omitempty"`
@@ -131,6 +140,7 @@ type Request struct {
 	OutboundPort uint16 `json:"outbound_port"`
 	DNS          DNS    `json:"dns,omitzero"`
 	Guard        Guard  `json:"guard,omitempty"`   // the least that the mesh configuration's may be
+	Egress       Guard  `json:"egress,omitempty"`  // likewise, of the egress guard
 	Forward      bool   `json:"forward,omitempty"` // let packets be forwarded through the namespace
 
 	ExcludeInboundPorts  []uint16       `json:"exclude_inbound_ports,omitempty"`
@@ -168,6 +178,7 @@ type MeshConfig struct {
 	ExcludeInboundPorts []uint16   `json:"exclude_inbound_ports,omitempty"` // added to the request's
 	Upstreams           []Upstream `json:"upstreams,omitempty"`
 	Guard               Guard      `json:"guard,omitempty"`   // "" is GuardOff
+	Egress              Guard      `json:"egress,omitempty"`  // likewise
 	Forward             bool       `json:"forward,omitempty"` // or the request's
 
 	// ExposedPorts are those of the first proxy's listeners for what is not the
@@ -198,7 +209,8 @@ type Workload struct {
 	Upstreams            []Upstream
 	ExposedPorts         []uint16 // of the first proxy
 	Guard                Guard
-	Forward              bool // it may forward packets
+	Egress               Guard // what leaves the namespace past the proxy
+	Forward              bool  // it may forward packets
 	Budget               uint32
 	Ephemeral            PortRange
 	Sources              Sources
@@ -229,6 +241,7 @@ func Merge(request Request, meshConfig MeshConfig) Workload {
 		ExcludeUIDs:          sorted(slices.Clone(request.ExcludeUIDs)),
 		Addresses:            slices.Clone(request.Addresses),
 		Guard:                MaxGuard(request.Guard, meshConfig.Guard),
+		Egress:               MaxEgress(request.Egress, meshConfig.Egress),
 		Forward:              request.Forward || meshConfig.Forward,
 		Budget:               request.Budget,
 		Service:              meshConfig.Service,
@@ -281,10 +294,12 @@ func (w Workload) Validate() error {
 	default:
 		return fmt.Errorf("mode %q: want %s, %s or %s", w.Mode, ModeTransparent, ModeDirect, ModeGateway)
 	}
-	switch w.Guard {
-	case GuardOff, GuardAudit, GuardEnforce:
-	default:
-		return fmt.Errorf("guard %q: want %s, %s or %s", w.Guard, GuardOff, GuardAudit, GuardEnforce)
+	for name, guard := range map[string]Guard{"guard": w.Guard, "egress guard": cmp.Or(w.Egress, GuardOff)} {
+		switch guard {
+		case GuardOff, GuardAudit, GuardEnforce:
+		default:
+			return fmt.Errorf("%s %q: want %s, %s or %s", name, guard, GuardOff, GuardAudit, GuardEnforce)
+		}
 	}
 	if w.OutboundPort == 0 {
 		return errors.New("outbound port: must not be 0")
@@ -349,7 +364,7 @@ func (w Workload) validateRows() error {
 func (w Workload) Equal(other Workload) bool {
 	return w.Mode == other.Mode && w.ProxyUID == other.ProxyUID &&
 		w.InboundPort == other.InboundPort && w.OutboundPort == other.OutboundPort &&
-		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard && w.Forward == other.Forward && w.Ephemeral == other.Ephemeral &&
+		w.DNS == other.DNS && w.Budget == other.Budget && w.Guard == other.Guard && w.Egress == other.Egress && w.Forward == other.Forward && w.Ephemeral == other.Ephemeral &&
 		slices.Equal(w.ExcludeInboundPorts, other.ExcludeInboundPorts) &&
 		slices.Equal(w.ExposedPorts, other.ExposedPorts) &&
 		slices.Equal(w.ExcludeOutboundPorts, other.ExcludeOutboundPorts) &&

@@ -156,6 +156,7 @@ func TestValidate(t *testing.T) {
 	}{
 		{"mode", func(w *Workload) { w.Mode = "opaque" }},
 		{"guard", func(w *Workload) { w.Guard = "maybe" }},
+		{"egress guard", func(w *Workload) { w.Egress = "maybe" }},
 		{"outbound port", func(w *Workload) { w.OutboundPort = 0 }},
 		{"inbound port", func(w *Workload) { w.InboundPort = w.OutboundPort }},
 		{"budget", func(w *Workload) { w.Budget = MaxBudget + 1 }},
@@ -205,6 +206,7 @@ func TestEqual(t *testing.T) {
 		"outbound port": func(w *Workload) { w.OutboundPort++ },
 		"DNS":           func(w *Workload) { w.DNS.Port++ },
 		"guard":         func(w *Workload) { w.Guard = GuardAudit },
+		"egress guard":  func(w *Workload) { w.Egress = GuardAudit },
 		"budget":        func(w *Workload) { w.Budget++ },
 		"ports in":      func(w *Workload) { w.ExcludeInboundPorts = []uint16{9} },
 		"ports out":     func(w *Workload) { w.ExcludeOutboundPorts = nil },
