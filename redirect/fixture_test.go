@@ -29,7 +29,7 @@ const (
 )
 
 // newDatapath loads an instance of its own, which ends with the test.
-func newDatapath(t *testing.T) *Datapath {
+func newDatapath(t testing.TB) *Datapath {
 	t.Helper()
 	d := unloadedDatapath(t)
 	if _, err := d.Load(); err != nil {
@@ -38,7 +38,7 @@ func newDatapath(t *testing.T) *Datapath {
 	return d
 }
 
-func unloadedDatapath(t *testing.T) *Datapath {
+func unloadedDatapath(t testing.TB) *Datapath {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	d := New(store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: filepath.Join(t.TempDir(), "state")})
