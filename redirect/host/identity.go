@@ -22,7 +22,7 @@ import (
 // /proc/<pid>/cgroup has it. It wraps os.ErrNotExist where the cgroup is gone.
 func CgroupPath(id uint64) (string, error) {
 	const kernfs = 0xfe // FILEID_KERNFS: a handle is the ID itself (Linux 5.5)
-	root, err := FindCgroupRoot("/proc/self/mountinfo")
+	root, err := CgroupRoot()
 	if err != nil {
 		return "", err
 	}
@@ -51,7 +51,7 @@ func CgroupPath(id uint64) (string, error) {
 
 // CgroupID is the reverse of CgroupPath.
 func CgroupID(path string) (uint64, error) {
-	root, err := FindCgroupRoot("/proc/self/mountinfo")
+	root, err := CgroupRoot()
 	if err != nil {
 		return 0, err
 	}
@@ -139,7 +139,7 @@ func processCgroup(pid int, cgroupRoot string) (uint64, error) {
 	if err != nil || !unified {
 		return 0, err
 	}
-	root, err := FindCgroupRoot("/proc/self/mountinfo")
+	root, err := CgroupRoot()
 	if err != nil {
 		root = cgroupRoot
 	}
@@ -158,6 +158,37 @@ func ProcessName(pid int) string {
 	return fmt.Sprintf("process %d (%s)", pid, name)
 }
 
+// CgroupRoot is where the root of cgroup v2 is mounted. It is asked for in every ADD
+// and in every look at a process, and mountinfo has several lines for each allocation:
+// where the root is at one of the usual places, a full node is not read.
+func CgroupRoot() (string, error) {
+	// In another cgroup namespace mountinfo alone says what is its root.
+	const initial = 0xEFFFFFFB // CGROUP_NS_INIT_INO of linux/nsfs.h
+	var own unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/cgroup", &own); err == nil && own.Ino == initial {
+		if root := cgroupRootAmong("/sys/fs/cgroup", "/sys/fs/cgroup/unified"); root != "" {
+			return root, nil
+		}
+	}
+	return FindCgroupRoot("/proc/self/mountinfo")
+}
+
+// cgroupRootAmong is the first of the paths that is the real root of cgroup v2: every
+// other directory of it has a file cgroup.type.
+func cgroupRootAmong(paths ...string) string {
+	for _, path := range paths {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(path, &fs); err != nil || fs.Type != unix.CGROUP2_SUPER_MAGIC {
+			continue
+		}
+		if _, err := os.Lstat(filepath.Join(path, "cgroup.type")); errors.Is(err, os.ErrNotExist) {
+			return path
+		}
+	}
+	return ""
+}
+
+// FindCgroupRoot reads a file like /proc/self/mountinfo.
 func FindCgroupRoot(path string) (string, error) {
 	file, err := os.Open(path)
 	if err != nil {

@@ -79,7 +79,7 @@ func (p Paths) OpenCgroupRoot() (*os.File, error) {
 	path := p.CgroupRoot
 	if path == "" {
 		var err error
-		if path, err = host.FindCgroupRoot("/proc/self/mountinfo"); err != nil {
+		if path, err = host.CgroupRoot(); err != nil {
 			return nil, err
 		}
 	}
