@@ -109,23 +109,31 @@ func readRecordFile(path, boot string) (*Record, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
 	}
-	// These first, one by one: the rest of a newer record may be of other types.
-	var header struct {
-		Schema int    `json:"schema"`
-		BootID string `json:"boot_id"`
-	}
-	whole := json.Unmarshal(data, &header) == nil
-	if whole && header.BootID != "" && header.BootID != boot {
-		return nil, ErrUnknown
-	}
-	if whole && header.Schema > recordSchema {
-		return nil, fmt.Errorf("%w: %s has schema %d, this version knows %d: %w", ErrUnreadable, path, header.Schema, recordSchema, ErrNewer)
-	}
 	r := new(Record)
 	if err := json.Unmarshal(data, r); err != nil {
-		return nil, fmt.Errorf("%w: %s: %w", ErrUnreadable, path, err)
+		// The rest of a newer record may be of other types, and nobody needs that of
+		// an earlier boot. Only here, as an agent reads all records in each pass.
+		var header struct {
+			Schema int    `json:"schema"`
+			BootID string `json:"boot_id"`
+		}
+		if json.Unmarshal(data, &header) != nil {
+			return nil, fmt.Errorf("%w: %s: %w", ErrUnreadable, path, err)
+		}
+		if header.BootID != "" && header.BootID != boot {
+			return nil, ErrUnknown
+		}
+		if header.Schema <= recordSchema {
+			return nil, fmt.Errorf("%w: %s: %w", ErrUnreadable, path, err)
+		}
+		r.Schema, r.BootID = header.Schema, boot
 	}
-	if r.BootID != boot {
+	switch {
+	case r.BootID != "" && r.BootID != boot:
+		return nil, ErrUnknown
+	case r.Schema > recordSchema:
+		return nil, fmt.Errorf("%w: %s has schema %d, this version knows %d: %w", ErrUnreadable, path, r.Schema, recordSchema, ErrNewer)
+	case r.BootID == "":
 		return nil, ErrUnknown
 	}
 	return r, nil
