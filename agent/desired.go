@@ -74,36 +74,9 @@ func planFor(s allocation, known catalogData, node policy) plan {
 	if len(s.Proxies) == 0 {
 		return w
 	}
-	mode, transparent := workload.ModeDirect, false
-	guard, egress := node.Guard, workload.MaxEgress(node.Egress, "")
-	for _, p := range s.Proxies {
-		transparent = transparent || p.Transparent
-		if p.isGateway() {
-			mode = workload.ModeGateway
-		}
-		guard, egress = workload.MaxGuard(guard, p.Guard), workload.MaxEgress(egress, p.Egress)
-		for _, what := range p.Problems {
-			w.problem(health.ProblemRegistration, "correct its job's connect block and run the job again", what)
-		}
-	}
-	switch {
-	case s.Record == nil && s.asked():
+	mode, guard, egress := w.decideMode(s, node)
+	if s.Record == nil && s.asked() {
 		return w // the plugin's, whose request comes first
-	case s.Record != nil:
-		mode = s.Record.Request.Mode
-		guard, egress = workload.MaxGuard(guard, s.Record.Request.Guard), workload.MaxEgress(egress, s.Record.Request.Egress)
-		if mode == workload.ModeTransparent && !transparent {
-			w.problem(health.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
-				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
-		}
-	default:
-		w.Add = &workload.Request{
-			Network: s.Network, Job: s.Job, Mode: mode, ProxyUID: node.ProxyUID, Addresses: s.Addresses,
-		}
-		if transparent {
-			w.problem(health.ProblemModeMismatch, "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
-				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
-		}
 	}
 	meshConfig := workload.MeshConfig{Guard: guard, Egress: egress, Forward: node.Forward}
 	proxies := inOrder(s.Proxies)
@@ -138,6 +111,41 @@ func planFor(s allocation, known catalogData, node policy) plan {
 		w.Problems = append(w.Problems, s.portsInMesh(meshConfig)...)
 	}
 	return w
+}
+
+// decideMode is the mode of the allocation, and its guards: those of its record, or what
+// its proxies make of it where it has none yet and the agent has to add it.
+func (w *plan) decideMode(s allocation, node policy) (mode workload.Mode, guard workload.Guard, egress workload.Guard) {
+	mode, guard, egress = workload.ModeDirect, node.Guard, workload.MaxEgress(node.Egress, "")
+	transparent := false
+	for _, p := range s.Proxies {
+		transparent = transparent || p.Transparent
+		if p.isGateway() {
+			mode = workload.ModeGateway
+		}
+		guard, egress = workload.MaxGuard(guard, p.Guard), workload.MaxEgress(egress, p.Egress)
+		for _, what := range p.Problems {
+			w.problem(health.ProblemRegistration, "correct its job's connect block and run the job again", what)
+		}
+	}
+	switch {
+	case s.Record != nil:
+		mode = s.Record.Request.Mode
+		guard, egress = workload.MaxGuard(guard, s.Record.Request.Guard), workload.MaxEgress(egress, s.Record.Request.Egress)
+		if mode == workload.ModeTransparent && !transparent {
+			w.problem(health.ProblemModeMismatch, `set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
+				"it is redirected, but Consul has its proxy in direct mode, without an outbound listener")
+		}
+	case !s.asked():
+		w.Add = &workload.Request{
+			Network: s.Network, Job: s.Job, Mode: mode, ProxyUID: node.ProxyUID, Addresses: s.Addresses,
+		}
+		if transparent {
+			w.problem(health.ProblemModeMismatch, "give the job a transparent_proxy block, or take the mode from service-defaults or proxy-defaults",
+				"Consul has its proxy in transparent mode, but the job has no transparent_proxy block: its connections pass the mesh")
+		}
+	}
+	return mode, guard, egress
 }
 
 // portsInMesh tells of host ports that lead to the proxy's listener for the mesh:

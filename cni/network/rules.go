@@ -165,28 +165,11 @@ func removeRules(bridge string) error {
 			if !isOwn && !mayHoldAccept(chain) {
 				continue
 			}
-			rules, err := rulesOf(conn, chain.Table, chain)
-			if err != nil {
-				problems = append(problems, err)
-				continue
-			}
-			var gone int
-			for _, rule := range rules {
-				switch {
-				case isFor(rule, bridge):
-					gone++
-					problems = append(problems, conn.DelRule(rule))
-				case isOwn && !servesAllBridges(chain):
-					others = true // another bridge's, or somebody else's
-				}
-			}
-			own = own || isOwn
-			if gone == 0 {
-				continue
-			}
-			if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-				problems = append(problems, fmt.Errorf("remove rules for %s from %s: %w", bridge, chainName(chain), err))
-			}
+			kept, err := removeRulesOf(conn, chain, bridge)
+			problems = append(problems, err)
+			// What is kept is another bridge's, or somebody else's; what could not be
+			// read may be.
+			own, others = own || isOwn, others || isOwn && (err != nil || kept > 0 && !servesAllBridges(chain))
 		}
 		if own && !others {
 			conn.DelTable(ownTable())
@@ -196,6 +179,29 @@ func removeRules(bridge string) error {
 		}
 		return errors.Join(problems...)
 	})
+}
+
+// removeRulesOf removes the rules for the bridge from one chain, and counts the others.
+func removeRulesOf(conn *nftables.Conn, chain *nftables.Chain, bridge string) (kept int, err error) {
+	rules, err := rulesOf(conn, chain.Table, chain)
+	if err != nil {
+		return 0, err
+	}
+	var problems []error
+	for _, rule := range rules {
+		if isFor(rule, bridge) {
+			problems = append(problems, conn.DelRule(rule))
+		} else {
+			kept++
+		}
+	}
+	if kept == len(rules) {
+		return kept, nil
+	}
+	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		problems = append(problems, fmt.Errorf("remove rules for %s from %s: %w", bridge, chainName(chain), err))
+	}
+	return kept, errors.Join(problems...)
 }
 
 // isFor reports a rule that the plugin made for the bridge.

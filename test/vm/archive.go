@@ -44,10 +44,12 @@ type pkg struct {
 // mirrorsFromSources reads the base URIs of Debian archives from apt's own configuration, both formats.
 func mirrorsFromSources(root string) ([]string, error) {
 	var uris []string
-	add := func(uri string) {
-		uri = strings.TrimRight(uri, "/")
-		if strings.HasPrefix(uri, "http") && !slices.Contains(uris, uri) {
-			uris = append(uris, uri)
+	add := func(more ...string) {
+		for _, uri := range more {
+			uri = strings.TrimRight(uri, "/")
+			if strings.HasPrefix(uri, "http") && !slices.Contains(uris, uri) {
+				uris = append(uris, uri)
+			}
 		}
 	}
 	stanzas, err := filepath.Glob(filepath.Join(root, "sources.list.d", "*.sources"))
@@ -61,9 +63,7 @@ func mirrorsFromSources(root string) ([]string, error) {
 		}
 		for line := range strings.Lines(string(text)) {
 			if value, ok := strings.CutPrefix(line, "URIs:"); ok {
-				for _, uri := range strings.Fields(value) {
-					add(uri)
-				}
+				add(strings.Fields(value)...)
 			}
 		}
 	}
@@ -80,12 +80,8 @@ func mirrorsFromSources(root string) ([]string, error) {
 			return nil, fmt.Errorf("read apt sources: %w", err)
 		}
 		for line := range strings.Lines(string(text)) {
-			fields := strings.Fields(line)
-			if len(fields) == 0 || fields[0] != "deb" {
-				continue
-			}
-			if at := slices.IndexFunc(fields, func(f string) bool { return strings.HasPrefix(f, "http") }); at > 0 {
-				add(fields[at])
+			if fields := strings.Fields(line); len(fields) > 0 && fields[0] == "deb" {
+				add(fields[1:]...) // what is no URI of an archive is passed over
 			}
 		}
 	}
