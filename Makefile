@@ -38,8 +38,8 @@ fuzz: ## Fuzz every target in turn, FUZZTIME=10m each; what is found stays in te
 	test/tools/setup.sh go
 	FUZZTIME='$(FUZZTIME)' test/fuzz.sh
 
-e2e: ## Run real job files on a whole node: Nomad, Consul, Docker, Envoy (root)
-	test/run-e2e.sh
+e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: those versions; RUN=REGEXP
+	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG='$(PKG)' test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
 	test/tools/setup.sh vm

