@@ -17,9 +17,9 @@ import (
 // startGate: tasks that dial in their first moment and end at the first error all
 // succeed, although no Envoy listens when they start: by a virtual IP through the
 // proxy's outbound listener, by one that leads to an explicit upstream, and by the
-// local port of an upstream in a plain job.
+// local port of an upstream in a plain job; with exec and with Docker.
 func startGate(t *testing.T, n *nomad.Node) {
-	speaksHTTP(n, "gate-api", "gate-implicit", "gate-explicit", "gate-plain")
+	speaksHTTP(n, "gate-api", "gate-implicit", "gate-explicit", "gate-plain", "gate-docker")
 	api := n.Run("testdata/jobs/gate-api.nomad.hcl").Alloc("api")
 	const count = 4
 	job := n.Run("testdata/jobs/gate-first.nomad.hcl", "count", fmt.Sprint(count)) // one that ends with an error ends the test
@@ -31,7 +31,7 @@ func startGate(t *testing.T, n *nomad.Node) {
 		took[a.Group] = append(took[a.Group], got.Took)
 	}
 	t.Logf("the first requests took %s", took)
-	for _, group := range []string{"implicit", "explicit", "plain"} {
+	for _, group := range []string{"implicit", "explicit", "plain", "docker"} {
 		// A connection that waits takes at least as long as its first retransmission.
 		waited := slices.ContainsFunc(took[group], func(took time.Duration) bool { return took >= time.Second })
 		if len(took[group]) != count || !waited {

@@ -165,4 +165,48 @@ job "gate-first" {
       }
     }
   }
+
+  group "docker" {
+    count = var.count
+    network {
+      mode = "bridge"
+    }
+    restart {
+      attempts = 0
+      mode     = "fail"
+    }
+    reschedule {
+      attempts  = 0
+      unlimited = false
+    }
+    service {
+      name = "gate-docker"
+      port = "8080"
+      connect {
+        sidecar_service {
+          disable_default_tcp_check = true
+          proxy {
+            transparent_proxy {}
+          }
+        }
+        sidecar_task {
+          resources {
+            cpu    = 50
+            memory = 128
+          }
+        }
+      }
+    }
+    task "docker" {
+      driver = "docker"
+      config {
+        image = "app:node"
+        args  = ["first", "http://gate-api.virtual.consul/"]
+      }
+      resources {
+        cpu    = 50
+        memory = 64
+      }
+    }
+  }
 }
