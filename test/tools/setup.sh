@@ -151,13 +151,14 @@ setup_envoy() {
 	mv "$binary.new" "$binary"
 }
 
-# build_tool BINARY PACKAGE [VERSION] builds the version that go.mod pins, or that one.
+# build_tool BINARY PACKAGE [VERSION [MODULE@VERSION...]] builds the version that go.mod
+# pins, or that one with those modules.
 build_tool() (
 	module=$root/test/tools/${2##*/}
 	mkdir -p "${1%/*}" || exit
 	if [[ -n ${3:-} ]]; then
 		trap 'rm -rf "$1.module"' EXIT
-		cp -r "$module" "$1.module" && cd "$1.module" && go get "$2@v$3" || exit
+		cp -r "$module" "$1.module" && cd "$1.module" && go get "$2@v$3" "${@:4}" || exit
 	else
 		cd "$module" || exit
 	fi
@@ -172,7 +173,8 @@ setup_consul() {
 	[[ -z ${CONSUL:-} ]] && is_pinned_consul consul && return
 	is_pinned_consul "$binary" && return
 	say "$step: build Consul $CONSUL_VERSION, which takes minutes"
-	build_tool "$binary" github.com/hashicorp/consul ${CONSUL:+"$CONSUL"} || die "build Consul"
+	# A release replaces its API's module by a directory of its own: go.mod names an older one.
+	build_tool "$binary" github.com/hashicorp/consul ${CONSUL:+"$CONSUL" github.com/hashicorp/consul/api@v1.34.1} || die "build Consul"
 	is_pinned_consul "$binary.new" || die "what was built is not Consul $CONSUL_VERSION"
 	mv "$binary.new" "$binary"
 }
