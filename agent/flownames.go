@@ -160,7 +160,7 @@ func (n *flowNames) task(w *flowWorkload, cgroup uint64) string {
 func (n *flowNames) record(event redirect.Event) flowRecord {
 	r := flowRecord{
 		at: event.Time.UnixNano(), cgroup: event.Cgroup, uid: event.UID, pid: event.PID, verdict: event.Verdict,
-		lost: uint32(min(event.Lost, 1<<32-1)), workload: n.workload(event.Cookie),
+		transport: event.Transport, lost: uint32(min(event.Lost, 1<<32-1)), workload: n.workload(event.Cookie),
 	}
 	copy(r.command[:], event.Command)
 	r.source, r.sourcePort, r.valid[0] = packAddr(event.Source)

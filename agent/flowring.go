@@ -23,6 +23,8 @@ type flowRecord struct {
 	service  string        // of the destination
 	command  [16]byte
 
+	transport string // see redirect.Event
+
 	source, origin, destination             [16]byte
 	sourcePort, originPort, destinationPort uint16
 	valid                                   [3]bool // source, origin, destination
@@ -62,6 +64,7 @@ func (r *flowRecord) event() redirect.Event {
 		Origin:      unpackAddr(r.origin, r.originPort, r.valid[1]),
 		Destination: unpackAddr(r.destination, r.destinationPort, r.valid[2]),
 		UID:         r.uid, PID: r.pid, Cgroup: r.cgroup, Command: r.commandName(), Lost: uint64(r.lost),
+		Transport: r.transport,
 	}
 	return event
 }

@@ -31,6 +31,7 @@ type flows struct {
 	ring     *flowRing
 	names    flowNames
 	guard    *guardTable
+	egress   *egressTable
 	facts    atomic.Pointer[flowFacts] // of the newest pass
 	datapath *redirect.Datapath
 	node     string
@@ -53,7 +54,7 @@ func newFlows(a *Agent) (*flows, error) {
 		return nil, fmt.Errorf("read host name: %w", err)
 	}
 	f := &flows{
-		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), guard: newGuardTable(time.Now()), datapath: a.datapath, node: node, log: a.log,
+		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), guard: newGuardTable(time.Now()), egress: newEgressTable(), datapath: a.datapath, node: node, log: a.log,
 		pin: filepath.Join(a.datapath.Paths().PinDir, "maps", "events"), done: make(chan struct{}),
 		names: flowNames{known: a.datapath.Records, cgroupPath: host.CgroupPath, containers: a.containers},
 	}
@@ -66,6 +67,7 @@ func (f *flows) learn(known []redirect.Record, consul snapshot) {
 	if f != nil {
 		f.facts.Store(&flowFacts{known: known, consul: consul})
 		f.guard.keep(known, time.Now())
+		f.egress.keep(known, time.Now())
 	}
 }
 
@@ -113,6 +115,7 @@ func (f *flows) read(ctx context.Context) error {
 		record := f.names.record(event)
 		f.ring.append(record)
 		f.guard.note(&record)
+		f.egress.note(&record)
 		return nil
 	})
 	if errors.Is(err, redirect.ErrBusy) {

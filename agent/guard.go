@@ -15,18 +15,18 @@ import (
 
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
-	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // GuardList is what came in past the proxies of a node's allocations since the
 // agent began to record: what guard "enforce" refuses, or would refuse.
 type GuardList struct {
-	Schema  int          `json:"schema"`
-	Since   time.Time    `json:"since"`
-	Entries []GuardEntry `json:"entries"`
-	Omitted uint64       `json:"omitted"` // connections for which the table has no entry: it was full
-	Lost    uint64       `json:"lost"`    // connections of any kind that the kernel could not tell of
+	Schema  int           `json:"schema"`
+	Since   time.Time     `json:"since"`
+	Entries []GuardEntry  `json:"entries"`
+	Egress  []EgressEntry `json:"egress"`  // what left past the proxies, or would have
+	Omitted uint64        `json:"omitted"` // connections for which the table has no entry: it was full
+	Lost    uint64        `json:"lost"`    // connections of any kind that the kernel could not tell of
 }
 
 // GuardEntry is what came from one source to one port of an allocation.
@@ -214,7 +214,7 @@ func (a *Agent) serveGuard(w http.ResponseWriter, _ *http.Request) {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
-	a.writeJSON(w, http.StatusOK, a.flows.guard.list(known, host.Served))
+	a.writeJSON(w, http.StatusOK, a.flows.listGuards(known))
 }
 
 // ReadGuard asks the agent whose state is in stateDir for what came in past the

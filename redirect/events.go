@@ -41,7 +41,8 @@ type Event struct {
 	PID         uint32         `json:"pid"`
 	Cgroup      uint64         `json:"cgroup"`
 	Command     string         `json:"command"`
-	Lost        uint64         `json:"lost,omitempty"` // with EventsLost: how many, since the last such event
+	Transport   string         `json:"transport,omitempty"` // of the egress guard: the protocol, or what kind of socket was made
+	Lost        uint64         `json:"lost,omitempty"`      // with EventsLost: how many, since the last such event
 }
 
 // Events delivers every connection of every workload from now on, until ctx
@@ -186,6 +187,10 @@ func decodeEvent(row bpfmap.BpfEvent) Event {
 		PID:         row.Pid,
 		Cgroup:      row.Cgroup,
 		Command:     unix.ByteSliceToString((*[len(row.Comm)]byte)(unsafe.Pointer(&row.Comm))[:]),
+	}
+	switch event.Verdict { //nolint:exhaustive // of the others the reader need not know it
+	case bpfmap.EgressAudited, bpfmap.EgressSocketAudited, bpfmap.RefusedEgress, bpfmap.RefusedEgressSocket:
+		event.Transport = transportOf(row.Family, row.SocketType, row.Protocol)
 	}
 	if row.SourcePort != 0 {
 		event.Source = bpfmap.DecodeAddrPort(row.Source, row.SourcePort)

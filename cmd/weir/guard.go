@@ -30,8 +30,13 @@ func newGuard(env env) *command {
   The agent keeps the list, of at most 256 ports and sources an allocation, and what
   it has no room for is counted below. See what would be refused of job api:
 
-      $ weir guard api`).withPaths().withJSON().withSelection()
+      $ weir guard api
+
+  With -egress it lists what left past the proxies, by task: that is what the egress
+  guard, guard { egress = "enforce" }, refuses or would refuse. A connect of UDP
+  counts as one, each datagram without a connect, and each socket of another kind.`).withPaths().withJSON().withSelection()
 	c.flags.Lookup("verbose").Usage = "print whole names; and errors in full, with the kernel's verifier log"
+	egress := c.flags.Bool("egress", false, "list what went out past the proxy")
 	c.do = func() (int, error) {
 		ctx, cancel := context.WithTimeout(c.ctx, 10*time.Second)
 		defer cancel()
@@ -55,8 +60,15 @@ func newGuard(env env) *command {
 		list.Entries = slices.DeleteFunc(list.Entries, func(e agent.GuardEntry) bool {
 			return !chosen.has(named{id: e.AllocID, job: e.Job})
 		})
+		list.Egress = slices.DeleteFunc(list.Egress, func(e agent.EgressEntry) bool {
+			return !chosen.has(named{id: e.AllocID, job: e.Job})
+		})
 		if c.json {
 			return 0, c.printJSON(list)
+		}
+		if *egress {
+			c.ui.Output(c.renderEgress(list, time.Now()))
+			return 0, nil
 		}
 		c.ui.Output(c.renderGuard(list, time.Now()))
 		return 0, nil

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+)
+
+// EgressEntry is what one task sent past its proxy to one port of one address, or
+// the sockets of one kind that it made.
+type EgressEntry struct {
+	AllocID     string    `json:"alloc_id"`
+	Job         string    `json:"job"`
+	TaskGroup   string    `json:"task_group"`
+	Task        string    `json:"task"`    // empty where it is not known
+	Command     string    `json:"command"` // the name that the process of the last one gives itself
+	UID         uint32    `json:"uid"`     // ... its user
+	Transport   string    `json:"transport"`
+	Destination string    `json:"destination"` // allocation of this node as job/group/ID, service, or address; empty for a socket
+	Port        uint16    `json:"port"`
+	Verdict     string    `json:"verdict"` // of the last one
+	Count       uint64    `json:"count"`   // datagrams that were sent, connects, or sockets
+	First       time.Time `json:"first"`
+	Last        time.Time `json:"last"`
+	Remedy      string    `json:"remedy"` // what of the job lets it out
+}
+
+// egressTable counts what left past the proxies, with the bounds of guardTable.
+type egressTable struct {
+	mu      sync.Mutex
+	entries map[egressKey]*egressCount
+	share   map[uint64]int // entries by the workload's cookie
+	omitted uint64
+}
+
+type egressKey struct {
+	cookie          uint64
+	task, transport string
+	to              netip.AddrPort
+}
+
+type egressCount struct {
+	record flowRecord // the last one
+	count  uint64
+	first  int64
+}
+
+func newEgressTable() *egressTable {
+	return &egressTable{entries: make(map[egressKey]*egressCount), share: make(map[uint64]int)}
+}
+
+func (e *egressTable) note(r *flowRecord) {
+	switch r.verdict { //nolint:exhaustive // nothing else is for the egress guard
+	case bpfmap.EgressAudited, bpfmap.EgressSocketAudited, bpfmap.RefusedEgress, bpfmap.RefusedEgressSocket:
+	default:
+		return
+	}
+	key := egressKey{cookie: r.workload.cookie, task: r.task, transport: r.transport}
+	if r.verdict == bpfmap.EgressAudited || r.verdict == bpfmap.RefusedEgress {
+		key.to = unpackAddr(r.origin, r.originPort, r.valid[1])
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	entry := e.entries[key]
+	if entry == nil {
+		if len(e.entries) >= guardEntries || e.share[key.cookie] >= guardShare {
+			e.omitted++
+			return
+		}
+		entry = &egressCount{first: r.at}
+		e.entries[key] = entry
+		e.share[key.cookie]++
+	}
+	entry.record = *r
+	entry.count++
+}
+
+// keep is that of guardTable.
+func (e *egressTable) keep(known []redirect.Record, now time.Time) {
+	there := make(map[uint64]bool, len(known))
+	for _, k := range known {
+		there[k.Cookie] = true
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for key, entry := range e.entries {
+		if there[key.cookie] || now.Sub(time.Unix(0, entry.record.at)) < time.Minute {
+			continue
+		}
+		delete(e.entries, key)
+		if e.share[key.cookie]--; e.share[key.cookie] == 0 {
+			delete(e.share, key.cookie)
+		}
+	}
+}
+
+// list is the table as it is now, sorted, and how much had no place in it.
+func (e *egressTable) list() ([]EgressEntry, uint64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	list := make([]EgressEntry, 0, len(e.entries))
+	for key, entry := range e.entries {
+		r := &entry.record
+		one := EgressEntry{
+			AllocID: r.workload.allocID, Job: r.workload.job, TaskGroup: r.workload.group, Task: key.task, Command: r.commandName(), UID: r.uid,
+			Transport: key.transport, Verdict: r.verdict.String(), Count: entry.count, First: time.Unix(0, entry.first), Last: time.Unix(0, r.at),
+			Remedy: fmt.Sprintf(`exclude_uids = ["%d"]`, r.uid),
+		}
+		if key.to.IsValid() {
+			one.Port, one.Destination = key.to.Port(), cmp.Or(r.service, key.to.Addr().String())
+			if r.peer != nil {
+				one.Destination = r.peer.label()
+			}
+			one.Remedy = fmt.Sprintf(`exclude_outbound_ports = ["%d"]`, key.to.Port())
+		}
+		list = append(list, one)
+	}
+	slices.SortFunc(list, func(a, b EgressEntry) int {
+		return cmp.Or(strings.Compare(a.Job, b.Job), strings.Compare(a.AllocID, b.AllocID), strings.Compare(a.Task, b.Task),
+			strings.Compare(a.Transport, b.Transport), strings.Compare(a.Destination, b.Destination), cmp.Compare(a.Port, b.Port))
+	})
+	return list, e.omitted
+}
+
+// listGuards are the lists of both guards.
+func (f *flows) listGuards(known []redirect.Record) GuardList {
+	list := f.guard.list(known, host.Served)
+	var omitted uint64
+	list.Egress, omitted = f.egress.list()
+	list.Omitted += omitted
+	return list
+}

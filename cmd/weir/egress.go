@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+)
+
+// renderEgress is the list of what left past the proxies.
+func (c *command) renderEgress(list agent.GuardList, now time.Time) string {
+	since := "since the agent began to record, " + ago(now, list.Since) + " ago"
+	if len(list.Egress) == 0 {
+		return "nothing that an egress guard sees went out past a proxy " + since + incomplete(list)
+	}
+	rows := [][]string{{"ALLOC", "JOB", "TASK", "COMMAND", "BY", "TO", "PORT", "COUNT", "LAST"}}
+	for _, e := range list.Egress {
+		port := "-"
+		if e.Port != 0 {
+			port = fmt.Sprint(e.Port)
+		}
+		command := strings.Join(strings.Fields(e.Command), " ") // a process names itself
+		rows = append(rows, []string{
+			short(e.AllocID), orDash(e.Job), orDash(e.Task), orDash(command), e.Transport, orDash(e.Destination), port, fmt.Sprint(e.Count), ago(now, e.Last),
+		})
+	}
+	if !c.verbose {
+		rows = cut(rows, 80, 1, 2, 3, 5)
+	}
+	lines := strings.Split(table("", rows), "\n")
+	var remedies []string
+	for i, e := range list.Egress {
+		if e.Verdict == bpfmap.RefusedEgress.String() || e.Verdict == bpfmap.RefusedEgressSocket.String() {
+			lines[i+1] = c.paint(red, lines[i+1])
+		}
+		line := "  " + cmp.Or(strings.Trim(e.Job+"/"+e.TaskGroup, "/"), short(e.AllocID)) + ": " + e.Remedy
+		if !slices.Contains(remedies, line) {
+			remedies = append(remedies, line)
+		}
+	}
+	return strings.Join(lines, "\n") + "\n\nTo let it out, in the group's transparent_proxy block:\n" + strings.Join(remedies, "\n") +
+		"\n\nall of it " + since + "; LAST is how long ago" + incomplete(list)
+}
