@@ -18,9 +18,8 @@ static __always_inline bool is_resolver(const struct snapshot *snapshot, const s
 
 /* The rules of a datagram, or of a socket of UDP that connects; the first that
  * matches decides. VERDICT_UDP is what needs no name. */
-static __always_inline enum verdict decide_egress(struct bpf_sock *sk,
-						  const struct snapshot *snapshot,
-						  const struct dial *dial)
+static __always_inline enum verdict
+decide_egress(struct bpf_sock *sk, const struct snapshot *snapshot, const struct dial *dial)
 {
 	struct address *address;
 
@@ -31,9 +30,9 @@ static __always_inline enum verdict decide_egress(struct bpf_sock *sk,
 		return VERDICT_UID_EXCLUDED;
 	/* By another device a loopback address leaves the namespace. */
 	if (addr_is_local(&dial->origin))
-		return !sk->bound_dev_if || sk->bound_dev_if == LO_IFINDEX ?
-			       VERDICT_UDP :
-			       egress_refusal(snapshot->config);
+		return !sk->bound_dev_if || sk->bound_dev_if == LO_IFINDEX
+			       ? VERDICT_UDP
+			       : egress_refusal(snapshot->config);
 	address = snapshot_address(snapshot, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
 		return VERDICT_UDP;
@@ -67,8 +66,8 @@ static __always_inline enum verdict decide_socket(const struct snapshot *snapsho
 	    dials_as_proxy(snapshot, proxy_at(snapshot->cookie, snapshot->config->seat), dial) ||
 	    is_excluded_uid(snapshot, dial))
 		return VERDICT_DIRECT;
-	return snapshot->config->flags & CONFIG_EGRESS_ENFORCE ? VERDICT_REFUSED_EGRESS_SOCKET :
-								 VERDICT_EGRESS_SOCKET_AUDIT;
+	return snapshot->config->flags & CONFIG_EGRESS_ENFORCE ? VERDICT_REFUSED_EGRESS_SOCKET
+							       : VERDICT_EGRESS_SOCKET_AUDIT;
 }
 
 #endif

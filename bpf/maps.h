@@ -251,8 +251,8 @@ struct event {
 	__u16 origin_port;
 	__u16 destination_port;
 	__u16 source_port;
-	__u16 protocol;    /* of a socket that is made, or of what it sends: IPPROTO_..., ETH_P_... */
-	__u16 family;      /* of a socket that is made; else 0, as is the next */
+	__u16 protocol; /* of a socket that is made, or of what it sends: IPPROTO_..., ETH_P_... */
+	__u16 family;   /* of a socket that is made; else 0, as is the next */
 	__u16 socket_type; /* SOCK_... */
 	char comm[16];
 };

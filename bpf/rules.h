@@ -271,8 +271,8 @@ static __always_inline bool is_foreign_source(const struct snapshot *snapshot,
 /* What leaves the namespace past the proxy, as the egress guard has it. */
 static __always_inline enum verdict egress_refusal(const struct config *config)
 {
-	return config->flags & CONFIG_EGRESS_ENFORCE ? VERDICT_REFUSED_EGRESS :
-						       VERDICT_EGRESS_AUDIT;
+	return config->flags & CONFIG_EGRESS_ENFORCE ? VERDICT_REFUSED_EGRESS
+						     : VERDICT_EGRESS_AUDIT;
 }
 
 /* A TCP connection of a workload where nothing is redirected. */

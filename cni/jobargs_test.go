@@ -88,6 +88,10 @@ func TestJobArguments(t *testing.T) {
 	direct.Notes = []string{"the job excludes inbound ports http@8080"}
 	wantRequest(t, ownArgs("weir.mode=direct;weir.guard=enforce;weir.exclude-inbound-ports=http@8080;weir.proxy-uid=7"), everyJobArg(), direct)
 	wantRequest(t, ownArgs("weir.mode=gateway"), everyJobArg(), ownBase(workload.ModeGateway))
+	guarded := ownBase(workload.ModeDirect)
+	guarded.Egress, guarded.ExcludeOutboundPorts = workload.GuardEnforce, []uint16{123}
+	guarded.Notes = []string{"the job excludes outbound ports ntp@123"}
+	wantRequest(t, ownArgs("weir.mode=direct;weir.egress=enforce;weir.exclude-outbound-ports=ntp@123"), everyJobArg(), guarded)
 }
 
 func wantRequest(t *testing.T, args, conf string, want workload.Request) {

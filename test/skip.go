@@ -11,8 +11,6 @@ import (
 	"testing"
 	"unsafe"
 
-	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/asm"
 	"golang.org/x/sys/unix"
 )
 
@@ -29,9 +27,6 @@ const (
 	// IOUring is a kernel that lets processes use io_uring.
 	IOUring Requirement = "io_uring"
 )
-
-// BPFLSM is a kernel that runs a program of BPF's LSM for the processes of a cgroup.
-const BPFLSM Requirement = "bpf_lsm"
 
 // Tool requires a program on PATH.
 func Tool(name string) Requirement { return Requirement("tool " + name) }
@@ -57,8 +52,6 @@ func (r Requirement) Missing() error {
 		return knownFilesystem("bpf")
 	case IOUring:
 		return makeRing()
-	case BPFLSM:
-		return loadLSM()
 	case CNIPlugins:
 		_, err := findPlugins()
 		return err
@@ -94,18 +87,6 @@ func makeRing() error {
 		return fmt.Errorf("make ring: %w", errno)
 	}
 	return unix.Close(int(fd))
-}
-
-// loadLSM loads a program and throws it away.
-func loadLSM() error {
-	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{
-		Type: ebpf.LSM, AttachType: ebpf.AttachLSMCgroup, AttachTo: "socket_create", License: "GPL",
-		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 1), asm.Return()},
-	})
-	if err != nil {
-		return fmt.Errorf("load program: %w", err)
-	}
-	return program.Close()
 }
 
 func knownFilesystem(name string) error {
