@@ -352,7 +352,7 @@ func problemIs(t *testing.T, a *alloc, code health.ProblemCode) {
 	if err != nil || len(list) != 1 {
 		t.Fatalf("%d workloads, %v", len(list), err)
 	}
-	if !slices.ContainsFunc(list[0].Problems, func(p health.Problem) bool { return p.Code == code }) {
+	if !slices.ContainsFunc(list[0].Problems, func(p health.Problem) bool { return p.Code == code.String() }) {
 		t.Errorf("problems %v, want %v among them", list[0].Problems, code)
 	}
 }
