@@ -22,6 +22,7 @@ import (
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/dump"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
@@ -60,6 +61,7 @@ type datapath interface {
 	Verdicts() ([]redirect.WorkloadVerdicts, error)
 	Explain(workload.AttachmentID, explain.Connection) (explain.Explanation, error)
 	Settings(workload.AttachmentID) (settings []explain.Setting, silent bool, err error)
+	Dump(workload.AttachmentID) ([]dump.Row, error)
 	Events(ctx context.Context, deliver func(redirect.Event) error) error
 }
 

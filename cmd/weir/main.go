@@ -111,7 +111,7 @@ func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
 		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads,
-		newVerdicts, newExplain, newEvents, newFlows, newConfigValidate, newGuard, newDoctor, newVersion,
+		newVerdicts, newExplain, newDump, newEvents, newFlows, newConfigValidate, newGuard, newDoctor, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

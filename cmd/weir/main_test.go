@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/dump"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
@@ -55,6 +56,7 @@ type node struct {
 	explanation explain.Explanation
 	asked       []explain.Connection // of explain
 	settings    []explain.Setting
+	rows        []dump.Row
 	silent      bool // a proxy does not listen
 
 	left      []ended.Attachment              // of ended allocations
@@ -77,7 +79,8 @@ func (n *node) Explain(_ workload.AttachmentID, c explain.Connection) (explain.E
 func (n *node) Settings(workload.AttachmentID) ([]explain.Setting, bool, error) {
 	return n.settings, n.silent, n.err
 }
-func (n *node) Find() ([]ended.Attachment, error) { return n.left, n.err }
+func (n *node) Dump(workload.AttachmentID) ([]dump.Row, error) { return n.rows, n.err }
+func (n *node) Find() ([]ended.Attachment, error)              { return n.left, n.err }
 func (n *node) Remove(_ context.Context, a ended.Attachment) error {
 	if err := n.stuck[a.Key]; err != nil {
 		return err
