@@ -213,7 +213,7 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
 	}
 	if !program.FamiliesHeld(d.paths, w) {
-		problem(health.ProblemFamiliesOpen, "use a kernel with CONFIG_BPF_LSM and trampolines for it (Linux 6.0; on arm64 6.4), or take CAP_NET_RAW from its tasks",
+		problem(health.ProblemFamiliesOpen, "take CAP_NET_RAW from its tasks, which Nomad gives to none by default: without it no packet socket is made",
 			"its egress guard does not see sockets of other families than IP: packet, vsock, XDP")
 	}
 	lookups, err := program.LookupsIn(tables, ns)
