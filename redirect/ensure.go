@@ -64,9 +64,6 @@ func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Names
 	if filtered {
 		changed = append(changed, "filter of forwarded packets set")
 	}
-	if program.HoldFamilies(d.paths, wanted) {
-		changed = append(changed, "program for other families of sockets attached")
-	}
 	adopted, err := registerExistingListeners(tables, d.paths, ns, wanted, r.RejectedCgroups)
 	if err != nil {
 		return changed, err
@@ -238,7 +235,7 @@ func (d *Datapath) renewFilters() error {
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
-	problems := []error{program.RenewFamilies(d.paths)}
+	var problems []error
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {

@@ -212,10 +212,6 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 	if !filtered {
 		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
 	}
-	if !program.FamiliesHeld(d.paths, w) {
-		problem(health.ProblemFamiliesOpen, "take CAP_NET_RAW from its tasks, which Nomad gives to none by default: without it no packet socket is made",
-			"its egress guard does not see sockets of other families than IP: packet, vsock, XDP")
-	}
 	lookups, err := program.LookupsIn(tables, ns)
 	if err != nil {
 		return err

@@ -43,7 +43,7 @@ Error: Invalid value
   on DIR/20-last.hcl line 2, in cni:
    2:   job_args = ["mode", "garud"]
 
-cni.job_args = "garud": want names of mode, guard, forward, proxy-uid,
+cni.job_args = "garud": want names of mode, guard, egress, forward, proxy-uid,
 inbound-port, outbound-port, dns, exclude-inbound-ports,
 exclude-outbound-ports, exclude-outbound-cidrs, exclude-uids.
 

@@ -40,7 +40,7 @@ func DetachPrograms(sets []*Set) (repairs []string, err error) {
 			return nil
 		}
 		prog, err := describeProgram(info.Program)
-		if err != nil || prog.Name != LookupName && prog.Name != FamilyName && !slices.Contains(ProgramNames(), prog.Name) {
+		if err != nil || prog.Name != LookupName && !slices.Contains(ProgramNames(), prog.Name) {
 			return nil // it ended, or is somebody else's
 		}
 		for _, s := range sets {
