@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -110,6 +111,24 @@ func (d *Datapath) lacksPins() bool {
 		})
 	}
 	return missing(d.paths.Maps(), bpfmap.MapNames()) || missing(d.paths.Links(), program.ProgramNames())
+}
+
+// halfRestored reports whether pins are missing that only workloads need: those of the
+// filter's programs, or the lookup program of one on record.
+func (d *Datapath) halfRestored() bool {
+	missing := func(path string) bool {
+		_, err := os.Lstat(path)
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	records, _ := d.paths.ReadRecords() // what cannot be read is told elsewhere
+	for _, r := range records {
+		if missing(d.paths.Lookup(r.Cookie)) {
+			return true
+		}
+	}
+	return len(records) > 0 && slices.ContainsFunc(slices.Collect(maps.Values(program.FilterNames())), func(name string) bool {
+		return missing(filepath.Join(d.paths.Filters(), name))
+	})
 }
 
 // errEnding: the programs ended while they were looked at.

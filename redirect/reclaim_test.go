@@ -360,3 +360,35 @@ func TestNodesWithTheSamePathsAreTwo(t *testing.T) {
 	}
 	healthy(t, n.Datapath)
 }
+
+// A load that died when it had put maps and links back, but not all that workloads
+// need, is finished by the next one.
+func TestLoadFinishesWhatAKilledOneLeft(t *testing.T) {
+	for name, lost := range map[string]func(*Datapath) string{
+		"filters' pins": func(d *Datapath) string { return d.paths.Filters() },
+		"lookups' pins": func(d *Datapath) string { return d.paths.Lookups() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			a.add(full)
+			a.startProxy()
+			a.works()
+			want := kernelObjects(t, n.Datapath).counts()
+			if err := os.RemoveAll(lost(n.Datapath)); err != nil {
+				t.Fatal(err)
+			}
+			result, err := n.Load()
+			if err != nil || len(result.Did) == 0 {
+				t.Errorf("load did %q, %v; want it put back", result.Did, err)
+			}
+			healthy(t, n.Datapath)
+			a.works()
+			held := kernelObjects(t, n.Datapath)
+			held.settle(t, want)
+			if result, err := n.Load(); err != nil || len(result.Did) > 0 {
+				t.Errorf("load again did %q, %v; want nothing", result.Did, err)
+			}
+		})
+	}
+}
