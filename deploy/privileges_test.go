@@ -68,9 +68,6 @@ func TestUnitLeavesTheLeastPrivileges(t *testing.T) {
 			seesNftables: "list nftables chains: netlink receive: operation not permitted",
 			seesIptables: "list nftables chains: netlink receive: operation not permitted",
 		}},
-		{"NET_RAW", drop + "CAP_NET_RAW", map[string]string{
-			seesIptables: "open raw socket: operation not permitted",
-		}},
 		{"NET_BROADCAST", drop + "CAP_NET_BROADCAST", map[string]string{
 			hearsOfNetworks: "watch networks: operation not permitted",
 		}},

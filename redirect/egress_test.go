@@ -166,7 +166,7 @@ func TestEgressWays(t *testing.T) {
 		}
 	}
 	for _, way := range []string{"udp by IPv4", "udp by IPv6", "udp-lite by IPv4", "raw with a header by IPv4", "packet by IPv4", "packet without a queue by IPv4", "icmp by IPv6", "ping socket by IPv4"} {
-		if off := tables[way]; off.errno != 0 || !off.left {
+		if off := tables[way]; !absent(off.errno) && (off.errno != 0 || !off.left) { // Linux 7.1 has no UDP-Lite any more
 			t.Errorf("%s ends with %s without the guard, seen outside %t; the test proves nothing", way, errnoName(off.errno), off.left)
 		}
 	}

@@ -12,11 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Where a holder listens: on addresses of loopback that nobody uses, and a port below
-// all that tasks bind, so that it is in nobody's way. There are several, because an
-// agent that begins may find its predecessor's.
+// Where a holder listens: on addresses of loopback that nobody uses, and a port above
+// those that the kernel and Nomad give out, so that it is in nobody's way and needs no
+// CAP_NET_BIND_SERVICE. There are several, because an agent that begins may find its
+// predecessor's.
 const (
-	holderPort  = 1
+	holderPort  = 65535
 	holderPlace = 254 // 127.127.255.254, and down
 	holders     = 8
 )
