@@ -99,7 +99,7 @@ func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, re
 	}
 	result, err = d.upgrade(pinned, root, renew)
 	result.Changed, result.Did = result.Changed || len(repairs) > 0, append(repairs, result.Did...)
-	if err != nil || len(reclaimed) == 0 && !(renew && d.halfRestored()) {
+	if err != nil || len(reclaimed) == 0 && (!renew || !d.halfRestored()) {
 		return result, err
 	}
 	// Some of it may have been on its way out already, now or when a process died
