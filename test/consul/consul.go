@@ -323,3 +323,19 @@ func freePorts(tb testing.TB, count int) []int {
 	}
 	return ports
 }
+
+// freePortBeside is one that is none of the ports: those are free as well until the
+// server has them.
+func freePortBeside(tb testing.TB, ports settings) int {
+	tb.Helper()
+	for {
+		port := freePorts(tb, 1)[0]
+		taken := false
+		for _, other := range ports {
+			taken = taken || other == port
+		}
+		if !taken {
+			return port
+		}
+	}
+}

@@ -49,12 +49,13 @@ func WithTLS() Option {
 		s.tb.Helper()
 		s.authority(s.dir)
 		file := func(name string) string { return filepath.Join(s.dir, name) }
-		port := freePorts(s.tb, 1)[0]
+		ports := config["ports"].(settings)
+		port := freePortBeside(s.tb, ports)
 		s.TLS = TLS{
 			Address: fmt.Sprintf("127.0.0.1:%d", port), CA: file("consul-agent-ca.pem"),
 			Cert: file("dc1-client-consul-0.pem"), Key: file("dc1-client-consul-0-key.pem"),
 		}
-		config["ports"].(settings)["https"] = port
+		ports["https"] = port
 		config["tls"] = settings{"https": settings{
 			"ca_file": s.TLS.CA, "cert_file": file("dc1-server-consul-0.pem"), "key_file": file("dc1-server-consul-0-key.pem"),
 			"verify_incoming": true,
