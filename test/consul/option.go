@@ -106,7 +106,8 @@ func WithPeering(datacenter string) Option {
 	return func(s *Server, config settings) {
 		config["datacenter"], config["node_name"] = datacenter, "node-"+datacenter
 		config["peering"] = settings{"enabled": true}
-		config["ports"].(settings)["grpc_tls"] = freePorts(s.tb, 1)[0]
+		ports := config["ports"].(settings)
+		ports["grpc_tls"] = freePortBeside(s.tb, ports)
 	}
 }
 
