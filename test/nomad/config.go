@@ -8,6 +8,7 @@ import (
 	"net"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -130,7 +131,11 @@ func (n *Node) writeConfigs() {
 	if n.options.NoWeir {
 		return
 	}
-	n.Write("/etc/weir.d/weir.hcl", "log_level = \"debug\"\n"+n.options.Agent+"\n", 0o600)
+	agent := "log_level = \"debug\"\n" + n.options.Agent + "\n"
+	if !strings.Contains(agent, "gate {") {
+		agent += "gate {\n  timeout = \"0s\"\n}\n" // what no proxy takes is refused at once
+	}
+	n.Write("/etc/weir.d/weir.hcl", agent, 0o600)
 }
 
 func (n *Node) defineDaemons() {

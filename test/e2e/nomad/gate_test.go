@@ -14,11 +14,12 @@ import (
 	"github.com/weirmesh/weir/test/nomad/wire"
 )
 
-// startGate: tasks that dial in their first moment and end at the first error all
+// TestStartGate: tasks that dial in their first moment and end at the first error all
 // succeed, although no Envoy listens when they start: by a virtual IP through the
 // proxy's outbound listener, by one that leads to an explicit upstream, and by the
 // local port of an upstream in a plain job; with exec and with Docker.
-func startGate(t *testing.T, n *nomad.Node) {
+func TestStartGate(t *testing.T) {
+	n := nomad.Start(t, nomad.Options{Agent: "gate {\n  timeout = \"1m\"\n}"})
 	speaksHTTP(n, "gate-api", "gate-implicit", "gate-explicit", "gate-plain", "gate-docker")
 	api := n.Run("testdata/jobs/gate-api.nomad.hcl").Alloc("api")
 	const count = 4

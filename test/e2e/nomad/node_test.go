@@ -20,7 +20,6 @@ func TestNode(t *testing.T) {
 		{"Fingerprint", fingerprint},
 		{"TransparentDocker", transparentDocker},
 		{"TransparentExec", transparentExec},
-		{"StartGate", startGate},
 		{"Exclusions", exclusions},
 		{"Gateways", gateways},
 		{"GuardedUpstreams", guardedUpstreams},
