@@ -145,8 +145,9 @@ func killEnvoyOfClient(t *testing.T, n *nomad.Node, m *mesh) {
 		}
 	}
 	// Each attempt was redirected, and what found no proxy went nowhere else. Counted
-	// as well are late packets of the connection that each loop had when Envoy died.
-	const late = 2 * 2
+	// as well are late packets of the connection that each loop had when Envoy died:
+	// up to nine were seen on a busy machine.
+	const late = 2 * 8
 	if all := uint64(len(mesh) + len(plain)); grown["redirected"] != all || grown["refused_no_proxy"] == 0 || grown["refused_no_proxy"] > refused+late {
 		t.Errorf("verdicts grew by %v, want redirected %d, and at most %d refused", grown, all, refused+late)
 	}
