@@ -184,3 +184,9 @@ func MapNames() []string {
 		"index_totals", "indexes", "listeners", "origins", "ports", "proxies", "releases", "sources", "verdicts", "workloads",
 	}
 }
+
+// ErrNotLoaded: the node has no programs and maps yet.
+var ErrNotLoaded = errors.New("data path is not loaded")
+
+// ErrIncompatible: the node's maps have another layout than this binary.
+var ErrIncompatible = errors.New("data path of another version is loaded")
