@@ -37,23 +37,22 @@ func refusalCodes() map[string]health.ProblemCode {
 // note takes in the counters as they are now, and reports whether the problems are
 // others than before. What was counted before the first call is not of now.
 func (r *refusals) note(counts map[string]uint64, listens bool, now time.Time) (changed bool) {
-	before := slices.Collect(maps.Keys(r.last))
-	if r.counts != nil {
+	if r.counts != nil && !maps.Equal(counts, r.counts) { // else it is at rest, as most are
 		for verdict, code := range refusalCodes() {
-			if counts[verdict] > r.counts[verdict] && r.isFault(code, counts, listens) {
-				if r.last == nil {
-					r.last = make(map[health.ProblemCode]time.Time)
-				}
-				r.last[code] = now
+			if counts[verdict] <= r.counts[verdict] || !r.isFault(code, counts, listens) {
+				continue
 			}
+			if r.last == nil {
+				r.last = make(map[health.ProblemCode]time.Time)
+			}
+			changed = changed || r.last[code].IsZero()
+			r.last[code] = now
 		}
 	}
+	told := len(r.last)
 	maps.DeleteFunc(r.last, func(_ health.ProblemCode, at time.Time) bool { return now.Sub(at) >= refusalMemory })
 	r.counts, r.listened = counts, listens
-	after := slices.Collect(maps.Keys(r.last))
-	slices.Sort(before)
-	slices.Sort(after)
-	return !slices.Equal(before, after)
+	return changed || len(r.last) < told
 }
 
 // isFault leaves out what is no fault, or is told otherwise: connections while a

@@ -37,21 +37,17 @@ type GateState struct {
 // is redirected; Hold adds explicit upstreams, in any mode. It takes no lock.
 func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 	fail := func(err error) (*Gate, error) { return nil, fmt.Errorf("open gate of %s: %w", key, err) }
-	r, err := d.paths.ReadRecord(key)
+	r, ns, err := d.openWorkload(key)
 	if err != nil {
 		return fail(err)
 	}
+	defer ns.Close()
 	g := &Gate{datapath: d, key: key, cookie: r.Cookie, upstreams: make(map[uint16]bool)}
 	for _, port := range r.Desired().MeshPorts() {
 		if port.Outbound && r.Request.Mode == workload.ModeTransparent {
 			g.ports = append(g.ports, port.Port)
 		}
 	}
-	ns, err := openNamespaceOf(r)
-	if err != nil {
-		return fail(err)
-	}
-	defer ns.Close()
 	if g.holder, err = ns.Holder(); err != nil {
 		return fail(err)
 	}
@@ -96,11 +92,7 @@ func (g *Gate) Hold(upstreams []uint16) error {
 		g.upstreams[port] = true
 	}
 	// A listener that is older than the row did not take it away.
-	r, err := g.datapath.paths.ReadRecord(g.key)
-	if err != nil {
-		return fail(err)
-	}
-	ns, err := openNamespaceOf(r)
+	_, ns, err := g.datapath.openWorkload(g.key)
 	if err != nil {
 		return fail(err)
 	}
@@ -120,11 +112,7 @@ func (g *Gate) Hold(upstreams []uint16) error {
 // Look says how the gate stands, and puts it back where its rows are lost.
 func (g *Gate) Look() (state GateState, err error) {
 	fail := func(err error) (GateState, error) { return state, fmt.Errorf("look at gate of %s: %w", g.key, err) }
-	r, err := g.datapath.paths.ReadRecord(g.key)
-	if err != nil {
-		return fail(err)
-	}
-	ns, err := openNamespaceOf(r)
+	_, ns, err := g.datapath.openWorkload(g.key)
 	if err != nil {
 		return fail(err)
 	}

@@ -61,14 +61,21 @@ func observeSources(r *store.Record, ns *host.Namespace) (changed []string, err 
 	return changed, nil
 }
 
+// openWorkload reads a record and opens its namespace, which the caller closes. It
+// takes no lock.
+func (d *Datapath) openWorkload(key workload.AttachmentID) (*store.Record, *host.Namespace, error) {
+	r, err := d.paths.ReadRecord(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	ns, err := openNamespaceOf(r)
+	return r, ns, err
+}
+
 // Moved reports whether a workload's namespace has other addresses or routes
 // than its record, without the lock and without a change: Check repairs it.
 func (d *Datapath) Moved(key workload.AttachmentID) (bool, error) {
-	r, err := d.paths.ReadRecord(key)
-	if err != nil {
-		return false, err
-	}
-	ns, err := openNamespaceOf(r)
+	r, ns, err := d.openWorkload(key)
 	if err != nil {
 		return false, err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -104,31 +105,28 @@ func (d *Datapath) openOrReclaim() (*bpfmap.Tables, error) {
 
 // lacksPins reports whether a pin of the node is not where it belongs.
 func (d *Datapath) lacksPins() bool {
-	missing := func(dir string, names []string) bool {
-		return slices.ContainsFunc(names, func(name string) bool {
-			_, err := os.Lstat(filepath.Join(dir, name))
-			return errors.Is(err, fs.ErrNotExist)
-		})
+	return anyMissing(d.paths.Maps(), slices.Values(bpfmap.MapNames())) || anyMissing(d.paths.Links(), slices.Values(program.ProgramNames()))
+}
+
+func anyMissing(dir string, names iter.Seq[string]) bool {
+	for name := range names {
+		if _, err := os.Lstat(filepath.Join(dir, name)); errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
 	}
-	return missing(d.paths.Maps(), bpfmap.MapNames()) || missing(d.paths.Links(), program.ProgramNames())
+	return false
 }
 
 // halfRestored reports whether pins are missing that only workloads need: those of the
 // filter's programs, or the lookup program of one on record.
 func (d *Datapath) halfRestored() bool {
-	missing := func(path string) bool {
-		_, err := os.Lstat(path)
-		return errors.Is(err, fs.ErrNotExist)
-	}
 	records, _ := d.paths.ReadRecords() // what cannot be read is told elsewhere
+	lookups := make([]string, 0, len(records))
 	for _, r := range records {
-		if missing(d.paths.Lookup(r.Cookie)) {
-			return true
-		}
+		lookups = append(lookups, filepath.Base(d.paths.Lookup(r.Cookie)))
 	}
-	return len(records) > 0 && slices.ContainsFunc(slices.Collect(maps.Values(program.FilterNames())), func(name string) bool {
-		return missing(filepath.Join(d.paths.Filters(), name))
-	})
+	return anyMissing(d.paths.Lookups(), slices.Values(lookups)) ||
+		len(records) > 0 && anyMissing(d.paths.Filters(), maps.Values(program.FilterNames()))
 }
 
 // errEnding: the programs ended while they were looked at.
