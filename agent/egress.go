@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
@@ -37,10 +36,7 @@ type EgressEntry struct {
 
 // egressTable counts what left past the proxies, with the bounds of guardTable.
 type egressTable struct {
-	mu      sync.Mutex
-	entries map[egressKey]*egressCount
-	share   map[uint64]int // entries by the workload's cookie
-	omitted uint64
+	shareTable[egressKey, egressCount]
 }
 
 type egressKey struct {
@@ -49,6 +45,8 @@ type egressKey struct {
 	to              netip.AddrPort
 }
 
+func (k egressKey) workload() uint64 { return k.cookie }
+
 type egressCount struct {
 	record flowRecord // the last one
 	count  uint64
@@ -56,7 +54,7 @@ type egressCount struct {
 }
 
 func newEgressTable() *egressTable {
-	return &egressTable{entries: make(map[egressKey]*egressCount), share: make(map[uint64]int)}
+	return &egressTable{newShareTable[egressKey, egressCount]()}
 }
 
 func (e *egressTable) note(r *flowRecord) {
@@ -71,37 +69,17 @@ func (e *egressTable) note(r *flowRecord) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	entry := e.entries[key]
+	entry := e.entry(key, egressCount{first: r.at})
 	if entry == nil {
-		if len(e.entries) >= guardEntries || e.share[key.cookie] >= guardShare {
-			e.omitted++
-			return
-		}
-		entry = &egressCount{first: r.at}
-		e.entries[key] = entry
-		e.share[key.cookie]++
+		return
 	}
 	entry.record = *r
 	entry.count++
 }
 
-// keep is that of guardTable.
+// keep drops what is of workloads that are gone.
 func (e *egressTable) keep(known []redirect.Record, now time.Time) {
-	there := make(map[uint64]bool, len(known))
-	for _, k := range known {
-		there[k.Cookie] = true
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for key, entry := range e.entries {
-		if there[key.cookie] || now.Sub(time.Unix(0, entry.record.at)) < time.Minute {
-			continue
-		}
-		delete(e.entries, key)
-		if e.share[key.cookie]--; e.share[key.cookie] == 0 {
-			delete(e.share, key.cookie)
-		}
-	}
+	e.forget(known, now, func(entry *egressCount) int64 { return entry.record.at })
 }
 
 // list is the table as it is now, sorted, and how much had no place in it.

@@ -10,7 +10,6 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
@@ -44,22 +43,12 @@ type GuardEntry struct {
 	Remedy    string    `json:"remedy"` // the line of the job that lets it in
 }
 
-// The bounds of the table. Whoever scans ports fills no more than the share of the
-// allocation that is scanned.
-const (
-	guardEntries = 8192
-	guardShare   = 256
-)
-
 // guardTable counts what came in past the proxies. A port that is ephemeral counts
 // nowhere: under enforce, too, a datagram to one is let in.
 type guardTable struct {
-	mu      sync.Mutex
-	began   time.Time
-	entries map[guardKey]*guardCount
-	share   map[uint64]int // entries by the workload's cookie
-	omitted uint64
-	lost    uint64
+	shareTable[guardKey, guardCount]
+	began time.Time
+	lost  uint64
 }
 
 type guardKey struct {
@@ -67,6 +56,8 @@ type guardKey struct {
 	port   uint16
 	source netip.Addr
 }
+
+func (k guardKey) workload() uint64 { return k.cookie }
 
 type guardCount struct {
 	workload    *flowWorkload
@@ -77,7 +68,7 @@ type guardCount struct {
 }
 
 func newGuardTable(now time.Time) *guardTable {
-	return &guardTable{began: now, entries: make(map[guardKey]*guardCount), share: make(map[uint64]int)}
+	return &guardTable{shareTable: newShareTable[guardKey, guardCount](), began: now}
 }
 
 // note takes in a record, which it keeps nothing of but the names.
@@ -94,15 +85,9 @@ func (g *guardTable) note(r *flowRecord) {
 		return
 	}
 	key := guardKey{cookie: r.workload.cookie, port: r.originPort, source: unpackAddr(r.source, 0, r.valid[0]).Addr()}
-	entry := g.entries[key]
+	entry := g.entry(key, guardCount{first: r.at})
 	if entry == nil {
-		if len(g.entries) >= guardEntries || g.share[key.cookie] >= guardShare {
-			g.omitted++
-			return
-		}
-		entry = &guardCount{first: r.at}
-		g.entries[key] = entry
-		g.share[key.cookie]++
+		return
 	}
 	entry.workload, entry.verdict, entry.last = r.workload, r.verdict, r.at
 	if r.peer != nil {
@@ -111,24 +96,9 @@ func (g *guardTable) note(r *flowRecord) {
 	entry.count++
 }
 
-// keep drops what is of workloads that are gone. One that came after the list was
-// made is not gone.
+// keep drops what is of workloads that are gone.
 func (g *guardTable) keep(known []redirect.Record, now time.Time) {
-	there := make(map[uint64]bool, len(known))
-	for _, k := range known {
-		there[k.Cookie] = true
-	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	for key, entry := range g.entries {
-		if there[key.cookie] || now.Sub(time.Unix(0, entry.last)) < time.Minute {
-			continue
-		}
-		delete(g.entries, key)
-		if g.share[key.cookie]--; g.share[key.cookie] == 0 {
-			delete(g.share, key.cookie)
-		}
-	}
+	g.forget(known, now, func(entry *guardCount) int64 { return entry.last })
 }
 
 // list is the table as it is now, sorted, beside the mode and the namespace of
