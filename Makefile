@@ -6,7 +6,7 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz e2e test-vm kernels demo bench bench-agent tools package release clean
+.PHONY: help build generate lint check test fuzz e2e cluster test-vm kernels demo bench bench-agent tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ fuzz: ## Fuzz every target in turn, FUZZTIME=10m each; what is found stays in te
 
 e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: those versions; RUN=REGEXP
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG='$(PKG)' test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
+
+cluster: ## Run a cluster of four machines under load while its parts fail (root)
+	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
 	test/tools/setup.sh vm

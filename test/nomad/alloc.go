@@ -28,6 +28,7 @@ type Alloc struct {
 	ID            string
 	Group         string `json:"TaskGroup"`
 	JobID         string
+	NodeName      string
 	ClientStatus  string
 	DesiredStatus string
 	CreateIndex   uint64

@@ -13,9 +13,7 @@ import (
 )
 
 const consulConfig = `
-node_name            = "node"
-server               = true
-bootstrap_expect     = 1
+node_name            = %q
 data_dir             = "/var/lib/consul"
 bind_addr            = %q
 client_addr          = "127.0.0.1"
@@ -67,7 +65,7 @@ server {
 `
 
 const clientConfig = `
-name                 = "node"
+name                 = %q
 data_dir             = "/var/lib/nomad"
 bind_addr            = %q
 disable_update_check = true
@@ -123,11 +121,13 @@ func (n *Node) writeConfigs() {
 	n.tb.Helper()
 	dns := n.options.ConsulDNS
 	if dns == "" {
-		dns = NodeAddress
+		dns = n.machine.address
 	}
-	n.Write("/etc/consul.d/consul.hcl", fmt.Sprintf(consulConfig, NodeAddress, dns, n.options.Consul), 0o600)
-	n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, NodeAddress, n.options.Server), 0o600)
-	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, NodeAddress, NodeAddress+":14647", n.options.Client), 0o600)
+	n.Write("/etc/consul.d/consul.hcl", fmt.Sprintf(consulConfig, n.machine.name, n.machine.address, dns, n.consulRole()+n.options.Consul), 0o600)
+	if n.leader == nil {
+		n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, NodeAddress, n.options.Server), 0o600)
+	}
+	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, n.machine.name, n.machine.address, NodeAddress+":14647", n.options.Client), 0o600)
 	if n.options.NoWeir {
 		return
 	}
@@ -138,6 +138,14 @@ func (n *Node) writeConfigs() {
 	n.Write("/etc/weir.d/weir.hcl", agent, 0o600)
 }
 
+// consulRole makes Consul the server, or a client of the leader's.
+func (n *Node) consulRole() string {
+	if n.leader == nil {
+		return "server = true\nbootstrap_expect = 1\n"
+	}
+	return fmt.Sprintf("server = false\nretry_join = [%q]\nretry_interval = \"1s\"\n", NodeAddress)
+}
+
 func (n *Node) defineDaemons() {
 	daemon := func(name string, ready func() error, args ...string) *Daemon {
 		return &Daemon{
@@ -146,7 +154,9 @@ func (n *Node) defineDaemons() {
 		}
 	}
 	n.Consul = daemon("consul", n.consulReady, "consul", "agent", "-config-dir", "/etc/consul.d")
-	n.Server = daemon("nomad-server", n.serverReady, "nomad", "agent", "-config", "/etc/nomad.d/server.hcl")
+	if n.leader == nil {
+		n.Server = daemon("nomad-server", n.serverReady, "nomad", "agent", "-config", "/etc/nomad.d/server.hcl")
+	}
 	n.Nomad = daemon("nomad", n.clientReady, "nomad", "agent", "-config", "/etc/nomad.d/client.hcl")
 	if !n.options.NoAgent && !n.options.NoWeir {
 		n.Agent = daemon("weir", n.agentReady, "weir", "agent", "-config", "/etc/weir.d")

@@ -5,14 +5,15 @@
 # machine's with a layer on top, and then waits. What it mounts here a reboot takes
 # away; what lies in DIRECTORY stays.
 #
-#	init.sh DIRECTORY TOOL...
+#	init.sh DIRECTORY NAME TOOL...
 #
-# Each TOOL is a file of this machine that the node has in /opt/tools.
+# NAME is the host name. Each TOOL is a file of this machine that the node has in /opt/tools.
 set -euo pipefail
 
 directory=$1
+name=$2
 root=$directory/root
-shift
+shift 2
 
 mount --make-rprivate /
 mkdir -p "$root" "$directory"/{upper,work,docker,log}
@@ -29,19 +30,19 @@ mkdir -p "$root/var/lib/docker"
 mount --bind "$directory/docker" "$root/var/lib/docker"
 mkdir -p "$root/opt/tools"
 for tool; do
-	name=${tool##*/}
+	file=${tool##*/}
 	# Its directory, and not the file: libcontainer runs Nomad by an overlay over that
 	# directory, in which a file mounted alone would not be seen.
-	mkdir -p "$root/opt/tools/of-$name"
-	mount --bind "${tool%/*}" "$root/opt/tools/of-$name"
-	ln -sf "of-$name/$name" "$root/opt/tools/$name"
+	mkdir -p "$root/opt/tools/of-$file"
+	mount --bind "${tool%/*}" "$root/opt/tools/of-$file"
+	ln -sf "of-$file/$file" "$root/opt/tools/$file"
 done
 mkdir "$root/run/machine"
 cd "$root"
 pivot_root . run/machine
 umount --lazy /run/machine
 rmdir /run/machine
-hostname node
+hostname "$name"
 
 echo ready
 # Bash reaps whatever is orphaned; the one that started this holds the other end.

@@ -18,8 +18,9 @@ import (
 type Job struct {
 	ID string
 
-	node *Node
-	want map[string]int // group -> count
+	node   *Node
+	want   map[string]int // group -> count
+	parsed map[string]any // as Nomad has read it
 }
 
 // For is the job for another test, as [Node.For] gives it the node. It still ends
@@ -49,6 +50,24 @@ func (n *Node) Run(file string, variables ...string) *Job {
 // Submit is Run that does not wait.
 func (n *Node) Submit(file string, variables ...string) *Job {
 	n.tb.Helper()
+	job := n.parse(file, variables)
+	n.tb.Cleanup(func() { job.purge() })
+	n.register(job)
+	return job
+}
+
+// Update gives a changed file of the job, or the same with other variables, to
+// Nomad. [Job.Await] can wait for it.
+func (j *Job) Update(file string, variables ...string) {
+	j.node.tb.Helper()
+	changed := j.node.parse(file, variables)
+	j.want = changed.want
+	j.node.register(changed)
+}
+
+// parse lets Nomad read a job file.
+func (n *Node) parse(file string, variables []string) *Job {
+	n.tb.Helper()
 	text, err := os.ReadFile(file)
 	if err != nil {
 		n.tb.Fatal(err)
@@ -66,18 +85,21 @@ func (n *Node) Submit(file string, variables ...string) *Job {
 	if err != nil {
 		n.tb.Fatalf("read job %s: %v", filepath.Base(file), err)
 	}
-	job := &Job{ID: parsed["ID"].(string), node: n, want: make(map[string]int)}
+	job := &Job{ID: parsed["ID"].(string), node: n, want: make(map[string]int), parsed: parsed}
 	groups, _ := parsed["TaskGroups"].([]any)
 	for _, each := range groups {
 		group := each.(map[string]any)
 		count, _ := group["Count"].(float64)
 		job.want[group["Name"].(string)] = int(count)
 	}
-	n.tb.Cleanup(func() { job.purge() })
-	if err := n.api.nomad.call(http.MethodPut, "/v1/jobs", map[string]any{"Job": parsed}, nil); err != nil {
-		n.tb.Fatalf("submit job %s: %v", filepath.Base(file), err)
-	}
 	return job
+}
+
+func (n *Node) register(job *Job) {
+	n.tb.Helper()
+	if err := n.api.nomad.call(http.MethodPut, "/v1/jobs", map[string]any{"Job": job.parsed}, nil); err != nil {
+		n.tb.Fatalf("submit job %s: %v", job.ID, err)
+	}
 }
 
 // Await waits until as many allocations as the job wants run and pass all checks.
@@ -161,7 +183,7 @@ func (j *Job) checksPass(list []*Alloc) error {
 // later. The check is made to change once more.
 func (j *Job) catalogPasses(list []*Alloc) error {
 	var catalog []consulCheck
-	if err := j.node.api.consul.get("/v1/health/node/node", &catalog); err != nil {
+	if err := j.node.api.consul.get("/v1/health/state/any", &catalog); err != nil {
 		return err
 	}
 	var bad []error
@@ -170,6 +192,9 @@ func (j *Job) catalogPasses(list []*Alloc) error {
 			continue
 		}
 		bad = append(bad, fmt.Errorf("check %q of %s is %s in the catalog", check.Name, check.ServiceID, check.Status))
+		if check.Node != j.node.machine.name {
+			continue
+		}
 		service := strings.TrimSuffix(check.ServiceID, "-sidecar-proxy")
 		for _, enable := range []string{"true", "false"} {
 			if err := j.node.api.consul.call(http.MethodPut, "/v1/agent/service/maintenance/"+service+"?enable="+enable, nil, nil); err != nil {
@@ -180,7 +205,7 @@ func (j *Job) catalogPasses(list []*Alloc) error {
 	return errors.Join(bad...)
 }
 
-type consulCheck struct{ Name, ServiceID, Status, Output string }
+type consulCheck struct{ Node, Name, ServiceID, Status, Output string }
 
 func isOf(service string, list []*Alloc) bool {
 	return slices.ContainsFunc(list, func(a *Alloc) bool { return a.DesiredStatus == "run" && strings.Contains(service, a.ID) })
@@ -213,7 +238,7 @@ func (j *Job) allocs() ([]*Alloc, error) {
 	}
 	slices.SortFunc(list, func(a, b *Alloc) int { return int(b.CreateIndex) - int(a.CreateIndex) })
 	for _, a := range list {
-		a.node = j.node
+		a.node = j.node.member(a.NodeName)
 	}
 	return list, nil
 }
@@ -237,6 +262,17 @@ func (j *Job) End() {
 		}
 		return err
 	}, "end of the tasks of job "+j.ID)
+}
+
+// Ended is an error as long as an allocation that Nomad does not want any more runs.
+func (j *Job) Ended() error {
+	list, err := j.allocs()
+	for _, a := range list {
+		if a.DesiredStatus != "run" {
+			err = errors.Join(err, a.over())
+		}
+	}
+	return err
 }
 
 func (j *Job) deregister() {
@@ -264,7 +300,7 @@ func (j *Job) gone() error {
 			return err
 		}
 		// Nomad calls it complete before its network is taken down.
-		files, err := filepath.Glob(j.node.Path("/var/lib/cni/results/*" + a.ID + "*"))
+		files, err := filepath.Glob(a.node.Path("/var/lib/cni/results/*" + a.ID + "*"))
 		if err != nil {
 			return err
 		}

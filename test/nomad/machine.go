@@ -38,6 +38,9 @@ type machine struct {
 	dir   string   // outlives a reboot
 	tools []string // files of this machine that the node has in /opt/tools
 
+	name, address, address6 string
+	joined                  *machine // on whose network it is; nil: on one of its own
+
 	net       *test.NetNS
 	neighbour *test.NetNS
 	boot      *exec.Cmd // its process 1
@@ -53,7 +56,7 @@ func newMachine(tb testing.TB, tools []string) *machine {
 	if err != nil {
 		tb.Fatalf("make directory of the node: %v", err)
 	}
-	m := &machine{dir: dir, tools: tools}
+	m := &machine{dir: dir, tools: tools, name: "node", address: NodeAddress, address6: NodeAddress6}
 	tb.Cleanup(func() {
 		if err := os.Remove(dir); err != nil {
 			tb.Errorf("remove directory of the node: %v", err)
@@ -77,18 +80,36 @@ func newMachine(tb testing.TB, tools []string) *machine {
 // start boots the machine.
 func (m *machine) start(tb testing.TB) {
 	tb.Helper()
-	m.net, m.neighbour = test.NewNetNS(tb), test.NewNetNS(tb)
-	prefixes := func(addrs ...string) (list []netip.Prefix) {
-		for _, addr := range addrs {
-			list = append(list, netip.MustParsePrefix(addr))
-		}
-		return list
+	m.net = test.NewNetNS(tb)
+	if m.joined == nil {
+		m.neighbour = test.NewNetNS(tb)
+		connect(tb, m)
+	} else {
+		m.neighbour = m.joined.neighbour
+		m.joined.bridge(tb, m)
 	}
+	m.power(tb)
+}
+
+// connect gives the machine a network that it shares with a neighbour.
+func connect(tb testing.TB, m *machine) {
+	tb.Helper()
 	test.Veth(tb,
 		test.VethEnd{NetNS: m.neighbour, Addrs: prefixes(NeighbourAddress+"/24", "fd00:99::1/64")},
-		test.VethEnd{NetNS: m.net, Addrs: prefixes(NodeAddress+"/24", NodeAddress6+"/64"), DefaultRoute: true})
+		test.VethEnd{NetNS: m.net, Addrs: prefixes(m.address+"/24", m.address6+"/64"), DefaultRoute: true})
+}
 
-	cmd := exec.Command("bash", append([]string{filepath.Join(m.dir, "init.sh"), m.dir}, m.tools...)...)
+func prefixes(addrs ...string) (list []netip.Prefix) {
+	for _, addr := range addrs {
+		list = append(list, netip.MustParsePrefix(addr))
+	}
+	return list
+}
+
+// power starts process 1.
+func (m *machine) power(tb testing.TB) {
+	tb.Helper()
+	cmd := exec.Command("bash", append([]string{filepath.Join(m.dir, "init.sh"), m.dir, m.name}, m.tools...)...)
 	cmd.Env = environment()
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS,

@@ -50,6 +50,9 @@ type Node struct {
 	tb      testing.TB
 	options Options
 	machine *machine
+	parts   parts
+	leader  *Node            // whose servers it uses; nil: it has its own
+	members map[string]*Node // those of the cluster, by name; the leader is one
 	api     *clients
 	ids     *identities
 }
@@ -66,11 +69,26 @@ func Start(tb testing.TB, options Options) *Node {
 	if !options.NoDocker {
 		test.Need(tb, test.Tool("dockerd"))
 	}
-	began := time.Now()
-	parts := findParts(tb)
-	n := &Node{tb: tb, options: options, ids: &identities{allocs: make(map[string]bool), containers: make(map[string]bool)}}
+	n := newNode(tb, options, findParts(tb))
+	n.members["node"] = n
+	n.run()
+	return n
+}
+
+func newNode(tb testing.TB, options Options, parts parts) *Node {
+	n := &Node{
+		tb: tb, options: options, parts: parts, members: make(map[string]*Node),
+		ids: &identities{allocs: make(map[string]bool), containers: make(map[string]bool)},
+	}
 	tb.Cleanup(func() { n.removeCgroups() })
 	n.machine = newMachine(tb, parts.tools())
+	return n
+}
+
+// run boots the machine and starts its services.
+func (n *Node) run() {
+	tb, began := n.tb, time.Now()
+	tb.Helper()
 	tb.Cleanup(func() {
 		if tb.Failed() {
 			n.report()
@@ -79,15 +97,14 @@ func Start(tb testing.TB, options Options) *Node {
 	})
 	n.machine.start(tb)
 	n.api = newClients(n)
-	n.furnish(parts)
+	n.furnish(n.parts)
 	n.defineDaemons()
 	n.startDaemons(func() {
-		if !options.NoDocker {
+		if !n.options.NoDocker {
 			n.makeImages()
 		}
 	})
-	tb.Logf("node: up after %s", time.Since(began).Round(time.Millisecond))
-	return n
+	tb.Logf("node: %s is up after %s", n.machine.name, time.Since(began).Round(time.Millisecond))
 }
 
 // For is the node for another test, such as a subtest: it fails and logs there,
@@ -108,7 +125,9 @@ func (n *Node) startDaemons(meanwhile func()) {
 	began := time.Now()
 	// Together: each takes a second or two, and only the client needs others.
 	n.Consul.Launch(n.tb)
-	n.Server.Launch(n.tb)
+	if n.Server != nil {
+		n.Server.Launch(n.tb)
+	}
 	if n.Docker != nil {
 		if n.options.DockerRules {
 			n.forwardNothing()
@@ -118,7 +137,9 @@ func (n *Node) startDaemons(meanwhile func()) {
 	}
 	meanwhile()
 	n.Consul.AwaitReady(n.tb)
-	n.Server.AwaitReady(n.tb)
+	if n.Server != nil {
+		n.Server.AwaitReady(n.tb)
+	}
 	n.Nomad.Launch(n.tb)
 	if n.Agent != nil {
 		n.Agent.Start(n.tb)

@@ -136,8 +136,8 @@ func (n *Node) furnish(p parts) {
 	if err := os.Remove(n.Path("/etc/resolv.conf")); err != nil && !os.IsNotExist(err) {
 		n.tb.Fatalf("furnish the node: %v", err)
 	}
-	n.Write("/etc/resolv.conf", "nameserver "+NodeAddress+"\n", 0o644)
-	n.Write("/etc/hosts", "127.0.0.1 localhost\n"+NodeAddress+" node\n", 0o644)
+	n.Write("/etc/resolv.conf", "nameserver "+n.machine.address+"\n", 0o644)
+	n.Write("/etc/hosts", fmt.Sprintf("127.0.0.1 localhost\n%s %s\n", n.machine.address, n.machine.name), 0o644)
 	for _, root := range []string{"/", "/opt/task"} {
 		n.Write(filepath.Join(root, "etc/passwd"), passwd, 0o644)
 		n.Write(filepath.Join(root, "etc/group"), group, 0o644)

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package nomad
+
+import (
+	"fmt"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/weirmesh/weir/test"
+)
+
+// Join adds a machine to the cluster: a client of the servers of n, on the same
+// network, whose name is "node-2" and so on. Jobs that are run on n can be placed
+// there, and an [Alloc] is worked on where it runs.
+func (n *Node) Join(options Options) *Node {
+	n.tb.Helper()
+	m := newNode(n.tb, options, n.parts)
+	m.leader = n
+	number := len(n.members) + 1
+	m.machine.name, m.machine.joined = fmt.Sprintf("node-%d", number), n.machine
+	m.machine.address, m.machine.address6 = fmt.Sprintf("10.99.0.%d", number+1), fmt.Sprintf("fd00:99::%d", number+1)
+	m.run()
+	n.members[m.machine.name] = m
+	return m
+}
+
+// Name is the node's, for Nomad, Consul and the kernel.
+func (n *Node) Name() string { return n.machine.name }
+
+// member is the node of the cluster with that name, for the test of n.
+func (n *Node) member(name string) *Node {
+	m := n.members[name]
+	if m == nil || m.machine == n.machine {
+		return n
+	}
+	other := *m
+	other.tb = n.tb
+	return &other
+}
+
+// bridge connects another machine to the network that the machine shares with its
+// neighbour: the neighbour becomes the switch, under its address.
+func (m *machine) bridge(tb testing.TB, other *machine) {
+	tb.Helper()
+	port := strings.ReplaceAll(other.name, "-", "")
+	test.Veth(tb,
+		test.VethEnd{NetNS: m.neighbour, Name: port},
+		test.VethEnd{NetNS: other.net, Addrs: prefixes(other.address+"/24", other.address6+"/64")})
+	lines := []string{"link set " + port + " master br0"}
+	if exec.Command("nsenter", "--net="+m.neighbour.Path, "--", "ip", "link", "show", "br0").Run() != nil {
+		lines = []string{
+			"link add br0 type bridge", "address flush dev eth0", "link set eth0 master br0",
+			"address add " + NeighbourAddress + "/24 dev br0", "address add fd00:99::1/64 dev br0 nodad", "link set br0 up", lines[0],
+		}
+	}
+	for _, line := range lines {
+		ip(tb, m.neighbour, line)
+	}
+	ip(tb, other.net, "route add default via "+NeighbourAddress)
+}
+
+func ip(tb testing.TB, ns *test.NetNS, line string) {
+	tb.Helper()
+	if out, err := exec.Command("nsenter", append([]string{"--net=" + ns.Path, "--", "ip"}, strings.Fields(line)...)...).CombinedOutput(); err != nil {
+		tb.Fatalf("ip %s: %v: %s", line, err, out)
+	}
+}
