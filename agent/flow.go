@@ -78,8 +78,8 @@ type FlowDestination struct {
 	Port      uint16     `json:"port,omitempty"`
 }
 
-// directionOf tells how a connection with the verdict passed the workload.
-func directionOf(verdict bpfmap.Verdict) Direction {
+// DirectionOf tells how a connection with the verdict passed the workload.
+func DirectionOf(verdict bpfmap.Verdict) Direction {
 	switch verdict { //nolint:exhaustive // all others are outbound
 	case bpfmap.Inbound, bpfmap.InboundExcluded, bpfmap.GuardAudited, bpfmap.GuardEphemeral,
 		bpfmap.RefusedInboundNoProxy, bpfmap.RefusedInboundUnknown, bpfmap.RefusedGuard:
@@ -90,9 +90,9 @@ func directionOf(verdict bpfmap.Verdict) Direction {
 	return DirectionOutbound
 }
 
-// isConnection reports whether the verdict is about a connection, not about a
+// IsConnection reports whether the verdict is about a connection, not about a
 // listener of the proxy.
-func isConnection(verdict bpfmap.Verdict) bool {
+func IsConnection(verdict bpfmap.Verdict) bool {
 	return verdict != bpfmap.Listener && verdict != bpfmap.RefusedListenerIdentity &&
 		verdict != bpfmap.RefusedListenerAddress && verdict != bpfmap.RefusedListenerTable
 }

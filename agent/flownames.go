@@ -170,7 +170,7 @@ func (n *flowNames) record(event redirect.Event) flowRecord {
 		return r
 	}
 	dialled := event.Origin.Addr().Unmap()
-	if directionOf(event.Verdict) == DirectionInbound {
+	if DirectionOf(event.Verdict) == DirectionInbound {
 		r.peer = n.addresses[event.Source.Addr().Unmap()]
 		if r.service = n.listeners[flowListener{event.Cookie, netip.AddrPortFrom(netip.Addr{}, event.Origin.Port())}]; r.service == "" {
 			r.service = r.workload.service
@@ -199,7 +199,7 @@ func (r *flowRecord) flow(node string) Flow {
 		flow.Source.is(source)
 		return flow
 	}
-	flow.Direction = directionOf(r.verdict)
+	flow.Direction = DirectionOf(r.verdict)
 	switch flow.Direction {
 	case DirectionInbound:
 		source, destination = r.peer, r.workload

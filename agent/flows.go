@@ -147,7 +147,7 @@ func (a *Agent) serveFlows(w http.ResponseWriter, r *http.Request) {
 	}
 	f := a.flows
 	a.stream(w, r, query, func(record *flowRecord) any {
-		if !isConnection(record.verdict) {
+		if !IsConnection(record.verdict) {
 			return nil
 		}
 		flow := record.flow(f.node)

@@ -194,6 +194,19 @@ func TestFlows(t *testing.T) {
 			}
 		}
 	}
+	traffic, err := ReadTraffic(context.Background(), n.config.StateDir, began)
+	if err != nil {
+		t.Fatal(err)
+	}
+	edges := make(map[string]uint64)
+	for _, edge := range traffic.Edges {
+		if edge.Source.Task == "server" && edge.Destination.Port >= 80 {
+			edges[edge.Destination.IP.String()+" "+edge.Destination.Service] += edge.Count
+		}
+	}
+	if edges["240.0.0.1 api"] != dials || edges["198.51.100.7 "] != dials || edges["127.128.0.1 "] != 1 {
+		t.Errorf("traffic: %v of %+v", edges, traffic)
+	}
 	for _, flow := range refused.seen() {
 		if !flow.Refused {
 			t.Errorf("a reader of refusals is told of %+v", flow)

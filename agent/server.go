@@ -147,6 +147,7 @@ func (a *Agent) localAPI() http.Handler {
 	mux.HandleFunc("GET /v1/flows", a.serveFlows)
 	mux.HandleFunc("GET /v1/events", a.serveEvents)
 	mux.HandleFunc("GET /v1/guard", a.serveGuard)
+	mux.HandleFunc("GET /v1/traffic", a.serveTraffic)
 	return mux
 }
 

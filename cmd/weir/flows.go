@@ -169,51 +169,35 @@ func lossText(flow agent.Flow) string {
 	return fmt.Sprint(flow.Lost)
 }
 
-// edge is who talks to what.
-type edge struct {
-	Direction   agent.Direction       `json:"direction"`
-	Source      agent.FlowSource      `json:"source,omitzero"`
-	Destination agent.FlowDestination `json:"destination,omitzero"`
-	Verdict     string                `json:"verdict"`
-	Refused     bool                  `json:"refused"`
-}
-
-type countedEdge struct {
-	edge
-	Count uint64 `json:"count"`
-}
-
 // flowSummary is what -summary -json prints.
 type flowSummary struct {
-	Schema int           `json:"schema"`
-	Edges  []countedEdge `json:"edges"`
-	Lost   uint64        `json:"lost"` // connections that are not among them
+	Schema int                 `json:"schema"`
+	Edges  []agent.CountedEdge `json:"edges"`
+	Lost   uint64              `json:"lost"` // connections that are not among them
 }
 
 func (c *command) summarise(query agent.FlowQuery, numeric bool) error {
-	counts := make(map[edge]uint64)
-	seen := flowSummary{Schema: 1, Edges: []countedEdge{}}
+	counts := make(map[agent.Edge]uint64)
+	seen := flowSummary{Schema: 1, Edges: []agent.CountedEdge{}}
 	err := c.readFlows(query, func(flow agent.Flow) error {
 		if flow.Lost > 0 {
 			seen.Lost += flow.Lost
 			return nil
 		}
-		s := flow.Source
-		s.PID, s.UID, s.Command, s.Port = 0, nil, "", 0 // of one connection, not of who talks
-		counts[edge{flow.Direction, s, flow.Destination, flow.Verdict, flow.Refused}]++
+		counts[flow.Edge()]++
 		return nil
 	})
 	if err != nil {
 		return err
 	}
 	for edge, count := range counts {
-		seen.Edges = append(seen.Edges, countedEdge{edge, count})
+		seen.Edges = append(seen.Edges, agent.CountedEdge{Edge: edge, Count: count})
 	}
-	text := func(e countedEdge) (source, destination string) {
+	text := func(e agent.CountedEdge) (source, destination string) {
 		flow := agent.Flow{Source: e.Source, Destination: e.Destination}
 		return sourceText(flow, numeric), destinationText(flow, numeric)
 	}
-	slices.SortFunc(seen.Edges, func(a, b countedEdge) int {
+	slices.SortFunc(seen.Edges, func(a, b agent.CountedEdge) int {
 		from, to := text(a)
 		fromB, toB := text(b)
 		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(from, fromB), strings.Compare(to, toB), strings.Compare(a.Verdict, b.Verdict))

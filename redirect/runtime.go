@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"io"
+
+	"github.com/weirmesh/weir/redirect/program"
+)
+
+// CountRunTime has the kernel count the run time of all programs of the machine, until
+// the answer is closed.
+func (d *Datapath) CountRunTime() (io.Closer, error) { return program.CountRunTime() }
+
+// RunTimes are what the kernel has counted of the node's programs. It takes no lock.
+func (d *Datapath) RunTimes() ([]program.RunTime, error) { return program.RunTimes(d.paths) }
