@@ -22,6 +22,12 @@ done
 lock=/run/weir-e2e.lock
 flock --nonblock "$lock" true || echo 'e2e: waits for the end of another run'
 
-# Progress is told as it goes: a node that hangs shows where.
+# Progress is told as it goes: a node that hangs shows where. What failed is told again
+# at the end, since what a failed node logs is long.
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 export CGO_ENABLED=0 # as in make build, so that all packages are compiled once
-exec flock --close "$lock" go test -trimpath -count=1 -v -timeout 30m "$@" "${PKG:-./test/e2e/nomad}"
+failed=0
+flock --close "$lock" go test -trimpath -count=1 -v -timeout 30m "$@" "${PKG:-./test/e2e/nomad}" 2>&1 | tee "$log" || failed=1
+test/summary.sh "$log" || failed=1
+exit "$failed"

@@ -25,11 +25,22 @@ skips() {
 	' "$log" | sort
 }
 
-# failures names what failed, with its package: tests, and packages that did not build
-# or did not come to an end.
+# failures names what failed, with its package: tests with the last that each said, and
+# packages that did not build or did not come to an end.
 failures() {
 	awk '
-		/^ *--- FAIL: / { names[++n] = $3 }
+		/^=== (RUN|NAME|CONT) / { current = $3 }
+		/^ *[a-z0-9_]+\.go:[0-9]+: / {
+			line = $0
+			sub(/^ */, "      ", line)
+			said[current, ++lines[current]] = substr(line, 1, 600)
+		}
+		/^ *--- FAIL: / {
+			name = $3
+			names[++n] = name
+			for (i = lines[name] > 4 ? lines[name] - 3 : 1; i <= lines[name]; i++)
+				names[n] = names[n] "\n" said[name, i]
+		}
 		/^panic: / { names[++n] = $0 }
 		/^(FAIL|ok  )\t/ {
 			package = $2
