@@ -178,57 +178,6 @@ func TestRequestChangesAtOnce(t *testing.T) {
 	}
 }
 
-// Nothing is written to a map, not the same value again either, where nothing
-// has changed.
-func TestNoChangeIsNoWrite(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.add(full)
-	a.startProxy()
-	meshConfig := meshConfigs()[0]
-	if err := n.SetMeshConfig(a.key, meshConfig); err != nil {
-		t.Fatal(err)
-	}
-	generation := generationOf(t, n.Datapath, a.NetNS)
-	collector := n.NewIndexReclaimer()
-	writes := test.CountMapWrites(t)
-	for _, c := range []struct {
-		what string
-		do   func() error
-	}{
-		{"the same overlay", func() error { return n.SetMeshConfig(a.key, meshConfig) }},
-		{"ADD again", func() error { a.add(full); return nil }},
-		{"a check", func() error { return second(n.Check(a.key, a.Path)) }},
-		{"a look for damage", func() error { return second(n.Repair()) }},
-		{"a look for dead namespaces", func() error { return second(n.PruneDead()) }},
-		{"a look for origins to free", func() error { return second(collector.Run()) }},
-		{"loading again", func() error { return second(n.Load()) }},
-		{"status", func() error { return second(n.Status()) }},
-		{"workloads", func() error { return second(n.Workloads()) }},
-		{"verdicts", func() error { return second(n.Verdicts()) }},
-		{"what is known", func() error { return second(n.Records()) }},
-	} {
-		if err := c.do(); err != nil {
-			t.Errorf("%s: %v", c.what, err)
-		}
-		if seen := writes.Seen(); len(seen) > 0 {
-			t.Errorf("%s wrote to maps: %v", c.what, seen)
-		}
-	}
-	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
-		t.Errorf("generation = %d without a change, was %d", now, generation)
-	}
-	if err := n.SetMeshConfig(a.key, workload.MeshConfig{}); err != nil {
-		t.Fatal(err)
-	}
-	if now := generationOf(t, n.Datapath, a.NetNS); now == generation {
-		t.Error("a change kept its generation")
-	}
-	if len(writes.Seen()) == 0 {
-		t.Error("no write of a change was seen")
-	}
-}
-
 func second[T any](_ T, err error) error { return err }
 
 // A change that cannot be made leaves the set that is in force, alone.

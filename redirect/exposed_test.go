@@ -155,22 +155,3 @@ func TestExposedPortThatTheRequestExcludes(t *testing.T) {
 		t.Errorf("dial: %+v, %v; want the task", answer, err)
 	}
 }
-
-// Each of several proxies has its own exposed ports; one that two claim, or that
-// the mesh has, keeps its first meaning.
-func TestExposedPortsOfSeveralProxies(t *testing.T) {
-	s := newSeveral(t)
-	meshConfig := s.meshConfig()
-	meshConfig.ExposedPorts = []uint16{exposedPort, inboundPort}
-	meshConfig.Proxies[0].ExposedPorts = []uint16{exposedPort, exposedPort + 1}
-	s.set(meshConfig)
-	s.startProxy()
-	s.startSecond()
-	first := s.serve(proxyUID, s.proxyCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort))
-	second := s.serve(proxyUID, s.secondCg, "tcp4", fmt.Sprintf("0.0.0.0:%d", exposedPort+1))
-	for port, server := range map[uint16]*test.ServerProcess{exposedPort: first, exposedPort + 1: second, inboundPort: s.inbound, secondInbound: s.inbound2nd} {
-		if answer, err := s.fromOutside(s.v4, port); err != nil || answer.Server != server.Name {
-			t.Errorf("dial port %d: %+v, %v; want %q", port, answer, err, server.Name)
-		}
-	}
-}

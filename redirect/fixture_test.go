@@ -22,10 +22,12 @@ const (
 	taskUID  = 1000
 )
 
-// The ports of the tests' proxies.
+// The ports of the tests' proxies, and of a second one in the same allocation.
 const (
-	outboundPort = 15001
-	inboundPort  = 20000
+	outboundPort   = 15001
+	inboundPort    = 20000
+	secondOutbound = 15002
+	secondInbound  = 20001
 )
 
 // newDatapath loads an instance of its own, which ends with the test.

@@ -10,8 +10,6 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"github.com/google/go-cmp/cmp"
-	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -65,118 +63,6 @@ func full(r *workload.Request) {
 	r.ExcludeUIDs = []uint32{7, 4_000_000_000}
 	r.ExcludeOutboundCIDRs = []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("2001:db8::/32")}
 	r.DNS = workload.DNS{Port: 8600}
-}
-
-func TestAddTwiceIsOnce(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.add(full)
-	a.startProxy()
-	a.works()
-	generation, rows, lookup := generationOf(t, n.Datapath, a.NetNS), rowCounts(t, n.Datapath), linkIDs(t, n.paths.Lookup(a.Cookie()))
-	record, err := os.ReadFile(n.paths.Record(a.key))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		a.add(full)
-	}
-	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
-		t.Errorf("generation = %d after the same ADD, was %d", now, generation)
-	}
-	if now := linkIDs(t, n.paths.Lookup(a.Cookie())); now != lookup {
-		t.Errorf("lookup link and program = %d after the same ADD, were %d", now, lookup)
-	}
-	if diff := cmp.Diff(rows, rowCounts(t, n.Datapath)); diff != "" {
-		t.Errorf("rows after the same ADD (-want +got):\n%s", diff)
-	}
-	again, err := os.ReadFile(n.paths.Record(a.key))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(record), string(again)); diff != "" {
-		t.Errorf("record after the same ADD (-want +got):\n%s", diff)
-	}
-	a.works()
-}
-
-// What has no rows is part of the request too: GC goes by the network, people
-// by the job.
-func TestAddAgainKeepsTheLastRequest(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.add()
-	generation := generationOf(t, n.Datapath, a.NetNS)
-	second := filepath.Join(t.TempDir(), "netns")
-	if err := os.Symlink(a.Path, second); err != nil {
-		t.Fatal(err)
-	}
-	request := a.request()
-	request.Network, request.Job.ID, request.Notes = "other", "renamed", []string{"a note"}
-	if err := n.Add(Attachment{Key: a.key, NetNS: second, Request: request}); err != nil {
-		t.Fatal(err)
-	}
-	r, err := n.paths.ReadRecord(a.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(request, r.Request, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
-		t.Errorf("request on record (-want +got):\n%s", diff)
-	}
-	if r.NetNS != second || !r.Complete {
-		t.Errorf("record: netns %s, complete %t; want %s, complete", r.NetNS, r.Complete, second)
-	}
-	if now := generationOf(t, n.Datapath, a.NetNS); now != generation {
-		t.Error("rows were written anew for a change that has none")
-	}
-}
-
-func TestAddGivesUpTheOldNamespaceOfAKey(t *testing.T) {
-	n := newNode(t)
-	old, next := n.newAlloc(), n.newAlloc()
-	old.add(full)
-	old.startProxy()
-	old.works()
-	next.key = old.key
-	next.add()
-	next.startProxy()
-	next.works()
-	old.free()
-	if generation := generationOf(t, n.Datapath, old.NetNS); generation != 0 {
-		t.Errorf("the old namespace has generation %d", generation)
-	}
-	if _, err := os.Stat(n.paths.Lookup(old.Cookie())); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("lookup link of the old namespace: %v, want it gone", err)
-	}
-	next.remove()
-	nothingLeft(t, n.Datapath)
-}
-
-func TestAddTakesOverANamespaceOfAnotherKey(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.add(full)
-	a.startProxy()
-	a.works()
-	former := a.key
-	a.key = workload.AttachmentID{ContainerID: "heir", IfName: "eth0"}
-	a.add()
-	a.works()
-	list, err := n.Workloads()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(list) != 1 || list[0].Key != a.key {
-		t.Errorf("workloads = %+v, want %s alone", list, a.key)
-	}
-	if err := n.Remove(former); err != nil {
-		t.Fatal(err)
-	}
-	a.works() // a late DEL of the former key takes nothing away
-	healthy(t, n.Datapath)
-	a.remove()
-	a.free()
-	nothingLeft(t, n.Datapath)
 }
 
 func TestAddRefuses(t *testing.T) {
@@ -294,61 +180,6 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 	}
 }
 
-func TestRemoveWhatIsNotThere(t *testing.T) {
-	d := unloadedDatapath(t)
-	key := workload.AttachmentID{ContainerID: "nobody", IfName: "eth0"}
-	if err := d.Remove(key); err != nil {
-		t.Errorf("remove with nothing loaded: %v", err)
-	}
-	if _, err := os.Stat(d.paths.PinDir); err == nil {
-		t.Error("remove loaded the data path")
-	}
-	if _, err := d.Load(); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		if err := d.Remove(key); err != nil {
-			t.Errorf("remove of an unknown workload: %v", err)
-		}
-	}
-}
-
-func TestRemoveGivesTheNamespaceBack(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.add(full)
-	a.startProxy()
-	a.works()
-	for range 2 {
-		a.remove()
-		a.free()
-		nothingLeft(t, n.Datapath)
-	}
-	// The proxy's listeners outlive the DEL; they are registered again.
-	a.add(full)
-	a.works()
-}
-
-func TestRemoveWithoutItsNamespace(t *testing.T) {
-	n := newNode(t)
-	var key workload.AttachmentID
-	t.Run("allocation", func(t *testing.T) {
-		ns := test.NewNetNS(t)
-		key = workload.AttachmentID{ContainerID: "dead", IfName: "eth0"}
-		request := workload.Request{}
-		full(&request)
-		if err := n.Add(Attachment{Key: key, NetNS: ns.Path, Request: request}); err != nil {
-			t.Fatal(err)
-		}
-	})
-	for range 2 {
-		if err := n.Remove(key); err != nil {
-			t.Fatal(err)
-		}
-		nothingLeft(t, n.Datapath)
-	}
-}
-
 func TestRemoveAfterThePinsWereLost(t *testing.T) {
 	for _, part := range []string{"", "maps", "links", "lookups"} {
 		t.Run("without "+filepath.Join("weir", part), func(t *testing.T) {
@@ -366,29 +197,4 @@ func TestRemoveAfterThePinsWereLost(t *testing.T) {
 			a.free()
 		})
 	}
-}
-
-// A workload whose addresses changed dials from its new one.
-func TestAddAgainWithAnotherAddress(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.add()
-	a.startProxy()
-	moved := netip.MustParseAddr("10.9.1.7")
-	a.Do(func() {
-		eth0, err := netlink.LinkByName("eth0")
-		if err == nil {
-			err = netlink.AddrAdd(eth0, &netlink.Addr{IPNet: host.IPNet(netip.PrefixFrom(moved, 24))})
-		}
-		if err != nil {
-			t.Error(err)
-		}
-	})
-	a.add(func(r *workload.Request) { r.Addresses = []netip.Addr{moved, a.v6} })
-	answer, err := a.ask("tcp4", addrPort(remote4(1), 80))
-	if err != nil || answer.From.Addr() != moved || answer.Peer.Addr() != moved {
-		t.Errorf("dial: %+v, %v; want it from %s", answer, err, moved)
-	}
-	a.remove()
-	a.free()
 }
