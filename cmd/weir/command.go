@@ -25,6 +25,7 @@ import (
 	"github.com/weirmesh/weir/redirect/dump"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -41,6 +42,8 @@ type env struct {
 	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
 	askFlows   func(ctx context.Context, stateDir string, query agent.FlowQuery, deliver func(agent.Flow) error) error
 	askGuard   func(ctx context.Context, stateDir string) (agent.GuardList, error)
+	askTraffic func(ctx context.Context, stateDir string, since time.Time) (agent.Traffic, error)
+	clear      func()                 // empties the terminal
 	unit       func() bool            // whether systemd is to run the agent on this node
 	executable func() (string, error) // this program's file
 	proc       string                 // where processes are; empty: /proc
@@ -63,6 +66,8 @@ type datapath interface {
 	Settings(workload.AttachmentID) (settings []explain.Setting, silent bool, err error)
 	Dump(workload.AttachmentID) ([]dump.Row, error)
 	Events(ctx context.Context, deliver func(redirect.Event) error) error
+	CountRunTime() (io.Closer, error)
+	RunTimes() ([]program.RunTime, error)
 }
 
 // command is one command of the CLI. Its own part is what it does; flags,

@@ -14,6 +14,7 @@ import (
 func TestJSONNamesItsSchema(t *testing.T) {
 	for name, args := range map[string][]string{
 		"status": nil, "workloads": nil, "verdicts": nil, "load": nil, "version": nil,
+		"top":       {"-once", "-interval", "100ms"},
 		"gc":        {"-dry-run"},
 		"unload":    {"-force"},
 		"uninstall": {"-dry-run", "-root", t.TempDir()},

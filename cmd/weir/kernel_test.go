@@ -105,6 +105,7 @@ func TestOnAKernel(t *testing.T) {
 		t.Errorf("workloads: no %q in:\n%s", line, ui.OutputWriter.String())
 	}
 
+	topOnAKernel(t, weir, ns)
 	expect("1 weir unload: 1 allocation run under Weir:", "unload")
 	expect("0 removed workload 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01-eth0", "unload", "-force")
 	expect("0 nothing to do: nothing is loaded", "unload")
@@ -117,7 +118,7 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows,
+		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows, askTraffic: agent.ReadTraffic,
 		leftovers: func(ended.Node) leftovers { return &node{} },
 	})
 }

@@ -7,10 +7,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
@@ -21,6 +23,7 @@ import (
 	"github.com/weirmesh/weir/redirect/dump"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -35,19 +38,21 @@ type node struct {
 	known    []redirect.Record
 	verdicts []redirect.WorkloadVerdicts
 	events   []redirect.Event
-	onEvents func()        // what happens once they are read
-	agent    *agent.Status // nil: none runs
-	guard    *agent.GuardList
-	silence  error  // why none answers; nil: it has no socket
-	unit     bool   // systemd is to run one
-	uid      int    // who runs the program
-	program  string // the CLI's file
-	networks []cni.Attached
-	bridges  []string // that are removed with the networks
-	others   []string // ... and that are not
-	ready    []health.Check
-	proc     string // where processes are
-	err      error
+	onEvents func() // what happens once they are read
+
+	onVerdicts func()        // what happens before they are counted
+	agent      *agent.Status // nil: none runs
+	guard      *agent.GuardList
+	silence    error  // why none answers; nil: it has no socket
+	unit       bool   // systemd is to run one
+	uid        int    // who runs the program
+	program    string // the CLI's file
+	networks   []cni.Attached
+	bridges    []string // that are removed with the networks
+	others     []string // ... and that are not
+	ready      []health.Check
+	proc       string // where processes are
+	err        error
 
 	recording   bool             // the agent does
 	told        []redirect.Event // ... of the kernel's
@@ -58,6 +63,10 @@ type node struct {
 	settings    []explain.Setting
 	rows        []dump.Row
 	silent      bool // a proxy does not listen
+	traffic     *agent.Traffic
+	noTimes     error // why the kernel does not count the time of programs
+	times       []program.RunTime
+	cleared     int // how often the terminal was
 
 	left      []ended.Attachment              // of ended allocations
 	stuck     map[workload.AttachmentID]error // why one of them cannot be removed
@@ -65,13 +74,18 @@ type node struct {
 	lookedAt  ended.Node
 }
 
-func (n *node) Load() (redirect.LoadResult, error)             { return n.load, n.err }
-func (n *node) Unload() ([]string, error)                      { return n.removed, n.err }
-func (n *node) Status() (redirect.Status, error)               { return n.status, n.err }
-func (n *node) Readiness() []health.Check                      { return n.ready }
-func (n *node) Records() ([]redirect.Record, error)            { return n.known, n.err }
-func (n *node) Workloads() ([]redirect.WorkloadStatus, error)  { return n.list, n.err }
-func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) { return n.verdicts, n.err }
+func (n *node) Load() (redirect.LoadResult, error)            { return n.load, n.err }
+func (n *node) Unload() ([]string, error)                     { return n.removed, n.err }
+func (n *node) Status() (redirect.Status, error)              { return n.status, n.err }
+func (n *node) Readiness() []health.Check                     { return n.ready }
+func (n *node) Records() ([]redirect.Record, error)           { return n.known, n.err }
+func (n *node) Workloads() ([]redirect.WorkloadStatus, error) { return n.list, n.err }
+func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) {
+	if n.onVerdicts != nil {
+		n.onVerdicts()
+	}
+	return n.verdicts, n.err
+}
 func (n *node) Explain(_ workload.AttachmentID, c explain.Connection) (explain.Explanation, error) {
 	n.asked = append(n.asked, c)
 	return n.explanation, n.err
@@ -79,6 +93,8 @@ func (n *node) Explain(_ workload.AttachmentID, c explain.Connection) (explain.E
 func (n *node) Settings(workload.AttachmentID) ([]explain.Setting, bool, error) {
 	return n.settings, n.silent, n.err
 }
+func (n *node) CountRunTime() (io.Closer, error)               { return io.NopCloser(nil), n.noTimes }
+func (n *node) RunTimes() ([]program.RunTime, error)           { return n.times, nil }
 func (n *node) Dump(workload.AttachmentID) ([]dump.Row, error) { return n.rows, n.err }
 func (n *node) Find() ([]ended.Attachment, error)              { return n.left, n.err }
 func (n *node) Remove(_ context.Context, a ended.Attachment) error {
@@ -154,6 +170,13 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return agent.GuardList{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
 		},
+		askTraffic: func(context.Context, string, time.Time) (agent.Traffic, error) {
+			if n.traffic == nil {
+				return agent.Traffic{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+			}
+			return *n.traffic, nil
+		},
+		clear:      func() { n.cleared++ },
 		unit:       func() bool { return n.unit },
 		executable: func() (string, error) { return n.program, nil },
 		proc:       n.proc,

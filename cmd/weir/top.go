@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/cmd/weir/top"
+	"github.com/weirmesh/weir/redirect/store"
+)
+
+const topInterval = 2 * time.Second
+
+func newTop(env env) *command {
+	c := newCommand(env, "top", "Show what allocations do now, and what Weir costs for it", `  Shows connections and refusals a second, of the node and of each allocation, the
+  destinations that are dialled most, what the agent takes of processor and memory,
+  and how long our programs ran in the kernel. Counters are the kernel's, and what
+  is dialled is told by the agent, where one runs and records flows.
+
+  OUT/S is what tasks dial, IN/S what comes from outside; REFUSED/S is neither. What
+  a proxy dials is not counted beside the connection of a task that it stands for.
+
+  While it runs the kernel reads its clock before and after each program, all of
+  the machine's, which makes each run a little longer. "weir top" says so where the
+  kernel refuses.
+
+  The view is drawn anew each -interval until it is interrupted. With -once it is
+  one view, of one interval. With -json each is an object on a line of its own.
+
+  Keep what the node did in ten seconds:
+
+      $ weir top -once -interval 10s -json > top.json`).withPaths().withJSON()
+	once := c.flags.Bool("once", false, "one view, of one interval")
+	interval := c.flags.Duration("interval", topInterval, "how `long` to count for a view")
+	most := c.flags.Int("n", 10, "`count` of allocations and of destinations to show")
+	c.do = func() (int, error) {
+		const least = 100 * time.Millisecond
+		if *interval < least {
+			return 1, fmt.Errorf("read -interval: %s is less than %s", *interval, least)
+		}
+		if *most < 1 {
+			return 1, fmt.Errorf("read -n: %d: want 1 or more", *most)
+		}
+		return 0, c.top(*interval, *once, *most)
+	}
+	return c
+}
+
+func (c *command) top(interval time.Duration, once bool, most int) error {
+	datapath := c.datapath()
+	counting, refusal := datapath.CountRunTime()
+	if refusal == nil {
+		defer counting.Close()
+	}
+	before, err := c.topSample(datapath, time.Now(), refusal)
+	if err != nil {
+		return err
+	}
+	clock := time.NewTicker(interval)
+	defer clock.Stop()
+	for {
+		select {
+		case <-c.ctx.Done():
+			return nil
+		case <-clock.C:
+		}
+		after, err := c.topSample(datapath, before.At, refusal)
+		if err != nil {
+			return err
+		}
+		if err := c.showTop(top.Between(before, after), once, most); err != nil || once {
+			return err
+		}
+		before = after
+	}
+}
+
+// topSample is what was counted by now, and who talked to what since a moment.
+func (c *command) topSample(datapath datapath, since time.Time, refusal error) (s top.Sample, err error) {
+	s.Verdicts, err = datapath.Verdicts()
+	s.At = time.Now()
+	if errors.Is(err, store.ErrUnreadable) {
+		s.Notes = append(s.Notes, "left out: "+err.Error())
+	} else if err != nil {
+		return s, err
+	}
+	if refusal != nil {
+		s.Notes = append(s.Notes, fmt.Sprintf("the kernel does not count how long programs run: %v", refusal))
+	} else if s.Programs, err = datapath.RunTimes(); err != nil {
+		return s, err
+	}
+	const timeout = 2 * time.Second
+	ctx, cancel := context.WithTimeout(c.ctx, timeout)
+	defer cancel()
+	switch traffic, err := c.askTraffic(ctx, c.stateDir(), since); {
+	case errors.Is(err, agent.ErrNotRunning):
+		s.Notes = append(s.Notes, "no agent runs: destinations are not known")
+	case err != nil:
+		s.Notes = append(s.Notes, fmt.Sprintf("destinations are not known: %v", err))
+	default:
+		s.Traffic = traffic
+		if traffic.Problem != "" {
+			s.Notes = append(s.Notes, "destinations are not known: "+traffic.Problem)
+		}
+	}
+	return s, nil
+}
+
+func (c *command) showTop(report top.Report, once bool, most int) error {
+	if c.json {
+		line, err := json.Marshal(report)
+		if err != nil {
+			return fmt.Errorf("render JSON: %w", err)
+		}
+		c.ui.Output(string(line))
+		return nil
+	}
+	text := c.renderTop(report, most)
+	if !once && c.terminal && c.getenv("TERM") != "dumb" {
+		c.clear()
+	} else if !once {
+		text += "\n"
+	}
+	c.ui.Output(text)
+	return nil
+}
+
+const topWidth = 80
+
+func (c *command) renderTop(r top.Report, most int) string {
+	total := fmt.Sprintf("%s/s out, %s/s in, ", perSecond(r.Total.Outbound), perSecond(r.Total.Inbound))
+	refused := perSecond(r.Total.Refused) + "/s refused"
+	if r.Total.Refused > 0 {
+		refused = c.paint(red, refused)
+	}
+	var text strings.Builder
+	fmt.Fprintf(&text, "%s\n", c.paint(bold, fmt.Sprintf("%s, over %.1f s", r.Time.Local().Format("15:04:05"), r.Seconds)))
+	fmt.Fprintf(&text, "connections  %s%s\n", total, refused)
+	if r.Agent != nil {
+		fmt.Fprintf(&text, "agent        %s, %d MiB\n", ofACore(r.Agent.Cores), r.Agent.Memory>>20)
+	}
+	if r.Programs != nil {
+		var cores float64
+		for _, p := range r.Programs {
+			cores += p.Cores
+		}
+		fmt.Fprintf(&text, "programs     %s\n", ofACore(cores))
+	}
+	for _, block := range []string{c.topAllocations(r, most), c.topDestinations(r, most), topPrograms(r)} {
+		if block != "" {
+			fmt.Fprintf(&text, "\n%s\n", block)
+		}
+	}
+	for i, note := range r.Notes {
+		if i == 0 {
+			fmt.Fprintln(&text)
+		}
+		fmt.Fprintln(&text, c.paint(yellow, hang(note)))
+	}
+	return strings.TrimRight(text.String(), "\n")
+}
+
+func (c *command) topAllocations(r top.Report, most int) string {
+	rows := [][]string{{"ID", "JOB", "OUT/S", "IN/S", "REFUSED/S", "MOSTLY"}}
+	quiet := 0
+	for i, a := range r.Allocations {
+		if a.All() == 0 {
+			quiet++
+		} else if i < most {
+			rows = append(rows, []string{short(a.AllocID), orDash(strings.Trim(a.Job+"/"+a.TaskGroup, "/")), perSecond(a.Outbound), perSecond(a.Inbound), perSecond(a.Refused), mostly(a)})
+		}
+	}
+	left := len(r.Allocations) - quiet - (len(rows) - 1)
+	text := ""
+	if len(rows) > 1 {
+		text = c.heading(table("", cut(rows, topWidth, 1))) + "\n"
+	}
+	if left > 0 {
+		text += fmt.Sprintf("and %s more\n", countOf(left, "allocation"))
+	}
+	if quiet > 0 {
+		text += fmt.Sprintf("%s without a connection\n", countOf(quiet, "allocation"))
+	}
+	if len(r.Allocations) == 0 {
+		text = "no allocation is under Weir"
+	}
+	return strings.TrimRight(text, "\n")
+}
+
+// mostly is the verdict that happened most. A refusal goes before what is let through.
+func mostly(a top.Allocation) (name string) {
+	for verdict, rate := range a.Verdicts {
+		refused, before := strings.HasPrefix(verdict, "refused_"), strings.HasPrefix(name, "refused_")
+		if name == "" || refused && !before || refused == before && (rate > a.Verdicts[name] || rate == a.Verdicts[name] && verdict < name) {
+			name = verdict
+		}
+	}
+	return name
+}
+
+func (c *command) topDestinations(r top.Report, most int) string {
+	rows := [][]string{{"DESTINATION", "CONNECTIONS/S", "REFUSED/S", "FROM"}}
+	for i, d := range r.Destinations {
+		if i == most {
+			break
+		}
+		from := sourceText(agent.Flow{Source: d.Source}, false)
+		if d.Sources > 1 {
+			from += fmt.Sprintf(" and %d more", d.Sources-1)
+		}
+		rows = append(rows, []string{destinationText(agent.Flow{Destination: d.Destination}, false), perSecond(d.Connections), perSecond(d.Refused), from})
+	}
+	if len(rows) == 1 {
+		return ""
+	}
+	return c.heading(table("", cut(rows, topWidth, 0, 3)))
+}
+
+// topPrograms names what ran, the costliest first.
+func topPrograms(r top.Report) string {
+	rows := [][]string{{"PROGRAM", "RUNS/S", "EACH", "OF A CORE"}}
+	for _, p := range r.Programs {
+		if p.Runs == 0 {
+			continue
+		}
+		title := strings.TrimPrefix(p.Name, "weir_")
+		if p.Programs > 1 {
+			title += fmt.Sprintf(" of %d allocations", p.Programs)
+		}
+		rows = append(rows, []string{title, perSecond(p.Runs), fmt.Sprintf("%.0f ns", p.Each), strings.TrimSuffix(ofACore(p.Cores), " of a core")})
+	}
+	if len(rows) == 1 {
+		return ""
+	}
+	return table("", rows)
+}
+
+// heading makes the first line of a table bold.
+func (c *command) heading(text string) string {
+	first, rest, _ := strings.Cut(text, "\n")
+	return c.paint(bold, first) + "\n" + rest
+}
+
+func perSecond(rate float64) string { return fmt.Sprintf("%.1f", rate) }
+
+func ofACore(cores float64) string { return fmt.Sprintf("%.2f %% of a core", cores*100) }
+
+// clearTerminal empties it, and begins at its top.
+func clearTerminal(out io.Writer) func() {
+	return func() { _, _ = io.WriteString(out, "\x1b[H\x1b[2J") } // or it fails as what follows does
+}
