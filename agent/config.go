@@ -18,6 +18,7 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclparse"
+	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -95,6 +96,7 @@ type DockerConfig struct {
 // TelemetryConfig says where metrics and health are shown.
 type TelemetryConfig struct {
 	Listen string `hcl:"listen,optional"` // `host:port` of `/metrics` and `/health`; empty: nowhere
+	Map    string `hcl:"map,optional"`    // who may see the map of the node at `/map/`, with names and connections: `off` (nobody), `loopback` (who comes by this node's own), `any`
 }
 
 // FlowsConfig says what is kept of the node's connections, for `weir flows`.
@@ -119,7 +121,7 @@ func DefaultConfig() Config {
 			JobArgs: request.DefaultJobArgs(), ConsulExclusions: true,
 		},
 		Docker:    &DockerConfig{Socket: "/var/run/docker.sock"},
-		Telemetry: &TelemetryConfig{},
+		Telemetry: &TelemetryConfig{Map: string(web.ClientsOff)},
 		Flows:     &FlowsConfig{Enabled: true, Memory: "64MiB", History: "1h"},
 	}
 }

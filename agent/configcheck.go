@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclparse"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
+	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -59,6 +60,9 @@ func (c Config) problems() (list []valueProblem) {
 	}
 	if c.Telemetry.Listen != "" && !isHostPort(c.Telemetry.Listen) {
 		wrong("telemetry.listen", c.Telemetry.Listen, "host:port")
+	}
+	if !web.Clients(c.Telemetry.Map).Valid() {
+		wrong("telemetry.map", c.Telemetry.Map, "off, loopback or any")
 	}
 	if c.Flows.bytes() == 0 {
 		wrong("flows.memory", c.Flows.Memory, "a number from 1 to 65535 with KiB, MiB or GiB")

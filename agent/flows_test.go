@@ -85,16 +85,17 @@ func (n *node) recording(task *test.Client) {
 	}, "the agent to record")
 }
 
-// Each dial is seen once by each of two readers, with the names of both ends,
-// and a filter lets through what matches and nothing else. What reads the
-// kernel's events is given them by the agent.
-func TestFlows(t *testing.T) {
-	n := newNode(t)
+// shopNode is a node with an allocation of job shop that has an upstream api by the
+// virtual IP 240.0.0.1, a proxy that listens for both, and a task.
+func shopNode(t *testing.T, change func(*Config)) (n *node, id string, mesh *test.NetNS, task *test.Client) {
+	t.Helper()
+	n = newNode(t)
+	change(&n.config)
 	cgroup := test.NewCgroup(t)
 	n.config.CgroupRoot = cgroup.Path
 	n.Datapath = redirect.New(n.config.Paths())
-	mesh := test.NewNetNS(t)
-	id := numbered(1)
+	mesh = test.NewNetNS(t)
+	id = numbered(1)
 	err := n.Add(redirect.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: mesh.Path, Request: workload.Request{
 		Network: "nomad", Job: workload.Job{AllocID: id, Namespace: "prod", ID: "shop", Group: "front"},
 		Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
@@ -118,10 +119,18 @@ func TestFlows(t *testing.T) {
 		return errors.New("the upstream has no virtual IP")
 	}, "what Consul knows")
 
-	task := test.NewClient(t, test.Spec{NetNS: mesh, Cgroup: cgroup.Child(t, id+".server.scope"), UID: 1000, GID: 1000})
+	task = test.NewClient(t, test.Spec{NetNS: mesh, Cgroup: cgroup.Child(t, id+".server.scope"), UID: 1000, GID: 1000})
 	proxy := test.Spec{NetNS: mesh, Cgroup: cgroup.Child(t, id+".connect-proxy-web.scope"), UID: 101, GID: 101}
 	test.EchoProcess(t, proxy, "tcp4", "127.0.0.1:15001")
 	test.EchoProcess(t, proxy, "tcp4", "127.0.0.1:9191") // the upstream's listener
+	return n, id, mesh, task
+}
+
+// Each dial is seen once by each of two readers, with the names of both ends,
+// and a filter lets through what matches and nothing else. What reads the
+// kernel's events is given them by the agent.
+func TestFlows(t *testing.T) {
+	n, id, mesh, task := shopNode(t, func(*Config) {})
 	n.recording(task)
 	all, refused := n.follow(FlowQuery{}), n.follow(FlowQuery{Refused: true})
 	began := time.Now()

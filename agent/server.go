@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/net/netutil"
 
+	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -155,6 +156,8 @@ func (a *Agent) localAPI() http.Handler {
 func (a *Agent) telemetry() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", a.metrics())
+	node, _ := os.Hostname() // without it the map has no name but its addresses
+	web.Register(mux, mapSource{a}, web.Clients(a.config.Telemetry.Map), node)
 	mux.HandleFunc("GET /health", func(w http.ResponseWriter, _ *http.Request) {
 		status := a.Status()
 		healthy, why := status.Healthy(time.Now())

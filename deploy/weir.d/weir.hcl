@@ -75,7 +75,10 @@ docker {
   # socket = "/var/run/docker.sock"
 }
 
-# Prometheus at /metrics, health at /health.
+# Prometheus at /metrics, health at /health; and at /map/ a map of the node for
+# browsers, which shows names and connections: "off", "loopback" (who comes by this
+# node's own, as by "ssh -L") or "any" (whoever reaches the address).
 telemetry {
   # listen = "127.0.0.1:9902"            # default: nowhere
+  # map    = "off"
 }

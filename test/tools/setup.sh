@@ -18,6 +18,7 @@
 #	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
 #	cni    the reference CNI plugins                  -> .tools/cni
 #	docker Docker's engine and a static busybox, from Debian
+#	browser  Chromium, in which the tests open the agent's page
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
 #	vm     qemu, and what reads and verifies packages of the archive
 #
@@ -212,6 +213,11 @@ setup_docker() {
 	packages docker.io busybox-static
 }
 
+# setup_browser is some 400 MB on disk and a minute of installing.
+setup_browser() {
+	packages chromium
+}
+
 setup_package() {
 	local binary=$tools/bin/nfpm
 	[[ $binary -nt $root/test/tools/nfpm/go.mod ]] && return
@@ -246,7 +252,7 @@ setup_vm() {
 
 main() {
 	unset GOOS GOARCH # the tools run here, whatever is built with them
-	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker package promtool vm"
+	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package promtool vm"
 	local group start
 	for group in go "$@"; do
 		step=$group busy= start=$SECONDS

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package agent
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/weirmesh/weir/agent/web"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/health"
+)
+
+// The bounds of what the map shows.
+const (
+	mapWindow = time.Minute // that rates are over
+	mapEnds   = 40          // on either side
+	mapFlows  = 50          // of one allocation
+)
+
+// mapSource is the agent as its page sees it.
+type mapSource struct{ *Agent }
+
+// Graph puts the allocations of the last pass together with who talked to what since.
+func (m mapSource) Graph() web.Graph {
+	status, traffic := m.Status(), m.trafficSince(time.Now().Add(-mapWindow))
+	g := web.Graph{
+		Schema: 1, Version: m.version, Time: traffic.Until, Seconds: max(traffic.Until.Sub(traffic.Since).Seconds(), 1),
+		Problems: append([]health.Problem{}, status.Problems...), Unrecorded: traffic.Problem, Missed: traffic.Lost + traffic.Omitted,
+		Allocations: []web.Node{},
+	}
+	if m.flows != nil {
+		g.Node = m.flows.node
+	}
+	nodes := make(map[string]*web.Node, len(status.Workloads))
+	for _, w := range status.Workloads {
+		if nodes[w.ID] == nil { // else it is another network of it
+			node := mapNode(w)
+			nodes[w.ID] = &node
+		}
+	}
+	g.Ends, g.Edges = mapEdges(traffic.Edges, nodes, g.Seconds)
+	for _, node := range nodes {
+		g.Allocations = append(g.Allocations, *node)
+	}
+	slices.SortFunc(g.Allocations, func(a, b web.Node) int {
+		return cmp.Or(cmp.Compare(a.Job, b.Job), cmp.Compare(a.Group, b.Group), cmp.Compare(a.ID, b.ID))
+	})
+	return g
+}
+
+func mapNode(w WorkloadView) web.Node {
+	node := web.Node{
+		ID: w.ID, Job: w.Job, Group: w.Group, Namespace: w.Namespace, State: string(w.State), Mode: string(w.Mode), Guard: string(w.Guard), InSync: w.InSync,
+	}
+	for _, problem := range w.Problems {
+		if problem.Severity == health.SeverityError {
+			node.Errors++
+		} else {
+			node.Warnings++
+		}
+	}
+	return node
+}
+
+// mapEdges joins edges by allocation and end, and adds what they carry to the
+// allocations. The ends that are refused, and then the busiest, have a name of their
+// own; the rest is one end.
+func mapEdges(list []CountedEdge, nodes map[string]*web.Node, seconds float64) ([]web.End, []web.Edge) {
+	type counted struct {
+		web.End
+		count, refused uint64
+	}
+	ends := make(map[string]*counted)
+	for _, edge := range list {
+		if _, end := endsOf(edge.Edge, nodes); end.ID != "" {
+			if ends[end.ID] == nil {
+				ends[end.ID] = &counted{End: end}
+			}
+			ends[end.ID].count += edge.Count
+			if edge.Refused {
+				ends[end.ID].refused += edge.Count
+			}
+		}
+	}
+	kept := make(map[string]web.End)
+	for _, source := range []bool{true, false} {
+		var side []*counted
+		for _, end := range ends {
+			if end.Source == source {
+				side = append(side, end)
+			}
+		}
+		slices.SortFunc(side, func(a, b *counted) int {
+			return cmp.Or(cmp.Compare(b.refused, a.refused), cmp.Compare(b.count, a.count), cmp.Compare(a.ID, b.ID))
+		})
+		for i, end := range side {
+			kept[end.ID] = end.End
+			if i >= mapEnds {
+				kept[end.ID] = web.End{ID: endID(source, web.KindOthers, ""), Kind: web.KindOthers, Source: source}
+			}
+		}
+	}
+	edges := make(map[[2]string]*web.Edge)
+	shown := make(map[string]web.End)
+	for _, edge := range list {
+		node, end := endsOf(edge.Edge, nodes)
+		if end.ID == "" {
+			continue
+		}
+		end = kept[end.ID]
+		shown[end.ID] = end
+		ways := [2]string{node.ID, end.ID}
+		if end.Source {
+			ways = [2]string{end.ID, node.ID}
+		}
+		if edges[ways] == nil {
+			edges[ways] = &web.Edge{From: ways[0], To: ways[1], Verdicts: make(map[string]float64)}
+		}
+		rate := float64(edge.Count) / seconds
+		edges[ways].Rate += rate
+		edges[ways].Verdicts[edge.Verdict] += rate
+		node.Rate += rate
+		if edge.Refused {
+			edges[ways].Refused += rate
+			node.Refused += rate
+		}
+	}
+	endList, edgeList := make([]web.End, 0, len(shown)), make([]web.Edge, 0, len(edges))
+	for _, end := range shown {
+		endList = append(endList, end)
+	}
+	for _, edge := range edges {
+		edgeList = append(edgeList, *edge)
+	}
+	slices.SortFunc(endList, func(a, b web.End) int { return cmp.Compare(a.ID, b.ID) })
+	slices.SortFunc(edgeList, func(a, b web.Edge) int { return cmp.Or(cmp.Compare(a.From, b.From), cmp.Compare(a.To, b.To)) })
+	return endList, edgeList
+}
+
+func endID(source bool, kind web.Kind, name string) string {
+	side := "to"
+	if source {
+		side = "from"
+	}
+	return side + " " + string(kind) + " " + name
+}
+
+// endsOf are the allocation of an edge and its other end; no end where the map shows
+// none: a proxy's own connection stands for one of a task.
+func endsOf(edge Edge, nodes map[string]*web.Node) (*web.Node, web.End) {
+	s, d := edge.Source, edge.Destination
+	var node *web.Node
+	end := web.End{Kind: web.KindAddress}
+	switch {
+	case edge.Direction == DirectionInbound:
+		node, end.Source = nodes[d.AllocID], true
+		end.Name = s.IP.String()
+		if s.AllocID != "" {
+			end.Kind, end.Name, end.AllocID = web.KindAllocation, ofAllocation(s.AllocID, s.Job, s.TaskGroup), s.AllocID
+		}
+	case edge.Direction == DirectionOutbound && edge.Verdict != bpfmap.Proxy.String():
+		node = nodes[s.AllocID]
+		end.Name = netip.AddrPortFrom(d.IP, d.Port).String()
+		switch {
+		case d.Service != "":
+			end.Kind, end.Name = web.KindService, d.Service
+		case edge.Verdict == bpfmap.Local.String() || d.AllocID == s.AllocID && d.AllocID != "":
+			end.Kind, end.Name = web.KindLoopback, ""
+		case d.AllocID != "":
+			end.Kind, end.Name, end.AllocID = web.KindAllocation, ofAllocation(d.AllocID, d.Job, d.TaskGroup), d.AllocID
+		}
+	}
+	if node == nil {
+		return nil, web.End{}
+	}
+	end.ID = endID(end.Source, end.Kind, end.Name)
+	return node, end
+}
+
+func ofAllocation(id, job, group string) string {
+	return (&flowWorkload{allocID: id, job: job, group: group}).label()
+}
+
+// Allocation is what decides about an allocation's connections, from the rows in the
+// kernel, and the last of them.
+func (m mapSource) Allocation(id string) (web.Allocation, bool) {
+	list := m.Status().Workloads
+	i := slices.IndexFunc(list, func(w WorkloadView) bool { return w.ID == id })
+	if i < 0 {
+		return web.Allocation{}, false
+	}
+	w := list[i]
+	found := web.Allocation{
+		Schema: 1, Node: mapNode(w), Task: w.Task, Since: w.Since, Problems: w.Problems, Settings: []explain.Setting{}, Flows: []web.Flow{},
+	}
+	if w.State != StateManaged {
+		found.Unknown = "it is not under Weir, so nothing decides about its connections"
+	} else if settings, _, err := m.datapath.Settings(w.Key); err != nil {
+		found.Unknown = err.Error()
+	} else {
+		found.Settings = settings
+	}
+	if m.flows == nil {
+		found.Unrecorded = ErrFlowsOff.Error()
+		return found, true
+	}
+	for _, flow := range m.flows.lastOf(id, mapFlows) {
+		found.Flows = append(found.Flows, mapFlow(id, flow))
+	}
+	m.flows.mu.Lock()
+	defer m.flows.mu.Unlock()
+	found.Unrecorded = m.flows.problem
+	return found, true
+}
+
+// mapFlow is a flow as the allocation sees it.
+func mapFlow(id string, flow Flow) web.Flow {
+	s, d := flow.Source, flow.Destination
+	shown := web.Flow{Time: flow.Time, Direction: string(flow.Direction), Verdict: flow.Verdict, Refused: flow.Refused, Task: cmp.Or(s.Task, s.Command)}
+	for _, verdict := range bpfmap.AllVerdicts() {
+		if verdict.String() == flow.Verdict {
+			shown.Meaning = verdict.Describe()
+		}
+	}
+	port := ":" + strconv.Itoa(int(d.Port))
+	switch {
+	case flow.Direction == DirectionInbound && s.AllocID != "":
+		shown.Peer = ofAllocation(s.AllocID, s.Job, s.TaskGroup) + " to " + port
+	case flow.Direction == DirectionInbound:
+		shown.Peer = s.IP.String() + " to " + port
+	case d.Service != "":
+		shown.Peer = d.Service + port
+	case d.AllocID != "" && d.AllocID != id:
+		shown.Peer = ofAllocation(d.AllocID, d.Job, d.TaskGroup) + port
+	default:
+		shown.Peer = netip.AddrPortFrom(d.IP, d.Port).String()
+	}
+	return shown
+}
+
+// lastOf are the last connections of an allocation, the newest first.
+func (f *flows) lastOf(allocID string, count int) (list []Flow) {
+	ours := func(r *flowRecord) bool {
+		return r.verdict != bpfmap.EventsLost && IsConnection(r.verdict) && (r.workload.allocID == allocID || r.peer != nil && r.peer.allocID == allocID)
+	}
+	first, _ := f.ring.since(time.Time{})
+	number := f.ring.last(count, first, ours)
+	for {
+		records, missed, changed := f.ring.read(number)
+		if changed != nil {
+			break
+		}
+		number += missed + uint64(len(records))
+		for i := range records {
+			if ours(&records[i]) {
+				list = append(list, records[i].flow(f.node))
+			}
+		}
+	}
+	slices.Reverse(list)
+	return list[:min(count, len(list))]
+}
