@@ -22,8 +22,9 @@ import (
 // operation is a call that a process of its own makes, to be killed in.
 type operation struct {
 	Paths      store.Paths
-	Do         string // "add", "remove", "load"; nothing where it is empty
+	Do         string // "add", "remove", "load", "configure"; nothing where it is empty
 	Attachment Attachment
+	Changes    []MeshChange
 }
 
 // operateFunc is the helper that runs operations.
@@ -40,6 +41,8 @@ func serveOperations([]string) error {
 			err = d.Remove(o.Attachment.Key)
 		case "load":
 			_, err = d.Load()
+		case "configure":
+			err = errors.Join(d.SetMeshConfigs(o.Changes)...)
 		}
 		return struct{}{}, err
 	})

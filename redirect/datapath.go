@@ -23,11 +23,13 @@ type Datapath struct {
 	paths        store.Paths
 	lockTimeout  time.Duration // how long a change waits for the lock
 	checkTimeout time.Duration // ... and a check
+	wait         func()        // until no program reads rows that were replaced before
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths store.Paths) *Datapath {
-	return &Datapath{paths: paths.Or(store.Paths{PinDir: store.DefaultPinDir, StateDir: store.DefaultStateDir}), lockTimeout: store.LockTimeout, checkTimeout: store.CheckTimeout}
+	return &Datapath{paths: paths.Or(store.Paths{PinDir: store.DefaultPinDir, StateDir: store.DefaultStateDir}), lockTimeout: store.LockTimeout, checkTimeout: store.CheckTimeout,
+		wait: bpfmap.WaitForReaders}
 }
 
 // Within returns the same data path for who has other things to do than to wait
@@ -52,7 +54,8 @@ type Attachment struct {
 	NetNS   string // path of the namespace
 	Request workload.Request
 
-	Prepared *program.Preloaded // by Prepare of that namespace; nil: nothing
+	MeshConfig *workload.MeshConfig // what is known of it in Consul already; only for a namespace that is not under Weir
+	Prepared   *program.Preloaded   // by Prepare of that namespace; nil: nothing
 }
 
 // Add puts a namespace under Weir: when it returns nil, every connection of
@@ -126,6 +129,10 @@ func (d *Datapath) add(a Attachment) error {
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
 	if r.Fresh {
 		r.Added = time.Now()
+		if mesh := a.MeshConfig; mesh != nil && workload.Merge(a.Request, *mesh).Validate() == nil {
+			r.MeshConfig = *mesh
+			r.Seats = workload.Merge(a.Request, workload.MeshConfig{}).NextProxyIDs(workload.Merge(a.Request, *mesh))
+		}
 	}
 	if !r.Complete && !r.Fresh {
 		if err := d.removeOtherRecords(r); err != nil {
@@ -297,34 +304,7 @@ func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []st
 // SetMeshConfig replaces what Consul adds to a workload. Open connections and
 // the workload's origins stay; no change means no write.
 func (d *Datapath) SetMeshConfig(key workload.AttachmentID, meshConfig workload.MeshConfig) error {
-	err := d.locked(func() error {
-		r, err := d.paths.ReadRecord(key)
-		if err != nil {
-			return err
-		}
-		if err := workload.Merge(r.Request, meshConfig).Validate(); err != nil {
-			return err
-		}
-		tables, err := bpfmap.OpenTables(d.paths.Maps())
-		if err != nil {
-			return err
-		}
-		defer tables.Close()
-		ns, err := openNamespaceOf(r)
-		if err != nil {
-			return err
-		}
-		defer ns.Close()
-		before := r.Desired()
-		r.MeshConfig = meshConfig
-		r.Seats = before.NextProxyIDs(workload.Merge(r.Request, meshConfig))
-		_, err = d.ensure(tables, r, ns)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("configure workload %s: %w", key, err)
-	}
-	return nil
+	return d.SetMeshConfigs([]MeshChange{{Key: key, MeshConfig: meshConfig}})[0]
 }
 
 // GC removes the workloads of a CNI network that are not in valid, and

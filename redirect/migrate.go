@@ -82,7 +82,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	}
 	result.Did = append(result.Did, repairs...)
 	result.left([]error{unreadable})
-	bpfmap.WaitForReaders()
+	d.wait()
 	if err := errors.Join(changes.copyRows(), changes.forgetBinders()); err != nil {
 		return result, err
 	}

@@ -71,14 +71,21 @@ func (m *Tables) deleteListeners(cookie uint64, applied *workload.Workload) erro
 	return nil
 }
 
-// DeleteListenersOn takes the listeners out that live on at other ports than these. It
-// walks the table, which has a few rows a workload.
+// DeleteListenersOn takes the listeners of a workload out that live on at other ports
+// than these.
 func (m *Tables) DeleteListenersOn(cookie uint64, ports []workload.ProxyPort) error {
+	return m.DeleteListenersBut(map[uint64][]workload.ProxyPort{cookie: ports})
+}
+
+// DeleteListenersBut does so for many workloads, each with the ports that it keeps. It
+// walks the table, which has a few rows a workload, once.
+func (m *Tables) DeleteListenersBut(kept map[uint64][]workload.ProxyPort) error {
 	return DeleteIf[BpfListenerKey, uint64](m, "listeners", func(k BpfListenerKey) bool {
-		if k.Role == BpfListenerRoleLISTENER_UPSTREAM && ports != nil {
-			return false // a gate's: it goes with the first listener, or with the gate
+		ports, concerned := kept[k.Cookie]
+		if !concerned || k.Role == BpfListenerRoleLISTENER_UPSTREAM && ports != nil {
+			return false // a gate's goes with the first listener, or with the gate
 		}
-		return k.Cookie == cookie && !slices.ContainsFunc(ports, func(p workload.ProxyPort) bool {
+		return !slices.ContainsFunc(ports, func(p workload.ProxyPort) bool {
 			four, six := ListenerRoles(p)
 			return p.Port == k.Port && (k.Role == four || k.Role == six)
 		})
@@ -205,15 +212,19 @@ func (m *Tables) anyListener(cookie uint64, proxyID uint8, w workload.Workload) 
 	return false, nil
 }
 
+// MissingFrom are those of the roles for which the socket is not registered. It mostly
+// has one of the first slots, so they are asked in turn.
 func (m *Tables) MissingFrom(cookie uint64, roles []BpfListenerRole, port uint16, socket uint64) (missing []BpfListenerRole, err error) {
 	for _, role := range roles {
-		slots, err := m.Registered(cookie, role, port)
-		if err != nil {
-			return nil, err
-		}
 		there := false
-		for _, registered := range slots {
-			there = there || registered == socket
+		for slot := range uint16(ListenerSlots) {
+			var registered uint64
+			if _, err := m.Get("listeners", ListenerKey(cookie, role, port, slot), &registered); err != nil {
+				return nil, fmt.Errorf("read listeners: %w", err)
+			}
+			if there = registered == socket; there {
+				break
+			}
 		}
 		if !there {
 			missing = append(missing, role)

@@ -303,6 +303,11 @@ func replaceFilter(conn *nftables.Conn, rules map[string][]filterRule) error {
 // A kernel without nf_tables has none.
 func RemoveFilter(ns *host.Namespace) (removed bool, err error) {
 	err = withNFTables(ns, func(conn *nftables.Conn) error {
+		// A transaction that finds nothing to delete makes the kernel wait for all
+		// packets under way, some 15 ms, and most namespaces have no table.
+		if _, err := conn.ListTableOfFamily(FilterTable, nftables.TableFamilyINet); err != nil {
+			return err
+		}
 		conn.DelTable(&nftables.Table{Name: FilterTable, Family: nftables.TableFamilyINet})
 		return conn.Flush()
 	})

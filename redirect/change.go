@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
+)
+
+// ensure brings the kernel to what the record asks for and says what it had to
+// change. It is the one way to a redirected namespace: ADD, CHECK, a change
+// from Consul and the return of lost maps all end here, so what one of them
+// makes another can finish. The record is marked incomplete before the first
+// change and complete after the last.
+func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []string, err error) {
+	changed, errs := d.ensureTogether(tables, []*change{{record: r, ns: ns}})
+	return changed, errs[0]
+}
+
+// change is what ensure does to one workload, in two halves. Between them every
+// program ends that may still read the former rows, and one such wait, of some
+// milliseconds, does for as many changes as there are.
+type change struct {
+	record *store.Record
+	ns     *host.Namespace
+
+	before   store.Record
+	wanted   workload.Workload
+	replaced bool     // new rows are in force, and others were before
+	old      uint64   // the generation of those; 0: it is not known
+	did      []string // what had to be changed
+	err      error
+}
+
+// ensureTogether is ensure for many workloads. What goes wrong with one concerns it alone.
+func (d *Datapath) ensureTogether(tables *bpfmap.Tables, changes []*change) (changed []string, errs []error) {
+	var replaced []*change
+	for _, c := range changes {
+		if c.err = d.putInForce(tables, c); c.err == nil && c.replaced {
+			replaced = append(replaced, c)
+		}
+	}
+	if len(replaced) > 0 {
+		d.wait()
+		deleteFormer(tables, replaced)
+	}
+	for _, c := range changes {
+		if c.err == nil {
+			c.err = d.complete(tables, c)
+		}
+		changed, errs = append(changed, c.did...), append(errs, c.err)
+	}
+	return changed, errs
+}
+
+// putInForce is the first half: from its end on, connections follow the new rows.
+func (d *Datapath) putInForce(tables *bpfmap.Tables, c *change) error {
+	c.before = *c.record
+	moved, err := observeSources(c.record, c.ns)
+	if err != nil {
+		return err
+	}
+	if c.before.Complete {
+		c.did = append(c.did, moved...)
+	}
+	c.wanted = c.record.Desired()
+	if err := c.wanted.Validate(); err != nil {
+		return err
+	}
+	routed, err := d.ensureRoutes(c.record, &c.before, c.ns, c.wanted)
+	if err != nil {
+		return err
+	}
+	if routed {
+		c.did = append(c.did, "routes to the proxy set")
+	}
+	written, err := d.ensureRows(tables, c)
+	if err != nil {
+		return err
+	}
+	if written {
+		c.did = append(c.did, "rows written")
+	}
+	return nil
+}
+
+// complete is the second half: all that is no row, and the record.
+func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
+	attached, err := program.AttachLookup(tables, d.paths, c.ns, false)
+	if err != nil {
+		return err
+	}
+	if attached {
+		c.did = append(c.did, "lookup program attached")
+	}
+	filtered, err := program.SetFilter(d.paths, c.ns, c.wanted)
+	if err != nil {
+		return err
+	}
+	if filtered {
+		c.did = append(c.did, "filter of forwarded packets set")
+	}
+	adopted, err := registerExistingListeners(tables, d.paths, c.ns, c.wanted, c.record.RejectedCgroups)
+	if err != nil {
+		return err
+	}
+	c.did = append(c.did, adopted...)
+	if c.before.Complete && len(c.did) == 0 && !c.record.Dirty {
+		return nil
+	}
+	c.record.Complete, c.record.Applied = true, c.wanted
+	return d.paths.WriteRecord(c.record)
+}
+
+// ensureRows writes the rows where they are not those that are wanted. A change of
+// link-local addresses alone is not worth a word, unless rows are missing as well.
+func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err error) {
+	r, before, wanted := c.record, &c.before, c.wanted
+	if before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted) {
+		if there, err := tables.HasRows(r.Cookie, wanted, r.IPv6); err != nil || there {
+			return false, err
+		}
+	}
+	quiet := len(c.did) == 0 && before.Complete && !slices.Equal(before.Found, r.Found)
+	if quiet {
+		if quiet, err = tables.HasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
+			return false, err
+		}
+	}
+	if err := d.markIncomplete(r); err != nil {
+		return false, err
+	}
+	if !before.Fresh && (!before.Complete || !workload.SamePorts(before.Applied, wanted)) {
+		// Those that wait at the new ports already, before anybody is sent there.
+		// After a process that died half way nobody knows which ports are in force.
+		if _, err := registerExistingListeners(tables, d.paths, c.ns, wanted, r.RejectedCgroups); err != nil {
+			return false, err
+		}
+	}
+	if c.old, err = tables.Generation(r.Cookie); err != nil {
+		return false, err
+	}
+	if err := tables.Admit(bpfmap.EncodeRows(before.Applied, r.Cookie, c.old, before.IPv6), bpfmap.EncodeRows(wanted, r.Cookie, c.old, r.IPv6)); err != nil {
+		return false, err
+	}
+	if err := tables.WriteRows(r.Cookie, wanted, r.IPv6); err != nil {
+		return false, err
+	}
+	c.replaced = !before.Fresh
+	return !quiet, nil
+}
+
+// deleteFormer removes the rows that were replaced, which nobody reads any more. What
+// a process that died half way left is not known in detail and is searched for.
+func deleteFormer(tables *bpfmap.Tables, replaced []*change) {
+	kept := make(map[uint64][]workload.ProxyPort) // by cookie
+	for _, c := range replaced {
+		r := c.record
+		if !c.before.Complete || c.old == 0 {
+			c.err = tables.DeleteStale(r.Cookie, &c.wanted)
+			continue
+		}
+		c.err = tables.DeleteRows(bpfmap.EncodeRows(c.before.Applied, r.Cookie, c.old, c.before.IPv6), r.Cookie, c.old)
+		if c.err == nil && !workload.SamePorts(c.before.Applied, c.wanted) {
+			kept[r.Cookie] = c.wanted.Ports()
+			c.err = tables.DeleteProxies(r.Cookie, c.before.Applied.TakenProxyIDs()&^c.wanted.TakenProxyIDs())
+		}
+	}
+	if len(kept) == 0 {
+		return
+	}
+	err := tables.DeleteListenersBut(kept)
+	for _, c := range replaced {
+		if _, concerned := kept[c.record.Cookie]; concerned {
+			c.err = errors.Join(c.err, err)
+		}
+	}
+}
+
+// MeshChange is what Consul adds to a workload from now on.
+type MeshChange struct {
+	Key        workload.AttachmentID
+	MeshConfig workload.MeshConfig
+}
+
+// MaxChanges is how many workloads one process changes before it lets another have the
+// lock: some tens of milliseconds' worth.
+const MaxChanges = 64
+
+// SetMeshConfigs is SetMeshConfig for up to MaxChanges workloads, each of which is named
+// once. They wait in common, and what goes wrong with one is its error alone.
+func (d *Datapath) SetMeshConfigs(list []MeshChange) (errs []error) {
+	if len(list) > MaxChanges {
+		return append(d.SetMeshConfigs(list[:MaxChanges]), d.SetMeshConfigs(list[MaxChanges:])...)
+	}
+	errs = make([]error, len(list))
+	err := d.locked(func() error { return d.setMeshConfigs(list, errs) })
+	for i, change := range list {
+		if errs[i] = errors.Join(errs[i], err); errs[i] != nil {
+			errs[i] = fmt.Errorf("configure workload %s: %w", change.Key, errs[i])
+		}
+	}
+	return errs
+}
+
+func (d *Datapath) setMeshConfigs(list []MeshChange, errs []error) error {
+	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	if err != nil {
+		return err
+	}
+	defer tables.Close()
+	var changes []*change
+	var places []int // of each in list
+	for i, wanted := range list {
+		r, err := d.paths.ReadRecord(wanted.Key)
+		if err == nil {
+			err = workload.Merge(r.Request, wanted.MeshConfig).Validate()
+		}
+		var ns *host.Namespace
+		if err == nil {
+			ns, err = openNamespaceOf(r)
+		}
+		if err != nil {
+			errs[i] = err
+			continue
+		}
+		defer ns.Close()
+		before := r.Desired()
+		r.MeshConfig = wanted.MeshConfig
+		r.Seats = before.NextProxyIDs(workload.Merge(r.Request, wanted.MeshConfig))
+		changes, places = append(changes, &change{record: r, ns: ns}), append(places, i)
+	}
+	_, failed := d.ensureTogether(tables, changes)
+	for i, err := range failed {
+		errs[places[i]] = err
+	}
+	return nil
+}
