@@ -3,6 +3,8 @@
 package agent
 
 import (
+	"context"
+	"log/slog"
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
@@ -104,11 +106,19 @@ func (a *Agent) closeGates(stays func(workload.AttachmentID) bool) {
 // counts what they hold. It returns when to look again.
 func (a *Agent) lookAtGates(now time.Time) time.Duration {
 	wait := tick
+	var keys []workload.AttachmentID
+	var gates []*redirect.Gate
 	for key, m := range a.allocations {
-		if m.gate.held == nil {
-			continue
+		if m.gate.held != nil {
+			keys, gates = append(keys, key), append(gates, m.gate.held)
 		}
-		state, err := m.gate.held.Look()
+	}
+	if len(gates) == 0 {
+		return wait
+	}
+	states, errs := a.datapath.LookAtGates(gates)
+	for i, key := range keys {
+		m, state, err := a.allocations[key], states[i], errs[i]
 		if err != nil && !ends(err) {
 			a.note(key, m, "gate", err)
 		}
@@ -118,14 +128,17 @@ func (a *Agent) lookAtGates(now time.Time) time.Duration {
 				a.count(func(c *Counts) { c.Held++ })
 			}
 		}
-		log := a.log.With("alloc_id", key.ContainerID, "interface", key.IfName, "connections", len(m.gate.seen))
+		log := func(level slog.Level, what string) {
+			a.log.Log(context.Background(), level, what, "alloc_id", key.ContainerID, "interface", key.IfName, "connections", len(m.gate.seen),
+				"after", now.Sub(m.gate.since).Round(time.Millisecond))
+		}
 		switch {
 		case ends(err):
 		case state.Listens:
-			log.Info("start gate closed: the proxy listens", "after", now.Sub(m.gate.since).Round(time.Millisecond))
+			log(slog.LevelInfo, "start gate closed: the proxy listens")
 		case !now.Before(m.gate.until):
 			a.count(func(c *Counts) { c.HeldTimeout += uint64(len(state.Waiting)) })
-			log.Warn("start gate closed: the proxy does not listen, what its tasks dial is refused", "after", now.Sub(m.gate.since).Round(time.Millisecond))
+			log(slog.LevelWarn, "start gate closed: the proxy does not listen, what its tasks dial is refused")
 		default:
 			pace := slowGate
 			if now.Sub(m.gate.since) < newGate {

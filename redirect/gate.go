@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
 )
 
 // Gate holds the connections that the tasks of a workload open before its proxy
@@ -22,10 +25,21 @@ type Gate struct {
 	key      workload.AttachmentID
 	cookie   uint64
 	ports    []uint16 // outbound, of the proxies in transparent mode
+	proxyIDs uint8    // ... and a bit for each of them
 	holder   *os.File
+	netns    string // its path, and which it was
+	inode    uint64
 
 	upstreams map[uint16]bool // ports on which an explicit upstream is to listen
+
+	held    uint32          // segments that the holder has dropped, as of the last look
+	waiting map[uint64]bool // cookies of the sockets that waited then
+	counted time.Time       // when that was
 }
+
+// countAgain is how soon the connections that wait are counted again where no more came:
+// some may have given up.
+const countAgain = time.Second
 
 // GateState is how a gate stands.
 type GateState struct {
@@ -42,10 +56,10 @@ func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 		return fail(err)
 	}
 	defer ns.Close()
-	g := &Gate{datapath: d, key: key, cookie: r.Cookie, upstreams: make(map[uint16]bool)}
+	g := &Gate{datapath: d, key: key, cookie: r.Cookie, netns: r.NetNS, inode: ns.Inode, upstreams: make(map[uint16]bool)}
 	for _, port := range r.Desired().MeshPorts() {
 		if port.Outbound && r.Request.Mode == workload.ModeTransparent {
-			g.ports = append(g.ports, port.Port)
+			g.ports, g.proxyIDs = append(g.ports, port.Port), g.proxyIDs|1<<port.ProxyID
 		}
 	}
 	if g.holder, err = ns.Holder(); err != nil {
@@ -110,49 +124,123 @@ func (g *Gate) Hold(upstreams []uint16) error {
 }
 
 // Look says how the gate stands, and puts it back where its rows are lost.
-func (g *Gate) Look() (state GateState, err error) {
-	fail := func(err error) (GateState, error) { return state, fmt.Errorf("look at gate of %s: %w", g.key, err) }
-	_, ns, err := g.datapath.openWorkload(g.key)
+func (g *Gate) Look() (GateState, error) {
+	states, errs := g.datapath.LookAtGates([]*Gate{g})
+	return states[0], errs[0]
+}
+
+// LookAtGates looks at many gates. One at which nothing came costs a few system calls:
+// neither its record nor its namespace is opened.
+func (d *Datapath) LookAtGates(gates []*Gate) (states []GateState, errs []error) {
+	states, errs = make([]GateState, len(gates)), make([]error, len(gates))
+	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
+	if err == nil {
+		defer tables.Close()
+	}
+	for i, g := range gates {
+		if errs[i] = err; err == nil {
+			states[i], errs[i] = g.look(tables)
+		}
+		if errs[i] != nil {
+			errs[i] = fmt.Errorf("look at gate of %s: %w", g.key, errs[i])
+		}
+	}
+	return states, errs
+}
+
+func (g *Gate) look(tables *bpfmap.Tables) (state GateState, err error) {
+	if err := g.lives(tables); err != nil {
+		return state, err
+	}
+	listens, whole, err := g.served(tables)
 	if err != nil {
-		return fail(err)
+		return state, err
 	}
-	defer ns.Close()
-	if state.Waiting, err = ns.Waiting(); err != nil {
-		return fail(err)
+	state.Listens = listens
+	if state.Waiting, err = g.count(listens); err != nil {
+		return state, err
 	}
-	tables, err := bpfmap.OpenTablesToRead(g.datapath.paths.Maps())
+	if listens || whole {
+		return state, nil
+	}
+	return state, g.register()
+}
+
+// lives returns an error where the workload or its namespace ended.
+func (g *Gate) lives(tables *bpfmap.Tables) error {
+	generation, err := tables.Generation(g.cookie)
 	if err != nil {
-		return fail(err)
+		return err
 	}
-	defer tables.Close()
-	state.Listens = true
-	whole := true
+	var stat unix.Stat_t
+	if generation != 0 && unix.Stat(g.netns, &stat) == nil && stat.Ino == g.inode {
+		return nil
+	}
+	_, ns, err := g.datapath.openWorkload(g.key) // it says what ended
+	if err != nil {
+		return err
+	}
+	return ns.Close()
+}
+
+// served reports whether all listens that the gate holds for, and whether its own rows
+// are there.
+func (g *Gate) served(tables *bpfmap.Tables) (listens, whole bool, err error) {
+	listens, whole = true, true
+	known := false // a listener of one of the proxies is registered, wherever
+	err = bpfmap.EachProxyID(g.cookie, g.proxyIDs, func(key bpfmap.BpfProxyKey) error {
+		proxy, err := tables.ProxyState(g.cookie, uint8(key.Seat))
+		known = known || proxy.Listeners > 0 || proxy.Flags&bpfmap.BpfProxyFlagPROXY_PINNED != 0
+		return err
+	})
+	if err != nil {
+		return false, false, err
+	}
 	for _, port := range g.ports {
-		listens := false
+		registered := false
 		for _, role := range []bpfmap.BpfListenerRole{bpfmap.BpfListenerRoleLISTENER_OUTBOUND4, bpfmap.BpfListenerRoleLISTENER_OUTBOUND6} {
+			if !known || registered {
+				break
+			}
 			sockets, err := tables.Registered(g.cookie, role, port)
 			if err != nil {
-				return fail(err)
+				return false, false, err
 			}
-			listens = listens || len(sockets) > 0
+			registered = len(sockets) > 0
 		}
 		holds, err := tables.GateHolds(g.cookie, port, false)
 		if err != nil {
-			return fail(err)
+			return false, false, err
 		}
-		state.Listens, whole = state.Listens && listens, whole && holds
+		listens, whole = listens && registered, whole && holds
 	}
 	for port := range g.upstreams {
 		holds, err := tables.GateHolds(g.cookie, port, true)
 		if err != nil {
-			return fail(err)
+			return false, false, err
 		}
-		state.Listens = state.Listens && !holds
+		listens = listens && !holds
 	}
-	if state.Listens || whole {
-		return state, nil
+	return listens, whole, nil
+}
+
+// count returns the sockets that wait. To list them the kernel walks the connections of
+// all namespaces of the node, so it is asked only after the holder dropped a segment.
+func (g *Gate) count(last bool) (map[uint64]bool, error) {
+	held, err := host.Drops(g.holder)
+	if err != nil || held == 0 || held == g.held && !last && time.Since(g.counted) < countAgain {
+		return g.waiting, err
 	}
-	return state, g.register()
+	_, ns, err := g.datapath.openWorkload(g.key)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	waiting, err := ns.Waiting()
+	if err == nil {
+		g.held, g.waiting, g.counted = held, waiting, time.Now()
+	}
+	return waiting, err
 }
 
 // Close lets nothing wait any more: what waits now is refused at its next attempt

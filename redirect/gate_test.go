@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
 	"testing"
 	"time"
@@ -159,6 +160,44 @@ func TestGateIsNoListener(t *testing.T) {
 	case <-time.After(time.Minute):
 		t.Error("a connection waits although its gate is gone")
 	}
+}
+
+// A look at a gate at which nothing came opens neither the record nor the namespace:
+// there may be a thousand of them.
+func TestGateLooksAtLittle(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	gate, err := n.OpenGate(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := n.paths.Record(a.key)
+	record, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, []byte("?"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if state, err := gate.Look(); err != nil || state.Listens || len(state.Waiting) > 0 {
+		t.Errorf("gate is %+v, %v; want that nothing waits, without a look at the record", state, err)
+	}
+	done := a.dialInBackground(addrPort(remote4(1), 80))
+	test.Eventually(t, func() error {
+		if _, err := gate.Look(); err == nil {
+			return errors.New("the connection was not looked for")
+		}
+		return nil
+	}, "a connection that waits to be looked for")
+	if err := os.WriteFile(path, record, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	eventuallyWaits(t, gate, 1)
+	if err := gate.Close(); err != nil {
+		t.Error(err)
+	}
+	<-done
 }
 
 // What is dialled to the port of an explicit upstream waits until somebody listens

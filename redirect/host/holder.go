@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"unsafe"
 
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -59,6 +60,19 @@ func (ns *Namespace) Holder() (file *os.File, err error) {
 		return nil, fmt.Errorf("make a listener that holds connections: %w", err)
 	}
 	return file, nil
+}
+
+// Drops is how many segments a holder has dropped: each is a SYN of somebody who waits.
+func Drops(holder *os.File) (uint32, error) {
+	var info [9]uint32 // SK_MEMINFO_VARS
+	const drops = 8    // SK_MEMINFO_DROPS (Linux 4.12)
+	size := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, holder.Fd(), unix.SOL_SOCKET, unix.SO_MEMINFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return 0, fmt.Errorf("read what a holder dropped: %w", errno)
+	}
+	return info[drops], nil
 }
 
 // Waiting returns the cookies of the sockets whose connection to the encoded range or
