@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -61,14 +62,14 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 				{"a change", func(s allocation) {
 					meshConfig := s.Record.MeshConfig
 					meshConfig.InboundPort++
-					a.apply(s, a.allocations[key], meshConfig)
+					a.applyAll([]*move{{s: s, m: a.allocations[key], wanted: plan{MeshConfig: &meshConfig}, changes: true}})
 				}},
 				{"a removal", func(s allocation) {
 					s.Cached, s.Live = false, false
 					a.forget([]allocation{s}, time.Now())
 				}},
 				{"an addition", func(s allocation) {
-					a.add(s, a.allocations[key], s.Record.Request, "test")
+					a.add(s, a.allocations[key], redirect.Attachment{Request: s.Record.Request}, "test")
 				}},
 			} {
 				for _, goes := range []string{"record", "namespace", "record and namespace"} {

@@ -94,8 +94,13 @@ func (a *Agent) reconcile(now time.Time) {
 	a.identify(allocations, consul.Facts, now)
 	a.byUrgency(allocations)
 	a.budget.begin(time.Now())
+	moves := make([]*move, 0, len(allocations))
 	for _, s := range allocations {
-		a.reconcileOne(s, consul, now)
+		moves = append(moves, a.begin(s, consul, now))
+	}
+	a.applyAll(moves)
+	for _, v := range moves {
+		a.conclude(v, consul, now)
 	}
 	a.forget(allocations, now)
 	a.followNetworks(known)
@@ -122,21 +127,36 @@ func (a *Agent) containers() containers {
 	return a.docker.current()
 }
 
-// reconcileOne brings one attachment to what is wished for it. What goes wrong
-// concerns it alone and is tried again.
-func (a *Agent) reconcileOne(s allocation, consul snapshot, now time.Time) {
+// move is what one pass does for an attachment.
+type move struct {
+	s       allocation
+	m       *allocState
+	wanted  plan
+	state   State
+	changes bool // its mesh configuration is another one than that in force
+	inForce bool // what is wanted is in force
+}
+
+// begin puts an attachment under Weir that should be, and says what else is to be done
+// for it. What goes wrong concerns it alone and is tried again.
+func (a *Agent) begin(s allocation, consul snapshot, now time.Time) *move {
 	m := a.allocations[s.Key]
 	if m == nil {
 		m = &allocState{born: now, view: WorkloadView{Since: now}}
 		a.allocations[s.Key] = m
 	}
 	m.fresh = false
-	wanted := planFor(s, consul.Facts, policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
-	state := a.ensureAdded(s, m, wanted, now)
-	inForce := !m.fresh
-	if state == StateManaged && wanted.MeshConfig != nil && !m.fresh {
-		inForce = a.apply(s, m, *wanted.MeshConfig)
-	}
+	v := &move{s: s, m: m}
+	v.wanted = planFor(s, consul.Facts, policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
+	v.state = a.ensureAdded(s, m, v.wanted, now)
+	v.changes = v.state == StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
+	v.inForce = !m.fresh && !v.changes
+	return v
+}
+
+// conclude says how an attachment is now.
+func (a *Agent) conclude(v *move, consul snapshot, now time.Time) {
+	s, m, wanted, state, inForce := v.s, v.m, v.wanted, v.state, v.inForce
 	problems := slices.Clone(wanted.Problems)
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
 		problems = append(problems, stepProblem(step, m.errors[step]))
@@ -224,11 +244,11 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 			return StateUnprotected
 		}
 		m.fresh = true
-		return a.add(s, m, *request, "record was lost: made anew")
+		return a.add(s, m, redirect.Attachment{Request: *request}, "record was lost: made anew")
 	case wanted.Add != nil && !s.Cached && now.Sub(m.ended) < recordGrace:
 		return m.view.State // it is on its way out
 	case wanted.Add != nil:
-		return a.add(s, m, *wanted.Add, "found without a plugin")
+		return a.add(s, m, redirect.Attachment{Request: *wanted.Add, MeshConfig: wanted.MeshConfig}, "found without a plugin")
 	}
 	return StateOutside
 }
@@ -257,9 +277,9 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 	}
 	m.fresh = true
 	if replaced {
-		return a.add(s, m, request, "namespace was replaced: taken over")
+		return a.add(s, m, redirect.Attachment{Request: request}, "namespace was replaced: taken over")
 	}
-	return a.add(s, m, request, "its addresses are known now")
+	return a.add(s, m, redirect.Attachment{Request: request}, "its addresses are known now")
 }
 
 // replaced reports whether the namespace on record is not the one that libcni
@@ -294,15 +314,16 @@ func inodeOf(path string) uint64 {
 	return stat.Ino
 }
 
-func (a *Agent) add(s allocation, m *allocState, request workload.Request, why string) State {
-	err := a.datapath.Add(redirect.Attachment{Key: s.Key, NetNS: s.NetNS, Request: request})
+func (a *Agent) add(s allocation, m *allocState, attachment redirect.Attachment, why string) State {
+	attachment.Key, attachment.NetNS = s.Key, s.NetNS
+	err := a.datapath.Add(attachment)
 	a.note(s.Key, m, "add", err)
 	a.progressed()
 	switch {
 	case err == nil:
 		m.missing = time.Time{}
 		a.count(func(c *Counts) { c.Added++ })
-		a.log.Info("workload added", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "mode", string(request.Mode), "why", why)
+		a.log.Info("workload added", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "mode", string(attachment.Request.Mode), "why", why)
 		a.allocationArrived() // what Consul has of it is the next pass's
 		return StateManaged
 	case errors.Is(err, host.ErrConsulRules):
@@ -332,7 +353,7 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 			m.cached, a.pruned = false, time.Time{}
 			continue
 		}
-		if !a.budget.allows(time.Now(), a.arrived.Load()) {
+		if !a.budget.allows(1, time.Now(), a.arrived.Load()) {
 			continue
 		}
 		err := a.datapath.Remove(s.Key)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -16,6 +17,7 @@ import (
 // the loop does by the clock. What puts a workload under Weir is never put off.
 type passBudget struct {
 	least, most time.Duration // of changing, with and without an arrival
+	together    int           // changes at once, which nothing interrupts
 
 	began time.Time
 	done  int // changes
@@ -23,24 +25,24 @@ type passBudget struct {
 }
 
 func defaultPassBudget() passBudget {
-	return passBudget{least: 200 * time.Millisecond, most: 2 * time.Second}
+	return passBudget{least: 200 * time.Millisecond, most: 2 * time.Second, together: redirect.MaxChanges}
 }
 
 // begin begins a pass.
 func (t *passBudget) begin(now time.Time) { t.began, t.done, t.left = now, 0, 0 }
 
-// allows reports whether this pass makes another change. The first is always
+// allows reports whether this pass makes so many more changes. The first are always
 // made, so that there is an end.
-func (t *passBudget) allows(now time.Time, arrival bool) bool {
+func (t *passBudget) allows(changes int, now time.Time, arrival bool) bool {
 	limit := t.most
 	if arrival {
 		limit = t.least
 	}
 	if t.done > 0 && now.Sub(t.began) >= limit {
-		t.left++
+		t.left += changes
 		return false
 	}
-	t.done++
+	t.done += changes
 	return true
 }
 
@@ -77,24 +79,49 @@ func (a *Agent) byUrgency(allocations []allocation) {
 	slices.SortStableFunc(allocations, func(s, t allocation) int { return cmp.Compare(urgency(s), urgency(t)) })
 }
 
-// apply writes the mesh configuration where it changes what is in force, and reports
-// whether it is in force now. Where this pass has changed enough it is not, and
-// the next one's.
-func (a *Agent) apply(s allocation, m *allocState, meshConfig workload.MeshConfig) bool {
+// differs reports whether the mesh configuration changes what is in force.
+func (a *Agent) differs(s allocation, m *allocState, meshConfig workload.MeshConfig) bool {
 	if k := s.Record; k != nil && k.Complete && workload.Merge(k.Request, meshConfig).Equal(workload.Merge(k.Request, k.MeshConfig)) {
 		a.note(s.Key, m, "configure", nil)
-		return true
-	}
-	if !a.budget.allows(time.Now(), a.arrived.Load()) {
 		return false
 	}
-	err := a.datapath.SetMeshConfig(s.Key, meshConfig)
-	a.note(s.Key, m, "configure", err)
-	a.progressed()
-	if err == nil {
-		a.count(func(c *Counts) { c.Changes++ })
-		a.log.Info("workload changed", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
-			"open", fmt.Sprint(openPorts(meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
+	return true
+}
+
+// lockPause is for somebody who waits for the node's lock: the kernel gives it to whoever
+// asks first once it is free, and that would be the agent.
+const lockPause = 2 * time.Millisecond
+
+// applyAll writes the mesh configurations that differ from what is in force, many at
+// once. Where this pass has changed enough, the rest is the next one's.
+func (a *Agent) applyAll(moves []*move) {
+	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.changes })
+	for together := range slices.Chunk(due, max(a.budget.together, 1)) {
+		if a.budget.done > 0 {
+			time.Sleep(lockPause)
+		}
+		if !a.budget.allows(len(together), time.Now(), a.arrived.Load()) {
+			continue
+		}
+		var list []redirect.MeshChange
+		for _, v := range together {
+			list = append(list, redirect.MeshChange{Key: v.s.Key, MeshConfig: *v.wanted.MeshConfig})
+		}
+		for i, err := range a.datapath.SetMeshConfigs(list) {
+			a.applied(together[i], err)
+		}
+		a.progressed()
 	}
-	return err == nil
+}
+
+func (a *Agent) applied(v *move, err error) {
+	a.note(v.s.Key, v.m, "configure", err)
+	v.inForce = err == nil
+	if err != nil {
+		return
+	}
+	a.count(func(c *Counts) { c.Changes++ })
+	meshConfig := v.wanted.MeshConfig
+	a.log.Info("workload changed", "alloc_id", v.s.Key.ContainerID, "interface", v.s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
+		"open", fmt.Sprint(openPorts(*meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
 }
