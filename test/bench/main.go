@@ -36,6 +36,9 @@ type options struct {
 	plugins  string
 	readme   string
 	revision string
+	before   string
+	proxies  int
+	minutes  int
 }
 
 // A part is the measurements of one table.
@@ -81,6 +84,9 @@ func main() {
 	flag.StringVar(&o.consul, "consul", "", "consul")
 	flag.StringVar(&o.plugins, "cni", "", "directory of the reference CNI plugins")
 	flag.StringVar(&o.readme, "readme", "", "write the tables between their marks in this file too")
+	flag.StringVar(&o.before, "before", "", "a directory with weir and weir-cni of an earlier revision, for the agent beside it")
+	flag.IntVar(&o.proxies, "proxies", 0, "proxies beside the agent (default 1000, with -quick 20)")
+	flag.IntVar(&o.minutes, "minutes", 0, "minutes that the agent is watched for when calm (default 5)")
 	flag.StringVar(&o.revision, "revision", "unknown", "what is measured, for the table")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -107,6 +113,13 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	}
 	if o.quick {
 		b.size = quickSizes(o.rounds)
+	}
+	b.before = o.before
+	if o.proxies > 0 {
+		b.size.proxies = o.proxies
+	}
+	if o.minutes > 0 {
+		b.size.minutes = o.minutes
 	}
 	undo, err := b.prepare()
 	defer func() { err = errors.Join(err, undo()) }()

@@ -50,6 +50,7 @@ type bench struct {
 	weir     string // weir
 	consul   string // consul; "": there is none
 	plugins  string // directory of the reference CNI plugins
+	before   string // directory of an earlier revision's programs; empty: none
 	task     string // cgroup of clients
 	proxy    string // cgroup of servers
 	foreign  string // cgroup of processes that have nothing to do with Weir

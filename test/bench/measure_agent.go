@@ -28,26 +28,37 @@ import (
 // the kernel.
 func (b *bench) agent() measurement {
 	proxies := fmt.Sprintf("%d proxies: ", b.size.proxies)
+	variants := []string{weir}
+	var tenth, fifth func(row) verdict
+	if b.before != "" {
+		variants, tenth, fifth = append(variants, former), shareOf(0.1, former), shareOf(0.2, former)
+	}
 	return measurement{
 		name: "agent", about: fmt.Sprintf("the agent beside %d proxies", b.size.proxies), rounds: 1,
-		variants: []string{weir},
+		variants: variants,
 		rows: []row{
 			{ID: "agent.connections", Name: proxies + "connections to Consul, at most", target: atMost(3, "")},
 			{ID: "agent.read", Name: proxies + "read from Consul when calm, a minute", Unit: "KiB"},
-			{ID: "agent.cpu", Name: proxies + "CPU when calm, of a core", Unit: "%", target: atMost(0.5, "%")},
+			{ID: "agent.cpu", Name: proxies + "CPU when calm, of a core", Unit: "%", target: fifth},
 			{ID: "agent.busiest", Name: proxies + "CPU in the busiest minute of it", Unit: "%"},
-			{ID: "agent.rss", Name: proxies + "memory (RSS) when calm", Unit: "MiB", target: atMost(64, "MiB")},
+			{ID: "agent.rss", Name: proxies + "memory (RSS) when calm", Unit: "MiB", target: atMost(32, "MiB")},
 			{ID: "agent.peak", Name: proxies + "memory (RSS) at its peak, the start included", Unit: "MiB"},
 			{ID: "agent.change", Name: proxies + "from a change in Consul to the kernel, median", Unit: "s", target: atMost(2, "s")},
 			{ID: "agent.slowest", Name: fmt.Sprintf("%sthe slowest of %d changes", proxies, b.size.changes), Unit: "s", target: atMost(2, "s")},
-			{ID: "agent.all", Name: proxies + "one change in Consul that concerns all, until the last is in the kernel", Unit: "s"},
-			{ID: "agent.arrival", Name: proxies + "meanwhile a new allocation, from its registration to the kernel", Unit: "s"},
+			{ID: "agent.all", Name: proxies + "one change in Consul that concerns all, until the last is in the kernel", Unit: "s", target: tenth},
+			{ID: "agent.arrival", Name: proxies + "meanwhile a new allocation, from its registration to the kernel", Unit: "s", target: atMost(0.5, "s")},
 			{ID: "agent.left", Name: proxies + "of all, those that were changed after it"},
-			{ID: "agent.start", Name: proxies + "the agent's first start, until all are in sync", Unit: "s"},
+			{ID: "agent.start", Name: proxies + "the agent's first start, until all are in sync", Unit: "s", target: tenth},
 			{ID: "agent.restart", Name: proxies + "its restart, until all are in sync", Unit: "s"},
 			{ID: "agent.restore", Name: proxies + "its start after all maps and programs were lost", Unit: "s"},
 		},
-		run: func(ctx context.Context, _ string) (figures, error) { return b.agentOnce(ctx) },
+		run: func(ctx context.Context, variant string) (figures, error) {
+			measured := *b
+			if variant == former {
+				measured.weir, measured.plugin = filepath.Join(b.before, "weir"), filepath.Join(b.before, "weir-cni")
+			}
+			return measured.agentOnce(ctx)
+		},
 	}
 }
 

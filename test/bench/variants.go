@@ -29,6 +29,7 @@ const (
 	nftables    = "nftables"     // the one that it has since
 	least       = "limit"        // Weir's hooks with the least that could redirect
 	inProcess   = "nftables in process"
+	former      = "before" // Weir of an earlier revision: see -before
 )
 
 // Who runs what in a site. The proxy's user is the one of Envoy's image.
