@@ -53,7 +53,7 @@ function rate(perSecond) {
 const clock = (time) => new Date(time).toLocaleTimeString("en-GB");
 const short = (id) => id.slice(0, 8);
 const title = (a) => a.job ? (a.group ? a.job + "/" + a.group : a.job) : short(a.id);
-const endTitle = (e) => e.kind === "others" ? (e.source ? "other sources" : "other destinations") : e.kind === "loopback" ? "its own loopback" : e.name;
+const endTitle = (e) => e.kind === "others" ? "others" : e.kind === "loopback" ? "its own loopback" : e.name;
 const kinds = {service: "service", allocation: "allocation of this node", address: "address", loopback: "inside the allocation", others: "not told apart"};
 
 function tone(a) {
