@@ -15,6 +15,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -63,6 +64,7 @@ type Agent struct {
 	counting        time.Duration // between two looks at the counters of verdicts
 	repairNetworks  func() ([]string, error)
 	version         string
+	consulApply     prometheus.Histogram // from Consul to the kernel
 	networkInterval time.Duration
 	wake            chan struct{}
 	pins            atomic.Bool // something changed among the pins since the last pass
@@ -82,9 +84,10 @@ type Agent struct {
 	// The loop's own memory.
 	behind         bool // the data path may be another version's: nobody could look yet
 	allocations    map[workload.AttachmentID]*allocState
-	inSync         bool // as last told
-	aclFiltered    bool // ... too
-	watchFailing   bool // the Consul watch is failing, as last told
+	noticed        time.Time // when Consul's last change was
+	inSync         bool      // as last told
+	aclFiltered    bool      // ... too
+	watchFailing   bool      // the Consul watch is failing, as last told
 	broken         string
 	managed        []workload.AttachmentID // under Weir as of the last pass, sorted
 	tasks          map[string]string       // containers.Tasks as of the last search for tasks of proxies
@@ -118,6 +121,7 @@ func New(config Config, options Options) (*Agent, error) {
 		inSync:         true,
 		budget:         defaultPassBudget(),
 		networks:       newNetworks(),
+		consulApply:    newConsulApply(),
 	}
 	a.origins = a.datapath.NewIndexReclaimer()
 	if a.notify == nil {

@@ -36,7 +36,7 @@ type collector struct {
 	consulReads, consulFailures, consulIn *prometheus.Desc
 	actions, healthy                      *prometheus.Desc
 	consulWatch, problems, unseen         *prometheus.Desc
-	consulSince                           *prometheus.Desc
+	consulSince, consulApply              *prometheus.Desc
 }
 
 // workloadLabels name an attachment as Nomad's own metrics do, so that both can be
@@ -78,8 +78,18 @@ func newCollector(agent *Agent) *collector {
 		actions:        desc("actions_total", "What the agent did.", "action"),
 		healthy:        desc("healthy", "Whether the data path is whole and the reconcile loop runs."),
 	}
-	c.all = all
+	c.consulApply = newConsulApply().Desc()
+	c.all = append(all, c.consulApply)
 	return c
+}
+
+// newConsulApply counts how long Consul's changes take to reach the kernel. An agent that
+// has a blocking query open notices one when that returns, else when it reads.
+func newConsulApply() prometheus.Histogram {
+	return prometheus.NewHistogram(prometheus.HistogramOpts{
+		Name: "weir_consul_apply_seconds", Help: "From when a change in Consul was noticed until the kernel has it, of each allocation that it concerns.",
+		Buckets: []float64{0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60},
+	})
 }
 
 // Describe is that of prometheus.Collector.
@@ -113,6 +123,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		gauge(c.unseen, float64(count), reason)
 	}
 	gauge(c.proxies, float64(status.Consul.Proxies))
+	out <- c.agent.consulApply
 	counter(c.consulReads, status.Consul.Counts.Reads)
 	counter(c.consulFailures, status.Consul.Counts.Failures)
 	counter(c.consulIn, status.Consul.Counts.Bytes)

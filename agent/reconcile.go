@@ -29,6 +29,7 @@ type allocState struct {
 	looked            time.Time                 // for Consul's own rules
 	candidates        map[uint64]proxyCandidate // whom the kernel took for its proxies when that was last looked at, by cgroup
 	rejected          string                    // what was said of the last one that was none
+	settled           time.Time                 // when what is wanted of it was last seen to be in force; zero: not yet
 	proxies           []proxy                   // as Consul had them in the last pass
 	claims            map[string]claim          // registrations that name it, by ID
 	taskNames         []string                  // of what runs in it, as far as they can be told; as of the last look
@@ -73,6 +74,7 @@ func (a *Agent) reconcile(now time.Time) {
 		unreadable = append(unreadable, err.Error())
 	}
 	consul := a.consulNow()
+	a.noticed = consul.Noticed
 	a.flows.learn(known, consul)
 	if a.consul != nil {
 		a.tellConsul(consul)
@@ -151,6 +153,9 @@ func (a *Agent) begin(s allocation, consul snapshot, now time.Time) *move {
 	v.state = a.ensureAdded(s, m, v.wanted, now)
 	v.changes = v.state == StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
 	v.inForce = !m.fresh && !v.changes
+	if v.state == StateManaged && v.inForce {
+		a.settle(m, false)
+	}
 	return v
 }
 
@@ -322,6 +327,9 @@ func (a *Agent) add(s allocation, m *allocState, attachment redirect.Attachment,
 	switch {
 	case err == nil:
 		m.missing = time.Time{}
+		if attachment.MeshConfig != nil {
+			a.settle(m, true)
+		}
 		a.count(func(c *Counts) { c.Added++ })
 		a.log.Info("workload added", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "mode", string(attachment.Request.Mode), "why", why)
 		a.allocationArrived() // what Consul has of it is the next pass's

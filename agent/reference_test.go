@@ -86,6 +86,9 @@ func TestReferenceOfMetrics(t *testing.T) {
 		if strings.HasSuffix(found[1], "_total") {
 			kind = "counter"
 		}
+		if found[1] == "weir_consul_apply_seconds" {
+			kind = "histogram"
+		}
 		if found[3] != "" {
 			labels = "`" + strings.ReplaceAll(found[3], ",", "`, `") + "`"
 		}

@@ -24,10 +24,12 @@ type snapshot struct {
 	Hidden bool // the token may not read all of the node
 	InSync bool // the last read succeeded
 	Since  time.Time
-	Error  health.Problem // why it is not in sync
-	Watch  health.Problem // why no change tells itself; none where that is not wanted
-	Bind   health.Problem // why IPv4 is assumed of listeners that name no address
-	Counts consulCounts
+	// Noticed is when the last change was noticed that Proxies or Facts have.
+	Noticed time.Time
+	Error   health.Problem // why it is not in sync
+	Watch   health.Problem // why no change tells itself; none where that is not wanted
+	Bind    health.Problem // why IPv4 is assumed of listeners that name no address
+	Counts  consulCounts
 }
 
 // consulCounts are how often things happened since the agent began.
@@ -50,6 +52,7 @@ type consulWatcher struct {
 	mu      sync.Mutex
 	view    snapshot
 	waiting time.Time // since when the newest allocation waits for its registration; zero: none
+	noticed time.Time // when the trigger was first pulled since the last read; zero: it was not
 
 	self    self              // asked anew after a failure; Node is "" until it answered
 	digest  [sha256.Size]byte // of the last answer
@@ -83,6 +86,11 @@ func (f *consulWatcher) await(since time.Time) {
 }
 
 func (f *consulWatcher) wake() {
+	f.mu.Lock()
+	if f.noticed.IsZero() {
+		f.noticed = time.Now()
+	}
+	f.mu.Unlock()
 	select {
 	case f.trigger <- struct{}{}:
 	default:
@@ -154,12 +162,13 @@ func (f *consulWatcher) rest(ctx context.Context, until time.Time, failing bool)
 
 // look asks what is due beside the bulk read.
 func (f *consulWatcher) look(ctx context.Context) {
+	began := time.Now()
 	known, moved := f.lookups.refresh(ctx, f.current().Proxies)
 	if !moved {
 		return
 	}
 	f.mu.Lock()
-	f.view.Facts = known
+	f.view.Facts, f.view.Noticed = known, began
 	f.mu.Unlock()
 	f.changed()
 }
@@ -265,6 +274,7 @@ func (f *consulWatcher) watched(ctx context.Context, err error) {
 
 // read reads Consul once and reports whether that succeeded.
 func (f *consulWatcher) read(ctx context.Context) bool {
+	began := f.began()
 	got, err := f.consul.services(ctx)
 	if err != nil {
 		f.failed(ctx, err)
@@ -292,6 +302,9 @@ func (f *consulWatcher) read(ctx context.Context) bool {
 	if moved {
 		next.Facts = known
 	}
+	if fresh || moved {
+		next.Noticed = began
+	}
 	recovered := !next.InSync
 	if recovered {
 		next.InSync, next.Error, next.Since = true, health.Problem{}, time.Now()
@@ -312,6 +325,18 @@ func (f *consulWatcher) read(ctx context.Context) bool {
 		f.changed()
 	}
 	return true
+}
+
+// began is when what brought about a read was noticed: by the trigger, or now.
+func (f *consulWatcher) began() time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	began := f.noticed
+	f.noticed = time.Time{}
+	if began.IsZero() {
+		began = time.Now()
+	}
+	return began
 }
 
 // failed keeps the view and says why it may be old.

@@ -120,8 +120,19 @@ func (a *Agent) applied(v *move, err error) {
 	if err != nil {
 		return
 	}
+	a.settle(v.m, true)
 	a.count(func(c *Counts) { c.Changes++ })
 	meshConfig := v.wanted.MeshConfig
 	a.log.Info("workload changed", "alloc_id", v.s.Key.ContainerID, "interface", v.s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
 		"open", fmt.Sprint(openPorts(*meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
+}
+
+// settle notes that what is wanted of an allocation is in force. Where it was written for
+// that, Consul's last change took so long, unless that was in force before, or is older
+// than what is known of the allocation.
+func (a *Agent) settle(m *allocState, written bool) {
+	if written && a.noticed.After(m.settled) && a.noticed.After(m.born) {
+		a.consulApply.Observe(time.Since(a.noticed).Seconds())
+	}
+	m.settled = time.Now()
 }

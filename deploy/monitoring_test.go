@@ -39,9 +39,15 @@ func TestAlertRules(t *testing.T) {
 func TestMonitoringNamesWhatIsExported(t *testing.T) {
 	exported := make(map[string][]string)
 	var labels []string
-	for _, row := range regexp.MustCompile("(?m)^\\| `(weir_\\w+)` \\| \\w+ \\| (.*?) \\|").FindAllStringSubmatch(read(t, "../docs/metrics.md"), -1) {
-		for _, label := range strings.Split(row[2], ",") {
+	for _, row := range regexp.MustCompile("(?m)^\\| `(weir_\\w+)` \\| (\\w+) \\| (.*?) \\|").FindAllStringSubmatch(read(t, "../docs/metrics.md"), -1) {
+		for _, label := range strings.Split(row[3], ",") {
 			exported[row[1]] = append(exported[row[1]], strings.Trim(label, "` "))
+		}
+		if row[2] == "histogram" {
+			labels = append(labels, "le")
+			for _, part := range []string{"_bucket", "_sum", "_count"} {
+				exported[row[1]+part] = []string{"le"}
+			}
 		}
 		labels = append(labels, exported[row[1]]...)
 	}
