@@ -43,10 +43,11 @@ type env struct {
 	askFlows   func(ctx context.Context, stateDir string, query agent.FlowQuery, deliver func(agent.Flow) error) error
 	askGuard   func(ctx context.Context, stateDir string) (agent.GuardList, error)
 	askTraffic func(ctx context.Context, stateDir string, since time.Time) (agent.Traffic, error)
-	clear      func()                 // empties the terminal
-	unit       func() bool            // whether systemd is to run the agent on this node
-	executable func() (string, error) // this program's file
-	proc       string                 // where processes are; empty: /proc
+	clear      func()                                               // empties the terminal
+	journal    func(ctx context.Context, lines int) (string, error) // the end of the agent's log
+	unit       func() bool                                          // whether systemd is to run the agent on this node
+	executable func() (string, error)                               // this program's file
+	proc       string                                               // where processes are; empty: /proc
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
 	removeNetworks func(stateDir string) (removed, kept []string, err error)

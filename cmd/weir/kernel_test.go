@@ -106,6 +106,11 @@ func TestOnAKernel(t *testing.T) {
 	}
 
 	topOnAKernel(t, weir, ns)
+	archive := filepath.Join(t.TempDir(), "debug.tar.gz")
+	if code, ui := weir(t.Context(), "debug", "-o", archive, "-config", t.TempDir()); code != 0 {
+		t.Errorf("weir debug = %d: %s", code, ui.ErrorWriter.String())
+	}
+	debugOnAKernel(t, archive, store.PathsFromEnv(getenv))
 	expect("1 weir unload: 1 allocation run under Weir:", "unload")
 	expect("0 removed workload 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01-eth0", "unload", "-force")
 	expect("0 nothing to do: nothing is loaded", "unload")
@@ -118,7 +123,8 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows, askTraffic: agent.ReadTraffic,
+		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows, askTraffic: agent.ReadTraffic, askGuard: agent.ReadGuard,
+		journal:   func(context.Context, int) (string, error) { return "", nil },
 		leftovers: func(ended.Node) leftovers { return &node{} },
 	})
 }

@@ -40,6 +40,7 @@ func main() {
 		askGuard:   agent.ReadGuard,
 		askTraffic: agent.ReadTraffic,
 		clear:      clearTerminal(os.Stdout),
+		journal:    journal,
 		unit:       unitEnabled,
 		executable: os.Executable,
 
@@ -113,7 +114,7 @@ func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
 		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads,
-		newVerdicts, newExplain, newDump, newEvents, newFlows, newTop, newConfigValidate, newGuard, newDoctor, newVersion,
+		newVerdicts, newExplain, newDump, newEvents, newFlows, newTop, newDebug, newConfigValidate, newGuard, newDoctor, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

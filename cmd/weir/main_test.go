@@ -66,7 +66,9 @@ type node struct {
 	traffic     *agent.Traffic
 	noTimes     error // why the kernel does not count the time of programs
 	times       []program.RunTime
-	cleared     int // how often the terminal was
+	cleared     int    // how often the terminal was
+	log         string // of the agent
+	noLog       error  // why there is none
 
 	left      []ended.Attachment              // of ended allocations
 	stuck     map[workload.AttachmentID]error // why one of them cannot be removed
@@ -177,6 +179,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			return *n.traffic, nil
 		},
 		clear:      func() { n.cleared++ },
+		journal:    func(context.Context, int) (string, error) { return n.log, n.noLog },
 		unit:       func() bool { return n.unit },
 		executable: func() (string, error) { return n.program, nil },
 		proc:       n.proc,
