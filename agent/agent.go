@@ -110,7 +110,7 @@ func New(config Config, options Options) (*Agent, error) {
 	}
 	a := &Agent{
 		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, networkInterval: networkInterval,
-		datapath:       redirect.New(config.Paths()).Within(lockTimeout),
+		datapath:       redirect.New(config.Paths()).Sized(config.Tables.sizes()).Within(lockTimeout),
 		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
 		counting:       refusalInterval,

@@ -20,6 +20,7 @@ import (
 	"github.com/hashicorp/hcl/v2/hclparse"
 	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/cni/request"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -41,6 +42,7 @@ type Config struct {
 	Docker     *DockerConfig    `hcl:"docker,block"`
 	Telemetry  *TelemetryConfig `hcl:"telemetry,block"`
 	Flows      *FlowsConfig     `hcl:"flows,block"`
+	Tables     *TablesConfig    `hcl:"tables,block"`
 }
 
 // ConsulConfig says how the local Consul agent is reached. Its keys are those
@@ -106,6 +108,18 @@ type FlowsConfig struct {
 	History string `hcl:"history,optional"` // how long they are kept at most: a duration
 }
 
+// TablesConfig says what the node's tables have room for. They are made when the node
+// has none: at the agent's first start after a boot, as its unit comes before Nomad's.
+type TablesConfig struct {
+	Workloads uint32 `hcl:"workloads,optional"` // allocations in the mesh that the node's tables have room for when they are made: each costs some 380 bytes at once
+	Origins   uint32 `hcl:"origins,optional"`   // destination addresses of all allocations that they have room for: each costs 32 bytes at once, and some 140 more while it is in use
+}
+
+// sizes are those of the data path.
+func (c *TablesConfig) sizes() bpfmap.Sizes {
+	return bpfmap.Sizes{Workloads: c.Workloads, Origins: c.Origins}
+}
+
 // DefaultConfig is the configuration of a node whose files say nothing.
 func DefaultConfig() Config {
 	return Config{
@@ -123,6 +137,7 @@ func DefaultConfig() Config {
 		Docker:    &DockerConfig{Socket: "/var/run/docker.sock"},
 		Telemetry: &TelemetryConfig{Map: string(web.ClientsOff)},
 		Flows:     &FlowsConfig{Enabled: true, Memory: "64MiB", History: "1h"},
+		Tables:    &TablesConfig{Workloads: bpfmap.DefaultWorkloads, Origins: bpfmap.DefaultOrigins},
 	}
 }
 

@@ -86,6 +86,8 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 		{"half a key pair", `consul { cert_file = "/c" }`, "", `consul.key_file`},
 		{"log level", `log_level = "loud"`, "", `log_level = "loud"`},
 		{"unknown job argument", `cni { job_args = ["mode", "garud"] }`, "", `cni.job_args = "garud": want names of mode, guard, egress, forward`},
+		{"too many workloads", `tables { workloads = 100000 }`, "", `tables.workloads = "100000": want a number from 64 to 65536`},
+		{"too few origins", `tables { origins = 0 }`, "", `tables.origins = "0": want a number from 4096 to 8388608`},
 		{"environment", "", "maybe", `CONSUL_HTTP_SSL="maybe"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {

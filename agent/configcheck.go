@@ -15,6 +15,7 @@ import (
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/cni/request"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -69,6 +70,17 @@ func (c Config) problems() (list []valueProblem) {
 	}
 	if c.Flows.length() <= 0 {
 		wrong("flows.history", c.Flows.History, "a duration, such as 1h")
+	}
+	for _, size := range []struct {
+		key                string
+		value, least, most uint32
+	}{
+		{"tables.workloads", c.Tables.Workloads, bpfmap.MinWorkloads, bpfmap.MaxWorkloads},
+		{"tables.origins", c.Tables.Origins, bpfmap.MinOrigins, bpfmap.MaxOrigins},
+	} {
+		if size.value < size.least || size.value > size.most {
+			wrong(size.key, fmt.Sprint(size.value), fmt.Sprintf("a number from %d to %d", size.least, size.most))
+		}
 	}
 	if c.Consul.Enabled {
 		if _, _, err := splitAddress(c.Consul.Address); err != nil {

@@ -8,10 +8,14 @@
 #include "addr.h"
 #include "config.h"
 
+/* What the tables have room for unless the operator says otherwise, see bpfmap.Sizes. A
+ * hash table pays 16 bytes for each row that it may get, when it is made; rows
+ * themselves, and all of a trie, take memory with use. */
 #define MAX_WORKLOADS 16384
-#define MAX_ROWS 262144
-#define MAX_EXCLUSIONS 131072
-#define MAX_ORIGINS 1048576
+#define MAX_ADDRESSES 65536
+#define MAX_PREFIXES 262144
+#define MAX_EXCLUSIONS 32768
+#define MAX_ORIGINS 131072
 #define LISTENER_SLOTS 64
 #define GATE_SLOT LISTENER_SLOTS /* behind them all: see redirect/gate.go */
 /* A workload holds so many flows at most, one in each slot: that many that it began,
@@ -163,8 +167,7 @@ struct index_key {
 /* What a workload may hold however full the node's table is, and how many rows
  * of the table are for workloads that hold more. The rest is a reserve: nobody
  * can take the first destinations from others. */
-#define ORIGIN_SHARE 128
-#define ORIGIN_HIGH_WATER (MAX_ORIGINS / 8 * 7)
+#define ORIGIN_SHARE 128 /* see origin_high_water for the rest */
 
 enum index_total {
 	INDEXES_GIVEN = 0, /* by the programs */
@@ -304,7 +307,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_ROWS);
+	__uint(max_entries, MAX_ADDRESSES);
 	__type(key, struct address_key);
 	__type(value, struct address);
 } addresses SEC(".maps");
@@ -312,7 +315,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_ROWS);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct cidr_key);
 	__type(value, __u32);
 } cidrs SEC(".maps");
@@ -322,7 +325,7 @@ struct {
 struct {
 	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__uint(max_entries, MAX_ROWS);
+	__uint(max_entries, MAX_PREFIXES);
 	__type(key, struct cidr_key);
 	__type(value, __u32);
 } sources SEC(".maps");

@@ -198,7 +198,11 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 	}
 	defer tables.Close()
 	filler := workload.Workload{OutboundPort: 1}
-	for i := range uint32(262144 - bpfmap.RowShare/2) {
+	addresses, err := tables.Table("addresses")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range addresses.MaxEntries() - bpfmap.RowShare/2 {
 		filler.Addresses = append(filler.Addresses, netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)}))
 	}
 	if err := tables.WriteRows(1<<60, filler, false); err != nil {

@@ -23,6 +23,7 @@ type Datapath struct {
 	paths        store.Paths
 	lockTimeout  time.Duration // how long a change waits for the lock
 	checkTimeout time.Duration // ... and a check
+	sizes        bpfmap.Sizes  // of tables that are made anew
 	wait         func()        // until no program reads rows that were replaced before
 }
 
@@ -38,6 +39,14 @@ func (d *Datapath) Within(timeout time.Duration) *Datapath {
 	bounded := *d
 	bounded.lockTimeout, bounded.checkTimeout = timeout, min(timeout, d.checkTimeout)
 	return &bounded
+}
+
+// Sized returns the same data path, which makes tables of these sizes where there are
+// none yet.
+func (d *Datapath) Sized(sizes bpfmap.Sizes) *Datapath {
+	sized := *d
+	sized.sizes = sizes
+	return &sized
 }
 
 // locked runs action while no other process changes the state.

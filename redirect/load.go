@@ -137,6 +137,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
+	d.sizes.Apply(spec)
 	staging := d.paths.Staging()
 	pins, err := bpfmap.CreateMaps(spec, filepath.Join(staging, "maps"), program.InstanceOf(d.paths))
 	defer bpfmap.CloseMaps(pins)

@@ -54,13 +54,11 @@ func (d *Datapath) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, 
 		if err != nil {
 			return changes, fmt.Errorf("compare map %s: %w", name, err)
 		}
-		if name == "indexes" {
-			if !same {
-				return changes, fmt.Errorf("migrate to layout %d: %w: map indexes differs, which connections that run need: drain the node, 'weir unload', then load this version",
-					bpfmap.Layout, bpfmap.ErrIncompatible)
-			}
-			mapSpec.MaxEntries = table.MaxEntries()
+		if name == "indexes" && !same {
+			return changes, fmt.Errorf("migrate to layout %d: %w: map indexes differs, which connections that run need: drain the node, 'weir unload', then load this version",
+				bpfmap.Layout, bpfmap.ErrIncompatible)
 		}
+		bpfmap.KeepSize(mapSpec, table)
 		if !same || name == "control" || name == "events" || table.MaxEntries() != mapSpec.MaxEntries {
 			changes.names = append(changes.names, name)
 			continue

@@ -51,6 +51,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
+	d.sizes.Apply(spec)
 	changes, err := d.changedMaps(spec)
 	if err != nil {
 		return result, err

@@ -82,3 +82,10 @@ telemetry {
   # listen = "127.0.0.1:9902"            # default: nowhere
   # map    = "off"
 }
+
+# What the node's tables have room for, when they are made: at the agent's first start
+# after a boot. 'weir status -verbose' shows how full they are.
+tables {
+  # workloads = 16384
+  # origins   = 131072
+}

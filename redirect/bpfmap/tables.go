@@ -155,7 +155,8 @@ func CreateMaps(spec *ebpf.CollectionSpec, dir string, instance uint32) (map[str
 	return pins, nil
 }
 
-// PinnedMaps opens every table of the specification and compares its shape.
+// PinnedMaps opens every table of the specification and compares its shape. Its size
+// is the one with which it was made.
 func PinnedMaps(spec *ebpf.CollectionSpec, dir string) (map[string]*ebpf.Map, error) {
 	pins := make(map[string]*ebpf.Map)
 	for name, mapSpec := range spec.Maps {
@@ -164,6 +165,7 @@ func PinnedMaps(spec *ebpf.CollectionSpec, dir string) (map[string]*ebpf.Map, er
 			return pins, fmt.Errorf("open map %s: %w", name, err)
 		}
 		pins[name] = table
+		mapSpec.MaxEntries = table.MaxEntries()
 		if err := mapSpec.Compatible(table); err != nil {
 			return pins, fmt.Errorf("open map %s: %w: %w", name, ErrIncompatible, err)
 		}

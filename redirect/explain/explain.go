@@ -176,7 +176,7 @@ func readOriginRows(m *bpfmap.Tables, cookie, generation uint64, s *Snapshot, ad
 	if err != nil {
 		return rows, err
 	}
-	rows.highWater = origins.MaxEntries() / 8 * 7
+	rows.highWater = bpfmap.HighWater(origins.MaxEntries())
 	var budget bpfmap.BpfBudget
 	if rows.counted, err = m.Get("budgets", cookie, &budget); err != nil {
 		return rows, err

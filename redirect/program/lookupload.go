@@ -162,7 +162,11 @@ func openProgram(path string) (*ebpf.Program, error) {
 	return ebpf.NewProgramFromFD(int(fd))
 }
 
+// NewCollection loads the programs over the tables.
 func NewCollection(spec *ebpf.CollectionSpec, pins map[string]*ebpf.Map) (*ebpf.Collection, error) {
+	if origins := pins["origins"]; origins != nil {
+		bpfmap.SetHighWater(spec, origins.MaxEntries())
+	}
 	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: pins})
 	if err != nil {
 		return nil, fmt.Errorf("load programs: %w", err)
