@@ -41,8 +41,8 @@ fuzz: ## Fuzz every target in turn, FUZZTIME=10m each; what is found stays in te
 e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: those versions; RUN=REGEXP
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG='$(PKG)' test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
-cluster: ## Run a cluster of four machines under load while its parts fail (root)
-	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh
+cluster: ## Run a cluster of four machines under load while its parts fail (root); NOMAD=, CONSUL=, ENVOY=, RUN=
+	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
 	test/tools/setup.sh vm

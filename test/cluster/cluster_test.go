@@ -5,209 +5,177 @@ package cluster
 
 import (
 	"fmt"
-	"net/netip"
+	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
 	"github.com/weirmesh/weir/test"
 	"github.com/weirmesh/weir/test/nomad"
-	"github.com/weirmesh/weir/test/nomad/wire"
 )
 
 const (
 	jobFile  = "testdata/cluster.nomad.hcl"
-	patience = 2 * time.Minute
+	patience = 3 * time.Minute
 )
 
 // TestCluster asks on and on, from a transparent and from a plain client, for a
-// service whose instances run on other machines, while those are updated, drained
-// and lose one daemon after the other. Each answer has to come through both proxies
-// from an instance of the job, and each client has to see the address that it
-// dialled. Nothing may be lost.
+// service whose instances run on other machines, while those are updated, moved, cut
+// off and lose one daemon after the other. Each answer has to come through both proxies
+// from an instance of the job, and each client has to see the address that it dialled.
+// The same is done with Consul's own engine: where that loses nothing, Weir may not.
 func TestCluster(t *testing.T) {
-	leader := nomad.Start(t, nomad.Options{NoDocker: true})
-	var members []*nomad.Node
-	for range 3 {
-		members = append(members, leader.Join(nomad.Options{NoDocker: true}))
+	ours, peers := make(results), make(results)
+	engine := filepath.Join(nomad.Build(t, "test/bench", "./engine"), "engine")
+	t.Run("Consul", func(t *testing.T) { play(t, startPeer(t, engine), peers) })
+	t.Run("Weir", func(t *testing.T) { play(t, startWeir(t, engine), ours) })
+	if len(ours) > 0 && len(peers) > 0 { // both were asked for
+		compare(t, ours, peers)
 	}
-	for _, service := range []string{"cluster-server", "cluster-transparent", "cluster-plain"} {
-		leader.ConfigEntry(map[string]any{"Kind": "service-defaults", "Name": service, "Protocol": "http"})
-	}
-	job := leader.Run(jobFile, "round", "1")
-	wantSpread(t, job, members)
+}
 
-	virtual := lookup(t, job)
-	clients := []*client{
-		ask(job, "transparent", netip.AddrPortFrom(virtual, 80)),
-		ask(job, "plain", netip.MustParseAddrPort("127.0.0.1:9400")),
+// cluster is a leader, which has the servers of Nomad and of Consul and runs the
+// clients, and members, which run what they ask.
+type cluster struct {
+	leader  *nomad.Node
+	members []*nomad.Node
+	weir    *weir // nil: with Consul's engine
+
+	job     *nomad.Job
+	clients []*client
+	round   int // of the last update
+}
+
+func startPeer(t *testing.T, engine string) *cluster {
+	options := nomad.Options{NoDocker: true, NoWeir: true, Plugin: engine}
+	c := &cluster{leader: nomad.Start(t, options)}
+	for range 3 {
+		c.members = append(c.members, c.leader.Join(options))
 	}
-	answered := func() {
-		t.Helper()
-		for _, c := range clients {
-			c.loop.Await(20, c.group+" is answered", c.right)
+	return c
+}
+
+func (c *cluster) nodes() []*nomad.Node { return append([]*nomad.Node{c.leader}, c.members...) }
+
+// scene is something that happens to a cluster.
+type scene struct {
+	name string
+	run  func(*testing.T, *cluster)
+	weir bool // there is nothing that it could be done to with Consul's engine
+}
+
+func scenes() []scene {
+	consul := func(n *nomad.Node) *nomad.Daemon { return n.Consul }
+	client := func(n *nomad.Node) *nomad.Daemon { return n.Nomad }
+	return []scene{
+		{name: "rolling update", run: rollingUpdate},
+		{name: "canary and promote", run: canary},
+		{name: "scale 2, 8, 1", run: scale},
+		{name: "alloc restart", run: allocRestart},
+		{name: "alloc signal, stop, exec", run: allocCommands},
+		{name: "node drain", run: drain},
+		{name: "system gc", run: systemGC},
+		{name: "Nomad's clients", run: func(t *testing.T, c *cluster) { c.each(t, c.nodes(), client) }},
+		{name: "Nomad's server", run: func(t *testing.T, c *cluster) {
+			c.each(t, []*nomad.Node{c.leader}, func(n *nomad.Node) *nomad.Daemon { return n.Server })
+		}},
+		{name: "Consul's clients", run: func(t *testing.T, c *cluster) { c.each(t, c.members, consul) }},
+		{name: "Consul's server", run: func(t *testing.T, c *cluster) { c.each(t, []*nomad.Node{c.leader}, consul) }},
+		{name: "Weir's agents", run: agents, weir: true},
+		{name: "system job upgraded and downgraded", run: systemJob, weir: true},
+		{name: "migration and back", run: migration, weir: true},
+		{name: "node partitioned", run: partition},
+		{name: "power lost and back", run: power},
+	}
+}
+
+// results are what came of the requests during each scene, by its name and the client.
+type results map[string]map[string]tally
+
+// play plays all scenes on a cluster and writes down what came of the requests.
+func play(t *testing.T, c *cluster, told results) {
+	for _, service := range []string{"cluster-server", "cluster-transparent", "cluster-plain"} {
+		c.leader.ConfigEntry(map[string]any{"Kind": "service-defaults", "Name": service, "Protocol": "http"})
+	}
+	c.job = c.leader.Run(jobFile, "round", "0")
+	c.wantSpread(t)
+	c.clients = startClients(t, c.job)
+	c.answered()
+	for _, s := range scenes() {
+		if s.weir && c.weir == nil {
+			continue
 		}
-	}
-	answered()
-	all := append([]*nomad.Node{leader}, members...)
-	for _, step := range []struct {
-		name string
-		run  func()
-	}{
-		{"rolling update", func() { update(t, job) }},
-		{"drain", func() { drain(t, job, members) }},
-		{"Weir's agents", func() { each(t, all, func(n *nomad.Node) *nomad.Daemon { return n.Agent }, answered) }},
-		{"Nomad's clients", func() { each(t, all, func(n *nomad.Node) *nomad.Daemon { return n.Nomad }, answered) }},
-		{"Consul's clients", func() { each(t, members, func(n *nomad.Node) *nomad.Daemon { return n.Consul }, answered) }},
-		{"Nomad's server", func() { each(t, all[:1], func(n *nomad.Node) *nomad.Daemon { return n.Server }, answered) }},
-	} {
-		before := counts(clients)
-		step.run()
-		answered()
-		for i, c := range clients {
-			c.wantNothingLost(t, step.name, before[i])
+		began := time.Now()
+		before := c.counts()
+		s.run(t, c)
+		c.answered()
+		told[s.name] = make(map[string]tally)
+		for i, each := range c.clients {
+			tally := each.tally(before[i])
+			if told[s.name][each.group] = tally; tally.lost+tally.wrong > 0 {
+				t.Logf("%s: %s: the first one lost: %s, the last: %s", s.name, each.group, tally.first, tally.last)
+			}
 		}
+		t.Logf("%s: %s: %v", time.Since(began).Round(time.Second), s.name, told[s.name])
 	}
-	for _, c := range clients {
-		total := len(c.loop.Stop())
-		t.Logf("%s: %d requests in all, answered by %d instances", c.group, total, len(c.instances))
+	for _, each := range c.clients {
+		list := each.loop.Stop()
+		t.Logf("%s: %d requests in all, answered by %d instances", each.group, len(list), len(each.instances))
 	}
-	job.Stop()
-	for _, n := range all {
+	c.job.Stop()
+	if c.weir == nil {
+		return
+	}
+	c.weir.system.Stop()
+	for _, n := range c.nodes() {
 		test.EventuallyIn(t, patience, n.Leftovers, "nothing to be left on "+n.Name())
 	}
 }
 
-// wantSpread wants the instances on other machines than the clients.
-func wantSpread(t *testing.T, job *nomad.Job, members []*nomad.Node) {
-	t.Helper()
-	var nodes []string
-	for _, a := range job.Allocs() {
-		if a.Group == "server" {
-			nodes = append(nodes, a.NodeName)
-		}
-	}
-	slices.Sort(nodes)
-	var want []string
-	for _, m := range members {
-		want = append(want, m.Name())
-	}
-	if !slices.Equal(nodes, want) {
-		t.Fatalf("the servers run on %q, want them on %q", nodes, want)
-	}
-}
-
-// lookup is the service's virtual IP, which can be asked without Consul's DNS.
-func lookup(t *testing.T, job *nomad.Job) netip.Addr {
-	t.Helper()
-	got := job.Alloc("transparent").App("client", "lookup", "cluster-server.virtual.consul")
-	if len(got.Addresses) != 1 {
-		t.Fatalf("look up the server: %s", got)
-	}
-	return netip.MustParseAddr(got.Addresses[0])
-}
-
-// client asks from the allocation of a group.
-type client struct {
-	group     string
-	target    netip.AddrPort
-	loop      *nomad.Loop
-	instances map[string]bool // that have answered
-}
-
-func ask(job *nomad.Job, group string, target netip.AddrPort) *client {
-	c := &client{group: group, target: target, instances: make(map[string]bool)}
-	alloc := job.Alloc(group)
-	url := "http://" + target.String() + "/"
-	alloc.EventuallyGet("client", url, func(got wire.Outcome) error {
-		if !c.right(got) {
-			return fmt.Errorf("got %s", got)
-		}
-		return nil
-	})
-	c.loop = alloc.Loop("client", url)
-	return c
-}
-
-// right tells an answer of an instance, through both proxies, to who has dialled
-// and still sees the target.
-func (c *client) right(got wire.Outcome) bool {
-	if !got.OK() || got.Reply == nil || got.Reply.Job != "cluster" || got.Reply.Task != "server" {
-		return false
-	}
-	c.instances[got.Reply.Alloc] = true
-	return got.To == c.target.String() && strings.HasPrefix(got.Reply.Remote, "127.0.0.1:") &&
-		strings.Contains(got.Reply.ClientCert, "/svc/cluster-"+c.group)
-}
-
-func (c *client) wantNothingLost(t *testing.T, what string, before int) {
-	t.Helper()
-	since := c.loop.Outcomes()[before:]
-	if lost := slices.DeleteFunc(slices.Clone(since), c.right); len(lost) > 0 {
-		t.Errorf("%s: %s: %d of %d requests lost, the first: %s, the last: %s", what, c.group, len(lost), len(since), lost[0], lost[len(lost)-1])
-	}
-	t.Logf("%s: %s: %d requests", what, c.group, len(since))
-}
-
-func counts(clients []*client) (list []int) {
-	for _, c := range clients {
-		list = append(list, len(c.loop.Outcomes()))
-	}
-	return list
-}
-
-// update replaces one instance after the other.
-func update(t *testing.T, job *nomad.Job) {
-	old := servers(job)
-	job.Update(jobFile, "round", "2")
-	replaced(t, job, old, len(old))
-}
-
-// drain moves what runs on a machine to the others, and lets the machine take
-// allocations again.
-func drain(t *testing.T, job *nomad.Job, members []*nomad.Node) {
-	old := servers(job)
-	there := make(map[string]int)
-	for _, node := range old {
-		there[node]++
-	}
-	full := slices.IndexFunc(members, func(n *nomad.Node) bool { return there[n.Name()] > 0 })
-	n := members[full]
-	n.Command("nomad", "node", "drain", "-enable", "-self", "-yes", "-detach")
-	replaced(t, job, old, there[n.Name()])
-	for id, node := range servers(job) {
-		if node == n.Name() {
-			t.Errorf("server %s still runs on %s", id, node)
-		}
-	}
-	n.Command("nomad", "node", "drain", "-disable", "-self", "-yes")
-}
-
-// replaced waits until that many of the old servers are over and as many new ones
-// pass their checks.
-func replaced(t *testing.T, job *nomad.Job, old map[string]string, count int) {
-	t.Helper()
-	test.EventuallyIn(t, patience, func() error {
-		kept := 0
-		for id := range servers(job) {
-			if _, ok := old[id]; ok {
-				kept++
+// compare prints what both have lost, and wants nothing lost where the peer lost nothing.
+func compare(t *testing.T, ours, peers results) {
+	table := fmt.Sprintf("%-36s %-12s %22s %22s\n", "requests, lost", "client", "Weir", "Consul's engine")
+	for _, s := range scenes() {
+		for _, group := range groups() {
+			our, peer := ours[s.name][group], peers[s.name][group]
+			table += fmt.Sprintf("%-36s %-12s %22s %22s\n", s.name, group, our, peer)
+			if our.lost > 0 && peer.lost == 0 {
+				t.Errorf("%s: %s: %d of %d requests lost, where Consul's engine loses none; the first: %s",
+					s.name, group, our.lost, our.asked, our.first)
+			}
+			if our.asked == 0 || peer.asked == 0 && !s.weir {
+				t.Errorf("%s: %s: it was not played", s.name, group)
+			}
+			for who, told := range map[string]tally{"Weir": our, "Consul's engine": peer} {
+				if told.wrong > 0 {
+					t.Errorf("%s: %s: %s: %d of %d requests came to a wrong end; the first: %s", s.name, group, who, told.wrong, told.asked, told.first)
+				}
 			}
 		}
-		if kept != len(old)-count {
-			return fmt.Errorf("%d of %d servers are the old ones, want %d", kept, len(old), len(old)-count)
-		}
-		return nil
-	}, "new servers")
-	job.Await()
-	test.EventuallyIn(t, patience, job.Ended, "the end of the old ones")
+	}
+	t.Logf("\n%s", table)
 }
 
-// servers are those that Nomad wants to run, with their nodes.
-func servers(job *nomad.Job) map[string]string {
+// wantSpread wants an instance on each member.
+func (c *cluster) wantSpread(t *testing.T) {
+	t.Helper()
+	var on, want []string
+	for _, node := range c.servers() {
+		on = append(on, node)
+	}
+	for _, m := range c.members {
+		want = append(want, m.Name())
+	}
+	slices.Sort(on)
+	if !slices.Equal(on, want) {
+		t.Fatalf("the instances run on %q, want them on %q", on, want)
+	}
+}
+
+// servers are the instances that Nomad wants to run, with their nodes.
+func (c *cluster) servers() map[string]string {
 	list := make(map[string]string)
-	for _, a := range job.Allocs() {
+	for _, a := range c.job.Allocs() {
 		if a.Group == "server" {
 			list[a.ID] = a.NodeName
 		}
@@ -215,16 +183,27 @@ func servers(job *nomad.Job) map[string]string {
 	return list
 }
 
-// each kills a daemon of one machine after the other, starts it again, and then
-// does so in order.
-func each(t *testing.T, nodes []*nomad.Node, of func(*nomad.Node) *nomad.Daemon, answered func()) {
-	for _, n := range nodes {
-		d := of(n)
-		d.Kill(t)
-		answered()
-		d.Start(t)
-		answered()
-		d.Restart(t)
-		answered()
-	}
+// update gives the job to Nomad with another number of instances, and others of them
+// where the round is another one.
+func (c *cluster) update(count, canaries int, more ...string) {
+	c.job.Update(jobFile, append([]string{"round", fmt.Sprint(c.round), "count", fmt.Sprint(count), "canaries", fmt.Sprint(canaries)}, more...)...)
+}
+
+// settled waits until so many instances run, none of them one of the old, and no other.
+func (c *cluster) settled(t *testing.T, count int, old map[string]string) {
+	t.Helper()
+	test.EventuallyIn(t, patience, func() error {
+		now := c.servers()
+		for id := range now {
+			if _, ok := old[id]; ok {
+				return fmt.Errorf("instance %s is still wanted", id)
+			}
+		}
+		if len(now) != count {
+			return fmt.Errorf("%d instances are wanted, not %d", len(now), count)
+		}
+		return nil
+	}, "other instances")
+	c.job.Await()
+	test.EventuallyIn(t, patience, c.job.Ended, "the end of the old ones")
 }

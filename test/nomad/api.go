@@ -27,11 +27,20 @@ func newClients(n *Node) *clients {
 	inside := func(ctx context.Context, network, address string) (net.Conn, error) {
 		return spawn.Dialer(n.machine.net.Path)(ctx, network, address)
 	}
-	client := func(address string) api {
-		return api{base: "http://" + address, client: &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: inside}}}
+	client := func(base, token string) api {
+		if !n.options.Secure {
+			token = ""
+		}
+		return api{base: base, token: token, client: &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{
+			DisableKeepAlives: true, DialContext: inside, TLSClientConfig: n.clientTLS(),
+		}}}
+	}
+	consul := "http://127.0.0.1:8500"
+	if n.options.Secure {
+		consul = "https://127.0.0.1:8501"
 	}
 	return &clients{
-		nomad: client("127.0.0.1:4646"), server: client("127.0.0.1:14646"), consul: client("127.0.0.1:8500"),
+		nomad: client("http://127.0.0.1:4646", "X-Nomad-Token"), server: client("http://127.0.0.1:14646", "X-Nomad-Token"), consul: client(consul, "X-Consul-Token"),
 		docker: &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", n.Path("/run/docker.sock"))
 		}}},
@@ -46,6 +55,7 @@ func (c *clients) dockerCall(method, path string, answer any) error {
 type api struct {
 	base   string
 	client *http.Client
+	token  string // the header for it; empty: none is asked for
 }
 
 func (a api) get(path string, answer any) error { return a.call(http.MethodGet, path, nil, answer) }
@@ -62,6 +72,9 @@ func (a api) call(method, path string, value, answer any) error {
 	request, err := http.NewRequest(method, a.base+path, body)
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	if a.token != "" {
+		request.Header.Set(a.token, managementToken)
 	}
 	response, err := a.client.Do(request)
 	if err != nil {

@@ -44,7 +44,7 @@ func (n *Node) member(name string) *Node {
 // neighbour: the neighbour becomes the switch, under its address.
 func (m *machine) bridge(tb testing.TB, other *machine) {
 	tb.Helper()
-	port := strings.ReplaceAll(other.name, "-", "")
+	port := other.port()
 	test.Veth(tb,
 		test.VethEnd{NetNS: m.neighbour, Name: port},
 		test.VethEnd{NetNS: other.net, Addrs: prefixes(other.address+"/24", other.address6+"/64")})
@@ -59,6 +59,30 @@ func (m *machine) bridge(tb testing.TB, other *machine) {
 		ip(tb, m.neighbour, line)
 	}
 	ip(tb, other.net, "route add default via "+NeighbourAddress)
+}
+
+// port is the name of the bridge's port that the machine is plugged into.
+func (m *machine) port() string { return strings.ReplaceAll(m.name, "-", "") }
+
+// unplug removes the port at once: the kernel takes its time with a namespace that
+// nothing runs in any more, and the next boot plugs the machine in again.
+func (m *machine) unplug(tb testing.TB) {
+	tb.Helper()
+	if exec.Command("nsenter", "--net="+m.neighbour.Path, "--", "ip", "link", "show", m.port()).Run() == nil {
+		ip(tb, m.neighbour, "link delete "+m.port())
+	}
+}
+
+// Isolate parts a node that has joined a cluster from all others, until [Node.Rejoin].
+// What it runs goes on.
+func (n *Node) Isolate() {
+	n.tb.Helper()
+	ip(n.tb, n.machine.neighbour, "link set "+n.machine.port()+" down")
+}
+
+func (n *Node) Rejoin() {
+	n.tb.Helper()
+	ip(n.tb, n.machine.neighbour, "link set "+n.machine.port()+" up")
 }
 
 func ip(tb testing.TB, ns *test.NetNS, line string) {

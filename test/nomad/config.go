@@ -128,6 +128,9 @@ func (n *Node) writeConfigs() {
 		n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, NodeAddress, n.options.Server), 0o600)
 	}
 	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, n.machine.name, n.machine.address, NodeAddress+":14647", n.options.Client), 0o600)
+	if n.options.Secure {
+		n.writeSecurity()
+	}
 	if n.options.NoWeir {
 		return
 	}
@@ -155,11 +158,11 @@ func (n *Node) defineDaemons() {
 	}
 	n.Consul = daemon("consul", n.consulReady, "consul", "agent", "-config-dir", "/etc/consul.d")
 	if n.leader == nil {
-		n.Server = daemon("nomad-server", n.serverReady, "nomad", "agent", "-config", "/etc/nomad.d/server.hcl")
+		n.Server = daemon("nomad-server", n.serverReady, nomadAgent("server", n.options.Secure)...)
 	}
-	n.Nomad = daemon("nomad", n.clientReady, "nomad", "agent", "-config", "/etc/nomad.d/client.hcl")
+	n.Nomad = daemon("nomad", n.clientReady, nomadAgent("client", n.options.Secure)...)
 	if !n.options.NoAgent && !n.options.NoWeir {
-		n.Agent = daemon("weir", n.agentReady, "weir", "agent", "-config", "/etc/weir.d")
+		n.Agent = daemon("weir", n.agentReady, n.weir(), "agent", "-config", "/etc/weir.d")
 	}
 	if n.options.NoDocker {
 		return
@@ -170,7 +173,15 @@ func (n *Node) defineDaemons() {
 	} else {
 		args = slices.DeleteFunc(args, func(arg string) bool { return arg == "--bridge=none" })
 	}
-	n.Docker = daemon("docker", n.dockerReady, args...)
+	n.Docker = daemon("docker", n.dockerReady, append(args, n.options.DockerArgs...)...)
+}
+
+func nomadAgent(role string, secure bool) []string {
+	args := []string{"nomad", "agent", "-config", "/etc/nomad.d/" + role + ".hcl"}
+	if secure {
+		args = append(args, "-config", "/etc/nomad.d/"+role+"-secure.hcl")
+	}
+	return args
 }
 
 // daemons are those that the node has, in the order of their start.

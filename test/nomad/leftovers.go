@@ -125,6 +125,9 @@ func (n *Node) leftRules() error {
 }
 
 func (n *Node) leftWorkloads() error {
+	if _, err := os.Stat(n.Path("/sys/fs/bpf/weir")); errors.Is(err, os.ErrNotExist) {
+		return nil // Weir was taken off the node, or is not on it
+	}
 	list, err := n.tryWorkloads()
 	if err != nil {
 		return err
@@ -144,7 +147,7 @@ func (n *Node) leftProcesses() error {
 	if err != nil {
 		return err
 	}
-	service := regexp.MustCompile(`^(bash \S+/init\.sh |consul agent|nomad agent|\S*dockerd |\S*containerd --config|weir agent)`)
+	service := regexp.MustCompile(`^(bash \S+/init\.sh |consul agent|nomad agent|\S*dockerd |\S*containerd --config|(\S*/)?weir agent)`)
 	var problems []error
 	for _, entry := range entries {
 		text, err := os.ReadFile(filepath.Join(entry, "cmdline"))

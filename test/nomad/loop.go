@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -20,6 +22,9 @@ type Loop struct {
 	file  string
 	ended chan error
 	told  strings.Builder
+
+	read int64 // how much of the file is in list
+	list []wire.Outcome
 }
 
 // Loop starts asking a URL from a task, every 50 ms. It ends with [Loop.Stop], the
@@ -34,13 +39,13 @@ func (a *Alloc) Loop(task, url string) *Loop {
 }
 
 // Outcomes are those of the attempts that have ended so far, the oldest first.
-func (l *Loop) Outcomes() (list []wire.Outcome) {
+func (l *Loop) Outcomes() []wire.Outcome {
 	l.alloc.node.tb.Helper()
-	text, err := os.ReadFile(l.file)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
+	text, err := l.unread()
+	if err != nil {
 		l.alloc.node.tb.Fatalf("read what a loop did: %v", err)
 	}
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(text) {
 		if !strings.HasSuffix(line, "\n") {
 			break // it is being written
 		}
@@ -48,9 +53,28 @@ func (l *Loop) Outcomes() (list []wire.Outcome) {
 		if err := json.Unmarshal([]byte(line), &outcome); err != nil {
 			l.alloc.node.tb.Fatalf("read what a loop did: %v: %s", err, line)
 		}
-		list = append(list, outcome)
+		l.list = append(l.list, outcome)
+		l.read += int64(len(line))
 	}
-	return list
+	return slices.Clone(l.list)
+}
+
+// unread is what the loop has written since it was last read: a long one is read
+// again and again.
+func (l *Loop) unread() (string, error) {
+	file, err := os.Open(l.file)
+	if errors.Is(err, os.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	if _, err := file.Seek(l.read, io.SeekStart); err != nil {
+		return "", err
+	}
+	text, err := io.ReadAll(file)
+	return string(text), err
 }
 
 // Await waits until the loop has done as many more attempts that pass the check.

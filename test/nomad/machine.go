@@ -148,6 +148,10 @@ func (m *machine) cut(tb testing.TB) {
 	_ = m.boot.Wait() // process 1 is the last of them to go; it was killed
 	_ = m.hold.Close()
 	m.boot = nil
+	if m.joined != nil {
+		m.unplug(tb)
+		m.net.End()
+	}
 }
 
 // command is a program inside the machine; start it by m.run. It has the

@@ -25,14 +25,22 @@ import (
 type Options struct {
 	// Plugin is the file of this machine that is consul-cni; Weir's where empty.
 	Plugin string
+	// Package is a .deb of this machine that Weir comes from; its programs in
+	// /opt/tools where empty.
+	Package string
 	// NoAgent leaves Weir's agent out, NoDocker Docker, NoWeir all of Weir but its
 	// programs in /opt/tools.
 	NoAgent, NoDocker, NoWeir bool
 	// Conflists are files of this machine that the client finds in its
 	// cni_config_dir, beside those that Weir installs.
 	Conflists []string
+	// Secure runs Consul and Nomad as production does: see secure.go. A node that joins
+	// a secure one has to be it too.
+	Secure bool
 	// DockerRules lets Docker write its own rules and set FORWARD to DROP.
 	DockerRules bool
+	// DockerArgs are more arguments of Docker's daemon.
+	DockerArgs []string
 	// ConsulDNS is the address of Consul's DNS; NodeAddress where empty.
 	ConsulDNS string
 	// Client, Server, Consul and Agent are more HCL for the client block and the
@@ -53,8 +61,10 @@ type Node struct {
 	parts   parts
 	leader  *Node            // whose servers it uses; nil: it has its own
 	members map[string]*Node // those of the cluster, by name; the leader is one
-	api     *clients
-	ids     *identities
+	// authority is the directory of what signs a secure cluster's certificates.
+	authority string
+	api       *clients
+	ids       *identities
 }
 
 // identities are what a node leaves its name on, in trees that it shares with the
@@ -137,6 +147,9 @@ func (n *Node) startDaemons(meanwhile func()) {
 	}
 	meanwhile()
 	n.Consul.AwaitReady(n.tb)
+	if n.options.Secure && n.leader == nil {
+		n.setUpACLs()
+	}
 	if n.Server != nil {
 		n.Server.AwaitReady(n.tb)
 	}
@@ -163,8 +176,20 @@ func (n *Node) forwardNothing() {
 // namespaces, /run, /tmp, the bpffs and with it every program of Weir's).
 func (n *Node) Reboot() {
 	n.tb.Helper()
+	n.PowerOff()
+	n.PowerOn()
+}
+
+// PowerOff is the first half of [Node.Reboot], PowerOn the second.
+func (n *Node) PowerOff() {
+	n.tb.Helper()
 	n.rememberIdentities()
 	n.machine.cut(n.tb)
+	n.removeCgroups() // those of a machine's own kernel go with it
+}
+
+func (n *Node) PowerOn() {
+	n.tb.Helper()
 	n.machine.start(n.tb)
 	n.startDaemons(func() {})
 }
@@ -222,7 +247,11 @@ func (n *Node) Command(name string, args ...string) string {
 // Try is Command for programs that may fail: the error carries what the program
 // wrote to standard error.
 func (n *Node) Try(name string, args ...string) (string, error) {
-	return n.output(n.machine.command(n.tb.Context(), name, args...))
+	cmd := n.machine.command(n.tb.Context(), name, args...)
+	if n.options.Secure {
+		cmd.Env = append(cmd.Env, "NOMAD_TOKEN="+managementToken)
+	}
+	return n.output(cmd)
 }
 
 func (n *Node) output(cmd *exec.Cmd) (string, error) {

@@ -132,6 +132,12 @@ func (n *Node) furnish(p parts) {
 			n.tb.Fatalf("furnish the node: %v", err)
 		}
 	}
+	if n.options.Package != "" { // before the users change: dpkg asks for those that it knows
+		if err := copyFile(n.options.Package, n.Path("/tmp/weir.deb"), 0o644); err != nil {
+			n.tb.Fatalf("furnish the node: %v", err)
+		}
+		n.Command("dpkg", "--install", "/tmp/weir.deb")
+	}
 	// Removed first: the machine's may be a link.
 	if err := os.Remove(n.Path("/etc/resolv.conf")); err != nil && !os.IsNotExist(err) {
 		n.tb.Fatalf("furnish the node: %v", err)
@@ -163,7 +169,7 @@ func (n *Node) furnish(p parts) {
 	case n.options.Plugin != "":
 		n.InstallPlugin(n.options.Plugin, "consul-cni")
 	case !n.options.NoWeir:
-		n.Command("weir", "install") // as an operator does
+		n.Command(n.weir(), "install") // as an operator does
 	}
 	for _, file := range n.options.Conflists {
 		if err := copyFile(file, n.Path(filepath.Join("/opt/cni/config", filepath.Base(file))), 0o644); err != nil {
@@ -171,6 +177,14 @@ func (n *Node) furnish(p parts) {
 		}
 	}
 	n.writeConfigs()
+}
+
+// weir is the program that the node's administrator and its agent run.
+func (n *Node) weir() string {
+	if n.options.Package != "" {
+		return "/usr/bin/weir"
+	}
+	return "weir"
 }
 
 // image is what a job names, and what starts in it.

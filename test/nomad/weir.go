@@ -32,7 +32,7 @@ type Workload struct {
 
 // Weir runs a command of Weir's on the node that prints JSON, and reads it.
 func (n *Node) Weir(answer any, args ...string) error {
-	text, err := n.Try("weir", args...)
+	text, err := n.Try(n.weir(), args...)
 	if text == "" && err != nil {
 		return err
 	}

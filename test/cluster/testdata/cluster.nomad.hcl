@@ -1,7 +1,23 @@
 # Servers on the members of a cluster, and a client of each kind beside its servers.
-variable "round" {}
+variable "round" {
+  type = string
+}
+variable "count" {
+  type    = number
+  default = 3
+}
+variable "parallel" {
+  type    = number
+  default = 1
+}
+variable "canaries" {
+  type    = number
+  default = 0
+}
 
 job "cluster" {
+  node_pool = "all"
+
   update {
     max_parallel      = 1
     min_healthy_time  = "1s"
@@ -17,8 +33,12 @@ job "cluster" {
   }
 
   group "server" {
-    count          = 3
+    count          = var.count
     shutdown_delay = "5s"
+    update {
+      canary       = var.canaries
+      max_parallel = var.parallel
+    }
     network {
       mode = "bridge"
     }

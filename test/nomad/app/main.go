@@ -6,6 +6,7 @@
 //
 //	app serve LISTEN...        answers HTTP (host:port) and datagrams (udp:host:port)
 //	app get URL                asks once and prints an Outcome
+//	app check URL              the same, and ends with 1 where no 200 came
 //	app dial NETWORK ADDRESS   connects, or asks by datagram, and prints an Outcome
 //	app lookup NAME            prints the addresses of a name
 //	app loop URL FILE [EVERY]  asks until FILE is gone; a line of it for each Outcome
@@ -56,6 +57,13 @@ func run(uid int, args []string) error {
 		return serve(args[1:])
 	case len(args) == 2 && args[0] == "get":
 		return show(get(&http.Client{Timeout: patience}, args[1]))
+	case len(args) == 2 && args[0] == "check":
+		const gate = 30 * time.Second // what waits for its proxy may wait so long
+		got := get(&http.Client{Timeout: gate}, args[1])
+		if err := show(got); err != nil || !got.OK() {
+			return fmt.Errorf("the request failed: %s", got)
+		}
+		return nil
 	case len(args) == 3 && args[0] == "dial":
 		return show(dial(args[1], args[2]))
 	case len(args) == 2 && args[0] == "lookup":
@@ -63,10 +71,8 @@ func run(uid int, args []string) error {
 	case len(args) >= 3 && args[0] == "loop":
 		return loop(args[1], args[2], args[3:])
 	case len(args) == 2 && args[0] == "first":
-		const gate = 30 * time.Second // what waits for its proxy may wait so long
-		got := get(&http.Client{Timeout: gate}, args[1])
-		if err := show(got); err != nil || !got.OK() {
-			return fmt.Errorf("the first request failed: %s", got)
+		if err := run(-1, []string{"check", args[1]}); err != nil {
+			return err
 		}
 		return run(-1, []string{"pause"})
 	case len(args) == 1 && args[0] == "pause":
