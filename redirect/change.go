@@ -107,6 +107,9 @@ func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
 	if filtered {
 		c.did = append(c.did, "filter of forwarded packets set")
 	}
+	if program.HoldFamilies(d.paths, c.wanted) {
+		c.did = append(c.did, "program for other families of sockets attached")
+	}
 	adopted, err := registerExistingListeners(tables, d.paths, c.ns, c.wanted, c.record.RejectedCgroups)
 	if err != nil {
 		return err

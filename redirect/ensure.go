@@ -119,7 +119,7 @@ func (d *Datapath) renewFilters() error {
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
-	var problems []error
+	problems := []error{program.RenewFamilies(d.paths)}
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
@@ -128,6 +128,7 @@ func (d *Datapath) renewFilters() error {
 		if err == nil {
 			_, err = program.SetFilter(d.paths, ns, r.Desired())
 			ns.Close()
+			program.HoldFamilies(d.paths, r.Desired()) // the former version may have had none
 		}
 		if err != nil {
 			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))

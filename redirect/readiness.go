@@ -33,6 +33,12 @@ func kernelReadiness(root string) []health.Check {
 		c.Fault("kernel-btf", "boot a kernel that is built with CONFIG_DEBUG_INFO_BTF=y, as those of the distributions are",
 			"the kernel has no BTF: %s is not there", filepath.Join(root, "sys/kernel/btf/vmlinux"))
 	}
+	if err := probe.Families(); err == nil {
+		c.OK("socket-families", "the egress guard sees sockets of every family")
+	} else {
+		c.Warn("socket-families", "boot a kernel with CONFIG_SECURITY_NETWORK and BTF, on arm64 Linux 6.4 or newer; until then take CAP_NET_RAW from tasks that need an egress guard",
+			"the egress guard would not see packet, vsock and XDP sockets: %v", err)
+	}
 	switch mode := lockdown(filepath.Join(root, "sys/kernel/security/lockdown")); mode {
 	case "", "none":
 		c.OK("kernel-lockdown", "the kernel is not locked down")

@@ -212,6 +212,10 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 	if !filtered {
 		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
 	}
+	if !program.FamiliesHeld(d.paths, w) {
+		problem(health.ProblemFamiliesOpen, "run its CNI CHECK; where 'weir doctor' says that the kernel cannot, take CAP_NET_RAW from its tasks",
+			"its egress guard does not see sockets of other families than IP: packet, vsock, XDP")
+	}
 	lookups, err := program.LookupsIn(tables, ns)
 	if err != nil {
 		return err

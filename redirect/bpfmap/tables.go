@@ -128,7 +128,7 @@ func (m *Tables) Delete(name string, key any) error {
 
 // Digest names the objects in this binary.
 func Digest() [2]uint64 {
-	sum := sha256.Sum256(slices.Concat(_BpfBytes, _LookupBytes, _FilterBytes))
+	sum := sha256.Sum256(slices.Concat(_BpfBytes, _LookupBytes, _FilterBytes, _FamilyBytes))
 	return [2]uint64{binary.NativeEndian.Uint64(sum[:]), binary.NativeEndian.Uint64(sum[8:])}
 }
 

@@ -109,6 +109,7 @@ const (
 	ProblemRowsMissing
 	ProblemRoutesMissing
 	ProblemFilterMissing
+	ProblemFamiliesOpen
 	ProblemLookupMissing
 	ProblemOtherInstance
 	ProblemListenerMissing
@@ -185,6 +186,7 @@ func (c ProblemCode) row() problemRow {
 		ProblemRowsMissing:          {"rows-missing", failure, "rows of an allocation are missing"},
 		ProblemRoutesMissing:        {"routes-missing", failure, "routes to the proxy are missing"},
 		ProblemFilterMissing:        {"filter-missing", failure, "the filter of forwarded packets is missing"},
+		ProblemFamiliesOpen:         {"families-open", warning, "the egress guard does not see sockets of other families than IP"},
 		ProblemLookupMissing:        {"lookup-missing", failure, "the lookup program is not attached or not pinned"},
 		ProblemOtherInstance:        {"other-instance", failure, "another instance of Weir is attached to the namespace"},
 		ProblemListenerMissing:      {"listener-missing", failure, "a listener of the proxy is not registered"},

@@ -135,5 +135,15 @@ func probeAtomics() error {
 	}})
 }
 
+// Families asks the kernel whether a program may decide about sockets of other
+// families than IP's, where they are made. Only the egress guard needs it, so a node
+// without it is not refused.
+func Families() error {
+	return probeProgram(&ebpf.ProgramSpec{Type: ebpf.Tracing, AttachType: ebpf.AttachModifyReturn, AttachTo: "security_socket_create", Instructions: asm.Instructions{
+		asm.Mov.Imm(asm.R0, 0),
+		asm.Return(),
+	}})
+}
+
 // ErrUnsupported: the kernel, or how the host mounts cgroups, lacks a feature.
 var ErrUnsupported = errors.New("not supported by this host")

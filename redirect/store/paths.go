@@ -58,6 +58,7 @@ func (p Paths) Or(fallback Paths) Paths {
 
 func (p Paths) Maps() string       { return filepath.Join(p.PinDir, "maps") }
 func (p Paths) Links() string      { return filepath.Join(p.PinDir, "links") }
+func (p Paths) Family() string     { return filepath.Join(p.PinDir, "egress", "weir_family") }
 func (p Paths) Filters() string    { return filepath.Join(p.PinDir, "filters") }
 func (p Paths) Lookups() string    { return filepath.Join(p.PinDir, "lookups") }
 func (p Paths) Staging() string    { return p.PinDir + "_new" } // bpffs reserves names with dots
