@@ -60,7 +60,7 @@ type FlowSource struct {
 	TaskGroup string     `json:"task_group,omitempty"`
 	Task      string     `json:"task,omitempty"`
 	PID       uint32     `json:"pid,omitempty"`
-	UID       *uint32    `json:"uid,omitempty"` // known where the PID is
+	UID       *uint32    `json:"uid,omitempty"` // known where the PID is, and of one that is held
 	Command   string     `json:"command,omitempty"`
 	IP        netip.Addr `json:"ip,omitzero"`
 	Port      uint16     `json:"port,omitempty"`
@@ -190,7 +190,7 @@ func parseFlowQuery(values url.Values, now time.Time) (q FlowQuery, err error) {
 // nothing and say nothing.
 func (q FlowQuery) check() error {
 	for _, name := range q.Verdicts {
-		if !slices.ContainsFunc(bpfmap.AllVerdicts(), func(v bpfmap.Verdict) bool { return v.String() == name }) {
+		if !slices.ContainsFunc(append(bpfmap.AllVerdicts(), bpfmap.Held), func(v bpfmap.Verdict) bool { return v.String() == name }) {
 			return fmt.Errorf("unknown verdict %q: 'weir verdicts' and the runbook have them", name)
 		}
 	}

@@ -217,7 +217,7 @@ func (r *flowRecord) flow(node string) Flow {
 	flow.Destination.IP, flow.Destination.Port = origin.Addr(), origin.Port()
 	from := unpackAddr(r.source, r.sourcePort, r.valid[0])
 	flow.Source.IP, flow.Source.Port = from.Addr(), from.Port()
-	if r.pid != 0 {
+	if r.pid != 0 || r.verdict == bpfmap.Held { // of a socket that waits, the process is not known
 		uid := r.uid
 		flow.Source.Task, flow.Source.PID, flow.Source.UID, flow.Source.Command = r.task, r.pid, &uid, r.commandName()
 	}

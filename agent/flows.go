@@ -29,7 +29,8 @@ const flowProblem = "Weir-Problem"
 // any number of readers of its own.
 type flows struct {
 	ring     *flowRing
-	names    flowNames
+	noting   sync.Mutex
+	names    flowNames // under noting
 	guard    *guardTable
 	egress   *egressTable
 	facts    atomic.Pointer[flowFacts] // of the newest pass
@@ -108,20 +109,27 @@ func (f *flows) read(ctx context.Context) error {
 		}
 	})
 	err := f.datapath.Events(ctx, func(event redirect.Event) error {
-		if facts := f.facts.Load(); facts != nil && facts != f.names.facts {
-			f.facts.CompareAndSwap(facts, nil)
-			f.names.learn(facts)
-		}
-		record := f.names.record(event)
-		f.ring.append(record)
-		f.guard.note(&record)
-		f.egress.note(&record)
+		f.note(event)
 		return nil
 	})
 	if errors.Is(err, redirect.ErrBusy) {
 		return fmt.Errorf("%w: a 'weir events' that began without the agent; end it", err)
 	}
 	return err
+}
+
+// note records what the kernel tells, or what a start gate is seen to hold.
+func (f *flows) note(event redirect.Event) {
+	f.noting.Lock()
+	defer f.noting.Unlock()
+	if facts := f.facts.Load(); facts != nil && facts != f.names.facts {
+		f.facts.CompareAndSwap(facts, nil)
+		f.names.learn(facts)
+	}
+	record := f.names.record(event)
+	f.ring.append(record)
+	f.guard.note(&record)
+	f.egress.note(&record)
 }
 
 // tell notes and logs why nothing is recorded, once.
@@ -160,7 +168,12 @@ func (a *Agent) serveFlows(w http.ResponseWriter, r *http.Request) {
 
 // serveEvents answers with what the kernel tells from now on, as it tells it.
 func (a *Agent) serveEvents(w http.ResponseWriter, r *http.Request) {
-	a.stream(w, r, FlowQuery{Follow: true}, func(record *flowRecord) any { return record.event() })
+	a.stream(w, r, FlowQuery{Follow: true}, func(record *flowRecord) any {
+		if record.verdict == bpfmap.Held {
+			return nil // no program said so
+		}
+		return record.event()
+	})
 }
 
 // stream writes what a reader wants of the records, a line each, and what it lost.

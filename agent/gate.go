@@ -122,10 +122,14 @@ func (a *Agent) lookAtGates(now time.Time) time.Duration {
 		if err != nil && !ends(err) {
 			a.note(key, m, "gate", err)
 		}
-		for socket := range state.Waiting {
-			if !m.gate.seen[socket] {
-				m.gate.seen[socket] = true
-				a.count(func(c *Counts) { c.Held++ })
+		for socket, event := range state.Waiting {
+			if m.gate.seen[socket] {
+				continue
+			}
+			m.gate.seen[socket] = true
+			a.count(func(c *Counts) { c.Held++ })
+			if a.flows != nil {
+				a.flows.note(event)
 			}
 		}
 		log := func(level slog.Level, what string) {

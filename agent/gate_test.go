@@ -83,6 +83,8 @@ func TestGateOfANewAllocation(t *testing.T) {
 	n.run()
 	g := n.gated(cgroup, 1)
 	n.eventuallyHeld(g.id, true)
+	n.recording(g.task)
+	flows := n.follow(FlowQuery{Verdicts: []string{"held"}})
 	done := g.dial()
 	test.Eventually(t, func() error {
 		if held := n.agent.Status().Counts.Held; held != 1 {
@@ -90,6 +92,14 @@ func TestGateOfANewAllocation(t *testing.T) {
 		}
 		return nil
 	}, "the connection to be counted")
+	test.Eventually(t, func() error {
+		list := flows.seen()
+		if len(list) != 1 || list[0].Source.AllocID != g.id || list[0].Refused || list[0].Direction != DirectionOutbound ||
+			list[0].Destination.IP.String() != "192.0.2.1" || list[0].Destination.Port != 80 || list[0].Source.UID == nil || *list[0].Source.UID != 1000 {
+			return fmt.Errorf("flows are %+v", list)
+		}
+		return nil
+	}, "the flow that is held")
 	proxy := g.serve(t)
 	if err := <-done; err != nil {
 		t.Errorf("a connection that waited: %v", err)

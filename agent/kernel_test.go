@@ -318,7 +318,7 @@ func TestTelemetry(t *testing.T) {
 	}
 	eventually("the node as it is",
 		`weir_healthy 1`, `weir_consul_in_sync 1`, `weir_consul_proxies 2`,
-		`weir_workloads{guard="audit",mode="direct",state="managed"} 1`, `weir_workloads{guard="audit",mode="transparent",state="managed"} 1`,
+		`weir_workloads{egress="off",guard="audit",mode="direct",state="managed"} 1`, `weir_workloads{egress="off",guard="audit",mode="transparent",state="managed"} 1`,
 		`weir_workload_in_sync{alloc_id="`+numbered(1)+`",interface="eth0",namespace="",nomad_job="",task_group=""} 1`,
 		action("added", 1), action("repaired", 0), action("pruned", 0), action("removed", 0), action("failed", 0))
 

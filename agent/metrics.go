@@ -63,7 +63,7 @@ func newCollector(agent *Agent) *collector {
 		eventsLost:     desc("events_lost_total", "Events that a reader of 'weir events' did not get.", workloadLabels()...),
 		tableRows:      desc("table_rows", "Rows in use of each of the node's tables.", "table"),
 		tableLimit:     desc("table_max_rows", "Rows that each of the node's tables holds at most.", "table"),
-		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard"),
+		workloads:      desc("workloads", "Allocations by what the agent makes of them.", "state", "mode", "guard", "egress"),
 		inSync:         desc("workload_in_sync", "Whether the kernel has what Consul has registered.", workloadLabels()...),
 		consulInSync:   desc("consul_in_sync", "Whether the last read of Consul succeeded."),
 		consulHidden:   desc("consul_services_hidden", "Whether the token may not read all services of the node."),
@@ -134,16 +134,16 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	} {
 		counter(c.actions, count, action)
 	}
-	type kind struct{ state, mode, guard string }
+	type kind struct{ state, mode, guard, egress string }
 	kinds := make(map[kind]int)
 	for _, w := range status.Workloads {
-		kinds[kind{string(w.State), string(w.Mode), string(w.Guard)}]++
+		kinds[kind{string(w.State), string(w.Mode), string(w.Guard), string(w.Egress)}]++
 		if w.State == StateManaged {
 			gauge(c.inSync, oneIf(w.InSync), labelsOf(w.Key, w.Job, w.NomadNames)...)
 		}
 	}
 	for k, count := range kinds {
-		gauge(c.workloads, float64(count), k.state, k.mode, k.guard)
+		gauge(c.workloads, float64(count), k.state, k.mode, k.guard, k.egress)
 	}
 	c.collectVerdicts(counter)
 	tables, err := c.agent.datapath.Maps()

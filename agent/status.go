@@ -79,6 +79,7 @@ type WorkloadView struct {
 	Mode      workload.Mode    `json:"mode,omitempty"`
 	Task      string           `json:"task,omitempty"` // that the kernel took for the proxy, by cgroup, or several; empty: not known
 	Guard     workload.Guard   `json:"guard,omitempty"`
+	Egress    workload.Guard   `json:"egress,omitempty"`
 	InSync    bool             `json:"in_sync"`             // its registration in Consul is what the kernel has
 	Since     time.Time        `json:"since"`               // of State and InSync
 	HeldSince time.Time        `json:"held_since,omitzero"` // since when what it dials waits for its proxy to start; zero: it does not
@@ -169,6 +170,10 @@ func describe(s allocation, state State, w plan, problems []health.Problem, know
 	}
 	if meshConfig != nil && state == StateManaged {
 		v.Guard, v.Open = meshConfig.Guard, openPorts(*meshConfig)
+		v.Egress = workload.MaxGuard(workload.GuardOff, meshConfig.Egress)
+		if s.Record != nil {
+			v.Egress = workload.MaxGuard(v.Egress, s.Record.Request.Egress)
+		}
 	}
 	for _, p := range s.Proxies {
 		v.Proxies = append(v.Proxies, ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})

@@ -105,7 +105,7 @@ func (f *flows) traffic(since time.Time) Traffic {
 				t.Lost += uint64(r.lost)
 				continue
 			}
-			if !IsConnection(r.verdict) {
+			if !IsConnection(r.verdict) || r.verdict == bpfmap.Held { // its connection is counted already
 				continue
 			}
 			key := edgeKey{

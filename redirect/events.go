@@ -163,7 +163,7 @@ func decodeRecord(record ringbuf.Record) (row bpfmap.BpfEvent, err error) {
 // withOrigin puts the origin in the place of an encoded address, where the
 // program that reported left it to the reader.
 func withOrigin(t *bpfmap.Tables, event Event) Event {
-	if event.Verdict != bpfmap.RefusedNoProxy {
+	if event.Verdict != bpfmap.RefusedNoProxy && event.Verdict != bpfmap.Held {
 		return event
 	}
 	if index, encoded := workload.DecodeIndex(event.Origin.Addr()); encoded {

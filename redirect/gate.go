@@ -33,8 +33,8 @@ type Gate struct {
 	upstreams map[uint16]bool // ports on which an explicit upstream is to listen
 
 	held    uint32          // segments that the holder has dropped, as of the last look
-	waiting map[uint64]bool // cookies of the sockets that waited then
-	counted time.Time       // when that was
+	waiting map[uint64]Event // what waited then
+	counted time.Time        // when that was
 }
 
 // countAgain is how soon the connections that wait are counted again where no more came:
@@ -43,8 +43,8 @@ const countAgain = time.Second
 
 // GateState is how a gate stands.
 type GateState struct {
-	Listens bool            // all that it holds for is there: nothing is held any more
-	Waiting map[uint64]bool // cookies of the sockets that wait now
+	Listens bool             // all that it holds for is there: nothing is held any more
+	Waiting map[uint64]Event // the connections that wait now, verdict Held, by their sockets' cookies
 }
 
 // OpenGate makes a gate for a workload, until Close. In transparent mode it holds what
@@ -157,7 +157,7 @@ func (g *Gate) look(tables *bpfmap.Tables) (state GateState, err error) {
 		return state, err
 	}
 	state.Listens = listens
-	if state.Waiting, err = g.count(listens); err != nil {
+	if state.Waiting, err = g.count(tables, listens); err != nil {
 		return state, err
 	}
 	if listens || whole {
@@ -226,7 +226,7 @@ func (g *Gate) served(tables *bpfmap.Tables) (listens, whole bool, err error) {
 
 // count returns the sockets that wait. To list them the kernel walks the connections of
 // all namespaces of the node, so it is asked only after the holder dropped a segment.
-func (g *Gate) count(last bool) (map[uint64]bool, error) {
+func (g *Gate) count(tables *bpfmap.Tables, last bool) (map[uint64]Event, error) {
 	held, err := host.Drops(g.holder)
 	if err != nil || held == 0 || held == g.held && !last && time.Since(g.counted) < countAgain {
 		return g.waiting, err
@@ -236,11 +236,24 @@ func (g *Gate) count(last bool) (map[uint64]bool, error) {
 		return nil, err
 	}
 	defer ns.Close()
-	waiting, err := ns.Waiting()
-	if err == nil {
-		g.held, g.waiting, g.counted = held, waiting, time.Now()
+	attempts, err := ns.Waiting()
+	if err != nil {
+		return nil, err
 	}
-	return waiting, err
+	g.held, g.waiting, g.counted = held, g.events(tables, attempts), time.Now()
+	return g.waiting, nil
+}
+
+// events are the connections that wait, with what each dialled.
+func (g *Gate) events(tables *bpfmap.Tables, attempts map[uint64]host.Attempt) map[uint64]Event {
+	waiting := make(map[uint64]Event, len(attempts))
+	for socket, attempt := range attempts {
+		waiting[socket] = withOrigin(tables, Event{
+			Time: time.Now(), Cookie: g.cookie, Verdict: bpfmap.Held, Name: bpfmap.Held.String(),
+			Source: attempt.Source, Origin: attempt.Destination, Destination: attempt.Destination, UID: attempt.UID, Cgroup: attempt.Cgroup,
+		})
+	}
+	return waiting
 }
 
 // Close lets nothing wait any more: what waits now is refused at its next attempt

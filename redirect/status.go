@@ -86,6 +86,7 @@ type WorkloadStatus struct {
 	Cookie    uint64           `json:"cookie,string"`
 	Mode      workload.Mode    `json:"mode"`
 	Guard     workload.Guard   `json:"guard"`
+	Egress    workload.Guard   `json:"egress"` // the egress guard
 	Addresses []netip.Addr     `json:"addresses"`
 	Proxy     ProxyStatus      `json:"proxy"`              // the first one
 	Sidecars  []ProxyStatus    `json:"sidecars,omitempty"` // the others
@@ -137,7 +138,7 @@ func (d *Datapath) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadSta
 	w := r.Desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
-		NomadNames: r.Request.Job.Names(r.Key), NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Addresses: w.Addresses,
+		NomadNames: r.Request.Job.Names(r.Key), NetNS: r.NetNS, Cookie: r.Cookie, Mode: w.Mode, Guard: w.Guard, Egress: workload.MaxGuard(workload.GuardOff, w.Egress), Addresses: w.Addresses,
 		Budget: w.Budget, Notes: append([]string{}, r.Request.Notes...), Problems: []health.Problem{},
 	}
 	if status.ID == "" {

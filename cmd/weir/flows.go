@@ -37,6 +37,8 @@ func newFlows(env env) *command {
 
   The agent keeps the history in memory, as flows { memory, history } in its
   configuration say. What was lost is a line of its own, with the verdict "lost".
+  A connection that waits in a start gate has a second line, with the verdict
+  "held", from when it is first seen to wait.
   With -json each line is a JSON object; -summary is one object.
 
   See what was refused in the last ten minutes:

@@ -13,6 +13,7 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // workloadsReport is what workloads prints as JSON.
@@ -29,7 +30,8 @@ func newWorkloads(env env) *command {
   PROTECTED is "yes" where no TCP connection from outside reaches a task past the
   proxy, "audit" where one is let in and counted, and "no" where nothing sees it or
   something is wrong. About UDP decides GUARD. A port that the job maps or excludes
-  is open in each case.
+  is open in each case. EGRESS is the egress guard, and a column only where an
+  allocation has one.
 
   BY is what protects: the redirect of a transparent allocation, or the guard of
   another one. With "consul" it is Consul's own rules, from before Weir, and with
@@ -89,6 +91,12 @@ func (c *command) renderWorkloads(list []seenWorkload, now time.Time) string {
 				short(w.ID), orDash(w.Job), orDash(w.Group), w.protection().answer, w.protection().by, w.proxy(), orDash(string(w.Guard)), w.consul(),
 			})
 		}
+		if slices.ContainsFunc(list, func(w seenWorkload) bool { return w.Egress == workload.GuardAudit || w.Egress == workload.GuardEnforce }) {
+			rows[0] = slices.Insert(rows[0], 7, "EGRESS")
+			for i, w := range list {
+				rows[i+1] = slices.Insert(rows[i+1], 7, orDash(string(w.Egress)))
+			}
+		}
 		text = table("", cut(rows, 80, 1, 2))
 	}
 	return text + strings.TrimRight(c.renderReasons(list)+c.renderProblemsOf(list), "\n")
@@ -97,7 +105,7 @@ func (c *command) renderWorkloads(list []seenWorkload, now time.Time) string {
 // wideRows is all that is known of each workload.
 func wideRows(list []seenWorkload, now time.Time) [][]string {
 	rows := [][]string{{"ID", "JOB", "GROUP", "PROTECTED", "BY", "STATE", "MODE", "KIND", "TASK", "PROXY", "PROXY UID", "IDENTITY",
-		"INBOUND", "OUTBOUND", "LISTENERS", "ORIGINS", "GUARD", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
+		"INBOUND", "OUTBOUND", "LISTENERS", "ORIGINS", "GUARD", "EGRESS", "CONSUL", "SINCE", "UPSTREAMS", "OPEN"}}
 	for _, w := range list {
 		view := w.Agent
 		since := "-"
@@ -119,7 +127,7 @@ func wideRows(list []seenWorkload, now time.Time) [][]string {
 		if !w.outside {
 			kernel = append(proxyCells(w.Proxy), fmt.Sprintf("%d of %d", w.Origins, w.Budget))
 		}
-		row = append(append(row, kernel...), orDash(string(w.Guard)), w.consul(), since,
+		row = append(append(row, kernel...), orDash(string(w.Guard)), orDash(string(w.Egress)), w.consul(), since,
 			orDash(strings.Join(upstreams, " ")), orDash(strings.Trim(fmt.Sprint(view.Open), "[]")))
 		rows = append(rows, row)
 		for _, p := range w.Sidecars {

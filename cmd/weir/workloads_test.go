@@ -40,13 +40,27 @@ func TestWorkloads(t *testing.T) {
 `})
 	got := try(t, n, nil, "workloads", "-verbose", "0b5").stdout
 	for _, want := range []string{
-		"PROXY UID  IDENTITY  INBOUND  OUTBOUND  LISTENERS  ORIGINS      GUARD ",
-		"\n0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01  demo  web    yes        redirect  -      transparent  -     -     up     101        cgroup    20000    15001     4          12 of 65536  enforce  -       -      -          -\n",
+		"PROXY UID  IDENTITY  INBOUND  OUTBOUND  LISTENERS  ORIGINS      GUARD    EGRESS  ",
+		"\n0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01  demo  web    yes        redirect  -      transparent  -     -     up     101        cgroup    20000    15001     4          12 of 65536  enforce  -       -       -      -          -\n",
 		" + api  ", " 101        cgroup    20001    -         1\n",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("workloads -verbose lacks %q:\n%s", want, got)
 		}
+	}
+}
+
+// The egress guard of those that have one has a column of its own.
+func TestWorkloadsWithAnEgressGuard(t *testing.T) {
+	n := &node{list: []redirect.WorkloadStatus{
+		{Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "a", Group: "g", Mode: workload.ModeTransparent, Guard: workload.GuardAudit, Egress: workload.GuardEnforce},
+		{Key: workload.AttachmentID{ContainerID: "2c6e1d2f", IfName: "eth0"}, ID: "2c6e1d2f", Job: "b", Group: "g", Mode: workload.ModeTransparent, Guard: workload.GuardAudit, Egress: workload.GuardOff},
+	}}
+	if got := try(t, n, nil, "workloads").stdout; !strings.HasPrefix(got, `ID        JOB  GROUP  PROTECTED  BY        PROXY  GUARD  EGRESS   CONSUL
+1c6e1d2f  a    g      yes        redirect  down   audit  enforce  -
+2c6e1d2f  b    g      yes        redirect  down   audit  off      -
+`) {
+		t.Errorf("workloads:\n%s", got)
 	}
 }
 

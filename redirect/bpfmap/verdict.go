@@ -99,6 +99,9 @@ func (v Verdict) text() verdictText {
 	if v == EventsLost {
 		return verdictText{"lost", "no connection: events that the reader does not get"}
 	}
+	if v == Held {
+		return verdictText{"held", "waits for the proxy to listen for the first time: the start gate has it"}
+	}
 	if v >= verdictMax {
 		return verdictText{fmt.Sprintf("verdict_%d", uint32(v)), "unknown to this version"}
 	}
@@ -114,7 +117,7 @@ func (v Verdict) Describe() string { return v.text().meaning }
 // Refused reports whether the verdict ended the connection, as the programs do
 // with one that they do not know.
 func (v Verdict) Refused() bool {
-	return v >= verdictFirstRefused && v != EventsLost
+	return v >= verdictFirstRefused && v != EventsLost && v != Held
 }
 
 // AllVerdicts lists the verdicts in their order.
@@ -129,6 +132,10 @@ func AllVerdicts() []Verdict {
 // EventsLost is the verdict of an Event that is no connection: it tells how many
 // events of a workload the reader does not get.
 const EventsLost = ^Verdict(0)
+
+// Held is the verdict of an Event about a connection that is seen to wait in a start
+// gate. No program decides it, so it has no counter; see redirect.Gate.
+const Held = EventsLost - 1
 
 func (m *Tables) Verdicts(cookie uint64) (counts map[string]uint64, eventsLost uint64, err error) {
 	var row BpfVerdictCounts

@@ -6,9 +6,11 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"unsafe"
 
+	"github.com/vishvananda/netlink/nl"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -75,18 +77,41 @@ func Drops(holder *os.File) (uint32, error) {
 	return info[drops], nil
 }
 
-// Waiting returns the cookies of the sockets whose connection to the encoded range or
-// to loopback was not answered yet.
-func (ns *Namespace) Waiting() (map[uint64]bool, error) {
-	waiting := make(map[uint64]bool)
+// Attempt is a connection that was not answered yet.
+type Attempt struct {
+	Source, Destination netip.AddrPort
+	UID                 uint32
+	Cgroup              uint64
+}
+
+// Waiting returns the connections to the encoded range or to loopback that were not
+// answered yet, by the cookies of their sockets.
+func (ns *Namespace) Waiting() (map[uint64]Attempt, error) {
+	const attrCgroup = 21 // INET_DIAG_CGROUP_ID
+	waiting := make(map[uint64]Attempt)
 	err := ns.sockets(1<<unix.BPF_TCP_SYN_SENT, func(message []byte) error {
 		if len(message) < inetDiagSize {
 			return fmt.Errorf("list sockets: message of %d bytes", len(message))
 		}
 		to := inetDiagAddr(message[0], message[24:])
-		if _, encoded := workload.DecodeIndex(to); encoded || to.Unmap().IsLoopback() {
-			waiting[binary.NativeEndian.Uint64(message[44:])] = true
+		if _, encoded := workload.DecodeIndex(to); !encoded && !to.Unmap().IsLoopback() {
+			return nil
 		}
+		attempt := Attempt{
+			Source:      netip.AddrPortFrom(inetDiagAddr(message[0], message[8:]).Unmap(), binary.BigEndian.Uint16(message[4:])),
+			Destination: netip.AddrPortFrom(to.Unmap(), binary.BigEndian.Uint16(message[6:])),
+			UID:         binary.NativeEndian.Uint32(message[64:]),
+		}
+		attributes, err := nl.ParseRouteAttr(message[inetDiagSize:])
+		if err != nil {
+			return fmt.Errorf("list sockets: %w", err)
+		}
+		for _, attribute := range attributes {
+			if attribute.Attr.Type == attrCgroup && len(attribute.Value) >= 8 {
+				attempt.Cgroup = binary.NativeEndian.Uint64(attribute.Value)
+			}
+		}
+		waiting[binary.NativeEndian.Uint64(message[44:])] = attempt
 		return nil
 	})
 	return waiting, err
