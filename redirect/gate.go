@@ -32,7 +32,7 @@ type Gate struct {
 
 	upstreams map[uint16]bool // ports on which an explicit upstream is to listen
 
-	held    uint32          // segments that the holder has dropped, as of the last look
+	held    uint32           // segments that the holder has dropped, as of the last look
 	waiting map[uint64]Event // what waited then
 	counted time.Time        // when that was
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -28,6 +29,18 @@ func resultsOf(checks []health.Check, code string) (list []health.Result) {
 		}
 	}
 	return list
+}
+
+// Whether the egress guard sees sockets of every family is told as the kernel has it.
+func TestReadinessOfSocketFamilies(t *testing.T) {
+	test.Need(t, test.Root, test.BPF)
+	want := health.ResultOK
+	if err := probe.Families(); err != nil {
+		want = health.ResultWarning
+	}
+	if got := resultsOf(kernelReadiness("/"), "socket-families"); !slices.Equal(got, []health.Result{want}) {
+		t.Errorf("results %v, want %s", got, want)
+	}
 }
 
 // What a node has at the hooks and on its file systems is the same before and
@@ -142,7 +155,7 @@ func TestReadinessOfTheKernel(t *testing.T) {
 					if check.Result != c.want || !strings.Contains(check.What, c.says) || (check.Remedy == "") != (c.want == health.ResultOK) {
 						t.Errorf("check = %+v, want %s that says %q", check, c.want, c.says)
 					}
-				case check.Code != "kernel-feature" && check.Result != health.ResultOK:
+				case check.Code != "kernel-feature" && check.Code != "socket-families" && check.Result != health.ResultOK:
 					t.Errorf("%+v, want ok", check)
 				}
 			}
