@@ -17,11 +17,12 @@ build: ## Build bin/weir and bin/weir-cni, both static
 	$(GOBUILD) -o $(BIN)/weir ./cmd/weir
 	$(GOBUILD) -o $(BIN)/weir-cni ./cmd/weir-cni
 
-generate: ## Compile the eBPF programs (Debian bookworm's clang), generate bindings and the tables of docs/
+generate: ## Compile the eBPF programs (Debian bookworm's clang), generate bindings, the tables of docs/ and the manual
 	test/tools/setup.sh build
 	go generate ./redirect/bpfmap
 	cd test/bench && go generate ./limit
-	WEIR_UPDATE_DOCS=1 go test -count=1 -run '^TestReference' ./agent ./cmd/weir
+	WEIR_UPDATE_DOCS=1 go test -count=1 -run '^TestReference' ./agent
+	WEIR_UPDATE_DOCS=1 go test -count=1 -run '^TestReference' ./cmd/weir # whose manual has the agent's tables
 
 lint: ## Check formatting, imports between packages, file sizes and common mistakes
 	test/tools/setup.sh build lint
@@ -70,10 +71,10 @@ bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (
 package: build ## Make deb, rpm and tarball in dist/; GOARCH=arm64: for that architecture
 	VERSION='$(VERSION)' deploy/package.sh $(BIN) dist
 
-release: ## Make the packages of amd64 and arm64, and SHA256SUMS, in an empty dist/
-	rm -rf dist
+release: ## Make the packages of amd64 and arm64, and SHA256SUMS, in dist/ without older ones
+	rm -f dist/weir[-_]* dist/SHA256SUMS
 	$(MAKE) package GOARCH=amd64 BIN=bin/amd64
 	$(MAKE) package GOARCH=arm64 BIN=bin/arm64
 
 clean: ## Remove what was built; the tools in .tools stay
-	rm -rf bin dist
+	rm -rf bin dist/weir[-_]* dist/SHA256SUMS

@@ -88,6 +88,19 @@ cp -r docs deploy/prometheus deploy/grafana "$ROOT/usr/share/doc/weir/"
 install -m 755 "$bin"/{weir,weir-cni} "$ROOT/tar/weir/"
 install -m 644 README.md LICENSE deploy/weir.nomad.hcl "$ROOT/tar/weir/"
 cp -r docs deploy/prometheus deploy/grafana "$ROOT/tar/weir/"
+# The manual, compressed as Debian wants it, and what completes commands in a shell. zsh of
+# Debian looks in a directory of its own.
+for page in dist/man/*; do
+	section=${page##*.}
+	mkdir -p "$ROOT/usr/share/man/man$section"
+	gzip --no-name -9 <"$page" >"$ROOT/usr/share/man/man$section/${page##*/}.gz"
+done
+install -D -m 644 dist/completion/weir.bash "$ROOT/usr/share/bash-completion/completions/weir"
+install -D -m 644 dist/completion/weir.fish "$ROOT/usr/share/fish/vendor_completions.d/weir.fish"
+for functions in vendor-completions site-functions; do
+	install -D -m 644 dist/completion/_weir "$ROOT/usr/share/zsh/$functions/_weir"
+done
+cp -r dist/man dist/completion "$ROOT/tar/weir/"
 copyright >"$ROOT/usr/share/doc/weir/copyright"
 install -m 644 "$ROOT/usr/share/doc/weir/copyright" "$ROOT/tar/weir/"
 find "$ROOT" -exec touch --no-dereference --date "@$SOURCE_DATE_EPOCH" {} +

@@ -150,6 +150,8 @@ func TestPackages(t *testing.T) {
 	t.Run("version", func(t *testing.T) { packageVersion(t, bins) })
 	t.Run("on a node", func(t *testing.T) { packageOnANode(t, here.deb) })
 	t.Run("contents", func(t *testing.T) { packageContents(t, here.deb, here.tarball) })
+	t.Run("manual", func(t *testing.T) { packageManual(t, here.deb, here.tarball) })
+	t.Run("completion", func(t *testing.T) { packageCompletion(t, here.deb) })
 }
 
 // packageSums finds a line for each package, and nothing else, in what `sha256sum` reads.

@@ -49,13 +49,19 @@ func Check(t *testing.T, page, name, want string) {
 // Page is the path of a page of docs/. A test runs in the directory of its package.
 func Page(t *testing.T, page string) string {
 	t.Helper()
+	return filepath.Join(root(t), "docs", page)
+}
+
+// root is the directory of the project.
+func root(t *testing.T) string {
+	t.Helper()
 	dir, err := os.Getwd()
 	if err != nil {
 		t.Fatal(err)
 	}
 	for dir != filepath.Dir(dir) {
 		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			return filepath.Join(dir, "docs", page)
+			return dir
 		}
 		dir = filepath.Dir(dir)
 	}

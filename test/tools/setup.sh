@@ -19,6 +19,7 @@
 #	cni    the reference CNI plugins                  -> .tools/cni
 #	docker Docker's engine and a static busybox, from Debian
 #	browser  Chromium, in which the tests open the agent's page
+#	package  nfpm -> .tools/bin, and what reads what it packs: groff, zsh, fish
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
 #	vm     qemu, and what reads and verifies packages of the archive
 #
@@ -219,6 +220,7 @@ setup_browser() {
 }
 
 setup_package() {
+	packages groff-base zsh fish
 	local binary=$tools/bin/nfpm
 	[[ $binary -nt $root/test/tools/nfpm/go.mod ]] && return
 	say "$step: build nfpm"
