@@ -67,7 +67,7 @@ func (d *Datapath) putInForce(tables *bpfmap.Tables, c *change) error {
 	if err != nil {
 		return err
 	}
-	if c.before.Complete {
+	if c.before.State == store.Complete {
 		c.did = append(c.did, moved...)
 	}
 	c.wanted = c.record.Desired()
@@ -115,10 +115,10 @@ func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
 		return err
 	}
 	c.did = append(c.did, adopted...)
-	if c.before.Complete && len(c.did) == 0 && !c.record.Dirty {
+	if c.before.State == store.Complete && len(c.did) == 0 && !c.record.Dirty {
 		return nil
 	}
-	c.record.Complete, c.record.Applied = true, c.wanted
+	c.record.Finish(c.wanted)
 	return d.paths.WriteRecord(c.record)
 }
 
@@ -126,12 +126,12 @@ func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
 // link-local addresses alone is not worth a word, unless rows are missing as well.
 func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err error) {
 	r, before, wanted := c.record, &c.before, c.wanted
-	if before.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted) {
+	if before.State == store.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted) {
 		if there, err := tables.HasRows(r.Cookie, wanted, r.IPv6); err != nil || there {
 			return false, err
 		}
 	}
-	quiet := len(c.did) == 0 && before.Complete && !slices.Equal(before.Found, r.Found)
+	quiet := len(c.did) == 0 && before.State == store.Complete && !slices.Equal(before.Found, r.Found)
 	if quiet {
 		if quiet, err = tables.HasRows(r.Cookie, before.Applied, r.IPv6); err != nil {
 			return false, err
@@ -140,7 +140,7 @@ func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err 
 	if err := d.markIncomplete(r); err != nil {
 		return false, err
 	}
-	if !before.Fresh && (!before.Complete || !workload.SamePorts(before.Applied, wanted)) {
+	if before.State != store.New && (before.State == store.Incomplete || !workload.SamePorts(before.Applied, wanted)) {
 		// Those that wait at the new ports already, before anybody is sent there.
 		// After a process that died half way nobody knows which ports are in force.
 		if _, err := registerExistingListeners(tables, d.paths, c.ns, wanted, r.RejectedCgroups); err != nil {
@@ -156,7 +156,7 @@ func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err 
 	if err := tables.WriteRows(r.Cookie, wanted, r.IPv6); err != nil {
 		return false, err
 	}
-	c.replaced = !before.Fresh
+	c.replaced = before.State != store.New
 	return !quiet, nil
 }
 
@@ -166,7 +166,7 @@ func deleteFormer(tables *bpfmap.Tables, replaced []*change) {
 	kept := make(map[uint64][]workload.ProxyPort) // by cookie
 	for _, c := range replaced {
 		r := c.record
-		if !c.before.Complete || c.old == 0 {
+		if c.before.State != store.Complete || c.old == 0 {
 			c.err = tables.DeleteStale(r.Cookie, &c.wanted)
 			continue
 		}

@@ -171,7 +171,7 @@ func (k *killer) outcome(t *testing.T, key workload.AttachmentID) string {
 	text := "no record"
 	r, err := k.node.paths.ReadRecord(key)
 	switch {
-	case err == nil && r.Complete:
+	case err == nil && r.State == store.Complete:
 		text = "complete record"
 	case err == nil:
 		text = "incomplete record"

@@ -136,14 +136,15 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	r.Dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
-	if r.Fresh {
+	fresh := r.State == store.New
+	if fresh {
 		r.Added = time.Now()
 		if mesh := a.MeshConfig; mesh != nil && workload.Merge(a.Request, *mesh).Validate() == nil {
 			r.MeshConfig = *mesh
 			r.Seats = workload.Merge(a.Request, workload.MeshConfig{}).NextProxyIDs(workload.Merge(a.Request, *mesh))
 		}
 	}
-	if !r.Complete && !r.Fresh {
+	if r.State == store.Incomplete {
 		if err := d.removeOtherRecords(r); err != nil {
 			return err
 		}
@@ -152,7 +153,7 @@ func (d *Datapath) add(a Attachment) error {
 		return err
 	}
 	_, err = d.ensure(tables, r, ns)
-	if err != nil && r.Fresh {
+	if err != nil && fresh {
 		return errors.Join(err, d.removeWorkload(tables, r), d.paths.RemoveRecord(a.Key))
 	}
 	// A running allocation keeps the redirect that it has: taking it away
@@ -175,8 +176,12 @@ func (d *Datapath) pathLost(r *store.Record) bool {
 // namespace that has rows all the same lost its record, or has one under a key
 // whose DEL never came: its rows stay in force until new ones are.
 func (d *Datapath) newRecord(tables *bpfmap.Tables, key workload.AttachmentID, cookie uint64) (*store.Record, error) {
+	r := &store.Record{Key: key}
 	generation, err := tables.Generation(cookie)
-	return &store.Record{Key: key, Fresh: err == nil && generation == 0}, err
+	if err == nil && generation == 0 {
+		r.State = store.New
+	}
+	return r, err
 }
 
 // removeOtherRecords makes r the only record of its namespace: another would undo it. A
@@ -244,7 +249,7 @@ func (d *Datapath) removeWorkload(tables *bpfmap.Tables, r *store.Record) error 
 	var rows error
 	if tables != nil {
 		var applied *workload.Workload
-		if r.Complete {
+		if r.State == store.Complete {
 			applied = &r.Applied
 		}
 		rows = tables.DeleteWorkload(r.Cookie, applied)

@@ -19,7 +19,7 @@ import (
 
 // ensureRoutes sets the routes to the encoded ranges where they are not there.
 func (d *Datapath) ensureRoutes(r, before *store.Record, ns *host.Namespace, wanted workload.Workload) (changed bool, err error) {
-	if r.Complete && before.Applied.Sources.Equal(wanted.Sources) {
+	if r.State == store.Complete && before.Applied.Sources.Equal(wanted.Sources) {
 		if there, err := ns.HasRoutes(wanted, r.IPv6); err != nil || there {
 			return false, err
 		}
@@ -33,7 +33,7 @@ func (d *Datapath) ensureRoutes(r, before *store.Record, ns *host.Namespace, wan
 
 // markIncomplete marks the record incomplete on disk.
 func (d *Datapath) markIncomplete(r *store.Record) error {
-	r.Complete = false
+	r.Begin()
 	return d.paths.WriteRecord(r)
 }
 

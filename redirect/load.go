@@ -274,7 +274,7 @@ func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
 			continue
 		}
 		if lost {
-			r.Complete, r.Fresh = false, true // the tables are new
+			r.LoseRows() // the tables are new
 		}
 		repaired, err := d.ensure(pinned, r, ns)
 		ns.Close()

@@ -117,7 +117,7 @@ func (a *alloc) addToLayout2() {
 	fail(tables.WriteRows(ns.Cookie, r.Desired(), r.IPv6))
 	_, err = program.AttachLookup(tables, a.node.paths, ns, false)
 	fail(err)
-	r.Complete, r.Applied = true, r.Desired()
+	r.Finish(r.Desired())
 	fail(a.node.paths.WriteRecord(r))
 }
 

@@ -83,7 +83,7 @@ func (d *Datapath) Moved(key workload.AttachmentID) (bool, error) {
 	if _, err := observeSources(r, ns); err != nil {
 		return false, err
 	}
-	if !r.Complete || r.Dirty {
+	if r.State != store.Complete || r.Dirty {
 		return true, nil
 	}
 	there, err := ns.HasRoutes(r.Desired(), r.IPv6)

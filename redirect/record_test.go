@@ -37,7 +37,7 @@ func TestRecordKeepsWhatWasWritten(t *testing.T) {
 	full(&request)
 	want := &store.Record{
 		Key: workload.AttachmentID{ContainerID: "id", IfName: "eth0"}, Request: request, MeshConfig: meshConfigs()[0], NetNS: "/run/netns/id",
-		Cookie: 1<<63 + 1, BootID: boot, IPv6: true, Complete: true,
+		Cookie: 1<<63 + 1, BootID: boot, IPv6: true, State: store.Complete,
 	}
 	want.Applied = want.Desired()
 	if err := paths.WriteRecord(want); err != nil {

@@ -263,7 +263,7 @@ func (s *scene) addDead(args []string, o options) {
 func (s *scene) record([]string, options) {
 	r, err := s.node.paths.ReadRecord(s.a.key)
 	s.Check(err)
-	text, err := json.MarshalIndent(map[string]any{"netns": r.NetNS, "complete": r.Complete, "request": r.Request}, "", "  ")
+	text, err := json.MarshalIndent(map[string]any{"netns": r.NetNS, "complete": r.State, "request": r.Request}, "", "  ")
 	s.Check(err)
 	fmt.Fprintf(s.Stdout(), "%s\n", text)
 }

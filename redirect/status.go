@@ -182,7 +182,7 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 		return err
 	}
 	defer ns.Close()
-	if !r.Complete {
+	if r.State != store.Complete {
 		problem(health.ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
 	}
 	moved := *r

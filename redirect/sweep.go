@@ -36,7 +36,7 @@ func (d *Datapath) Records() (list []Record, err error) {
 	records, err := d.paths.ReadRecords()
 	for _, r := range records {
 		list = append(list, Record{
-			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.Complete, Added: r.Added,
+			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.State == store.Complete, Added: r.Added,
 		})
 	}
 	slices.SortFunc(list, func(a, b Record) int { return strings.Compare(a.Key.String(), b.Key.String()) })

@@ -151,7 +151,7 @@ func TestKilledChanges(t *testing.T) {
 		}
 		for _, each := range []*alloc{a, other} {
 			r, err := n.paths.ReadRecord(each.key)
-			if err != nil || !r.Complete {
+			if err != nil || r.State != store.Complete {
 				t.Errorf("record of %s: %+v, %v", each.key, r, err)
 			}
 		}

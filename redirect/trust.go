@@ -29,7 +29,7 @@ func (d *Datapath) SetProxyCgroup(key workload.AttachmentID, service string, cgr
 		if i < 0 {
 			return nil
 		}
-		if !r.Complete { // its proxy IDs are those in force only once that is finished
+		if r.State != store.Complete { // its proxy IDs are those in force only once that is finished
 			if _, err := d.ensure(tables, r, ns); err != nil {
 				return err
 			}

@@ -29,7 +29,7 @@ func BenchmarkReadRecords(b *testing.B) {
 				}
 				err := p.WriteRecord(&Record{
 					Key: workload.AttachmentID{ContainerID: request.Job.AllocID, IfName: "eth0"}, NetNS: "/run/netns/" + request.Job.AllocID,
-					Cookie: uint64(i + 1), BootID: boot, Request: request, Complete: true, Added: time.Now(), Found: request.Addresses,
+					Cookie: uint64(i + 1), BootID: boot, Request: request, State: Complete, Added: time.Now(), Found: request.Addresses,
 					Applied: workload.Merge(request, workload.MeshConfig{}),
 				})
 				if err != nil {

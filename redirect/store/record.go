@@ -55,12 +55,11 @@ type Record struct {
 	IPv6 bool `json:"ipv6"`
 	// Seats are those of the proxies that MeshConfig names.
 	Seats []uint8 `json:"seats,omitempty"`
-	// Complete says that the kernel's rows are those of Applied and no others.
-	Complete bool `json:"complete"`
+	// State says how the kernel's rows stand to Applied.
+	State State `json:"complete"`
 	// Applied is the workload that the rows in force were made from.
 	Applied workload.Workload `json:"applied,omitzero"`
 
-	Fresh bool `json:"-"` // made by this call: nobody can have left rows of it
 	Dirty bool `json:"-"` // differs from its file in what has no rows
 }
 
