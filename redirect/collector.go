@@ -149,18 +149,9 @@ func (c *IndexReclaimer) excess(tables *bpfmap.Tables) (map[uint64]int, error) {
 		if count == 0 {
 			continue
 		}
-		generation, err := tables.Generation(cookie)
+		over, err := overBudget(tables, cookie, int(count))
 		if err != nil {
 			return nil, err
-		}
-		var config bpfmap.BpfConfig
-		found, err := tables.Get("configs", bpfmap.BpfConfigKey{Cookie: cookie, Generation: generation}, &config)
-		if err != nil {
-			return nil, err
-		}
-		over := 0
-		if found {
-			over = int(count) - int(config.Budget)/2
 		}
 		if int(total) > limit/2 {
 			over = max(over, int(count)-bpfmap.OriginShare)
@@ -175,6 +166,21 @@ func (c *IndexReclaimer) excess(tables *bpfmap.Tables) (map[uint64]int, error) {
 		}
 	}
 	return excess, nil
+}
+
+// overBudget is by how many origins a workload has more than half of its budget; 0 for
+// one without rows.
+func overBudget(tables *bpfmap.Tables, cookie uint64, count int) (int, error) {
+	generation, err := tables.Generation(cookie)
+	if err != nil {
+		return 0, err
+	}
+	var config bpfmap.BpfConfig
+	found, err := tables.Get("configs", bpfmap.BpfConfigKey{Cookie: cookie, Generation: generation}, &config)
+	if err != nil || !found {
+		return 0, err
+	}
+	return count - int(config.Budget)/2, nil
 }
 
 // search finds, for each workload now and then, indexes that are between the two

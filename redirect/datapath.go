@@ -109,30 +109,9 @@ func (d *Datapath) add(a Attachment) error {
 	if err != nil {
 		return err
 	}
-	r, err := d.paths.ReadRecord(a.Key)
-	switch {
-	case errors.Is(err, store.ErrUnknown):
-		if r, err = d.newRecord(tables, a.Key, ns.Cookie); err != nil {
-			return err
-		}
-	case errors.Is(err, store.ErrUnreadable):
-		if r, err = d.newRecord(tables, a.Key, ns.Cookie); err != nil {
-			return err
-		}
-		if err := d.paths.SetAside(a.Key); err != nil {
-			return err
-		}
-	case err != nil:
+	r, err := d.recordFor(tables, a.Key, ns.Cookie)
+	if err != nil {
 		return err
-	case r.Cookie != ns.Cookie:
-		if !d.pathLost(r) {
-			if err := d.removeWorkload(tables, r); err != nil {
-				return err
-			}
-		}
-		if r, err = d.newRecord(tables, a.Key, ns.Cookie); err != nil {
-			return err
-		}
 	}
 	r.Dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
@@ -170,6 +149,31 @@ func (d *Datapath) pathLost(r *store.Record) bool {
 		ns.Close()
 	}
 	return errors.Is(err, host.ErrNetNSGone) && d.LookupAttached(r.Cookie)
+}
+
+// recordFor returns the record to work on: that of the key, unless it is of another
+// namespace, which is given up then, or cannot be read.
+func (d *Datapath) recordFor(tables *bpfmap.Tables, key workload.AttachmentID, cookie uint64) (*store.Record, error) {
+	r, err := d.paths.ReadRecord(key)
+	switch {
+	case errors.Is(err, store.ErrUnknown):
+		return d.newRecord(tables, key, cookie)
+	case errors.Is(err, store.ErrUnreadable):
+		if r, err = d.newRecord(tables, key, cookie); err != nil {
+			return nil, err
+		}
+		return r, d.paths.SetAside(key)
+	case err != nil:
+		return nil, err
+	case r.Cookie == cookie:
+		return r, nil
+	}
+	if !d.pathLost(r) {
+		if err := d.removeWorkload(tables, r); err != nil {
+			return nil, err
+		}
+	}
+	return d.newRecord(tables, key, cookie)
 }
 
 // newRecord returns the record to work on where there is none for the key. A

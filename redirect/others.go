@@ -145,27 +145,36 @@ func linkHolders(programs map[link.ID]uint32) map[uint32]string {
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
-		dir := filepath.Join("/proc", process.Name())
-		fds, err := os.ReadDir(filepath.Join(dir, "fd"))
-		if err != nil {
-			continue // it ended
-		}
-		for _, fd := range fds {
-			if target, err := os.Readlink(filepath.Join(dir, "fd", fd.Name())); err != nil || target != "anon_inode:bpf_link" {
-				continue
-			}
-			text, err := os.ReadFile(filepath.Join(dir, "fdinfo", fd.Name()))
-			if err != nil {
-				continue
-			}
-			for line := range strings.Lines(string(text)) {
-				value, found := strings.CutPrefix(line, "link_id:")
-				id, err := strconv.ParseUint(strings.TrimSpace(value), 10, 32)
-				if prog := programs[link.ID(id)]; found && err == nil && prog != 0 {
-					holders[prog] = host.ProcessName(pid)
-				}
+		for _, id := range openLinks(process.Name()) {
+			if prog := programs[id]; prog != 0 {
+				holders[prog] = host.ProcessName(pid)
 			}
 		}
 	}
 	return holders
+}
+
+// openLinks are the links that a process has open; none of one that ended.
+func openLinks(pid string) (list []link.ID) {
+	dir := filepath.Join("/proc", pid)
+	fds, err := os.ReadDir(filepath.Join(dir, "fd"))
+	if err != nil {
+		return nil
+	}
+	for _, fd := range fds {
+		if target, err := os.Readlink(filepath.Join(dir, "fd", fd.Name())); err != nil || target != "anon_inode:bpf_link" {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(dir, "fdinfo", fd.Name()))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(text)) {
+			value, found := strings.CutPrefix(line, "link_id:")
+			if id, err := strconv.ParseUint(strings.TrimSpace(value), 10, 32); found && err == nil {
+				list = append(list, link.ID(id))
+			}
+		}
+	}
+	return list
 }

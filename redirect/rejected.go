@@ -59,24 +59,41 @@ func (d *Datapath) RejectedListeners(key workload.AttachmentID) (ports ProxyPort
 		if port.Outbound && w.Mode != workload.ModeTransparent {
 			continue // the default, which nothing is redirected to
 		}
-		four, six := bpfmap.ListenerRoles(port)
 		before := len(registered)
-		for _, role := range []bpfmap.BpfListenerRole{four, six} {
-			slots, err := tables.Registered(r.Cookie, role, port.Port)
-			if err != nil {
-				return fail(err)
-			}
-			for _, socket := range slots {
-				registered[socket] = true
-			}
+		if err := addRegistered(tables, r.Cookie, port, registered); err != nil {
+			return fail(err)
 		}
 		if len(registered) == before {
 			ports.Missing = append(ports.Missing, port.Port)
 		}
 	}
+	if list, err = rejectedIn(ns, w, registered); err != nil {
+		return fail(err)
+	}
+	return ports, list, nil
+}
+
+// addRegistered adds the sockets that are registered for a port, of both families.
+func addRegistered(tables *bpfmap.Tables, cookie uint64, port workload.ProxyPort, sockets map[uint64]bool) error {
+	four, six := bpfmap.ListenerRoles(port)
+	for _, role := range []bpfmap.BpfListenerRole{four, six} {
+		slots, err := tables.Registered(cookie, role, port.Port)
+		if err != nil {
+			return err
+		}
+		for _, socket := range slots {
+			sockets[socket] = true
+		}
+	}
+	return nil
+}
+
+// rejectedIn are the listeners on the proxies' ports that are not registered, with who has
+// them open.
+func rejectedIn(ns *host.Namespace, w workload.Workload, registered map[uint64]bool) (list []RejectedListener, err error) {
 	sockets, err := ns.Listening()
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	for _, s := range sockets {
 		if _, ok := w.PortOf(s.Port); !ok || registered[s.Cookie] {
@@ -92,9 +109,9 @@ func (d *Datapath) RejectedListeners(key workload.AttachmentID) (ports ProxyPort
 			return true, nil
 		})
 		if err != nil && !errors.Is(err, host.ErrNoOwner) {
-			return fail(err)
+			return nil, err
 		}
 		list = append(list, rejected)
 	}
-	return ports, list, nil
+	return list, nil
 }

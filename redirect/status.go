@@ -230,21 +230,30 @@ func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Wo
 		problem(health.ProblemOtherInstance, "end the allocation with the paths that it was started with, or unload that instance",
 			"another instance of Weir is attached to its namespace, as program %d: its connections are refused", lookups.Other.ID)
 	}
+	unserved, err := unservedListeners(ns, w, served)
+	for _, listener := range unserved {
+		problem(health.ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
+			"the listener on %s under the proxy's UID is not registered: it gets no connections", listener)
+	}
+	return err
+}
+
+// unservedListeners are those under the proxy's UID that no connection is sent to.
+func unservedListeners(ns *host.Namespace, w workload.Workload, served map[bpfmap.BpfListenerKey]bool) (list []netip.AddrPort, err error) {
 	sockets, err := ns.Listening()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, s := range sockets {
 		port, roles := socketRoles(s, w)
 		unserved := func(role bpfmap.BpfListenerRole) bool {
-			return !served[bpfmap.ListenerKey(r.Cookie, role, port.Port, 0)]
+			return !served[bpfmap.ListenerKey(ns.Cookie, role, port.Port, 0)]
 		}
 		if s.UID == w.ProxyUID && slices.ContainsFunc(roles, unserved) {
-			problem(health.ProblemListenerMissing, "run its CNI CHECK; if that does not help it is an MPTCP socket, which the kernel cannot hand connections to, or a task's",
-				"the listener on %s under the proxy's UID is not registered: it gets no connections", netip.AddrPortFrom(s.Addr, s.Port))
+			list = append(list, netip.AddrPortFrom(s.Addr, s.Port))
 		}
 	}
-	return nil
+	return list, nil
 }
 
 // WorkloadVerdicts are the counters of one workload since it was added.
@@ -320,15 +329,8 @@ func proxyStatus(m *bpfmap.Tables, cookie uint64, w workload.Workload) (list []P
 			if port.ProxyID != w.ProxyID(i) {
 				continue
 			}
-			four, six := bpfmap.ListenerRoles(port)
-			for _, role := range []bpfmap.BpfListenerRole{four, six} {
-				slots, err := m.Registered(cookie, role, port.Port)
-				if err != nil {
-					return nil, false, err
-				}
-				for _, socket := range slots {
-					sockets[socket] = true
-				}
+			if err := addRegistered(m, cookie, port, sockets); err != nil {
+				return nil, false, err
 			}
 		}
 		status.Listeners = len(sockets)

@@ -114,34 +114,13 @@ func (d *Datapath) eraseDead() error {
 		return err
 	}
 	defer tables.Close()
-	dead := make(map[uint64]bool)
-	err = bpfmap.Walk(tables, "budgets", func(cookie uint64, _ bpfmap.BpfBudget) error { dead[cookie] = true; return nil })
-	if err != nil {
+	dead, err := findDead(tables)
+	if err != nil || len(dead) == 0 {
 		return err
-	}
-	err = bpfmap.Walk(tables, "workloads", func(cookie uint64, _ bpfmap.BpfWorkload) error { delete(dead, cookie); return nil })
-	if err != nil {
-		return err
-	}
-	if len(dead) == 0 {
-		return nil
-	}
-	// A namespace that was added again goes on with what is left.
-	spare := func() error {
-		for cookie := range dead {
-			generation, err := tables.Generation(cookie)
-			if err != nil {
-				return err
-			}
-			if generation != 0 {
-				delete(dead, cookie)
-			}
-		}
-		return nil
 	}
 	cursor := bpfmap.BatchCursor[bpfmap.BpfIndexKey, bpfmap.BpfAddr]{Size: bpfmap.SliceRows}
 	err = d.inSlices(func() (more bool, err error) {
-		if err := spare(); err != nil {
+		if err := dead.spare(tables); err != nil {
 			return false, err
 		}
 		origins, indexes := make(map[uint64][]bpfmap.BpfOriginKey), make(map[uint64][]bpfmap.BpfIndexKey)
@@ -161,12 +140,39 @@ func (d *Datapath) eraseDead() error {
 		return err
 	}
 	return d.locked(func() error {
-		err := spare()
+		err := dead.spare(tables)
 		for cookie := range dead {
 			err = errors.Join(err, tables.EraseBudget(cookie))
 		}
 		return err
 	})
+}
+
+// deadCookies are those of workloads that are not under Weir any more.
+type deadCookies map[uint64]bool
+
+func findDead(tables *bpfmap.Tables) (deadCookies, error) {
+	dead := make(deadCookies)
+	err := bpfmap.Walk(tables, "budgets", func(cookie uint64, _ bpfmap.BpfBudget) error { dead[cookie] = true; return nil })
+	if err != nil {
+		return nil, err
+	}
+	err = bpfmap.Walk(tables, "workloads", func(cookie uint64, _ bpfmap.BpfWorkload) error { delete(dead, cookie); return nil })
+	return dead, err
+}
+
+// spare takes those out that were added again: they go on with what is left.
+func (dead deadCookies) spare(tables *bpfmap.Tables) error {
+	for cookie := range dead {
+		generation, err := tables.Generation(cookie)
+		if err != nil {
+			return err
+		}
+		if generation != 0 {
+			delete(dead, cookie)
+		}
+	}
+	return nil
 }
 
 // inSlices calls slice, under the lock, until there is no more to do. Between

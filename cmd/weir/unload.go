@@ -2,6 +2,8 @@
 
 package main
 
+import "errors"
+
 // unloadReport is what unload prints as JSON.
 type unloadReport struct {
 	Schema  int      `json:"schema"`
@@ -25,11 +27,7 @@ func newUnload(env env) *command {
 	force := c.flags.Bool("force", false, "go on although allocations that run lose their redirect and their guard")
 	c.do = func() (int, error) {
 		if !*force {
-			stripped, err := c.redirected()
-			if err == nil && len(stripped) > 0 {
-				err = refusal(stripped)
-			}
-			if err != nil {
+			if err := c.refuseWhileRedirected(); err != nil {
 				return 1, err
 			}
 		}
@@ -38,10 +36,7 @@ func newUnload(env env) *command {
 			if removed == nil {
 				removed = []string{}
 			}
-			if err := c.printJSON(unloadReport{Schema: jsonSchema, Removed: removed}); err != nil {
-				return 1, err
-			}
-			return 0, err
+			return 0, errors.Join(c.printJSON(unloadReport{Schema: jsonSchema, Removed: removed}), err)
 		}
 		for _, what := range removed {
 			c.ui.Output("removed " + what)
@@ -52,4 +47,13 @@ func newUnload(env env) *command {
 		return 0, err
 	}
 	return c
+}
+
+// refuseWhileRedirected is an error where allocations that run would lose something.
+func (c *command) refuseWhileRedirected() error {
+	stripped, err := c.redirected()
+	if err == nil && len(stripped) > 0 {
+		err = refusal(stripped)
+	}
+	return err
 }

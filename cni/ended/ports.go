@@ -115,19 +115,24 @@ func findShadows(ended []Attachment, running []*Attachment) error {
 			}
 		}
 		for _, p := range held {
-			shadow := Shadow{Port: p.port, Protocol: p.protocol}
-			taken := slices.ContainsFunc(listeners, p.meets)
-			for _, r := range running {
-				if slices.ContainsFunc(r.ports, p.meets) {
-					taken, shadow.By, shadow.Job = true, &r.Key, r.Job
-				}
-			}
-			if taken && !slices.ContainsFunc(a.Shadows, func(s Shadow) bool { return s.Port == p.port && s.Protocol == p.protocol }) {
-				a.Shadows = append(a.Shadows, shadow) // once, whatever the families
-			}
+			a.noteShadow(p, listeners, running)
 		}
 	}
 	return nil
+}
+
+// noteShadow notes a host port that somebody else has, once, whatever the families.
+func (a *Attachment) noteShadow(p hostPort, listeners []hostPort, running []*Attachment) {
+	shadow := Shadow{Port: p.port, Protocol: p.protocol}
+	taken := slices.ContainsFunc(listeners, p.meets)
+	for _, r := range running {
+		if slices.ContainsFunc(r.ports, p.meets) {
+			taken, shadow.By, shadow.Job = true, &r.Key, r.Job
+		}
+	}
+	if taken && !slices.ContainsFunc(a.Shadows, func(s Shadow) bool { return s.Port == p.port && s.Protocol == p.protocol }) {
+		a.Shadows = append(a.Shadows, shadow)
+	}
 }
 
 // held are the host ports that lead to the attachment. Those that the plugin maps

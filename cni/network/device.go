@@ -150,17 +150,8 @@ func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (repairs
 		if hasAddress(present, want) {
 			continue
 		}
-		for _, other := range present {
-			if !other.Contains(want.IP) && !want.Contains(other.IP) {
-				continue
-			}
-			if !r.ForceAddress {
-				return repairs, fmt.Errorf("bridge %s has address %s, the gateway is to be %s: set forceAddress to replace it: %w",
-					r.Bridge, other.IPNet, want, ErrTaken)
-			}
-			if err := h.AddrDel(bridge, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
-				return repairs, fmt.Errorf("remove address %s from %s: %w", other.IPNet, r.Bridge, err)
-			}
+		if err := r.removeOverlapping(h, bridge, present, want); err != nil {
+			return repairs, err
 		}
 		if err := addAddress(h, bridge, want); err != nil {
 			return repairs, err
@@ -168,6 +159,24 @@ func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (repairs
 		repairs = append(repairs, fmt.Sprintf("gateway %s on %s", want, r.Bridge))
 	}
 	return repairs, nil
+}
+
+// removeOverlapping takes those addresses off the bridge whose subnet is that of the
+// gateway, where the configuration says that it may.
+func (r *record) removeOverlapping(h *netlink.Handle, bridge netlink.Link, present []netlink.Addr, gateway *net.IPNet) error {
+	for _, other := range present {
+		if !other.Contains(gateway.IP) && !gateway.Contains(other.IP) {
+			continue
+		}
+		if !r.ForceAddress {
+			return fmt.Errorf("bridge %s has address %s, the gateway is to be %s: set forceAddress to replace it: %w",
+				r.Bridge, other.IPNet, gateway, ErrTaken)
+		}
+		if err := h.AddrDel(bridge, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove address %s from %s: %w", other.IPNet, r.Bridge, err)
+		}
+	}
+	return nil
 }
 
 // ensurePair makes the pair of devices, one end in the namespace, the other a
@@ -178,12 +187,34 @@ func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (repairs []string,
 		return nil, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
 	}
 	name := HostDevice(r.Key)
-	host, err := find1(h, name)
+	host, mac, err := r.findPair(h, ns, name)
 	if err != nil {
 		return nil, err
 	}
+	if host == nil {
+		if host, mac, err = r.makePair(h, ns, name); err != nil {
+			return nil, err
+		}
+		repairs = append(repairs, "interface "+r.Key.IfName)
+	}
+	plugged, err := r.plugIn(h, host, bridge)
+	repairs = append(repairs, plugged...)
+	if err != nil {
+		return repairs, err
+	}
+	r.Result.Interfaces[atHost].Mac = host.Attrs().HardwareAddr.String()
+	r.Result.Interfaces[atBridge].Mac = bridge.Attrs().HardwareAddr.String()
+	r.Result.Interfaces[atAllocation].Mac = mac.String()
+	return repairs, nil
+}
+
+// findPair finds the host's end of the pair, nil where there is none, and the hardware
+// address of the other. A device of the name that is not of this pair goes.
+func (r *record) findPair(h *netlink.Handle, ns *namespace, name string) (host netlink.Link, mac net.HardwareAddr, err error) {
+	if host, err = find1(h, name); err != nil {
+		return nil, nil, err
+	}
 	inside := 0 // index of the device in the namespace
-	var mac net.HardwareAddr
 	err = ns.do(func(h *netlink.Handle) error {
 		link, err := find1(h, r.Key.IfName)
 		if link != nil {
@@ -192,23 +223,23 @@ func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (repairs []string,
 		return err
 	})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if host != nil && (inside == 0 || host.Attrs().ParentIndex != inside) {
 		if err := h.LinkDel(host); err != nil { // of a namespace that is no longer this key's
-			return nil, fmt.Errorf("remove stale device %s: %w", name, err)
+			return nil, nil, fmt.Errorf("remove stale device %s: %w", name, err)
 		}
 		host = nil
 	}
 	if host == nil && inside != 0 {
-		return nil, fmt.Errorf("make %s: the namespace has a device of that name: %w", r.Key.IfName, ErrTaken)
+		return nil, nil, fmt.Errorf("make %s: the namespace has a device of that name: %w", r.Key.IfName, ErrTaken)
 	}
-	if host == nil {
-		if host, mac, err = r.makePair(h, ns, name); err != nil {
-			return nil, err
-		}
-		repairs = append(repairs, "interface "+r.Key.IfName)
-	}
+	return host, mac, nil
+}
+
+// plugIn makes the host's end a port of the bridge, with the port's options, and sets it up.
+func (r *record) plugIn(h *netlink.Handle, host, bridge netlink.Link) (repairs []string, err error) {
+	name := host.Attrs().Name
 	if host.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := h.LinkSetMaster(host, bridge); err != nil {
 			return repairs, fmt.Errorf("make %s a port of bridge %s: %w", name, r.Bridge, err)
@@ -225,16 +256,8 @@ func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (repairs []string,
 			return repairs, fmt.Errorf("isolate port %s: %w", name, err)
 		}
 	}
-	if host.Attrs().Flags&net.FlagUp == 0 {
-		if err := h.LinkSetUp(host); err != nil {
-			return repairs, fmt.Errorf("set %s up: %w", name, err)
-		}
-		repairs = append(repairs, name+" was down")
-	}
-	r.Result.Interfaces[atHost].Mac = host.Attrs().HardwareAddr.String()
-	r.Result.Interfaces[atBridge].Mac = bridge.Attrs().HardwareAddr.String()
-	r.Result.Interfaces[atAllocation].Mac = mac.String()
-	return repairs, nil
+	up, err := setUp(h, host)
+	return append(repairs, up...), err
 }
 
 func (r *record) makePair(h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {

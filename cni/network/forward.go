@@ -77,21 +77,13 @@ func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftab
 	if !drops && (len(rules) == 0 || !endsAll(rules[len(rules)-1])) {
 		return nil, nil
 	}
-	place := chain
-	iptables := isIptables(chain)
-	if iptables {
-		// Docker keeps this chain for what is not its own, and never empties it.
-		i := slices.IndexFunc(all, func(c *nftables.Chain) bool {
-			return c.Name == "DOCKER-USER" && c.Table.Name == chain.Table.Name && c.Table.Family == chain.Table.Family
-		})
-		if i >= 0 && jumpsTo(rules, "DOCKER-USER") {
-			place = all[i]
-			if rules, err = rulesOf(conn, place.Table, place); err != nil {
-				return nil, err
-			}
+	place := placeOfAccept(chain, rules, all)
+	if place != chain {
+		if rules, err = rulesOf(conn, place.Table, place); err != nil {
+			return nil, err
 		}
 	}
-	wanted := accepts(r.Bridge, iptables)
+	wanted := accepts(r.Bridge, isIptables(chain))
 	wanted = slices.DeleteFunc(wanted, func(w rule) bool { return hasRule(rules, w.comment) })
 	for _, w := range wanted {
 		added := &nftables.Rule{Table: place.Table, Chain: place, Exprs: w.exprs, UserData: comment(w.comment)}
@@ -116,6 +108,21 @@ func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftab
 		return nil, fmt.Errorf("let bridge %s through %s, which drops: %w: %w", r.Bridge, chainName(place), ErrForward, err)
 	}
 	return repairs, nil
+}
+
+// placeOfAccept is the chain that a rule before those of the chain belongs to: Docker keeps
+// one for what is not its own, and never empties it.
+func placeOfAccept(chain *nftables.Chain, rules []*nftables.Rule, all []*nftables.Chain) *nftables.Chain {
+	if !isIptables(chain) || !jumpsTo(rules, "DOCKER-USER") {
+		return chain
+	}
+	i := slices.IndexFunc(all, func(c *nftables.Chain) bool {
+		return c.Name == "DOCKER-USER" && c.Table.Name == chain.Table.Name && c.Table.Family == chain.Table.Family
+	})
+	if i < 0 {
+		return chain
+	}
+	return all[i]
 }
 
 // namesDevice reports a rule of the table that tells the device from others. Where

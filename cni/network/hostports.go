@@ -204,16 +204,8 @@ func (r *record) unmapPorts(n *Network) error {
 	}
 	err := n.locked(func() error {
 		return withNftables(func(conn *nftables.Conn) error {
-			if r.lost {
-				held, err := heldPorts(conn)
-				if err != nil {
-					return err
-				}
-				for _, h := range held {
-					if h.owner == r.Key {
-						r.Ports = append(r.Ports, h.hostPort)
-					}
-				}
+			if err := r.recallPorts(conn); err != nil {
+				return err
 			}
 			return deleteElements(conn, r.Ports)
 		})
@@ -222,6 +214,23 @@ func (r *record) unmapPorts(n *Network) error {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
 	return r.forgetFlows()
+}
+
+// recallPorts reads the ports of an attachment whose record is lost from the translations.
+func (r *record) recallPorts(conn *nftables.Conn) error {
+	if !r.lost {
+		return nil
+	}
+	held, err := heldPorts(conn)
+	if err != nil {
+		return err
+	}
+	for _, h := range held {
+		if h.owner == r.Key {
+			r.Ports = append(r.Ports, h.hostPort)
+		}
+	}
+	return nil
 }
 
 // deleteElements takes translations away, in one transaction; where one of them

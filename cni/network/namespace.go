@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -165,26 +166,15 @@ func (r *record) configure(ns *namespace) (repairs []string, err error) {
 		if err != nil {
 			return fmt.Errorf("find %s: %w", r.Key.IfName, err)
 		}
-		// With hairpin on, the device hears its own duplicate address
-		// detection; and nobody on the bridge may announce a router.
-		for _, key := range []string{"accept_dad", "accept_ra"} {
-			if _, err := sysctl("0", "ipv6", "conf", r.Key.IfName, key); err != nil {
-				return err
-			}
-		}
-		if r.hasFamily(netlink.FAMILY_V6) {
-			if _, err := sysctl("0", "ipv6", "conf", r.Key.IfName, "disable_ipv6"); err != nil {
-				return err
-			}
+		if err := r.setIPv6(); err != nil {
+			return err
 		}
 		for _, link := range []netlink.Link{lo, device} {
-			if link.Attrs().Flags&net.FlagUp != 0 {
-				continue
+			did, err := setUp(h, link)
+			repairs = append(repairs, did...)
+			if err != nil {
+				return err
 			}
-			if err := h.LinkSetUp(link); err != nil {
-				return fmt.Errorf("set %s up: %w", link.Attrs().Name, err)
-			}
-			repairs = append(repairs, link.Attrs().Name+" was down")
 		}
 		if now := device.Attrs().MTU; r.MTU != 0 && now != r.MTU {
 			if err := h.LinkSetMTU(device, r.MTU); err != nil {
@@ -201,6 +191,31 @@ func (r *record) configure(ns *namespace) (repairs []string, err error) {
 		return err
 	})
 	return repairs, err
+}
+
+func setUp(h *netlink.Handle, link netlink.Link) (repairs []string, err error) {
+	if link.Attrs().Flags&net.FlagUp != 0 {
+		return nil, nil
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return nil, fmt.Errorf("set %s up: %w", link.Attrs().Name, err)
+	}
+	return []string{link.Attrs().Name + " was down"}, nil
+}
+
+// setIPv6 sets what the interface does with IPv6. With hairpin on, it hears its own
+// duplicate address detection; and nobody on the bridge may announce a router.
+func (r *record) setIPv6() error {
+	keys := []string{"accept_dad", "accept_ra"}
+	if r.hasFamily(netlink.FAMILY_V6) {
+		keys = append(keys, "disable_ipv6")
+	}
+	for _, key := range keys {
+		if _, err := sysctl("0", "ipv6", "conf", r.Key.IfName, key); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (r *record) setAddresses(h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
@@ -242,42 +257,58 @@ func addAddress(h *netlink.Handle, device netlink.Link, ip *net.IPNet) error {
 }
 
 // setRoutes adds what is missing of the result's routes, and puts one back that
-// leads elsewhere. A gateway that is in none of the interface's subnets is reached on the link, as point-to-point
-// networks have it.
+// leads elsewhere.
 func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	for _, want := range r.Result.Routes {
-		gateway := want.GW
-		if gateway == nil {
-			gateway = r.gateway(want.Dst.IP.To4() != nil)
+		route := r.routeOf(want, device)
+		there, err := putRoute(h, route)
+		if err != nil {
+			return repairs, err
 		}
-		route := &netlink.Route{LinkIndex: device.Attrs().Index, Dst: &want.Dst, Gw: gateway, MTU: want.MTU, AdvMSS: want.AdvMSS, Priority: want.Priority}
-		if want.Table != nil {
-			route.Table = *want.Table
+		if !there {
+			repairs = append(repairs, "route "+want.Dst.String()+" by "+route.Gw.String())
 		}
-		if want.Scope != nil {
-			route.Scope = netlink.Scope(*want.Scope)
-		}
-		if gateway != nil && !r.onLink(gateway) {
-			route.Flags = int(netlink.FLAG_ONLINK)
-		}
-		err := h.RouteAdd(route)
-		if errors.Is(err, unix.EEXIST) {
-			there, err := hasRoute(h, route)
-			if err != nil {
-				return repairs, err
-			}
-			if there {
-				continue
-			}
-			if err := h.RouteReplace(route); err != nil {
-				return repairs, fmt.Errorf("replace route %s: %w", want.Dst.String(), err)
-			}
-		} else if err != nil {
-			return repairs, fmt.Errorf("add route %s by %s: %w", want.Dst.String(), gateway, err)
-		}
-		repairs = append(repairs, "route "+want.Dst.String()+" by "+gateway.String())
 	}
 	return repairs, nil
+}
+
+// routeOf is one of the result's routes as the kernel has it. A gateway that is in none of
+// the interface's subnets is reached on the link, as point-to-point networks have it.
+func (r *record) routeOf(want *types.Route, device netlink.Link) *netlink.Route {
+	gateway := want.GW
+	if gateway == nil {
+		gateway = r.gateway(want.Dst.IP.To4() != nil)
+	}
+	route := &netlink.Route{LinkIndex: device.Attrs().Index, Dst: &want.Dst, Gw: gateway, MTU: want.MTU, AdvMSS: want.AdvMSS, Priority: want.Priority}
+	if want.Table != nil {
+		route.Table = *want.Table
+	}
+	if want.Scope != nil {
+		route.Scope = netlink.Scope(*want.Scope)
+	}
+	if gateway != nil && !r.onLink(gateway) {
+		route.Flags = int(netlink.FLAG_ONLINK)
+	}
+	return route
+}
+
+// putRoute adds a route, in the place of one that leads elsewhere, and reports whether it
+// was there already.
+func putRoute(h *netlink.Handle, route *netlink.Route) (there bool, err error) {
+	err = h.RouteAdd(route)
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return false, fmt.Errorf("add route %s by %s: %w", route.Dst, route.Gw, err)
+	}
+	if err == nil {
+		return false, nil
+	}
+	if there, err = hasRoute(h, route); err != nil || there {
+		return there, err
+	}
+	if err := h.RouteReplace(route); err != nil {
+		return false, fmt.Errorf("replace route %s: %w", route.Dst, err)
+	}
+	return false, nil
 }
 
 func (r *record) onLink(ip net.IP) bool {

@@ -22,37 +22,42 @@ func Repair(stateDir string) (repaired []string, err error) {
 	}
 	err = n.locked(func() error {
 		records, problem := n.readRecords()
-		problems := []error{problem}
 		return withNftables(func(conn *nftables.Conn) error {
-			var held []heldPort
-			seen := make(map[string]bool) // networks whose rules are there
-			for _, r := range records {
-				cookie, err := host.Cookie(r.NetNS)
-				if err != nil || !r.Complete || cookie != r.Cookie {
-					continue // it is for the next ADD, DEL or CHECK to see to it
-				}
-				// Rules serve a whole network; those for host ports come with
-				// the first attachment that has some.
-				if name := r.Name + " " + r.Mapper; !seen[name] {
-					seen[name] = true
-					more, err := r.ensureRulesBy(conn)
-					repaired = append(repaired, more...)
-					if err != nil {
-						problems = append(problems, fmt.Errorf("repair rules of network %s: %w", r.Name, err))
-						continue
-					}
-					if held, err = heldPorts(conn); err != nil {
-						return err
-					}
-				}
-				more, err := r.restorePorts(conn, held)
-				repaired = append(repaired, more...)
-				if err != nil {
-					problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))
-				}
-			}
-			return errors.Join(problems...)
+			repaired, err = repairAll(conn, records)
+			return errors.Join(problem, err)
 		})
 	})
 	return repaired, err
+}
+
+func repairAll(conn *nftables.Conn, records []*record) (repaired []string, err error) {
+	var problems []error
+	var held []heldPort
+	seen := make(map[string]bool) // networks whose rules are there
+	for _, r := range records {
+		cookie, err := host.Cookie(r.NetNS)
+		if err != nil || !r.Complete || cookie != r.Cookie {
+			continue // it is for the next ADD, DEL or CHECK to see to it
+		}
+		// Rules serve a whole network; those for host ports come with
+		// the first attachment that has some.
+		if name := r.Name + " " + r.Mapper; !seen[name] {
+			seen[name] = true
+			more, err := r.ensureRulesBy(conn)
+			repaired = append(repaired, more...)
+			if err != nil {
+				problems = append(problems, fmt.Errorf("repair rules of network %s: %w", r.Name, err))
+				continue
+			}
+			if held, err = heldPorts(conn); err != nil {
+				return repaired, err
+			}
+		}
+		more, err := r.restorePorts(conn, held)
+		repaired = append(repaired, more...)
+		if err != nil {
+			problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))
+		}
+	}
+	return repaired, errors.Join(problems...)
 }

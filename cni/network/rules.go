@@ -172,13 +172,19 @@ func removeRules(bridge string) error {
 			own, others = own || isOwn, others || isOwn && (err != nil || kept > 0 && !servesAllBridges(chain))
 		}
 		if own && !others {
-			conn.DelTable(ownTable())
-			if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
-				problems = append(problems, fmt.Errorf("remove table %s: %w", Table, err))
-			}
+			problems = append(problems, removeTable(conn))
 		}
 		return errors.Join(problems...)
 	})
+}
+
+// removeTable removes the plugin's table, which may be gone already.
+func removeTable(conn *nftables.Conn) error {
+	conn.DelTable(ownTable())
+	if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove table %s: %w", Table, err)
+	}
+	return nil
 }
 
 // removeRulesOf removes the rules for the bridge from one chain, and counts the others.

@@ -111,19 +111,12 @@ func (n *Network) removeBridges(h *netlink.Handle) (removed, kept []string, inUs
 			}
 			continue
 		}
-		ports, err := portsOf(h, name)
-		if err != nil {
+		if used[name], err = removeUnused(h, link); err != nil {
 			return removed, kept, inUse, err
 		}
-		if ports > 0 {
-			inUse, used[name] = true, true
+		if used[name] {
+			inUse = true
 			continue
-		}
-		if err := removeRules(name); err != nil {
-			return removed, kept, inUse, err
-		}
-		if err := h.LinkDel(link); err != nil {
-			return removed, kept, inUse, fmt.Errorf("remove bridge %s: %w", name, err)
 		}
 		removed = append(removed, "bridge "+name)
 	}
@@ -136,6 +129,22 @@ func (n *Network) removeBridges(h *netlink.Handle) (removed, kept []string, inUs
 		}
 	}
 	return removed, kept, inUse, nil
+}
+
+// removeUnused removes a bridge and the rules for it, unless an allocation is plugged in.
+func removeUnused(h *netlink.Handle, bridge netlink.Link) (used bool, err error) {
+	name := bridge.Attrs().Name
+	ports, err := portsOf(h, name)
+	if err != nil || ports > 0 {
+		return ports > 0, err
+	}
+	if err := removeRules(name); err != nil {
+		return false, err
+	}
+	if err := h.LinkDel(bridge); err != nil {
+		return false, fmt.Errorf("remove bridge %s: %w", name, err)
+	}
+	return false, nil
 }
 
 // serves reports an attachment, to a bridge of whomever, whose namespace lives.

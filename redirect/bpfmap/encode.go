@@ -88,86 +88,25 @@ func EncodeRows(w workload.Workload, cookie, generation uint64, ipv6 bool) rows 
 			r.config.Flags |= bit
 		}
 	}
-	mean := func(kind BpfExclusionKind, value, meaning uint32) {
-		r.exclusions[BpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: value}] = meaning
-	}
-	excludePorts := func(kind BpfExclusionKind, ports []uint16) {
-		for _, port := range ports {
-			key := BpfExclusionKey{Cookie: cookie, Generation: generation, Kind: kind, Value: uint32(port) / PortsPerRow}
-			row := r.ports[key]
-			row.Bits[port%PortsPerRow/64] |= 1 << (port % 64)
-			r.ports[key] = row
-		}
-	}
-	// What comes later overwrites: the last proxy first, then what goes before any proxy.
-	for i := len(w.Proxies) - 1; i >= 0; i-- {
-		p, proxyID := w.Proxies[i], uint32(w.ProxyID(i+1))
-		for _, addr := range p.VirtualIPs {
-			r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
-				Kind: BpfAddressKindADDRESS_PROXY, Port: p.OutboundPort, Seat: uint16(proxyID),
-			}
-		}
-		for _, port := range p.ServicePorts {
-			mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(port), uint32(p.InboundPort))
-		}
-		if p.OutboundPort != 0 {
-			mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), proxyID|listensOutbound)
-		}
-		if p.InboundPort != 0 {
-			mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.InboundPort), proxyID)
-		}
-	}
-	for _, p := range w.All() {
-		if p.InboundPort != 0 && len(w.Proxies) > 0 {
-			mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(p.InboundPort), uint32(p.InboundPort))
-		}
-	}
-	exposed := w.Exposed()
-	for _, p := range exposed {
-		mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(p.Port), uint32(p.Port)|ProxyListensHere)
-		mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.Port), uint32(p.ProxyID)|listensExposed)
-	}
-	excludePorts(BpfExclusionKindEXCLUSION_PORT_OUT, w.ExcludeOutboundPorts)
-	excludePorts(BpfExclusionKindEXCLUSION_PORT_IN, w.ExcludeInboundPorts)
+	of := owner{rows: r, cookie: cookie, generation: generation}
+	of.addProxies(w) // first: what is of no proxy overwrites it
+	of.excludePorts(BpfExclusionKindEXCLUSION_PORT_OUT, w.ExcludeOutboundPorts)
+	of.excludePorts(BpfExclusionKindEXCLUSION_PORT_IN, w.ExcludeInboundPorts)
 	for _, uid := range w.ExcludeUIDs {
-		mean(BpfExclusionKindEXCLUSION_UID, uid, 0)
+		of.mean(BpfExclusionKindEXCLUSION_UID, uid, 0)
 	}
+	of.addAddresses(w)
 	for _, cidr := range w.ExcludeOutboundCIDRs {
 		r.cidrs[EncodeCIDR(cidr, cookie, generation)] = CidrFamily(cidr)
 	}
 	for _, source := range w.Sources.Prefixes {
 		r.sources[EncodeCIDR(source.Prefix, cookie, generation)] = source.Slice
 	}
-	for _, addr := range w.Broadcasts {
-		r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
-			Kind: BpfAddressKindADDRESS_BROADCAST,
-		}
-	}
-	for slice, addr := range w.Sources.IPv6 {
-		_, first := workload.EncodedAddrs(uint32(slice) << workload.SliceShift)
-		r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(first)}] = BpfAddress{
-			Kind: BpfAddressKindADDRESS_SOURCE, Listener: EncodeAddr(addr),
-		}
-	}
-	for _, upstream := range w.Upstreams {
-		for _, addr := range upstream.Addresses {
-			r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
-				Kind:     BpfAddressKindADDRESS_UPSTREAM,
-				Port:     upstream.Listener.Port(),
-				Listener: EncodeAddr(upstream.Listener.Addr()),
-			}
-		}
-	}
-	for _, addr := range w.Addresses {
-		r.addresses[BpfAddressKey{Cookie: cookie, Generation: generation, Addr: EncodeAddr(addr)}] = BpfAddress{
-			Kind: BpfAddressKindADDRESS_OWN,
-		}
-	}
 	encodeDNS(w.DNS, &r.config)
 	flag(w.Mode == workload.ModeTransparent, BpfConfigFlagCONFIG_TRANSPARENT)
 	flag(len(w.ExcludeOutboundPorts) > 0, BpfConfigFlagCONFIG_PORTS_OUT)
 	flag(len(w.Proxies) > 0, BpfConfigFlagCONFIG_PROXIES)
-	flag(len(exposed) > 0, BpfConfigFlagCONFIG_LISTENERS)
+	flag(len(w.Exposed()) > 0, BpfConfigFlagCONFIG_LISTENERS)
 	flag(len(w.ExcludeInboundPorts) > 0, BpfConfigFlagCONFIG_PORTS_IN)
 	flag(len(w.ExcludeUIDs) > 0, BpfConfigFlagCONFIG_UIDS)
 	flag(len(w.ExcludeOutboundCIDRs) > 0, BpfConfigFlagCONFIG_CIDRS)
@@ -179,6 +118,80 @@ func EncodeRows(w workload.Workload, cookie, generation uint64, ipv6 bool) rows 
 	flag(w.Egress == workload.GuardEnforce, BpfConfigFlagCONFIG_EGRESS_ENFORCE)
 	flag(w.Forward, BpfConfigFlagCONFIG_FORWARD)
 	return r
+}
+
+// owner are the rows of one generation of one workload, whose keys begin with both.
+type owner struct {
+	rows
+	cookie, generation uint64
+}
+
+func (o owner) mean(kind BpfExclusionKind, value, meaning uint32) {
+	o.exclusions[BpfExclusionKey{Cookie: o.cookie, Generation: o.generation, Kind: kind, Value: value}] = meaning
+}
+
+func (o owner) address(addr netip.Addr, row BpfAddress) {
+	o.addresses[BpfAddressKey{Cookie: o.cookie, Generation: o.generation, Addr: EncodeAddr(addr)}] = row
+}
+
+func (o owner) excludePorts(kind BpfExclusionKind, ports []uint16) {
+	for _, port := range ports {
+		key := BpfExclusionKey{Cookie: o.cookie, Generation: o.generation, Kind: kind, Value: uint32(port) / PortsPerRow}
+		row := o.ports[key]
+		row.Bits[port%PortsPerRow/64] |= 1 << (port % 64)
+		o.ports[key] = row
+	}
+}
+
+// addProxies adds what the proxies have: of two that claim the same the former has it, so
+// the last one comes first. Exposed ports overwrite those of the mesh.
+func (o owner) addProxies(w workload.Workload) {
+	for i := len(w.Proxies) - 1; i >= 0; i-- {
+		p, proxyID := w.Proxies[i], uint32(w.ProxyID(i+1))
+		for _, addr := range p.VirtualIPs {
+			o.address(addr, BpfAddress{Kind: BpfAddressKindADDRESS_PROXY, Port: p.OutboundPort, Seat: uint16(proxyID)})
+		}
+		for _, port := range p.ServicePorts {
+			o.mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(port), uint32(p.InboundPort))
+		}
+		if p.OutboundPort != 0 {
+			o.mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.OutboundPort), proxyID|listensOutbound)
+		}
+		if p.InboundPort != 0 {
+			o.mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.InboundPort), proxyID)
+		}
+	}
+	for _, p := range w.All() {
+		if p.InboundPort != 0 && len(w.Proxies) > 0 {
+			o.mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(p.InboundPort), uint32(p.InboundPort))
+		}
+	}
+	for _, p := range w.Exposed() {
+		o.mean(BpfExclusionKindEXCLUSION_SERVICE, uint32(p.Port), uint32(p.Port)|ProxyListensHere)
+		o.mean(BpfExclusionKindEXCLUSION_LISTENER, uint32(p.Port), uint32(p.ProxyID)|listensExposed)
+	}
+}
+
+// addAddresses adds those of no proxy, the workload's own last: nothing overwrites them.
+func (o owner) addAddresses(w workload.Workload) {
+	for _, addr := range w.Broadcasts {
+		o.address(addr, BpfAddress{Kind: BpfAddressKindADDRESS_BROADCAST})
+	}
+	for slice, addr := range w.Sources.IPv6 {
+		_, first := workload.EncodedAddrs(uint32(slice) << workload.SliceShift)
+		o.address(first, BpfAddress{Kind: BpfAddressKindADDRESS_SOURCE, Listener: EncodeAddr(addr)})
+	}
+	for _, upstream := range w.Upstreams {
+		row := BpfAddress{
+			Kind: BpfAddressKindADDRESS_UPSTREAM, Port: upstream.Listener.Port(), Listener: EncodeAddr(upstream.Listener.Addr()),
+		}
+		for _, addr := range upstream.Addresses {
+			o.address(addr, row)
+		}
+	}
+	for _, addr := range w.Addresses {
+		o.address(addr, BpfAddress{Kind: BpfAddressKindADDRESS_OWN})
+	}
 }
 
 func encodeDNS(dns workload.DNS, config *BpfConfig) {

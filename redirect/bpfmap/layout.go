@@ -123,21 +123,8 @@ func (c conversion) Value(row []byte) []byte {
 func convert(from btf.Type, row []byte, to btf.Type, into []byte) {
 	switch to := btf.UnderlyingType(to).(type) {
 	case *btf.Struct:
-		former, ok := btf.UnderlyingType(from).(*btf.Struct)
-		if !ok {
-			return
-		}
-		for _, member := range to.Members {
-			for _, other := range former.Members {
-				if other.Name != member.Name || member.BitfieldSize != 0 || other.BitfieldSize != 0 {
-					continue
-				}
-				if former.Name == "verdict_counts" && member.Name == "count" {
-					convertCounts(former, row[other.Offset.Bytes():], to, into[member.Offset.Bytes():])
-					continue
-				}
-				convert(other.Type, row[other.Offset.Bytes():], member.Type, into[member.Offset.Bytes():])
-			}
+		if former, ok := btf.UnderlyingType(from).(*btf.Struct); ok {
+			convertMembers(former, row, to, into)
 		}
 	case *btf.Array:
 		former, ok := btf.UnderlyingType(from).(*btf.Array)
@@ -157,6 +144,21 @@ func convert(from btf.Type, row []byte, to btf.Type, into []byte) {
 		formerSize, formerErr := btf.Sizeof(from)
 		if err == nil && formerErr == nil {
 			copy(into[:size], row[:min(size, formerSize)]) // little-endian, as all that Weir runs on
+		}
+	}
+}
+
+func convertMembers(from *btf.Struct, row []byte, to *btf.Struct, into []byte) {
+	for _, member := range to.Members {
+		for _, other := range from.Members {
+			if other.Name != member.Name || member.BitfieldSize != 0 || other.BitfieldSize != 0 {
+				continue
+			}
+			if from.Name == "verdict_counts" && member.Name == "count" {
+				convertCounts(from, row[other.Offset.Bytes():], to, into[member.Offset.Bytes():])
+				continue
+			}
+			convert(other.Type, row[other.Offset.Bytes():], member.Type, into[member.Offset.Bytes():])
 		}
 	}
 }

@@ -217,20 +217,9 @@ func (ns *Namespace) SetRoutes(w workload.Workload) (ipv6 bool, err error) {
 				return fmt.Errorf("set lo up: %w", err)
 			}
 		}
-		ipv6 = true
 		wanted := encodedRoutes(w)
-		for _, route := range wanted {
-			err := netlink.RouteReplace(route)
-			if err != nil && !IsIPv6(route) {
-				return fmt.Errorf("set route %s from %s, which must be an address of the namespace: %w", route.Dst, route.Src, err)
-			}
-			// A namespace without IPv6, or whose address is not there yet, still
-			// takes IPv4; native IPv6 is then refused by name.
-			if err != nil && route.Src != nil {
-				route.Src = nil
-				err = netlink.RouteReplace(route)
-			}
-			ipv6 = ipv6 && err == nil
+		if ipv6, err = replaceRoutes(wanted); err != nil {
+			return err
 		}
 		if w.Sliced {
 			if err := deleteOtherRoutes(wanted); err != nil {
@@ -241,6 +230,24 @@ func (ns *Namespace) SetRoutes(w workload.Workload) (ipv6 bool, err error) {
 		return err
 	})
 	return ipv6, err
+}
+
+// replaceRoutes sets the routes. A namespace without IPv6, or whose address is not there
+// yet, still takes IPv4; native IPv6 is then refused by name.
+func replaceRoutes(wanted []*netlink.Route) (ipv6 bool, err error) {
+	ipv6 = true
+	for _, route := range wanted {
+		err := netlink.RouteReplace(route)
+		if err != nil && !IsIPv6(route) {
+			return false, fmt.Errorf("set route %s from %s, which must be an address of the namespace: %w", route.Dst, route.Src, err)
+		}
+		if err != nil && route.Src != nil {
+			route.Src = nil
+			err = netlink.RouteReplace(route)
+		}
+		ipv6 = ipv6 && err == nil
+	}
+	return ipv6, nil
 }
 
 // deleteOtherRoutes deletes those to the encoded ranges that are of a network

@@ -82,22 +82,9 @@ func broadcasts(entry netlink.Addr) (list []netip.Addr) {
 // its device and for all that no route decides.
 func FindSources(own []ownAddress, first []netip.Addr) (s workload.Sources, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		devices := make(map[netip.Addr]int) // of the usable ones
-		var source netip.Addr
-		for _, addr := range own {
-			if addr.usable && addr.Is4() == (family == netlink.FAMILY_V4) {
-				devices[addr.Addr] = addr.device
-				if !source.IsValid() {
-					source = addr.Addr
-				}
-			}
-		}
+		devices, source := usableSources(own, first, family)
 		if !source.IsValid() {
 			continue
-		}
-		named := slices.IndexFunc(first, func(addr netip.Addr) bool { return devices[addr.Unmap()] != 0 })
-		if named >= 0 {
-			source = first[named].Unmap()
 		}
 		list := []netip.Addr{source}
 		if slices.ContainsFunc(own, func(addr ownAddress) bool { return devices[addr.Addr] != 0 && addr.device != devices[source] }) {
@@ -114,6 +101,25 @@ func FindSources(own []ownAddress, first []netip.Addr) (s workload.Sources, err 
 	return s, nil
 }
 
+// usableSources are the devices of a family's usable addresses, and the address that stands
+// for the family: the first that the request names, else the first; not valid for none.
+func usableSources(own []ownAddress, first []netip.Addr, family int) (devices map[netip.Addr]int, source netip.Addr) {
+	devices = make(map[netip.Addr]int)
+	for _, addr := range own {
+		if !addr.usable || addr.Is4() != (family == netlink.FAMILY_V4) {
+			continue
+		}
+		devices[addr.Addr] = addr.device
+		if !source.IsValid() {
+			source = addr.Addr
+		}
+	}
+	if named := slices.IndexFunc(first, func(addr netip.Addr) bool { return devices[addr.Unmap()] != 0 }); named >= 0 {
+		source = first[named].Unmap()
+	}
+	return devices, source
+}
+
 // findPrefixes adds the prefixes of one family whose source is not that of the
 // prefix around them, and returns the sources by slice.
 func findPrefixes(s *workload.Sources, family int, source netip.Addr, devices map[netip.Addr]int) (list []netip.Addr, err error) {
@@ -125,10 +131,8 @@ func findPrefixes(s *workload.Sources, family int, source netip.Addr, devices ma
 	around := make([]netip.Addr, len(routed)) // the sources, by prefix
 	for i, prefix := range routed {
 		outer := source
-		for j := range i { // shorter ones come first, the longest that covers counts
-			if routed[j].Overlaps(prefix) {
-				outer = around[j]
-			}
+		if j := innermost(routed[:i], prefix); j >= 0 {
+			outer = around[j]
 		}
 		around[i] = outer
 		probed, found := probeOf(prefix, routed[i+1:])
@@ -159,6 +163,17 @@ func findPrefixes(s *workload.Sources, family int, source netip.Addr, devices ma
 		s.Prefixes = append(s.Prefixes, workload.SourcePrefix{Prefix: prefix, Slice: uint32(slice)})
 	}
 	return list, nil
+}
+
+// innermost is the place of the longest prefix that covers another one; -1 for none. The
+// list has shorter ones first.
+func innermost(list []netip.Prefix, prefix netip.Prefix) int {
+	for i, other := range slices.Backward(list) {
+		if other.Overlaps(prefix) {
+			return i
+		}
+	}
+	return -1
 }
 
 // routedPrefixes are the destinations of the namespace's routes, shorter ones

@@ -51,15 +51,8 @@ func AttachLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace, renew
 			if !renew {
 				return false, nil
 			}
-			prog, err := NewLookup(m, ns.Cookie)
-			if err != nil {
-				return false, err
-			}
-			defer prog.Close()
-			if err := pinned.Update(prog); err != nil {
-				return false, fmt.Errorf("update lookup link: %w", err)
-			}
-			return true, nil
+			err := renewLookup(m, pinned, ns.Cookie)
+			return err == nil, err
 		}
 		if err := os.Remove(pin); err != nil {
 			return false, fmt.Errorf("remove stale lookup link: %w", err)
@@ -79,24 +72,45 @@ func AttachLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace, renew
 			return again, err
 		}
 	}
+	if err := attachNewLookup(m, paths, ns); err != nil {
+		return false, err
+	}
+	_, err = DetachPrograms(there.stale)
+	return true, err
+}
+
+// renewLookup replaces the program of a link.
+func renewLookup(m *bpfmap.Tables, pinned link.Link, cookie uint64) error {
+	prog, err := NewLookup(m, cookie)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	if err := pinned.Update(prog); err != nil {
+		return fmt.Errorf("update lookup link: %w", err)
+	}
+	return nil
+}
+
+// attachNewLookup attaches a program by a link of its own, and pins that.
+func attachNewLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace) error {
 	prog, err := NewLookup(m, ns.Cookie)
 	if err != nil {
-		return false, err
+		return err
 	}
 	defer prog.Close()
 	attached, err := link.AttachNetNs(int(ns.File.Fd()), prog)
 	if err != nil {
-		return false, fmt.Errorf("attach lookup program: %w", err)
+		return fmt.Errorf("attach lookup program: %w", err)
 	}
 	defer attached.Close()
 	if err := os.MkdirAll(paths.Lookups(), 0o700); err != nil {
-		return false, fmt.Errorf("create pin directory: %w", err)
+		return fmt.Errorf("create pin directory: %w", err)
 	}
-	if err := attached.Pin(pin); err != nil {
-		return false, fmt.Errorf("pin lookup link: %w", err)
+	if err := attached.Pin(paths.Lookup(ns.Cookie)); err != nil {
+		return fmt.Errorf("pin lookup link: %w", err)
 	}
-	_, err = DetachPrograms(there.stale)
-	return true, err
+	return nil
 }
 
 // LookupInode is the inode of the namespace that the link is attached to; 0

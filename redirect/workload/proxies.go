@@ -98,15 +98,7 @@ func (w Workload) NextProxyIDs(next Workload) []uint8 {
 	for i := range proxyIDs {
 		proxyIDs[i] = -1
 	}
-	recognise := func(same func(a, b Sidecar) bool) {
-		for i, p := range after {
-			for j, q := range before {
-				if proxyID := int(w.ProxyID(j)); proxyIDs[i] < 0 && same(p, q) && !slices.Contains(proxyIDs, proxyID) {
-					proxyIDs[i] = proxyID
-				}
-			}
-		}
-	}
+	recognise := func(same func(a, b Sidecar) bool) { w.recogniseProxies(after, proxyIDs, same) }
 	shared := func(a, b uint16) bool { return a != 0 && a == b }
 	recognise(func(a, b Sidecar) bool { return a.Service != "" && a.Service == b.Service })
 	// Where nothing is redirected the port is the default of whoever is first.
@@ -115,18 +107,10 @@ func (w Workload) NextProxyIDs(next Workload) []uint8 {
 	}
 	recognise(func(a, b Sidecar) bool { return shared(a.InboundPort, b.InboundPort) })
 	recognise(func(_, _ Sidecar) bool { return len(before) == 1 && len(after) == 1 })
-	known, inOrder := w.TakenProxyIDs(), true
 	// What is new sits where nobody sat, as long as there is room.
-	for _, vacant := range []func(proxyID int) bool{
-		func(proxyID int) bool { return known>>proxyID&1 == 0 },
-		func(int) bool { return true },
-	} {
-		for proxyID := range MaxProxies {
-			if i := slices.Index(proxyIDs, -1); i >= 0 && vacant(proxyID) && !slices.Contains(proxyIDs, proxyID) {
-				proxyIDs[i] = proxyID
-			}
-		}
-	}
+	known, inOrder := w.TakenProxyIDs(), true
+	seatNewProxies(proxyIDs, func(proxyID int) bool { return known>>proxyID&1 == 0 })
+	seatNewProxies(proxyIDs, func(int) bool { return true })
 	result := make([]uint8, len(proxyIDs))
 	for i, proxyID := range proxyIDs {
 		result[i] = uint8(max(proxyID, 0))
@@ -136,6 +120,27 @@ func (w Workload) NextProxyIDs(next Workload) []uint8 {
 		return nil
 	}
 	return result
+}
+
+// recogniseProxies gives those of the new proxies that have no proxy ID yet the one of a
+// former proxy that is the same.
+func (w Workload) recogniseProxies(after []Sidecar, proxyIDs []int, same func(a, b Sidecar) bool) {
+	for i, p := range after {
+		for j, q := range w.All() {
+			if proxyID := int(w.ProxyID(j)); proxyIDs[i] < 0 && same(p, q) && !slices.Contains(proxyIDs, proxyID) {
+				proxyIDs[i] = proxyID
+			}
+		}
+	}
+}
+
+// seatNewProxies gives those without a proxy ID a vacant one each.
+func seatNewProxies(proxyIDs []int, vacant func(proxyID int) bool) {
+	for proxyID := range MaxProxies {
+		if i := slices.Index(proxyIDs, -1); i >= 0 && vacant(proxyID) && !slices.Contains(proxyIDs, proxyID) {
+			proxyIDs[i] = proxyID
+		}
+	}
 }
 
 // ProxyPort is where a listener of a proxy is.

@@ -316,6 +316,10 @@ func (w Workload) Validate() error {
 	if w.Budget > MaxBudget {
 		return fmt.Errorf("budget %d: a workload has at most %d origin addresses", w.Budget, MaxBudget)
 	}
+	return w.validateAddresses()
+}
+
+func (w Workload) validateAddresses() error {
 	for _, cidr := range w.ExcludeOutboundCIDRs {
 		if !cidr.IsValid() {
 			return errors.New("excluded CIDR: not a prefix")
@@ -336,25 +340,6 @@ func (w Workload) Validate() error {
 			if !addr.IsValid() || addr.IsUnspecified() {
 				return fmt.Errorf("upstream %q: address %q: not a virtual IP", upstream.Name, addr)
 			}
-		}
-	}
-	return nil
-}
-
-// validateRows holds a workload to its part of the node's tables.
-func (w Workload) validateRows() error {
-	addresses := len(w.Addresses)
-	for _, upstream := range w.Upstreams {
-		addresses += len(upstream.Addresses)
-	}
-	for _, proxy := range w.Proxies {
-		addresses += len(proxy.VirtualIPs)
-	}
-	for what, count := range map[string]int{
-		"excluded CIDRs": len(w.ExcludeOutboundCIDRs), "excluded UIDs": len(w.ExcludeUIDs), "addresses and virtual IPs": addresses,
-	} {
-		if count > MaxRows {
-			return fmt.Errorf("%s: %w: these are %d, a workload has at most %d", what, ErrFull, count, MaxRows)
 		}
 	}
 	return nil
@@ -388,10 +373,3 @@ func comparePrefix(a, b netip.Prefix) int {
 	}
 	return a.Bits() - b.Bits()
 }
-
-// ErrFull: a table of the node has no room for another row.
-var ErrFull = errors.New("table is full")
-
-// MaxRows is how many addresses, CIDRs and UIDs a workload may have each.
-// Excluded ports need no limit: all of them take 64 rows.
-const MaxRows = 4096
