@@ -31,7 +31,8 @@ type existingListener struct {
 }
 
 // registerExistingListeners registers what is there already, and says what it did.
-func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64) (adopted []string, err error) {
+// processes may be nil.
+func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []string, err error) {
 	listeners, err := observeListeners(tables, ns, w)
 	if err != nil {
 		return nil, err
@@ -45,7 +46,7 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 		if l.settled(proxy) {
 			continue
 		}
-		fd, cgroup, err := ns.CopySocket(l.Inode, paths.CgroupRoot)
+		fd, cgroup, err := ns.CopySocket(l.Inode, paths.CgroupRoot, processes)
 		if errors.Is(err, host.ErrNoOwner) {
 			continue // closed in between, or its owner is ending
 		}

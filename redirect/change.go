@@ -110,7 +110,7 @@ func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
 	if program.HoldFamilies(d.paths, c.wanted) {
 		c.did = append(c.did, "program for other families of sockets attached")
 	}
-	adopted, err := registerExistingListeners(tables, d.paths, c.ns, c.wanted, c.record.RejectedCgroups)
+	adopted, err := registerExistingListeners(tables, d.paths, c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
 	if err != nil {
 		return err
 	}
@@ -143,7 +143,7 @@ func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err 
 	if before.State != store.New && (before.State == store.Incomplete || !workload.SamePorts(before.Applied, wanted)) {
 		// Those that wait at the new ports already, before anybody is sent there.
 		// After a process that died half way nobody knows which ports are in force.
-		if _, err := registerExistingListeners(tables, d.paths, c.ns, wanted, r.RejectedCgroups); err != nil {
+		if _, err := registerExistingListeners(tables, d.paths, c.ns, wanted, r.RejectedCgroups, d.processes); err != nil {
 			return false, err
 		}
 	}

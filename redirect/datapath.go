@@ -17,20 +17,21 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// Datapath is the data path of one node. It holds no state but the paths, so
+// Datapath is the data path of one node. It holds no state of it but the paths, so
 // any number of them, in any number of processes, may work on the same node.
 type Datapath struct {
 	paths        store.Paths
 	lockTimeout  time.Duration // how long a change waits for the lock
 	checkTimeout time.Duration // ... and a check
 	sizes        bpfmap.Sizes  // of tables that are made anew
-	wait         func()        // until no program reads rows that were replaced before
+	processes    *host.Processes
+	wait         func() // until no program reads rows that were replaced before
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths store.Paths) *Datapath {
 	return &Datapath{paths: paths.Or(store.Paths{PinDir: store.DefaultPinDir, StateDir: store.DefaultStateDir}), lockTimeout: store.LockTimeout, checkTimeout: store.CheckTimeout,
-		wait: bpfmap.WaitForReaders}
+		processes: new(host.Processes), wait: bpfmap.WaitForReaders}
 }
 
 // Within returns the same data path for who has other things to do than to wait

@@ -141,7 +141,7 @@ func (c *mapChanges) writeRowsOf(paths store.Paths, r *store.Record, ns *host.Na
 	if !slices.Contains(c.names, "listeners") {
 		return nil
 	}
-	_, err = registerExistingListeners(c.fresh, paths, ns, wanted, r.RejectedCgroups)
+	_, err = registerExistingListeners(c.fresh, paths, ns, wanted, r.RejectedCgroups, nil)
 	return err
 }
 

@@ -91,7 +91,7 @@ func cgroupOf(ns *host.Namespace, listeners map[uint64]bpfmap.BpfProxyFlag, path
 		if _, wanted := listeners[socket.Cookie]; !wanted {
 			continue
 		}
-		fd, cgroup, err := ns.CopySocket(socket.Inode, paths.CgroupRoot)
+		fd, cgroup, err := ns.CopySocket(socket.Inode, paths.CgroupRoot, nil)
 		if errors.Is(err, host.ErrNoOwner) {
 			continue
 		}

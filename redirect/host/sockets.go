@@ -15,9 +15,12 @@ import (
 var ErrNoOwner = errors.New("no process has the socket")
 
 // CopySocket returns a copy of the descriptor of a socket, which the caller
-// closes, and the cgroup of the process that it is copied from.
-func (ns *Namespace) CopySocket(inode uint32, cgroupRoot string) (fd int, cgroup uint64, err error) {
-	err = ns.EachOwner(inode, func(pid, number int) (done bool, err error) {
+// closes, and the cgroup of the process that it is copied from. processes may be nil.
+func (ns *Namespace) CopySocket(inode uint32, cgroupRoot string, processes *Processes) (fd int, cgroup uint64, err error) {
+	if processes == nil {
+		processes = new(Processes)
+	}
+	err = processes.eachOwner(ns, inode, func(pid, number int) (done bool, err error) {
 		fd, err = copyDescriptor(pid, number)
 		if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
 			return false, nil
@@ -40,40 +43,30 @@ func (ns *Namespace) CopySocket(inode uint32, cgroupRoot string) (fd int, cgroup
 // and the descriptors by which they do, until it is done; errNoOwner where it
 // never is.
 func (ns *Namespace) EachOwner(inode uint32, visit func(pid, number int) (done bool, err error)) error {
-	want := fmt.Sprintf("socket:[%d]", inode)
-	processes, err := os.ReadDir("/proc")
-	if err != nil {
-		return fmt.Errorf("list processes: %w", err)
-	}
-	for _, process := range processes {
-		pid, err := strconv.Atoi(process.Name())
-		if err != nil || !ns.holds(pid) {
-			continue
-		}
-		dir := filepath.Join("/proc", process.Name(), "fd")
-		fds, err := os.ReadDir(dir)
-		if err != nil {
-			continue // it ended
-		}
-		for _, entry := range fds {
-			if target, err := os.Readlink(filepath.Join(dir, entry.Name())); err != nil || target != want {
-				continue
-			}
-			number, err := strconv.Atoi(entry.Name())
-			if err != nil {
-				continue
-			}
-			if done, err := visit(pid, number); done || err != nil {
-				return err
-			}
-		}
-	}
-	return ErrNoOwner
+	return new(Processes).eachOwner(ns, inode, visit)
 }
 
-func (ns *Namespace) holds(pid int) bool {
-	var stat unix.Stat_t
-	return unix.Stat(fmt.Sprintf("/proc/%d/ns/net", pid), &stat) == nil && stat.Ino == ns.Inode
+// eachDescriptor calls visit with those descriptors of a process that are the socket.
+func eachDescriptor(pid int, socket uint32, visit func(pid, number int) (done bool, err error)) (done bool, err error) {
+	want := fmt.Sprintf("socket:[%d]", socket)
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	fds, err := os.ReadDir(dir)
+	if err != nil {
+		return false, nil // it ended
+	}
+	for _, entry := range fds {
+		if target, err := os.Readlink(filepath.Join(dir, entry.Name())); err != nil || target != want {
+			continue
+		}
+		number, err := strconv.Atoi(entry.Name())
+		if err != nil {
+			continue
+		}
+		if done, err := visit(pid, number); done || err != nil {
+			return done, err
+		}
+	}
+	return false, nil
 }
 
 func copyDescriptor(pid, number int) (int, error) {
