@@ -54,6 +54,7 @@ type Agent struct {
 	notify          func(string)
 	datapath        *redirect.Datapath
 	origins         *redirect.IndexReclaimer
+	records         *redirect.RecordReader
 	consul          *consulWatcher // nil: Consul is not to be asked
 	docker          *docker        // nil: Docker is not to be asked
 	cache           *cache
@@ -123,7 +124,7 @@ func New(config Config, options Options) (*Agent, error) {
 		networks:       newNetworks(),
 		consulApply:    newConsulApply(),
 	}
-	a.origins = a.datapath.NewIndexReclaimer()
+	a.origins, a.records = a.datapath.NewIndexReclaimer(), a.datapath.NewRecordReader()
 	if a.notify == nil {
 		a.notify = func(string) {}
 	}

@@ -64,7 +64,7 @@ func (a *Agent) reconcile(now time.Time) {
 		a.blind("discover allocations", err)
 		return
 	}
-	known, err := a.datapath.Records()
+	known, err := a.records.Records()
 	noRecords := err
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		a.blind("read records", err) // all of them would look like lost ones

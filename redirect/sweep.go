@@ -32,8 +32,21 @@ type Record struct {
 // Records returns every workload on record, sorted by key, without a look at the
 // kernel and without the lock: a record is replaced in one step. One that
 // cannot be read does not hide the others; it comes back in the error.
-func (d *Datapath) Records() (list []Record, err error) {
-	records, err := d.paths.ReadRecords()
+func (d *Datapath) Records() (list []Record, err error) { return d.NewRecordReader().Records() }
+
+// RecordReader reads the records time and again, each file once as long as it is the
+// same. It is not safe for concurrent use.
+type RecordReader struct {
+	paths store.Paths
+	cache store.RecordCache
+}
+
+// NewRecordReader returns a reader that has read nothing yet.
+func (d *Datapath) NewRecordReader() *RecordReader { return &RecordReader{paths: d.paths} }
+
+// Records is that of Datapath. What the records point to is shared with other answers.
+func (r *RecordReader) Records() (list []Record, err error) {
+	records, err := r.cache.ReadRecords(r.paths)
 	for _, r := range records {
 		list = append(list, Record{
 			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.State == store.Complete, Added: r.Added,

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -182,35 +181,7 @@ func (p Paths) SetAside(key workload.AttachmentID) error {
 
 // ReadRecords returns every record of this boot. A record that cannot be read
 // does not hide the others: it comes back in the error, which is ErrUnreadable.
-func (p Paths) ReadRecords() ([]*Record, error) {
-	entries, err := os.ReadDir(p.Workloads())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list records: %w", err)
-	}
-	boot, err := BootID()
-	if err != nil {
-		return nil, err
-	}
-	var records []*Record
-	var problems []error
-	for _, entry := range entries {
-		if !strings.HasSuffix(entry.Name(), ".json") {
-			continue
-		}
-		r, err := readRecordFile(filepath.Join(p.Workloads(), entry.Name()), boot)
-		switch {
-		case errors.Is(err, ErrUnknown):
-		case err != nil:
-			problems = append(problems, err)
-		default:
-			records = append(records, r)
-		}
-	}
-	return records, errors.Join(problems...)
-}
+func (p Paths) ReadRecords() ([]*Record, error) { return new(RecordCache).ReadRecords(p) }
 
 // ErrUnknown: there is no such workload on this node.
 var ErrUnknown = errors.New("unknown workload")
