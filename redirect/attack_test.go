@@ -24,7 +24,12 @@ type attack struct {
 	Way    string
 	To     netip.AddrPort
 	Device int // index of the device that leads out
+
+	Elsewhere string // path of another namespace
 }
+
+// attackPort is what attacks by TCP dial.
+const attackPort = 7777
 
 // marker is in each packet that an attack sends, where it may say what.
 const marker = "weir-attack"
@@ -32,6 +37,9 @@ const marker = "weir-attack"
 func serveAttacks([]string) error {
 	return test.Serve(func(a attack) (syscall.Errno, error) {
 		way, known := attackWays()[a.Way]
+		if !known {
+			way, known = rareWays()[a.Way]
+		}
 		if !known {
 			return 0, fmt.Errorf("unknown way %q", a.Way)
 		}

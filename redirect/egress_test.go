@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"net/netip"
 	"os"
@@ -34,8 +35,8 @@ func egressGuarded(t *testing.T, egress workload.Guard, change ...func(*workload
 	return a
 }
 
-// sawMarked reports whether one of the packets so far has an attack's marker, or is
-// of a protocol of IP that has none.
+// sawMarked reports whether one of the packets so far has an attack's marker, is of TCP
+// for the attack's port, or is of a protocol of IP that has none.
 func (s packetCapture) sawMarked() (seen bool) {
 	frame := make([]byte, 1<<16)
 	for {
@@ -45,7 +46,9 @@ func (s packetCapture) sawMarked() (seen bool) {
 		}
 		packet := frame[:n]
 		other := len(packet) > 23 && packet[12] == 8 && packet[13] == 0 && (packet[23] == unix.IPPROTO_SCTP || packet[23] == unix.IPPROTO_DCCP)
-		seen = seen || other || bytes.Contains(packet, []byte(marker))
+		four := len(packet) > 37 && packet[12] == 8 && packet[23] == unix.IPPROTO_TCP && binary.BigEndian.Uint16(packet[36:]) == attackPort
+		six := len(packet) > 57 && packet[12] == 0x86 && packet[20] == unix.IPPROTO_TCP && binary.BigEndian.Uint16(packet[56:]) == attackPort
+		seen = seen || other || four || six || bytes.Contains(packet, []byte(marker))
 	}
 }
 

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
+)
+
+// eachEgress runs action with an allocation for each mode of the egress guard.
+func eachEgress(t *testing.T, action func(t *testing.T, a *alloc, egress workload.Guard)) {
+	t.Helper()
+	for _, egress := range []workload.Guard{workload.GuardOff, workload.GuardAudit, workload.GuardEnforce} {
+		t.Run(string(egress), func(t *testing.T) { action(t, egressGuarded(t, egress), egress) })
+	}
+}
+
+// attacker is a process that is root of the allocation.
+func (a *alloc) attacker(t *testing.T) *test.Process {
+	t.Helper()
+	return test.Helper(t, test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg}, attackFunc)
+}
+
+// ends fails the test unless the attack came to that.
+func (got attacked) ends(t *testing.T, want attacked) {
+	t.Helper()
+	verdictsAre(t, got.verdicts, want.verdicts)
+	if got.errno != want.errno || got.left != want.left {
+		t.Errorf("ends with %s, seen outside %t; want %s, %t", errnoName(got.errno), got.left, errnoName(want.errno), want.left)
+	}
+}
+
+// Options of TCP that choose a way lead to the proxy all the same, whatever the guard.
+func TestEgressOptionsOfTCP(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, _ workload.Guard) {
+		a.neighbour(t)
+		wire := capturePackets(t, a.node.remote, "veth1")
+		p := a.attacker(t)
+		for _, way := range []string{"tcp SO_DONTROUTE", "tcp IP_UNICAST_IF", "tcp TCP_REPAIR"} {
+			for _, to := range []netip.Addr{remote4(1), remote6(1)} {
+				t.Run(way+" "+to.String(), func(t *testing.T) {
+					a.attack(t, p, wire, attack{Way: way, To: netip.AddrPortFrom(to, attackPort), Device: deviceIndex(t, a.NetNS, "eth0")}).
+						ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}})
+				})
+			}
+		}
+	})
+}
+
+// An own link-local address by another device's scope is somebody else's, and is not
+// judged: the one way of TCP that is open, and it needs a second device and a host behind
+// it that has taken the address. Anybody else's link-local address is as any other.
+func TestEgressByScope(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, egress workload.Guard) {
+		test.Veth(t, test.VethEnd{NetNS: a.NetNS, Name: "eth1"}, test.VethEnd{NetNS: a.node.remote, Name: "second"})
+		var own, others netip.Addr
+		a.Do(func() { own = linkLocal(t, "eth0") })
+		a.node.remote.Do(func() {
+			others = linkLocal(t, "veth1")
+			second, err := netlink.LinkByName("second")
+			if err != nil {
+				t.Fatal(err)
+			}
+			addr := &netlink.Addr{IPNet: netlink.NewIPNet(own.AsSlice()), Flags: unix.IFA_F_NODAD}
+			addr.Mask = []byte{255, 255, 255, 255, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0}
+			if err := netlink.AddrAdd(second, addr); err != nil {
+				t.Fatal(err)
+			}
+		})
+		a.Do(func() { linkLocal(t, "eth1") })
+		if _, err := a.node.Check(a.key, a.Path); err != nil { // the addresses came after ADD
+			t.Fatal(err)
+		}
+		test.Echo(t, a.node.remote, "tcp", fmt.Sprintf("[::]:%d", attackPort))
+		test.Echo(t, a.node.remote, "udp", fmt.Sprintf("[::]:%d", attackPort))
+		p := a.attacker(t)
+		first, second := capturePackets(t, a.node.remote, "veth1"), capturePackets(t, a.node.remote, "second")
+		t.Run("an own address by another device", func(t *testing.T) {
+			to := attack{To: netip.AddrPortFrom(own, attackPort), Device: deviceIndex(t, a.NetNS, "eth1")}
+			to.Way = "tcp by a scope"
+			a.attack(t, p, second, to).ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{bpfmap.Local: 1}, left: true})
+			to.Way = "udp by a scope"
+			a.attack(t, p, second, to).ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{}, left: true})
+		})
+		t.Run("another's address", func(t *testing.T) {
+			to := attack{To: netip.AddrPortFrom(others, attackPort), Device: deviceIndex(t, a.NetNS, "eth0")}
+			to.Way = "tcp by a scope"
+			a.attack(t, p, first, to).ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}})
+			to.Way = "udp by a scope"
+			want := attacked{verdicts: map[bpfmap.Verdict]uint64{}, left: true}
+			switch egress {
+			case workload.GuardAudit:
+				want.verdicts[bpfmap.EgressAudited] = 1
+			case workload.GuardEnforce:
+				want = attacked{errno: unix.ENETUNREACH, verdicts: map[bpfmap.Verdict]uint64{bpfmap.RefusedEgress: 1}}
+			}
+			a.attack(t, p, first, to).ends(t, want)
+		})
+	})
+}
+
+// linkLocal waits for the device of the calling thread's namespace to have one.
+func linkLocal(t *testing.T, device string) (found netip.Addr) {
+	t.Helper()
+	link, err := netlink.LinkByName(device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for !found.IsValid() {
+		list, err := netlink.AddrList(link, netlink.FAMILY_V6)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, addr := range list {
+			if ip, _ := netip.AddrFromSlice(addr.IP); ip.IsLinkLocalUnicast() && addr.Flags&unix.IFA_F_TENTATIVE == 0 {
+				found = ip
+			}
+		}
+	}
+	return found
+}
+
+// A socket belongs to the namespace that it was made in, whoever sends by it: what one
+// who may enter another namespace makes there, or is passed from there, is not judged.
+func TestEgressOfSocketsMadeElsewhere(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, _ workload.Guard) {
+		other := a.node.newAlloc()
+		test.Ask(a.node.remote, "tcp", addrPort(other.v4, 9)) //nolint:errcheck // it asks for the way
+		wire := capturePackets(t, a.node.remote, "veth2")
+		p := a.attacker(t)
+		for _, way := range []string{"setns", "passed socket"} {
+			t.Run(way, func(t *testing.T) {
+				a.attack(t, p, wire, attack{Way: way, To: netip.AddrPortFrom(other.v4, 9), Elsewhere: a.node.remote.Path}).
+					ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{}, left: true})
+			})
+		}
+	})
+}
+
+// Who moves to the proxy's cgroup has not the proxy's UID, and who has that UID and moves
+// to any other cgroup is not the proxy: it takes both.
+func TestEgressOfAMovedTask(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, egress workload.Guard) {
+		a.neighbour(t)
+		wire := capturePackets(t, a.node.remote, "veth1")
+		moved := test.NewCgroup(t)
+		for name, to := range map[string]struct {
+			uid    uint32
+			cgroup *test.Cgroup
+		}{"to the proxy's cgroup": {taskUID, a.proxyCg}, "under the proxy's UID": {proxyUID, moved}} {
+			t.Run(name, func(t *testing.T) {
+				p := test.Helper(t, test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg, UID: to.uid, GID: to.uid}, attackFunc)
+				if err := os.WriteFile(filepath.Join(to.cgroup.Path, "cgroup.procs"), []byte(strconv.Itoa(p.PID)), 0); err != nil {
+					t.Fatal(err)
+				}
+				want := attacked{verdicts: map[bpfmap.Verdict]uint64{}, left: true}
+				switch egress {
+				case workload.GuardAudit:
+					want.verdicts[bpfmap.EgressAudited] = 1
+				case workload.GuardEnforce:
+					want = attacked{errno: unix.ENETUNREACH, verdicts: map[bpfmap.Verdict]uint64{bpfmap.RefusedEgress: 1}}
+				}
+				a.attack(t, p, wire, attack{Way: "udp", To: netip.AddrPortFrom(remote4(1), 9)}).ends(t, want)
+				a.attack(t, p, wire, attack{Way: "tcp SO_DONTROUTE", To: netip.AddrPortFrom(remote4(1), attackPort)}).
+					ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1}})
+			})
+		}
+	})
+}
+
+// What a task with CAP_NET_ADMIN puts into its namespace by a device of its own is
+// forwarded, which is refused; but the answer that says so quotes it, and goes to the
+// source that it names. A bridge with the device that leads out forwards without IP, and
+// nobody is asked. Both are open.
+func TestEgressByTunnel(t *testing.T) {
+	for way, want := range map[string]attacked{
+		"tun":                   {verdicts: map[bpfmap.Verdict]uint64{bpfmap.RefusedForwarded: 1}, left: true},
+		"tap bridged with eth0": {verdicts: map[bpfmap.Verdict]uint64{}, left: true},
+	} {
+		t.Run(way, func(t *testing.T) {
+			eachEgress(t, func(t *testing.T, a *alloc, _ workload.Guard) {
+				a.neighbour(t)
+				wire := capturePackets(t, a.node.remote, "veth1")
+				got := a.attack(t, a.attacker(t), wire, attack{Way: way, To: netip.AddrPortFrom(remote4(1), 9), Device: deviceIndex(t, a.NetNS, "eth0")})
+				if got.errno == unix.ENOENT || got.errno == syscall.ENODEV || got.errno == unix.EOPNOTSUPP {
+					want = attacked{errno: got.errno, verdicts: map[bpfmap.Verdict]uint64{}} // this kernel has no such device
+				}
+				got.ends(t, want)
+			})
+		})
+	}
+}
