@@ -28,12 +28,12 @@ const (
 	resync        = 5 * time.Minute // everything anew
 	pruneInterval = 2 * time.Minute // or as soon as one is seen to be gone
 	freeInterval  = 30 * time.Second
-	checksPerTick = 4                      // of few workloads
-	fewWorkloads  = 64                     // of more it is half of that
-	looksPerTick  = 128                    // workloads, see lookSome
-	stuck         = 15 * tick              // since the loop's last turn
-	storm         = 200 * time.Millisecond // between two passes at least
-	moment        = 5 * time.Millisecond   // ... where libcni has not yet written all, or the first did not do all
+	checksPerTick = 4   // of few workloads
+	fewWorkloads  = 64  // of more it is half of that
+	looksPerTick  = 128 // workloads, see lookSome
+
+	storm  = 200 * time.Millisecond // between two passes at least
+	moment = 5 * time.Millisecond   // ... where libcni has not yet written all, or the first did not do all
 )
 
 // Options are what the agent has of its process beside the configuration.
@@ -141,7 +141,7 @@ func New(config Config, options Options) (*Agent, error) {
 		})
 	}
 	var err error
-	if a.flows, err = newFlows(a); err != nil {
+	if a.flows, err = newFlows(*config.Flows, a.datapath, a.containers, a.log); err != nil {
 		return nil, err
 	}
 	if config.Docker.Socket != "" {

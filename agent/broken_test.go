@@ -51,11 +51,11 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			fake := newFakeConsul(t)
 			fake.answers(say(200, oneProxy))
 			follower := fake.follow(t)
-			good := follower.eventually(t, "the first answer", inSync)
+			good := eventuallyKnown(t, follower, "the first answer", inSync)
 
 			fake.answers(c.answer)
 			follower.wake()
-			bad := follower.eventually(t, "the failure to be told", func(v snapshot) bool { return !v.InSync })
+			bad := eventuallyKnown(t, follower, "the failure to be told", func(v snapshot) bool { return !v.InSync })
 			if !strings.Contains(bad.Error.What, c.want) || len(bad.Error.What) > 400 {
 				t.Errorf("error = %q, want a short one that has %q", bad.Error, c.want)
 			}
@@ -67,7 +67,7 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			}
 
 			fake.answers(say(200, oneProxy))
-			follower.eventually(t, "Consul to be followed again", inSync)
+			eventuallyKnown(t, follower, "Consul to be followed again", inSync)
 			fake.mu.Lock()
 			defer fake.mu.Unlock()
 			// The server learns later than the client that one has ended.
@@ -108,7 +108,7 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				works := *field
 				fake.set(field, c.answer)
 				follower := fake.follow(t)
-				bad := follower.eventually(t, "the dead trigger to be told", func(v snapshot) bool { return inSync(v) && v.Watch.What != "" })
+				bad := eventuallyKnown(t, follower, "the dead trigger to be told", func(v snapshot) bool { return inSync(v) && v.Watch.What != "" })
 				if !strings.Contains(bad.Watch.What, c.want) || len(bad.Watch.What) > 400 || bad.Watch.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q", bad.Watch, c.want)
 				}
@@ -121,7 +121,7 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				}
 
 				fake.set(field, works)
-				again := follower.eventually(t, "the trigger to be back", func(v snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
+				again := eventuallyKnown(t, follower, "the trigger to be back", func(v snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
 				if list := again.problems(""); !follower.pollInterval(0).watch || len(list) > 0 {
 					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.pollInterval(0), list)
 				}
@@ -144,13 +144,13 @@ func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
 	})
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	good := follower.eventually(t, "the trigger", func(v snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
+	good := eventuallyKnown(t, follower, "the trigger", func(v snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
 	if good.Watch.What != "" || !follower.pollInterval(0).watch {
 		t.Errorf("the trigger passes for dead: %q", good.Watch)
 	}
 	fake.set(&fake.changes, say(500, "no cluster leader"))
 	close(dies)
-	follower.eventually(t, "the dead trigger to be told and its part done", func(v snapshot) bool {
+	eventuallyKnown(t, follower, "the dead trigger to be told and its part done", func(v snapshot) bool {
 		return v.Watch.What != "" && v.Counts.Reads > good.Counts.Reads
 	})
 }
@@ -162,7 +162,7 @@ func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	fake.set(&fake.chain, say(200, `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`))
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	good := follower.eventually(t, "the virtual IP", func(v snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
+	good := eventuallyKnown(t, follower, "the virtual IP", func(v snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
 	if list := good.problems(""); len(list) > 0 {
 		t.Errorf("problems = %q, want none", list)
 	}
@@ -170,12 +170,12 @@ func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	broken.set(&broken.names, say(500, "No known Consul servers"))
 	broken.answers(say(200, oneProxy))
 	follower = broken.follow(t)
-	bad := follower.eventually(t, "the failure to be told", func(v snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
+	bad := eventuallyKnown(t, follower, "the failure to be told", func(v snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
 	if told := fmt.Sprint(bad.problems("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
 		t.Errorf("problems = %s, want what it means and why", told)
 	}
 	broken.set(&broken.names, allNames)
-	follower.eventually(t, "the names to be known", func(v snapshot) bool { return inSync(v) && len(v.problems("")) == 0 })
+	eventuallyKnown(t, follower, "the names to be known", func(v snapshot) bool { return inSync(v) && len(v.problems("")) == 0 })
 }
 
 // Where no trigger is wanted, a token that may not read the agent still costs
@@ -184,13 +184,13 @@ func TestFollowerTellsWhatItAssumes(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.set(&fake.self, say(403, "Permission denied"))
 	follower := fake.follow(t, unwatched)
-	got := follower.eventually(t, "an answer", func(v snapshot) bool { return v.InSync })
+	got := eventuallyKnown(t, follower, "an answer", func(v snapshot) bool { return v.InSync })
 	if told := fmt.Sprint(got.problems("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, `agent "NODE"`) || got.Watch.What != "" {
 		t.Errorf("problems = %s, want that IPv4 is assumed and the rule that is missing", told)
 	}
 	fake.set(&fake.self, say(200, `{"Config":{"NodeName":"node"}}`))
 	follower.wake()
-	follower.eventually(t, "the answer", func(v snapshot) bool { return v.Bind.What == "" })
+	eventuallyKnown(t, follower, "the answer", func(v snapshot) bool { return v.Bind.What == "" })
 }
 
 // registeredAs is that of a proxy of the allocation with a number.
@@ -275,18 +275,18 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				fake.set(field, say(200, cmp.Or(question.before, question.good)))
 				fake.answers(say(200, question.first))
 				follower := fake.followInHaste(t)
-				follower.eventually(t, "the first answer", func(v snapshot) bool { return v.InSync && question.kept(v.Facts) })
+				eventuallyKnown(t, follower, "the first answer", func(v snapshot) bool { return v.InSync && question.kept(v.Facts) })
 
 				fake.set(field, c.answer)
 				fake.answers(say(200, question.second))
 				follower.wake()
 				if c.name == "slow" {
-					follower.eventually(t, "a slow answer", func(v snapshot) bool {
+					eventuallyKnown(t, follower, "a slow answer", func(v snapshot) bool {
 						return asked(v) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 					})
 					return
 				}
-				bad := follower.eventually(t, "the failure to be told", func(v snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
+				bad := eventuallyKnown(t, follower, "the failure to be told", func(v snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
 				if why := question.why(bad.Facts); !strings.Contains(why.What, c.want) || len(why.What) > 400 || why.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q, and what to do", why, c.want)
 				}
@@ -295,7 +295,7 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				}
 
 				fake.set(field, say(200, question.good))
-				follower.eventually(t, "an answer", func(v snapshot) bool {
+				eventuallyKnown(t, follower, "an answer", func(v snapshot) bool {
 					follower.wake() // or it comes later
 					return asked(v) && question.kept(v.Facts) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 				})
@@ -333,7 +333,7 @@ func TestFollowerWaitsForASlowConsul(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(slow(oneProxy))
 	fake.set(&fake.self, slow(`{"Config":{"NodeName":"node"}}`))
-	fake.follow(t).eventually(t, "the slow answers", func(v snapshot) bool {
+	eventuallyKnown(t, fake.follow(t), "the slow answers", func(v snapshot) bool {
 		return inSync(v) && v.Watch.What == "" && v.Bind.What == "" && v.Counts.Failures == 0
 	})
 }

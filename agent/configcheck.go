@@ -45,13 +45,13 @@ func (c Config) problems() (list []valueProblem) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
 		wrong("log_level", c.LogLevel, "debug, info, warn or error")
 	}
-	if _, known := guardStrength(workload.Guard(c.Guard.Default)); !known {
+	if !workload.Guard(c.Guard.Default).Known() {
 		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
 	}
 	if _, ok := parseGate(c.Gate.Timeout); !ok {
 		wrong("gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
 	}
-	if _, known := guardStrength(workload.Guard(c.Guard.Egress)); !known {
+	if !workload.Guard(c.Guard.Egress).Known() {
 		wrong("guard.egress", c.Guard.Egress, "off, audit or enforce")
 	}
 	for _, name := range c.CNI.JobArgs {

@@ -207,8 +207,6 @@ func (c *consul) self(ctx context.Context) (self, error) {
 	return found, nil
 }
 
-func loopback4() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
-
 // changed returns when the catalog's view of the node is no longer that of
 // index, or after some minutes all the same.
 func (c *consul) changed(ctx context.Context, node string, index uint64) (uint64, error) {
@@ -349,10 +347,6 @@ func (c *consul) gatewayPorts(ctx context.Context, of gateway) ([]uint16, error)
 	}
 	return sortedPorts(ports), nil
 }
-
-// errEmpty is an answer without what every right one has: nothing is taken back
-// for it.
-var errEmpty = errors.New("the answer is empty")
 
 // brief keeps what somebody else's server wrote into its error out of the log
 // but for its beginning.

@@ -14,31 +14,6 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// allocation is everything that is known of one attachment when its desired state
-// is worked out.
-type allocation struct {
-	attachment
-	Cached  bool             // libcni knows it
-	Live    bool             // Nomad or Docker have its namespace
-	Record  *redirect.Record // nil: not on record
-	Proxies []proxy          // of the allocation, sorted by ID
-
-	Withdrawn bool // what counted so far is seen to be no proxy of the allocation's, and there is no other
-}
-
-// catalogData are what proxies have in common, looked up for them. What was not
-// answered yet is not there, and is no reason to take anything back.
-type catalogData struct {
-	VirtualIPs   map[service][]netip.Addr
-	GatewayPorts map[gateway][]uint16
-	CheckPorts   map[string][]uint16        // by service ID; nil: not answered yet
-	NoNames      health.Problem             // why nobody tells which virtual IPs may have changed
-	NoChecks     health.Problem             // why there is no answer, or none newer
-	Unanswered   map[service]health.Problem // ... too
-	Intentions   []intention                // asked where transparent proxies share an allocation; nil: not answered yet
-	NoIntentions health.Problem             // why there is no answer, or none newer
-}
-
 // policy is the operator's part.
 type policy struct {
 	Guard    workload.Guard
@@ -172,13 +147,13 @@ func (s allocation) portsInMesh(meshConfig workload.MeshConfig) (problems []heal
 
 // exposed are the ports of the proxy's listeners beside the mesh's. Those on
 // record stay until Consul has answered; an older record has them among the excluded.
-func (f catalogData) exposed(p proxy, record *redirect.Record) []uint16 {
+func exposedPorts(f catalogData, p proxy, record *redirect.Record) []uint16 {
 	ports := slices.Concat(p.Open, f.GatewayPorts[p.entry()])
 	if p.ExposeCheck {
 		ports = append(ports, f.CheckPorts[p.ServiceID]...)
 		ports = append(ports, f.CheckPorts[p.ID]...)
 	}
-	if record != nil && f.lacksPorts(p) {
+	if record != nil && lacksPorts(f, p) {
 		before := record.MeshConfig
 		ports = append(ports, before.ExcludeInboundPorts...)
 		i := slices.IndexFunc(before.Proxies, func(q workload.Sidecar) bool { return q.Service == p.service().Name })
@@ -192,7 +167,7 @@ func (f catalogData) exposed(p proxy, record *redirect.Record) []uint16 {
 }
 
 // lacksPorts reports whether some of the proxy's listeners are not known yet.
-func (f catalogData) lacksPorts(p proxy) bool {
+func lacksPorts(f catalogData, p proxy) bool {
 	_, answered := f.GatewayPorts[p.entry()]
 	return !answered && (p.Kind == kindIngress || p.Kind == kindAPI) || p.ExposeCheck && f.CheckPorts == nil
 }
@@ -240,12 +215,6 @@ func firstListeners(list []workload.Upstream) []workload.Upstream {
 	}
 	slices.SortFunc(kept, byListener)
 	return kept
-}
-
-// guardStrength orders the guards; an unknown one is none.
-func guardStrength(guard workload.Guard) (strength int, known bool) {
-	strength = slices.Index([]workload.Guard{workload.GuardOff, workload.GuardAudit, workload.GuardEnforce}, guard)
-	return strength, strength >= 0
 }
 
 // openPorts are those that Consul and the job's mapped ports open: exposed ones

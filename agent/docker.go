@@ -88,7 +88,7 @@ func (d *docker) run(ctx context.Context) {
 		}
 		text := ""
 		if !errors.Is(err, fs.ErrNotExist) {
-			text = errorText(err)
+			text = err.Error()
 		}
 		d.mu.Lock()
 		told := d.view.Error == text

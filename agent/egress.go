@@ -15,25 +15,6 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 )
 
-// EgressEntry is what one task sent past its proxy to one port of one address, or
-// the sockets of one kind that it made.
-type EgressEntry struct {
-	AllocID     string    `json:"alloc_id"`
-	Job         string    `json:"job"`
-	TaskGroup   string    `json:"task_group"`
-	Task        string    `json:"task"`    // empty where it is not known
-	Command     string    `json:"command"` // the name that the process of the last one gives itself
-	UID         uint32    `json:"uid"`     // ... its user
-	Transport   string    `json:"transport"`
-	Destination string    `json:"destination"` // allocation of this node as job/group/ID, service, or address; empty for a socket
-	Port        uint16    `json:"port"`
-	Verdict     string    `json:"verdict"` // of the last one
-	Count       uint64    `json:"count"`   // datagrams that were sent, connects, or sockets
-	First       time.Time `json:"first"`
-	Last        time.Time `json:"last"`
-	Remedy      string    `json:"remedy"` // what of the job lets it out
-}
-
 // egressTable counts what left past the proxies, with the bounds of guardTable.
 type egressTable struct {
 	shareTable[egressKey, egressCount]

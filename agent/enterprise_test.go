@@ -53,7 +53,7 @@ func TestFollowerNamesPartitionAndNamespace(t *testing.T) {
 	enterprise := newFakeEnterprise(t, fake)
 	config := *DefaultConfig().Consul
 	config.Address, config.Namespace, config.Partition = enterprise.URL, "*", "red"
-	runFollower(t, config).eventually(t, "all questions", func(snapshot) bool {
+	eventuallyKnown(t, runFollower(t, config), "all questions", func(snapshot) bool {
 		enterprise.mu.Lock()
 		defer enterprise.mu.Unlock()
 		return len(enterprise.asked) == 7

@@ -230,7 +230,7 @@ func runFollower(t *testing.T, config ConsulConfig, change ...func(*consulWatche
 	return follower
 }
 
-func (f *consulWatcher) eventually(t *testing.T, what string, ok func(snapshot) bool) snapshot {
+func eventuallyKnown(t *testing.T, f *consulWatcher, what string, ok func(snapshot) bool) snapshot {
 	t.Helper()
 	var last snapshot
 	test.Eventually(t, func() error {

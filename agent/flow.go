@@ -240,3 +240,13 @@ func isEnd(text, alloc, job, task, service string, ip netip.Addr) bool {
 	prefix, err := netip.ParsePrefix(text)
 	return err == nil && prefix.Contains(ip)
 }
+
+// ended reports whether a moment is after those that the reader wants.
+func (q *FlowQuery) ended(at int64) bool { return !q.Until.IsZero() && at > q.Until.UnixNano() }
+
+func (q *FlowQuery) sinceNano() int64 {
+	if q.Since.IsZero() {
+		return 0
+	}
+	return q.Since.UnixNano()
+}

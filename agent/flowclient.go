@@ -91,3 +91,7 @@ func readLines[T any](ctx context.Context, stateDir, path string, follow bool, d
 	}
 	return nil
 }
+
+// flowProblem is the header of an answer that says why nothing is recorded at
+// present, though it is to be.
+const flowProblem = "Weir-Problem"

@@ -196,7 +196,7 @@ func (r *flowRecord) flow(node string) Flow {
 	source, destination := r.workload, r.peer
 	if r.verdict == bpfmap.EventsLost {
 		flow.Lost, flow.Cause = uint64(r.lost), LostInKernel
-		flow.Source.is(source)
+		fillSource(&flow.Source, source)
 		return flow
 	}
 	flow.Direction = DirectionOf(r.verdict)
@@ -206,7 +206,7 @@ func (r *flowRecord) flow(node string) Flow {
 	case DirectionForwarded: // either end may be any other
 		source, destination = nil, r.peer
 	}
-	flow.Source.is(source)
+	fillSource(&flow.Source, source)
 	if destination != nil {
 		flow.Destination = FlowDestination{
 			AllocID: destination.allocID, Namespace: destination.namespace, Job: destination.job, TaskGroup: destination.group,
@@ -224,7 +224,7 @@ func (r *flowRecord) flow(node string) Flow {
 	return flow
 }
 
-func (s *FlowSource) is(w *flowWorkload) {
+func fillSource(s *FlowSource, w *flowWorkload) {
 	if w != nil {
 		s.AllocID, s.Namespace, s.Job, s.TaskGroup, s.Service = w.allocID, w.namespace, w.job, w.group, w.service
 	}

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,9 +22,9 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 )
 
-// flowProblem is the header of an answer that says why nothing is recorded at
-// present, though it is to be.
-const flowProblem = "Weir-Problem"
+// lookInterval is how often the recorder looks whether the kernel's ring is still the one
+// that it reads.
+const lookInterval = 2 * time.Second
 
 // flows records the node's connections: the one reader of the kernel's ring, for
 // any number of readers of its own.
@@ -45,9 +46,10 @@ type flows struct {
 	problem string // why nothing is recorded at present; empty: it is
 }
 
-// newFlows makes what Agent.Run runs; nil where flows are not to be recorded.
-func newFlows(a *Agent) (*flows, error) {
-	if !a.config.Flows.Enabled {
+// newFlows makes what records; nil where flows are not to be recorded. containers are
+// Docker's, as they are known now.
+func newFlows(config FlowsConfig, datapath *redirect.Datapath, containers func() containers, log *slog.Logger) (*flows, error) {
+	if !config.Enabled {
 		return nil, nil //nolint:nilnil // nothing is an answer
 	}
 	node, err := os.Hostname()
@@ -55,9 +57,9 @@ func newFlows(a *Agent) (*flows, error) {
 		return nil, fmt.Errorf("read host name: %w", err)
 	}
 	f := &flows{
-		ring: newFlowRing(a.config.Flows.bytes(), a.config.Flows.length()), guard: newGuardTable(time.Now()), egress: newEgressTable(), datapath: a.datapath, node: node, log: a.log,
-		pin: filepath.Join(a.datapath.Paths().PinDir, "maps", "events"), done: make(chan struct{}),
-		names: flowNames{known: a.datapath.Records, cgroupPath: host.CgroupPath, containers: a.containers},
+		ring: newFlowRing(config.bytes(), config.length()), guard: newGuardTable(time.Now()), egress: newEgressTable(), datapath: datapath, node: node, log: log,
+		pin: filepath.Join(datapath.Paths().PinDir, "maps", "events"), done: make(chan struct{}),
+		names: flowNames{known: datapath.Records, cgroupPath: host.CgroupPath, containers: containers},
 	}
 	f.names.learn(&flowFacts{})
 	return f, nil
@@ -94,14 +96,14 @@ func (f *flows) read(ctx context.Context) error {
 	var watch sync.WaitGroup
 	defer watch.Wait()
 	defer cancel()
-	inode := inodeOf(f.pin)
+	inode := host.Inode(f.pin)
 	watch.Go(func() {
 		for {
-			if _, alive := pause(ctx, tick, nil); !alive {
+			if _, alive := pause(ctx, lookInterval, nil); !alive {
 				return
 			}
 			f.ring.tidy(time.Now())
-			if inodeOf(f.pin) != inode {
+			if host.Inode(f.pin) != inode {
 				cancel()
 				return
 			}
@@ -136,7 +138,10 @@ func (f *flows) note(event redirect.Event) {
 func (f *flows) tell(err error) {
 	f.mu.Lock()
 	before := f.problem
-	f.problem = errorText(err)
+	f.problem = ""
+	if err != nil {
+		f.problem = err.Error()
+	}
 	f.mu.Unlock()
 	switch {
 	case err != nil && before != err.Error():
@@ -146,59 +151,11 @@ func (f *flows) tell(err error) {
 	}
 }
 
-// serveFlows answers with a JSON object a line, one a flow.
-func (a *Agent) serveFlows(w http.ResponseWriter, r *http.Request) {
-	query, err := parseFlowQuery(r.URL.Query(), time.Now())
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
-	f := a.flows
-	a.stream(w, r, query, func(record *flowRecord) any {
-		if !IsConnection(record.verdict) {
-			return nil
-		}
-		flow := record.flow(f.node)
-		if record.verdict != bpfmap.EventsLost && !query.matches(&flow) {
-			return nil
-		}
-		return flow
-	})
-}
-
-// serveEvents answers with what the kernel tells from now on, as it tells it.
-func (a *Agent) serveEvents(w http.ResponseWriter, r *http.Request) {
-	a.stream(w, r, FlowQuery{Follow: true}, func(record *flowRecord) any {
-		if record.verdict == bpfmap.Held {
-			return nil // no program said so
-		}
-		return record.event()
-	})
-}
-
-// stream writes what a reader wants of the records, a line each, and what it lost.
-func (a *Agent) stream(w http.ResponseWriter, r *http.Request, query FlowQuery, line func(*flowRecord) any) {
-	f := a.flows
-	if f == nil {
-		http.Error(w, ErrFlowsOff.Error(), http.StatusNotImplemented)
-		return
-	}
-	// The server's bounds are for requests that come to an end.
-	control := http.NewResponseController(w)
-	if err := control.SetReadDeadline(time.Time{}); err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
-	}
-	w.Header().Set("Content-Type", "application/x-ndjson")
+// trouble is why nothing is recorded at present; "" where it is.
+func (f *flows) trouble() string {
 	f.mu.Lock()
-	if f.problem != "" {
-		w.Header().Set(flowProblem, f.problem)
-	}
-	f.mu.Unlock()
-	out := &flowWriter{to: bufio.NewWriterSize(w, 64<<10), control: control, node: f.node}
-	if err := f.copy(r.Context(), out, query, line); err != nil {
-		a.log.Debug("answer not delivered", "error", err)
-	}
+	defer f.mu.Unlock()
+	return f.problem
 }
 
 // flowWriter writes to one reader.
@@ -244,9 +201,6 @@ func (f *flows) begin(out *flowWriter, query FlowQuery, line func(*flowRecord) a
 	}
 	return number, out.lost(dropped, LostByMemory)
 }
-
-// ended reports whether a moment is after those that the reader wants.
-func (q *FlowQuery) ended(at int64) bool { return !q.Until.IsZero() && at > q.Until.UnixNano() }
 
 func (f *flows) copy(ctx context.Context, out *flowWriter, query FlowQuery, line func(*flowRecord) any) error {
 	if query.Follow && !query.Until.IsZero() {
@@ -304,9 +258,25 @@ func (f *flows) wait(ctx context.Context, changed <-chan struct{}) bool {
 	return false
 }
 
-func (q *FlowQuery) sinceNano() int64 {
-	if q.Since.IsZero() {
-		return 0
+// lastOf are the last connections of an allocation, the newest first.
+func (f *flows) lastOf(allocID string, count int) (list []Flow) {
+	ours := func(r *flowRecord) bool {
+		return r.verdict != bpfmap.EventsLost && IsConnection(r.verdict) && (r.workload.allocID == allocID || r.peer != nil && r.peer.allocID == allocID)
 	}
-	return q.Since.UnixNano()
+	first, _ := f.ring.since(time.Time{})
+	number := f.ring.last(count, first, ours)
+	for {
+		records, missed, changed := f.ring.read(number)
+		if changed != nil {
+			break
+		}
+		number += missed + uint64(len(records))
+		for i := range records {
+			if ours(&records[i]) {
+				list = append(list, records[i].flow(f.node))
+			}
+		}
+	}
+	slices.Reverse(list)
+	return list[:min(count, len(list))]
 }

@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"fmt"
 	"slices"
 	"time"
 
@@ -15,107 +14,6 @@ import (
 // author's: the ID that names an allocation, the address, the ports, the
 // metadata. It counts for an allocation only where this node shows that the
 // allocation runs that proxy.
-
-// claim is what the loop remembers of a registration that names an allocation.
-type claim struct {
-	since   time.Time
-	shown   bool // the task that Nomad injects for it was seen in the allocation
-	counted bool // in the last pass
-}
-
-// evidence is what this node shows of the proxies that an allocation runs.
-type evidence struct {
-	Tasks   []string        // names of its tasks, as far as they can be told from cgroups and containers
-	Listens func() []uint16 // where sockets under the proxy's UID listen
-	Claims  map[string]claim
-	Settled bool // its tasks have run for a while
-}
-
-// judge tells the registrations that count, sorted as they came, from the
-// others, and why those do not.
-func (e evidence) judge(s allocation, known catalogData) (counted []proxy, others map[string]health.Problem) {
-	others = make(map[string]health.Problem)
-	named := func(p proxy) bool {
-		return e.Claims[p.ID].shown || known.runs(s.attachment, p) ||
-			slices.ContainsFunc(e.Tasks, func(task string) bool { return injected(task, []proxy{p}) })
-	}
-	anyNamed := slices.ContainsFunc(s.Proxies, named) || slices.ContainsFunc(e.Tasks, isInjected)
-	var byListener []proxy
-	for _, p := range s.Proxies {
-		switch {
-		case named(p):
-			counted = append(counted, p)
-		case anyNamed && e.Claims[p.ID].counted && !e.Settled:
-			counted = append(counted, p) // its task may be on its way
-		case anyNamed:
-			others[p.ID] = s.foreign(p, "the allocation runs the proxies of other registrations, and none that is injected for this service")
-		case e.Tasks == nil && p.AllocID != "" && len(s.Proxies) == 1 && s.maps(p, known):
-			counted = append(counted, p) // nothing runs there yet, or names of tasks cannot be told
-		case e.Claims[p.ID].counted && !e.Settled:
-			counted = append(counted, p)
-		case p.AllocID != "" && !p.isGateway() && s.Cached && !s.maps(p, known):
-			others[p.ID] = s.foreign(p, fmt.Sprintf("the allocation maps none of its ports %v", p.listeners(known)))
-		case !slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return slices.Contains(e.Listens(), port) }):
-			others[p.ID] = s.unproven(p)
-		default:
-			byListener = append(byListener, p)
-		}
-	}
-	// A listener shows that there is a proxy, and not whose: who counted goes on, of
-	// several others none is known to be the right one.
-	all := slices.Concat(counted, byListener)
-	for _, p := range byListener {
-		rival := func(q proxy) bool {
-			first := e.Claims[p.ID].counted && !e.Claims[q.ID].counted
-			return q.ID != p.ID && !first && (p.AllocID == "" || q.AllocID == "" || sharePorts(p, q, known))
-		}
-		if i := slices.IndexFunc(all, rival); i >= 0 {
-			others[p.ID] = s.foreign(p, fmt.Sprintf("registration %s claims the same listener, and no task of the allocation tells whose it is", all[i].ID))
-			continue
-		}
-		counted = append(counted, p)
-	}
-	return counted, others
-}
-
-func (s allocation) foreign(p proxy, why string) health.Problem {
-	return health.NewProblem(health.ProblemForeignRegistration,
-		"find out who registered it, and deregister it with 'consul services deregister'; where the allocation does run that proxy, leave its task the name that Nomad injects",
-		fmt.Sprintf("service %s names allocation %s and changes nothing there: %s", p.Self.Name, s.Job.AllocID, why)).
-		Of("registration "+p.ID, s.Job.AllocID)
-}
-
-func (s allocation) unproven(p proxy) health.Problem {
-	return health.NewProblem(health.ProblemUnprovenRegistration,
-		"see whether the allocation's proxy runs; one whose task the job names itself is told by its UID: proxy { default_uid }, or transparent_proxy { uid }",
-		fmt.Sprintf("service %s names allocation %s and changes nothing there: no task that Nomad injects for it runs, and nothing listens on its ports under the proxy's UID",
-			p.Self.Name, s.Job.AllocID)).
-		Of("registration "+p.ID, s.Job.AllocID)
-}
-
-// listeners are the ports on which the proxy is for others: that of the mesh, or
-// a gateway's.
-func (p proxy) listeners(known catalogData) []uint16 {
-	if !p.isGateway() {
-		return []uint16{p.Inbound}
-	}
-	return slices.Concat(p.Open, known.GatewayPorts[p.entry()])
-}
-
-func sharePorts(p, q proxy, known catalogData) bool {
-	ports := q.listeners(known)
-	return slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return slices.Contains(ports, port) })
-}
-
-// maps reports whether a port of the proxy's is one that Nomad gave to the
-// allocation: in the plugin's request, or mapped from the host.
-func (s allocation) maps(p proxy, known catalogData) bool {
-	own := s.mappedPorts()
-	if s.Record != nil && s.Record.Request.InboundPort != 0 {
-		own = append(own, s.Record.Request.InboundPort)
-	}
-	return slices.ContainsFunc(p.listeners(known), func(port uint16) bool { return port != 0 && slices.Contains(own, port) })
-}
 
 // identify keeps of the subjects' registrations those that count.
 func (a *Agent) identify(allocations []allocation, known catalogData, now time.Time) {
@@ -190,14 +88,6 @@ func (a *Agent) identifyOne(s *allocation, known catalogData, now time.Time) (fo
 		a.unproven = next
 	}
 	return foreign
-}
-
-// proxyUID is that under which the allocation's proxies run.
-func (s allocation) proxyUID(standard uint32) uint32 {
-	if s.Record != nil {
-		return s.Record.Request.ProxyUID
-	}
-	return standard
 }
 
 // cgroupsIn is redirect.CgroupsIn for those that can be looked at.

@@ -258,3 +258,31 @@ func questions(byAllocation map[string][]proxy, intentions []intention) (service
 func compareServices(a, b service) int {
 	return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name+"/"+a.Peer, b.Partition+"/"+b.Namespace+"/"+b.Name+"/"+b.Peer)
 }
+
+// dialledServices are the services that intentions allow the transparent proxies of
+// groups with several to dial, by name.
+func dialledServices(byAllocation map[string][]proxy, intentions []intention) (services []service) {
+	for alloc, list := range byAllocation {
+		list = transparent(list)
+		if alloc == "" || len(list) < 2 {
+			continue
+		}
+		for _, allowed := range intentions {
+			if slices.ContainsFunc(list, allowed.names) {
+				services = append(services, allowed.Destination)
+			}
+		}
+	}
+	return services
+}
+
+// competing reports whether proxies of one allocation compete for virtual IPs:
+// those of no allocation are not known to share one.
+func competing(byAllocation map[string][]proxy) bool {
+	for alloc, list := range byAllocation {
+		if alloc != "" && len(transparent(list)) > 1 {
+			return true
+		}
+	}
+	return false
+}

@@ -212,9 +212,7 @@ func (m mapSource) Allocation(id string) (web.Allocation, bool) {
 	for _, flow := range m.flows.lastOf(id, mapFlows) {
 		found.Flows = append(found.Flows, mapFlow(id, flow))
 	}
-	m.flows.mu.Lock()
-	defer m.flows.mu.Unlock()
-	found.Unrecorded = m.flows.problem
+	found.Unrecorded = m.flows.trouble()
 	return found, true
 }
 
@@ -241,27 +239,4 @@ func mapFlow(id string, flow Flow) web.Flow {
 		shown.Peer = netip.AddrPortFrom(d.IP, d.Port).String()
 	}
 	return shown
-}
-
-// lastOf are the last connections of an allocation, the newest first.
-func (f *flows) lastOf(allocID string, count int) (list []Flow) {
-	ours := func(r *flowRecord) bool {
-		return r.verdict != bpfmap.EventsLost && IsConnection(r.verdict) && (r.workload.allocID == allocID || r.peer != nil && r.peer.allocID == allocID)
-	}
-	first, _ := f.ring.since(time.Time{})
-	number := f.ring.last(count, first, ours)
-	for {
-		records, missed, changed := f.ring.read(number)
-		if changed != nil {
-			break
-		}
-		number += missed + uint64(len(records))
-		for i := range records {
-			if ours(&records[i]) {
-				list = append(list, records[i].flow(f.node))
-			}
-		}
-	}
-	slices.Reverse(list)
-	return list[:min(count, len(list))]
 }

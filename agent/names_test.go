@@ -108,8 +108,8 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 	// On a busy machine an answer takes longer than the tests' patience, and what was not
 	// answered is followed by a bulk read.
 	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = 30 * time.Second })
-	follower.eventually(t, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
-	before := follower.eventually(t, "that of db", virtualIPOf("db", "240.0.0.1"))
+	eventuallyKnown(t, follower, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
+	before := eventuallyKnown(t, follower, "that of db", virtualIPOf("db", "240.0.0.1"))
 	test.Eventually(t, func() error {
 		if fake.times("/v1/catalog/services") < 2 {
 			return errors.New("not yet")
@@ -119,13 +119,13 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 
 	fake.chains(chainOf())
 	fake.catalog.set("db", "web")
-	follower.eventually(t, "api to have none", func(v snapshot) bool {
+	eventuallyKnown(t, follower, "api to have none", func(v snapshot) bool {
 		list, answered := v.Facts.VirtualIPs[service{Name: "api"}]
 		return answered && len(list) == 0
 	})
 	fake.chains(chainOf(`"240.0.0.2"`))
 	fake.catalog.set("api", "db", "web")
-	after := follower.eventually(t, "api to have another", virtualIPOf("api", "240.0.0.2"))
+	after := eventuallyKnown(t, follower, "api to have another", virtualIPOf("api", "240.0.0.2"))
 	if !virtualIPOf("db", "240.0.0.1")(after) || fake.times("/v1/discovery-chain/db") != 1 {
 		t.Errorf("db, which stayed, was asked for %d times, want once: %v", fake.times("/v1/discovery-chain/db"), after.Facts.VirtualIPs)
 	}
@@ -190,9 +190,9 @@ func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
 	fake.catalog.set("web")
 	fake.answers(registered(exampleAlloc))
 	follower := fake.follow(t)
-	follower.eventually(t, "the proxy", inSync)
+	eventuallyKnown(t, follower, "the proxy", inSync)
 	follower.wake()
-	follower.eventually(t, "another read", func(v snapshot) bool { return v.Counts.Reads > 1 })
+	eventuallyKnown(t, follower, "another read", func(v snapshot) bool { return v.Counts.Reads > 1 })
 	if times := fake.times("/v1/catalog/services"); times > 0 {
 		t.Errorf("asked %d times, want never", times)
 	}

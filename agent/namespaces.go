@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
@@ -85,12 +84,6 @@ func leftBehind() health.Problem {
 	return health.NewProblem(health.ProblemLeftBehind, "'weir gc' takes away what is left", "it has ended and its namespace is gone, but nobody ended its network")
 }
 
-// over reports an attachment that libcni alone knows: nothing can run in it any
-// more.
-func (s allocation) over() bool {
-	return s.Record == nil && s.Cached && !s.Live && s.NetNS != "" && isGone(s.NetNS)
-}
-
 // isGone reports whether no namespace is mounted there for certain: one that
 // cannot be looked at may live.
 func isGone(path string) bool {
@@ -107,33 +100,4 @@ func there(netns string, addresses []netip.Addr) ([]netip.Addr, error) {
 		return nil, err
 	}
 	return slices.DeleteFunc(slices.Clone(addresses), func(addr netip.Addr) bool { return !slices.Contains(assigned, addr) }), nil
-}
-
-// mostDirectories bounds how many directories of namespaces are watched; a node
-// has one or two.
-const mostDirectories = 16
-
-// directoriesOf are the directories in which the subjects' namespaces come and go.
-func directoriesOf(allocations []allocation) (dirs []string) {
-	for _, s := range allocations {
-		dir := filepath.Dir(s.NetNS)
-		if s.NetNS != "" && !strings.HasPrefix(dir, "/proc") && !slices.Contains(dirs, dir) && len(dirs) < mostDirectories {
-			dirs = append(dirs, dir)
-		}
-	}
-	return dirs
-}
-
-// isAllocID reports whether text has the form of an allocation's ID.
-func isAllocID(text string) bool {
-	if len(text) != 36 {
-		return false
-	}
-	for i, c := range text {
-		dash := i == 8 || i == 13 || i == 18 || i == 23
-		if dash != (c == '-') || !dash && !strings.ContainsRune("0123456789abcdef", c) {
-			return false
-		}
-	}
-	return true
 }

@@ -162,7 +162,7 @@ func (a *Agent) followNetworks(known []redirect.Record) {
 			continue
 		}
 		there[k.Key] = true
-		if err := a.networks.follow(k.Key, k.NetNS, k.Cookie); err != nil && inodeOf(k.NetNS) != 0 {
+		if err := a.networks.follow(k.Key, k.NetNS, k.Cookie); err != nil && host.Inode(k.NetNS) != 0 {
 			a.warnOnce("follow networks", err)
 		}
 	}

@@ -41,7 +41,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	use("all-nodes", strings.Replace(rules, `node "node-dc1"`, `node_prefix ""`, 1))
 	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = defaultTimeouts().read })
 	local, peers := service{Name: "api"}, service{Name: "api", Peer: "dc2"}
-	before := follower.eventually(t, "the question to be answered", func(v snapshot) bool {
+	before := eventuallyKnown(t, follower, "the question to be answered", func(v snapshot) bool {
 		_, answered := v.Facts.VirtualIPs[peers]
 		return answered && len(v.Facts.VirtualIPs[local]) == 1
 	})
@@ -50,7 +50,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	there.Register(object{"Name": "api", "ID": "api-2", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001}}})
 	there.Put("/v1/config", object{"Kind": "exported-services", "Name": "default", "Services": []object{{"Name": "api", "Consumers": []object{{"Peer": "dc1"}}}}})
-	got := follower.eventually(t, "the virtual IP of the peer's service", func(v snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
+	got := eventuallyKnown(t, follower, "the virtual IP of the peer's service", func(v snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
 	virtual, own := got.Facts.VirtualIPs[peers][0], got.Facts.VirtualIPs[local][0]
 	if virtual == own {
 		t.Errorf("both services have %s: nothing was tested", own)
@@ -69,7 +69,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	// The desired state is that of any upstream.
 	s := allocation{attachment: attachment{Key: workload.AttachmentID{ContainerID: numbered(1)}, Job: workload.Job{AllocID: numbered(1)}}}
 	s.Record = &redirect.Record{Request: workload.Request{Mode: workload.ModeDirect}}
-	s.Proxies = got.of(s.attachment)
+	s.Proxies = proxiesOf(got, s.attachment)
 	wanted := planFor(s, got.Facts, policy{Guard: workload.GuardAudit})
 	want := []workload.Upstream{
 		{Name: "api", Addresses: []netip.Addr{own}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},

@@ -13,7 +13,6 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
-	"golang.org/x/sys/unix"
 )
 
 // allocState is what the loop remembers of an attachment.
@@ -52,7 +51,7 @@ type allocState struct {
 
 // recordGrace is how long a record may be missing before it counts as lost:
 // at DEL, libcni forgets an allocation after the plugin has.
-const recordGrace = 10 * time.Second
+const recordGrace = settleTime
 
 var errRecordMissing = errors.New("its record is missing: it ends, or somebody removed the record")
 
@@ -265,7 +264,7 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 	replaced := (s.Cached || s.Live) && a.replaced(s, m)
 	unnamed := s.Cached && len(request.Addresses) == 0 && len(s.Addresses) > 0
 	if !replaced && !unnamed {
-		if inodeOf(s.Record.NetNS) == 0 && now.Sub(a.pruned) > tick {
+		if host.Inode(s.Record.NetNS) == 0 && now.Sub(a.pruned) > tick {
 			a.pruned = time.Time{} // it died
 		}
 		a.note(s.Key, m, "namespace", nil)
@@ -292,7 +291,7 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 // An inode tells that nothing changed since the last look, within limits: the
 // kernel gives it to another namespace later.
 func (a *Agent) replaced(s allocation, m *allocState) bool {
-	inode := inodeOf(s.NetNS)
+	inode := host.Inode(s.NetNS)
 	if inode != 0 && inode == m.inode && m.cookie == s.Record.Cookie {
 		return false
 	}
@@ -309,14 +308,6 @@ func (a *Agent) replaced(s allocation, m *allocState) bool {
 	}
 	recorded, err := host.Cookie(s.Record.NetNS)
 	return errors.Is(err, host.ErrNetNSGone) || err == nil && recorded != s.Record.Cookie
-}
-
-func inodeOf(path string) uint64 {
-	var stat unix.Stat_t
-	if unix.Stat(path, &stat) != nil {
-		return 0
-	}
-	return stat.Ino
 }
 
 func (a *Agent) add(s allocation, m *allocState, attachment redirect.Attachment, why string) State {

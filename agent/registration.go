@@ -5,6 +5,7 @@ package agent
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -210,7 +211,7 @@ func (r registration) proxy(loopback netip.Addr) proxy {
 			continue
 		}
 		guard := workload.Guard(asked)
-		if _, known := guardStrength(guard); known {
+		if guard.Known() {
 			*field = guard
 		} else {
 			problem("meta %s = %q: want off, audit or enforce", key, asked)
@@ -355,4 +356,24 @@ func portNumber(n int) (uint16, bool) {
 func sortedPorts(ports []uint16) []uint16 {
 	slices.Sort(ports)
 	return slices.Compact(ports)
+}
+
+func loopback4() netip.Addr { return netip.AddrFrom4([4]byte{127, 0, 0, 1}) }
+
+// errEmpty is an answer without what every right one has: nothing is taken back
+// for it.
+var errEmpty = errors.New("the answer is empty")
+
+// isAllocID reports whether text has the form of an allocation's ID.
+func isAllocID(text string) bool {
+	if len(text) != 36 {
+		return false
+	}
+	for i, c := range text {
+		dash := i == 8 || i == 13 || i == 18 || i == 23
+		if dash != (c == '-') || !dash && !strings.ContainsRune("0123456789abcdef", c) {
+			return false
+		}
+	}
+	return true
 }

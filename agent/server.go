@@ -18,10 +18,8 @@ import (
 
 	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
 )
-
-// socketName is the agent's local API in the state directory.
-const socketName = "agent.sock"
 
 // telemetryConnections is how many may be open at a time: whoever can reach the
 // address must not use up the files that the agent may open.
@@ -72,7 +70,7 @@ func (a *Agent) listenLocally() error {
 
 // keepSocket makes the socket of the local API anew where somebody removed it.
 func (a *Agent) keepSocket() {
-	if a.servers.local != nil && inodeOf(a.socketPath()) != 0 {
+	if a.servers.local != nil && host.Inode(a.socketPath()) != 0 {
 		return // ours, or another agent's, which it is not for us to remove
 	}
 	if a.servers.local != nil {
@@ -145,8 +143,8 @@ func (a *Agent) localAPI() http.Handler {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
 		a.writeJSON(w, http.StatusOK, a.Status())
 	})
-	mux.HandleFunc("GET /v1/flows", a.serveFlows)
-	mux.HandleFunc("GET /v1/events", a.serveEvents)
+	mux.HandleFunc("GET /v1/flows", a.flows.serveFlows)
+	mux.HandleFunc("GET /v1/events", a.flows.serveEvents)
 	mux.HandleFunc("GET /v1/guard", a.serveGuard)
 	mux.HandleFunc("GET /v1/traffic", a.serveTraffic)
 	return mux
@@ -176,49 +174,4 @@ func (a *Agent) writeJSON(w http.ResponseWriter, code int, value any) {
 	if err := json.NewEncoder(w).Encode(value); err != nil {
 		a.log.Debug("answer not delivered", "error", err)
 	}
-}
-
-// ErrNotRunning says that no agent answers on the local API.
-var ErrNotRunning = errors.New("the agent does not run")
-
-// ask sends a request to the agent whose state is in stateDir.
-func ask(ctx context.Context, stateDir, path string) (*http.Response, error) {
-	socket := filepath.Join(stateDir, socketName)
-	client := &http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
-	if err != nil {
-		return nil, fmt.Errorf("ask agent: %w", err)
-	}
-	response, err := client.Do(request)
-	var dial *net.OpError
-	if errors.As(err, &dial) && dial.Op == "dial" {
-		return nil, fmt.Errorf("ask agent: %w: %w", ErrNotRunning, err)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("ask agent: %w", err)
-	}
-	return response, nil
-}
-
-// ReadStatus asks the agent whose state is in stateDir.
-func ReadStatus(ctx context.Context, stateDir string) (Status, error) {
-	response, err := ask(ctx, stateDir, "/v1/status")
-	if err != nil {
-		return Status{}, err
-	}
-	defer response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		return Status{}, fmt.Errorf("ask agent: answer %s", response.Status)
-	}
-	const statusLimit = 64 << 20 // bytes; an allocation has one to two thousand
-	var status Status
-	if err := json.NewDecoder(&boundedBody{body: response.Body, limit: statusLimit}).Decode(&status); err != nil {
-		return Status{}, fmt.Errorf("ask agent: %w", err)
-	}
-	return status, nil
 }

@@ -13,53 +13,6 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// intention is one that allows a service, named by itself, to dial another.
-type intention struct{ Source, Destination service }
-
-// serviceOf is a service as an intention names it, where the free edition has a
-// namespace "default".
-func serviceOf(name, namespace, partition string) service {
-	const standard = "default"
-	if namespace == standard {
-		namespace = ""
-	}
-	if partition == standard {
-		partition = ""
-	}
-	return service{Name: name, Namespace: namespace, Partition: partition}
-}
-
-// names reports whether the source is the proxy's service.
-func (i intention) names(p proxy) bool {
-	of := p.service()
-	return i.Source == serviceOf(of.Name, of.Namespace, of.Partition)
-}
-
-// inOrder sorts the proxies of an allocation by the names of their services:
-// the order in which they own what several claim.
-func inOrder(proxies []proxy) []proxy {
-	proxies = slices.Clone(proxies)
-	slices.SortStableFunc(proxies, func(a, b proxy) int {
-		return cmp.Or(cmp.Compare(a.service().Name, b.service().Name), cmp.Compare(a.ID, b.ID))
-	})
-	return proxies
-}
-
-// service is that whose sidecar the proxy is, or the gateway itself.
-func (p proxy) service() service {
-	of := p.Self
-	of.Name = cmp.Or(p.Service, p.ServiceID, of.Name)
-	return of
-}
-
-// transparent are the sidecars that take what no rule exempts.
-func transparent(proxies []proxy) []proxy {
-	return slices.DeleteFunc(inOrder(proxies), func(p proxy) bool { return !p.Transparent })
-}
-
-// outbound is where Consul puts the listener.
-func (p proxy) outbound() uint16 { return cmp.Or(p.Outbound, workload.DefaultOutboundPort) }
-
 // sidecars tells the mesh configuration who the proxies of the workload are. proxies are in order.
 func sidecars(o *workload.MeshConfig, proxies []proxy, mode workload.Mode, known catalogData, record *redirect.Record) (problems []health.Problem) {
 	unmeshed := slices.DeleteFunc(slices.Clone(proxies), func(p proxy) bool { return p.Inbound != 0 })
@@ -75,12 +28,12 @@ func sidecars(o *workload.MeshConfig, proxies []proxy, mode workload.Mode, known
 	}
 	first := proxies[0]
 	problems = ownPorts(o, first, redirected, record)
-	o.ExposedPorts = known.exposed(first, record)
+	o.ExposedPorts = exposedPorts(known, first, record)
 	if len(proxies)+len(unmeshed) == 1 {
 		return problems
 	}
 	o.Service = first.service().Name
-	owners := known.owners(proxies, record)
+	owners := ownersOf(known, proxies, record)
 	services := map[uint16]bool{first.Local: true}
 	ports := map[uint16]proxy{first.Inbound: first}
 	if redirected {
@@ -104,7 +57,7 @@ func sidecars(o *workload.MeshConfig, proxies []proxy, mode workload.Mode, known
 		if p.Inbound != 0 && !take(p.Inbound, p, "inbound", "give its sidecar_service another port") {
 			continue
 		}
-		next := workload.Sidecar{Service: p.service().Name, InboundPort: p.Inbound, ExposedPorts: known.exposed(p, record)}
+		next := workload.Sidecar{Service: p.service().Name, InboundPort: p.Inbound, ExposedPorts: exposedPorts(known, p, record)}
 		if redirected && p.Inbound != 0 {
 			if p.Local != 0 && !services[p.Local] {
 				services[p.Local] = true
@@ -146,7 +99,7 @@ func ownPorts(o *workload.MeshConfig, first proxy, redirected bool, record *redi
 // owners gives each virtual IP to the first transparent proxy that an intention
 // names as allowed to dial its service. Who is not named owns nothing: that is
 // the first proxy's. Until Consul has answered, those on record stay.
-func (f catalogData) owners(proxies []proxy, record *redirect.Record) map[string][]netip.Addr {
+func ownersOf(f catalogData, proxies []proxy, record *redirect.Record) map[string][]netip.Addr {
 	owned, taken := make(map[string][]netip.Addr), make(map[netip.Addr]bool)
 	take := func(p proxy, list []netip.Addr) {
 		for _, addr := range list {
@@ -179,32 +132,4 @@ func onRecordOf(p proxy, before workload.MeshConfig) []netip.Addr {
 		return nil
 	}
 	return before.Proxies[i].VirtualIPs
-}
-
-// dialledServices are the services that intentions allow the transparent proxies of
-// groups with several to dial, by name.
-func dialledServices(byAllocation map[string][]proxy, intentions []intention) (services []service) {
-	for alloc, list := range byAllocation {
-		list = transparent(list)
-		if alloc == "" || len(list) < 2 {
-			continue
-		}
-		for _, allowed := range intentions {
-			if slices.ContainsFunc(list, allowed.names) {
-				services = append(services, allowed.Destination)
-			}
-		}
-	}
-	return services
-}
-
-// competing reports whether proxies of one allocation compete for virtual IPs:
-// those of no allocation are not known to share one.
-func competing(byAllocation map[string][]proxy) bool {
-	for alloc, list := range byAllocation {
-		if alloc != "" && len(transparent(list)) > 1 {
-			return true
-		}
-	}
-	return false
 }

@@ -32,14 +32,6 @@ type snapshot struct {
 	Counts  consulCounts
 }
 
-// consulCounts are how often things happened since the agent began.
-type consulCounts struct {
-	Reads    uint64 `json:"reads"`
-	Failures uint64 `json:"failures"`
-	Changes  uint64 `json:"changes"` // reads that differed from the one before
-	Bytes    uint64 `json:"bytes"`   // of the reads' answers
-}
-
 // consulWatcher keeps a view of Consul: one bulk read as truth, one blocking query
 // as trigger. A failure leaves the view as it was.
 type consulWatcher struct {
@@ -171,19 +163,6 @@ func (f *consulWatcher) look(ctx context.Context) {
 	f.view.Facts, f.view.Noticed = known, began
 	f.mu.Unlock()
 	f.changed()
-}
-
-// pause waits. early says that it was cut short, alive that ctx goes on.
-func pause(ctx context.Context, length time.Duration, cut <-chan struct{}) (early, alive bool) {
-	timer := time.NewTimer(length)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	case <-cut:
-		early = true
-	}
-	return early, ctx.Err() == nil
 }
 
 // pollInterval decides when Consul is asked next.
@@ -371,37 +350,6 @@ func byAllocation(proxies []proxy) map[string][]proxy {
 		found[p.AllocID] = append(found[p.AllocID], p)
 	}
 	return found
-}
-
-// of returns the proxies of an allocation: those whose ID names it, and of the
-// others those that are registered under one of its addresses or, gateways that
-// register themselves without an address, as what its job is for.
-func (v snapshot) of(a attachment) []proxy {
-	list := slices.Clone(v.Proxies[a.Job.AllocID])
-	if a.Job.AllocID == "" {
-		list = nil
-	}
-	for _, p := range v.Proxies[""] {
-		if p.Address.IsValid() && slices.Contains(a.Addresses, p.Address.Unmap()) || v.Facts.runs(a, p) {
-			list = append(list, p)
-		}
-	}
-	return list
-}
-
-// runs reports whether an allocation runs the gateway that "consul connect
-// envoy -gateway -register" registered for it: without -address, as jobs for API
-// gateways have it, nothing tells but that it has the job's name and that the job
-// maps a port of its listeners. Neither alone is enough.
-func (f catalogData) runs(a attachment, p proxy) bool {
-	if !p.isGateway() || p.AllocID != "" || a.Job.ID == "" || a.Job.ID != p.Self.Name {
-		return false
-	}
-	if p.Address.IsValid() && !slices.Contains(a.Addresses, p.Address.Unmap()) {
-		return false
-	}
-	listeners := p.listeners(f)
-	return slices.ContainsFunc(a.mappedPorts(), func(port uint16) bool { return slices.Contains(listeners, port) })
 }
 
 // parseAddresses keeps what is an address.

@@ -41,7 +41,7 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 				fmt.Fprint(w, "{}")
 			})
 			follower := fake.follow(t, func(config *ConsulConfig) { config.Token = c.token })
-			got := follower.eventually(t, "an answer", func(v snapshot) bool { return v.InSync })
+			got := eventuallyKnown(t, follower, "an answer", func(v snapshot) bool { return v.InSync })
 			if got.Hidden != c.want {
 				t.Errorf("hidden = %v, want %v", got.Hidden, c.want)
 			}
@@ -53,10 +53,10 @@ func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
 	fake := newFakeConsul(t)
 	path := writeFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
 	follower := fake.follow(t, func(config *ConsulConfig) { config.TokenFile, config.Watch = path, false })
-	follower.eventually(t, "an answer", func(v snapshot) bool { return v.InSync })
+	eventuallyKnown(t, follower, "an answer", func(v snapshot) bool { return v.InSync })
 	writeFile(t, path, "second")
 	follower.wake()
-	follower.eventually(t, "another answer", func(v snapshot) bool { return v.Counts.Reads > 1 })
+	eventuallyKnown(t, follower, "another answer", func(v snapshot) bool { return v.Counts.Reads > 1 })
 	fake.mu.Lock()
 	defer fake.mu.Unlock()
 	if fake.tokens[0] != "first" || !slices.Contains(fake.tokens, "second") {
@@ -83,7 +83,7 @@ func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
 	})
 	config := *DefaultConfig().Consul
 	config.Address = "unix://" + path
-	runFollower(t, config).eventually(t, "an answer over the socket", inSync)
+	eventuallyKnown(t, runFollower(t, config), "an answer over the socket", inSync)
 }
 
 func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
@@ -91,7 +91,7 @@ func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1","nonsense"],"ManualVirtualIPs":["10.1.1.1"]}}`)
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	got := follower.eventually(t, "virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
+	got := eventuallyKnown(t, follower, "virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
 	want := map[service][]netip.Addr{{Name: "api"}: addrs("10.1.1.1", "240.0.0.1")}
 	if diff := cmp.Diff(want, got.Facts.VirtualIPs, sameAddrs()); diff != "" {
 		t.Errorf("virtual IPs (-want +got):\n%s", diff)
@@ -99,7 +99,7 @@ func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
 	// A change elsewhere on the node asks nothing again.
 	fake.answers(say(200, strings.Replace(oneProxy, "20001", "20002", 1)))
 	follower.wake()
-	follower.eventually(t, "the change", func(v snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
+	eventuallyKnown(t, follower, "the change", func(v snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
 	if times := fake.times("/v1/discovery-chain/api"); times != 1 {
 		t.Errorf("asked %d times, want once", times)
 	}
@@ -113,11 +113,11 @@ func TestFollowerFindsAVirtualIPThatComesLater(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t, unwatched)
-	before := follower.eventually(t, "the proxy", inSync)
+	before := eventuallyKnown(t, follower, "the proxy", inSync)
 	fake.mu.Lock()
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
 	fake.mu.Unlock()
-	after := follower.eventually(t, "the virtual IP", func(v snapshot) bool { return len(v.Facts.VirtualIPs[service{Name: "api"}]) == 1 })
+	after := eventuallyKnown(t, follower, "the virtual IP", func(v snapshot) bool { return len(v.Facts.VirtualIPs[service{Name: "api"}]) == 1 })
 	if after.Counts.Reads != before.Counts.Reads {
 		t.Errorf("%d bulk reads for it, want none", after.Counts.Reads-before.Counts.Reads)
 	}
@@ -127,7 +127,7 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(403, "Permission denied")
 	fake.answers(say(200, oneProxy))
-	got := fake.follow(t).eventually(t, "the refusal", func(v snapshot) bool { return len(v.Facts.Unanswered) > 0 })
+	got := eventuallyKnown(t, fake.follow(t), "the refusal", func(v snapshot) bool { return len(v.Facts.Unanswered) > 0 })
 	if why := got.Facts.Unanswered[service{Name: "api"}].What; !strings.Contains(why, "403") || !strings.Contains(why, "api") {
 		t.Errorf("why = %q, want the service and 403", why)
 	}
@@ -148,7 +148,7 @@ func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
 	}
 	fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
 		"Proxy": {"Upstreams": [%s]}}}`, exampleAlloc, strings.Join(upstreams, ","))))
-	got := fake.follow(t, unwatched).eventually(t, "all virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) == count })
+	got := eventuallyKnown(t, fake.follow(t, unwatched), "all virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) == count })
 	if got.Counts.Reads != 1 {
 		t.Errorf("%d bulk reads for it, want one", got.Counts.Reads)
 	}
@@ -158,7 +158,7 @@ func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{}}`)
 	fake.answers(say(200, oneProxy))
-	fake.follow(t).eventually(t, "an answer without a virtual IP", func(v snapshot) bool {
+	eventuallyKnown(t, fake.follow(t), "an answer without a virtual IP", func(v snapshot) bool {
 		addrs, answered := v.Facts.VirtualIPs[service{Name: "api"}]
 		return answered && len(addrs) == 0
 	})

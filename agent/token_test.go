@@ -34,18 +34,18 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 	writeFile(t, config.TokenFile, first.SecretID)
 	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = defaultTimeouts().read })
 	good := func(v snapshot) bool { return v.InSync && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
-	follower.eventually(t, "the first token to be used", good)
+	eventuallyKnown(t, follower, "the first token to be used", good)
 	for range 3 { // each time the back-off is longer
 		began := time.Now()
 		server.Delete("/v1/acl/token/" + first.AccessorID)
-		follower.eventually(t, "the revoked token to be told", func(v snapshot) bool { return !v.InSync })
+		eventuallyKnown(t, follower, "the revoked token to be told", func(v snapshot) bool { return !v.InSync })
 		if took := time.Since(began); took > 5*time.Second {
 			t.Errorf("told after %s, want within 5 s", took)
 		}
 		first = next()
 		began = time.Now()
 		writeFile(t, config.TokenFile, first.SecretID)
-		follower.eventually(t, "the new token to be used", good)
+		eventuallyKnown(t, follower, "the new token to be used", good)
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("used after %s, want at once", took)
 		}

@@ -51,7 +51,7 @@ func TestProxiesOfAnAllocation(t *testing.T) {
 				want = []proxy{test.p}
 			}
 			equal := cmp.Comparer(func(a, b netip.Addr) bool { return a == b })
-			if diff := cmp.Diff(want, v.of(test.a), equal, cmp.AllowUnexported(proxy{})); diff != "" {
+			if diff := cmp.Diff(want, proxiesOf(v, test.a), equal, cmp.AllowUnexported(proxy{})); diff != "" {
 				t.Errorf("proxies (-want +got):\n%s", diff)
 			}
 		})

@@ -52,17 +52,17 @@ func fourFlows() *node {
 		AllocID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Namespace: "prod", Job: "shop", TaskGroup: "front", Task: "server", PID: 815, UID: &uid,
 		Command: "curl", Service: "web",
 	}
-	api := agent.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
+	apiAlloc := agent.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
 	outside := agent.FlowSource{IP: netip.MustParseAddr("2001:db8::1234:5678:9abc:def0"), Port: 40000}
 	n.recording = true
 	n.flows = []agent.Flow{
-		{Schema: 1, Time: at, Node: "n1", Direction: agent.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: api},
+		{Schema: 1, Time: at, Node: "n1", Direction: agent.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: apiAlloc},
 		{Schema: 1, Time: at, Node: "n1", Verdict: "lost", Lost: 7, Cause: agent.LostByReader},
 		{
 			Schema: 1, Time: at.Add(time.Second), Node: "n1", Direction: agent.DirectionInbound, Verdict: "refused_inbound_no_proxy", Refused: true,
 			Source: outside, Destination: agent.FlowDestination{AllocID: shop.AllocID, IP: netip.MustParseAddr("2001:db8::ffff:ffff:ffff:1"), Port: 8080},
 		},
-		{Schema: 1, Time: at.Add(2 * time.Second), Node: "n1", Direction: agent.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: api},
+		{Schema: 1, Time: at.Add(2 * time.Second), Node: "n1", Direction: agent.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: apiAlloc},
 	}
 	n.flows[3].Source.PID = 816
 	return n

@@ -50,10 +50,10 @@ func busy() *node {
 			Direction: agent.DirectionOutbound, Source: from, Destination: to, Verdict: verdict, Refused: strings.HasPrefix(verdict, "refused"),
 		}}
 	}
-	api := agent.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
+	apiAlloc := agent.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
 	far := agent.FlowDestination{IP: netip.MustParseAddr("198.51.100.7"), Port: 443}
 	n.traffic = &agent.Traffic{Schema: 1, Since: now.Add(-10 * time.Second), Until: now, Edges: []agent.CountedEdge{
-		edge(shop, api, "upstream", 300), edge(other, api, "refused_no_proxy", 100), edge(other, far, "redirected", 20), edge(shop, far, "proxy", 5000),
+		edge(shop, apiAlloc, "upstream", 300), edge(other, apiAlloc, "refused_no_proxy", 100), edge(other, far, "redirected", 20), edge(shop, far, "proxy", 5000),
 	}}
 	return n
 }

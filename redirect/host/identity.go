@@ -219,3 +219,12 @@ func CommandOf(pid int) string {
 	}
 	return strings.TrimSpace(string(name))
 }
+
+// Inode is what is found at a path now; 0 where nothing is.
+func Inode(path string) uint64 {
+	var stat unix.Stat_t
+	if unix.Stat(path, &stat) != nil {
+		return 0
+	}
+	return stat.Ino
+}

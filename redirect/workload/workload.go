@@ -54,12 +54,18 @@ const (
 	GuardEnforce Guard = "enforce" // nothing
 )
 
+// guards are all, the weakest first.
+func guards() []Guard { return []Guard{GuardOff, GuardAudit, GuardEnforce} }
+
+// Known reports whether there is such a guard.
+func (g Guard) Known() bool { return slices.Contains(guards(), g) }
+
 // MaxGuard is the stronger of two guards: a job never weakens the operator's.
 // "" is GuardOff. A guard that there is not comes out, for Validate to refuse.
 func MaxGuard(a, b Guard) Guard {
-	order := []Guard{GuardOff, GuardAudit, GuardEnforce}
+	order := guards()
 	for _, guard := range []Guard{a, b} {
-		if guard != "" && !slices.Contains(order, guard) {
+		if guard != "" && !guard.Known() {
 			return guard
 		}
 	}

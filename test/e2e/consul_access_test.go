@@ -47,9 +47,9 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 		}
 	}
 	writeToken(n.newToken())
-	api, web, edge := n.allocate(""), n.allocate(""), n.allocate("")
-	api.startEnvoy(api.register("api", object{"Port": 20001}))
-	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
+	apiAlloc, web, edge := n.allocate(""), n.allocate(""), n.allocate("")
+	apiAlloc.startEnvoy(apiAlloc.register("api", object{"Port": 20001}))
+	server := test.EchoProcess(t, apiAlloc.spec(1000), "tcp4", "127.0.0.1:8080")
 	n.intend("api", "web", "allow")
 	upstream := func(port int) (proxyID string) {
 		return web.register("web", object{"Port": 20002, "Proxy": object{"Upstreams": []object{{"DestinationName": "api", "LocalBindPort": port}}}})
@@ -65,7 +65,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 		}
 		return nil
 	}, "the weak token to be told")
-	if _, err := api.known(); !errors.Is(err, store.ErrUnknown) {
+	if _, err := apiAlloc.known(); !errors.Is(err, store.ErrUnknown) {
 		t.Errorf("api = %v, want it unknown to a token that reads nothing", err)
 	}
 
@@ -84,7 +84,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 	// Everything that the agent asks for is allowed by the policy.
 	first := n.newToken("weir")
 	writeToken(first)
-	api.eventually("the new token to be used", func(o workload.MeshConfig) bool { return o.InboundPort == 20001 })
+	apiAlloc.eventually("the new token to be used", func(o workload.MeshConfig) bool { return o.InboundPort == 20001 })
 	web.eventually("the virtual IP", func(o workload.MeshConfig) bool { return len(o.Upstreams) == 1 })
 	edge.eventually("the gateway's listener", func(o workload.MeshConfig) bool { return slices.Contains(o.ExposedPorts, 9090) })
 	test.Eventually(t, func() error {
@@ -139,7 +139,7 @@ func TestConsulTokenIsReplacedAndRevoked(t *testing.T) {
 // certificate: what is missing is told in words, and nothing is learned without.
 func TestConsulIsReachedByTLS(t *testing.T) {
 	n := newMeshNode(t, true, consul.WithTLS())
-	api := n.allocate("")
+	apiAlloc := n.allocate("")
 	port := 20000
 	good := *n.config.Consul
 	good.Token, good.SSL, good.Address = n.consul.Token, true, n.consul.TLS.Address
@@ -163,20 +163,20 @@ func TestConsulIsReachedByTLS(t *testing.T) {
 			n.config.Consul = &config
 			c.edit()
 			port++
-			api.register("api", object{"Port": port})
+			apiAlloc.register("api", object{"Port": port})
 			n.runAgent()
 			defer n.stop()
 			if c.want != "" {
 				n.tellsOfConsul(c.want)
-				if _, err := api.known(); !errors.Is(err, store.ErrUnknown) {
+				if _, err := apiAlloc.known(); !errors.Is(err, store.ErrUnknown) {
 					t.Errorf("api is %v, want it unknown", err)
 				}
 				return
 			}
-			api.eventually("the registration", func(o workload.MeshConfig) bool { return o.InboundPort == uint16(port) })
+			apiAlloc.eventually("the registration", func(o workload.MeshConfig) bool { return o.InboundPort == uint16(port) })
 			port++
-			api.register("api", object{"Port": port})
-			api.eventually("a change", func(o workload.MeshConfig) bool { return o.InboundPort == uint16(port) })
+			apiAlloc.register("api", object{"Port": port})
+			apiAlloc.eventually("a change", func(o workload.MeshConfig) bool { return o.InboundPort == uint16(port) })
 		})
 	}
 }
@@ -219,7 +219,7 @@ func TestConsulCertificatesAreReplaced(t *testing.T) {
 		replace(config.KeyFile, n.consul.TLS.Key)
 	}
 	replaceAll()
-	api := n.allocate("")
+	apiAlloc := n.allocate("")
 	renew := func() {
 		t.Helper()
 		n.consul.Stop()
@@ -227,7 +227,7 @@ func TestConsulCertificatesAreReplaced(t *testing.T) {
 		n.consul.Restart()
 	}
 	renew()
-	api.register("api", object{"Port": 20001})
+	apiAlloc.register("api", object{"Port": 20001})
 	n.runAgent()
 	n.tellsOfConsul("signed by unknown authority")
 	replace(config.CAFile, n.consul.TLS.CA)
@@ -235,15 +235,15 @@ func TestConsulCertificatesAreReplaced(t *testing.T) {
 	n.tellsOfConsul("private key does not match public key")
 	replace(config.KeyFile, n.consul.TLS.Key)
 	n.wantInSync(t, true)
-	api.eventually("the registration", func(o workload.MeshConfig) bool { return o.InboundPort == 20001 })
+	apiAlloc.eventually("the registration", func(o workload.MeshConfig) bool { return o.InboundPort == 20001 })
 
 	renew()
-	api.register("api", object{"Port": 20002})
+	apiAlloc.register("api", object{"Port": 20002})
 	n.tellsOfConsul("signed by unknown authority")
-	if known, err := api.known(); err != nil || known.MeshConfig.InboundPort != 20001 {
+	if known, err := apiAlloc.known(); err != nil || known.MeshConfig.InboundPort != 20001 {
 		t.Errorf("api's mesh configuration is %+v, %v; want the last good one", known.MeshConfig, err)
 	}
 	replaceAll()
 	n.wantInSync(t, true)
-	api.eventually("what changed meanwhile", func(o workload.MeshConfig) bool { return o.InboundPort == 20002 })
+	apiAlloc.eventually("what changed meanwhile", func(o workload.MeshConfig) bool { return o.InboundPort == 20002 })
 }

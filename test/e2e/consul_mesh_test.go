@@ -81,9 +81,9 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 	n := newConsulNode(t)
 	n.runAgent()
 
-	api := n.allocate("")
-	api.startEnvoy(api.register("api", object{"Port": 20001}))
-	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
+	apiAlloc := n.allocate("")
+	apiAlloc.startEnvoy(apiAlloc.register("api", object{"Port": 20001}))
+	server := test.EchoProcess(t, apiAlloc.spec(1000), "tcp4", "127.0.0.1:8080")
 	virtual := netip.AddrPortFrom(n.virtualIP("api"), 80).String()
 	const name = "api.virtual.consul:80"
 
@@ -96,10 +96,10 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 		web.eventually("the virtual IP", func(o workload.MeshConfig) bool { return len(o.Upstreams) == 1 })
 		wantServed(t, task, "127.0.0.1:9191", server.Name) // by now both proxies know all of it
 		steered := web.counted(t, bpfmap.ToUpstream)
-		api.wantProved(t, task, "127.0.0.1:9191", server.Name)
-		api.wantProved(t, task, virtual, server.Name)
+		apiAlloc.wantProved(t, task, "127.0.0.1:9191", server.Name)
+		apiAlloc.wantProved(t, task, virtual, server.Name)
 		for _, network := range []string{"udp", "tcp"} {
-			api.wantProved(t, task.asking(network, resolver), name, server.Name)
+			apiAlloc.wantProved(t, task.asking(network, resolver), name, server.Name)
 		}
 		if rose := web.counted(t, bpfmap.ToUpstream) - steered; rose != 3 {
 			t.Errorf("%d connections were sent to the upstream's listener, want 3", rose)
@@ -124,10 +124,10 @@ func TestMeshOfConsulAndEnvoy(t *testing.T) {
 		served := func() {
 			t.Helper()
 			wantServed(t, task, virtual, server.Name)
-			api.wantProved(t, task, virtual, server.Name)
+			apiAlloc.wantProved(t, task, virtual, server.Name)
 			for _, network := range []string{"udp", "tcp"} {
 				before := shop.counted(t, bpfmap.ToDNS)
-				api.wantProved(t, task.asking(network, resolver), name, server.Name)
+				apiAlloc.wantProved(t, task.asking(network, resolver), name, server.Name)
 				if shop.counted(t, bpfmap.ToDNS) == before {
 					t.Errorf("no question by %s was sent to Consul's resolver", network)
 				}

@@ -33,14 +33,14 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	n.runAgent()
 
 	// An allocation that no plugin was called for: found and guarded.
-	api := n.allocate("", map[string]any{"hostPort": 25000, "containerPort": 8081, "protocol": "tcp"})
-	apiProxy := api.register("api", object{"Port": 20001})
-	api.startEnvoy(apiProxy)
-	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
-	api.eventually("api to be found", func(o workload.MeshConfig) bool {
+	apiAlloc := n.allocate("", map[string]any{"hostPort": 25000, "containerPort": 8081, "protocol": "tcp"})
+	apiProxy := apiAlloc.register("api", object{"Port": 20001})
+	apiAlloc.startEnvoy(apiProxy)
+	server := test.EchoProcess(t, apiAlloc.spec(1000), "tcp4", "127.0.0.1:8080")
+	apiAlloc.eventually("api to be found", func(o workload.MeshConfig) bool {
 		return o.InboundPort == 20001 && o.Guard == workload.GuardAudit && slices.Equal(o.ExcludeInboundPorts, []uint16{8081})
 	})
-	if w, err := api.workload(); err != nil || w.Mode != workload.ModeDirect || len(w.Problems) > 0 {
+	if w, err := apiAlloc.workload(); err != nil || w.Mode != workload.ModeDirect || len(w.Problems) > 0 {
 		t.Errorf("api in the kernel = %+v, %v; want direct mode without problems", w, err)
 	}
 
@@ -158,8 +158,8 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	}
 
 	t.Run("a job strengthens the guard", func(t *testing.T) {
-		api.register("api", object{"Port": 20001, "Meta": object{"weir-guard": "enforce"}})
-		api.eventually("the guard", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
+		apiAlloc.register("api", object{"Port": 20001, "Meta": object{"weir-guard": "enforce"}})
+		apiAlloc.eventually("the guard", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
 	})
 
 	t.Run("the proxy is deregistered while tasks run", func(t *testing.T) {
@@ -220,7 +220,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("the record is lost", func(t *testing.T) {
 		removeFilesIn(t, filepath.Join(n.config.StateDir, "workloads"))
-		api.eventually("api's record", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
+		apiAlloc.eventually("api's record", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
 		test.Eventually(t, func() error {
 			_, err := web.workload()
 			return err
@@ -230,9 +230,9 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("an allocation ends that no plugin is called for", func(t *testing.T) {
 		n.consul.Deregister(apiProxy)
-		api.end()
+		apiAlloc.end()
 		test.Eventually(t, func() error {
-			if _, err := api.known(); !errors.Is(err, store.ErrUnknown) {
+			if _, err := apiAlloc.known(); !errors.Is(err, store.ErrUnknown) {
 				return fmt.Errorf("api is still on record: %w", err)
 			}
 			return nil

@@ -22,9 +22,9 @@ import (
 // from outside and then refuses it.
 func TestGateways(t *testing.T) {
 	m := newGatewayNode(t)
-	api := m.allocate("")
-	api.startEnvoy(api.register("api", object{"Port": 20001}))
-	answer := m.serve(api.ns, "127.0.0.1:8080", "api")
+	apiAlloc := m.allocate("")
+	apiAlloc.startEnvoy(apiAlloc.register("api", object{"Port": 20001}))
+	answer := m.serve(apiAlloc.ns, "127.0.0.1:8080", "api")
 	neighbour := m.allocate("")
 
 	gateways := []*gateway{

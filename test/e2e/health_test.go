@@ -27,17 +27,17 @@ func TestHealthChecksOfConsul(t *testing.T) {
 	const (
 		sidecar, exposedPath, exposedCheck, past = "Connect Sidecar Listening", "exposed path", "exposed check", "past the proxy"
 	)
-	web, api := n.allocate(""), n.allocate("")
+	web, apiAlloc := n.allocate(""), n.allocate("")
 	// Consul's own listener for a check takes nobody but the node's own address.
 	ip(t, n.outside, "route replace 10.88.2.0/24 dev veth2 src 10.88.0.1")
-	webHits, apiHits := web.serveHealth(t, "0.0.0.0:8080"), api.serveHealth(t, "127.0.0.1:8080")
+	webHits, apiHits := web.serveHealth(t, "0.0.0.0:8080"), apiAlloc.serveHealth(t, "127.0.0.1:8080")
 	web.startEnvoy(web.register("web", object{
 		"Port": 20001, "Checks": []object{check(sidecar, "TCP", web.at(20001).String())},
 		"Proxy": object{"Expose": object{"Paths": []object{{"Path": "/health", "ListenerPort": 21400, "LocalPathPort": 8080, "Protocol": "http"}}}},
 	}, check(exposedPath, "HTTP", fmt.Sprintf("http://%s/health", web.at(21400))), check(past, "TCP", web.at(8080).String())))
-	api.startEnvoy(api.register("api", object{
+	apiAlloc.startEnvoy(apiAlloc.register("api", object{
 		"Port": 20002, "Proxy": object{"Expose": object{"Checks": true}},
-	}, check(exposedCheck, "HTTP", fmt.Sprintf("http://%s/health", api.at(8080)))))
+	}, check(exposedCheck, "HTTP", fmt.Sprintf("http://%s/health", apiAlloc.at(8080)))))
 
 	hits := func() map[string]int {
 		return map[string]int{sidecar: web.stat(t, "downstream_cx_total"), exposedPath: int(webHits.Load()), exposedCheck: int(apiHits.Load())}
@@ -64,7 +64,7 @@ func TestHealthChecksOfConsul(t *testing.T) {
 	n.config.Guard.Default = string(workload.GuardEnforce)
 	n.runAgent()
 	web.wantGuard(t, workload.GuardEnforce)
-	api.wantGuard(t, workload.GuardEnforce)
+	apiAlloc.wantGuard(t, workload.GuardEnforce)
 	before := hits()
 	test.Eventually(t, func() error {
 		more := 0

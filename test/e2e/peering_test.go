@@ -62,9 +62,9 @@ func newPeeredNodes(t *testing.T) (here, there peeredNode) {
 func TestServiceOfAPeer(t *testing.T) {
 	here, there := newPeeredNodes(t)
 
-	api := there.allocate("")
-	api.startEnvoy(api.register("api", object{"Port": 20001}))
-	server := test.EchoProcess(t, api.spec(1000), "tcp4", "127.0.0.1:8080")
+	apiAlloc := there.allocate("")
+	apiAlloc.startEnvoy(apiAlloc.register("api", object{"Port": 20001}))
+	server := test.EchoProcess(t, apiAlloc.spec(1000), "tcp4", "127.0.0.1:8080")
 	there.consul.Put("/v1/config", object{"Kind": "exported-services", "Name": "default",
 		"Services": []object{{"Name": "api", "Consumers": []object{{"Peer": "dc1"}}}}})
 	intend := func(source, action string) {
@@ -77,7 +77,7 @@ func TestServiceOfAPeer(t *testing.T) {
 	wantThrough := func(t *testing.T, task held, target string) {
 		t.Helper()
 		local, remote := here.gateway.passed(t, gatewayPort), there.gateway.passed(t, gatewayPort)
-		api.wantProved(t, task, target, server.Name)
+		apiAlloc.wantProved(t, task, target, server.Name)
 		if rose := here.gateway.passed(t, gatewayPort) - local; rose != 1 {
 			t.Errorf("the dial of %s went %d times through the gateway of dc1, want once", target, rose)
 		}

@@ -27,16 +27,16 @@ func TestAgentRepairs(t *testing.T) {
 	test.Need(t, test.Tool("bpftool"))
 	n.config.Guard.Default = string(workload.GuardEnforce)
 	n.runAgent()
-	api := n.allocate("")
-	api.startEnvoy(api.register("api", object{"Port": 20001}))
-	server := test.EchoProcess(t, api.spec(1000), "tcp4", "0.0.0.0:8080")
+	apiAlloc := n.allocate("")
+	apiAlloc.startEnvoy(apiAlloc.register("api", object{"Port": 20001}))
+	server := test.EchoProcess(t, apiAlloc.spec(1000), "tcp4", "0.0.0.0:8080")
 	shop := n.allocate(`{"ProxyUserID":"101","ProxyInboundPort":0,"ProxyOutboundPort":15001}`)
 	shop.startEnvoy(shop.register("shop", object{"Port": 20003, "Proxy": object{"Mode": "transparent"}}))
 	n.intend("api", "shop", "allow")
 	virtual := netip.AddrPortFrom(n.virtualIP("api"), 80).String()
 	task := shop.newHeld()
 	wantServed(t, task, virtual, server.Name)
-	api.wantGuard(t, workload.GuardEnforce)
+	apiAlloc.wantGuard(t, workload.GuardEnforce)
 	if _, err := task.say("open", virtual); err != nil {
 		t.Fatal(err)
 	}
@@ -63,9 +63,9 @@ func TestAgentRepairs(t *testing.T) {
 				detach(t, pin("links", entry.Name()))
 			}
 		}},
-		{"the guard's program is detached", func(t *testing.T) { detach(t, lookup(api)) }},
+		{"the guard's program is detached", func(t *testing.T) { detach(t, lookup(apiAlloc)) }},
 		{"the guard's program is unpinned", func(t *testing.T) {
-			if err := os.Remove(lookup(api)); err != nil {
+			if err := os.Remove(lookup(apiAlloc)); err != nil {
 				t.Fatal(err)
 			}
 		}},
@@ -96,7 +96,7 @@ func TestAgentRepairs(t *testing.T) {
 				if _, err := task.exchange(virtual); err != nil {
 					return err
 				}
-				if _, err := test.Ask(n.outside, "tcp4", api.at(8080).String()); !errors.Is(err, syscall.ECONNREFUSED) {
+				if _, err := test.Ask(n.outside, "tcp4", apiAlloc.at(8080).String()); !errors.Is(err, syscall.ECONNREFUSED) {
 					return fmt.Errorf("dial past the guard: %w", err)
 				}
 				return nil
@@ -109,7 +109,7 @@ func TestAgentRepairs(t *testing.T) {
 			if word, err := task.say("open", virtual); err != nil || word != "still here" {
 				t.Errorf("the open connection says %q, %v", word, err)
 			}
-			for _, a := range []*meshAlloc{api, shop} {
+			for _, a := range []*meshAlloc{apiAlloc, shop} {
 				if w, err := a.workload(); err != nil || w.Guard != workload.GuardEnforce || len(w.Problems) > 0 {
 					t.Errorf("the kernel has %+v, %v; want it guarded without problems", w, err)
 				}
