@@ -16,6 +16,12 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/flow"
+	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -49,20 +55,20 @@ type Options struct {
 
 // Agent is the daemon. It is made by New and runs once.
 type Agent struct {
-	config          Config
+	config          configfile.Config
 	log             *slog.Logger
 	notify          func(string)
 	datapath        *redirect.Datapath
 	origins         *redirect.IndexReclaimer
 	records         *redirect.RecordReader
-	consul          *consulWatcher // nil: Consul is not to be asked
-	docker          *docker        // nil: Docker is not to be asked
-	cache           *cache
-	watcher         *watcher
+	consul          *catalog.Watcher // nil: Consul is not to be asked
+	docker          *discover.Docker // nil: Docker is not to be asked
+	cache           *discover.Cache
+	watcher         *discover.Watcher
 	networks        *networks
-	flows           *flows        // nil: they are not to be recorded
-	resting         time.Duration // between two runs of origins
-	counting        time.Duration // between two looks at the counters of verdicts
+	flows           *flow.Recorder // nil: they are not to be recorded
+	resting         time.Duration  // between two runs of origins
+	counting        time.Duration  // between two looks at the counters of verdicts
 	repairNetworks  func() ([]string, error)
 	version         string
 	consulApply     prometheus.Histogram // from Consul to the kernel
@@ -73,7 +79,7 @@ type Agent struct {
 	expects         atomic.Bool // a new allocation waits for its registration
 
 	mu             sync.Mutex // guards what follows against server and metrics
-	status         Status     // what the loop knows; Status adds what others know
+	status         api.Status // what the loop knows; Status adds what others know
 	discoveryError string     // why allocations cannot be found; empty: they can
 	unreadable     []string   // what of the node could not be read in the last pass
 	unseen         unseen
@@ -105,14 +111,14 @@ type Agent struct {
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.
-func New(config Config, options Options) (*Agent, error) {
+func New(config configfile.Config, options Options) (*Agent, error) {
 	if err := config.Validate(); err != nil {
 		return nil, err
 	}
 	a := &Agent{
 		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, networkInterval: networkInterval,
-		datapath:       redirect.New(config.Paths()).Sized(config.Tables.sizes()).Within(lockTimeout),
-		cache:          &cache{dir: filepath.Join(config.CNI.CacheDir, "results")},
+		datapath:       redirect.New(config.Paths()).Sized(config.Tables.Sizes()).Within(lockTimeout),
+		cache:          &discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
 		counting:       refusalInterval,
 		wake:           make(chan struct{}, 1),
@@ -129,11 +135,11 @@ func New(config Config, options Options) (*Agent, error) {
 		a.notify = func(string) {}
 	}
 	if config.Consul.Enabled {
-		consul, err := newConsul(*config.Consul, defaultTimeouts())
+		consul, err := catalog.NewClient(*config.Consul, catalog.DefaultTimeouts())
 		if err != nil {
 			return nil, err
 		}
-		a.consul = newConsulWatcher(consul, func() {
+		a.consul = catalog.NewWatcher(consul, func() {
 			if a.expects.Load() {
 				a.allocationArrived()
 			}
@@ -141,11 +147,11 @@ func New(config Config, options Options) (*Agent, error) {
 		})
 	}
 	var err error
-	if a.flows, err = newFlows(*config.Flows, a.datapath, a.containers, a.log); err != nil {
+	if a.flows, err = flow.New(*config.Flows, a.datapath, a.containers, a.log); err != nil {
 		return nil, err
 	}
 	if config.Docker.Socket != "" {
-		a.docker = newDocker(config.Docker.Socket, a.allocationArrived)
+		a.docker = discover.NewDocker(config.Docker.Socket, a.allocationArrived)
 	}
 	return a, nil
 }
@@ -165,7 +171,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		return err
 	}
 	var err error
-	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir, a.config.CNI.NetNSDir)...); err != nil {
+	if a.watcher, err = discover.NewWatcher(append(a.config.Paths().Directories(), a.cache.Dir, a.config.CNI.NetNSDir)...); err != nil {
 		return err
 	}
 	a.mu.Lock()
@@ -179,24 +185,24 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 	a.watchNetworks(&background)
 	background.Go(func() {
-		a.watcher.run(func(dir string) {
+		a.watcher.Run(func(dir string) {
 			if strings.HasPrefix(dir, a.config.PinDir) {
 				a.pins.Store(true)
 			}
-			if dir == a.cache.dir || dir == a.config.CNI.NetNSDir {
+			if dir == a.cache.Dir || dir == a.config.CNI.NetNSDir {
 				a.allocationArrived()
 			}
 			a.trigger()
 		})
 	})
 	if a.consul != nil {
-		background.Go(func() { a.consul.run(ctx) })
+		background.Go(func() { a.consul.Run(ctx) })
 	}
 	if a.docker != nil {
-		background.Go(func() { a.docker.run(ctx) })
+		background.Go(func() { a.docker.Run(ctx) })
 	}
 	if a.flows != nil {
-		background.Go(func() { a.flows.run(ctx) })
+		background.Go(func() { a.flows.Run(ctx) })
 	}
 	if a.repairNetworks != nil {
 		background.Go(func() { a.keepNetworks(ctx) })
@@ -225,11 +231,11 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-a.wake:
 			a.pass(true)
 			rest := storm
-			if a.cache.halfway || a.budget.left > 0 {
+			if a.cache.Halfway || a.budget.left > 0 {
 				rest = moment
 				a.trigger()
 			}
-			if _, alive := pause(ctx, rest, nil); !alive {
+			if _, alive := wait.Pause(ctx, rest, nil); !alive {
 				return
 			}
 		case <-clock.C:
@@ -246,7 +252,7 @@ func (a *Agent) loop(ctx context.Context) {
 // pass is one turn of the loop. changed says that something is known to have
 // changed; without it, only what is cheap or due is looked at.
 func (a *Agent) pass(changed bool) {
-	fresh, err := a.watcher.ensure()
+	fresh, err := a.watcher.Ensure()
 	if err != nil {
 		a.warnOnce("watch directories", err)
 	}
@@ -299,7 +305,7 @@ func (a *Agent) turned() {
 // prune forgets namespaces that died.
 func (a *Agent) prune() {
 	removed, err := a.datapath.PruneDead()
-	a.count(func(c *Counts) { c.Pruned += uint64(len(removed)) })
+	a.count(func(c *api.Counts) { c.Pruned += uint64(len(removed)) })
 	for _, key := range removed {
 		a.log.Info("workload removed: its namespace is gone", "alloc_id", key.ContainerID, "interface", key.IfName)
 	}
@@ -311,7 +317,7 @@ func (a *Agent) prune() {
 // free gives back the indexes of origins that nobody uses any more.
 func (a *Agent) free() {
 	freed, err := a.origins.Run()
-	a.count(func(c *Counts) { c.Freed += uint64(freed) })
+	a.count(func(c *api.Counts) { c.Freed += uint64(freed) })
 	if err != nil {
 		a.warnOnce("give back origins", err)
 	}
@@ -350,7 +356,7 @@ func (a *Agent) check(key workload.AttachmentID) {
 		return // it went meanwhile
 	}
 	repairs, err := a.datapath.Check(key, "")
-	a.count(func(c *Counts) { c.Repaired += uint64(len(repairs)) })
+	a.count(func(c *api.Counts) { c.Repaired += uint64(len(repairs)) })
 	for _, what := range repairs {
 		a.log.Warn("workload repaired", "alloc_id", key.ContainerID, "interface", key.IfName, "what", what)
 	}
@@ -363,7 +369,7 @@ func (a *Agent) check(key workload.AttachmentID) {
 	a.note(key, a.allocations[key], "check", err)
 }
 
-func (a *Agent) count(add func(*Counts)) {
+func (a *Agent) count(add func(*api.Counts)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	add(&a.status.Counts)
@@ -371,7 +377,7 @@ func (a *Agent) count(add func(*Counts)) {
 
 // warnOnce tells of an error that the next pass may not have.
 func (a *Agent) warnOnce(what string, err error) {
-	a.count(func(c *Counts) { c.Failures++ })
+	a.count(func(c *api.Counts) { c.Failures++ })
 	a.log.Error(what, "error", err)
 }
 

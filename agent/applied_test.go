@@ -39,7 +39,7 @@ func TestConsulToKernelTime(t *testing.T) {
 
 	n.fake.answers(registeredAt(20002, ids...))
 	began := time.Now()
-	n.agent.consul.wake()
+	n.agent.consul.Wake()
 	n.allInSync(ids, 20002)
 	took := time.Since(began).Seconds()
 	test.Eventually(t, func() error {

@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/bounded"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 
 	gocmp "github.com/google/go-cmp/cmp"
@@ -54,8 +57,8 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			good := eventuallyKnown(t, follower, "the first answer", inSync)
 
 			fake.answers(c.answer)
-			follower.wake()
-			bad := eventuallyKnown(t, follower, "the failure to be told", func(v snapshot) bool { return !v.InSync })
+			follower.Wake()
+			bad := eventuallyKnown(t, follower, "the failure to be told", func(v catalog.Snapshot) bool { return !v.InSync })
 			if !strings.Contains(bad.Error.What, c.want) || len(bad.Error.What) > 400 {
 				t.Errorf("error = %q, want a short one that has %q", bad.Error, c.want)
 			}
@@ -71,8 +74,8 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			fake.mu.Lock()
 			defer fake.mu.Unlock()
 			// The server learns later than the client that one has ended.
-			if fake.most > connections+1 {
-				t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+			if fake.most > catalog.Connections+1 {
+				t.Errorf("%d connections at a time, want at most %d", fake.most, catalog.Connections)
 			}
 		})
 	}
@@ -108,22 +111,22 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				works := *field
 				fake.set(field, c.answer)
 				follower := fake.follow(t)
-				bad := eventuallyKnown(t, follower, "the dead trigger to be told", func(v snapshot) bool { return inSync(v) && v.Watch.What != "" })
+				bad := eventuallyKnown(t, follower, "the dead trigger to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Watch.What != "" })
 				if !strings.Contains(bad.Watch.What, c.want) || len(bad.Watch.What) > 400 || bad.Watch.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q", bad.Watch, c.want)
 				}
-				if follower.pollInterval(0).watch {
+				if follower.PollInterval(0).Watch {
 					t.Error("Consul is read as seldom as with a trigger")
 				}
-				told := fmt.Sprint(bad.problems("127.0.0.1:8500"))
+				told := fmt.Sprint(bad.ProblemsOf("127.0.0.1:8500"))
 				if !strings.Contains(told, bad.Watch.What) || !strings.Contains(told, "watch = false") {
 					t.Errorf("problems = %s, want it told with what to do", told)
 				}
 
 				fake.set(field, works)
-				again := eventuallyKnown(t, follower, "the trigger to be back", func(v snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
-				if list := again.problems(""); !follower.pollInterval(0).watch || len(list) > 0 {
-					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.pollInterval(0), list)
+				again := eventuallyKnown(t, follower, "the trigger to be back", func(v catalog.Snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
+				if list := again.ProblemsOf(""); !follower.PollInterval(0).Watch || len(list) > 0 {
+					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.PollInterval(0), list)
 				}
 			})
 		}
@@ -144,13 +147,13 @@ func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
 	})
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	good := eventuallyKnown(t, follower, "the trigger", func(v snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
-	if good.Watch.What != "" || !follower.pollInterval(0).watch {
+	good := eventuallyKnown(t, follower, "the trigger", func(v catalog.Snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
+	if good.Watch.What != "" || !follower.PollInterval(0).Watch {
 		t.Errorf("the trigger passes for dead: %q", good.Watch)
 	}
 	fake.set(&fake.changes, say(500, "no cluster leader"))
 	close(dies)
-	eventuallyKnown(t, follower, "the dead trigger to be told and its part done", func(v snapshot) bool {
+	eventuallyKnown(t, follower, "the dead trigger to be told and its part done", func(v catalog.Snapshot) bool {
 		return v.Watch.What != "" && v.Counts.Reads > good.Counts.Reads
 	})
 }
@@ -162,20 +165,20 @@ func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	fake.set(&fake.chain, say(200, `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`))
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	good := eventuallyKnown(t, follower, "the virtual IP", func(v snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
-	if list := good.problems(""); len(list) > 0 {
+	good := eventuallyKnown(t, follower, "the virtual IP", func(v catalog.Snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
+	if list := good.ProblemsOf(""); len(list) > 0 {
 		t.Errorf("problems = %q, want none", list)
 	}
 	broken := newFakeConsul(t)
 	broken.set(&broken.names, say(500, "No known Consul servers"))
 	broken.answers(say(200, oneProxy))
 	follower = broken.follow(t)
-	bad := eventuallyKnown(t, follower, "the failure to be told", func(v snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
-	if told := fmt.Sprint(bad.problems("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
+	bad := eventuallyKnown(t, follower, "the failure to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
+	if told := fmt.Sprint(bad.ProblemsOf("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
 		t.Errorf("problems = %s, want what it means and why", told)
 	}
 	broken.set(&broken.names, allNames)
-	eventuallyKnown(t, follower, "the names to be known", func(v snapshot) bool { return inSync(v) && len(v.problems("")) == 0 })
+	eventuallyKnown(t, follower, "the names to be known", func(v catalog.Snapshot) bool { return inSync(v) && len(v.ProblemsOf("")) == 0 })
 }
 
 // Where no trigger is wanted, a token that may not read the agent still costs
@@ -184,13 +187,13 @@ func TestFollowerTellsWhatItAssumes(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.set(&fake.self, say(403, "Permission denied"))
 	follower := fake.follow(t, unwatched)
-	got := eventuallyKnown(t, follower, "an answer", func(v snapshot) bool { return v.InSync })
-	if told := fmt.Sprint(got.problems("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, `agent "NODE"`) || got.Watch.What != "" {
+	got := eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
+	if told := fmt.Sprint(got.ProblemsOf("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, `agent "NODE"`) || got.Watch.What != "" {
 		t.Errorf("problems = %s, want that IPv4 is assumed and the rule that is missing", told)
 	}
 	fake.set(&fake.self, say(200, `{"Config":{"NodeName":"node"}}`))
-	follower.wake()
-	eventuallyKnown(t, follower, "the answer", func(v snapshot) bool { return v.Bind.What == "" })
+	follower.Wake()
+	eventuallyKnown(t, follower, "the answer", func(v catalog.Snapshot) bool { return v.Bind.What == "" })
 }
 
 // registeredAs is that of a proxy of the allocation with a number.
@@ -223,45 +226,49 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 		good, before  string // answers: the right one, and that before the second was there where it differs
 		first, second string // registrations; the second asks what the first does not
 		nothing       bool   // "null" is an answer
-		kept          func(catalogData) bool
-		why           func(catalogData) health.Problem
-		answered      func(catalogData) bool
+		kept          func(catalog.Data) bool
+		why           func(catalog.Data) health.Problem
+		answered      func(catalog.Data) bool
 	}{
 		{
 			name: "virtual IPs", field: func(f *fakeConsul) *http.HandlerFunc { return &f.chain },
 			good: `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`, first: node(upstream(1, "web", "api")), second: node(upstream(1, "web", "api"), upstream(2, "app", "db")),
-			kept:     func(f catalogData) bool { return len(f.VirtualIPs[service{Name: "api"}]) == 1 },
-			why:      func(f catalogData) health.Problem { return f.Unanswered[service{Name: "db"}] },
-			answered: func(f catalogData) bool { return len(f.VirtualIPs[service{Name: "db"}]) == 1 },
+			kept:     func(f catalog.Data) bool { return len(f.VirtualIPs[registration.Service{Name: "api"}]) == 1 },
+			why:      func(f catalog.Data) health.Problem { return f.Unanswered[registration.Service{Name: "db"}] },
+			answered: func(f catalog.Data) bool { return len(f.VirtualIPs[registration.Service{Name: "db"}]) == 1 },
 		},
 		{
 			name: "listeners of a gateway", field: func(f *fakeConsul) *http.HandlerFunc { return &f.entry },
 			good: `{"Kind": "ingress-gateway", "Listeners": [{"Port": 9090}]}`, first: node(ingress(1, "front")), second: node(ingress(1, "front"), ingress(2, "side")),
-			kept: func(f catalogData) bool {
-				return len(f.GatewayPorts[gateway{service{Name: "front"}, kindIngress}]) == 1
+			kept: func(f catalog.Data) bool {
+				return len(f.GatewayPorts[registration.Gateway{Service: registration.Service{Name: "front"}, Kind: registration.KindIngress}]) == 1
 			},
-			why:      func(f catalogData) health.Problem { return f.Unanswered[service{Name: "side"}] },
-			answered: func(f catalogData) bool { return len(f.GatewayPorts[gateway{service{Name: "side"}, kindIngress}]) == 1 },
+			why: func(f catalog.Data) health.Problem { return f.Unanswered[registration.Service{Name: "side"}] },
+			answered: func(f catalog.Data) bool {
+				return len(f.GatewayPorts[registration.Gateway{Service: registration.Service{Name: "side"}, Kind: registration.KindIngress}]) == 1
+			},
 		},
 		{
 			name: "exposed checks", field: func(f *fakeConsul) *http.HandlerFunc { return &f.checks },
 			good:   `{"a": {"ServiceID": "web", "ExposedPort": 21500}, "b": {"ServiceID": "app", "ExposedPort": 21501}}`,
 			before: `{"a": {"ServiceID": "web", "ExposedPort": 21500}}`,
 			first:  node(checks(1, "web")), second: node(checks(1, "web"), checks(2, "app")),
-			kept:     func(f catalogData) bool { return len(f.CheckPorts["web"]) == 1 },
-			why:      func(f catalogData) health.Problem { return f.NoChecks },
-			answered: func(f catalogData) bool { return len(f.CheckPorts["app"]) == 1 },
+			kept:     func(f catalog.Data) bool { return len(f.CheckPorts["web"]) == 1 },
+			why:      func(f catalog.Data) health.Problem { return f.NoChecks },
+			answered: func(f catalog.Data) bool { return len(f.CheckPorts["app"]) == 1 },
 		},
 		{
 			name: "intentions", field: func(f *fakeConsul) *http.HandlerFunc { return &f.intentions }, nothing: true,
 			good:  `[{"SourceName": "web", "DestinationName": "api", "Action": "allow"}]`,
 			first: node(transparent("web")), second: node(transparent("web"), transparent("app")),
-			kept:     func(catalogData) bool { return true },
-			why:      func(f catalogData) health.Problem { return f.NoIntentions },
-			answered: func(f catalogData) bool { return len(f.Intentions) == 1 },
+			kept:     func(catalog.Data) bool { return true },
+			why:      func(f catalog.Data) health.Problem { return f.NoIntentions },
+			answered: func(f catalog.Data) bool { return len(f.Intentions) == 1 },
 		},
 	} {
-		asked := func(v snapshot) bool { return v.InSync && len(v.Proxies[numbered(2)])+len(v.Proxies[numbered(1)]) == 2 }
+		asked := func(v catalog.Snapshot) bool {
+			return v.InSync && len(v.Proxies[numbered(2)])+len(v.Proxies[numbered(1)]) == 2
+		}
 		for _, c := range append(breakages(question.good), breakage{"slow", slow(question.good), ""}) {
 			if c.name == "another form" && question.nothing {
 				c.answer = say(200, "{}")
@@ -275,18 +282,18 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				fake.set(field, say(200, cmp.Or(question.before, question.good)))
 				fake.answers(say(200, question.first))
 				follower := fake.followInHaste(t)
-				eventuallyKnown(t, follower, "the first answer", func(v snapshot) bool { return v.InSync && question.kept(v.Facts) })
+				eventuallyKnown(t, follower, "the first answer", func(v catalog.Snapshot) bool { return v.InSync && question.kept(v.Facts) })
 
 				fake.set(field, c.answer)
 				fake.answers(say(200, question.second))
-				follower.wake()
+				follower.Wake()
 				if c.name == "slow" {
-					eventuallyKnown(t, follower, "a slow answer", func(v snapshot) bool {
+					eventuallyKnown(t, follower, "a slow answer", func(v catalog.Snapshot) bool {
 						return asked(v) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 					})
 					return
 				}
-				bad := eventuallyKnown(t, follower, "the failure to be told", func(v snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
+				bad := eventuallyKnown(t, follower, "the failure to be told", func(v catalog.Snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
 				if why := question.why(bad.Facts); !strings.Contains(why.What, c.want) || len(why.What) > 400 || why.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q, and what to do", why, c.want)
 				}
@@ -295,14 +302,14 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				}
 
 				fake.set(field, say(200, question.good))
-				eventuallyKnown(t, follower, "an answer", func(v snapshot) bool {
-					follower.wake() // or it comes later
+				eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool {
+					follower.Wake() // or it comes later
 					return asked(v) && question.kept(v.Facts) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 				})
 				fake.mu.Lock()
 				defer fake.mu.Unlock()
-				if fake.most > connections+1 { // the server learns later than the client that one has ended
-					t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+				if fake.most > catalog.Connections+1 { // the server learns later than the client that one has ended
+					t.Errorf("%d connections at a time, want at most %d", fake.most, catalog.Connections)
 				}
 			})
 		}
@@ -313,16 +320,16 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 func TestLookupsTellWhatTheyDidNotAsk(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.set(&fake.chain, say(500, "no cluster leader"))
-	proxies, _, err := parseServices([]byte("{"+checked(numbered(1), "web")+", "+oneProxy[1:]), loopback4())
+	proxies, _, err := registration.ParseServices([]byte("{"+checked(numbered(1), "web")+", "+oneProxy[1:]), registration.Loopback4())
 	if err != nil {
 		t.Fatal(err)
 	}
-	lookups := newQueries(fake.consul(t, 5*time.Second))
-	known, moved := lookups.refresh(t.Context(), byAllocation(proxies))
+	lookups := catalog.NewQueries(fake.consul(t, 5*time.Second))
+	known, moved := lookups.Refresh(t.Context(), catalog.ByAllocation(proxies))
 	if asked := fake.times("/v1/agent/checks"); asked > 0 || !moved || !strings.Contains(known.NoChecks.What, "no cluster leader") {
 		t.Errorf("checks were asked for %d times and are %q, want none and why", asked, known.NoChecks)
 	}
-	known, moved = lookups.refresh(t.Context(), byAllocation(proxies)) // the first question rests
+	known, moved = lookups.Refresh(t.Context(), catalog.ByAllocation(proxies)) // the first question rests
 	if asked := fake.times("/v1/agent/checks"); asked != 1 || !moved || known.NoChecks.What != "" {
 		t.Errorf("checks were asked for %d times and are %q, want an answer", asked, known.NoChecks)
 	}
@@ -333,7 +340,7 @@ func TestFollowerWaitsForASlowConsul(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(slow(oneProxy))
 	fake.set(&fake.self, slow(`{"Config":{"NodeName":"node"}}`))
-	eventuallyKnown(t, fake.follow(t), "the slow answers", func(v snapshot) bool {
+	eventuallyKnown(t, fake.follow(t), "the slow answers", func(v catalog.Snapshot) bool {
 		return inSync(v) && v.Watch.What == "" && v.Bind.What == "" && v.Counts.Failures == 0
 	})
 }
@@ -357,14 +364,14 @@ func TestAnAnswerIsBoundedInMemory(t *testing.T) {
 	fake := newFakeConsul(t)
 	consul := fake.consul(t, time.Minute)
 	for name, ask := range map[string]func() error{
-		"services":   func() error { _, err := consul.services(t.Context()); return err },
-		"self":       func() error { _, err := consul.self(t.Context()); return err },
-		"changes":    func() error { _, err := consul.changed(t.Context(), "node", 0); return err },
-		"checks":     func() error { _, err := consul.checks(t.Context()); return err },
-		"intentions": func() error { _, err := consul.intentions(t.Context()); return err },
-		"chain":      func() error { _, err := consul.virtualIPs(t.Context(), service{Name: "api"}); return err },
+		"services":   func() error { _, err := consul.Services(t.Context()); return err },
+		"self":       func() error { _, err := consul.Self(t.Context()); return err },
+		"changes":    func() error { _, err := consul.Changed(t.Context(), "node", 0); return err },
+		"checks":     func() error { _, err := consul.Checks(t.Context()); return err },
+		"intentions": func() error { _, err := consul.Intentions(t.Context()); return err },
+		"chain":      func() error { _, err := consul.VirtualIPs(t.Context(), registration.Service{Name: "api"}); return err },
 		"entry": func() error {
-			_, err := consul.gatewayPorts(t.Context(), gateway{service{Name: "front"}, kindIngress})
+			_, err := consul.GatewayPorts(t.Context(), registration.Gateway{Service: registration.Service{Name: "front"}, Kind: registration.KindIngress})
 			return err
 		},
 	} {
@@ -379,8 +386,8 @@ func TestAnAnswerIsBoundedInMemory(t *testing.T) {
 		if grown := after.TotalAlloc - before.TotalAlloc; grown > most {
 			t.Errorf("%s: an endless answer took %d MiB, want at most %d", name, grown>>20, most>>20)
 		}
-		if !errors.Is(err, errTooLong) {
-			t.Errorf("%s: an endless answer is %v, want %v", name, err, errTooLong)
+		if !errors.Is(err, bounded.ErrTooLong) {
+			t.Errorf("%s: an endless answer is %v, want %v", name, err, bounded.ErrTooLong)
 		}
 	}
 }

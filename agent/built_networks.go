@@ -5,6 +5,9 @@ package agent
 import (
 	"context"
 	"time"
+
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/wait"
 )
 
 // networkInterval is how long rules or host ports that somebody flushed may be
@@ -20,7 +23,7 @@ func (a *Agent) keepNetworks(ctx context.Context) {
 		for _, what := range repaired {
 			a.log.Warn("network repaired", "what", what)
 		}
-		a.count(func(c *Counts) { c.Repaired += uint64(len(repaired)) })
+		a.count(func(c *api.Counts) { c.Repaired += uint64(len(repaired)) })
 		if text := errorText(err); text != failing {
 			failing = text
 			if err != nil {
@@ -29,7 +32,7 @@ func (a *Agent) keepNetworks(ctx context.Context) {
 				a.log.Info("networks can be repaired again")
 			}
 		}
-		if _, alive := pause(ctx, a.networkInterval, nil); !alive {
+		if _, alive := wait.Pause(ctx, a.networkInterval, nil); !alive {
 			return
 		}
 	}

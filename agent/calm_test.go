@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -26,7 +27,7 @@ func (n *node) newStepwise() *Agent {
 	if _, err := a.datapath.Load(); err != nil {
 		n.t.Fatal(err)
 	}
-	if a.watcher, err = newWatcher(append(a.config.Paths().Directories(), a.cache.dir, a.config.CNI.NetNSDir)...); err != nil {
+	if a.watcher, err = discover.NewWatcher(append(a.config.Paths().Directories(), a.cache.Dir, a.config.CNI.NetNSDir)...); err != nil {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() {
@@ -39,8 +40,8 @@ func (n *node) newStepwise() *Agent {
 
 // asks is a turn of the loop after a read of Consul.
 func (a *Agent) asks(ctx context.Context) {
-	a.consul.read(ctx)
-	a.consul.look(ctx)
+	a.consul.Read(ctx)
+	a.consul.Look(ctx)
 	a.pass(true)
 }
 

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/weirmesh/weir/agent/catalog"
 )
 
 // checked is a registration that lets Consul open a port for each of its checks.
@@ -30,20 +32,20 @@ func TestFollowerAsksForExposedChecksOfANewService(t *testing.T) {
 	fake.mu.Unlock()
 	fake.answers(say(200, "{"+checked(exampleAlloc, "a")+"}"))
 	follower := fake.follow(t)
-	eventuallyKnown(t, follower, "the first service's port", func(v snapshot) bool { return slices.Equal(v.Facts.CheckPorts["a"], []uint16{21500}) })
+	eventuallyKnown(t, follower, "the first service's port", func(v catalog.Snapshot) bool { return slices.Equal(v.Facts.CheckPorts["a"], []uint16{21500}) })
 
 	second := strings.Replace(exampleAlloc, "b412a0b1", "b412a0b2", 1)
 	fake.answers(say(200, "{"+checked(exampleAlloc, "a")+","+checked(second, "b")+"}"))
-	follower.wake()
+	follower.Wake()
 	began := time.Now()
 	asked := fake.times("/v1/agent/checks")
-	eventuallyKnown(t, follower, "a question for the second service", func(snapshot) bool { return fake.times("/v1/agent/checks") > asked })
+	eventuallyKnown(t, follower, "a question for the second service", func(catalog.Snapshot) bool { return fake.times("/v1/agent/checks") > asked })
 	checks.Store(`{"a:1": {"ServiceID": "a", "ExposedPort": 21500}, "b:1": {"ServiceID": "b", "ExposedPort": 21501}}`)
-	got := eventuallyKnown(t, follower, "the second service's port", func(v snapshot) bool { return len(v.Facts.CheckPorts["b"]) > 0 })
+	got := eventuallyKnown(t, follower, "the second service's port", func(v catalog.Snapshot) bool { return len(v.Facts.CheckPorts["b"]) > 0 })
 	if ports := got.Facts.CheckPorts["b"]; !slices.Equal(ports, []uint16{21501}) {
 		t.Errorf("ports = %v, want 21501", ports)
 	}
-	if took := time.Since(began); took > listenerInterval/2 {
-		t.Errorf("known after %s, want at most %s", took, listenerInterval/2)
+	if took := time.Since(began); took > catalog.ListenerInterval/2 {
+		t.Errorf("known after %s, want at most %s", took, catalog.ListenerInterval/2)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/configfile"
 )
 
 func noEnv(string) string { return "" }
@@ -23,11 +24,11 @@ func writeFile(t *testing.T, path, text string) string {
 }
 
 func TestReadConfigWithoutFiles(t *testing.T) {
-	got, err := ReadConfig("", noEnv)
+	got, err := configfile.ReadConfig("", noEnv)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(DefaultConfig(), got); diff != "" {
+	if diff := cmp.Diff(configfile.DefaultConfig(), got); diff != "" {
 		t.Errorf("differs from the defaults (-want +got):\n%s", diff)
 	}
 	if err := got.Validate(); err != nil {
@@ -56,11 +57,11 @@ cni { cache_dir = "/var/lib/other" }
 `)
 	writeFile(t, filepath.Join(dir, "notes.txt"), `not HCL = = =`)
 	env := map[string]string{"WEIR_STATE_DIR": "/run/other", "CONSUL_CACERT": "/etc/env.pem", "CONSUL_HTTP_SSL_VERIFY": "false"}
-	got, err := ReadConfig(dir, func(name string) string { return env[name] })
+	got, err := configfile.ReadConfig(dir, func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := DefaultConfig()
+	want := configfile.DefaultConfig()
 	want.PinDir, want.StateDir = "/sys/fs/bpf/second", "/run/other"
 	want.Guard.Default = "enforce"
 	want.Consul.Address, want.Consul.CAFile = "https://127.0.0.1:8501", "/etc/env.pem"
@@ -92,7 +93,7 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			path := writeFile(t, filepath.Join(t.TempDir(), "weir.hcl"), c.text)
-			config, err := ReadConfig(path, func(name string) string {
+			config, err := configfile.ReadConfig(path, func(name string) string {
 				if name == "CONSUL_HTTP_SSL" {
 					return c.env
 				}
@@ -119,11 +120,11 @@ func TestExampleConfigurationIsTheDefaults(t *testing.T) {
 		t.Errorf("%d keys in the example, want all", found)
 	}
 	path := writeFile(t, filepath.Join(t.TempDir(), "weir.hcl"), string(setting.ReplaceAll(text, []byte("$1$2"))))
-	got, err := ReadConfig(path, noEnv)
+	got, err := configfile.ReadConfig(path, noEnv)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := DefaultConfig()
+	want := configfile.DefaultConfig()
 	want.Telemetry.Listen = "127.0.0.1:9902"
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("example (-defaults +example):\n%s", diff)

@@ -7,6 +7,10 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -15,11 +19,11 @@ import (
 // The pieces of the table: one allocation, and what may be known of it.
 const exampleAlloc = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
 
-func found() attachment {
-	return attachment{
+func found() discover.Attachment {
+	return discover.Attachment{
 		Key: workload.AttachmentID{ContainerID: exampleAlloc, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + exampleAlloc,
 		Job: workload.Job{ID: "j1", AllocID: exampleAlloc}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
-		Ports: []portMapping{{HostPort: 20001, ContainerPort: 20001}, {HostPort: 8181, ContainerPort: 8181}, {HostPort: 25000, ContainerPort: 8080}},
+		Ports: []discover.PortMapping{{HostPort: 20001, ContainerPort: 20001}, {HostPort: 8181, ContainerPort: 8181}, {HostPort: 25000, ContainerPort: 8080}},
 	}
 }
 
@@ -33,16 +37,16 @@ func recorded(meshConfig workload.MeshConfig) *redirect.Record {
 	return known
 }
 
-func sidecar(change ...func(*proxy)) proxy {
-	p := proxy{ID: "web-sidecar-proxy", Kind: kindSidecar, AllocID: exampleAlloc, ServiceID: "web", Inbound: 20001}
+func sidecar(change ...func(*registration.Proxy)) registration.Proxy {
+	p := registration.Proxy{ID: "web-sidecar-proxy", Kind: registration.KindSidecar, AllocID: exampleAlloc, ServiceID: "web", Inbound: 20001}
 	for _, edit := range change {
 		edit(&p)
 	}
 	return p
 }
 
-func to(name, listener string) upstream {
-	return upstream{Of: service{Name: name}, Listener: netip.MustParseAddrPort(listener)}
+func to(name, listener string) registration.Upstream {
+	return registration.Upstream{Of: registration.Service{Name: name}, Listener: netip.MustParseAddrPort(listener)}
 }
 
 func addrs(texts ...string) (list []netip.Addr) {
@@ -53,80 +57,80 @@ func addrs(texts ...string) (list []netip.Addr) {
 }
 
 func TestDesire(t *testing.T) {
-	audit := policy{Guard: workload.GuardAudit, ProxyUID: 101}
+	audit := desired.Policy{Guard: workload.GuardAudit, ProxyUID: 101}
 	forbidden := health.NewProblem(health.ProblemConsulForbidden, "a token", "forbidden")
-	transparent := func(p *proxy) { p.Transparent, p.Outbound = true, 15009 }
+	transparent := func(p *registration.Proxy) { p.Transparent, p.Outbound = true, 15009 }
 	add := func(mode workload.Mode) *workload.Request {
 		a := found()
 		return &workload.Request{Network: a.Network, Job: a.Job, Mode: mode, ProxyUID: 101, Addresses: a.Addresses}
 	}
 	for _, c := range []struct {
 		name    string
-		subject allocation
-		facts   catalogData
-		policy  policy
-		want    plan
+		subject desired.Allocation
+		facts   catalog.Data
+		policy  desired.Policy
+		want    desired.Plan
 	}{
 		{
 			name:    "Consul knows nothing of it: what is stays",
-			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent)},
+			subject: desired.Allocation{Attachment: found(), Record: onRecord(workload.ModeTransparent)},
 			policy:  audit,
 		},
 		{
 			name:    "transparent: ports of Consul win, mapped ports stay the proxy's",
-			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			subject: desired.Allocation{Attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy:  audit,
-			want:    plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit}},
+			want:    desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit}},
 		},
 		{
 			name: "transparent: a static port without to is opened",
-			subject: allocation{attachment: func() attachment {
+			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
 				a.Mesh = `{"ExcludeInboundPorts":["0","7071"]}`
 				return a
-			}(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar(transparent)}},
+			}(), Record: onRecord(workload.ModeTransparent), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
-			want: plan{MeshConfig: &workload.MeshConfig{
+			want: desired.Plan{MeshConfig: &workload.MeshConfig{
 				InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8181}}},
 		},
 		{
 			name: "expose paths, metrics and exposed checks are open to the proxy's listeners",
-			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar(transparent, func(p *proxy) {
+			subject: desired.Allocation{Attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []registration.Proxy{sidecar(transparent, func(p *registration.Proxy) {
 				p.Open, p.ExposeCheck = []uint16{9102, 21500}, true
 			})}},
-			facts:  catalogData{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
+			facts:  catalog.Data{CheckPorts: map[string][]uint16{"web": {21501}, "other": {1}}},
 			policy: audit,
-			want: plan{MeshConfig: &workload.MeshConfig{
+			want: desired.Plan{MeshConfig: &workload.MeshConfig{
 				InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit, ExposedPorts: []uint16{9102, 21500, 21501}}},
 		},
 		{
 			name:    "exposed checks that Consul does not tell are told to whom they concern",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{sidecar(func(p *proxy) { p.ExposeCheck = true })}},
-			facts:   catalogData{NoChecks: forbidden, NoIntentions: health.Problem{What: "of others"}},
-			policy:  policy{Guard: workload.GuardEnforce},
-			want: plan{
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.ExposeCheck = true })}},
+			facts:   catalog.Data{NoChecks: forbidden, NoIntentions: health.Problem{What: "of others"}},
+			policy:  desired.Policy{Guard: workload.GuardEnforce},
+			want: desired.Plan{
 				MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce},
 				Problems:   []health.Problem{forbidden},
 			},
 		},
 		{
 			name:    "the operator lets packets be forwarded",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{sidecar()}},
-			policy:  policy{Guard: workload.GuardEnforce, Forward: true},
-			want:    plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce, Forward: true}},
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{sidecar()}},
+			policy:  desired.Policy{Guard: workload.GuardEnforce, Forward: true},
+			want:    desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce, Forward: true}},
 		},
 		{
 			name:    "checks that nobody exposes are no problem",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{sidecar()}},
-			facts:   catalogData{NoChecks: forbidden},
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{sidecar()}},
+			facts:   catalog.Data{NoChecks: forbidden},
 			policy:  audit,
-			want:    plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit}},
+			want:    desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit}},
 		},
 		{
 			name:    "transparent on record, direct in Consul",
-			subject: allocation{attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []proxy{sidecar()}},
+			subject: desired.Allocation{Attachment: found(), Record: onRecord(workload.ModeTransparent), Proxies: []registration.Proxy{sidecar()}},
 			policy:  audit,
-			want: plan{
+			want: desired.Plan{
 				MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit},
 				Problems: []health.Problem{health.NewProblem(health.ProblemModeMismatch,
 					`set mode = "transparent" in the service's service-defaults or in proxy-defaults`,
@@ -135,9 +139,9 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name:    "no plugin was called: put under Weir, mapped ports open",
-			subject: allocation{attachment: found(), Proxies: []proxy{sidecar()}},
+			subject: desired.Allocation{Attachment: found(), Proxies: []registration.Proxy{sidecar()}},
 			policy:  audit,
-			want: plan{
+			want: desired.Plan{
 				Add: add(workload.ModeDirect),
 				MeshConfig: &workload.MeshConfig{
 					InboundPort: 20001, Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
@@ -145,9 +149,9 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name:    "no plugin was called, and Consul has it transparent",
-			subject: allocation{attachment: found(), Proxies: []proxy{sidecar(transparent)}},
+			subject: desired.Allocation{Attachment: found(), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy:  audit,
-			want: plan{
+			want: desired.Plan{
 				Add: add(workload.ModeDirect),
 				MeshConfig: &workload.MeshConfig{
 					InboundPort: 20001, Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181}},
@@ -158,20 +162,20 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a plugin was asked, but its record is not there: not the agent's to make up",
-			subject: allocation{attachment: func() attachment {
+			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
 				a.Mesh = `{}`
 				return a
-			}(), Proxies: []proxy{sidecar(transparent)}},
+			}(), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
 		},
 		{
 			name: "a gateway: its listeners are open and it has none for the mesh",
-			subject: allocation{attachment: found(), Proxies: []proxy{{
-				ID: "in", Kind: kindIngress, AllocID: exampleAlloc, Self: service{Name: "in"}, Open: []uint16{8443}}}},
-			facts:  catalogData{GatewayPorts: map[gateway][]uint16{{service{Name: "in"}, kindIngress}: {8080, 9090}}},
+			subject: desired.Allocation{Attachment: found(), Proxies: []registration.Proxy{{
+				ID: "in", Kind: registration.KindIngress, AllocID: exampleAlloc, Self: registration.Service{Name: "in"}, Open: []uint16{8443}}}},
+			facts:  catalog.Data{GatewayPorts: map[registration.Gateway][]uint16{{Service: registration.Service{Name: "in"}, Kind: registration.KindIngress}: {8080, 9090}}},
 			policy: audit,
-			want: plan{
+			want: desired.Plan{
 				Add: add(workload.ModeGateway),
 				MeshConfig: &workload.MeshConfig{
 					Guard: workload.GuardAudit, ExcludeInboundPorts: []uint16{8080, 8181, 20001}, ExposedPorts: []uint16{8080, 8443, 9090}},
@@ -179,16 +183,16 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "two services in one allocation",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{
-				sidecar(func(p *proxy) { p.Upstreams = []upstream{to("cache", "127.0.0.1:6379")} }),
-				sidecar(func(p *proxy) {
-					p.ID, p.Service, p.Inbound, p.Upstreams = "z", "z", 20002, []upstream{to("api", "127.0.0.1:9191")}
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{
+				sidecar(func(p *registration.Proxy) { p.Upstreams = []registration.Upstream{to("cache", "127.0.0.1:6379")} }),
+				sidecar(func(p *registration.Proxy) {
+					p.ID, p.Service, p.Inbound, p.Upstreams = "z", "z", 20002, []registration.Upstream{to("api", "127.0.0.1:9191")}
 				}),
 			}},
-			facts: catalogData{VirtualIPs: map[service][]netip.Addr{
+			facts: catalog.Data{VirtualIPs: map[registration.Service][]netip.Addr{
 				{Name: "api"}: addrs("240.0.0.1"), {Name: "cache"}: addrs("240.0.0.2", "10.1.1.1")}},
 			policy: audit,
-			want: plan{MeshConfig: &workload.MeshConfig{
+			want: desired.Plan{MeshConfig: &workload.MeshConfig{
 				InboundPort: 20001, Service: "web", Proxies: []workload.Sidecar{{Service: "z", InboundPort: 20002}}, Guard: workload.GuardAudit,
 				Upstreams: []workload.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
@@ -198,18 +202,18 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "upstreams without a virtual IP here are left to their listener",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{
-				sidecar(func(p *proxy) {
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{
+				sidecar(func(p *registration.Proxy) {
 					far := to("api", "127.0.0.1:7000")
 					far.Remote = true
-					p.Upstreams = []upstream{far, to("new", "127.0.0.1:7001"), to("api", "127.0.0.1:9191"), to("api", "127.0.0.1:9292")}
+					p.Upstreams = []registration.Upstream{far, to("new", "127.0.0.1:7001"), to("api", "127.0.0.1:9191"), to("api", "127.0.0.1:9292")}
 				})}},
-			facts: catalogData{
-				VirtualIPs: map[service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
-				Unanswered: map[service]health.Problem{{Name: "new"}: forbidden},
+			facts: catalog.Data{
+				VirtualIPs: map[registration.Service][]netip.Addr{{Name: "api"}: addrs("240.0.0.1")},
+				Unanswered: map[registration.Service]health.Problem{{Name: "new"}: forbidden},
 			},
 			policy: audit,
-			want: plan{
+			want: desired.Plan{
 				MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Upstreams: []workload.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}},
 				Problems: []health.Problem{forbidden},
@@ -217,99 +221,99 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "what Consul has not answered yet stays as it is on record",
-			subject: allocation{
-				attachment: attachment{Key: found().Key},
+			subject: desired.Allocation{
+				Attachment: discover.Attachment{Key: found().Key},
 				Record: recorded(workload.MeshConfig{ExposedPorts: []uint16{8181}, Upstreams: []workload.Upstream{
 					{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 					{Name: "cache", Addresses: addrs("240.0.0.2"), Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
 					{Name: "gone", Addresses: addrs("240.0.0.3"), Listener: netip.MustParseAddrPort("127.0.0.1:7000")},
 				}}),
-				Proxies: []proxy{sidecar(func(p *proxy) {
+				Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) {
 					p.ExposeCheck = true
-					p.Upstreams = []upstream{to("api", "127.0.0.1:9292"), to("cache", "127.0.0.1:6379")}
+					p.Upstreams = []registration.Upstream{to("api", "127.0.0.1:9292"), to("cache", "127.0.0.1:6379")}
 				})}},
-			facts:  catalogData{VirtualIPs: map[service][]netip.Addr{{Name: "cache"}: nil}},
+			facts:  catalog.Data{VirtualIPs: map[registration.Service][]netip.Addr{{Name: "cache"}: nil}},
 			policy: audit,
-			want: plan{MeshConfig: &workload.MeshConfig{
+			want: desired.Plan{MeshConfig: &workload.MeshConfig{
 				InboundPort: 20001, ExposedPorts: []uint16{8181}, Guard: workload.GuardAudit,
 				Upstreams: []workload.Upstream{{Name: "api", Addresses: addrs("240.0.0.1"), Listener: netip.MustParseAddrPort("127.0.0.1:9292")}},
 			}},
 		},
 		{
 			name: "listeners of a gateway that Consul has not answered yet stay open",
-			subject: allocation{
-				attachment: attachment{Key: found().Key},
+			subject: desired.Allocation{
+				Attachment: discover.Attachment{Key: found().Key},
 				Record:     recorded(workload.MeshConfig{ExcludeInboundPorts: []uint16{8181}}),
-				Proxies: []proxy{sidecar(func(p *proxy) {
-					p.Kind, p.Inbound, p.Self = kindAPI, 0, service{Name: "gateway"}
+				Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) {
+					p.Kind, p.Inbound, p.Self = registration.KindAPI, 0, registration.Service{Name: "gateway"}
 				})}},
 			policy: audit,
-			want:   plan{MeshConfig: &workload.MeshConfig{ExposedPorts: []uint16{8181}, Guard: workload.GuardAudit}},
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{ExposedPorts: []uint16{8181}, Guard: workload.GuardAudit}},
 		},
 		{
 			name: "a job strengthens the guard",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
-				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = workload.GuardEnforce })}},
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
+				Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.Guard = workload.GuardEnforce })}},
 			policy: audit,
-			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
 			name: "a job strengthens the egress guard, by its meta and by the plugin, and does not weaken the node's",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: func() *redirect.Record {
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: func() *redirect.Record {
 				known := onRecord(workload.ModeDirect)
 				known.Request.Egress = workload.GuardEnforce
 				return known
-			}(), Proxies: []proxy{sidecar(func(p *proxy) { p.Egress = workload.GuardAudit })}},
-			policy: policy{Guard: workload.GuardAudit, Egress: workload.GuardAudit},
-			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Egress: workload.GuardEnforce}},
+			}(), Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.Egress = workload.GuardAudit })}},
+			policy: desired.Policy{Guard: workload.GuardAudit, Egress: workload.GuardAudit},
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Egress: workload.GuardEnforce}},
 		},
 		{
 			name: "the node's egress guard",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
-				Proxies: []proxy{sidecar(func(p *proxy) { p.Egress = workload.GuardOff })}},
-			policy: policy{Guard: workload.GuardAudit, Egress: workload.GuardAudit},
-			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Egress: workload.GuardAudit}},
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
+				Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.Egress = workload.GuardOff })}},
+			policy: desired.Policy{Guard: workload.GuardAudit, Egress: workload.GuardAudit},
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardAudit, Egress: workload.GuardAudit}},
 		},
 		{
 			name: "a job strengthens the guard by the plugin",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: func() *redirect.Record {
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: func() *redirect.Record {
 				known := onRecord(workload.ModeDirect)
 				known.Request.Guard = workload.GuardEnforce
 				return known
-			}(), Proxies: []proxy{sidecar()}},
+			}(), Proxies: []registration.Proxy{sidecar()}},
 			policy: audit,
-			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
 			name: "a plugin was asked by the job's own arguments, but its record is not there",
-			subject: allocation{attachment: func() attachment {
+			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
 				a.JobArgs = true
 				return a
-			}(), Proxies: []proxy{sidecar(transparent)}},
+			}(), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
 		},
 		{
 			name: "a job does not weaken the guard",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
-				Proxies: []proxy{sidecar(func(p *proxy) { p.Guard = workload.GuardOff })}},
-			policy: policy{Guard: workload.GuardEnforce},
-			want:   plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect),
+				Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.Guard = workload.GuardOff })}},
+			policy: desired.Policy{Guard: workload.GuardEnforce},
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, Guard: workload.GuardEnforce}},
 		},
 		{
 			name: "transparent: a dynamic port that nobody can exclude ends in the mesh",
-			subject: allocation{attachment: func() attachment {
+			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
-				a.Ports = append(a.Ports, portMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "tcp"}, portMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "udp"},
-					portMapping{HostPort: 25002, ContainerPort: 25002})
+				a.Ports = append(a.Ports, discover.PortMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "tcp"}, discover.PortMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "udp"},
+					discover.PortMapping{HostPort: 25002, ContainerPort: 25002})
 				return a
 			}(), Record: func() *redirect.Record {
 				known := onRecord(workload.ModeTransparent)
 				known.Request.ExcludeInboundPorts = []uint16{25002}
 				return known
-			}(), Proxies: []proxy{sidecar(transparent)}},
+			}(), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
-			want: plan{
+			want: desired.Plan{
 				MeshConfig: &workload.MeshConfig{InboundPort: 20001, OutboundPort: 15009, Guard: workload.GuardAudit},
 				Problems: []health.Problem{health.NewProblem(health.ProblemHostPortInMesh,
 					`give the label the number that the task listens on, port "LABEL" { to = 8080 }, and exclude that one, transparent_proxy { exclude_inbound_ports = ["8080"] }; where only the mesh needs it, take the label away`,
@@ -318,24 +322,24 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name:    "what counted is withdrawn: what the node itself knows stays",
-			subject: allocation{attachment: found(), Record: onRecord(workload.ModeDirect), Withdrawn: true},
+			subject: desired.Allocation{Attachment: found(), Record: onRecord(workload.ModeDirect), Withdrawn: true},
 			policy:  audit,
-			want:    plan{MeshConfig: &workload.MeshConfig{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: workload.GuardAudit}},
+			want:    desired.Plan{MeshConfig: &workload.MeshConfig{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: workload.GuardAudit}},
 		},
 		{
 			name: "a gateway beside a sidecar has its listeners, and they are its own",
-			subject: allocation{attachment: attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []proxy{
-				sidecar(func(p *proxy) { p.Open = []uint16{9102} }),
-				{ID: "edge", Kind: kindMesh, AllocID: exampleAlloc, Self: service{Name: "edge"}, Open: []uint16{8443}},
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{
+				sidecar(func(p *registration.Proxy) { p.Open = []uint16{9102} }),
+				{ID: "edge", Kind: registration.KindMesh, AllocID: exampleAlloc, Self: registration.Service{Name: "edge"}, Open: []uint16{8443}},
 			}},
 			policy: audit,
-			want: plan{MeshConfig: &workload.MeshConfig{
+			want: desired.Plan{MeshConfig: &workload.MeshConfig{
 				InboundPort: 20001, ExposedPorts: []uint16{9102}, Guard: workload.GuardAudit,
 				Service: "web", Proxies: []workload.Sidecar{{Service: "edge", ExposedPorts: []uint16{8443}}}}},
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := planFor(c.subject, c.facts, c.policy)
+			got := desired.For(c.subject, c.facts, c.policy)
 			if diff := cmp.Diff(c.want, got, sameAddrs()); diff != "" {
 				t.Errorf("wish (-want +got):\n%s", diff)
 			}
@@ -351,7 +355,7 @@ func TestDesire(t *testing.T) {
 			if err := workload.Merge(request, *got.MeshConfig).Validate(); err != nil {
 				t.Errorf("the data path would refuse it: %v", err)
 			}
-			again := planFor(c.subject, c.facts, c.policy)
+			again := desired.For(c.subject, c.facts, c.policy)
 			if !workload.Merge(request, *again.MeshConfig).Equal(workload.Merge(request, *got.MeshConfig)) {
 				t.Error("the same again is not the same")
 			}
@@ -363,7 +367,7 @@ func TestLostRequestIsThatOfNomad(t *testing.T) {
 	a := found()
 	a.Mesh = `{"ConsulDNSIP":"10.99.0.1","ConsulDNSPort":8600,"ProxyUserID":"1101","ProxyInboundPort":23435,"ProxyOutboundPort":15001,
 		"ExcludeInboundPorts":["0","7071"],"ExcludeOutboundPorts":["25"],"ExcludeOutboundCIDRs":["10.0.0.0/8"],"ExcludeUIDs":["0"]}`
-	got, err := lostRequest(a)
+	got, err := desired.LostRequest(a)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -378,12 +382,12 @@ func TestLostRequestIsThatOfNomad(t *testing.T) {
 	}
 	own := a
 	own.JobArgs = true
-	if got, err := lostRequest(own); err == nil {
+	if got, err := desired.LostRequest(own); err == nil {
 		t.Errorf("request of a job with arguments of its own = %+v, want an error", got)
 	}
 	for _, mesh := range []string{`x`, `{}`, `{"ProxyUserID":"envoy"}`, `{"ProxyUserID":"1","ExcludeOutboundCIDRs":["ten"]}`, `{"ProxyUserID":"1","ExcludeUIDs":["-1"]}`} {
 		a.Mesh = mesh
-		if got, err := lostRequest(a); err == nil {
+		if got, err := desired.LostRequest(a); err == nil {
 			t.Errorf("request of %s = %+v, want an error", mesh, got)
 		}
 	}

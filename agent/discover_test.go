@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -32,16 +33,16 @@ const cachedResult = `{
             {"version": "6", "interface": 2, "address": "fd00::2/64"}]}}`
 
 func TestParseCache(t *testing.T) {
-	got, ok, err := parseCache([]byte(cachedResult))
+	got, ok, err := discover.ParseCache([]byte(cachedResult))
 	if err != nil || !ok {
 		t.Fatalf("parse = %v, %v", ok, err)
 	}
 	const id = "b412a0b1-e285-703a-01ba-3d1b2e2228f7"
-	want := attachment{
+	want := discover.Attachment{
 		Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Network: "nomad", NetNS: "/var/run/netns/" + id,
 		Job:       workload.Job{Region: "global", Namespace: "default", ID: "j1", Group: "g", AllocID: id},
 		Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13"), netip.MustParseAddr("fd00::2")},
-		Ports: []portMapping{
+		Ports: []discover.PortMapping{
 			{HostPort: 23435, ContainerPort: 23435, Protocol: "tcp"}, {HostPort: 23435, ContainerPort: 23435, Protocol: "udp"},
 			{HostPort: 8181, ContainerPort: 8181, Protocol: "tcp"}, {HostPort: 25000, ContainerPort: 8080, Protocol: "tcp"},
 		},
@@ -55,11 +56,11 @@ func TestParseCache(t *testing.T) {
 // A job's own arguments are the plugin's: the agent knows that there are some.
 func TestParseCacheSeesJobArguments(t *testing.T) {
 	text := strings.Replace(cachedResult, `["IgnoreUnknown","true"]`, `["IgnoreUnknown","true"],["weir.mode","transparent"]`, 1)
-	got, ok, err := parseCache([]byte(text))
+	got, ok, err := discover.ParseCache([]byte(text))
 	if err != nil || !ok || !got.JobArgs {
 		t.Errorf("parse = %+v, %v, %v; want an attachment with arguments of its own", got, ok, err)
 	}
-	if got, _, _ := parseCache([]byte(cachedResult)); got.JobArgs {
+	if got, _, _ := discover.ParseCache([]byte(cachedResult)); got.JobArgs {
 		t.Error("arguments of Nomad's and Consul's count as the job's own")
 	}
 }
@@ -75,7 +76,7 @@ func TestParseCacheFindsTheNamespaceInTheResult(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, _, err := parseCache(data)
+	got, _, err := discover.ParseCache(data)
 	if err != nil || got.NetNS != "/var/run/netns/b412a0b1-e285-703a-01ba-3d1b2e2228f7" {
 		t.Errorf("namespace = %q, %v", got.NetNS, err)
 	}
@@ -83,68 +84,68 @@ func TestParseCacheFindsTheNamespaceInTheResult(t *testing.T) {
 
 func TestParseCacheLeavesOthersAlone(t *testing.T) {
 	for _, text := range []string{`{}`, `{"kind":"cniCacheV1","containerId":"pod","ifName":"eth0"}`, `{"kind":"later","containerId":"a","ifName":"b"}`} {
-		if got, ok, err := parseCache([]byte(text)); ok || err != nil {
+		if got, ok, err := discover.ParseCache([]byte(text)); ok || err != nil {
 			t.Errorf("parse of %s = %+v, %v, %v; want nothing", text, got, ok, err)
 		}
 	}
 }
 
 func TestCacheReadsChangesAndTellsOfDamage(t *testing.T) {
-	c := &cache{dir: filepath.Join(t.TempDir(), "results")}
-	if found, problems, err := c.read(); err != nil || len(found)+len(problems) > 0 {
+	c := &discover.Cache{Dir: filepath.Join(t.TempDir(), "results")}
+	if found, problems, err := c.Read(); err != nil || len(found)+len(problems) > 0 {
 		t.Fatalf("read of a directory that is not there = %v, %v, %v; want nothing", found, problems, err)
 	}
-	if err := os.Mkdir(c.dir, 0o700); err != nil {
+	if err := os.Mkdir(c.Dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	path := writeFile(t, filepath.Join(c.dir, "nomad-b412-eth0"), cachedResult[:200])
-	if found, problems, err := c.read(); err != nil || len(found)+len(problems) != 0 || !c.halfway {
-		t.Fatalf("read of a file that is being written = %v, %v, %v, halfway %v; want to be told so", found, problems, err, c.halfway)
+	path := writeFile(t, filepath.Join(c.Dir, "nomad-b412-eth0"), cachedResult[:200])
+	if found, problems, err := c.Read(); err != nil || len(found)+len(problems) != 0 || !c.Halfway {
+		t.Fatalf("read of a file that is being written = %v, %v, %v, halfway %v; want to be told so", found, problems, err, c.Halfway)
 	}
 	for _, age := range []time.Duration{time.Minute, -time.Minute} { // a clock may be set back
 		then := time.Now().Add(-age)
 		if err := os.Chtimes(path, then, then); err != nil {
 			t.Fatal(err)
 		}
-		if found, problems, err := c.read(); err != nil || len(found) != 0 || len(problems) != 1 || c.halfway {
-			t.Fatalf("read of half a file = %v, %v, %v, halfway %v; want one problem", found, problems, err, c.halfway)
+		if found, problems, err := c.Read(); err != nil || len(found) != 0 || len(problems) != 1 || c.Halfway {
+			t.Fatalf("read of half a file = %v, %v, %v, halfway %v; want one problem", found, problems, err, c.Halfway)
 		}
 	}
 	writeFile(t, path, cachedResult)
-	found, problems, err := c.read()
+	found, problems, err := c.Read()
 	if err != nil || len(found) != 1 || len(problems) != 0 {
 		t.Fatalf("read of the whole file = %v, %v, %v; want one attachment", found, problems, err)
 	}
-	if c.halfway {
+	if c.Halfway {
 		t.Error("a whole file counts as half of one")
 	}
 	if err := os.Remove(path); err != nil {
 		t.Fatal(err)
 	}
-	if found, _, err := c.read(); err != nil || len(found) != 0 {
+	if found, _, err := c.Read(); err != nil || len(found) != 0 {
 		t.Errorf("read after the file is gone = %v, %v; want nothing", found, err)
 	}
 }
 
 func TestStaticPortsWithoutTo(t *testing.T) {
-	mapping := func(host, container uint16) portMapping {
-		return portMapping{HostPort: host, ContainerPort: container, Protocol: "tcp"}
+	mapping := func(host, container uint16) discover.PortMapping {
+		return discover.PortMapping{HostPort: host, ContainerPort: container, Protocol: "tcp"}
 	}
 	for _, c := range []struct {
 		name    string
-		ports   []portMapping
+		ports   []discover.PortMapping
 		unnamed int
 		want    []uint16
 	}{
-		{"none is unnamed", []portMapping{mapping(8181, 8181)}, 0, nil},
-		{"the numbers add up", []portMapping{mapping(8181, 8181), mapping(25001, 25001)}, 2, []uint16{8181, 25001}},
-		{"a dynamic one is left out", []portMapping{mapping(8181, 8181), mapping(25001, 25001)}, 1, []uint16{8181}},
-		{"the proxy's own is no static port", []portMapping{mapping(20000, 20000), mapping(8181, 8181)}, 1, []uint16{8181}},
-		{"one with to is named elsewhere", []portMapping{mapping(8181, 80), mapping(8182, 8182)}, 1, []uint16{8182}},
-		{"both protocols count once", []portMapping{mapping(8181, 8181), mapping(8181, 8181)}, 1, []uint16{8181}},
+		{"none is unnamed", []discover.PortMapping{mapping(8181, 8181)}, 0, nil},
+		{"the numbers add up", []discover.PortMapping{mapping(8181, 8181), mapping(25001, 25001)}, 2, []uint16{8181, 25001}},
+		{"a dynamic one is left out", []discover.PortMapping{mapping(8181, 8181), mapping(25001, 25001)}, 1, []uint16{8181}},
+		{"the proxy's own is no static port", []discover.PortMapping{mapping(20000, 20000), mapping(8181, 8181)}, 1, []uint16{8181}},
+		{"one with to is named elsewhere", []discover.PortMapping{mapping(8181, 80), mapping(8182, 8182)}, 1, []uint16{8182}},
+		{"both protocols count once", []discover.PortMapping{mapping(8181, 8181), mapping(8181, 8181)}, 1, []uint16{8181}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if diff := cmp.Diff(c.want, attachment{Ports: c.ports}.staticPorts(c.unnamed, 20000)); diff != "" {
+			if diff := cmp.Diff(c.want, discover.Attachment{Ports: c.ports}.StaticPorts(c.unnamed, 20000)); diff != "" {
 				t.Errorf("ports (-want +got):\n%s", diff)
 			}
 		})

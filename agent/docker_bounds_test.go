@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -18,12 +19,12 @@ import (
 // memory, and told.
 func TestDockerWithoutAnEndIsGivenUp(t *testing.T) {
 	t.Parallel()
-	const most = 4 * elementLimit // an element, and what sockets and libraries hold
+	const most = 4 * discover.ElementLimit // an element, and what sockets and libraries hold
 	quiet := func(w http.ResponseWriter, r *http.Request) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	}
-	label := fmt.Sprintf(`"Labels":{%q:%q}`, allocLabel, numbered(1))
+	label := fmt.Sprintf(`"Labels":{%q:%q}`, discover.AllocLabel, numbered(1))
 	pause := strings.Repeat("a", 64)
 	for name, c := range map[string]struct {
 		path, begin string // of the answer that goes on for ever
@@ -58,7 +59,7 @@ func TestDockerWithoutAnEndIsGivenUp(t *testing.T) {
 			}))
 			d := runDocker(t, socket)
 			test.Eventually(t, func() error {
-				if told := d.current().Error; !strings.Contains(told, c.want) {
+				if told := d.Current().Error; !strings.Contains(told, c.want) {
 					return fmt.Errorf("told is %q", told)
 				}
 				return nil
@@ -76,7 +77,7 @@ func TestDockerListIsNotAskedOncePerEvent(t *testing.T) {
 	t.Parallel()
 	const events = 20_000
 	var lists, said atomic.Int64
-	label := fmt.Sprintf(`"Labels":{%q:%q}`, allocLabel, numbered(1))
+	label := fmt.Sprintf(`"Labels":{%q:%q}`, discover.AllocLabel, numbered(1))
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /events", func(w http.ResponseWriter, r *http.Request) {
 		w.(http.Flusher).Flush()
@@ -99,7 +100,7 @@ func TestDockerListIsNotAskedOncePerEvent(t *testing.T) {
 	serveDocker(t, socket, mux)
 	d := runDocker(t, socket)
 	test.Eventually(t, func() error {
-		if task := d.current().Tasks[strings.Repeat("b", 64)]; task != "after" {
+		if task := d.Current().Tasks[strings.Repeat("b", 64)]; task != "after" {
 			return fmt.Errorf("the task is %q", task)
 		}
 		return nil

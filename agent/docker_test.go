@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -57,7 +59,7 @@ func startDocker(t *testing.T) *engine {
 			t.Logf("dockerd: %v\n%s", err, output)
 		}
 	})
-	client := &http.Client{Transport: newDocker(e.socket, nil).client.Transport}
+	client := &http.Client{Transport: discover.NewDocker(e.socket, nil).Client.Transport}
 	test.Eventually(t, func() error {
 		answer, err := client.Get("http://docker/_ping")
 		if err != nil {
@@ -111,14 +113,14 @@ func (e *engine) docker(args ...string) string {
 // path of its namespace.
 func (e *engine) pause(id string) string {
 	e.t.Helper()
-	e.docker("run", "-d", "--name", pausePrefix+id, "--label", allocLabel+"="+id, "--network", "none", engineImage, "/busybox", "sleep", "600")
-	e.t.Cleanup(func() { e.docker("rm", "-f", pausePrefix+id) })
+	e.docker("run", "-d", "--name", discover.PausePrefix+id, "--label", discover.AllocLabel+"="+id, "--network", "none", engineImage, "/busybox", "sleep", "600")
+	e.t.Cleanup(func() { e.docker("rm", "-f", discover.PausePrefix+id) })
 	return e.netns(id)
 }
 
 func (e *engine) netns(id string) string {
 	e.t.Helper()
-	return e.docker("inspect", "-f", "{{.NetworkSettings.SandboxKey}}", pausePrefix+id)
+	return e.docker("inspect", "-f", "{{.NetworkSettings.SandboxKey}}", discover.PausePrefix+id)
 }
 
 // When Docker restarts a pause container, the allocation has another namespace
@@ -132,11 +134,11 @@ func TestAgentFollowsAPauseContainerThatDockerRestarts(t *testing.T) {
 	n.cached(id, first, "")
 	n.fake.answers(registered(id))
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	before := n.cookieOf(first)
 	n.wantCookie(before)
 
-	docker.docker("restart", "-t", "0", pausePrefix+id)
+	docker.docker("restart", "-t", "0", discover.PausePrefix+id)
 	began := time.Now()
 	second := docker.netns(id)
 	n.wantCookie(n.cookieOf(second))
@@ -151,11 +153,11 @@ func TestAgentFollowsAPauseContainerThatDockerRestarts(t *testing.T) {
 	third := docker.pause(numbered(2))
 	endTask := runsTask(t, numbered(2), "connect-proxy-web", third)
 	n.fake.answers(registered(id, numbered(2)))
-	n.eventually(numbered(2), StateManaged)
+	n.eventually(numbered(2), api.StateManaged)
 	endTask()
-	docker.docker("stop", "-t", "0", pausePrefix+numbered(2))
-	n.eventually(numbered(2), StateUnprotected)
-	if isNamespace(third) {
+	docker.docker("stop", "-t", "0", discover.PausePrefix+numbered(2))
+	n.eventually(numbered(2), api.StateUnprotected)
+	if discover.IsNamespace(third) {
 		t.Errorf("namespace %s is still there: nothing was tested", third)
 	}
 }
@@ -170,14 +172,14 @@ func (n *node) cookieOf(path string) uint64 {
 }
 
 // runDocker follows the Docker at a socket until the test ends.
-func runDocker(t *testing.T, socket string) *docker {
+func runDocker(t *testing.T, socket string) *discover.Docker {
 	t.Helper()
-	d := newDocker(socket, func() {})
+	d := discover.NewDocker(socket, func() {})
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		d.run(ctx)
+		d.Run(ctx)
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -193,14 +195,14 @@ func TestDockerIsFoundWhenItStartsLater(t *testing.T) {
 	d := runDocker(t, socket)
 	fake := newFakeDocker(t, socket)
 	test.Eventually(t, func() error {
-		if view := d.current(); view.NetNS[numbered(1)] != "/first" || view.Tasks[strings.Repeat("b", 64)] != "connect-proxy-web" || view.Error != "" {
+		if view := d.Current(); view.NetNS[numbered(1)] != "/first" || view.Tasks[strings.Repeat("b", 64)] != "connect-proxy-web" || view.Error != "" {
 			return fmt.Errorf("the view is %+v", view)
 		}
 		return nil
 	}, "the containers to be known")
 	endServer(fake)
 	test.Eventually(t, func() error {
-		view := d.current()
+		view := d.Current()
 		if view.NetNS[numbered(1)] != "/first" {
 			t.Fatalf("the view is %+v, want the last known state", view)
 		}
@@ -217,7 +219,7 @@ func TestContainerOf(t *testing.T) {
 		"/docker/" + id: id, "/system.slice/docker-" + id + ".scope": id, "/machine.slice/libpod-" + id + ".scope/container": id,
 		"/nomad/" + numbered(1) + ".web": "", "/": "", "/docker/" + id[1:]: "", "/docker/" + strings.ToUpper(id): "",
 	} {
-		if got := containerOf(path); got != want {
+		if got := discover.ContainerOf(path); got != want {
 			t.Errorf("container of %s = %q, want %q", path, got, want)
 		}
 	}

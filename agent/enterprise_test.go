@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
 )
 
 // fakeEnterprise is no Consul Enterprise, which cannot be had without a licence.
@@ -51,9 +53,9 @@ func TestFollowerNamesPartitionAndNamespace(t *testing.T) {
 		"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f8-group-g-edge-1": {
 			"Kind": "ingress-gateway", "Service": "edge", "Port": 8443, "Namespace": "doors", "Partition": "red"}}`))
 	enterprise := newFakeEnterprise(t, fake)
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address, config.Namespace, config.Partition = enterprise.URL, "*", "red"
-	eventuallyKnown(t, runFollower(t, config), "all questions", func(snapshot) bool {
+	eventuallyKnown(t, runFollower(t, config), "all questions", func(catalog.Snapshot) bool {
 		enterprise.mu.Lock()
 		defer enterprise.mu.Unlock()
 		return len(enterprise.asked) == 7

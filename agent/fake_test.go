@@ -13,6 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -137,11 +140,11 @@ func allNames(w http.ResponseWriter, r *http.Request) {
 }
 
 // consul is what the agent asks the fake by.
-func (f *fakeConsul) consul(t *testing.T, patient time.Duration) *consul {
+func (f *fakeConsul) consul(t *testing.T, patient time.Duration) *catalog.Client {
 	t.Helper()
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address = f.URL
-	c, err := newConsul(config, timeouts{read: patient, block: time.Minute})
+	c, err := catalog.NewClient(config, catalog.Timeouts{Read: patient, Block: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,7 +152,7 @@ func (f *fakeConsul) consul(t *testing.T, patient time.Duration) *consul {
 }
 
 // unwatched asks for no blocking query: bulk reads come by the clock alone.
-func unwatched(config *ConsulConfig) { config.Watch = false }
+func unwatched(config *configfile.ConsulConfig) { config.Watch = false }
 
 // untilGone never answers.
 func untilGone(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
@@ -181,9 +184,9 @@ func flood(w http.ResponseWriter, r *http.Request) {
 }
 
 // follow runs a follower of the fake until the test ends.
-func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *consulWatcher {
+func (f *fakeConsul) follow(t *testing.T, change ...func(*configfile.ConsulConfig)) *catalog.Watcher {
 	t.Helper()
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address = f.URL
 	for _, edit := range change {
 		edit(&config)
@@ -193,23 +196,23 @@ func (f *fakeConsul) follow(t *testing.T, change ...func(*ConsulConfig)) *consul
 
 // followInHaste is follow where what is asked beside the bulk read is asked again
 // twenty times as soon, when the follower is woken.
-func (f *fakeConsul) followInHaste(t *testing.T) *consulWatcher {
+func (f *fakeConsul) followInHaste(t *testing.T) *catalog.Watcher {
 	t.Helper()
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address, config.Watch = f.URL, false
-	return runFollower(t, config, func(f *consulWatcher) {
+	return runFollower(t, config, func(f *catalog.Watcher) {
 		began := time.Now()
-		f.lookups.now = func() time.Time { return began.Add(20 * time.Since(began)) }
+		f.Lookups.Now = func() time.Time { return began.Add(20 * time.Since(began)) }
 	})
 }
 
-func runFollower(t *testing.T, config ConsulConfig, change ...func(*consulWatcher)) *consulWatcher {
+func runFollower(t *testing.T, config configfile.ConsulConfig, change ...func(*catalog.Watcher)) *catalog.Watcher {
 	t.Helper()
-	consul, err := newConsul(config, timeouts{read: 300 * time.Millisecond, block: time.Minute})
+	consul, err := catalog.NewClient(config, catalog.Timeouts{Read: 300 * time.Millisecond, Block: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
-	follower := newConsulWatcher(consul, func() {})
+	follower := catalog.NewWatcher(consul, func() {})
 	for _, edit := range change {
 		edit(follower)
 	}
@@ -217,7 +220,7 @@ func runFollower(t *testing.T, config ConsulConfig, change ...func(*consulWatche
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		follower.run(ctx)
+		follower.Run(ctx)
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -230,11 +233,11 @@ func runFollower(t *testing.T, config ConsulConfig, change ...func(*consulWatche
 	return follower
 }
 
-func eventuallyKnown(t *testing.T, f *consulWatcher, what string, ok func(snapshot) bool) snapshot {
+func eventuallyKnown(t *testing.T, f *catalog.Watcher, what string, ok func(catalog.Snapshot) bool) catalog.Snapshot {
 	t.Helper()
-	var last snapshot
+	var last catalog.Snapshot
 	test.Eventually(t, func() error {
-		if last = f.current(); !ok(last) {
+		if last = f.Current(); !ok(last) {
 			return fmt.Errorf("in sync %v, %q, %d allocations, %+v", last.InSync, last.Error, len(last.Proxies), last.Counts)
 		}
 		return nil
@@ -247,7 +250,7 @@ func eventuallyKnown(t *testing.T, f *consulWatcher, what string, ok func(snapsh
 func newFakeDocker(t *testing.T, socket string) *httptest.Server {
 	t.Helper()
 	pause, task := strings.Repeat("a", 64), strings.Repeat("b", 64)
-	label := fmt.Sprintf(`"Labels":{%q:%q}`, allocLabel, numbered(1))
+	label := fmt.Sprintf(`"Labels":{%q:%q}`, discover.AllocLabel, numbered(1))
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /events", func(w http.ResponseWriter, r *http.Request) {
 		w.(http.Flusher).Flush()

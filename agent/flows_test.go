@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -24,18 +27,18 @@ type flowReader struct {
 	stop  context.CancelFunc
 	done  chan error
 	mutex sync.Mutex
-	flows []Flow
+	flows []api.Flow
 }
 
 // follow starts a reader of what happens from now on.
-func (n *node) follow(query FlowQuery) *flowReader {
+func (n *node) follow(query api.FlowQuery) *flowReader {
 	n.t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &flowReader{t: n.t, stop: cancel, done: make(chan error, 1)}
 	n.t.Cleanup(cancel)
 	query.Follow = true
 	go func() {
-		r.done <- ReadFlows(ctx, n.config.StateDir, query, func(flow Flow) error {
+		r.done <- api.ReadFlows(ctx, n.config.StateDir, query, func(flow api.Flow) error {
 			r.mutex.Lock()
 			defer r.mutex.Unlock()
 			r.flows = append(r.flows, flow)
@@ -45,7 +48,7 @@ func (n *node) follow(query FlowQuery) *flowReader {
 	return r
 }
 
-func (r *flowReader) seen() []Flow {
+func (r *flowReader) seen() []api.Flow {
 	r.mutex.Lock()
 	defer r.mutex.Unlock()
 	return slices.Clone(r.flows)
@@ -61,9 +64,9 @@ func (r *flowReader) end() {
 }
 
 // history is what the agent has recorded.
-func (n *node) history(query FlowQuery) (list []Flow) {
+func (n *node) history(query api.FlowQuery) (list []api.Flow) {
 	n.t.Helper()
-	err := ReadFlows(context.Background(), n.config.StateDir, query, func(flow Flow) error {
+	err := api.ReadFlows(context.Background(), n.config.StateDir, query, func(flow api.Flow) error {
 		list = append(list, flow)
 		return nil
 	})
@@ -78,7 +81,7 @@ func (n *node) recording(task *test.Client) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		_, _ = task.Ask("tcp4", "127.0.0.1:1") // nobody listens
-		if list := n.history(FlowQuery{Port: 1}); len(list) == 0 {
+		if list := n.history(api.FlowQuery{Port: 1}); len(list) == 0 {
 			return errors.New("nothing is recorded")
 		}
 		return nil
@@ -87,7 +90,7 @@ func (n *node) recording(task *test.Client) {
 
 // shopNode is a node with an allocation of job shop that has an upstream api by the
 // virtual IP 240.0.0.1, a proxy that listens for both, and a task.
-func shopNode(t *testing.T, change func(*Config)) (n *node, id string, mesh *test.NetNS, task *test.Client) {
+func shopNode(t *testing.T, change func(*configfile.Config)) (n *node, id string, mesh *test.NetNS, task *test.Client) {
 	t.Helper()
 	n = newNode(t)
 	change(&n.config)
@@ -109,7 +112,7 @@ func shopNode(t *testing.T, change func(*Config)) (n *node, id string, mesh *tes
 		`"Proxy":{"Mode":"transparent","DestinationServiceName":"web","DestinationServiceID":"_nomad-task-%s-group-front-web-80","LocalServicePort":80,"Upstreams":%s}}}`, id, id, upstreams)))
 	n.fake.set(&n.fake.chain, say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`))
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	test.Eventually(t, func() error {
 		for _, w := range n.agent.Status().Workloads {
 			if len(w.Upstreams) == 1 && len(w.Upstreams[0].VirtualIPs) == 1 {
@@ -130,9 +133,9 @@ func shopNode(t *testing.T, change func(*Config)) (n *node, id string, mesh *tes
 // and a filter lets through what matches and nothing else. What reads the
 // kernel's events is given them by the agent.
 func TestFlows(t *testing.T) {
-	n, id, mesh, task := shopNode(t, func(*Config) {})
+	n, id, mesh, task := shopNode(t, func(*configfile.Config) {})
 	n.recording(task)
-	all, refused := n.follow(FlowQuery{}), n.follow(FlowQuery{Refused: true})
+	all, refused := n.follow(api.FlowQuery{}), n.follow(api.FlowQuery{Refused: true})
 	began := time.Now()
 	marker := func(r *flowReader, dial string) {
 		t.Helper()
@@ -168,11 +171,11 @@ func TestFlows(t *testing.T) {
 	refused.end()
 
 	uid := uint32(1000)
-	want := Flow{
-		Schema: 1, Node: n.agent.flows.node, Direction: DirectionOutbound,
-		Source: FlowSource{AllocID: id, Namespace: "prod", Job: "shop", TaskGroup: "front", Task: "server", Service: "web", PID: uint32(task.PID)},
+	want := api.Flow{
+		Schema: 1, Node: n.agent.flows.Node, Direction: api.DirectionOutbound,
+		Source: api.FlowSource{AllocID: id, Namespace: "prod", Job: "shop", TaskGroup: "front", Task: "server", Service: "web", PID: uint32(task.PID)},
 	}
-	count := func(list []Flow, to string) (count int) {
+	count := func(list []api.Flow, to string) (count int) {
 		t.Helper()
 		for _, flow := range list {
 			if flow.Destination.IP != netip.MustParseAddr(to) || flow.Destination.Port < 80 {
@@ -182,7 +185,7 @@ func TestFlows(t *testing.T) {
 			if flow.Source.UID == nil || *flow.Source.UID != uid || flow.Source.Command == "" {
 				t.Errorf("user of %+v: want %d, and a command", flow.Source, uid)
 			}
-			got := Flow{Schema: flow.Schema, Node: flow.Node, Direction: flow.Direction, Source: flow.Source}
+			got := api.Flow{Schema: flow.Schema, Node: flow.Node, Direction: flow.Direction, Source: flow.Source}
 			got.Source.UID, got.Source.Command = nil, ""
 			if got != want {
 				t.Errorf("flow %+v: want %+v", got, want)
@@ -196,14 +199,14 @@ func TestFlows(t *testing.T) {
 		}
 		return count
 	}
-	for reader, list := range map[string][]Flow{"live": all.seen(), "history": n.history(FlowQuery{Since: began})} {
+	for reader, list := range map[string][]api.Flow{"live": all.seen(), "history": n.history(api.FlowQuery{Since: began})} {
 		for to, want := range map[string]int{"240.0.0.1": dials, "198.51.100.7": dials, "127.128.0.1": 1} {
 			if got := count(list, to); got != want {
 				t.Errorf("%s: %d flows to %s, want %d", reader, got, to, want)
 			}
 		}
 	}
-	traffic, err := ReadTraffic(context.Background(), n.config.StateDir, began)
+	traffic, err := api.ReadTraffic(context.Background(), n.config.StateDir, began)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -225,18 +228,18 @@ func TestFlows(t *testing.T) {
 		t.Errorf("%d refusals of the dial, want 1", got)
 	}
 	filters := []struct {
-		query FlowQuery
+		query api.FlowQuery
 		want  int
 	}{
-		{FlowQuery{To: "api"}, dials},
-		{FlowQuery{To: "240.0.0.0/8", From: "shop"}, dials},
-		{FlowQuery{To: "api", From: "another"}, 0},
-		{FlowQuery{To: "api", Last: 2}, 2},
-		{FlowQuery{Service: "api", Alloc: id[:3], Job: "shop", Task: "server", Port: 80, Verdicts: []string{"upstream", "redirected"}}, dials},
-		{FlowQuery{To: "api", Since: time.Now()}, 0},
-		{FlowQuery{To: "api", Until: began}, 0},
-		{FlowQuery{Port: 443}, dials},
-		{FlowQuery{Task: "server", Not: true}, 0},
+		{api.FlowQuery{To: "api"}, dials},
+		{api.FlowQuery{To: "240.0.0.0/8", From: "shop"}, dials},
+		{api.FlowQuery{To: "api", From: "another"}, 0},
+		{api.FlowQuery{To: "api", Last: 2}, 2},
+		{api.FlowQuery{Service: "api", Alloc: id[:3], Job: "shop", Task: "server", Port: 80, Verdicts: []string{"upstream", "redirected"}}, dials},
+		{api.FlowQuery{To: "api", Since: time.Now()}, 0},
+		{api.FlowQuery{To: "api", Until: began}, 0},
+		{api.FlowQuery{Port: 443}, dials},
+		{api.FlowQuery{Task: "server", Not: true}, 0},
 	}
 	for _, f := range filters {
 		if got := n.history(f.query); len(got) != f.want {
@@ -257,7 +260,7 @@ func TestFlows(t *testing.T) {
 				_, _ = task.Ask("tcp4", "127.128.0.1:81")
 			}
 		}()
-		err := ReadEvents(ctx, n.config.StateDir, func(event redirect.Event) error {
+		err := api.ReadEvents(ctx, n.config.StateDir, func(event redirect.Event) error {
 			if event.Verdict == bpfmap.RefusedEncoded && event.Cookie == mesh.Cookie() && event.PID == uint32(task.PID) {
 				return found
 			}
@@ -276,12 +279,12 @@ func TestFlowsTurnedOff(t *testing.T) {
 	n.config.Flows.Enabled = false
 	n.run()
 	test.Eventually(t, func() error {
-		_, err := ReadStatus(context.Background(), n.config.StateDir)
+		_, err := api.ReadStatus(context.Background(), n.config.StateDir)
 		return err
 	}, "the agent to answer")
-	none := func(Flow) error { return nil }
-	if err := ReadFlows(context.Background(), n.config.StateDir, FlowQuery{}, none); !errors.Is(err, ErrFlowsOff) {
-		t.Errorf("flows = %v, want %v", err, ErrFlowsOff)
+	none := func(api.Flow) error { return nil }
+	if err := api.ReadFlows(context.Background(), n.config.StateDir, api.FlowQuery{}, none); !errors.Is(err, api.ErrFlowsOff) {
+		t.Errorf("flows = %v, want %v", err, api.ErrFlowsOff)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
@@ -294,46 +297,46 @@ func TestFlowsTurnedOff(t *testing.T) {
 // gave way; a reader that is too slow misses what is gone and is told how many.
 func TestFlowRingIsBounded(t *testing.T) {
 	const history = time.Hour
-	ring := newFlowRing(640*flowRecordSize, history)
-	if bytes := ring.most * ring.chunkLen * flowRecordSize; bytes > 640*flowRecordSize {
-		t.Errorf("it may take %d bytes, want at most %d", bytes, 640*flowRecordSize)
+	ring := flow.NewRing(640*flow.RecordSize, history)
+	if bytes := ring.Most * ring.ChunkLen * flow.RecordSize; bytes > 640*flow.RecordSize {
+		t.Errorf("it may take %d bytes, want at most %d", bytes, 640*flow.RecordSize)
 	}
 	now := time.Now()
-	put := func(i int, at time.Time) { ring.append(flowRecord{at: at.UnixNano(), uid: uint32(i)}) }
+	put := func(i int, at time.Time) { ring.Append(flow.Record{At: at.UnixNano(), Uid: uint32(i)}) }
 	for i := range 1000 {
 		put(i, now.Add(-time.Minute))
 	}
-	number, dropped := ring.since(time.Time{})
+	number, dropped := ring.Since(time.Time{})
 	if number != 360 || dropped != 360 {
 		t.Errorf("the oldest is record %d and %d gave way, want 360 and 360", number, dropped)
 	}
-	if _, dropped := ring.since(now.Add(-time.Second)); dropped != 0 {
+	if _, dropped := ring.Since(now.Add(-time.Second)); dropped != 0 {
 		t.Errorf("of what came after the oldest %d gave way, want none", dropped)
 	}
 	var got []uint32
 	missed := uint64(0)
 	for number := uint64(100); ; {
-		records, gone, changed := ring.read(number)
+		records, gone, changed := ring.Read(number)
 		missed += gone
 		if changed != nil {
 			break
 		}
 		for _, r := range records {
-			got = append(got, r.uid)
+			got = append(got, r.Uid)
 		}
 		number += gone + uint64(len(records))
 	}
 	if missed != 260 || len(got) != 640 || got[0] != 360 || got[639] != 999 {
 		t.Errorf("a slow reader missed %d and got %d records, want 260 and 640 in order", missed, len(got))
 	}
-	if number := ring.last(3, 360, func(r *flowRecord) bool { return r.uid%2 == 0 }); number != 994 {
+	if number := ring.Last(3, 360, func(r *flow.Record) bool { return r.Uid%2 == 0 }); number != 994 {
 		t.Errorf("the last three even ones begin with %d, want 994", number)
 	}
-	ring.tidy(now.Add(history))
-	if number, _ := ring.since(time.Time{}); number != 1000 || len(ring.chunks) != 0 {
-		t.Errorf("after the history %d chunks are kept, from %d; want none", len(ring.chunks), number)
+	ring.Tidy(now.Add(history))
+	if number, _ := ring.Since(time.Time{}); number != 1000 || len(ring.Chunks) != 0 {
+		t.Errorf("after the history %d chunks are kept, from %d; want none", len(ring.Chunks), number)
 	}
-	_, _, changed := ring.read(1000)
+	_, _, changed := ring.Read(1000)
 	put(1000, now)
 	select {
 	case <-changed:

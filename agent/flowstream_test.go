@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test"
@@ -20,13 +23,13 @@ import (
 // A reader that stands still loses its own lines and is told how many and why; who
 // reads beside it gets all. Both go on for longer than the server lets a request last.
 func TestFlowsSlowReader(t *testing.T) {
-	config := DefaultConfig()
+	config := configfile.DefaultConfig()
 	config.StateDir, config.Consul.Enabled, config.Docker.Socket = t.TempDir(), false, ""
 	a, err := New(config, Options{Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.flows.ring = newFlowRing(640*flowRecordSize, time.Hour)
+	a.flows.Ring = flow.NewRing(640*flow.RecordSize, time.Hour)
 	listener, err := listenLocal(a.socketPath())
 	if err != nil {
 		t.Fatal(err)
@@ -35,7 +38,7 @@ func TestFlowsSlowReader(t *testing.T) {
 	server := &http.Server{Handler: a.localAPI(), ReadTimeout: timeout, WriteTimeout: timeout}
 	go func() { _ = server.Serve(listener) }() // until it is closed
 	t.Cleanup(func() {
-		close(a.flows.done)
+		close(a.flows.Done)
 		if err := server.Close(); err != nil {
 			t.Error(err)
 		}
@@ -52,12 +55,12 @@ func TestFlowsSlowReader(t *testing.T) {
 	read := func(wait <-chan struct{}) *reader {
 		r := &reader{done: make(chan error, 1)}
 		go func() {
-			r.done <- ReadFlows(ctx, config.StateDir, FlowQuery{Follow: true}, func(flow Flow) error {
+			r.done <- api.ReadFlows(ctx, config.StateDir, api.FlowQuery{Follow: true}, func(flow api.Flow) error {
 				<-wait
 				switch flow.Cause {
 				case "":
 					r.seen.Add(1)
-				case LostByReader:
+				case api.LostByReader:
 					r.lost.Add(flow.Lost)
 				default:
 					return fmt.Errorf("flow %+v", flow)
@@ -72,12 +75,12 @@ func TestFlowsSlowReader(t *testing.T) {
 	quick, slow := read(now), read(release)
 	put := func(count int) {
 		for range count {
-			a.flows.ring.append(flowRecord{at: time.Now().UnixNano(), workload: &flowWorkload{job: "shop"}, verdict: bpfmap.Redirected})
+			a.flows.Ring.Append(flow.Record{At: time.Now().UnixNano(), Workload: &flow.Workload{Job: "shop"}, Verdict: bpfmap.Redirected})
 		}
 	}
 	// Both wait for what is to come.
 	test.Eventually(t, func() error {
-		if waiting := a.flows.readers.Load(); waiting != 2 {
+		if waiting := a.flows.Readers.Load(); waiting != 2 {
 			return fmt.Errorf("%d readers", waiting)
 		}
 		return nil
@@ -108,12 +111,12 @@ func TestFlowsSlowReader(t *testing.T) {
 	if slow.lost.Load() == 0 || quick.lost.Load() != 0 {
 		t.Errorf("the slow reader lost %d and the quick one %d, want some and none", slow.lost.Load(), quick.lost.Load())
 	}
-	var told []Flow
-	err = ReadFlows(context.Background(), config.StateDir, FlowQuery{}, func(flow Flow) error {
+	var told []api.Flow
+	err = api.ReadFlows(context.Background(), config.StateDir, api.FlowQuery{}, func(flow api.Flow) error {
 		told = append(told, flow)
 		return nil
 	})
-	if err != nil || len(told) < 2 || told[0].Cause != LostByMemory || told[0].Lost+uint64(len(told)-1) != all {
+	if err != nil || len(told) < 2 || told[0].Cause != api.LostByMemory || told[0].Lost+uint64(len(told)-1) != all {
 		t.Errorf("history of %d lines, %v: the first is %+v, want it to tell what gave way", len(told), err, told[0])
 	}
 	cancel()
@@ -122,7 +125,7 @@ func TestFlowsSlowReader(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if err := ReadFlows(context.Background(), config.StateDir, FlowQuery{Verdicts: []string{"lucky"}}, nil); err == nil {
+	if err := api.ReadFlows(context.Background(), config.StateDir, api.FlowQuery{Verdicts: []string{"lucky"}}, nil); err == nil {
 		t.Error("a verdict that there is not is taken")
 	}
 }
@@ -136,7 +139,7 @@ func TestFlowsFollowTheRing(t *testing.T) {
 	mesh, _ := n.transparent(numbered(1))
 	n.fake.answers(registered(numbered(1)))
 	n.run()
-	n.eventually(numbered(1), StateManaged)
+	n.eventually(numbered(1), api.StateManaged)
 	task := test.NewClient(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 1000, GID: 1000})
 	n.recording(task)
 	if _, err := n.Unload(); err != nil {
@@ -146,7 +149,7 @@ func TestFlowsFollowTheRing(t *testing.T) {
 	test.Eventually(t, func() error {
 		_, _ = task.Ask("tcp4", "127.0.0.1:1") // nobody listens
 		count := 0
-		err := ReadFlows(context.Background(), n.config.StateDir, FlowQuery{Port: 1, Since: since}, func(Flow) error {
+		err := api.ReadFlows(context.Background(), n.config.StateDir, api.FlowQuery{Port: 1, Since: since}, func(api.Flow) error {
 			count++
 			return nil
 		})

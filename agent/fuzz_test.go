@@ -13,6 +13,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -33,7 +38,7 @@ func FuzzServices(f *testing.F) {
 	f.Add([]byte(`{"g":{"Kind":"ingress-gateway","Port":8080,"Proxy":{"Config":{"envoy_gateway_bind_addresses":{"x":{"address":"0.0.0.0","port":1}},"bind_port":"15"}}}}`))
 	f.Add([]byte(`{"s":{"Kind":"connect-proxy","Port":1,"Meta":{"weir-guard":"off"},"Proxy":{"Mode":"transparent","TransparentProxy":{"OutboundListenerPort":1},"Expose":{"Paths":[{"ListenerPort":1}]}}}}`))
 	f.Fuzz(func(t *testing.T, body []byte) {
-		proxies, problems, err := parseServices(body, netip.MustParseAddr("127.0.0.1"))
+		proxies, problems, err := registration.ParseServices(body, netip.MustParseAddr("127.0.0.1"))
 		if err != nil {
 			if len(proxies)+len(problems) > 0 {
 				t.Errorf("beside an error are %d proxies and %d problems", len(proxies), len(problems))
@@ -52,7 +57,7 @@ func FuzzServices(f *testing.F) {
 				if i < len(proxies) {
 					own = proxies[i : i+1]
 				}
-				s := allocation{attachment: found(), Live: true, Proxies: own}
+				s := desired.Allocation{Attachment: found(), Live: true, Proxies: own}
 				request := workload.Request{Mode: mode, ProxyUID: 101, Addresses: s.Addresses}
 				if mode == workload.ModeTransparent {
 					request.InboundPort, request.OutboundPort = 20000, 15001
@@ -60,7 +65,7 @@ func FuzzServices(f *testing.F) {
 				if mode != "" {
 					s.Record = &redirect.Record{Key: s.Key, Request: request, Complete: true}
 				}
-				plan := planFor(s, catalogData{}, policy{Guard: workload.GuardAudit, ProxyUID: 101})
+				plan := desired.For(s, catalog.Data{}, desired.Policy{Guard: workload.GuardAudit, ProxyUID: 101})
 				if plan.MeshConfig == nil {
 					continue
 				}
@@ -90,7 +95,7 @@ func FuzzCache(f *testing.F) {
 	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"../../etc","ifName":"/","cniArgs":[["NOMAD_ALLOC_ID","x"]],"result":{"ips":[{"address":"fe80::1%eth0/64","interface":9}]}}`))
 	f.Add([]byte(`[]`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		a, ok, err := parseCache(data)
+		a, ok, err := discover.ParseCache(data)
 		if err != nil || !ok {
 			if err != nil && ok {
 				t.Error("an error beside an allocation")
@@ -123,7 +128,7 @@ func FuzzConfig(f *testing.F) {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		config, err := ReadConfig(path, func(string) string { return "" })
+		config, err := configfile.ReadConfig(path, func(string) string { return "" })
 		if err != nil {
 			if !strings.Contains(err.Error(), path) {
 				t.Errorf("%q: the error names no file: %v", text, err)
@@ -141,7 +146,7 @@ func FuzzConfig(f *testing.F) {
 // allocation's own.
 func FuzzCgroupNames(f *testing.F) {
 	container := strings.Repeat("ab", 32)
-	known := containers{Allocs: map[string]string{container: exampleAlloc}, Tasks: map[string]string{container: "web"}}
+	known := discover.Containers{Allocs: map[string]string{container: exampleAlloc}, Tasks: map[string]string{container: "web"}}
 	for _, seed := range []string{
 		"/nomad.slice/share.slice/" + exampleAlloc + ".web.scope", "/docker/" + container, "/system.slice/docker-" + container + ".scope/x",
 		"/nomad.slice/11111111-2222-3333-4444-555555555555.web.scope/" + exampleAlloc + ".connect-proxy-web.scope", "/" + exampleAlloc + "..scope", "////",
@@ -149,22 +154,22 @@ func FuzzCgroupNames(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, cgroup string) {
-		task := taskOf(cgroup, exampleAlloc, known)
+		task := discover.TaskOf(cgroup, exampleAlloc, known)
 		if task == "" {
 			return
 		}
 		parts := strings.Split(cgroup, "/")
 		first := slices.IndexFunc(parts, func(part string) bool {
-			_, _, scope := scopeOf(part)
-			return scope || known.Allocs[containerOf(part)] != ""
+			_, _, scope := discover.ScopeOf(part)
+			return scope || known.Allocs[discover.ContainerOf(part)] != ""
 		})
-		if first < 0 || !strings.Contains(parts[first], exampleAlloc) && containerOf(parts[first]) != container {
+		if first < 0 || !strings.Contains(parts[first], exampleAlloc) && discover.ContainerOf(parts[first]) != container {
 			t.Errorf("%q: task %q by no part that is the allocation's", cgroup, task)
 		}
 		if strings.Contains(task, "/") {
 			t.Errorf("%q: task %q", cgroup, task)
 		}
-		if pause, of := nameOf([]string{"/" + task + "-" + exampleAlloc}, exampleAlloc); of != task && !pause {
+		if pause, of := discover.NameOf([]string{"/" + task + "-" + exampleAlloc}, exampleAlloc); of != task && !pause {
 			t.Errorf("%q: a container of task %q is told as %q", cgroup, task, of)
 		}
 	})
@@ -174,9 +179,9 @@ func FuzzCgroupNames(f *testing.F) {
 // workload that the data path refuses, told each pass as a step that fails.
 func TestOnePortForBothListeners(t *testing.T) {
 	for _, port := range []uint16{15001, 16001} {
-		s := allocation{attachment: found(), Live: true, Record: onRecord(workload.ModeTransparent),
-			Proxies: []proxy{sidecar(func(p *proxy) { p.Transparent, p.Inbound, p.Outbound = true, port, port })}}
-		got := planFor(s, catalogData{}, policy{Guard: workload.GuardAudit})
+		s := desired.Allocation{Attachment: found(), Live: true, Record: onRecord(workload.ModeTransparent),
+			Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.Transparent, p.Inbound, p.Outbound = true, port, port })}}
+		got := desired.For(s, catalog.Data{}, desired.Policy{Guard: workload.GuardAudit})
 		if got.MeshConfig.InboundPort != 0 || got.MeshConfig.OutboundPort != 0 {
 			t.Errorf("port %d: the ports are %d and %d, want those from before", port, got.MeshConfig.InboundPort, got.MeshConfig.OutboundPort)
 		}
@@ -204,8 +209,8 @@ func FuzzDockerList(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
-		d := &docker{client: &http.Client{Transport: answering(body)}}
-		list, err := d.list(t.Context())
+		d := &discover.Docker{Client: &http.Client{Transport: answering(body)}}
+		list, err := d.List(t.Context())
 		if err != nil {
 			if !strings.Contains(err.Error(), "ask Docker for /containers/json") {
 				t.Errorf("%q: the error does not say who was asked what: %v", body, err)
@@ -213,11 +218,11 @@ func FuzzDockerList(f *testing.F) {
 			return
 		}
 		for _, container := range list {
-			if !isContainerID(container.ID) {
+			if !discover.IsContainerID(container.ID) {
 				t.Errorf("%q: a container %q", body, container.ID)
 			}
 			for _, name := range container.Names {
-				if pause, task := nameOf([]string{name}, exampleAlloc); pause && name != pausePrefix+exampleAlloc && name != "/"+pausePrefix+exampleAlloc || strings.Contains(task, "/") {
+				if pause, task := discover.NameOf([]string{name}, exampleAlloc); pause && name != discover.PausePrefix+exampleAlloc && name != "/"+discover.PausePrefix+exampleAlloc || strings.Contains(task, "/") {
 					t.Errorf("%q: name %q is the pause container's: %t, task %q", body, name, pause, task)
 				}
 			}

@@ -7,6 +7,9 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -40,7 +43,7 @@ func (g *gate) close() error {
 
 // keepGate opens the gate of an allocation that was added a moment ago and is in
 // transparent mode or has explicit upstreams, and closes that of one which has none.
-func (a *Agent) keepGate(s allocation, m *allocState, now time.Time) {
+func (a *Agent) keepGate(s desired.Allocation, m *allocState, now time.Time) {
 	timeout := a.gateTimeout(s.Proxies)
 	upstreams := heldUpstreams(s.Proxies)
 	if m.hook == 0 || s.Record == nil || s.Record.Request.Mode != workload.ModeTransparent && len(upstreams) == 0 || timeout == 0 {
@@ -65,7 +68,7 @@ func (a *Agent) keepGate(s allocation, m *allocState, now time.Time) {
 }
 
 // heldUpstreams are the local ports of explicit upstreams on which a proxy is to listen.
-func heldUpstreams(proxies []proxy) (ports []uint16) {
+func heldUpstreams(proxies []registration.Proxy) (ports []uint16) {
 	for _, p := range proxies {
 		for _, u := range p.Upstreams {
 			if u.Listener.Addr().Is4() && u.Listener.Addr().IsLoopback() {
@@ -77,8 +80,8 @@ func heldUpstreams(proxies []proxy) (ports []uint16) {
 }
 
 // gateTimeout is the node's, or what the job makes of it.
-func (a *Agent) gateTimeout(proxies []proxy) time.Duration {
-	timeout := a.config.Gate.timeout()
+func (a *Agent) gateTimeout(proxies []registration.Proxy) time.Duration {
+	timeout := a.config.Gate.Duration()
 	for _, p := range proxies {
 		if p.Gate != nil {
 			timeout = min(timeout, *p.Gate)
@@ -127,9 +130,9 @@ func (a *Agent) lookAtGates(now time.Time) time.Duration {
 				continue
 			}
 			m.gate.seen[socket] = true
-			a.count(func(c *Counts) { c.Held++ })
+			a.count(func(c *api.Counts) { c.Held++ })
 			if a.flows != nil {
-				a.flows.note(event)
+				a.flows.Note(event)
 			}
 		}
 		log := func(level slog.Level, what string) {
@@ -141,7 +144,7 @@ func (a *Agent) lookAtGates(now time.Time) time.Duration {
 		case state.Listens:
 			log(slog.LevelInfo, "start gate closed: the proxy listens")
 		case !now.Before(m.gate.until):
-			a.count(func(c *Counts) { c.HeldTimeout += uint64(len(state.Waiting)) })
+			a.count(func(c *api.Counts) { c.HeldTimeout += uint64(len(state.Waiting)) })
 			log(slog.LevelWarn, "start gate closed: the proxy does not listen, what its tasks dial is refused")
 		default:
 			pace := slowGate

@@ -14,6 +14,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -69,7 +72,7 @@ func withGate(t *testing.T, timeout string) (n *node, cgroup *test.Cgroup) {
 func (n *node) eventuallyHeld(id string, want bool) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
-		if since := n.eventually(id, StateManaged).HeldSince; since.IsZero() == want {
+		if since := n.eventually(id, api.StateManaged).HeldSince; since.IsZero() == want {
 			return fmt.Errorf("held since %s", since)
 		}
 		return nil
@@ -84,7 +87,7 @@ func TestGateOfANewAllocation(t *testing.T) {
 	g := n.gated(cgroup, 1)
 	n.eventuallyHeld(g.id, true)
 	n.recording(g.task)
-	flows := n.follow(FlowQuery{Verdicts: []string{"held"}})
+	flows := n.follow(api.FlowQuery{Verdicts: []string{"held"}})
 	done := g.dial()
 	test.Eventually(t, func() error {
 		if held := n.agent.Status().Counts.Held; held != 1 {
@@ -94,7 +97,7 @@ func TestGateOfANewAllocation(t *testing.T) {
 	}, "the connection to be counted")
 	test.Eventually(t, func() error {
 		list := flows.seen()
-		if len(list) != 1 || list[0].Source.AllocID != g.id || list[0].Refused || list[0].Direction != DirectionOutbound ||
+		if len(list) != 1 || list[0].Source.AllocID != g.id || list[0].Refused || list[0].Direction != api.DirectionOutbound ||
 			list[0].Destination.IP.String() != "192.0.2.1" || list[0].Destination.Port != 80 || list[0].Source.UID == nil || *list[0].Source.UID != 1000 {
 			return fmt.Errorf("flows are %+v", list)
 		}
@@ -138,19 +141,19 @@ func TestNoGate(t *testing.T) {
 	n, cgroup := withGate(t, "0s")
 	g := n.gated(cgroup, 1)
 	n.run()
-	n.eventually(g.id, StateManaged)
+	n.eventually(g.id, api.StateManaged)
 	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial without a gate: %v, want it refused", err)
 	}
 	second, zero := 1*time.Second, time.Duration(0)
-	a := &Agent{config: DefaultConfig()}
+	a := &Agent{config: configfile.DefaultConfig()}
 	for _, c := range []struct {
-		proxies []proxy
+		proxies []registration.Proxy
 		want    time.Duration
 	}{
 		{nil, 30 * time.Second},
-		{[]proxy{{}, {Gate: &second}}, time.Second},
-		{[]proxy{{Gate: &zero}, {Gate: &second}}, 0},
+		{[]registration.Proxy{{}, {Gate: &second}}, time.Second},
+		{[]registration.Proxy{{Gate: &zero}, {Gate: &second}}, 0},
 	} {
 		if got := a.gateTimeout(c.proxies); got != c.want {
 			t.Errorf("timeout = %s, want %s", got, c.want)
@@ -225,7 +228,7 @@ func TestGateKeepsNoNamespaceAlive(t *testing.T) {
 func TestGateOfARegistration(t *testing.T) {
 	for asked, want := range map[string]string{"5s": "5s", "0s": "0s", "11m": "", "soon": "", "-1s": ""} {
 		text := fmt.Sprintf(`{"_nomad-task-%s-group-g-web-80-sidecar-proxy":{"Kind":"connect-proxy","Service":"web-sidecar-proxy","Port":20001,"Meta":{"weir-gate":%q}}}`, numbered(1), asked)
-		proxies, problems, err := parseServices([]byte(text), loopback4())
+		proxies, problems, err := registration.ParseServices([]byte(text), registration.Loopback4())
 		if err != nil || len(proxies) != 1 {
 			t.Fatalf("proxies %+v, %v", proxies, err)
 		}

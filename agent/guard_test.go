@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
@@ -68,8 +70,8 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 	}
 	n.fake.answers(guardedBy(workload.GuardAudit, ids...))
 	n.run()
-	n.eventually(ids[0], StateManaged)
-	n.eventually(ids[1], StateManaged)
+	n.eventually(ids[0], api.StateManaged)
+	n.eventually(ids[1], api.StateManaged)
 
 	named := "b412a0b1" // what the agent calls the client: its job has no name here
 	replay := func() (refused []attempt) {
@@ -89,10 +91,10 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 		}
 		return refused
 	}
-	var list GuardList
+	var list api.GuardList
 	listed := func(verdict bpfmap.Verdict) (found []attempt) {
 		var err error
-		if list, err = ReadGuard(context.Background(), n.config.StateDir); err != nil {
+		if list, err = api.ReadGuard(context.Background(), n.config.StateDir); err != nil {
 			t.Fatal(err)
 		}
 		for _, e := range list.Entries {
@@ -138,7 +140,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 	}, "the list to tell that they are refused")
 
 	// The remedy for port 8080, as libcni shows it of the job that has it.
-	remedy := list.Entries[slices.IndexFunc(list.Entries, func(e GuardEntry) bool { return e.Port == 8080 })].Remedy
+	remedy := list.Entries[slices.IndexFunc(list.Entries, func(e api.GuardEntry) bool { return e.Port == 8080 })].Remedy
 	if want := `network { port "port-8080" { to = 8080 } }`; remedy != want {
 		t.Errorf("remedy = %q, want %q", remedy, want)
 	}
@@ -165,13 +167,13 @@ func (n *node) eventuallyGuarded(id string, guard workload.Guard) {
 // Whoever scans takes the share of one allocation, and what ended takes none.
 func TestGuardTableIsBounded(t *testing.T) {
 	now := time.Now()
-	g := newGuardTable(now)
-	put := func(w *flowWorkload, port, source int, verdict bpfmap.Verdict) {
-		r := flowRecord{at: now.UnixNano(), workload: w, verdict: verdict, originPort: uint16(port), lost: 7}
-		r.source, r.sourcePort, r.valid[0] = packAddr(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(source >> 8), byte(source)}), 1))
-		g.note(&r)
+	g := flow.NewGuardTable(now)
+	put := func(w *flow.Workload, port, source int, verdict bpfmap.Verdict) {
+		r := flow.Record{At: now.UnixNano(), Workload: w, Verdict: verdict, OriginPort: uint16(port), Lost: 7}
+		r.Source, r.SourcePort, r.Valid[0] = flow.PackAddr(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, byte(source >> 8), byte(source)}), 1))
+		g.Note(&r)
 	}
-	scanned, quiet := &flowWorkload{cookie: 1, allocID: "a"}, &flowWorkload{cookie: 2, allocID: "b", job: "shop", group: "api"}
+	scanned, quiet := &flow.Workload{Cookie: 1, AllocID: "a"}, &flow.Workload{Cookie: 2, AllocID: "b", Job: "shop", Group: "api"}
 	for i := range 1000 {
 		put(scanned, i+1, 1, bpfmap.GuardAudited)
 	}
@@ -182,25 +184,25 @@ func TestGuardTableIsBounded(t *testing.T) {
 	put(quiet, 80, 2, bpfmap.Inbound)
 	put(quiet, 0, 0, bpfmap.EventsLost)
 	none := func(string) (tcp, udp map[uint16]bool, err error) { return nil, nil, host.ErrNetNSGone }
-	list := g.list([]redirect.Record{{Cookie: 2, Request: workload.Request{Mode: workload.ModeTransparent}}}, none)
-	if len(list.Entries) != guardShare+1 || list.Omitted != 1000-guardShare || list.Lost != 7 || list.Entries[0].Count != 2 {
+	list := g.List([]redirect.Record{{Cookie: 2, Request: workload.Request{Mode: workload.ModeTransparent}}}, none)
+	if len(list.Entries) != flow.GuardShare+1 || list.Omitted != 1000-flow.GuardShare || list.Lost != 7 || list.Entries[0].Count != 2 {
 		t.Errorf("%d entries, %d omitted, %d lost, the first counts %d; want %d, %d, 7, 2",
-			len(list.Entries), list.Omitted, list.Lost, list.Entries[0].Count, guardShare+1, 1000-guardShare)
+			len(list.Entries), list.Omitted, list.Lost, list.Entries[0].Count, flow.GuardShare+1, 1000-flow.GuardShare)
 	}
 	at := time.Unix(0, now.UnixNano())
-	want := GuardEntry{
+	want := api.GuardEntry{
 		AllocID: "b", Job: "shop", TaskGroup: "api", Port: 80, Source: "10.0.0.1", Verdict: "refused_guard", Count: 2, First: at, Last: at,
 		Remedy: `transparent_proxy { exclude_inbound_ports = ["80"] }`,
 	}
-	if diff := cmp.Diff(want, list.Entries[guardShare]); diff != "" {
+	if diff := cmp.Diff(want, list.Entries[flow.GuardShare]); diff != "" {
 		t.Errorf("entry (-want +got):\n%s", diff)
 	}
-	g.keep([]redirect.Record{{Cookie: 2}}, now.Add(30*time.Second))
-	if len(g.entries) != guardShare+1 {
-		t.Errorf("%d entries while the list of workloads may be older", len(g.entries))
+	g.Keep([]redirect.Record{{Cookie: 2}}, now.Add(30*time.Second))
+	if len(g.Entries) != flow.GuardShare+1 {
+		t.Errorf("%d entries while the list of workloads may be older", len(g.Entries))
 	}
-	g.keep([]redirect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
-	if len(g.entries) != 1 || !slices.Equal(slices.Collect(maps.Keys(g.share)), []uint64{2}) {
-		t.Errorf("%d entries, shares %v; want those of the workload that is there", len(g.entries), g.share)
+	g.Keep([]redirect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
+	if len(g.Entries) != 1 || !slices.Equal(slices.Collect(maps.Keys(g.Share)), []uint64{2}) {
+		t.Errorf("%d entries, shares %v; want those of the workload that is there", len(g.Entries), g.Share)
 	}
 }

@@ -6,6 +6,12 @@ import (
 	"slices"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/identity"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
 )
@@ -16,8 +22,8 @@ import (
 // allocation runs that proxy.
 
 // identify keeps of the subjects' registrations those that count.
-func (a *Agent) identify(allocations []allocation, known catalogData, now time.Time) {
-	var due []*allocation
+func (a *Agent) identify(allocations []desired.Allocation, known catalog.Data, now time.Time) {
+	var due []*desired.Allocation
 	var namespaces []string
 	a.unproven = time.Time{}
 	var foreign []health.Problem
@@ -25,7 +31,7 @@ func (a *Agent) identify(allocations []allocation, known catalogData, now time.T
 		s := &allocations[i]
 		m := a.allocations[s.Key]
 		if m == nil {
-			m = &allocState{born: now, view: WorkloadView{Since: now}}
+			m = &allocState{born: now, view: api.WorkloadView{Since: now}}
 			a.allocations[s.Key] = m
 		}
 		m.remember(s.Proxies, now)
@@ -42,7 +48,7 @@ func (a *Agent) identify(allocations []allocation, known catalogData, now time.T
 		m := a.allocations[s.Key]
 		m.taskNames = nil
 		for _, path := range cgroups[s.NetNS] {
-			if task := taskOf(path, s.Job.AllocID, containers); task != "" && !slices.Contains(m.taskNames, task) {
+			if task := discover.TaskOf(path, s.Job.AllocID, containers); task != "" && !slices.Contains(m.taskNames, task) {
 				m.taskNames = append(m.taskNames, task)
 			}
 		}
@@ -61,25 +67,25 @@ func (a *Agent) identify(allocations []allocation, known catalogData, now time.T
 }
 
 // identifyOne judges the registrations of one allocation and remembers how.
-func (a *Agent) identifyOne(s *allocation, known catalogData, now time.Time) (foreign []health.Problem) {
+func (a *Agent) identifyOne(s *desired.Allocation, known catalog.Data, now time.Time) (foreign []health.Problem) {
 	m := a.allocations[s.Key]
 	listens := func() []uint16 {
 		if m.listens == nil { // a namespace that cannot be asked shows nothing
-			ports, _ := host.ListeningAs(s.NetNS, s.proxyUID(a.config.Proxy.DefaultUID))
+			ports, _ := host.ListeningAs(s.NetNS, s.ProxyUID(a.config.Proxy.DefaultUID))
 			m.listens = append([]uint16{}, ports...)
 		}
 		return m.listens
 	}
-	e := evidence{Tasks: m.taskNames, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > settleTime}
-	counted, others := e.judge(*s, known)
+	e := identity.Evidence{Tasks: m.taskNames, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > api.SettleTime}
+	counted, others := e.Judge(*s, known)
 	for _, p := range s.Proxies {
 		c := m.claims[p.ID]
 		why, refused := others[p.ID]
-		s.Withdrawn = s.Withdrawn || refused && c.counted
-		if c.counted = !refused; refused && now.Sub(c.since) > settleTime {
+		s.Withdrawn = s.Withdrawn || refused && c.Counted
+		if c.Counted = !refused; refused && now.Sub(c.Since) > api.SettleTime {
 			foreign = append(foreign, why)
 		}
-		c.shown = c.shown || slices.ContainsFunc(m.taskNames, func(task string) bool { return injected(task, []proxy{p}) })
+		c.Shown = c.Shown || slices.ContainsFunc(m.taskNames, func(task string) bool { return registration.Injected(task, []registration.Proxy{p}) })
 		m.claims[p.ID] = c
 	}
 	s.Withdrawn = s.Withdrawn && len(counted) == 0
@@ -109,12 +115,12 @@ func (a *Agent) cgroupsIn(namespaces []string) map[string][]string {
 }
 
 // remember keeps the claims of the registrations that there are.
-func (m *allocState) remember(proxies []proxy, now time.Time) {
-	next := make(map[string]claim, len(proxies))
+func (m *allocState) remember(proxies []registration.Proxy, now time.Time) {
+	next := make(map[string]identity.Claim, len(proxies))
 	for _, p := range proxies {
 		c, seen := m.claims[p.ID]
 		if !seen {
-			c.since, m.lookAgain, m.looks = now, time.Time{}, 0
+			c.Since, m.lookAgain, m.looks = now, time.Time{}, 0
 		}
 		next[p.ID] = c
 	}
@@ -124,7 +130,7 @@ func (m *allocState) remember(proxies []proxy, now time.Time) {
 // doubts reports whether the task of some registration was not seen yet.
 func (m *allocState) doubts() bool {
 	for _, c := range m.claims {
-		if !c.shown {
+		if !c.Shown {
 			return true
 		}
 	}
@@ -140,7 +146,7 @@ func (m *allocState) doubtful(now time.Time) bool {
 	}
 	longest := last
 	for _, c := range m.claims {
-		if !c.counted {
+		if !c.Counted {
 			longest = soon // its task may come at any time
 		}
 	}

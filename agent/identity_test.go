@@ -15,6 +15,11 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/identity"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -47,72 +52,72 @@ func runsTask(t *testing.T, id, name, netns string) (end func()) {
 
 // Which registrations count for an allocation: its job maps 20001, 8181 and 8080.
 func TestWhichRegistrationsCount(t *testing.T) {
-	web := sidecar(func(p *proxy) { p.ID, p.Self.Name = "web", "web-sidecar-proxy" })
-	api := sidecar(func(p *proxy) { p.ID, p.Self.Name, p.Inbound = "api", "api-sidecar-proxy", 8080 })
-	evil := sidecar(func(p *proxy) { p.ID, p.Self.Name = "evil", "evil-sidecar-proxy" }) // at web's port
-	at := func(p proxy, port uint16) proxy { p.Inbound = port; return p }
-	free := func(p proxy) proxy { p.AllocID = ""; return p } // by its address
-	edge := proxy{ID: "edge", Kind: kindAPI, Self: service{Name: "edge"}, Open: []uint16{8181}}
-	intruder := proxy{ID: "intruder", Kind: kindAPI, Self: service{Name: "intruder"}, Open: []uint16{19000}}
+	web := sidecar(func(p *registration.Proxy) { p.ID, p.Self.Name = "web", "web-sidecar-proxy" })
+	api := sidecar(func(p *registration.Proxy) { p.ID, p.Self.Name, p.Inbound = "api", "api-sidecar-proxy", 8080 })
+	evil := sidecar(func(p *registration.Proxy) { p.ID, p.Self.Name = "evil", "evil-sidecar-proxy" }) // at web's port
+	at := func(p registration.Proxy, port uint16) registration.Proxy { p.Inbound = port; return p }
+	free := func(p registration.Proxy) registration.Proxy { p.AllocID = ""; return p } // by its address
+	edge := registration.Proxy{ID: "edge", Kind: registration.KindAPI, Self: registration.Service{Name: "edge"}, Open: []uint16{8181}}
+	intruder := registration.Proxy{ID: "intruder", Kind: registration.KindAPI, Self: registration.Service{Name: "intruder"}, Open: []uint16{19000}}
 	transparent := func() *redirect.Record {
 		known := onRecord(workload.ModeTransparent)
 		known.Request.InboundPort = 20005
 		return known
 	}
-	counted := func(ids ...string) map[string]claim {
-		claims := make(map[string]claim)
+	counted := func(ids ...string) map[string]identity.Claim {
+		claims := make(map[string]identity.Claim)
 		for _, id := range ids {
-			claims[id] = claim{counted: true}
+			claims[id] = identity.Claim{Counted: true}
 		}
 		return claims
 	}
 	for _, c := range []struct {
 		name    string
-		proxies []proxy
-		e       evidence
+		proxies []registration.Proxy
+		e       identity.Evidence
 		listens []uint16
 		known   *redirect.Record
 		uncached,
 		gateway bool // the job is edge's
 		want string
 	}{
-		{name: "its port is mapped, and nothing runs yet", proxies: []proxy{web}, want: "web"},
-		{name: "its port is that of the request", proxies: []proxy{at(web, 20005)}, known: transparent(), want: "web"},
-		{name: "its port is not the allocation's", proxies: []proxy{at(web, 20009)}, known: transparent()},
-		{name: "... but its task runs", proxies: []proxy{at(web, 20009)}, e: evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
-		{name: "its task runs under the other name that Nomad gives", proxies: []proxy{web}, e: evidence{Tasks: []string{"connect-proxy-web-1a2b3c"}}, want: "web"},
-		{name: "another's at the same port", proxies: []proxy{evil, web}, e: evidence{Tasks: []string{"app", "connect-proxy-web"}}, want: "web"},
-		{name: "another's at another mapped port", proxies: []proxy{at(evil, 8181), web}, e: evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
-		{name: "another's alone, while the allocation's own is deregistered", proxies: []proxy{evil}, e: evidence{Tasks: []string{"connect-proxy-web"}}},
-		{name: "another's, whose author gives a task below a helper's name", proxies: []proxy{evil, web},
-			e: evidence{Tasks: []string{"connect-proxy-evil-helper", "connect-proxy-web"}}, want: "web"},
-		{name: "the task was seen once, and is restarting", proxies: []proxy{api, web},
-			e: evidence{Tasks: []string{"connect-proxy-web"}, Claims: map[string]claim{"api": {shown: true}}, Settled: true}, want: "api web"},
-		{name: "both tasks of a group with two", proxies: []proxy{api, web}, e: evidence{Tasks: []string{"connect-proxy-web", "connect-proxy-api"}}, want: "api web"},
-		{name: "the second one's task is on its way", proxies: []proxy{api, web},
-			e: evidence{Tasks: []string{"connect-proxy-web"}, Claims: counted("api", "web")}, want: "api web"},
-		{name: "... and does not come", proxies: []proxy{api, web},
-			e: evidence{Tasks: []string{"connect-proxy-web"}, Claims: counted("api", "web"), Settled: true}, want: "web"},
-		{name: "a job that is not in the mesh", proxies: []proxy{at(evil, 8080)}, e: evidence{Tasks: []string{"app"}}},
-		{name: "... while nothing of it ran yet", proxies: []proxy{at(evil, 8080)}, e: evidence{Tasks: []string{"app"}, Claims: counted("evil"), Settled: true}},
-		{name: "a proxy's task that the job names", proxies: []proxy{web}, e: evidence{Tasks: []string{"app", "envoy"}}, listens: []uint16{20001}, want: "web"},
-		{name: "... and another's at the same port", proxies: []proxy{evil, web}, e: evidence{Tasks: []string{"app", "envoy"}, Claims: counted("web"), Settled: true},
+		{name: "its port is mapped, and nothing runs yet", proxies: []registration.Proxy{web}, want: "web"},
+		{name: "its port is that of the request", proxies: []registration.Proxy{at(web, 20005)}, known: transparent(), want: "web"},
+		{name: "its port is not the allocation's", proxies: []registration.Proxy{at(web, 20009)}, known: transparent()},
+		{name: "... but its task runs", proxies: []registration.Proxy{at(web, 20009)}, e: identity.Evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
+		{name: "its task runs under the other name that Nomad gives", proxies: []registration.Proxy{web}, e: identity.Evidence{Tasks: []string{"connect-proxy-web-1a2b3c"}}, want: "web"},
+		{name: "another's at the same port", proxies: []registration.Proxy{evil, web}, e: identity.Evidence{Tasks: []string{"app", "connect-proxy-web"}}, want: "web"},
+		{name: "another's at another mapped port", proxies: []registration.Proxy{at(evil, 8181), web}, e: identity.Evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
+		{name: "another's alone, while the allocation's own is deregistered", proxies: []registration.Proxy{evil}, e: identity.Evidence{Tasks: []string{"connect-proxy-web"}}},
+		{name: "another's, whose author gives a task below a helper's name", proxies: []registration.Proxy{evil, web},
+			e: identity.Evidence{Tasks: []string{"connect-proxy-evil-helper", "connect-proxy-web"}}, want: "web"},
+		{name: "the task was seen once, and is restarting", proxies: []registration.Proxy{api, web},
+			e: identity.Evidence{Tasks: []string{"connect-proxy-web"}, Claims: map[string]identity.Claim{"api": {Shown: true}}, Settled: true}, want: "api web"},
+		{name: "both tasks of a group with two", proxies: []registration.Proxy{api, web}, e: identity.Evidence{Tasks: []string{"connect-proxy-web", "connect-proxy-api"}}, want: "api web"},
+		{name: "the second one's task is on its way", proxies: []registration.Proxy{api, web},
+			e: identity.Evidence{Tasks: []string{"connect-proxy-web"}, Claims: counted("api", "web")}, want: "api web"},
+		{name: "... and does not come", proxies: []registration.Proxy{api, web},
+			e: identity.Evidence{Tasks: []string{"connect-proxy-web"}, Claims: counted("api", "web"), Settled: true}, want: "web"},
+		{name: "a job that is not in the mesh", proxies: []registration.Proxy{at(evil, 8080)}, e: identity.Evidence{Tasks: []string{"app"}}},
+		{name: "... while nothing of it ran yet", proxies: []registration.Proxy{at(evil, 8080)}, e: identity.Evidence{Tasks: []string{"app"}, Claims: counted("evil"), Settled: true}},
+		{name: "a proxy's task that the job names", proxies: []registration.Proxy{web}, e: identity.Evidence{Tasks: []string{"app", "envoy"}}, listens: []uint16{20001}, want: "web"},
+		{name: "... and another's at the same port", proxies: []registration.Proxy{evil, web}, e: identity.Evidence{Tasks: []string{"app", "envoy"}, Claims: counted("web"), Settled: true},
 			listens: []uint16{20001}, want: "web"},
-		{name: "... of which none was first", proxies: []proxy{evil, web}, e: evidence{Tasks: []string{"app", "envoy"}}, listens: []uint16{20001}},
-		{name: "two at one port before anything runs", proxies: []proxy{evil, web}},
-		{name: "two whose tasks no name tells", proxies: []proxy{api, web}, listens: []uint16{20001, 8080}, want: "api web"},
-		{name: "libcni knows nothing, and nothing is seen to run", proxies: []proxy{web}, uncached: true},
-		{name: "... and its task runs", proxies: []proxy{web}, uncached: true, e: evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
-		{name: "by the address, and it listens", proxies: []proxy{free(web)}, listens: []uint16{20001}, want: "web"},
-		{name: "by the address, and nobody listens", proxies: []proxy{free(web)}},
-		{name: "by the address of an allocation that runs another's", proxies: []proxy{free(evil), web}, e: evidence{Tasks: []string{"connect-proxy-web"}},
+		{name: "... of which none was first", proxies: []registration.Proxy{evil, web}, e: identity.Evidence{Tasks: []string{"app", "envoy"}}, listens: []uint16{20001}},
+		{name: "two at one port before anything runs", proxies: []registration.Proxy{evil, web}},
+		{name: "two whose tasks no name tells", proxies: []registration.Proxy{api, web}, listens: []uint16{20001, 8080}, want: "api web"},
+		{name: "libcni knows nothing, and nothing is seen to run", proxies: []registration.Proxy{web}, uncached: true},
+		{name: "... and its task runs", proxies: []registration.Proxy{web}, uncached: true, e: identity.Evidence{Tasks: []string{"connect-proxy-web"}}, want: "web"},
+		{name: "by the address, and it listens", proxies: []registration.Proxy{free(web)}, listens: []uint16{20001}, want: "web"},
+		{name: "by the address, and nobody listens", proxies: []registration.Proxy{free(web)}},
+		{name: "by the address of an allocation that runs another's", proxies: []registration.Proxy{free(evil), web}, e: identity.Evidence{Tasks: []string{"connect-proxy-web"}},
 			listens: []uint16{20001}, want: "web"},
-		{name: "a gateway of the job's name", proxies: []proxy{edge}, gateway: true, want: "edge"},
-		{name: "... and one that names its administration by the address", proxies: []proxy{edge, intruder}, gateway: true, listens: []uint16{8181, 19000}, want: "edge"},
-		{name: "two gateways by the address", proxies: []proxy{edge, intruder}, e: evidence{Claims: counted("edge")}, listens: []uint16{8181, 19000}, want: "edge"},
+		{name: "a gateway of the job's name", proxies: []registration.Proxy{edge}, gateway: true, want: "edge"},
+		{name: "... and one that names its administration by the address", proxies: []registration.Proxy{edge, intruder}, gateway: true, listens: []uint16{8181, 19000}, want: "edge"},
+		{name: "two gateways by the address", proxies: []registration.Proxy{edge, intruder}, e: identity.Evidence{Claims: counted("edge")}, listens: []uint16{8181, 19000}, want: "edge"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			s := allocation{attachment: found(), Cached: !c.uncached, Record: c.known, Proxies: c.proxies}
+			s := desired.Allocation{Attachment: found(), Cached: !c.uncached, Record: c.known, Proxies: c.proxies}
 			if c.gateway {
 				s.Job.ID = "edge"
 			}
@@ -120,7 +125,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 				s.Ports = nil
 			}
 			c.e.Listens = func() []uint16 { return c.listens }
-			got, others := c.e.judge(s, catalogData{})
+			got, others := c.e.Judge(s, catalog.Data{})
 			var ids []string
 			for _, p := range got {
 				ids = append(ids, p.ID)
@@ -169,7 +174,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	answer()
 	runsTask(t, id, "connect-proxy-web", ns.Path)
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	meshConfig := func() workload.MeshConfig {
 		list, err := n.Records()
 		if err != nil {
@@ -198,7 +203,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	}
 	n.fake.set(&n.fake.chain, say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`))
 	answer()
-	n.agent.consul.wake()
+	n.agent.consul.Wake()
 	began := time.Now()
 	test.Eventually(t, func() error {
 		told := 0

@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
@@ -29,7 +31,7 @@ import (
 type node struct {
 	*redirect.Datapath
 	t      *testing.T
-	config Config
+	config configfile.Config
 	fake   *fakeConsul
 	agent  *Agent
 	ports  []any // that the job maps
@@ -39,7 +41,7 @@ func newNode(t *testing.T) *node {
 	t.Helper()
 	test.Need(t, test.Root, test.CgroupV2, test.BPF)
 	dir := t.TempDir()
-	n := &node{t: t, config: DefaultConfig(), fake: newFakeConsul(t), ports: []any{mapped(20001)}}
+	n := &node{t: t, config: configfile.DefaultConfig(), fake: newFakeConsul(t), ports: []any{mapped(20001)}}
 	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(dir, "state")
 	n.config.CgroupRoot, n.config.CNI.CacheDir = test.NewCgroup(t).Path, filepath.Join(dir, "cni")
 	n.config.CNI.NetNSDir, n.config.Docker.Socket = filepath.Join(dir, "netns"), ""
@@ -133,7 +135,7 @@ func registeredAt(port uint16, ids ...string) http.HandlerFunc {
 }
 
 // eventually waits until the agent shows the allocation in the state.
-func (n *node) eventually(id string, state State) (found WorkloadView) {
+func (n *node) eventually(id string, state api.State) (found api.WorkloadView) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		for _, w := range n.agent.Status().Workloads {
@@ -163,8 +165,8 @@ func TestAgentLeavesConsulsOwnRulesAlone(t *testing.T) {
 	n.cached(numbered(2), ns.Path, "")
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
-	n.eventually(numbered(1), StateConsul)
-	n.eventually(numbered(2), StateConsul)
+	n.eventually(numbered(1), api.StateConsul)
+	n.eventually(numbered(2), api.StateConsul)
 	if list, err := n.Records(); err != nil || len(list) > 0 {
 		t.Errorf("on record: %+v, %v; want nothing", list, err)
 	}
@@ -176,7 +178,7 @@ func TestAgentListsWhatItCannotProtect(t *testing.T) {
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
 	for i, want := range []string{host.ErrHostNetNS.Error(), "no network namespace of it is known"} {
-		view := n.eventually(numbered(i+1), StateUnprotected)
+		view := n.eventually(numbered(i+1), api.StateUnprotected)
 		if !strings.Contains(fmt.Sprint(view.Problems), want) {
 			t.Errorf("problems of allocation %d = %q, want %q", i+1, view.Problems, want)
 		}
@@ -196,14 +198,14 @@ func TestAgentNamesWhatIsOver(t *testing.T) {
 	n.fake.answers(registered(numbered(2), numbered(4)))
 	n.run()
 	for _, id := range []string{numbered(1), numbered(2)} {
-		view := n.eventually(id, StateEnded)
+		view := n.eventually(id, api.StateEnded)
 		if len(view.Problems) != 1 || !strings.Contains(view.Problems[0].Remedy, "weir gc") {
 			t.Errorf("problems of %s = %q, want the remedy alone", id, view.Problems)
 		}
 	}
-	n.eventually(numbered(4), StateManaged)
+	n.eventually(numbered(4), api.StateManaged)
 	ns.End()
-	if view := n.eventually(numbered(4), StateEnded); len(view.Problems) != 1 {
+	if view := n.eventually(numbered(4), api.StateEnded); len(view.Problems) != 1 {
 		t.Errorf("problems = %q, want the remedy alone", view.Problems)
 	}
 	// A step may have been at it when the namespace ended; none is tried again.
@@ -243,7 +245,7 @@ func TestAgentTakesOverAReplacedNamespace(t *testing.T) {
 	n.cached(numbered(1), path, "")
 	n.fake.answers(registered(numbered(1)))
 	n.run()
-	n.eventually(numbered(1), StateManaged)
+	n.eventually(numbered(1), api.StateManaged)
 	n.wantCookie(first.Cookie())
 	link(second.Path)
 	n.wantCookie(second.Cookie())
@@ -272,7 +274,7 @@ func TestAgentNoticesAnAllocationWithinASecond(t *testing.T) {
 		ns := test.NewNetNS(t)
 		began := time.Now()
 		n.cached(numbered(i+1), ns.Path, "")
-		n.eventually(numbered(i+1), StateManaged)
+		n.eventually(numbered(i+1), api.StateManaged)
 		if took := time.Since(began); i > 0 && took > time.Second {
 			t.Errorf("noticed after %s, want within a second", took)
 		}
@@ -291,8 +293,8 @@ func TestTelemetry(t *testing.T) {
 	mesh, _ := n.transparent(numbered(2))
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
-	n.eventually(numbered(1), StateManaged)
-	n.eventually(numbered(2), StateManaged)
+	n.eventually(numbered(1), api.StateManaged)
+	n.eventually(numbered(2), api.StateManaged)
 	address := n.agent.Status().Telemetry
 	if code, text := get(t, "http://"+address+"/health"); code != 200 || !strings.Contains(text, `"healthy":true`) {
 		t.Errorf("health = %d, %s", code, text)
@@ -376,7 +378,7 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	n := newNode(t)
 	n.run()
 	test.Eventually(t, func() error {
-		_, err := ReadStatus(context.Background(), n.config.StateDir)
+		_, err := api.ReadStatus(context.Background(), n.config.StateDir)
 		return err
 	}, "the first agent to answer")
 	second, err := New(n.config, Options{Log: slog.New(slog.DiscardHandler)})
@@ -386,14 +388,14 @@ func TestSecondAgentIsRefused(t *testing.T) {
 	if err := second.Run(context.Background()); err == nil || !strings.Contains(err.Error(), "another agent") {
 		t.Errorf("run of a second agent = %v, want it refused", err)
 	}
-	info, err := os.Stat(filepath.Join(n.config.StateDir, socketName))
+	info, err := os.Stat(filepath.Join(n.config.StateDir, api.SocketName))
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("socket of the first agent = %v, %v; want it there with mode 0600", info, err)
 	}
 }
 
 func TestReadStatusWithoutAnAgent(t *testing.T) {
-	if _, err := ReadStatus(context.Background(), t.TempDir()); !errors.Is(err, ErrNotRunning) {
-		t.Errorf("status = %v, want %v", err, ErrNotRunning)
+	if _, err := api.ReadStatus(context.Background(), t.TempDir()); !errors.Is(err, api.ErrNotRunning) {
+		t.Errorf("status = %v, want %v", err, api.ErrNotRunning)
 	}
 }

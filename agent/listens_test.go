@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
@@ -40,7 +41,7 @@ func TestProxyThatNeverListensIsAProblem(t *testing.T) {
 		numbered(2): {"under UID 101: 127.0.0.1:15001 is UID 100101's", fmt.Sprintf("process %d", pid), "/envoy)", "userns_mode"},
 		numbered(4): {"does not listen on port 20001: nothing does"},
 	}
-	told := func(id string) string { return fmt.Sprint(n.eventually(id, StateManaged).Problems) }
+	told := func(id string) string { return fmt.Sprint(n.eventually(id, api.StateManaged).Problems) }
 	test.Eventually(t, func() error {
 		for id, want := range wants {
 			problems := told(id)

@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
@@ -34,7 +36,7 @@ func (m mapSource) Graph() web.Graph {
 		Allocations: []web.Node{},
 	}
 	if m.flows != nil {
-		g.Node = m.flows.node
+		g.Node = m.flows.Node
 	}
 	nodes := make(map[string]*web.Node, len(status.Workloads))
 	for _, w := range status.Workloads {
@@ -53,7 +55,7 @@ func (m mapSource) Graph() web.Graph {
 	return g
 }
 
-func mapNode(w WorkloadView) web.Node {
+func mapNode(w api.WorkloadView) web.Node {
 	node := web.Node{
 		ID: w.ID, Job: w.Job, Group: w.Group, Namespace: w.Namespace, State: string(w.State), Mode: string(w.Mode), Guard: string(w.Guard), InSync: w.InSync,
 	}
@@ -70,7 +72,7 @@ func mapNode(w WorkloadView) web.Node {
 // mapEdges joins edges by allocation and end, and adds what they carry to the
 // allocations. The ends that are refused, and then the busiest, have a name of their
 // own; the rest is one end.
-func mapEdges(list []CountedEdge, nodes map[string]*web.Node, seconds float64) ([]web.End, []web.Edge) {
+func mapEdges(list []api.CountedEdge, nodes map[string]*web.Node, seconds float64) ([]web.End, []web.Edge) {
 	type counted struct {
 		web.End
 		count, refused uint64
@@ -152,18 +154,18 @@ func endID(source bool, kind web.Kind, name string) string {
 
 // endsOf are the allocation of an edge and its other end; no end where the map shows
 // none: a proxy's own connection stands for one of a task.
-func endsOf(edge Edge, nodes map[string]*web.Node) (*web.Node, web.End) {
+func endsOf(edge api.Edge, nodes map[string]*web.Node) (*web.Node, web.End) {
 	s, d := edge.Source, edge.Destination
 	var node *web.Node
 	end := web.End{Kind: web.KindAddress}
 	switch {
-	case edge.Direction == DirectionInbound:
+	case edge.Direction == api.DirectionInbound:
 		node, end.Source = nodes[d.AllocID], true
 		end.Name = s.IP.String()
 		if s.AllocID != "" {
 			end.Kind, end.Name, end.AllocID = web.KindAllocation, ofAllocation(s.AllocID, s.Job, s.TaskGroup), s.AllocID
 		}
-	case edge.Direction == DirectionOutbound && edge.Verdict != bpfmap.Proxy.String():
+	case edge.Direction == api.DirectionOutbound && edge.Verdict != bpfmap.Proxy.String():
 		node = nodes[s.AllocID]
 		end.Name = netip.AddrPortFrom(d.IP, d.Port).String()
 		switch {
@@ -183,14 +185,14 @@ func endsOf(edge Edge, nodes map[string]*web.Node) (*web.Node, web.End) {
 }
 
 func ofAllocation(id, job, group string) string {
-	return (&flowWorkload{allocID: id, job: job, group: group}).label()
+	return (&flow.Workload{AllocID: id, Job: job, Group: group}).Label()
 }
 
 // Allocation is what decides about an allocation's connections, from the rows in the
 // kernel, and the last of them.
 func (m mapSource) Allocation(id string) (web.Allocation, bool) {
 	list := m.Status().Workloads
-	i := slices.IndexFunc(list, func(w WorkloadView) bool { return w.ID == id })
+	i := slices.IndexFunc(list, func(w api.WorkloadView) bool { return w.ID == id })
 	if i < 0 {
 		return web.Allocation{}, false
 	}
@@ -198,7 +200,7 @@ func (m mapSource) Allocation(id string) (web.Allocation, bool) {
 	found := web.Allocation{
 		Schema: 1, Node: mapNode(w), Task: w.Task, Since: w.Since, Problems: w.Problems, Settings: []explain.Setting{}, Flows: []web.Flow{},
 	}
-	if w.State != StateManaged {
+	if w.State != api.StateManaged {
 		found.Unknown = "it is not under Weir, so nothing decides about its connections"
 	} else if settings, _, err := m.datapath.Settings(w.Key); err != nil {
 		found.Unknown = err.Error()
@@ -206,30 +208,30 @@ func (m mapSource) Allocation(id string) (web.Allocation, bool) {
 		found.Settings = settings
 	}
 	if m.flows == nil {
-		found.Unrecorded = ErrFlowsOff.Error()
+		found.Unrecorded = api.ErrFlowsOff.Error()
 		return found, true
 	}
-	for _, flow := range m.flows.lastOf(id, mapFlows) {
-		found.Flows = append(found.Flows, mapFlow(id, flow))
+	for _, one := range m.flows.LastOf(id, mapFlows) {
+		found.Flows = append(found.Flows, mapFlow(id, one))
 	}
-	found.Unrecorded = m.flows.trouble()
+	found.Unrecorded = m.flows.Trouble()
 	return found, true
 }
 
 // mapFlow is a flow as the allocation sees it.
-func mapFlow(id string, flow Flow) web.Flow {
-	s, d := flow.Source, flow.Destination
-	shown := web.Flow{Time: flow.Time, Direction: string(flow.Direction), Verdict: flow.Verdict, Refused: flow.Refused, Task: cmp.Or(s.Task, s.Command)}
+func mapFlow(id string, f api.Flow) web.Flow {
+	s, d := f.Source, f.Destination
+	shown := web.Flow{Time: f.Time, Direction: string(f.Direction), Verdict: f.Verdict, Refused: f.Refused, Task: cmp.Or(s.Task, s.Command)}
 	for _, verdict := range bpfmap.AllVerdicts() {
-		if verdict.String() == flow.Verdict {
+		if verdict.String() == f.Verdict {
 			shown.Meaning = verdict.Describe()
 		}
 	}
 	port := ":" + strconv.Itoa(int(d.Port))
 	switch {
-	case flow.Direction == DirectionInbound && s.AllocID != "":
+	case f.Direction == api.DirectionInbound && s.AllocID != "":
 		shown.Peer = ofAllocation(s.AllocID, s.Job, s.TaskGroup) + " to " + port
-	case flow.Direction == DirectionInbound:
+	case f.Direction == api.DirectionInbound:
 		shown.Peer = s.IP.String() + " to " + port
 	case d.Service != "":
 		shown.Peer = d.Service + port

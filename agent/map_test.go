@@ -11,6 +11,10 @@ import (
 
 	"github.com/chromedp/chromedp"
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/test"
@@ -21,7 +25,7 @@ import (
 // what is refused is red, and a click shows why, from the rows in the kernel.
 func TestMap(t *testing.T) {
 	test.Need(t, test.Tool("chromium"))
-	n, id, _, task := shopNode(t, func(c *Config) { c.Telemetry.Map = "loopback" })
+	n, id, _, task := shopNode(t, func(c *configfile.Config) { c.Telemetry.Map = "loopback" })
 	n.recording(task)
 	const dials = 30
 	for range dials {
@@ -86,7 +90,7 @@ func TestMapIsOffUnlessSet(t *testing.T) {
 			t.Errorf("%s: %d, want 404", path, code)
 		}
 	}
-	config := DefaultConfig()
+	config := configfile.DefaultConfig()
 	config.Telemetry.Map = "yes"
 	if err := config.Validate(); err == nil || !strings.Contains(err.Error(), `telemetry.map = "yes": want off, loopback or any`) {
 		t.Errorf("validate: %v", err)
@@ -94,34 +98,34 @@ func TestMapIsOffUnlessSet(t *testing.T) {
 }
 
 func TestMapEdges(t *testing.T) {
-	flow := func(direction Direction, verdict string, refused bool) Edge {
-		return Edge{
-			Direction: direction, Verdict: verdict, Refused: refused, Source: FlowSource{AllocID: "a1b2c3d4e5", Job: "shop", TaskGroup: "front"},
-			Destination: FlowDestination{IP: loopback4(), Port: 80},
+	flow := func(direction api.Direction, verdict string, refused bool) api.Edge {
+		return api.Edge{
+			Direction: direction, Verdict: verdict, Refused: refused, Source: api.FlowSource{AllocID: "a1b2c3d4e5", Job: "shop", TaskGroup: "front"},
+			Destination: api.FlowDestination{IP: registration.Loopback4(), Port: 80},
 		}
 	}
-	out := func(verdict string, change func(*Edge)) Edge {
-		e := flow(DirectionOutbound, verdict, strings.HasPrefix(verdict, "refused"))
+	out := func(verdict string, change func(*api.Edge)) api.Edge {
+		e := flow(api.DirectionOutbound, verdict, strings.HasPrefix(verdict, "refused"))
 		change(&e)
 		return e
 	}
-	address := func(text string) func(*Edge) {
-		return func(e *Edge) { e.Destination.IP = parseAddresses([]string{text})[0] }
+	address := func(text string) func(*api.Edge) {
+		return func(e *api.Edge) { e.Destination.IP = catalog.ParseAddresses([]string{text})[0] }
 	}
-	list := []CountedEdge{
-		{Edge: out("upstream", func(e *Edge) { e.Destination.Service = "api" }), Count: 60},
-		{Edge: out("refused_no_proxy", func(e *Edge) { e.Destination.Service = "api" }), Count: 6},
-		{Edge: out("local", func(*Edge) {}), Count: 12},
+	list := []api.CountedEdge{
+		{Edge: out("upstream", func(e *api.Edge) { e.Destination.Service = "api" }), Count: 60},
+		{Edge: out("refused_no_proxy", func(e *api.Edge) { e.Destination.Service = "api" }), Count: 6},
+		{Edge: out("local", func(*api.Edge) {}), Count: 12},
 		{Edge: out("proxy", address("10.0.0.9")), Count: 600}, // stands for one of a task
-		{Edge: out("direct", func(e *Edge) {
+		{Edge: out("direct", func(e *api.Edge) {
 			address("10.0.0.2")(e)
 			e.Destination.AllocID, e.Destination.Job = "ffff0000aaaa", "db"
 		}), Count: 6},
-		{Edge: Edge{Direction: DirectionInbound, Verdict: "inbound", Source: FlowSource{IP: parseAddresses([]string{"10.0.0.7"})[0]}, Destination: FlowDestination{AllocID: "a1b2c3d4e5"}}, Count: 18},
-		{Edge: out("redirected", func(e *Edge) { e.Source.AllocID = "gone" }), Count: 6},
+		{Edge: api.Edge{Direction: api.DirectionInbound, Verdict: "inbound", Source: api.FlowSource{IP: catalog.ParseAddresses([]string{"10.0.0.7"})[0]}, Destination: api.FlowDestination{AllocID: "a1b2c3d4e5"}}, Count: 18},
+		{Edge: out("redirected", func(e *api.Edge) { e.Source.AllocID = "gone" }), Count: 6},
 	}
 	for i := range mapEnds {
-		list = append(list, CountedEdge{Edge: out("redirected", address(fmt.Sprintf("192.0.2.%d", i+1))), Count: 1})
+		list = append(list, api.CountedEdge{Edge: out("redirected", address(fmt.Sprintf("192.0.2.%d", i+1))), Count: 1})
 	}
 	nodes := map[string]*web.Node{"a1b2c3d4e5": {ID: "a1b2c3d4e5"}}
 	ends, edges := mapEdges(list, nodes, 6)
@@ -154,7 +158,7 @@ func TestMapEdges(t *testing.T) {
 }
 
 func TestMapCountsProblems(t *testing.T) {
-	node := mapNode(WorkloadView{Problems: []health.Problem{{Severity: health.SeverityError}, {Severity: health.SeverityWarning}, {Severity: health.SeverityWarning}}})
+	node := mapNode(api.WorkloadView{Problems: []health.Problem{{Severity: health.SeverityError}, {Severity: health.SeverityWarning}, {Severity: health.SeverityWarning}}})
 	if node.Errors != 1 || node.Warnings != 2 {
 		t.Errorf("node = %+v, want an error and two warnings", node)
 	}

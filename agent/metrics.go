@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
@@ -138,7 +139,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	kinds := make(map[kind]int)
 	for _, w := range status.Workloads {
 		kinds[kind{string(w.State), string(w.Mode), string(w.Guard), string(w.Egress)}]++
-		if w.State == StateManaged {
+		if w.State == api.StateManaged {
 			gauge(c.inSync, oneIf(w.InSync), labelsOf(w.Key, w.Job, w.NomadNames)...)
 		}
 	}

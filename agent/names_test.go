@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -88,9 +91,9 @@ func (f *fakeConsul) chains(chain http.HandlerFunc) {
 	f.chain = chain
 }
 
-func virtualIPOf(name, addr string) func(snapshot) bool {
-	return func(v snapshot) bool {
-		return slices.Equal(v.Facts.VirtualIPs[service{Name: name}], addrs(addr))
+func virtualIPOf(name, addr string) func(catalog.Snapshot) bool {
+	return func(v catalog.Snapshot) bool {
+		return slices.Equal(v.Facts.VirtualIPs[registration.Service{Name: name}], addrs(addr))
 	}
 }
 
@@ -103,11 +106,11 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 	fake.chains(chainOf(`"240.0.0.1"`))
 	fake.answers(say(200, strings.Replace(oneProxy, `{"DestinationName": "api", "LocalBindPort": 9191}`,
 		`{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "db", "LocalBindPort": 9292}`, 1)))
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address = fake.URL
 	// On a busy machine an answer takes longer than the tests' patience, and what was not
 	// answered is followed by a bulk read.
-	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = 30 * time.Second })
+	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = 30 * time.Second })
 	eventuallyKnown(t, follower, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
 	before := eventuallyKnown(t, follower, "that of db", virtualIPOf("db", "240.0.0.1"))
 	test.Eventually(t, func() error {
@@ -119,8 +122,8 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 
 	fake.chains(chainOf())
 	fake.catalog.set("db", "web")
-	eventuallyKnown(t, follower, "api to have none", func(v snapshot) bool {
-		list, answered := v.Facts.VirtualIPs[service{Name: "api"}]
+	eventuallyKnown(t, follower, "api to have none", func(v catalog.Snapshot) bool {
+		list, answered := v.Facts.VirtualIPs[registration.Service{Name: "api"}]
 		return answered && len(list) == 0
 	})
 	fake.chains(chainOf(`"240.0.0.2"`))
@@ -134,8 +137,8 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 	}
 	fake.mu.Lock()
 	defer fake.mu.Unlock()
-	if fake.most > connections {
-		t.Errorf("%d connections at a time, want at most %d", fake.most, connections)
+	if fake.most > catalog.Connections {
+		t.Errorf("%d connections at a time, want at most %d", fake.most, catalog.Connections)
 	}
 }
 
@@ -143,11 +146,11 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
 	fake := newFakeConsul(t)
 	l := fake.lookups(t)
-	l.virtual[service{Name: "api"}] = &query[[]netip.Addr]{presence: present, next: l.now().Add(lookupInterval)}
-	l.names.set(map[string]ignored{"api": {}}, true)
-	l.onCatalogChange()
-	if next := l.virtual[service{Name: "api"}].next; next.After(l.now().Add(lookupInterval / 5)) {
-		t.Errorf("asked again in %s, want soon", next.Sub(l.now()))
+	l.Virtual[registration.Service{Name: "api"}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Present, Next: l.Now().Add(catalog.LookupInterval)}
+	l.Names.Set(map[string]catalog.Ignored{"api": {}}, true)
+	l.OnCatalogChange()
+	if next := l.Virtual[registration.Service{Name: "api"}].Next; next.After(l.Now().Add(catalog.LookupInterval / 5)) {
+		t.Errorf("asked again in %s, want soon", next.Sub(l.Now()))
 	}
 }
 
@@ -156,32 +159,32 @@ func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
 func TestNamesTellOfAGap(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.catalog.set("api")
-	n := newServiceList(fake.client(t))
-	n.need()
+	n := catalog.NewServiceList(fake.client(t))
+	n.Need()
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
-	running.Go(func() { n.follow(ctx) })
+	running.Go(func() { n.Follow(ctx) })
 	defer running.Wait()
 	defer cancel()
-	want := func(presence presence, missed int) {
+	want := func(presence catalog.Presence, missed int) {
 		t.Helper()
 		test.Eventually(t, func() error {
-			got := n.of(service{Name: "api"})
-			n.mu.Lock()
-			defer n.mu.Unlock()
-			if got != presence || n.missed != missed {
-				return fmt.Errorf("presence %d, %d gaps", got, n.missed)
+			got := n.Of(registration.Service{Name: "api"})
+			n.Mu.Lock()
+			defer n.Mu.Unlock()
+			if got != presence || n.Missed != missed {
+				return fmt.Errorf("presence %d, %d gaps", got, n.Missed)
 			}
 			return nil
 		}, fmt.Sprintf("presence %d and %d gaps", presence, missed))
 	}
-	want(present, 0)
+	want(catalog.Present, 0)
 	fake.catalog.set("db")
-	want(absent, 0)
+	want(catalog.Absent, 0)
 	fake.catalog.fail()
-	want(presenceUnknown, 0)
+	want(catalog.PresenceUnknown, 0)
 	fake.catalog.set("api")
-	want(present, 1)
+	want(catalog.Present, 1)
 }
 
 // A node that has nothing to ask of the catalog does not ask it.
@@ -191,8 +194,8 @@ func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
 	fake.answers(registered(exampleAlloc))
 	follower := fake.follow(t)
 	eventuallyKnown(t, follower, "the proxy", inSync)
-	follower.wake()
-	eventuallyKnown(t, follower, "another read", func(v snapshot) bool { return v.Counts.Reads > 1 })
+	follower.Wake()
+	eventuallyKnown(t, follower, "another read", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
 	if times := fake.times("/v1/catalog/services"); times > 0 {
 		t.Errorf("asked %d times, want never", times)
 	}
@@ -201,24 +204,24 @@ func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
 func TestFollowerNames(t *testing.T) {
 	fake := newFakeConsul(t)
 	consul := fake.client(t)
-	consul.config.Namespace = "default"
-	n := newServiceList(consul)
-	if got := n.of(service{Name: "api"}); got != presenceUnknown {
+	consul.Config.Namespace = "default"
+	n := catalog.NewServiceList(consul)
+	if got := n.Of(registration.Service{Name: "api"}); got != catalog.PresenceUnknown {
 		t.Errorf("before an answer: %v", got)
 	}
-	n.set(map[string]ignored{"api": {}}, false)
-	for of, want := range map[service]presence{
-		{Name: "api"}: present, {Name: "api", Namespace: "default", Partition: "default"}: present,
-		{Name: "db"}: absent, {Name: "api", Namespace: "other"}: presenceUnknown, {Name: "db", Partition: "other"}: presenceUnknown,
+	n.Set(map[string]catalog.Ignored{"api": {}}, false)
+	for of, want := range map[registration.Service]catalog.Presence{
+		{Name: "api"}: catalog.Present, {Name: "api", Namespace: "default", Partition: "default"}: catalog.Present,
+		{Name: "db"}: catalog.Absent, {Name: "api", Namespace: "other"}: catalog.PresenceUnknown, {Name: "db", Partition: "other"}: catalog.PresenceUnknown,
 	} {
-		if got := n.of(of); got != want {
+		if got := n.Of(of); got != want {
 			t.Errorf("presence of %+v = %v, want %v", of, got, want)
 		}
 	}
-	if rest := n.rest(20000, 0); rest < 10*time.Second || rest > 30*time.Second {
+	if rest := n.Rest(20000, 0); rest < 10*time.Second || rest > 30*time.Second {
 		t.Errorf("rest with 20,000 services = %s, want about 20 s", rest)
 	}
-	if rest := n.rest(10, 0); rest < 500*time.Millisecond || rest > 1500*time.Millisecond {
+	if rest := n.Rest(10, 0); rest < 500*time.Millisecond || rest > 1500*time.Millisecond {
 		t.Errorf("rest with 10 services = %s, want about a second", rest)
 	}
 }
@@ -229,34 +232,34 @@ func TestHasten(t *testing.T) {
 	fake := newFakeConsul(t)
 	l := fake.lookups(t)
 	now := time.Unix(1000, 0)
-	l.now = func() time.Time { return now }
-	later := now.Add(lookupInterval)
+	l.Now = func() time.Time { return now }
+	later := now.Add(catalog.LookupInterval)
 	for i := range 60 {
-		l.virtual[service{Name: fmt.Sprint(i)}] = &query[[]netip.Addr]{presence: absent, next: later}
+		l.Virtual[registration.Service{Name: fmt.Sprint(i)}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Absent, Next: later}
 	}
-	l.virtual[service{Name: "api"}] = &query[[]netip.Addr]{presence: present, next: later}
-	l.virtual[service{Name: "never asked"}] = &query[[]netip.Addr]{presence: absent}
-	l.gateways[gateway{service: service{Name: "in"}}] = &query[[]uint16]{next: later}
-	l.shortenDeadlines()
+	l.Virtual[registration.Service{Name: "api"}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Present, Next: later}
+	l.Virtual[registration.Service{Name: "never asked"}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Absent}
+	l.Gateways[registration.Gateway{Service: registration.Service{Name: "in"}}] = &catalog.Query[[]uint16]{Next: later}
+	l.ShortenDeadlines()
 	for name, want := range map[string]time.Time{"0": now.Add(61 * time.Second), "api": later, "never asked": {}} {
-		if got := l.virtual[service{Name: name}].next; !got.Equal(want) {
+		if got := l.Virtual[registration.Service{Name: name}].Next; !got.Equal(want) {
 			t.Errorf("%s is asked for at %s, want %s", name, got, want)
 		}
 	}
-	if got := l.gateways[gateway{service: service{Name: "in"}}].next; !got.Equal(now.Add(5 * time.Second)) {
+	if got := l.Gateways[registration.Gateway{Service: registration.Service{Name: "in"}}].Next; !got.Equal(now.Add(5 * time.Second)) {
 		t.Errorf("the gateway is asked for at %s, want in 5 s", got)
 	}
 }
 
-func (f *fakeConsul) client(t *testing.T) *consul {
+func (f *fakeConsul) client(t *testing.T) *catalog.Client {
 	t.Helper()
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address = f.URL
-	consul, err := newConsul(config, defaultTimeouts())
+	consul, err := catalog.NewClient(config, catalog.DefaultTimeouts())
 	if err != nil {
 		t.Fatal(err)
 	}
 	return consul
 }
 
-func (f *fakeConsul) lookups(t *testing.T) *queries { return newQueries(f.client(t)) }
+func (f *fakeConsul) lookups(t *testing.T) *catalog.Queries { return catalog.NewQueries(f.client(t)) }

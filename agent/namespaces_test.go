@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -49,12 +51,12 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	n := newNode(t)
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
-	n.eventually(numbered(1), StateUnprotected) // registered, and nowhere to be found
+	n.eventually(numbered(1), api.StateUnprotected) // registered, and nowhere to be found
 	ns := test.NewNetNS(t)
 	endTask := runsTask(t, numbered(1), "connect-proxy-web", ns.Path)
 	began := time.Now()
 	end := n.mounted(numbered(1), ns)
-	view := n.eventually(numbered(1), StateManaged)
+	view := n.eventually(numbered(1), api.StateManaged)
 	if took := time.Since(began); took > time.Second {
 		t.Errorf("noticed after %s, want within a second", took)
 	}
@@ -69,7 +71,7 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	ns.End()
 	began = time.Now()
 	end()
-	n.eventually(numbered(1), StateUnprotected)
+	n.eventually(numbered(1), api.StateUnprotected)
 	if took := time.Since(began); took > 3*tick {
 		t.Errorf("its end was noticed after %s, want within seconds", took)
 	}
@@ -87,14 +89,14 @@ func TestAgentKeepsTheGuardOfAnAllocationWhoseResultIsGone(t *testing.T) {
 	n.cached(numbered(2), test.NewNetNS(t).Path, "")
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
-	n.eventually(numbered(1), StateManaged)
-	n.eventually(numbered(2), StateManaged)
+	n.eventually(numbered(1), api.StateManaged)
+	n.eventually(numbered(2), api.StateManaged)
 	for i := range 2 {
 		if err := os.Remove(filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+numbered(i+1)+"-eth0")); err != nil {
 			t.Fatal(err)
 		}
 	}
-	n.eventually(numbered(2), StateUnprotected) // of it nobody has a namespace any more
+	n.eventually(numbered(2), api.StateUnprotected) // of it nobody has a namespace any more
 	n.wantCookie(ns.Cookie())
 }
 
@@ -111,7 +113,7 @@ func TestAgentGuardsAReplacedNamespaceBeforeItHasAnAddress(t *testing.T) {
 	n.cachedWith(id, path, own.String())
 	n.fake.answers(registered(id))
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	n.wantAddresses(own.Addr())
 	end()
 	n.mounted(id, second)
@@ -144,25 +146,25 @@ func TestNamespacesOf(t *testing.T) {
 	empty := writeFile(t, filepath.Join(dir, "empty"), "")
 	for _, c := range []struct {
 		name     string
-		from     namespaces
+		from     discover.Namespaces
 		recorded string
 		want     string
 		live     bool
 	}{
-		{"nobody has it", namespaces{}, gone, gone, false},
-		{"Docker knows better", namespaces{docker: map[string]string{"a": "/new"}}, ns.Path, "/new", true},
-		{"Nomad has it where it was added", namespaces{nomad: map[string]string{"a": ns.Path}}, ns.Path, ns.Path, true},
-		{"Nomad has it, where it was added is gone", namespaces{nomad: map[string]string{"a": ns.Path}}, gone, ns.Path, true},
-		{"only an empty file is left", namespaces{nomad: map[string]string{"a": empty}}, gone, gone, false},
-		{"two that live: where it was added counts", namespaces{nomad: map[string]string{"a": ns.Path}}, "/proc/self/ns/net", "/proc/self/ns/net", false},
+		{"nobody has it", discover.Namespaces{}, gone, gone, false},
+		{"Docker knows better", discover.Namespaces{Docker: map[string]string{"a": "/new"}}, ns.Path, "/new", true},
+		{"Nomad has it where it was added", discover.Namespaces{Nomad: map[string]string{"a": ns.Path}}, ns.Path, ns.Path, true},
+		{"Nomad has it, where it was added is gone", discover.Namespaces{Nomad: map[string]string{"a": ns.Path}}, gone, ns.Path, true},
+		{"only an empty file is left", discover.Namespaces{Nomad: map[string]string{"a": empty}}, gone, gone, false},
+		{"two that live: where it was added counts", discover.Namespaces{Nomad: map[string]string{"a": ns.Path}}, "/proc/self/ns/net", "/proc/self/ns/net", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if path, live := c.from.of("a", c.recorded); path != c.want || live != c.live {
+			if path, live := c.from.Of("a", c.recorded); path != c.want || live != c.live {
 				t.Errorf("namespace = %s, %v; want %s, %v", path, live, c.want, c.live)
 			}
 		})
 	}
-	if list := (namespaces{docker: map[string]string{"a": ns.Path, "b": ns.Path}}).others(map[string]bool{"a": true}); len(list) != 1 ||
+	if list := (discover.Namespaces{Docker: map[string]string{"a": ns.Path, "b": ns.Path}}).Others(map[string]bool{"a": true}); len(list) != 1 ||
 		list[0].Key != (workload.AttachmentID{ContainerID: "b", IfName: "eth0"}) || list[0].NetNS != ns.Path {
 		t.Errorf("others = %+v, want b alone", list)
 	}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -135,7 +136,7 @@ func (n *networks) keep(managed func(workload.AttachmentID) bool) {
 func (n *networks) take() []workload.AttachmentID {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	keys := slices.SortedFunc(maps.Keys(n.moved), compareKeys)
+	keys := slices.SortedFunc(maps.Keys(n.moved), desired.CompareKeys)
 	clear(n.moved)
 	return keys
 }

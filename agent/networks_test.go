@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -23,7 +24,7 @@ func TestAgentFollowsAReplacedAddress(t *testing.T) {
 	ns, key := n.transparent(id)
 	n.fake.answers(registered(id))
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	test.Veth(t, test.VethEnd{NetNS: ns, Addrs: []netip.Prefix{netip.MustParsePrefix("10.8.0.2/24")}}, test.VethEnd{NetNS: test.NewNetNS(t)})
 	n.own(key, "10.8.0.2")
 	before := n.agent.Status().Counts.Repaired

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -37,7 +38,7 @@ func TestAgentKeepsACrawlerFromRunningDry(t *testing.T) {
 	n.run(func(a *Agent) { // without the rests, which are minutes
 		a.resting, a.origins.IdleAfter, a.origins.FreeAfter = 0, 0, 0
 	})
-	n.eventually(numbered(1), StateManaged)
+	n.eventually(numbered(1), api.StateManaged)
 
 	dial := func(origin netip.AddrPort) (conn *net.TCPConn) {
 		t.Helper()

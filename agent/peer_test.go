@@ -9,6 +9,11 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 
@@ -28,7 +33,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 		"Upstreams": []object{
 			{"DestinationName": "api", "LocalBindPort": 9191}, {"DestinationName": "api", "DestinationPeer": "dc2", "LocalBindPort": 9292},
 		}}}}})
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address, config.TokenFile = here.Address, filepath.Join(t.TempDir(), "token")
 	use := func(name, rules string) {
 		t.Helper()
@@ -39,9 +44,9 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	rules := strings.ReplaceAll(realconsul.DocumentedPolicy(t), `"node"`, `"node-dc1"`)
 	use("all-nodes", strings.Replace(rules, `node "node-dc1"`, `node_prefix ""`, 1))
-	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = defaultTimeouts().read })
-	local, peers := service{Name: "api"}, service{Name: "api", Peer: "dc2"}
-	before := eventuallyKnown(t, follower, "the question to be answered", func(v snapshot) bool {
+	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
+	local, peers := registration.Service{Name: "api"}, registration.Service{Name: "api", Peer: "dc2"}
+	before := eventuallyKnown(t, follower, "the question to be answered", func(v catalog.Snapshot) bool {
 		_, answered := v.Facts.VirtualIPs[peers]
 		return answered && len(v.Facts.VirtualIPs[local]) == 1
 	})
@@ -50,7 +55,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	there.Register(object{"Name": "api", "ID": "api-2", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001}}})
 	there.Put("/v1/config", object{"Kind": "exported-services", "Name": "default", "Services": []object{{"Name": "api", "Consumers": []object{{"Peer": "dc1"}}}}})
-	got := eventuallyKnown(t, follower, "the virtual IP of the peer's service", func(v snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
+	got := eventuallyKnown(t, follower, "the virtual IP of the peer's service", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
 	virtual, own := got.Facts.VirtualIPs[peers][0], got.Facts.VirtualIPs[local][0]
 	if virtual == own {
 		t.Errorf("both services have %s: nothing was tested", own)
@@ -58,19 +63,19 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 
 	// To the policy without peers it is nothing, and no error.
 	use("own-node", rules)
-	weak, err := newConsul(config, defaultTimeouts())
+	weak, err := catalog.NewClient(config, catalog.DefaultTimeouts())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if addresses, err := weak.virtualIPs(t.Context(), peers); err != nil || len(addresses) > 0 {
+	if addresses, err := weak.VirtualIPs(t.Context(), peers); err != nil || len(addresses) > 0 {
 		t.Errorf("virtual IPs of the peer's service are %v, %v for who may read one node; docs/install.md says that they are hidden", addresses, err)
 	}
 
 	// The desired state is that of any upstream.
-	s := allocation{attachment: attachment{Key: workload.AttachmentID{ContainerID: numbered(1)}, Job: workload.Job{AllocID: numbered(1)}}}
+	s := desired.Allocation{Attachment: discover.Attachment{Key: workload.AttachmentID{ContainerID: numbered(1)}, Job: workload.Job{AllocID: numbered(1)}}}
 	s.Record = &redirect.Record{Request: workload.Request{Mode: workload.ModeDirect}}
-	s.Proxies = proxiesOf(got, s.attachment)
-	wanted := planFor(s, got.Facts, policy{Guard: workload.GuardAudit})
+	s.Proxies = desired.ProxiesOf(got, s.Attachment)
+	wanted := desired.For(s, got.Facts, desired.Policy{Guard: workload.GuardAudit})
 	want := []workload.Upstream{
 		{Name: "api", Addresses: []netip.Addr{own}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")},
 		{Name: "api.dc2", Addresses: []netip.Addr{virtual}, Listener: netip.MustParseAddrPort("127.0.0.1:9292")},
@@ -78,7 +83,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	if diff := cmp.Diff(want, wanted.MeshConfig.Upstreams, sameAddrs()); diff != "" {
 		t.Errorf("upstreams (-want +got):\n%s", diff)
 	}
-	if problems := append(got.problems("consul"), wanted.Problems...); len(problems) > 0 {
+	if problems := append(got.ProblemsOf("consul"), wanted.Problems...); len(problems) > 0 {
 		t.Errorf("problems are %v", problems)
 	}
 }

@@ -3,17 +3,18 @@
 package agent
 
 import (
+	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/redirect/health"
 )
 
 // nodeProblems are what is wrong with what the agent learns from others. The
 // caller holds the mutex.
-func (a *Agent) nodeProblems(consul snapshot, docker string) []health.Problem {
+func (a *Agent) nodeProblems(consul catalog.Snapshot, docker string) []health.Problem {
 	var list []health.Problem
 	if a.discoveryError != "" {
 		list = append(list, health.NewProblem(health.ProblemDiscovery, "see whether the agent can read cni { cache_dir } and its records in state_dir; until then nothing new is found or changed", a.discoveryError))
 	}
-	list = append(list, consul.problems(a.config.Consul.Address)...)
+	list = append(list, consul.ProblemsOf(a.config.Consul.Address)...)
 	if docker != "" {
 		list = append(list, health.NewProblem(health.ProblemDocker,
 			`see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -48,27 +50,27 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 				for range 3 {
 					a.asks(t.Context())
 				}
-				if w := a.Status().Workloads; len(w) != 1 || w[0].State != StateManaged || !w[0].InSync {
+				if w := a.Status().Workloads; len(w) != 1 || w[0].State != api.StateManaged || !w[0].InSync {
 					t.Fatalf("the agent shows %+v; it wrote: %s", w, &log)
 				}
 			}
 			// Each is what the agent does to a workload that it still takes for one.
 			for _, meets := range []struct {
 				what string
-				do   func(s allocation)
+				do   func(s desired.Allocation)
 			}{
-				{"a pass", func(allocation) { a.pass(true) }},
-				{"a look", func(allocation) { a.checkSome(); a.lookSome() }},
-				{"a change", func(s allocation) {
+				{"a pass", func(desired.Allocation) { a.pass(true) }},
+				{"a look", func(desired.Allocation) { a.checkSome(); a.lookSome() }},
+				{"a change", func(s desired.Allocation) {
 					meshConfig := s.Record.MeshConfig
 					meshConfig.InboundPort++
-					a.applyAll([]*move{{s: s, m: a.allocations[key], wanted: plan{MeshConfig: &meshConfig}, changes: true}})
+					a.applyAll([]*move{{s: s, m: a.allocations[key], wanted: desired.Plan{MeshConfig: &meshConfig}, changes: true}})
 				}},
-				{"a removal", func(s allocation) {
+				{"a removal", func(s desired.Allocation) {
 					s.Cached, s.Live = false, false
-					a.forget([]allocation{s}, time.Now())
+					a.forget([]desired.Allocation{s}, time.Now())
 				}},
-				{"an addition", func(s allocation) {
+				{"an addition", func(s desired.Allocation) {
 					a.add(s, a.allocations[key], redirect.Attachment{Request: s.Record.Request}, "test")
 				}},
 			} {
@@ -78,11 +80,11 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 					if err != nil || len(known) != 1 {
 						t.Fatalf("on record: %+v, %v", known, err)
 					}
-					cached, _, err := a.cache.read()
+					cached, _, err := a.cache.Read()
 					if err != nil {
 						t.Fatal(err)
 					}
-					s := allocation{attachment: cached[key], Record: &known[0], Cached: true}
+					s := desired.Allocation{Attachment: cached[key], Record: &known[0], Cached: true}
 					if strings.Contains(goes, "record") {
 						if err := n.Remove(key); err != nil {
 							t.Fatal(err)
@@ -113,7 +115,7 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 					}
 					if failures := a.Status().Counts.Failures; failures > 0 {
 						t.Errorf("the %s is gone when %s meets it: %d failures are counted", goes, meets.what, failures)
-						a.count(func(c *Counts) { c.Failures = 0 })
+						a.count(func(c *api.Counts) { c.Failures = 0 })
 					}
 					log.Reset()
 				}

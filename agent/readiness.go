@@ -6,6 +6,12 @@ import (
 	"errors"
 	"path/filepath"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 )
@@ -13,10 +19,10 @@ import (
 // AllocationReadiness names the allocations of the mesh on this node that have no
 // record: those of libcni's results that asked for it, or that Consul has proxies
 // of. before says that Weir is not installed yet: it takes none of them over.
-func AllocationReadiness(config Config, known []redirect.Record, services []byte, before bool) []health.Check {
+func AllocationReadiness(config configfile.Config, known []redirect.Record, services []byte, before bool) []health.Check {
 	c := &health.Checks{Group: "allocations"}
-	cached, unreadable, err := (&cache{dir: filepath.Join(config.CNI.CacheDir, "results")}).read()
-	spaces, spacesErr := findNamespaces(config.CNI.NetNSDir, containers{})
+	cached, unreadable, err := (&discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")}).Read()
+	spaces, spacesErr := discover.FindNamespaces(config.CNI.NetNSDir, discover.Containers{})
 	if err = errors.Join(err, spacesErr); err != nil {
 		c.Fault("allocation-unreadable", "set cni { cache_dir, netns_dir } to where Nomad's client has them", "%v", err)
 		return c.List
@@ -24,15 +30,15 @@ func AllocationReadiness(config Config, known []redirect.Record, services []byte
 	for _, what := range unreadable {
 		c.Warn("allocation-unreadable", "remove that file, and 'nomad alloc stop' the allocation that it is of", "%s", what)
 	}
-	proxies, _, err := parseServices(services, loopback4())
+	proxies, _, err := registration.ParseServices(services, registration.Loopback4())
 	if services != nil && err != nil {
 		c.Warn("allocation-unreadable", "see what answers at consul { address }", "the services of this node cannot be read: %v", err)
 	}
-	for _, s := range gather(cached, known, spaces, snapshot{Proxies: byAllocation(proxies)}) {
-		if s.Record != nil || s.over() || !s.asked() && len(s.Proxies) == 0 {
+	for _, s := range desired.Gather(cached, known, spaces, catalog.Snapshot{Proxies: catalog.ByAllocation(proxies)}) {
+		if s.Record != nil || s.Over() || !s.Asked() && len(s.Proxies) == 0 {
 			continue
 		}
-		name := WorkloadView{ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group}.name()
+		name := api.WorkloadView{ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group}.Name()
 		switch {
 		case s.Mesh != "":
 			c.Warn("allocation-consul", "nothing, it goes on as it is; 'nomad alloc stop' it for one that is under Weir",

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -86,9 +88,9 @@ func TestReadinessOfTheToken(t *testing.T) {
 				server.Put("/v1/acl/policy", object{"Name": c.name, "Rules": c.rules})
 				server.Post("/v1/acl/token", object{"Policies": []object{{"Name": c.name}}}, &token)
 			}
-			config := *DefaultConfig().Consul
+			config := *configfile.DefaultConfig().Consul
 			config.Address, config.Token = server.Address, token.SecretID
-			checks, services := ConsulReadiness(t.Context(), config)
+			checks, services := catalog.ConsulReadiness(t.Context(), config)
 			want := good()
 			c.change(want)
 			got, says := readiness(t, checks)
@@ -110,40 +112,40 @@ func TestReadinessOfConsulsAddress(t *testing.T) {
 	writeFile(t, other, certificate)
 	for _, c := range []struct {
 		name   string
-		change func(config *ConsulConfig)
+		change func(config *configfile.ConsulConfig)
 		code   string
 		want   health.Result
 		says   string
 	}{
-		{"plain", func(*ConsulConfig) {}, "consul-address", health.ResultOK, ""},
-		{"mutual TLS", func(config *ConsulConfig) {
+		{"plain", func(*configfile.ConsulConfig) {}, "consul-address", health.ResultOK, ""},
+		{"mutual TLS", func(config *configfile.ConsulConfig) {
 			config.Address, config.SSL = server.TLS.Address, true
 			config.CAFile, config.CertFile, config.KeyFile, config.ServerName = server.TLS.CA, server.TLS.Cert, server.TLS.Key, "localhost"
 		}, "consul-tls", health.ResultOK, ""},
-		{"not verified", func(config *ConsulConfig) {
+		{"not verified", func(config *configfile.ConsulConfig) {
 			config.Address, config.SSL, config.VerifySSL = server.TLS.Address, true, false
 			config.CertFile, config.KeyFile = server.TLS.Cert, server.TLS.Key
 		}, "consul-tls", health.ResultWarning, "not verified"},
-		{"no client certificate", func(config *ConsulConfig) {
+		{"no client certificate", func(config *configfile.ConsulConfig) {
 			config.Address, config.SSL, config.CAFile, config.ServerName = server.TLS.Address, true, server.TLS.CA, "localhost"
 		}, "consul-tls", health.ResultFault, "certificate"},
-		{"another authority", func(config *ConsulConfig) {
+		{"another authority", func(config *configfile.ConsulConfig) {
 			config.Address, config.SSL, config.CAFile, config.ServerName = server.TLS.Address, true, other, "localhost"
 		}, "consul-tls", health.ResultFault, "unknown authority"},
-		{"no file", func(config *ConsulConfig) {
+		{"no file", func(config *configfile.ConsulConfig) {
 			config.Address, config.SSL, config.CAFile = server.TLS.Address, true, "/nowhere/ca.pem"
 		}, "consul-tls", health.ResultFault, "/nowhere/ca.pem"},
-		{"plain to TLS", func(config *ConsulConfig) { config.Address = server.TLS.Address }, "consul-tls", health.ResultFault, "HTTPS"},
-		{"TLS to plain", func(config *ConsulConfig) { config.SSL = true }, "consul-tls", health.ResultFault, "HTTP"},
-		{"nobody", func(config *ConsulConfig) { config.Address = "127.0.0.1:1" }, "consul-address", health.ResultFault, "connection refused"},
-		{"no token file", func(config *ConsulConfig) { config.TokenFile = "/nowhere/token" }, "consul-token", health.ResultFault, "/nowhere/token"},
-		{"not asked", func(config *ConsulConfig) { config.Enabled = false }, "consul-address", health.ResultWarning, "not asked"},
+		{"plain to TLS", func(config *configfile.ConsulConfig) { config.Address = server.TLS.Address }, "consul-tls", health.ResultFault, "HTTPS"},
+		{"TLS to plain", func(config *configfile.ConsulConfig) { config.SSL = true }, "consul-tls", health.ResultFault, "HTTP"},
+		{"nobody", func(config *configfile.ConsulConfig) { config.Address = "127.0.0.1:1" }, "consul-address", health.ResultFault, "connection refused"},
+		{"no token file", func(config *configfile.ConsulConfig) { config.TokenFile = "/nowhere/token" }, "consul-token", health.ResultFault, "/nowhere/token"},
+		{"not asked", func(config *configfile.ConsulConfig) { config.Enabled = false }, "consul-address", health.ResultWarning, "not asked"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			config := *DefaultConfig().Consul
+			config := *configfile.DefaultConfig().Consul
 			config.Address = server.Address
 			c.change(&config)
-			checks, _ := ConsulReadiness(t.Context(), config)
+			checks, _ := catalog.ConsulReadiness(t.Context(), config)
 			if got, says := readiness(t, checks); got[c.code] != c.want || !strings.Contains(says, c.says) || c.want == health.ResultOK && says != "" {
 				t.Errorf("%s = %s, want %s that says %q; all: %v\n%s", c.code, got[c.code], c.want, c.says, got, says)
 			}
@@ -166,7 +168,7 @@ func TestReadinessOfTheClock(t *testing.T) {
 		{now.Add(2 * time.Minute).Format(http.TimeFormat), []health.Result{health.ResultFault}},
 	} {
 		checks := &health.Checks{Group: "consul"}
-		checkClock(checks, c.date, now, now.Add(time.Millisecond))
+		catalog.CheckClock(checks, c.date, now, now.Add(time.Millisecond))
 		var got []health.Result
 		for _, check := range checks.List {
 			got = append(got, check.Result)
@@ -227,7 +229,7 @@ func TestTestedVersionOfConsul(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(text), "github.com/hashicorp/consul "+TestedConsul+" ") {
-		t.Errorf("test/tools/consul/go.mod does not have Consul %s", TestedConsul)
+	if !strings.Contains(string(text), "github.com/hashicorp/consul "+catalog.TestedConsul+" ") {
+		t.Errorf("test/tools/consul/go.mod does not have Consul %s", catalog.TestedConsul)
 	}
 }

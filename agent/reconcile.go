@@ -8,6 +8,12 @@ import (
 	"slices"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/identity"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
@@ -17,7 +23,7 @@ import (
 
 // allocState is what the loop remembers of an attachment.
 type allocState struct {
-	view              WorkloadView
+	view              api.WorkloadView
 	born              time.Time                 // when it was first seen
 	cached            bool                      // libcni knew it in the last pass
 	ended             time.Time                 // when libcni forgot it; zero: it did not
@@ -29,8 +35,8 @@ type allocState struct {
 	candidates        map[uint64]proxyCandidate // whom the kernel took for its proxies when that was last looked at, by cgroup
 	rejected          string                    // what was said of the last one that was none
 	settled           time.Time                 // when what is wanted of it was last seen to be in force; zero: not yet
-	proxies           []proxy                   // as Consul had them in the last pass
-	claims            map[string]claim          // registrations that name it, by ID
+	proxies           []registration.Proxy      // as Consul had them in the last pass
+	claims            map[string]identity.Claim // registrations that name it, by ID
 	taskNames         []string                  // of what runs in it, as far as they can be told; as of the last look
 	listens           []uint16                  // where sockets under the proxy's UID listen; nil: not looked
 	running           time.Time                 // since when its tasks are seen to run
@@ -51,14 +57,14 @@ type allocState struct {
 
 // recordGrace is how long a record may be missing before it counts as lost:
 // at DEL, libcni forgets an allocation after the plugin has.
-const recordGrace = settleTime
+const recordGrace = api.SettleTime
 
 var errRecordMissing = errors.New("its record is missing: it ends, or somebody removed the record")
 
 // reconcile compares everything with everything and applies what differs.
 func (a *Agent) reconcile(now time.Time) {
 	a.arrived.Store(false)
-	cached, unreadable, err := a.cache.read()
+	cached, unreadable, err := a.cache.Read()
 	if err != nil {
 		a.blind("discover allocations", err)
 		return
@@ -74,11 +80,11 @@ func (a *Agent) reconcile(now time.Time) {
 	}
 	consul := a.consulNow()
 	a.noticed = consul.Noticed
-	a.flows.learn(known, consul)
+	a.flows.Learn(known, consul)
 	if a.consul != nil {
 		a.tellConsul(consul)
 	}
-	spaces, err := findNamespaces(a.config.CNI.NetNSDir, a.containers())
+	spaces, err := discover.FindNamespaces(a.config.CNI.NetNSDir, a.containers())
 	if err != nil {
 		unreadable = append(unreadable, err.Error())
 	}
@@ -90,8 +96,8 @@ func (a *Agent) reconcile(now time.Time) {
 		skipped = append(skipped, problem)
 	}
 	a.tellUnreadable(skipped)
-	allocations := gather(cached, known, spaces, consul)
-	a.watcher.more = directoriesOf(allocations)
+	allocations := desired.Gather(cached, known, spaces, consul)
+	a.watcher.More = desired.DirectoriesOf(allocations)
 	a.identify(allocations, consul.Facts, now)
 	a.byUrgency(allocations)
 	a.budget.begin(time.Now())
@@ -121,79 +127,79 @@ func (a *Agent) blind(what string, err error) {
 }
 
 // containers is what Docker knows.
-func (a *Agent) containers() containers {
+func (a *Agent) containers() discover.Containers {
 	if a.docker == nil {
-		return containers{}
+		return discover.Containers{}
 	}
-	return a.docker.current()
+	return a.docker.Current()
 }
 
 // move is what one pass does for an attachment.
 type move struct {
-	s       allocation
+	s       desired.Allocation
 	m       *allocState
-	wanted  plan
-	state   State
+	wanted  desired.Plan
+	state   api.State
 	changes bool // its mesh configuration is another one than that in force
 	inForce bool // what is wanted is in force
 }
 
 // begin puts an attachment under Weir that should be, and says what else is to be done
 // for it. What goes wrong concerns it alone and is tried again.
-func (a *Agent) begin(s allocation, consul snapshot, now time.Time) *move {
+func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Time) *move {
 	m := a.allocations[s.Key]
 	if m == nil {
-		m = &allocState{born: now, view: WorkloadView{Since: now}}
+		m = &allocState{born: now, view: api.WorkloadView{Since: now}}
 		a.allocations[s.Key] = m
 	}
 	m.fresh = false
 	v := &move{s: s, m: m}
-	v.wanted = planFor(s, consul.Facts, policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
+	v.wanted = desired.For(s, consul.Facts, desired.Policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
 	v.state = a.ensureAdded(s, m, v.wanted, now)
-	v.changes = v.state == StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
+	v.changes = v.state == api.StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
 	v.inForce = !m.fresh && !v.changes
-	if v.state == StateManaged && v.inForce {
+	if v.state == api.StateManaged && v.inForce {
 		a.settle(m, false)
 	}
 	return v
 }
 
 // conclude says how an attachment is now.
-func (a *Agent) conclude(v *move, consul snapshot, now time.Time) {
+func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	s, m, wanted, state, inForce := v.s, v.m, v.wanted, v.state, v.inForce
 	problems := slices.Clone(wanted.Problems)
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
-		problems = append(problems, stepProblem(step, m.errors[step]))
+		problems = append(problems, api.StepProblem(step, m.errors[step]))
 	}
-	if s.Live && !s.Cached && state == StateManaged && len(s.Proxies) > 0 {
+	if s.Live && !s.Cached && state == api.StateManaged && len(s.Proxies) > 0 {
 		problems = append(problems, health.NewProblem(health.ProblemResultMissing,
 			"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known"))
 	}
-	if state == StateEnded {
-		problems = []health.Problem{leftBehind()}
+	if state == api.StateEnded {
+		problems = []health.Problem{discover.LeftBehind()}
 	}
 	if m.rejected != "" {
 		problems = append(problems, health.NewProblem(health.ProblemTaskAsProxy, "give that task a user of its own in the job", m.rejected))
 	}
-	if m.mute.What != "" && state == StateManaged {
+	if m.mute.What != "" && state == api.StateManaged {
 		problems = append(problems, m.mute)
 	}
-	if state == StateManaged {
+	if state == api.StateManaged {
 		problems = append(problems, m.refused.problems()...)
 	}
 	next := describe(s, state, wanted, problems, consul.Facts)
-	next.InSync = state == StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && inForce
+	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && inForce
 	next.Task, m.proxies = m.tasks(), s.Proxies
 	next.Since = m.view.Since
 	if next.InSync != m.view.InSync || next.State != m.view.State {
 		next.Since = now
 	}
-	if next.State != m.view.State && next.State != StateOutside {
+	if next.State != m.view.State && next.State != api.StateOutside {
 		a.log.Info("workload "+string(next.State), "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "problems", problems)
 	}
 	before := m.hook
 	m.view, m.hook = next, 0
-	if state == StateManaged && s.Record != nil {
+	if state == api.StateManaged && s.Record != nil {
 		m.hook = s.Record.Cookie
 	}
 	if m.hook != before {
@@ -210,27 +216,27 @@ func (a *Agent) conclude(v *move, consul snapshot, now time.Time) {
 
 // ensureAdded sees to it that a mesh allocation is under Weir and under the right
 // namespace, and says where it is.
-func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.Time) State {
+func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.Plan, now time.Time) api.State {
 	switch {
 	case s.Record != nil:
 		m.missing = time.Time{}
 		a.note(s.Key, m, "record", nil)
 		return a.followNamespace(s, m, now)
-	case s.over() && (s.asked() || wanted.Add != nil):
+	case s.Over() && (s.Asked() || wanted.Add != nil):
 		m.errors, m.retry, m.missing = nil, time.Time{}, time.Time{}
-		return StateEnded
-	case s.asked():
-		if m.view.State == StateConsul && now.Sub(m.looked) < resync {
-			return StateConsul
+		return api.StateEnded
+	case s.Asked():
+		if m.view.State == api.StateConsul && now.Sub(m.looked) < resync {
+			return api.StateConsul
 		}
 		m.looked = now
 		foreign, err := host.RedirectedByConsul(s.NetNS)
 		a.note(s.Key, m, "namespace", err)
 		if err != nil {
-			return StateUnprotected
+			return api.StateUnprotected
 		}
 		if foreign {
-			return StateConsul
+			return api.StateConsul
 		}
 		if m.missing.IsZero() {
 			m.missing = now
@@ -240,12 +246,12 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 			if m.view.State != "" {
 				return m.view.State // it may be on its way out
 			}
-			return StateUnprotected
+			return api.StateUnprotected
 		}
-		request, err := lostRequest(s.attachment)
+		request, err := desired.LostRequest(s.Attachment)
 		a.note(s.Key, m, "record", err)
 		if err != nil {
-			return StateUnprotected
+			return api.StateUnprotected
 		}
 		m.fresh = true
 		return a.add(s, m, redirect.Attachment{Request: *request}, "record was lost: made anew")
@@ -254,12 +260,12 @@ func (a *Agent) ensureAdded(s allocation, m *allocState, wanted plan, now time.T
 	case wanted.Add != nil:
 		return a.add(s, m, redirect.Attachment{Request: *wanted.Add, MeshConfig: wanted.MeshConfig}, "found without a plugin")
 	}
-	return StateOutside
+	return api.StateOutside
 }
 
 // followNamespace keeps a workload on record in sync with its namespace: another one
 // under the same ID is guarded at once, with the addresses that it has by then.
-func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) State {
+func (a *Agent) followNamespace(s desired.Allocation, m *allocState, now time.Time) api.State {
 	request := s.Record.Request
 	replaced := (s.Cached || s.Live) && a.replaced(s, m)
 	unnamed := s.Cached && len(request.Addresses) == 0 && len(s.Addresses) > 0
@@ -268,12 +274,12 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 			a.pruned = time.Time{} // it died
 		}
 		a.note(s.Key, m, "namespace", nil)
-		return StateManaged
+		return api.StateManaged
 	}
-	addresses, err := there(s.NetNS, s.Addresses)
+	addresses, err := discover.There(s.NetNS, s.Addresses)
 	a.note(s.Key, m, "namespace", err)
 	if err != nil || !replaced && len(addresses) == 0 {
-		return StateManaged
+		return api.StateManaged
 	}
 	request.Addresses = addresses
 	if request.Mode != workload.ModeTransparent && s.Cached {
@@ -290,7 +296,7 @@ func (a *Agent) followNamespace(s allocation, m *allocState, now time.Time) Stat
 // names, and is no more.
 // An inode tells that nothing changed since the last look, within limits: the
 // kernel gives it to another namespace later.
-func (a *Agent) replaced(s allocation, m *allocState) bool {
+func (a *Agent) replaced(s desired.Allocation, m *allocState) bool {
 	inode := host.Inode(s.NetNS)
 	if inode != 0 && inode == m.inode && m.cookie == s.Record.Cookie {
 		return false
@@ -310,7 +316,7 @@ func (a *Agent) replaced(s allocation, m *allocState) bool {
 	return errors.Is(err, host.ErrNetNSGone) || err == nil && recorded != s.Record.Cookie
 }
 
-func (a *Agent) add(s allocation, m *allocState, attachment redirect.Attachment, why string) State {
+func (a *Agent) add(s desired.Allocation, m *allocState, attachment redirect.Attachment, why string) api.State {
 	attachment.Key, attachment.NetNS = s.Key, s.NetNS
 	err := a.datapath.Add(attachment)
 	a.note(s.Key, m, "add", err)
@@ -321,19 +327,19 @@ func (a *Agent) add(s allocation, m *allocState, attachment redirect.Attachment,
 		if attachment.MeshConfig != nil {
 			a.settle(m, true)
 		}
-		a.count(func(c *Counts) { c.Added++ })
+		a.count(func(c *api.Counts) { c.Added++ })
 		a.log.Info("workload added", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "mode", string(attachment.Request.Mode), "why", why)
 		a.allocationArrived() // what Consul has of it is the next pass's
-		return StateManaged
+		return api.StateManaged
 	case errors.Is(err, host.ErrConsulRules):
-		return StateConsul
+		return api.StateConsul
 	}
-	return StateUnprotected
+	return api.StateUnprotected
 }
 
 // forget drops what is gone. An attachment that no plugin of ours will be
 // called for at DEL ends when libcni forgets it.
-func (a *Agent) forget(allocations []allocation, now time.Time) {
+func (a *Agent) forget(allocations []desired.Allocation, now time.Time) {
 	for _, s := range allocations {
 		m := a.allocations[s.Key]
 		if s.Cached {
@@ -360,7 +366,7 @@ func (a *Agent) forget(allocations []allocation, now time.Time) {
 		a.progressed()
 		if err == nil {
 			m.cached = false
-			a.count(func(c *Counts) { c.Removed++ })
+			a.count(func(c *api.Counts) { c.Removed++ })
 			a.log.Info("workload removed: its allocation ended", "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName)
 			a.trigger()
 		}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/weirmesh/weir/agent/registration"
 
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
@@ -146,10 +147,10 @@ func selfSigned(t *testing.T) (certificate, key string) {
 }
 
 // line is what the agent read of a proxy.
-func line(p proxy) string {
+func line(p registration.Proxy) string {
 	text := p.ID + " " + p.Kind
 	add := func(format string, args ...any) { text += fmt.Sprintf(", "+format, args...) }
-	if !p.isGateway() {
+	if !p.IsGateway() {
 		text += " of " + p.Service
 		add("%s", map[bool]string{true: "transparent", false: "direct"}[p.Transparent])
 		add("in %d", p.Inbound)
@@ -168,7 +169,7 @@ func line(p proxy) string {
 	}
 	var upstreams []string
 	for _, u := range p.Upstreams {
-		name := u.Of.label()
+		name := u.Of.Label()
 		if u.Of.Namespace+u.Of.Partition != "" {
 			name = u.Of.Partition + "/" + u.Of.Namespace + "/" + name
 		}
@@ -189,7 +190,7 @@ func TestRecordedAnswers(t *testing.T) {
 	recorded := readRecorded(t)
 	for _, r := range recordings(t) {
 		t.Run(r.name, func(t *testing.T) {
-			proxies, problems, err := parseServices(recorded[r.name], loopback4())
+			proxies, problems, err := registration.ParseServices(recorded[r.name], registration.Loopback4())
 			if err != nil || len(problems) > 0 {
 				t.Fatalf("parse: %v, problems %q", err, problems)
 			}

@@ -13,13 +13,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/test/reference"
 )
 
 // TestReferenceOfConfiguration holds docs/configuration.md to the fields of Config, their comments
 // and their defaults.
 func TestReferenceOfConfiguration(t *testing.T) {
-	file, err := parser.ParseFile(token.NewFileSet(), "config.go", nil, parser.ParseComments)
+	file, err := parser.ParseFile(token.NewFileSet(), "configfile/config.go", nil, parser.ParseComments)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,7 +58,7 @@ func TestReferenceOfConfiguration(t *testing.T) {
 			rows = append(rows, []string{"`" + prefix + key + "`", typeName(field.Type), "`" + string(given) + "`", comment})
 		}
 	}
-	describe("", reflect.ValueOf(DefaultConfig()))
+	describe("", reflect.ValueOf(configfile.DefaultConfig()))
 	reference.Check(t, "configuration.md", "agent-keys", reference.Table(rows))
 }
 

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -122,7 +123,7 @@ func TestRefusedConnectionIsAProblemOfItsAllocation(t *testing.T) {
 		test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, fmt.Sprint("envoy", ns.Cookie())), UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
 	}
 	n.run(func(a *Agent) { a.counting = 50 * time.Millisecond })
-	n.eventually(ids[0], StateManaged)
+	n.eventually(ids[0], api.StateManaged)
 	task := test.NewClient(t, test.Spec{NetNS: greedy, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
 	dialled := 0
 	var codes []string
@@ -130,7 +131,7 @@ func TestRefusedConnectionIsAProblemOfItsAllocation(t *testing.T) {
 		dialled++ // the first look at the counters is where counting begins
 		_, _ = task.Ask("tcp4", netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(dialled)}), 80).String())
 		codes = nil
-		for _, problem := range n.eventually(ids[1], StateManaged).Problems {
+		for _, problem := range n.eventually(ids[1], api.StateManaged).Problems {
 			codes = append(codes, problem.Code)
 		}
 		if !slices.Contains(codes, "refused_budget") {
@@ -138,7 +139,7 @@ func TestRefusedConnectionIsAProblemOfItsAllocation(t *testing.T) {
 		}
 		return nil
 	}, "the refusals to be a problem")
-	for _, problem := range n.eventually(ids[0], StateManaged).Problems {
+	for _, problem := range n.eventually(ids[0], api.StateManaged).Problems {
 		if strings.HasPrefix(problem.Code, "refused_") {
 			t.Errorf("the other allocation has %s", problem)
 		}

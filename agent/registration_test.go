@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -21,36 +22,36 @@ func TestParseServicesOfARealConsul(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, problems, err := parseServices(body, loopback4())
+	got, problems, err := registration.ParseServices(body, registration.Loopback4())
 	if err != nil || len(problems) > 0 {
 		t.Fatalf("parse = %v, problems %v", err, problems)
 	}
 	const web = "_nomad-task-11111111-2222-3333-4444-555555555555-group-web-web-8080"
 	const gateway = "_nomad-task-22222222-2222-3333-4444-555555555555-group-gw-gw-wan"
 	const db = "_nomad-task-33333333-2222-3333-4444-555555555555-group-db-db-5432"
-	want := []proxy{
+	want := []registration.Proxy{
 		{
-			ID: web + "-sidecar-proxy", Kind: kindSidecar, AllocID: "11111111-2222-3333-4444-555555555555",
-			Self: service{Name: "web-sidecar-proxy"}, ServiceID: web, Service: "web", Local: 20000, Inbound: 20001, Open: []uint16{9102, 21500},
-			Upstreams: []upstream{{Of: service{Name: "api"}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
+			ID: web + "-sidecar-proxy", Kind: registration.KindSidecar, AllocID: "11111111-2222-3333-4444-555555555555",
+			Self: registration.Service{Name: "web-sidecar-proxy"}, ServiceID: web, Service: "web", Local: 20000, Inbound: 20001, Open: []uint16{9102, 21500},
+			Upstreams: []registration.Upstream{{Of: registration.Service{Name: "api"}, Listener: netip.MustParseAddrPort("127.0.0.1:9191")}},
 		},
 		{
-			ID: gateway, Kind: kindMesh, AllocID: "22222222-2222-3333-4444-555555555555", Address: netip.MustParseAddr("10.1.1.1"),
-			Self: service{Name: "gw"}, Open: []uint16{8443, 8444}, Guard: workload.GuardEnforce,
+			ID: gateway, Kind: registration.KindMesh, AllocID: "22222222-2222-3333-4444-555555555555", Address: netip.MustParseAddr("10.1.1.1"),
+			Self: registration.Service{Name: "gw"}, Open: []uint16{8443, 8444}, Guard: workload.GuardEnforce,
 		},
 		{
-			ID: db + "-sidecar-proxy", Kind: kindSidecar, AllocID: "33333333-2222-3333-4444-555555555555",
-			Self: service{Name: "db-sidecar-proxy"}, ServiceID: db, Service: "db", Local: 5432, Transparent: true, Inbound: 25000, Outbound: 15009, ExposeCheck: true,
-			Upstreams: []upstream{
-				{Of: service{Name: "cache"}, Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
-				{Of: service{Name: "far"}, Listener: netip.MustParseAddrPort("127.0.0.1:7000"), Remote: true},
+			ID: db + "-sidecar-proxy", Kind: registration.KindSidecar, AllocID: "33333333-2222-3333-4444-555555555555",
+			Self: registration.Service{Name: "db-sidecar-proxy"}, ServiceID: db, Service: "db", Local: 5432, Transparent: true, Inbound: 25000, Outbound: 15009, ExposeCheck: true,
+			Upstreams: []registration.Upstream{
+				{Of: registration.Service{Name: "cache"}, Listener: netip.MustParseAddrPort("127.0.0.1:6379")},
+				{Of: registration.Service{Name: "far"}, Listener: netip.MustParseAddrPort("127.0.0.1:7000"), Remote: true},
 			},
 			Problems: []string{
 				"upstream odd: local bind address 192.0.2.1 is not a loopback address",
 				`meta weir-guard = "everything": want off, audit or enforce`,
 			},
 		},
-		{ID: "api-sidecar-proxy", Kind: kindSidecar, Self: service{Name: "api-sidecar-proxy"}, ServiceID: "api", Service: "api", Local: 8081, Inbound: 21000},
+		{ID: "api-sidecar-proxy", Kind: registration.KindSidecar, Self: registration.Service{Name: "api-sidecar-proxy"}, ServiceID: "api", Service: "api", Local: 8081, Inbound: 21000},
 	}
 	if diff := cmp.Diff(want, got, sameAddrs()); diff != "" {
 		t.Errorf("proxies (-want +got):\n%s", diff)
@@ -64,13 +65,13 @@ func TestParseServicesKeepsWhatCanBeRead(t *testing.T) {
 		"none": {"Kind": "connect-proxy", "Port": -1},
 		"other": {"Kind": "typical"}
 	}`
-	got, problems, err := parseServices([]byte(body), loopback4())
+	got, problems, err := registration.ParseServices([]byte(body), registration.Loopback4())
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []proxy{
-		{ID: "good", Kind: kindSidecar, Inbound: 20001},
-		{ID: "none", Kind: kindSidecar, Problems: []string{"its registration names no port"}},
+	want := []registration.Proxy{
+		{ID: "good", Kind: registration.KindSidecar, Inbound: 20001},
+		{ID: "none", Kind: registration.KindSidecar, Problems: []string{"its registration names no port"}},
 	}
 	if diff := cmp.Diff(want, got, sameAddrs()); diff != "" {
 		t.Errorf("proxies (-want +got):\n%s", diff)
@@ -82,7 +83,7 @@ func TestParseServicesKeepsWhatCanBeRead(t *testing.T) {
 
 func TestParseServicesRefusesWhatIsNoAnswer(t *testing.T) {
 	for _, body := range []string{"", "null", "[]", `"x"`, "<html>", `{"a":`} {
-		if got, _, err := parseServices([]byte(body), loopback4()); err == nil {
+		if got, _, err := registration.ParseServices([]byte(body), registration.Loopback4()); err == nil {
 			t.Errorf("parse of %q = %v, want an error", body, got)
 		}
 	}
@@ -98,7 +99,7 @@ func TestGatewaysListenOnTheirDefaultPortUnlessToldNotTo(t *testing.T) {
 		"e": {"Kind": "api-gateway", "Service": "api", "Port": 8443, "TaggedAddresses": {"lan": {"Port": 8443}},
 		      "Proxy": {"Config": {"envoy_gateway_no_default_bind": true, "envoy_gateway_bind_tagged_addresses": true}}}
 	}`
-	got, _, err := parseServices([]byte(body), loopback4())
+	got, _, err := registration.ParseServices([]byte(body), registration.Loopback4())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +123,7 @@ func TestAllocIDComesFromNomadsServiceIDs(t *testing.T) {
 		"_nomad-client-xyz":                                     "",
 		"":                                                      "",
 	} {
-		if got := allocID(text); got != want {
+		if got := registration.AllocID(text); got != want {
 			t.Errorf("allocID(%q) = %q, want %q", text, got, want)
 		}
 	}
@@ -132,11 +133,11 @@ func TestAllocIDComesFromNomadsServiceIDs(t *testing.T) {
 func TestListenersWithoutAnAddressAreOnTheAgentsFamily(t *testing.T) {
 	const body = `{"a": {"Kind": "connect-proxy", "Port": 1, "Proxy": {"Upstreams": [
 		{"DestinationName": "open", "LocalBindPort": 9191}, {"DestinationName": "named", "LocalBindPort": 9292, "LocalBindAddress": "127.0.0.1"}]}}}`
-	got, _, err := parseServices([]byte(body), netip.IPv6Loopback())
+	got, _, err := registration.ParseServices([]byte(body), netip.IPv6Loopback())
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []upstream{to("open", "[::1]:9191"), to("named", "127.0.0.1:9292")}
+	want := []registration.Upstream{to("open", "[::1]:9191"), to("named", "127.0.0.1:9292")}
 	if diff := cmp.Diff(want, got[0].Upstreams, sameAddrs()); diff != "" {
 		t.Errorf("upstreams (-want +got):\n%s", diff)
 	}

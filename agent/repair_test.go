@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -53,7 +54,7 @@ func TestAgentRepairsWhatSomebodyTookAway(t *testing.T) {
 	ns, key := n.transparent(id)
 	n.fake.answers(registered(id))
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 
 	pin := func(parts ...string) string { return filepath.Join(append([]string{n.config.PinDir}, parts...)...) }
 	lookup := pin("lookups", fmt.Sprint(ns.Cookie()))
@@ -137,7 +138,7 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 	n.fake.answers(registered(id))
 	n.cached(id, ns.Path, transparentMesh)
 	n.run()
-	if found := n.eventually(id, StateUnprotected); !strings.Contains(fmt.Sprint(found.Problems), errRecordMissing.Error()) {
+	if found := n.eventually(id, api.StateUnprotected); !strings.Contains(fmt.Sprint(found.Problems), errRecordMissing.Error()) {
 		t.Errorf("problems are %q, want the missing record", found.Problems)
 	}
 	err := n.Add(redirect.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Request: workload.Request{
@@ -147,7 +148,7 @@ func TestARecordThatComesLaterIsNoProblem(t *testing.T) {
 		t.Fatal(err)
 	}
 	test.Eventually(t, func() error {
-		found := n.eventually(id, StateManaged)
+		found := n.eventually(id, api.StateManaged)
 		if len(found.Problems) > 0 || !found.InSync {
 			return fmt.Errorf("in sync: %t, problems %q", found.InSync, found.Problems)
 		}
@@ -165,7 +166,7 @@ func TestANamespaceThatCannotBeLookedAtIsNamed(t *testing.T) {
 	}
 	n.cached(id, filepath.Join(file, "netns"), transparentMesh)
 	n.run()
-	if found := n.eventually(id, StateUnprotected); len(found.Problems) != 1 || !strings.Contains(found.Problems[0].What, "not a directory") {
+	if found := n.eventually(id, api.StateUnprotected); len(found.Problems) != 1 || !strings.Contains(found.Problems[0].What, "not a directory") {
 		t.Errorf("problems are %q, want that its path leads through a file", found.Problems)
 	}
 }

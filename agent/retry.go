@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -36,9 +38,9 @@ func (a *Agent) note(key workload.AttachmentID, m *allocState, step string, err 
 	}
 	if err != nil {
 		m.failures++
-		m.retry = time.Now().Add(pollInterval{failures: m.failures}.pause(0.5))
+		m.retry = time.Now().Add(catalog.PollInterval{Failures: m.failures}.Pause(0.5))
 		if level != slog.LevelDebug {
-			a.count(func(c *Counts) { c.Failures++ })
+			a.count(func(c *api.Counts) { c.Failures++ })
 		}
 	} else if len(m.errors) == 0 {
 		m.failures, m.retry = 0, time.Time{}

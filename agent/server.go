@@ -14,11 +14,11 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/net/netutil"
-
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/web"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
+	"golang.org/x/net/netutil"
 )
 
 // telemetryConnections is how many may be open at a time: whoever can reach the
@@ -56,7 +56,7 @@ func (a *Agent) listen() error {
 }
 
 func (a *Agent) socketPath() string {
-	return filepath.Join(a.datapath.Paths().StateDir, socketName)
+	return filepath.Join(a.datapath.Paths().StateDir, api.SocketName)
 }
 
 func (a *Agent) listenLocally() error {
@@ -143,8 +143,8 @@ func (a *Agent) localAPI() http.Handler {
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) {
 		a.writeJSON(w, http.StatusOK, a.Status())
 	})
-	mux.HandleFunc("GET /v1/flows", a.flows.serveFlows)
-	mux.HandleFunc("GET /v1/events", a.flows.serveEvents)
+	mux.HandleFunc("GET /v1/flows", a.flows.ServeFlows)
+	mux.HandleFunc("GET /v1/events", a.flows.ServeEvents)
 	mux.HandleFunc("GET /v1/guard", a.serveGuard)
 	mux.HandleFunc("GET /v1/traffic", a.serveTraffic)
 	return mux

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -93,11 +95,11 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 
 // proxiesAmong tells the proxies' cgroups by the names of the tasks: by service,
 // those for which there is one cgroup and no other.
-func (m *allocState) proxiesAmong(paths []string, known containers) map[string]uint64 {
+func (m *allocState) proxiesAmong(paths []string, known discover.Containers) map[string]uint64 {
 	tasks := make(map[string][]string)
 	for _, path := range paths {
-		if of, ok := nearest(taskOf(path, m.view.ID, known), m.proxies); ok {
-			tasks[of.service().Name] = append(tasks[of.service().Name], path)
+		if of, ok := nearest(discover.TaskOf(path, m.view.ID, known), m.proxies); ok {
+			tasks[of.OwnService().Name] = append(tasks[of.OwnService().Name], path)
 		}
 	}
 	found := make(map[string]uint64)
@@ -114,9 +116,9 @@ func (m *allocState) proxiesAmong(paths []string, known containers) map[string]u
 
 // nearest is the proxy that Nomad injected the task for: where the name of one
 // service begins with another's, the longer one's.
-func nearest(task string, proxies []proxy) (found proxy, ok bool) {
+func nearest(task string, proxies []registration.Proxy) (found registration.Proxy, ok bool) {
 	for _, p := range proxies {
-		if injected(task, []proxy{p}) && (!ok || strings.HasPrefix(p.task(), found.task())) {
+		if registration.Injected(task, []registration.Proxy{p}) && (!ok || strings.HasPrefix(p.Task(), found.Task())) {
 			found, ok = p, true
 		}
 	}

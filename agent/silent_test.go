@@ -7,6 +7,8 @@ import (
 	"os"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -26,7 +28,7 @@ func TestAgentRecognisesAProxyThatDoesNotListen(t *testing.T) {
 	n.fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-80-sidecar-proxy":{"Kind":"connect-proxy","Service":"web-sidecar-proxy","Port":20001}}`, id)))
 	rogue := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: task, UID: 101, GID: 101})
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	dial := func(client *test.Client, want bpfmap.Verdict) {
 		t.Helper()
 		before := n.verdictsOf(key)
@@ -79,10 +81,10 @@ func (n *node) verdictsOf(key workload.AttachmentID) map[string]uint64 {
 }
 
 func TestNearestProxyOfATask(t *testing.T) {
-	sidecar := func(name string) proxy {
-		return proxy{Kind: kindSidecar, Self: service{Name: name + "-sidecar-proxy"}, Service: name}
+	sidecar := func(name string) registration.Proxy {
+		return registration.Proxy{Kind: registration.KindSidecar, Self: registration.Service{Name: name + "-sidecar-proxy"}, Service: name}
 	}
-	proxies := []proxy{sidecar("web-api"), sidecar("web"), sidecar("web-api-v2"), {Kind: kindAPI, Self: service{Name: "edge"}}}
+	proxies := []registration.Proxy{sidecar("web-api"), sidecar("web"), sidecar("web-api-v2"), {Kind: registration.KindAPI, Self: registration.Service{Name: "edge"}}}
 	for task, want := range map[string]string{
 		"connect-proxy-web": "web", "connect-proxy-web-1a2b3c": "web", "connect-proxy-web-api": "web-api",
 		"connect-proxy-web-api-1a2b3c": "web-api", "connect-proxy-web-api-v2": "web-api-v2",

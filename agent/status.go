@@ -8,6 +8,9 @@ import (
 	"slices"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -15,7 +18,7 @@ import (
 // Status returns the agent's view of the node. The allocations are those of the
 // last pass of the loop; what Consul and Docker say is put together now, because
 // it changes without a pass.
-func (a *Agent) Status() Status {
+func (a *Agent) Status() api.Status {
 	consul, docker := a.consulNow(), a.containers().Error
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -26,43 +29,43 @@ func (a *Agent) Status() Status {
 		w := &status.Workloads[i]
 		w.InSync = w.InSync && consul.InSync
 	}
-	status.Problems = append(a.nodeProblems(consul, docker), status.problems(time.Now())...)
+	status.Problems = append(a.nodeProblems(consul, docker), status.ProblemsAt(time.Now())...)
 	return status
 }
 
 // consulNow is what is known of Consul; nothing where it is not asked.
-func (a *Agent) consulNow() snapshot {
+func (a *Agent) consulNow() catalog.Snapshot {
 	if a.consul == nil {
-		return snapshot{}
+		return catalog.Snapshot{}
 	}
-	return a.consul.current()
+	return a.consul.Current()
 }
 
-func (a *Agent) consulStatus(consul snapshot) ConsulStatus {
+func (a *Agent) consulStatus(consul catalog.Snapshot) api.ConsulStatus {
 	proxies := 0
 	for _, p := range consul.Proxies {
 		proxies += len(p)
 	}
-	return ConsulStatus{
+	return api.ConsulStatus{
 		Enabled: a.consul != nil, Address: a.config.Consul.Address, InSync: consul.InSync, Since: consul.Since,
 		Error: consul.Error.What, Watch: consul.Watch.What, Hidden: consul.Hidden, Proxies: proxies, Counts: consul.Counts,
 	}
 }
 
 // describe is the view of one attachment.
-func describe(s allocation, state State, w plan, problems []health.Problem, known catalogData) WorkloadView {
-	v := WorkloadView{
+func describe(s desired.Allocation, state api.State, w desired.Plan, problems []health.Problem, known catalog.Data) api.WorkloadView {
+	v := api.WorkloadView{
 		Key: s.Key, ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group, NomadNames: s.Job.Names(s.Key), NetNS: s.NetNS, State: state,
-		Proxies: []ProxyView{}, Open: []uint16{}, Upstreams: []UpstreamView{}, Problems: []health.Problem{},
+		Proxies: []api.ProxyView{}, Open: []uint16{}, Upstreams: []api.UpstreamView{}, Problems: []health.Problem{},
 	}
 	if v.ID == "" {
 		v.ID = s.Key.ContainerID
 	}
 	for _, problem := range problems {
-		if state == StateUnclaimed { // its ID is the registration's
+		if state == api.StateUnclaimed { // its ID is the registration's
 			problem = problem.Of("proxy "+v.ID, "")
 		} else {
-			problem = problem.Of("allocation "+v.name(), v.ID)
+			problem = problem.Of("allocation "+v.Name(), v.ID)
 		}
 		v.Problems = append(v.Problems, problem)
 	}
@@ -75,32 +78,32 @@ func describe(s allocation, state State, w plan, problems []health.Problem, know
 	} else if w.Add != nil {
 		v.Mode = w.Add.Mode
 	}
-	if meshConfig != nil && state == StateManaged {
-		v.Guard, v.Open = meshConfig.Guard, openPorts(*meshConfig)
+	if meshConfig != nil && state == api.StateManaged {
+		v.Guard, v.Open = meshConfig.Guard, desired.OpenPorts(*meshConfig)
 		v.Egress = workload.MaxGuard(workload.GuardOff, meshConfig.Egress)
 		if s.Record != nil {
 			v.Egress = workload.MaxGuard(v.Egress, s.Record.Request.Egress)
 		}
 	}
 	for _, p := range s.Proxies {
-		v.Proxies = append(v.Proxies, ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})
+		v.Proxies = append(v.Proxies, api.ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})
 		for _, u := range p.Upstreams {
-			v.Upstreams = append(v.Upstreams, UpstreamView{Name: u.Of.label(), Listener: u.Listener, VirtualIPs: append([]netip.Addr{}, known.VirtualIPs[u.Of]...)})
+			v.Upstreams = append(v.Upstreams, api.UpstreamView{Name: u.Of.Label(), Listener: u.Listener, VirtualIPs: append([]netip.Addr{}, known.VirtualIPs[u.Of]...)})
 		}
 	}
 	return v
 }
 
 // publish shows the allocations as a pass found them.
-func (a *Agent) publish(more []WorkloadView) {
-	var list []WorkloadView
+func (a *Agent) publish(more []api.WorkloadView) {
+	var list []api.WorkloadView
 	a.managed = a.managed[:0]
-	for _, key := range slices.SortedFunc(maps.Keys(a.allocations), compareKeys) {
+	for _, key := range slices.SortedFunc(maps.Keys(a.allocations), desired.CompareKeys) {
 		v := a.allocations[key].view
-		if v.State != StateOutside {
+		if v.State != api.StateOutside {
 			list = append(list, v)
 		}
-		if v.State == StateManaged {
+		if v.State == api.StateManaged {
 			a.managed = append(a.managed, key)
 		}
 	}
@@ -112,7 +115,7 @@ func (a *Agent) publish(more []WorkloadView) {
 
 // tellConsul logs when the agent falls out of sync with Consul and when it is
 // back.
-func (a *Agent) tellConsul(consul snapshot) {
+func (a *Agent) tellConsul(consul catalog.Snapshot) {
 	if a.inSync && !consul.InSync && consul.Error.What != "" {
 		a.inSync = false
 		a.log.Warn("Consul does not answer: the last known state stays", "error", consul.Error.What)
@@ -153,7 +156,7 @@ func (a *Agent) tellUnreadable(problems []string) {
 
 // awaitRegistration tells the follower since when the newest allocation that
 // may be in the mesh waits for its registration.
-func (a *Agent) awaitRegistration(allocations []allocation, now time.Time) {
+func (a *Agent) awaitRegistration(allocations []desired.Allocation, now time.Time) {
 	if a.consul == nil {
 		return
 	}
@@ -168,5 +171,5 @@ func (a *Agent) awaitRegistration(allocations []allocation, now time.Time) {
 		}
 	}
 	a.expects.Store(!newest.IsZero())
-	a.consul.await(newest)
+	a.consul.Await(newest)
 }

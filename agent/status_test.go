@@ -12,6 +12,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/test"
@@ -65,9 +66,9 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 	<-stands // from here on there is no pass
 
 	before := n.agent.Status().Consul.Counts.Reads
-	n.agent.consul.wake()
+	n.agent.consul.Wake()
 	test.Eventually(t, func() error {
-		told, err := ReadStatus(context.Background(), n.config.StateDir)
+		told, err := api.ReadStatus(context.Background(), n.config.StateDir)
 		if err == nil && told.Consul.Counts.Reads == before {
 			err = errors.New("no read since")
 		}
@@ -82,9 +83,9 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 
 	n.fake.answers(say(500, "no leader"))
 	writeFile(t, n.config.Docker.Socket, "nobody listens")
-	n.agent.consul.wake()
+	n.agent.consul.Wake()
 	test.Eventually(t, func() error {
-		told, err := ReadStatus(context.Background(), n.config.StateDir)
+		told, err := api.ReadStatus(context.Background(), n.config.StateDir)
 		if err != nil {
 			return err
 		}

@@ -15,12 +15,15 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/registration"
 )
 
 const oneProxy = `{"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f7-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
 	"Proxy": {"Upstreams": [{"DestinationName": "api", "LocalBindPort": 9191}]}}}`
 
-func inSync(v snapshot) bool { return v.InSync && len(v.Proxies[exampleAlloc]) == 1 }
+func inSync(v catalog.Snapshot) bool { return v.InSync && len(v.Proxies[exampleAlloc]) == 1 }
 
 func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 	for _, c := range []struct {
@@ -40,8 +43,8 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 				}
 				fmt.Fprint(w, "{}")
 			})
-			follower := fake.follow(t, func(config *ConsulConfig) { config.Token = c.token })
-			got := eventuallyKnown(t, follower, "an answer", func(v snapshot) bool { return v.InSync })
+			follower := fake.follow(t, func(config *configfile.ConsulConfig) { config.Token = c.token })
+			got := eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
 			if got.Hidden != c.want {
 				t.Errorf("hidden = %v, want %v", got.Hidden, c.want)
 			}
@@ -52,11 +55,11 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
 	fake := newFakeConsul(t)
 	path := writeFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
-	follower := fake.follow(t, func(config *ConsulConfig) { config.TokenFile, config.Watch = path, false })
-	eventuallyKnown(t, follower, "an answer", func(v snapshot) bool { return v.InSync })
+	follower := fake.follow(t, func(config *configfile.ConsulConfig) { config.TokenFile, config.Watch = path, false })
+	eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
 	writeFile(t, path, "second")
-	follower.wake()
-	eventuallyKnown(t, follower, "another answer", func(v snapshot) bool { return v.Counts.Reads > 1 })
+	follower.Wake()
+	eventuallyKnown(t, follower, "another answer", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
 	fake.mu.Lock()
 	defer fake.mu.Unlock()
 	if fake.tokens[0] != "first" || !slices.Contains(fake.tokens, "second") {
@@ -81,7 +84,7 @@ func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
 			t.Errorf("serve: %v", err)
 		}
 	})
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address = "unix://" + path
 	eventuallyKnown(t, runFollower(t, config), "an answer over the socket", inSync)
 }
@@ -91,19 +94,19 @@ func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1","nonsense"],"ManualVirtualIPs":["10.1.1.1"]}}`)
 	fake.answers(say(200, oneProxy))
 	follower := fake.follow(t)
-	got := eventuallyKnown(t, follower, "virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
-	want := map[service][]netip.Addr{{Name: "api"}: addrs("10.1.1.1", "240.0.0.1")}
+	got := eventuallyKnown(t, follower, "virtual IPs", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
+	want := map[registration.Service][]netip.Addr{{Name: "api"}: addrs("10.1.1.1", "240.0.0.1")}
 	if diff := cmp.Diff(want, got.Facts.VirtualIPs, sameAddrs()); diff != "" {
 		t.Errorf("virtual IPs (-want +got):\n%s", diff)
 	}
 	// A change elsewhere on the node asks nothing again.
 	fake.answers(say(200, strings.Replace(oneProxy, "20001", "20002", 1)))
-	follower.wake()
-	eventuallyKnown(t, follower, "the change", func(v snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
+	follower.Wake()
+	eventuallyKnown(t, follower, "the change", func(v catalog.Snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
 	if times := fake.times("/v1/discovery-chain/api"); times != 1 {
 		t.Errorf("asked %d times, want once", times)
 	}
-	if current := follower.current(); current.Counts.Changes != 2 {
+	if current := follower.Current(); current.Counts.Changes != 2 {
 		t.Errorf("%d changes, want 2", current.Counts.Changes)
 	}
 }
@@ -117,7 +120,7 @@ func TestFollowerFindsAVirtualIPThatComesLater(t *testing.T) {
 	fake.mu.Lock()
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
 	fake.mu.Unlock()
-	after := eventuallyKnown(t, follower, "the virtual IP", func(v snapshot) bool { return len(v.Facts.VirtualIPs[service{Name: "api"}]) == 1 })
+	after := eventuallyKnown(t, follower, "the virtual IP", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs[registration.Service{Name: "api"}]) == 1 })
 	if after.Counts.Reads != before.Counts.Reads {
 		t.Errorf("%d bulk reads for it, want none", after.Counts.Reads-before.Counts.Reads)
 	}
@@ -127,11 +130,11 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(403, "Permission denied")
 	fake.answers(say(200, oneProxy))
-	got := eventuallyKnown(t, fake.follow(t), "the refusal", func(v snapshot) bool { return len(v.Facts.Unanswered) > 0 })
-	if why := got.Facts.Unanswered[service{Name: "api"}].What; !strings.Contains(why, "403") || !strings.Contains(why, "api") {
+	got := eventuallyKnown(t, fake.follow(t), "the refusal", func(v catalog.Snapshot) bool { return len(v.Facts.Unanswered) > 0 })
+	if why := got.Facts.Unanswered[registration.Service{Name: "api"}].What; !strings.Contains(why, "403") || !strings.Contains(why, "api") {
 		t.Errorf("why = %q, want the service and 403", why)
 	}
-	if addrs, answered := got.Facts.VirtualIPs[service{Name: "api"}]; answered {
+	if addrs, answered := got.Facts.VirtualIPs[registration.Service{Name: "api"}]; answered {
 		t.Errorf("a refusal passes for the answer %v: what is on record would go", addrs)
 	}
 }
@@ -139,7 +142,7 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 // Questions that had no turn in the first round have theirs at once, not at the
 // next bulk read.
 func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
-	const count = 2*lookupsAtOnce + 10
+	const count = 2*catalog.LookupsAtOnce + 10
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
 	var upstreams []string
@@ -148,7 +151,7 @@ func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
 	}
 	fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
 		"Proxy": {"Upstreams": [%s]}}}`, exampleAlloc, strings.Join(upstreams, ","))))
-	got := eventuallyKnown(t, fake.follow(t, unwatched), "all virtual IPs", func(v snapshot) bool { return len(v.Facts.VirtualIPs) == count })
+	got := eventuallyKnown(t, fake.follow(t, unwatched), "all virtual IPs", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs) == count })
 	if got.Counts.Reads != 1 {
 		t.Errorf("%d bulk reads for it, want one", got.Counts.Reads)
 	}
@@ -158,8 +161,8 @@ func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{}}`)
 	fake.answers(say(200, oneProxy))
-	eventuallyKnown(t, fake.follow(t), "an answer without a virtual IP", func(v snapshot) bool {
-		addrs, answered := v.Facts.VirtualIPs[service{Name: "api"}]
+	eventuallyKnown(t, fake.follow(t), "an answer without a virtual IP", func(v catalog.Snapshot) bool {
+		addrs, answered := v.Facts.VirtualIPs[registration.Service{Name: "api"}]
 		return answered && len(addrs) == 0
 	})
 }
@@ -167,23 +170,23 @@ func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
 func TestTempo(t *testing.T) {
 	for _, c := range []struct {
 		name     string
-		tempo    pollInterval
+		tempo    catalog.PollInterval
 		min, max time.Duration
 	}{
-		{"calm, with a trigger", pollInterval{watch: true}, 30 * time.Second, 90 * time.Second},
-		{"calm, without", pollInterval{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
-		{"a new allocation", pollInterval{watch: true, waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
-		{"one that takes longer", pollInterval{watch: true, waiting: 20 * time.Second}, time.Second, 3 * time.Second},
-		{"one that is not in the mesh", pollInterval{watch: true, waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
-		{"the first failure", pollInterval{failures: 1, waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
-		{"the fourth", pollInterval{failures: 4}, 4 * time.Second, 12 * time.Second},
-		{"very many", pollInterval{failures: 1000}, 30 * time.Second, 90 * time.Second},
+		{"calm, with a trigger", catalog.PollInterval{Watch: true}, 30 * time.Second, 90 * time.Second},
+		{"calm, without", catalog.PollInterval{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
+		{"a new allocation", catalog.PollInterval{Watch: true, Waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
+		{"one that takes longer", catalog.PollInterval{Watch: true, Waiting: 20 * time.Second}, time.Second, 3 * time.Second},
+		{"one that is not in the mesh", catalog.PollInterval{Watch: true, Waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
+		{"the first failure", catalog.PollInterval{Failures: 1, Waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
+		{"the fourth", catalog.PollInterval{Failures: 4}, 4 * time.Second, 12 * time.Second},
+		{"very many", catalog.PollInterval{Failures: 1000}, 30 * time.Second, 90 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if got := c.tempo.pause(0); got != c.min {
+			if got := c.tempo.Pause(0); got != c.min {
 				t.Errorf("shortest pause = %s, want %s", got, c.min)
 			}
-			if got := c.tempo.pause(1); got != c.max {
+			if got := c.tempo.Pause(1); got != c.max {
 				t.Errorf("longest pause = %s, want %s", got, c.max)
 			}
 		})

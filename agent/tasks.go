@@ -11,6 +11,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -39,8 +42,8 @@ func (a *Agent) verifyProxyTask(key workload.AttachmentID, m *allocState, cgroup
 	if err != nil {
 		return
 	}
-	found := proxyCandidate{task: taskOf(path, m.view.ID, a.containers())}
-	if found.task == "" || !injected(found.task, m.proxies) {
+	found := proxyCandidate{task: discover.TaskOf(path, m.view.ID, a.containers())}
+	if found.task == "" || !registration.Injected(found.task, m.proxies) {
 		found.tries = m.candidates[cgroup].tries + 1
 		found.next = time.Now().Add(firstDoubt << min(found.tries, 10))
 	}
@@ -49,7 +52,7 @@ func (a *Agent) verifyProxyTask(key workload.AttachmentID, m *allocState, cgroup
 		a.note(key, m, "proxy", err)
 		if err == nil {
 			m.rejected = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
-			a.count(func(c *Counts) { c.Repaired++ })
+			a.count(func(c *api.Counts) { c.Repaired++ })
 			a.log.Warn("workload's proxy learned anew", "alloc_id", key.ContainerID, "interface", key.IfName, "task", found.task, "cgroup", path)
 			delete(m.candidates, cgroup)
 			a.trigger()
@@ -86,9 +89,9 @@ func (a *Agent) runsBeside(m *allocState) bool {
 		return false
 	}
 	known := a.containers()
-	missing := func(p proxy) bool {
+	missing := func(p registration.Proxy) bool {
 		return !slices.ContainsFunc(cgroups[m.view.NetNS], func(path string) bool {
-			return injected(taskOf(path, m.view.ID, known), []proxy{p})
+			return registration.Injected(discover.TaskOf(path, m.view.ID, known), []registration.Proxy{p})
 		})
 	}
 	return len(m.proxies) > 0 && !slices.ContainsFunc(m.proxies, missing)

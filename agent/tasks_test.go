@@ -8,6 +8,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -70,7 +73,7 @@ func (n *node) cgroupOf(key workload.AttachmentID) uint64 {
 	return 0
 }
 
-func (n *node) eventuallyTask(id, task string) (found WorkloadView) {
+func (n *node) eventuallyTask(id, task string) (found api.WorkloadView) {
 	n.t.Helper()
 	test.Eventually(n.t, func() error {
 		for _, w := range n.agent.Status().Workloads {
@@ -86,7 +89,7 @@ func (n *node) eventuallyTask(id, task string) (found WorkloadView) {
 func TestTaskOf(t *testing.T) {
 	id, container := numbered(1), strings.Repeat("0a", 32)
 	another := strings.Repeat("0c", 32)
-	known := containers{
+	known := discover.Containers{
 		Tasks:  map[string]string{container: "connect-proxy-api", another: "connect-proxy-web"},
 		Allocs: map[string]string{container: id, another: numbered(2)},
 	}
@@ -106,17 +109,17 @@ func TestTaskOf(t *testing.T) {
 		"/" + id + "x.connect-proxy-web.scope":                                                      "",
 		"/" + id + ".":                                                                              "",
 	} {
-		if got := taskOf(path, id, known); got != want {
+		if got := discover.TaskOf(path, id, known); got != want {
 			t.Errorf("task of %s = %q, want %q", path, got, want)
 		}
 	}
 }
 
 func TestInjectedTasks(t *testing.T) {
-	sidecar := proxy{Kind: kindSidecar, Self: service{Name: "web-sidecar-proxy"}}
+	sidecar := registration.Proxy{Kind: registration.KindSidecar, Self: registration.Service{Name: "web-sidecar-proxy"}}
 	for _, c := range []struct {
 		task string
-		of   proxy
+		of   registration.Proxy
 		want bool
 	}{
 		{"connect-proxy-web", sidecar, true},
@@ -126,10 +129,10 @@ func TestInjectedTasks(t *testing.T) {
 		{"connect-proxy-web-1a2b3c4", sidecar, false},
 		{"connect-proxy-web-1a2b3", sidecar, false},
 		{"web", sidecar, false},
-		{"connect-ingress-edge", proxy{Kind: kindIngress, Self: service{Name: "edge"}}, true},
-		{"edge", proxy{Kind: kindAPI, Self: service{Name: "edge"}}, false},
+		{"connect-ingress-edge", registration.Proxy{Kind: registration.KindIngress, Self: registration.Service{Name: "edge"}}, true},
+		{"edge", registration.Proxy{Kind: registration.KindAPI, Self: registration.Service{Name: "edge"}}, false},
 	} {
-		if got := injected(c.task, []proxy{c.of}); got != c.want {
+		if got := registration.Injected(c.task, []registration.Proxy{c.of}); got != c.want {
 			t.Errorf("task %s of a %s is the proxy's: %v, want %v", c.task, c.of.Kind, got, c.want)
 		}
 	}

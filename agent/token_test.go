@@ -12,8 +12,11 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
-
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/test"
+
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
 
@@ -28,17 +31,17 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 		server.Post("/v1/acl/token", object{"Policies": []object{{"Name": "weir"}}}, &made)
 		return made
 	}
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address, config.TokenFile = server.Address, filepath.Join(t.TempDir(), "token")
 	first := next()
 	writeFile(t, config.TokenFile, first.SecretID)
-	follower := runFollower(t, config, func(f *consulWatcher) { f.consul.read = defaultTimeouts().read })
-	good := func(v snapshot) bool { return v.InSync && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
+	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
+	good := func(v catalog.Snapshot) bool { return v.InSync && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
 	eventuallyKnown(t, follower, "the first token to be used", good)
 	for range 3 { // each time the back-off is longer
 		began := time.Now()
 		server.Delete("/v1/acl/token/" + first.AccessorID)
-		eventuallyKnown(t, follower, "the revoked token to be told", func(v snapshot) bool { return !v.InSync })
+		eventuallyKnown(t, follower, "the revoked token to be told", func(v catalog.Snapshot) bool { return !v.InSync })
 		if took := time.Since(began); took > 5*time.Second {
 			t.Errorf("told after %s, want within 5 s", took)
 		}
@@ -64,36 +67,36 @@ func TestLeastPolicyOfTheToken(t *testing.T) {
 	server.Put("/v1/config", object{"Kind": "service-intentions", "Name": "web", "Sources": []object{{"Name": "api", "Action": "allow"}}})
 	server.Put("/v1/config", object{"Kind": "ingress-gateway", "Name": "ingress", "Listeners": []object{
 		{"Port": 9090, "Protocol": "tcp", "Services": []object{{"Name": "web"}}}}})
-	config := *DefaultConfig().Consul
+	config := *configfile.DefaultConfig().Consul
 	config.Address, config.Token = server.Address, token.SecretID
-	consul, err := newConsul(config, defaultTimeouts())
+	consul, err := catalog.NewClient(config, catalog.DefaultTimeouts())
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx := t.Context()
 	for what, ask := range map[string]func() (bool, error){
 		"the services of the node": func() (bool, error) {
-			got, err := consul.services(ctx)
-			return strings.Contains(string(got.body), "web-sidecar-proxy") && !got.hidden, err
+			got, err := consul.Services(ctx)
+			return strings.Contains(string(got.Body), "web-sidecar-proxy") && !got.Hidden, err
 		},
-		"its name":               func() (bool, error) { got, err := consul.self(ctx); return got.Node == "node", err },
-		"that something changed": func() (bool, error) { got, err := consul.changed(ctx, "node", 0); return got > 0, err },
+		"its name":               func() (bool, error) { got, err := consul.Self(ctx); return got.Node == "node", err },
+		"that something changed": func() (bool, error) { got, err := consul.Changed(ctx, "node", 0); return got > 0, err },
 		"the names of services": func() (bool, error) {
-			got, _, err := consul.names(ctx, 0)
+			got, _, err := consul.Names(ctx, 0)
 			_, found := got["web"]
 			return found, err
 		},
 		"virtual IPs": func() (bool, error) {
-			got, err := consul.virtualIPs(ctx, service{Name: "web"})
+			got, err := consul.VirtualIPs(ctx, registration.Service{Name: "web"})
 			return len(got) == 1, err
 		},
-		"intentions": func() (bool, error) { got, err := consul.intentions(ctx); return len(got) == 1, err },
+		"intentions": func() (bool, error) { got, err := consul.Intentions(ctx); return len(got) == 1, err },
 		"a gateway's listener": func() (bool, error) {
-			got, err := consul.gatewayPorts(ctx, gateway{service: service{Name: "ingress"}, Kind: kindIngress})
+			got, err := consul.GatewayPorts(ctx, registration.Gateway{Service: registration.Service{Name: "ingress"}, Kind: registration.KindIngress})
 			return len(got) == 1, err
 		},
-		"checks":                func() (bool, error) { _, err := consul.checks(ctx); return err == nil, err },
-		"that the token is one": func() (bool, error) { return !consul.revoked(ctx), nil },
+		"checks":                func() (bool, error) { _, err := consul.Checks(ctx); return err == nil, err },
+		"that the token is one": func() (bool, error) { return !consul.Revoked(ctx), nil },
 	} {
 		test.Eventually(t, func() error { // Consul gives the virtual IP a moment after the registration
 			answered, err := ask()
@@ -110,7 +113,7 @@ func TestLeastPolicyOfTheToken(t *testing.T) {
 	}
 	words := func(text string) string { return strings.Join(strings.Fields(strings.ReplaceAll(text, "#", "")), " ") }
 	for where, text := range map[string]string{
-		"the remedy of a 403": consulProblem(api.StatusError{Code: http.StatusForbidden}).Remedy, "deploy/weir.d/weir.hcl": string(shipped),
+		"the remedy of a 403": catalog.ConsulProblem(api.StatusError{Code: http.StatusForbidden}).Remedy, "deploy/weir.d/weir.hcl": string(shipped),
 	} {
 		for rule := range strings.Lines(strings.ReplaceAll(rules, `"node"`, `"NODE"`)) {
 			if !strings.Contains(words(text), words(rule)) {

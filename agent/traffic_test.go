@@ -11,13 +11,16 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // apiOnly is an agent of which the local API alone runs.
-func apiOnly(t *testing.T, change ...func(*Config)) *Agent {
+func apiOnly(t *testing.T, change ...func(*configfile.Config)) *Agent {
 	t.Helper()
-	config := DefaultConfig()
+	config := configfile.DefaultConfig()
 	config.StateDir, config.Consul.Enabled, config.Docker.Socket = t.TempDir(), false, ""
 	for _, edit := range change {
 		edit(&config)
@@ -45,15 +48,15 @@ func apiOnly(t *testing.T, change ...func(*Config)) *Agent {
 // none from another.
 func TestTraffic(t *testing.T) {
 	a := apiOnly(t)
-	shop, scan := &flowWorkload{cookie: 1, allocID: "a1", job: "shop"}, &flowWorkload{cookie: 2, allocID: "a2", job: "scan"}
+	shop, scan := &flow.Workload{Cookie: 1, AllocID: "a1", Job: "shop"}, &flow.Workload{Cookie: 2, AllocID: "a2", Job: "scan"}
 	now := time.Now()
-	put := func(ago time.Duration, r flowRecord) {
-		r.at = now.Add(-ago).UnixNano()
-		a.flows.ring.append(r)
+	put := func(ago time.Duration, r flow.Record) {
+		r.At = now.Add(-ago).UnixNano()
+		a.flows.Ring.Append(r)
 	}
-	dial := func(of *flowWorkload, to string, verdict bpfmap.Verdict, pid uint32) (r flowRecord) {
-		r = flowRecord{workload: of, verdict: verdict, pid: pid, uid: 1000}
-		r.origin, r.originPort, r.valid[1] = packAddr(netip.MustParseAddrPort(to))
+	dial := func(of *flow.Workload, to string, verdict bpfmap.Verdict, pid uint32) (r flow.Record) {
+		r = flow.Record{Workload: of, Verdict: verdict, Pid: pid, Uid: 1000}
+		r.Origin, r.OriginPort, r.Valid[1] = flow.PackAddr(netip.MustParseAddrPort(to))
 		return r
 	}
 	put(time.Hour/2, dial(shop, "10.0.0.1:80", bpfmap.Redirected, 1))
@@ -62,14 +65,14 @@ func TestTraffic(t *testing.T) {
 	}
 	put(time.Second, dial(shop, "10.0.0.2:80", bpfmap.RefusedNoProxy, 1))
 	put(time.Second, dial(shop, "10.0.0.2:80", bpfmap.Listener, 1))
-	put(time.Second, flowRecord{workload: shop, verdict: bpfmap.EventsLost, lost: 7})
-	for port := range uint16(2 * guardShare) {
+	put(time.Second, flow.Record{Workload: shop, Verdict: bpfmap.EventsLost, Lost: 7})
+	for port := range uint16(2 * flow.GuardShare) {
 		put(time.Second, dial(scan, netip.AddrPortFrom(netip.MustParseAddr("10.0.0.9"), port+1).String(), bpfmap.Redirected, 1))
 	}
 	put(time.Second, dial(shop, "10.0.0.3:80", bpfmap.Redirected, 1))
 
 	since := now.Add(-time.Minute)
-	got, err := ReadTraffic(t.Context(), a.config.StateDir, since)
+	got, err := api.ReadTraffic(t.Context(), a.config.StateDir, since)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,8 +89,8 @@ func TestTraffic(t *testing.T) {
 	if diff := cmp.Diff(want, counts); diff != "" {
 		t.Errorf("edges (-want +got):\n%s", diff)
 	}
-	if scans != guardShare || got.Omitted != guardShare || got.Lost != 7 || !got.Since.Equal(since) {
-		t.Errorf("%d ends of the scan, %d omitted, %d lost, since %s: want %d, as many, 7, since %s", scans, got.Omitted, got.Lost, got.Since, guardShare, since)
+	if scans != flow.GuardShare || got.Omitted != flow.GuardShare || got.Lost != 7 || !got.Since.Equal(since) {
+		t.Errorf("%d ends of the scan, %d omitted, %d lost, since %s: want %d, as many, 7, since %s", scans, got.Omitted, got.Lost, got.Since, flow.GuardShare, since)
 	}
 	if got.Schema != 1 || got.Problem != "" || got.Agent.PID != os.Getpid() || got.Agent.CPU <= 0 || got.Agent.Memory < 1<<20 {
 		t.Errorf("traffic: schema %d, problem %q, agent %+v", got.Schema, got.Problem, got.Agent)
@@ -98,25 +101,25 @@ func TestTraffic(t *testing.T) {
 // when.
 func TestTrafficOfTooMuch(t *testing.T) {
 	a := apiOnly(t)
-	a.flows.ring = newFlowRing((trafficRecords+50_000)*flowRecordSize, time.Hour)
+	a.flows.Ring = flow.NewRing((flow.TrafficRecords+50_000)*flow.RecordSize, time.Hour)
 	began := time.Now().Add(-time.Minute)
-	for i := range trafficRecords + 10_000 {
-		a.flows.ring.append(flowRecord{at: began.Add(time.Duration(i) * time.Microsecond).UnixNano(), workload: &flowWorkload{cookie: 1}, verdict: bpfmap.Redirected})
+	for i := range flow.TrafficRecords + 10_000 {
+		a.flows.Ring.Append(flow.Record{At: began.Add(time.Duration(i) * time.Microsecond).UnixNano(), Workload: &flow.Workload{Cookie: 1}, Verdict: bpfmap.Redirected})
 	}
-	got, err := ReadTraffic(t.Context(), a.config.StateDir, began)
+	got, err := api.ReadTraffic(t.Context(), a.config.StateDir, began)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Edges) != 1 || got.Edges[0].Count != trafficRecords || !got.Since.Equal(began.Add(10*time.Millisecond)) {
-		t.Errorf("%+v since %s: want %d connections since 10 ms after %s", got.Edges, got.Since, trafficRecords, began)
+	if len(got.Edges) != 1 || got.Edges[0].Count != flow.TrafficRecords || !got.Since.Equal(began.Add(10*time.Millisecond)) {
+		t.Errorf("%+v since %s: want %d connections since 10 ms after %s", got.Edges, got.Since, flow.TrafficRecords, began)
 	}
 }
 
 // Without a record of flows the agent still tells what it costs.
 func TestTrafficWithoutFlows(t *testing.T) {
-	a := apiOnly(t, func(c *Config) { c.Flows.Enabled = false })
-	got, err := ReadTraffic(t.Context(), a.config.StateDir, time.Now())
-	if err != nil || got.Problem != ErrFlowsOff.Error() || len(got.Edges) > 0 || got.Agent.PID != os.Getpid() {
+	a := apiOnly(t, func(c *configfile.Config) { c.Flows.Enabled = false })
+	got, err := api.ReadTraffic(t.Context(), a.config.StateDir, time.Now())
+	if err != nil || got.Problem != api.ErrFlowsOff.Error() || len(got.Edges) > 0 || got.Agent.PID != os.Getpid() {
 		t.Errorf("traffic = %+v, %v; want the problem that nothing is recorded", got, err)
 	}
 }

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -63,8 +65,8 @@ func (a *Agent) progressed() {
 
 // byUrgency puts those first that are not under Weir or not configured yet, and
 // those last that went wrong before.
-func (a *Agent) byUrgency(allocations []allocation) {
-	urgency := func(s allocation) int {
+func (a *Agent) byUrgency(allocations []desired.Allocation) {
+	urgency := func(s desired.Allocation) int {
 		m := a.allocations[s.Key]
 		switch {
 		case m != nil && m.failures > 0:
@@ -76,11 +78,11 @@ func (a *Agent) byUrgency(allocations []allocation) {
 		}
 		return 2
 	}
-	slices.SortStableFunc(allocations, func(s, t allocation) int { return cmp.Compare(urgency(s), urgency(t)) })
+	slices.SortStableFunc(allocations, func(s, t desired.Allocation) int { return cmp.Compare(urgency(s), urgency(t)) })
 }
 
 // differs reports whether the mesh configuration changes what is in force.
-func (a *Agent) differs(s allocation, m *allocState, meshConfig workload.MeshConfig) bool {
+func (a *Agent) differs(s desired.Allocation, m *allocState, meshConfig workload.MeshConfig) bool {
 	if k := s.Record; k != nil && k.Complete && workload.Merge(k.Request, meshConfig).Equal(workload.Merge(k.Request, k.MeshConfig)) {
 		a.note(s.Key, m, "configure", nil)
 		return false
@@ -121,10 +123,10 @@ func (a *Agent) applied(v *move, err error) {
 		return
 	}
 	a.settle(v.m, true)
-	a.count(func(c *Counts) { c.Changes++ })
+	a.count(func(c *api.Counts) { c.Changes++ })
 	meshConfig := v.wanted.MeshConfig
 	a.log.Info("workload changed", "alloc_id", v.s.Key.ContainerID, "interface", v.s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
-		"open", fmt.Sprint(openPorts(*meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
+		"open", fmt.Sprint(desired.OpenPorts(*meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
 }
 
 // settle notes that what is wanted of an allocation is in force. Where it was written for

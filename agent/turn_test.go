@@ -12,6 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -62,7 +65,7 @@ func (n *node) allInSync(ids []string, port uint16) {
 	test.Eventually(n.t, func() error {
 		for _, id := range ids {
 			list := n.agent.Status().Workloads
-			i := slices.IndexFunc(list, func(w WorkloadView) bool { return w.ID == id })
+			i := slices.IndexFunc(list, func(w api.WorkloadView) bool { return w.ID == id })
 			if i < 0 || !list[i].InSync {
 				return fmt.Errorf("allocation %s is not in sync", id)
 			}
@@ -105,7 +108,7 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 	})
 	all := append(slices.Clone(ids), numbered(len(ids)+1))
 	n.fake.answers(registeredAt(20002, all...))
-	n.agent.consul.wake()
+	n.agent.consul.Wake()
 	select {
 	case <-begun:
 	case <-time.After(30 * time.Second):
@@ -159,14 +162,14 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 			}
 		}
 	})
-	passes := n.agent.consul.current().Counts.Changes
+	passes := n.agent.consul.Current().Counts.Changes
 	mu.Lock()
 	alive = nil
 	mu.Unlock()
 	n.fake.answers(registeredAt(20002, ids...))
-	n.agent.consul.wake()
+	n.agent.consul.Wake()
 	n.allInSync(ids, 20002)
-	if changes := n.agent.consul.current().Counts.Changes; changes != passes+1 {
+	if changes := n.agent.consul.Current().Counts.Changes; changes != passes+1 {
 		t.Fatalf("Consul's answer changed %d times, want once", changes-passes)
 	}
 	mu.Lock()
@@ -181,11 +184,11 @@ func TestUrgency(t *testing.T) {
 	known := func(guard workload.Guard) *redirect.Record {
 		return &redirect.Record{MeshConfig: workload.MeshConfig{Guard: guard}}
 	}
-	allocations := []allocation{
-		{attachment: attachment{Key: key("broken")}},
-		{attachment: attachment{Key: key("configured")}, Record: known(workload.GuardAudit)},
-		{attachment: attachment{Key: key("added")}, Record: known("")},
-		{attachment: attachment{Key: key("new")}},
+	allocations := []desired.Allocation{
+		{Attachment: discover.Attachment{Key: key("broken")}},
+		{Attachment: discover.Attachment{Key: key("configured")}, Record: known(workload.GuardAudit)},
+		{Attachment: discover.Attachment{Key: key("added")}, Record: known("")},
+		{Attachment: discover.Attachment{Key: key("new")}},
 	}
 	a := &Agent{allocations: map[workload.AttachmentID]*allocState{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
 	a.byUrgency(allocations)

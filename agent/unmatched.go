@@ -10,13 +10,18 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // unmatchedProxy is what the loop remembers of a registration without a namespace.
 type unmatchedProxy struct {
-	state  State
+	state  api.State
 	since  time.Time // of state
 	onNode bool      // its proxy was seen in the node's own network
 	looked time.Time // for its proxy
@@ -24,7 +29,7 @@ type unmatchedProxy struct {
 
 // unmatched are the proxies of this node that belong to no namespace here: a line
 // for each allocation, and for each proxy that is no allocation's.
-func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Time) (lines []WorkloadView) {
+func (a *Agent) unmatched(allocations []desired.Allocation, consul catalog.Snapshot, now time.Time) (lines []api.WorkloadView) {
 	found, claimed := make(map[string]bool), make(map[string]bool)
 	for _, s := range allocations {
 		found[s.Job.AllocID] = true
@@ -32,7 +37,7 @@ func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Ti
 			claimed[p.ID] = true
 		}
 	}
-	lists := make(map[string][]proxy) // by what the line is for
+	lists := make(map[string][]registration.Proxy) // by what the line is for
 	for id, list := range consul.Proxies {
 		if id != "" && !found[id] {
 			lists[id] = list
@@ -40,7 +45,7 @@ func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Ti
 	}
 	for _, p := range consul.Proxies[""] {
 		if !claimed[p.ID] {
-			lists[p.ID] = []proxy{p}
+			lists[p.ID] = []registration.Proxy{p}
 		}
 	}
 	maps.DeleteFunc(a.unmatchedSince, func(id string, _ unmatchedProxy) bool { return lists[id] == nil })
@@ -56,8 +61,8 @@ func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Ti
 			next.since = now
 		}
 		a.unmatchedSince[id] = next
-		s := allocation{attachment: attachment{Key: workload.AttachmentID{ContainerID: id}, Job: workload.Job{AllocID: id}}, Proxies: lists[id]}
-		line := describe(s, next.state, plan{}, problems, consul.Facts)
+		s := desired.Allocation{Attachment: discover.Attachment{Key: workload.AttachmentID{ContainerID: id}, Job: workload.Job{AllocID: id}}, Proxies: lists[id]}
+		line := describe(s, next.state, desired.Plan{}, problems, consul.Facts)
 		line.Since = next.since
 		lines = append(lines, line)
 	}
@@ -66,30 +71,30 @@ func (a *Agent) unmatched(allocations []allocation, consul snapshot, now time.Ti
 
 // judgeUnmatched says what to make of the proxies of one allocation, or of one that
 // is no allocation's. onNode says that they were seen in the node's own network.
-func judgeUnmatched(proxies []proxy, onNode bool) (State, []health.Problem) {
+func judgeUnmatched(proxies []registration.Proxy, onNode bool) (api.State, []health.Problem) {
 	switch {
 	case proxies[0].AllocID == "":
-		return StateUnclaimed, []health.Problem{health.NewProblem(health.ProblemUnclaimedProxy,
+		return api.StateUnclaimed, []health.Problem{health.NewProblem(health.ProblemUnclaimedProxy,
 			"nothing where it runs outside of Nomad; a gateway that registers itself is found by -address, or by its job's name",
 			"no allocation of this node is known to run it: its ID names none, and neither an address nor a job with a mapped port is its own; where it runs in an allocation, nothing guards it there")}
-	case onNode && mayBeOnNode(proxies) || !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode }):
-		return StateHost, nil
+	case onNode && mayBeOnNode(proxies) || !slices.ContainsFunc(proxies, func(p registration.Proxy) bool { return !p.BindsAsNode }):
+		return api.StateHost, nil
 	}
-	return StateUnprotected, []health.Problem{health.NewProblem(health.ProblemUnprotected,
+	return api.StateUnprotected, []health.Problem{health.NewProblem(health.ProblemUnprotected,
 		"where it runs, set cni { cache_dir, netns_dir } to where Nomad's client has them; where it has ended, 'consul services deregister' what is left of it",
 		"no network namespace of it is known on this node")}
 }
 
 // mayBeOnNode reports proxies of which their registration does not tell that
 // they are in the node's own network. Nomad lets gateways be there, and no others.
-func mayBeOnNode(proxies []proxy) bool {
-	gateway := !slices.ContainsFunc(proxies, func(p proxy) bool { return !p.isGateway() })
-	return gateway && proxies[0].AllocID != "" && slices.ContainsFunc(proxies, func(p proxy) bool { return !p.BindsAsNode })
+func mayBeOnNode(proxies []registration.Proxy) bool {
+	gateway := !slices.ContainsFunc(proxies, func(p registration.Proxy) bool { return !p.IsGateway() })
+	return gateway && proxies[0].AllocID != "" && slices.ContainsFunc(proxies, func(p registration.Proxy) bool { return !p.BindsAsNode })
 }
 
 // seenOnNode reports whether the task that Nomad injected for a gateway of the
 // allocation runs in the node's own network. It walks all processes of the node.
-func (a *Agent) seenOnNode(alloc string, proxies []proxy) bool {
+func (a *Agent) seenOnNode(alloc string, proxies []registration.Proxy) bool {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return false
@@ -109,8 +114,8 @@ func (a *Agent) seenOnNode(alloc string, proxies []proxy) bool {
 		}
 		for line := range strings.Lines(string(data)) {
 			cgroup := strings.TrimSpace(line)
-			container := containerOf(cgroup)
-			if task := taskOf(cgroup, alloc, known); (container == "" || known.Allocs[container] == alloc) && injected(task, proxies) {
+			container := discover.ContainerOf(cgroup)
+			if task := discover.TaskOf(cgroup, alloc, known); (container == "" || known.Allocs[container] == alloc) && registration.Injected(task, proxies) {
 				return true
 			}
 		}

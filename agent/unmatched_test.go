@@ -13,6 +13,12 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -26,25 +32,25 @@ func TestUnmatchedProxies(t *testing.T) {
 	for _, c := range []struct {
 		name, id, registration string
 		onNode                 bool
-		want                   State
+		want                   api.State
 		line                   string
 	}{
-		{"a sidecar", nomads + "-sidecar-proxy", `"Kind": "connect-proxy", "Port": 20001`, false, StateUnprotected, numbered(1)},
-		{"a sidecar under any circumstances", nomads + "-sidecar-proxy", `"Kind": "connect-proxy", "Port": 20001`, true, StateUnprotected, numbered(1)},
-		{"an ingress gateway in host mode", nomads, `"Kind": "ingress-gateway", "Port": 9081`, false, StateHost, numbered(1)},
-		{"a terminating gateway in host mode", nomads, `"Kind": "terminating-gateway", "Port": 8443, "Proxy": {"Config": {"connect_timeout_ms": 5000}}`, false, StateHost, numbered(1)},
-		{"a mesh gateway in bridge mode", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {` + asNomadBinds + `}`, false, StateUnprotected, numbered(1)},
-		{"a mesh gateway in host mode whose job binds it", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {` + asNomadBinds + `}`, true, StateHost, numbered(1)},
-		{"one that binds tagged addresses", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {"Config": {"envoy_gateway_bind_tagged_addresses": true}}`, false, StateUnprotected, numbered(1)},
-		{"an API gateway that registered itself", "front", `"Kind": "api-gateway", "Service": "front", "Port": 8443`, false, StateUnclaimed, "front"},
-		{"a sidecar of a service outside of Nomad", "db-sidecar-proxy", `"Kind": "connect-proxy", "Port": 21000`, false, StateUnclaimed, "db-sidecar-proxy"},
+		{"a sidecar", nomads + "-sidecar-proxy", `"Kind": "connect-proxy", "Port": 20001`, false, api.StateUnprotected, numbered(1)},
+		{"a sidecar under any circumstances", nomads + "-sidecar-proxy", `"Kind": "connect-proxy", "Port": 20001`, true, api.StateUnprotected, numbered(1)},
+		{"an ingress gateway in host mode", nomads, `"Kind": "ingress-gateway", "Port": 9081`, false, api.StateHost, numbered(1)},
+		{"a terminating gateway in host mode", nomads, `"Kind": "terminating-gateway", "Port": 8443, "Proxy": {"Config": {"connect_timeout_ms": 5000}}`, false, api.StateHost, numbered(1)},
+		{"a mesh gateway in bridge mode", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {` + asNomadBinds + `}`, false, api.StateUnprotected, numbered(1)},
+		{"a mesh gateway in host mode whose job binds it", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {` + asNomadBinds + `}`, true, api.StateHost, numbered(1)},
+		{"one that binds tagged addresses", nomads, `"Kind": "mesh-gateway", "Port": 8443, "Proxy": {"Config": {"envoy_gateway_bind_tagged_addresses": true}}`, false, api.StateUnprotected, numbered(1)},
+		{"an API gateway that registered itself", "front", `"Kind": "api-gateway", "Service": "front", "Port": 8443`, false, api.StateUnclaimed, "front"},
+		{"a sidecar of a service outside of Nomad", "db-sidecar-proxy", `"Kind": "connect-proxy", "Port": 21000`, false, api.StateUnclaimed, "db-sidecar-proxy"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			proxies, problems, err := parseServices([]byte(fmt.Sprintf(`{%q: {%s}}`, c.id, c.registration)), loopback4())
+			proxies, problems, err := registration.ParseServices([]byte(fmt.Sprintf(`{%q: {%s}}`, c.id, c.registration)), registration.Loopback4())
 			if err != nil || len(problems) > 0 || len(proxies) != 1 {
 				t.Fatalf("proxies %+v, %q, %v", proxies, problems, err)
 			}
-			config := DefaultConfig()
+			config := configfile.DefaultConfig()
 			config.Docker.Socket = ""
 			a, err := New(config, Options{})
 			if err != nil {
@@ -54,28 +60,28 @@ func TestUnmatchedProxies(t *testing.T) {
 			if c.onNode { // and so it stays
 				a.unmatchedSince[c.line] = unmatchedProxy{onNode: true, looked: seen}
 			}
-			consul := snapshot{Proxies: byAllocation(proxies)}
+			consul := catalog.Snapshot{Proxies: catalog.ByAllocation(proxies)}
 			lines := a.unmatched(nil, consul, seen)
 			if len(lines) != 1 || lines[0].ID != c.line || lines[0].State != c.want || !lines[0].Since.Equal(seen) {
 				t.Fatalf("lines = %+v, want one for %s, %s since now", lines, c.line, c.want)
 			}
-			if told := len(lines[0].Problems) > 0; told != (c.want != StateHost) {
+			if told := len(lines[0].Problems) > 0; told != (c.want != api.StateHost) {
 				t.Errorf("problems = %q", lines[0].Problems)
 			}
 			again := a.unmatched(nil, consul, seen.Add(time.Minute))
 			if len(again) != 1 || !again[0].Since.Equal(seen) {
 				t.Errorf("a minute later: %+v, want it to be so since then", again)
 			}
-			faults := Status{Alive: seen, Workloads: again}.problems(seen.Add(settleTime - time.Second))
+			faults := api.Status{Alive: seen, Workloads: again}.ProblemsAt(seen.Add(api.SettleTime - time.Second))
 			if len(faults) > 0 {
 				t.Errorf("at once it counts as wrong: %q", faults)
 			}
-			faults = Status{Alive: seen, Workloads: again}.problems(seen.Add(settleTime))
-			if wrong := len(faults) > 0; wrong != (c.want == StateUnprotected) {
+			faults = api.Status{Alive: seen, Workloads: again}.ProblemsAt(seen.Add(api.SettleTime))
+			if wrong := len(faults) > 0; wrong != (c.want == api.StateUnprotected) {
 				t.Errorf("then it counts as wrong: %t, %q", wrong, faults)
 			}
-			own := allocation{attachment: attachment{Job: workload.Job{AllocID: numbered(1)}}, Proxies: proxies}
-			if lines := a.unmatched([]allocation{own}, consul, seen); len(lines) > 0 || len(a.unmatchedSince) > 0 {
+			own := desired.Allocation{Attachment: discover.Attachment{Job: workload.Job{AllocID: numbered(1)}}, Proxies: proxies}
+			if lines := a.unmatched([]desired.Allocation{own}, consul, seen); len(lines) > 0 || len(a.unmatchedSince) > 0 {
 				t.Errorf("with a namespace: %+v, remembered %+v; want nothing", lines, a.unmatchedSince)
 			}
 		})
@@ -86,9 +92,9 @@ func TestUnmatchedProxies(t *testing.T) {
 // task, allocation or namespace does.
 func TestGatewayIsSeenOnTheNode(t *testing.T) {
 	test.Need(t, test.Root, test.CgroupV2)
-	docker := &docker{}
+	docker := &discover.Docker{}
 	a := &Agent{docker: docker}
-	gateway := []proxy{{ID: "gw", Kind: kindMesh, AllocID: numbered(1), Self: service{Name: "gw"}}}
+	gateway := []registration.Proxy{{ID: "gw", Kind: registration.KindMesh, AllocID: numbered(1), Self: registration.Service{Name: "gw"}}}
 	scopes := test.NewCgroup(t)
 	scope := func(alloc, task string) *test.Cgroup { return scopes.Child(t, alloc+"."+task+".scope") }
 	runs := func(scope *test.Cgroup) {
@@ -114,16 +120,16 @@ func TestGatewayIsSeenOnTheNode(t *testing.T) {
 	runs(scope(numbered(2), "connect-mesh-gw"))
 	test.NewClient(t, test.Spec{NetNS: test.NewNetNS(t), Cgroup: scope(numbered(1), "connect-mesh-gw"), UID: 101, GID: 101})
 	container := strings.Repeat("c", 64)
-	docker.view = containers{Tasks: map[string]string{container: "connect-mesh-gw"}, Allocs: map[string]string{container: numbered(2)}}
+	docker.View = discover.Containers{Tasks: map[string]string{container: "connect-mesh-gw"}, Allocs: map[string]string{container: numbered(2)}}
 	runs(scopes.Child(t, "docker-"+container+".scope"))
 	if a.seenOnNode(numbered(1), gateway) {
 		t.Error("it is seen on the node, where another task, another allocation's and one in a namespace run")
 	}
-	docker.view.Allocs[container] = numbered(1)
+	docker.View.Allocs[container] = numbered(1)
 	if !a.seenOnNode(numbered(1), gateway) {
 		t.Error("its container on the node is not seen")
 	}
-	docker.view = containers{}
+	docker.View = discover.Containers{}
 	runs(scope(numbered(1), "connect-mesh-gw-1a2b3c"))
 	if !a.seenOnNode(numbered(1), gateway) {
 		t.Error("its task on the node is not seen")
@@ -137,23 +143,23 @@ func TestProblemsOfManyAllocations(t *testing.T) {
 	old := now.Add(-time.Hour)
 	forbidden := health.NewProblem(health.ProblemConsulForbidden, "a token", "403")
 	gone := health.NewProblem(health.ProblemStepFailed, "stop it", "its namespace is gone")
-	status := Status{Alive: now.Add(-stuck - time.Second), DataPath: "no cgroup root", Workloads: []WorkloadView{
-		{ID: "1", Job: "web", Group: "g", State: StateManaged, Since: old, Problems: []health.Problem{forbidden}},
-		{ID: "2", State: StateUnprotected, Since: old, Problems: []health.Problem{gone}},
-		{ID: "3", State: StateConsul, Since: old, Problems: []health.Problem{gone}},
-		{ID: "4", State: StateEnded, Since: old, Problems: []health.Problem{gone}},
-		{ID: "5", State: StateUnclaimed, Since: old, Problems: []health.Problem{gone}},
-		{ID: "6", State: StateUnprotected, Since: now, Problems: []health.Problem{gone}},
+	status := api.Status{Alive: now.Add(-api.Stuck - time.Second), DataPath: "no cgroup root", Workloads: []api.WorkloadView{
+		{ID: "1", Job: "web", Group: "g", State: api.StateManaged, Since: old, Problems: []health.Problem{forbidden}},
+		{ID: "2", State: api.StateUnprotected, Since: old, Problems: []health.Problem{gone}},
+		{ID: "3", State: api.StateConsul, Since: old, Problems: []health.Problem{gone}},
+		{ID: "4", State: api.StateEnded, Since: old, Problems: []health.Problem{gone}},
+		{ID: "5", State: api.StateUnclaimed, Since: old, Problems: []health.Problem{gone}},
+		{ID: "6", State: api.StateUnprotected, Since: now, Problems: []health.Problem{gone}},
 	}}
 	for i := 7; i < 11; i++ {
-		status.Workloads = append(status.Workloads, WorkloadView{ID: fmt.Sprint(i), State: StateManaged, Since: old, Problems: []health.Problem{forbidden.Of("allocation "+fmt.Sprint(i), fmt.Sprint(i))}})
+		status.Workloads = append(status.Workloads, api.WorkloadView{ID: fmt.Sprint(i), State: api.StateManaged, Since: old, Problems: []health.Problem{forbidden.Of("allocation "+fmt.Sprint(i), fmt.Sprint(i))}})
 	}
 	want := []string{
 		"the agent's reconcile loop has stalled for 31s [agent-stalled]", "the agent cannot repair the data path: no cgroup root [repair-failed]",
 		"5 allocations, among them 1 (web/g), 7, 8: 403 [consul-forbidden]", "allocation 2: its namespace is gone [step-failed]",
 	}
 	var got []string
-	for _, problem := range status.problems(now) {
+	for _, problem := range status.ProblemsAt(now) {
 		got = append(got, problem.Text())
 		if alone := problem.Subject == "allocation 2"; alone != (problem.AllocID == "2") {
 			t.Errorf("%q is of allocation %q", problem, problem.AllocID)

@@ -15,14 +15,14 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 func (n *node) answers() error {
-	_, err := ReadStatus(context.Background(), n.config.StateDir)
+	_, err := api.ReadStatus(context.Background(), n.config.StateDir)
 	return err
 }
 
@@ -59,11 +59,11 @@ func TestWipedStateDirectory(t *testing.T) {
 	_, key := n.transparent(id)
 	n.fake.answers(registered(id))
 	n.run()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	// The agent writes there at the same time.
 	test.Eventually(t, func() error { return os.RemoveAll(n.config.StateDir) }, "the directory to be wiped")
 	test.Eventually(t, n.answers, "the socket to come back")
-	info, err := os.Stat(filepath.Join(n.config.StateDir, socketName))
+	info, err := os.Stat(filepath.Join(n.config.StateDir, api.SocketName))
 	if err != nil || info.Mode().Perm() != 0o600 {
 		t.Errorf("socket: %v, %v; want it with mode 0600", info, err)
 	}
@@ -89,7 +89,7 @@ func TestAgentStartsBesideABadRecord(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.run()
-	n.eventually(good, StateManaged)
+	n.eventually(good, api.StateManaged)
 	if err := errors.Join(n.problem(path), n.metric(`weir_state_unseen{reason="record_unreadable"} 1`)); err != nil {
 		t.Error(err)
 	}
@@ -141,7 +141,7 @@ func TestAgentStartsBesideAStoppedHolderOfTheLock(t *testing.T) {
 		t.Fatal(err)
 	}
 	release()
-	n.eventually(id, StateManaged)
+	n.eventually(id, api.StateManaged)
 	test.Eventually(t, func() error {
 		if reasons := n.agent.unseenReasons(); len(reasons) > 0 {
 			return fmt.Errorf("reasons %v", reasons)

@@ -7,13 +7,15 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/weirmesh/weir/agent/discover"
 )
 
 // A directory that comes, goes and comes again is watched each time.
 func TestWatcherFollowsADirectoryThatComesAndGoes(t *testing.T) {
 	root := t.TempDir()
 	dir := filepath.Join(root, "lib", "results")
-	w, err := newWatcher(dir)
+	w, err := discover.NewWatcher(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -21,7 +23,7 @@ func TestWatcherFollowsADirectoryThatComesAndGoes(t *testing.T) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		w.run(func(dir string) { changes <- dir })
+		w.Run(func(dir string) { changes <- dir })
 	}()
 	t.Cleanup(func() {
 		if err := w.Close(); err != nil {
@@ -45,7 +47,7 @@ func TestWatcherFollowsADirectoryThatComesAndGoes(t *testing.T) {
 	}
 	ensure := func(want bool) {
 		t.Helper()
-		if fresh, err := w.ensure(); err != nil || fresh != want {
+		if fresh, err := w.Ensure(); err != nil || fresh != want {
 			t.Fatalf("ensure = %v, %v; want %v", fresh, err, want)
 		}
 	}

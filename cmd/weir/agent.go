@@ -10,12 +10,13 @@ import (
 	"os"
 	"os/signal"
 
+	"github.com/weirmesh/weir/agent/configfile"
+
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/hashicorp/cli"
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/cni"
+	"golang.org/x/sys/unix"
 )
 
 func newAgent(env env) *command {
@@ -39,8 +40,8 @@ func newAgent(env env) *command {
 	level := c.flags.String("log-level", "", "debug, info, warn or `error` (default info)")
 	c.do = func() (int, error) {
 		d := &daemon{ctx: c.ctx, out: &cli.UiWriter{Ui: c.ui}, hangup: make(chan os.Signal, 1)}
-		d.read = func() (agent.Config, error) {
-			config, err := agent.ReadConfig(*path, c.getenv)
+		d.read = func() (configfile.Config, error) {
+			config, err := configfile.ReadConfig(*path, c.getenv)
 			if err != nil {
 				return config, err
 			}
@@ -70,7 +71,7 @@ func newAgent(env env) *command {
 type daemon struct {
 	ctx    context.Context
 	out    io.Writer
-	read   func() (agent.Config, error)
+	read   func() (configfile.Config, error)
 	hangup chan os.Signal
 }
 
@@ -108,12 +109,12 @@ func (d *daemon) run() error {
 // instance is one agent with its configuration.
 type instance struct {
 	*agent.Agent
-	config agent.Config
+	config configfile.Config
 	log    *slog.Logger
-	former *agent.Config // that it was started in place of; nil: it is the first
+	former *configfile.Config // that it was started in place of; nil: it is the first
 }
 
-func (d *daemon) make(config agent.Config) (*instance, error) {
+func (d *daemon) make(config configfile.Config) (*instance, error) {
 	log := newLogger(config, d.out)
 	made, err := agent.New(config, agent.Options{
 		Version: version,
@@ -158,7 +159,7 @@ func (d *daemon) runUntilReload(running *instance) (next *instance, err error) {
 
 // reload makes the agent of the configuration as it is now. Where the data path
 // keeps its state does not change under workloads that run.
-func (d *daemon) reload(before agent.Config) (*instance, error) {
+func (d *daemon) reload(before configfile.Config) (*instance, error) {
 	config, err := d.read()
 	if err != nil {
 		return nil, err
@@ -174,7 +175,7 @@ func (d *daemon) reload(before agent.Config) (*instance, error) {
 	return d.make(config)
 }
 
-func newLogger(config agent.Config, out io.Writer) *slog.Logger {
+func newLogger(config configfile.Config, out io.Writer) *slog.Logger {
 	var level slog.Level
 	if level.UnmarshalText([]byte(config.LogLevel)) != nil {
 		level = slog.LevelInfo // the agent refuses the configuration

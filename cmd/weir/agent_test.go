@@ -17,7 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -61,7 +61,7 @@ func TestAgentTellsItsManager(t *testing.T) {
 	}
 	await("READY=1")
 	await("WATCHDOG=1")
-	status, err := agent.ReadStatus(t.Context(), environment["WEIR_STATE_DIR"])
+	status, err := api.ReadStatus(t.Context(), environment["WEIR_STATE_DIR"])
 	if err != nil || status.Consul.InSync {
 		t.Errorf("status = %+v, %v; want it to know that there is no Consul", status, err)
 	}
@@ -185,7 +185,7 @@ func TestAgentReloads(t *testing.T) {
 		if gone != "" && health(gone) {
 			t.Errorf("there is still an answer at %s", gone)
 		}
-		if _, err := agent.ReadStatus(t.Context(), paths.StateDir); err != nil {
+		if _, err := api.ReadStatus(t.Context(), paths.StateDir); err != nil {
 			t.Errorf("the local API: %v", err)
 		}
 	}

@@ -18,7 +18,7 @@ import (
 
 	"github.com/hashicorp/cli"
 	"github.com/posener/complete"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
@@ -38,11 +38,11 @@ type env struct {
 	terminal   bool // standard output is one
 	uid        int  // effective user ID of this process
 	open       func(store.Paths) datapath
-	ask        func(ctx context.Context, stateDir string) (agent.Status, error) // the agent, where one runs
+	ask        func(ctx context.Context, stateDir string) (api.Status, error) // the agent, where one runs
 	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
-	askFlows   func(ctx context.Context, stateDir string, query agent.FlowQuery, deliver func(agent.Flow) error) error
-	askGuard   func(ctx context.Context, stateDir string) (agent.GuardList, error)
-	askTraffic func(ctx context.Context, stateDir string, since time.Time) (agent.Traffic, error)
+	askFlows   func(ctx context.Context, stateDir string, query api.FlowQuery, deliver func(api.Flow) error) error
+	askGuard   func(ctx context.Context, stateDir string) (api.GuardList, error)
+	askTraffic func(ctx context.Context, stateDir string, since time.Time) (api.Traffic, error)
 	clear      func()                                               // empties the terminal
 	journal    func(ctx context.Context, lines int) (string, error) // the end of the agent's log
 	unit       func() bool                                          // whether systemd is to run the agent on this node
@@ -198,7 +198,7 @@ func (c *command) datapath() datapath {
 // agent asks the instance's agent for its view. ok is false where none answers,
 // and dead then says why one should; nothing where none is there to answer: the
 // data path works without.
-func (c *command) agent() (view agent.Status, ok bool, dead health.Problem) {
+func (c *command) agent() (view api.Status, ok bool, dead health.Problem) {
 	const timeout = 2 * time.Second
 	ctx, cancel := context.WithTimeout(c.ctx, timeout)
 	defer cancel()
@@ -212,10 +212,10 @@ func (c *command) agent() (view agent.Status, ok bool, dead health.Problem) {
 		return view, false, dead
 	}
 	what := fmt.Sprintf("the agent does not answer: %v", err)
-	if none || errors.Is(err, agent.ErrNotRunning) {
+	if none || errors.Is(err, api.ErrNotRunning) {
 		what = "the agent does not run: nothing follows Consul, guards new allocations or repairs the data path"
 	}
-	return agent.Status{}, false, health.NewProblem(health.ProblemAgentNotRunning,
+	return api.Status{}, false, health.NewProblem(health.ProblemAgentNotRunning,
 		"see its log, 'journalctl -u weir-agent' or that of Nomad's job, and start it: 'systemctl restart weir-agent'", what)
 }
 

@@ -8,8 +8,7 @@ import (
 	"github.com/hashicorp/cli"
 	"github.com/hashicorp/hcl/v2"
 	"github.com/posener/complete"
-
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/cni"
 )
 
@@ -53,7 +52,7 @@ func newConfigValidate(env env) *command {
 		if path == "" {
 			path = cni.DefaultConfigDir
 		}
-		checked, err := agent.CheckConfig(path)
+		checked, err := configfile.CheckConfig(path)
 		if err != nil {
 			return 1, err
 		}
@@ -88,7 +87,7 @@ func newConfigValidate(env env) *command {
 	return c
 }
 
-func reportOf(checked agent.CheckedConfig) configReport {
+func reportOf(checked configfile.CheckedConfig) configReport {
 	report := configReport{Schema: 1, Valid: !checked.Problems.HasErrors(), Files: append([]string{}, checked.Files...), Problems: []configProblem{}}
 	for _, problem := range checked.Problems {
 		each := configProblem{Severity: "error", Summary: problem.Summary, Detail: problem.Detail}

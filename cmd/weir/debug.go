@@ -19,7 +19,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/cmd/weir/debug"
 	"github.com/weirmesh/weir/cni"
 	"golang.org/x/sys/unix"
@@ -73,9 +74,9 @@ func (c *command) debug(out, configPath string, flows, lines int) (err error) {
 		}
 	}()
 	view, _, _ := c.agent()
-	config, configErr := agent.ReadConfig(configPath, c.getenv)
+	config, configErr := configfile.ReadConfig(configPath, c.getenv)
 	if errors.Is(configErr, fs.ErrNotExist) {
-		config, configErr = agent.ReadConfig("", c.getenv)
+		config, configErr = configfile.ReadConfig("", c.getenv)
 	}
 	b := &bundle{command: c, archive: debug.NewArchive(file, title, now, c.secrets(config, configPath))}
 	for _, part := range debugParts(flows, configPath) {
@@ -172,10 +173,10 @@ func (b *bundle) ask(name string, args ...string) {
 }
 
 // explain adds what decides about the allocations that have problems.
-func (b *bundle) explain(view agent.Status) {
+func (b *bundle) explain(view api.Status) {
 	count := 0
 	for _, w := range view.Workloads {
-		if len(w.Problems) == 0 || w.State != agent.StateManaged {
+		if len(w.Problems) == 0 || w.State != api.StateManaged {
 			continue
 		}
 		if count++; count > debugAllocations {
@@ -188,7 +189,7 @@ func (b *bundle) explain(view agent.Status) {
 }
 
 // secrets are all that must not get into the archive, as far as this node tells.
-func (c *command) secrets(config agent.Config, configPath string) *debug.Secrets {
+func (c *command) secrets(config configfile.Config, configPath string) *debug.Secrets {
 	secrets := &debug.Secrets{}
 	secrets.Config(config)
 	secrets.Files(configPath)
@@ -207,7 +208,7 @@ func (c *command) secrets(config agent.Config, configPath string) *debug.Secrets
 }
 
 // configText is the configuration as it is in force, defaults filled in.
-func configText(config agent.Config) string {
+func configText(config configfile.Config) string {
 	if consul := *config.Consul; consul.Token != "" {
 		consul.Token = debug.Removed
 		config.Consul = &consul

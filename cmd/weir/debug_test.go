@@ -17,7 +17,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
 )
@@ -96,8 +96,8 @@ log_level = "token = \"`+secrets["token that is commented out"]+`\""
 	n.log = "10:00 " + told
 	n.recording, n.flows = true, fourFlows().flows
 	n.flows[0].Destination.Service = told
-	n.guard = &agent.GuardList{Schema: 1}
-	n.agent = &agent.Status{Workloads: []agent.WorkloadView{{ID: "none/../" + secrets["variable"], State: agent.StateManaged, Problems: n.status.Problems}}}
+	n.guard = &api.GuardList{Schema: 1}
+	n.agent = &api.Status{Workloads: []api.WorkloadView{{ID: "none/../" + secrets["variable"], State: api.StateManaged, Problems: n.status.Problems}}}
 	environment := map[string]string{"CONSUL_HTTP_TOKEN": "", "NOMAD_TOKEN": secrets["variable"], "CONSUL_HTTP_AUTH": "user:" + secrets["basic authentication"]}
 	out := filepath.Join(dir, "out.tar.gz")
 	got := try(t, n, environment, "debug", "-o", out, "-config", config, "-log", "5")
@@ -135,8 +135,8 @@ func TestDebug(t *testing.T) {
 	dir := t.TempDir()
 	t.Chdir(dir)
 	n := busy()
-	n.status, n.log, n.recording, n.flows, n.guard = healthy(), "log\n", true, fourFlows().flows, &agent.GuardList{Schema: 1}
-	n.agent = &agent.Status{}
+	n.status, n.log, n.recording, n.flows, n.guard = healthy(), "log\n", true, fourFlows().flows, &api.GuardList{Schema: 1}
+	n.agent = &api.Status{}
 	got := try(t, n, nil, "debug", "-config", dir)
 	found, err := filepath.Glob("weir-debug-*-*Z.tar.gz")
 	if err != nil || len(found) != 1 || got.code != 0 {

@@ -11,6 +11,9 @@ import (
 
 	"github.com/mitchellh/go-wordwrap"
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect/health"
 )
@@ -26,7 +29,7 @@ type doctor struct {
 	*command
 	node   deploy.Node
 	before bool // Weir is not installed yet
-	config agent.Config
+	config configfile.Config
 	valid  bool // ... is as the files have it
 	checks []health.Check
 }
@@ -87,7 +90,7 @@ func (d *doctor) examine(path string) {
 	var services []byte
 	if d.valid {
 		var checks []health.Check
-		checks, services = agent.ConsulReadiness(d.ctx, *d.config.Consul)
+		checks, services = catalog.ConsulReadiness(d.ctx, *d.config.Consul)
 		d.checks = append(d.checks, checks...)
 	}
 	if running {
@@ -106,13 +109,13 @@ func (d *doctor) readConfig(path string) {
 			path = dir
 		}
 	}
-	config, err := agent.ReadConfig(path, d.getenv)
+	config, err := configfile.ReadConfig(path, d.getenv)
 	if err == nil {
 		err = config.Validate()
 	}
 	switch {
 	case err != nil:
-		config = agent.DefaultConfig()
+		config = configfile.DefaultConfig()
 		checks.Fault("configuration", fmt.Sprintf("correct it; 'weir config validate %s' shows the line", path), "the agent's configuration is not valid: %v", err)
 	case path == "":
 		checks.OK("configuration", "the agent has no configuration file: every key has its default")
@@ -130,7 +133,7 @@ func isDirectory(path string) bool {
 
 // weir checks what an installation brought to life. It returns the agent's view
 // where one runs.
-func (d *doctor) weir(datapath datapath) (view agent.Status, running bool) {
+func (d *doctor) weir(datapath datapath) (view api.Status, running bool) {
 	view, running, dead := d.agent()
 	if d.before {
 		return view, running
@@ -160,15 +163,15 @@ func (d *doctor) weir(datapath datapath) (view agent.Status, running bool) {
 
 // allocationsSeen are the allocations of the mesh that are not under Weir, as the
 // running agent sees them.
-func allocationsSeen(view agent.Status) []health.Check {
+func allocationsSeen(view api.Status) []health.Check {
 	checks := &health.Checks{Group: "allocations"}
 	for _, w := range view.Workloads {
 		who := "allocation " + name(w.Job, w.Group, w.Key)
 		switch w.State {
-		case agent.StateConsul:
+		case api.StateConsul:
 			checks.Warn("allocation-consul", "nothing, it goes on as it is; 'nomad alloc stop' it for one that is under Weir",
 				"%s was redirected by consul-cni: its own rules hold until Nomad starts a new one in its place", who)
-		case agent.StateUnprotected:
+		case api.StateUnprotected:
 			problem := health.NewProblem(health.ProblemUnprotected, "see the agent's log", "no reason is known yet")
 			if len(w.Problems) > 0 {
 				problem = w.Problems[0]

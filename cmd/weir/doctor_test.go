@@ -15,7 +15,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
@@ -96,11 +96,11 @@ func TestDoctorFitsATerminal(t *testing.T) {
 }
 
 func TestDoctorWithFaults(t *testing.T) {
-	n := &node{proc: t.TempDir(), agent: &agent.Status{Workloads: []agent.WorkloadView{
-		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, Job: "demo", Group: "web", State: agent.StateUnprotected,
+	n := &node{proc: t.TempDir(), agent: &api.Status{Workloads: []api.WorkloadView{
+		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, Job: "demo", Group: "web", State: api.StateUnprotected,
 			Problems: []health.Problem{{What: "its namespace cannot be entered", Remedy: "'nomad alloc stop' it"}}},
-		{Key: workload.AttachmentID{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: agent.StateConsul},
-		{Key: workload.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: agent.StateManaged},
+		{Key: workload.AttachmentID{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: api.StateConsul},
+		{Key: workload.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: api.StateManaged},
 	}}, status: redirect.Status{Problems: []health.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
 	got := try(t, n, nil, doctorArgs(t, "-json")...)
 	var report doctorReport

@@ -9,12 +9,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // renderEgress is the list of what left past the proxies.
-func (c *command) renderEgress(list agent.GuardList, now time.Time) string {
+func (c *command) renderEgress(list api.GuardList, now time.Time) string {
 	since := "since the agent began to record, " + ago(now, list.Since) + " ago"
 	if len(list.Egress) == 0 {
 		return "nothing that an egress guard sees went out past a proxy " + since + incomplete(list)

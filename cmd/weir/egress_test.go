@@ -7,13 +7,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 )
 
 func TestGuardEgress(t *testing.T) {
 	n := audited()
 	now := time.Now()
-	n.guard.Egress = []agent.EgressEntry{
+	n.guard.Egress = []api.EgressEntry{
 		{
 			AllocID: "0b5d0c1e-7c0f", Job: "demo", TaskGroup: "web", Task: "front", Command: "curl", UID: 1000, Transport: "udp", Destination: "192.0.2.1", Port: 443,
 			Verdict: "egress_audit", Count: 12, Last: now.Add(-90 * time.Second), Remedy: `exclude_outbound_ports = ["443"]`,

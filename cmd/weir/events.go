@@ -11,7 +11,7 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/store"
@@ -84,7 +84,7 @@ func newEvents(env env) *command {
 // it: the ring has one reader.
 func (c *command) readEvents(ctx context.Context, datapath datapath, deliver func(redirect.Event) error) error {
 	err := c.askEvents(ctx, c.stateDir(), deliver)
-	if errors.Is(err, agent.ErrNotRunning) || errors.Is(err, agent.ErrFlowsOff) || errors.Is(err, agent.ErrFlowsProblem) {
+	if errors.Is(err, api.ErrNotRunning) || errors.Is(err, api.ErrFlowsOff) || errors.Is(err, api.ErrFlowsProblem) {
 		return datapath.Events(ctx, deliver)
 	}
 	return err

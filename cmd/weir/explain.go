@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/mitchellh/go-wordwrap"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/store"
@@ -140,7 +140,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	return code, nil
 }
 
-func (c *command) explainWhole(datapath datapath, record redirect.Record, answer explained, view agent.Status) (int, error) {
+func (c *command) explainWhole(datapath datapath, record redirect.Record, answer explained, view api.Status) (int, error) {
 	settings, silent, err := datapath.Settings(record.Key)
 	if err != nil {
 		return 1, err
@@ -180,7 +180,7 @@ func (c *command) explainWhole(datapath datapath, record redirect.Record, answer
 }
 
 // workload is the one that the first operand names.
-func (c *command) workload(datapath datapath, view agent.Status) (redirect.Record, error) {
+func (c *command) workload(datapath datapath, view api.Status) (redirect.Record, error) {
 	known, unreadable := datapath.Records()
 	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
 		return redirect.Record{}, unreadable
@@ -209,7 +209,7 @@ func (c *command) workload(datapath datapath, view agent.Status) (redirect.Recor
 func allocationOf(w redirect.Record) string { return allocID(w.Request.Job.AllocID, w.Key) }
 
 // connection is what the flags and the destination name.
-func (c *command) connection(f explainFlags, w redirect.Record, view agent.Status) (explain.Connection, error) {
+func (c *command) connection(f explainFlags, w redirect.Record, view api.Status) (explain.Connection, error) {
 	connection := explain.Connection{UID: explain.NoUID, IPv6Socket: f.mapped}
 	if f.from != "" && !f.inbound {
 		return connection, errors.New("-from: it needs -inbound")
@@ -235,7 +235,7 @@ func (c *command) connection(f explainFlags, w redirect.Record, view agent.Statu
 }
 
 // asTask makes the connection that of a task: the proxy's where the agent knows it as the proxy.
-func asTask(connection *explain.Connection, f explainFlags, w redirect.Record, view agent.Status) error {
+func asTask(connection *explain.Connection, f explainFlags, w redirect.Record, view api.Status) error {
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key || !slices.Contains(strings.FieldsFunc(seen.Task, func(r rune) bool { return r == ' ' || r == ',' }), f.task) {
 			continue
@@ -270,7 +270,7 @@ func inboundConnection(connection explain.Connection, f explainFlags, w redirect
 
 // resolve is the destination as an address: written as one, the virtual IP or the listener of an
 // upstream, or what this node resolves the name to.
-func (c *command) resolve(text string, w redirect.Record, view agent.Status) (netip.AddrPort, error) {
+func (c *command) resolve(text string, w redirect.Record, view api.Status) (netip.AddrPort, error) {
 	if to, err := netip.ParseAddrPort(text); err == nil {
 		return to, nil
 	}
@@ -310,7 +310,7 @@ func (c *command) resolve(text string, w redirect.Record, view agent.Status) (ne
 }
 
 // upstreamsOf are those of the record, then those that the agent knows.
-func upstreamsOf(w redirect.Record, view agent.Status) []workload.Upstream {
+func upstreamsOf(w redirect.Record, view api.Status) []workload.Upstream {
 	list := slices.Clone(w.MeshConfig.Upstreams)
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key {
@@ -325,7 +325,7 @@ func upstreamsOf(w redirect.Record, view agent.Status) []workload.Upstream {
 
 // serviceOf names the service behind the destination: by the allocation's own upstreams, else by
 // those of any allocation of the node, because a virtual IP is the same for all.
-func serviceOf(e explain.Explanation, connection explain.Connection, key workload.AttachmentID, view agent.Status) string {
+func serviceOf(e explain.Explanation, connection explain.Connection, key workload.AttachmentID, view api.Status) string {
 	if e.Service != "" || connection.From.IsValid() {
 		return e.Service
 	}

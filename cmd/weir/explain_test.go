@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
@@ -35,10 +35,10 @@ func explainNode() *node {
 	}
 	return &node{
 		known: []redirect.Record{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
-		agent: &agent.Status{Workloads: []agent.WorkloadView{
-			{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: agent.StateManaged, Task: "connect-proxy-api",
-				Upstreams: []agent.UpstreamView{{Name: "far", VirtualIPs: []netip.Addr{netip.MustParseAddr("240.0.0.9")}}}},
-			{ID: "2d7f3333-7c0f", Job: "plain", State: agent.StateUnprotected},
+		agent: &api.Status{Workloads: []api.WorkloadView{
+			{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: api.StateManaged, Task: "connect-proxy-api",
+				Upstreams: []api.UpstreamView{{Name: "far", VirtualIPs: []netip.Addr{netip.MustParseAddr("240.0.0.9")}}}},
+			{ID: "2d7f3333-7c0f", Job: "plain", State: api.StateUnprotected},
 		}},
 		explanation: explain.Explanation{Verdict: bpfmap.Redirected, Local: true, Listens: true,
 			SentTo: netip.MustParseAddrPort("127.0.0.1:15001"),

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/store"
 )
@@ -44,7 +44,7 @@ func newFlows(env env) *command {
   See what was refused in the last ten minutes:
 
       $ weir flows -refused -since 10m`, fewFlows)).withPaths().withJSON().withSelection()
-	var query agent.FlowQuery
+	var query api.FlowQuery
 	c.flags.BoolVar(&query.Follow, "f", false, "go on until interrupted")
 	c.flags.IntVar(&query.Last, "last", 0, "the newest `count` of those that were recorded")
 	since := c.flags.String("since", "", "not older than this `time`: 10m, or 2006-01-02T15:04:05Z")
@@ -75,7 +75,7 @@ func newFlows(env env) *command {
 }
 
 // flowQuery is what the flags and the operand ask for.
-func (c *command) flowQuery(query agent.FlowQuery, since, until string, port uint, verdicts string, summary bool) (agent.FlowQuery, error) {
+func (c *command) flowQuery(query api.FlowQuery, since, until string, port uint, verdicts string, summary bool) (api.FlowQuery, error) {
 	now := time.Now()
 	for name, moment := range map[string]struct {
 		text string
@@ -84,7 +84,7 @@ func (c *command) flowQuery(query agent.FlowQuery, since, until string, port uin
 		if moment.text == "" {
 			continue
 		}
-		at, err := agent.ParseMoment(moment.text, now)
+		at, err := api.ParseMoment(moment.text, now)
 		if err != nil {
 			return query, fmt.Errorf("read -%s: %w", name, err)
 		}
@@ -123,19 +123,19 @@ func (c *command) flowQuery(query agent.FlowQuery, since, until string, port uin
 }
 
 // readFlows asks the agent, without which there is no history.
-func (c *command) readFlows(query agent.FlowQuery, deliver func(agent.Flow) error) error {
+func (c *command) readFlows(query api.FlowQuery, deliver func(api.Flow) error) error {
 	err := c.askFlows(c.ctx, c.stateDir(), query, deliver)
-	if errors.Is(err, agent.ErrNotRunning) || errors.Is(err, agent.ErrFlowsOff) {
+	if errors.Is(err, api.ErrNotRunning) || errors.Is(err, api.ErrFlowsOff) {
 		return fmt.Errorf("%w; 'weir events -f' shows connections without it", err)
 	}
 	return err
 }
 
-func (c *command) listFlows(query agent.FlowQuery, numeric bool) error {
+func (c *command) listFlows(query api.FlowQuery, numeric bool) error {
 	if !c.json {
 		c.ui.Output(c.paint(bold, flowColumns("TIME", "SOURCE", "DESTINATION", "VERDICT")))
 	}
-	return c.readFlows(query, func(flow agent.Flow) error {
+	return c.readFlows(query, func(flow api.Flow) error {
 		if c.json {
 			line, err := json.Marshal(flow)
 			if err != nil {
@@ -159,13 +159,13 @@ func (c *command) listFlows(query agent.FlowQuery, numeric bool) error {
 }
 
 // lossText says what a reader does not get, and what to do about it.
-func lossText(flow agent.Flow) string {
+func lossText(flow api.Flow) string {
 	switch flow.Cause {
-	case agent.LostInKernel:
+	case api.LostInKernel:
 		return fmt.Sprintf("%d of %s: more than its share of the kernel's ring", flow.Lost, orDash(short(flow.Source.AllocID)))
-	case agent.LostByMemory:
+	case api.LostByMemory:
 		return fmt.Sprintf("%d older ones: flows { memory } of the agent is full", flow.Lost)
-	case agent.LostByReader:
+	case api.LostByReader:
 		return fmt.Sprintf("%d: what reads them is slower than connections happen", flow.Lost)
 	}
 	return fmt.Sprint(flow.Lost)
@@ -173,15 +173,15 @@ func lossText(flow agent.Flow) string {
 
 // flowSummary is what -summary -json prints.
 type flowSummary struct {
-	Schema int                 `json:"schema"`
-	Edges  []agent.CountedEdge `json:"edges"`
-	Lost   uint64              `json:"lost"` // connections that are not among them
+	Schema int               `json:"schema"`
+	Edges  []api.CountedEdge `json:"edges"`
+	Lost   uint64            `json:"lost"` // connections that are not among them
 }
 
-func (c *command) summarise(query agent.FlowQuery, numeric bool) error {
-	counts := make(map[agent.Edge]uint64)
-	seen := flowSummary{Schema: 1, Edges: []agent.CountedEdge{}}
-	err := c.readFlows(query, func(flow agent.Flow) error {
+func (c *command) summarise(query api.FlowQuery, numeric bool) error {
+	counts := make(map[api.Edge]uint64)
+	seen := flowSummary{Schema: 1, Edges: []api.CountedEdge{}}
+	err := c.readFlows(query, func(flow api.Flow) error {
 		if flow.Lost > 0 {
 			seen.Lost += flow.Lost
 			return nil
@@ -193,13 +193,13 @@ func (c *command) summarise(query agent.FlowQuery, numeric bool) error {
 		return err
 	}
 	for edge, count := range counts {
-		seen.Edges = append(seen.Edges, agent.CountedEdge{Edge: edge, Count: count})
+		seen.Edges = append(seen.Edges, api.CountedEdge{Edge: edge, Count: count})
 	}
-	text := func(e agent.CountedEdge) (source, destination string) {
-		flow := agent.Flow{Source: e.Source, Destination: e.Destination}
+	text := func(e api.CountedEdge) (source, destination string) {
+		flow := api.Flow{Source: e.Source, Destination: e.Destination}
 		return sourceText(flow, numeric), destinationText(flow, numeric)
 	}
-	slices.SortFunc(seen.Edges, func(a, b agent.CountedEdge) int {
+	slices.SortFunc(seen.Edges, func(a, b api.CountedEdge) int {
 		from, to := text(a)
 		fromB, toB := text(b)
 		return cmp.Or(cmp.Compare(b.Count, a.Count), strings.Compare(from, fromB), strings.Compare(to, toB), strings.Compare(a.Verdict, b.Verdict))
@@ -248,7 +248,7 @@ func clip(text string, width int, mark string) string {
 
 // sourceText names who opened a connection: its job with the task, or the group
 // where that is not known; else its allocation; else its address.
-func sourceText(flow agent.Flow, numeric bool) string {
+func sourceText(flow api.Flow, numeric bool) string {
 	s := flow.Source
 	switch {
 	case numeric && s.IP.IsValid():
@@ -266,7 +266,7 @@ func sourceText(flow agent.Flow, numeric bool) string {
 }
 
 // destinationText names what was dialled: the service, or whose address it is.
-func destinationText(flow agent.Flow, numeric bool) string {
+func destinationText(flow api.Flow, numeric bool) string {
 	d := flow.Destination
 	name := d.Service
 	if name == "" && d.Job != "" {

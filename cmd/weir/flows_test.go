@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -21,7 +21,7 @@ import (
 // agentEvents is what an agent would tell that reads the kernel's ring.
 func (n *node) agentEvents(deliver func(redirect.Event) error) error {
 	if !n.recording {
-		return fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+		return fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 	}
 	for _, event := range n.told {
 		if err := deliver(event); err != nil {
@@ -31,10 +31,10 @@ func (n *node) agentEvents(deliver func(redirect.Event) error) error {
 	return nil
 }
 
-func (n *node) agentFlows(query agent.FlowQuery, deliver func(agent.Flow) error) error {
+func (n *node) agentFlows(query api.FlowQuery, deliver func(api.Flow) error) error {
 	n.query = query
 	if !n.recording {
-		return fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+		return fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 	}
 	for _, flow := range n.flows {
 		if err := deliver(flow); err != nil {
@@ -48,21 +48,21 @@ func fourFlows() *node {
 	at := time.Date(2026, 11, 23, 12, 30, 0, 0, time.Local)
 	uid := uint32(1000)
 	n := twoWorkloads()
-	shop := agent.FlowSource{
+	shop := api.FlowSource{
 		AllocID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Namespace: "prod", Job: "shop", TaskGroup: "front", Task: "server", PID: 815, UID: &uid,
 		Command: "curl", Service: "web",
 	}
-	apiAlloc := agent.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
-	outside := agent.FlowSource{IP: netip.MustParseAddr("2001:db8::1234:5678:9abc:def0"), Port: 40000}
+	apiAlloc := api.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
+	outside := api.FlowSource{IP: netip.MustParseAddr("2001:db8::1234:5678:9abc:def0"), Port: 40000}
 	n.recording = true
-	n.flows = []agent.Flow{
-		{Schema: 1, Time: at, Node: "n1", Direction: agent.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: apiAlloc},
-		{Schema: 1, Time: at, Node: "n1", Verdict: "lost", Lost: 7, Cause: agent.LostByReader},
+	n.flows = []api.Flow{
+		{Schema: 1, Time: at, Node: "n1", Direction: api.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: apiAlloc},
+		{Schema: 1, Time: at, Node: "n1", Verdict: "lost", Lost: 7, Cause: api.LostByReader},
 		{
-			Schema: 1, Time: at.Add(time.Second), Node: "n1", Direction: agent.DirectionInbound, Verdict: "refused_inbound_no_proxy", Refused: true,
-			Source: outside, Destination: agent.FlowDestination{AllocID: shop.AllocID, IP: netip.MustParseAddr("2001:db8::ffff:ffff:ffff:1"), Port: 8080},
+			Schema: 1, Time: at.Add(time.Second), Node: "n1", Direction: api.DirectionInbound, Verdict: "refused_inbound_no_proxy", Refused: true,
+			Source: outside, Destination: api.FlowDestination{AllocID: shop.AllocID, IP: netip.MustParseAddr("2001:db8::ffff:ffff:ffff:1"), Port: 8080},
 		},
-		{Schema: 1, Time: at.Add(2 * time.Second), Node: "n1", Direction: agent.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: apiAlloc},
+		{Schema: 1, Time: at.Add(2 * time.Second), Node: "n1", Direction: api.DirectionOutbound, Verdict: "upstream", Source: shop, Destination: apiAlloc},
 	}
 	n.flows[3].Source.PID = 816
 	return n
@@ -138,7 +138,7 @@ func TestFlowsAsksWhatItIsTold(t *testing.T) {
 		t.Errorf("since %s ago, want 10m", ago)
 	}
 	n.query.Since = time.Time{}
-	asked := agent.FlowQuery{
+	asked := api.FlowQuery{
 		Follow: true, Last: 5, Until: time.Date(2026, 11, 28, 0, 0, 0, 0, time.UTC), From: "shop", To: "10.0.0.0/8", Alloc: "0b5d", Job: "j",
 		Task: "t", Service: "s", Port: 80, Verdicts: []string{"upstream", "redirected"}, Refused: true, Not: true,
 	}

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 )
@@ -41,8 +41,8 @@ func newGuard(env env) *command {
 		ctx, cancel := context.WithTimeout(c.ctx, 10*time.Second)
 		defer cancel()
 		list, err := c.askGuard(ctx, c.stateDir())
-		if errors.Is(err, agent.ErrNotRunning) {
-			return 1, fmt.Errorf("%w: it keeps the list; next: %s", agent.ErrNotRunning, startAgent)
+		if errors.Is(err, api.ErrNotRunning) {
+			return 1, fmt.Errorf("%w: it keeps the list; next: %s", api.ErrNotRunning, startAgent)
 		}
 		if err != nil {
 			return 1, err
@@ -57,10 +57,10 @@ func newGuard(env env) *command {
 		if err != nil {
 			return 1, err
 		}
-		list.Entries = slices.DeleteFunc(list.Entries, func(e agent.GuardEntry) bool {
+		list.Entries = slices.DeleteFunc(list.Entries, func(e api.GuardEntry) bool {
 			return !chosen.has(named{id: e.AllocID, job: e.Job})
 		})
-		list.Egress = slices.DeleteFunc(list.Egress, func(e agent.EgressEntry) bool {
+		list.Egress = slices.DeleteFunc(list.Egress, func(e api.EgressEntry) bool {
 			return !chosen.has(named{id: e.AllocID, job: e.Job})
 		})
 		if c.json {
@@ -76,7 +76,7 @@ func newGuard(env env) *command {
 	return c
 }
 
-func (c *command) renderGuard(list agent.GuardList, now time.Time) string {
+func (c *command) renderGuard(list api.GuardList, now time.Time) string {
 	since := "since the agent began to record, " + ago(now, list.Since) + " ago"
 	if len(list.Entries) == 0 {
 		return "nothing came in past a proxy " + since + incomplete(list)
@@ -111,7 +111,7 @@ func (c *command) renderGuard(list agent.GuardList, now time.Time) string {
 }
 
 // incomplete tells what the list does not have.
-func incomplete(list agent.GuardList) string {
+func incomplete(list api.GuardList) string {
 	var text string
 	if list.Omitted > 0 {
 		text += fmt.Sprintf("\nnot listed: %d that came to allocations which have 256 entries, or to a full table", list.Omitted)

@@ -9,14 +9,14 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func audited() *node {
 	now := time.Now()
-	n := &node{guard: &agent.GuardList{Schema: 1, Since: now.Add(-3 * time.Hour), Entries: []agent.GuardEntry{
+	n := &node{guard: &api.GuardList{Schema: 1, Since: now.Add(-3 * time.Hour), Entries: []api.GuardEntry{
 		{
 			AllocID: "0b5d0c1e-7c0f", Job: "demo", TaskGroup: "web", Protocol: "tcp", Port: 9102, Source: "prometheus/scrape/77aa01bb", Verdict: "guard_audit",
 			Count: 12, First: now.Add(-2 * time.Hour), Last: now.Add(-90 * time.Second), Remedy: `network { port "port-9102" { to = 9102 } }`,
@@ -83,7 +83,7 @@ func TestGuardJSON(t *testing.T) {
 func TestGuardWithoutAnAgent(t *testing.T) {
 	want(t, try(t, &node{}, nil, "guard"), outcome{code: 1, stderr: "weir guard: the agent does not run: it keeps the list; " +
 		"next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it\n"})
-	n := &node{silence: fmt.Errorf("ask: %w", agent.ErrFlowsOff)}
+	n := &node{silence: fmt.Errorf("ask: %w", api.ErrFlowsOff)}
 	if got := try(t, n, nil, "guard"); got.code != 1 || !strings.Contains(got.stderr, "flows { enabled = false }") {
 		t.Errorf("weir guard: %+v, want it told what to change", got)
 	}

@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect"
@@ -231,7 +231,7 @@ One that ended and left its namespace: weir gc
 	if diff := cmp.Diff(wantLosses, losses()); diff != "" {
 		t.Errorf("who loses what beside Consul's plugin (-want +got):\n%s", diff)
 	}
-	n.agent = &agent.Status{}
+	n.agent = &api.Status{}
 	if got := try(t, n, environment, "uninstall", "-root", root, "-force"); got.code != 1 || !strings.Contains(got.stderr, "the agent runs") {
 		t.Errorf("while the agent runs: %+v", got)
 	}

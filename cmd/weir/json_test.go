@@ -6,7 +6,7 @@ import (
 	"encoding/json"
 	"testing"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 )
 
 // Whatever a command prints as JSON is an object that names its form; for install
@@ -20,7 +20,7 @@ func TestJSONNamesItsSchema(t *testing.T) {
 		"uninstall": {"-dry-run", "-root", t.TempDir()},
 	} {
 		t.Run(name, func(t *testing.T) {
-			n := &node{status: healthy(), agent: &agent.Status{}}
+			n := &node{status: healthy(), agent: &api.Status{}}
 			got := try(t, n, nil, append([]string{name, "-json"}, args...)...)
 			var told struct{ Schema int }
 			if err := json.Unmarshal([]byte(got.stdout), &told); err != nil || told.Schema != 1 {

@@ -14,7 +14,7 @@ import (
 	"testing"
 
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -123,7 +123,7 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: agent.ReadStatus, askEvents: agent.ReadEvents, askFlows: agent.ReadFlows, askTraffic: agent.ReadTraffic, askGuard: agent.ReadGuard,
+		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: api.ReadStatus, askEvents: api.ReadEvents, askFlows: api.ReadFlows, askTraffic: api.ReadTraffic, askGuard: api.ReadGuard,
 		journal:   func(context.Context, int) (string, error) { return "", nil },
 		leftovers: func(ended.Node) leftovers { return &node{} },
 	})

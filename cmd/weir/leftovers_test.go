@@ -8,7 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -32,7 +32,7 @@ empty: nothing runs in the namespace of 1 allocation, which is over or about to 
 // be reached: the node is not healthy, whatever runs on it.
 func TestStatusOfPortsThatLeadNowhere(t *testing.T) {
 	n := leftBehind()
-	n.status, n.agent = healthy(), &agent.Status{}
+	n.status, n.agent = healthy(), &api.Status{}
 	heir := workload.AttachmentID{ContainerID: "77aa00bb-7c0f-4d0e-9a51-2f6c8e1d0b02", IfName: "eth0"}
 	n.left[0].Shadows = []ended.Shadow{{Port: 28101, Protocol: "tcp", By: &heir, Job: workload.Job{ID: "demo", Group: "new"}}}
 	n.left[1].Shadows = []ended.Shadow{{Port: 8443, Protocol: "udp"}}

@@ -16,7 +16,7 @@ import (
 	"strings"
 
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
@@ -34,11 +34,11 @@ func main() {
 		terminal:   notTerminal == nil,
 		uid:        os.Geteuid(),
 		open:       func(paths store.Paths) datapath { return redirect.New(paths) },
-		ask:        agent.ReadStatus,
-		askEvents:  agent.ReadEvents,
-		askFlows:   agent.ReadFlows,
-		askGuard:   agent.ReadGuard,
-		askTraffic: agent.ReadTraffic,
+		ask:        api.ReadStatus,
+		askEvents:  api.ReadEvents,
+		askFlows:   api.ReadFlows,
+		askGuard:   api.ReadGuard,
+		askTraffic: api.ReadTraffic,
 		clear:      clearTerminal(os.Stdout),
 		journal:    journal,
 		unit:       unitEnabled,

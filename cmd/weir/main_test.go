@@ -16,7 +16,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
@@ -40,9 +40,9 @@ type node struct {
 	events   []redirect.Event
 	onEvents func() // what happens once they are read
 
-	onVerdicts func()        // what happens before they are counted
-	agent      *agent.Status // nil: none runs
-	guard      *agent.GuardList
+	onVerdicts func()      // what happens before they are counted
+	agent      *api.Status // nil: none runs
+	guard      *api.GuardList
 	silence    error  // why none answers; nil: it has no socket
 	unit       bool   // systemd is to run one
 	uid        int    // who runs the program
@@ -56,14 +56,14 @@ type node struct {
 
 	recording   bool             // the agent does
 	told        []redirect.Event // ... of the kernel's
-	flows       []agent.Flow
-	query       agent.FlowQuery // of the last reader of them
+	flows       []api.Flow
+	query       api.FlowQuery // of the last reader of them
 	explanation explain.Explanation
 	asked       []explain.Connection // of explain
 	settings    []explain.Setting
 	rows        []dump.Row
 	silent      bool // a proxy does not listen
-	traffic     *agent.Traffic
+	traffic     *api.Traffic
 	noTimes     error // why the kernel does not count the time of programs
 	times       []program.RunTime
 	cleared     int    // how often the terminal was
@@ -146,35 +146,35 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			n.paths = paths
 			return n
 		},
-		ask: func(context.Context, string) (agent.Status, error) {
+		ask: func(context.Context, string) (api.Status, error) {
 			switch {
 			case n.agent != nil:
 				return *n.agent, nil
 			case n.silence != nil:
-				return agent.Status{}, n.silence
+				return api.Status{}, n.silence
 			}
-			return agent.Status{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+			return api.Status{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
 		askEvents: func(_ context.Context, _ string, deliver func(redirect.Event) error) error {
 			return n.agentEvents(deliver)
 		},
-		askFlows: func(_ context.Context, _ string, query agent.FlowQuery, deliver func(agent.Flow) error) error {
+		askFlows: func(_ context.Context, _ string, query api.FlowQuery, deliver func(api.Flow) error) error {
 			return n.agentFlows(query, deliver)
 		},
-		askGuard: func(context.Context, string) (agent.GuardList, error) {
+		askGuard: func(context.Context, string) (api.GuardList, error) {
 			switch {
 			case n.guard != nil:
 				list := *n.guard
 				list.Entries = slices.Clone(list.Entries)
 				return list, nil
 			case n.silence != nil:
-				return agent.GuardList{}, n.silence
+				return api.GuardList{}, n.silence
 			}
-			return agent.GuardList{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+			return api.GuardList{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
-		askTraffic: func(context.Context, string, time.Time) (agent.Traffic, error) {
+		askTraffic: func(context.Context, string, time.Time) (api.Traffic, error) {
 			if n.traffic == nil {
-				return agent.Traffic{}, fmt.Errorf("%w: %w", agent.ErrNotRunning, fs.ErrNotExist)
+				return api.Traffic{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 			}
 			return *n.traffic, nil
 		},
@@ -316,7 +316,7 @@ func TestLoad(t *testing.T) {
 	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n" + next})
 	n := &node{load: redirect.LoadResult{Changed: true, Did: []string{"created maps", "attached connect4"}}}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n" + next})
-	n.agent = &agent.Status{}
+	n.agent = &api.Status{}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n"})
 }
 

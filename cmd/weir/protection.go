@@ -5,7 +5,7 @@ package main
 import (
 	"slices"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -42,13 +42,13 @@ func (w seenWorkload) protection() protection {
 }
 
 // unmanaged is the answer for what the agent sees and Weir does not redirect.
-func unmanaged(state agent.State) protection {
+func unmanaged(state api.State) protection {
 	switch state {
-	case agent.StateConsul:
+	case api.StateConsul:
 		return protection{answer: "no", by: "consul", why: "Consul's own rules redirect it, without a guard; the allocation that Nomad starts in its place is under Weir"}
-	case agent.StateHost:
+	case api.StateHost:
 		return protection{answer: "no", by: "host", why: "it is on the node's own network, where there is nothing to redirect or guard"}
-	case agent.StateEnded:
+	case api.StateEnded:
 		return protection{answer: "-", by: "-"}
 	}
 	return protection{answer: "no", by: "-"} // its problems say why
@@ -75,7 +75,7 @@ func (w seenWorkload) consul() string {
 		return "-"
 	case len(w.Agent.Proxies) == 0:
 		return "absent"
-	case w.Agent.State != agent.StateManaged:
+	case w.Agent.State != api.StateManaged:
 		return "-"
 	case w.Agent.InSync:
 		return "in sync"

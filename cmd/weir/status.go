@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 )
@@ -83,13 +83,13 @@ type nodeStatus struct {
 // agentSummary is the agent's view, where the allocations are no more than
 // counted: "weir workloads" has them.
 type agentSummary struct {
-	agent.Status
-	Problems  *struct{}           `json:"problems,omitempty"` // they are the node's
-	Workloads map[agent.State]int `json:"workloads"`
+	api.Status
+	Problems  *struct{}         `json:"problems,omitempty"` // they are the node's
+	Workloads map[api.State]int `json:"workloads"`
 }
 
-func summarise(view agent.Status) *agentSummary {
-	summary := &agentSummary{Status: view, Workloads: make(map[agent.State]int)}
+func summarise(view api.Status) *agentSummary {
+	summary := &agentSummary{Status: view, Workloads: make(map[api.State]int)}
 	for _, w := range view.Workloads {
 		summary.Workloads[w.State]++
 	}

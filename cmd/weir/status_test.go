@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
@@ -133,13 +133,13 @@ func TestStatusJSON(t *testing.T) {
 // What the agent knows to be wrong makes a node unhealthy as the data path does,
 // and is in JSON as well.
 func TestStatusOfTheAgentsProblems(t *testing.T) {
-	view := &agent.Status{
-		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", Error: "refused"},
+	view := &api.Status{
+		Consul: api.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", Error: "refused"},
 		Problems: []health.Problem{
 			{What: "not in sync with Consul: refused", Remedy: "start Consul"},
 			{What: "link connect4 is gone", Remedy: "see the agent's log"},
 		},
-		Workloads: []agent.WorkloadView{{State: agent.StateHost}, {State: agent.StateManaged}, {State: agent.StateManaged}},
+		Workloads: []api.WorkloadView{{State: api.StateHost}, {State: api.StateManaged}, {State: api.StateManaged}},
 	}
 	status := healthy()
 	status.Problems = []health.Problem{{What: "link connect4 is gone", Remedy: "run 'weir load'"}}
@@ -156,7 +156,7 @@ func TestStatusOfTheAgentsProblems(t *testing.T) {
 	var told struct {
 		Problems []health.Problem
 		Agent    *struct {
-			Consul    agent.ConsulStatus
+			Consul    api.ConsulStatus
 			Workloads map[string]int
 		}
 	}
@@ -178,7 +178,7 @@ func TestStatusOfTheAgentsProblems(t *testing.T) {
 
 // An agent that should answer and does not is wrong; none at all is not.
 func TestStatusWithoutAnAgent(t *testing.T) {
-	refused := fmt.Errorf("ask agent: %w: %w", agent.ErrNotRunning, syscall.ECONNREFUSED)
+	refused := fmt.Errorf("ask agent: %w: %w", api.ErrNotRunning, syscall.ECONNREFUSED)
 	own := map[string]string{"WEIR_STATE_DIR": "/elsewhere"}
 	for _, c := range []struct {
 		name        string

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cmd/weir/top"
 	"github.com/weirmesh/weir/redirect/store"
 )
@@ -100,7 +100,7 @@ func (c *command) topSample(datapath datapath, since time.Time, refusal error) (
 	ctx, cancel := context.WithTimeout(c.ctx, timeout)
 	defer cancel()
 	switch traffic, err := c.askTraffic(ctx, c.stateDir(), since); {
-	case errors.Is(err, agent.ErrNotRunning):
+	case errors.Is(err, api.ErrNotRunning):
 		s.Notes = append(s.Notes, "no agent runs: destinations are not known")
 	case err != nil:
 		s.Notes = append(s.Notes, fmt.Sprintf("destinations are not known: %v", err))
@@ -211,11 +211,11 @@ func (c *command) topDestinations(r top.Report, most int) string {
 		if i == most {
 			break
 		}
-		from := sourceText(agent.Flow{Source: d.Source}, false)
+		from := sourceText(api.Flow{Source: d.Source}, false)
 		if d.Sources > 1 {
 			from += fmt.Sprintf(" and %d more", d.Sources-1)
 		}
-		rows = append(rows, []string{destinationText(agent.Flow{Destination: d.Destination}, false), perSecond(d.Connections), perSecond(d.Refused), from})
+		rows = append(rows, []string{destinationText(api.Flow{Destination: d.Destination}, false), perSecond(d.Connections), perSecond(d.Refused), from})
 	}
 	if len(rows) == 1 {
 		return ""

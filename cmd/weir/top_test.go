@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/cli"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cmd/weir/top"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/program"
@@ -39,20 +39,20 @@ func busy() *node {
 			{Name: "weir_connect4", Programs: 1, Runs: 2000 * looks, Time: time.Duration(looks) * time.Millisecond},
 			{Name: "weir_lookup", Programs: 3, Runs: 0},
 		}
-		n.traffic.Agent = agent.Process{PID: 7, CPU: 10 + float64(looks)/100, Memory: 31 << 20}
+		n.traffic.Agent = api.Process{PID: 7, CPU: 10 + float64(looks)/100, Memory: 31 << 20}
 		looks++
 	}
 	now := time.Now()
-	shop := agent.FlowSource{AllocID: "0b5d0c1e-7c0f", Job: "shop", TaskGroup: "front", Task: "server"}
-	other := agent.FlowSource{AllocID: "1c6e1d2f-8d10", Job: "batch", TaskGroup: "g"}
-	edge := func(from agent.FlowSource, to agent.FlowDestination, verdict string, count uint64) agent.CountedEdge {
-		return agent.CountedEdge{Count: count, Edge: agent.Edge{
-			Direction: agent.DirectionOutbound, Source: from, Destination: to, Verdict: verdict, Refused: strings.HasPrefix(verdict, "refused"),
+	shop := api.FlowSource{AllocID: "0b5d0c1e-7c0f", Job: "shop", TaskGroup: "front", Task: "server"}
+	other := api.FlowSource{AllocID: "1c6e1d2f-8d10", Job: "batch", TaskGroup: "g"}
+	edge := func(from api.FlowSource, to api.FlowDestination, verdict string, count uint64) api.CountedEdge {
+		return api.CountedEdge{Count: count, Edge: api.Edge{
+			Direction: api.DirectionOutbound, Source: from, Destination: to, Verdict: verdict, Refused: strings.HasPrefix(verdict, "refused"),
 		}}
 	}
-	apiAlloc := agent.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
-	far := agent.FlowDestination{IP: netip.MustParseAddr("198.51.100.7"), Port: 443}
-	n.traffic = &agent.Traffic{Schema: 1, Since: now.Add(-10 * time.Second), Until: now, Edges: []agent.CountedEdge{
+	apiAlloc := api.FlowDestination{Service: "api", IP: netip.MustParseAddr("240.0.0.1"), Port: 80}
+	far := api.FlowDestination{IP: netip.MustParseAddr("198.51.100.7"), Port: 443}
+	n.traffic = &api.Traffic{Schema: 1, Since: now.Add(-10 * time.Second), Until: now, Edges: []api.CountedEdge{
 		edge(shop, apiAlloc, "upstream", 300), edge(other, apiAlloc, "refused_no_proxy", 100), edge(other, far, "redirected", 20), edge(shop, far, "proxy", 5000),
 	}}
 	return n
@@ -144,7 +144,7 @@ func TestTopGoesOn(t *testing.T) {
 	ui := cli.NewMockUi()
 	code := run([]string{"top", "-interval", "100ms"}, env{
 		ctx: ctx, ui: ui, getenv: func(string) string { return "" }, terminal: true, open: func(store.Paths) datapath { return n },
-		askTraffic: func(context.Context, string, time.Time) (agent.Traffic, error) { return *n.traffic, nil }, clear: func() { n.cleared++ },
+		askTraffic: func(context.Context, string, time.Time) (api.Traffic, error) { return *n.traffic, nil }, clear: func() { n.cleared++ },
 	})
 	if code != 0 || n.cleared != 3 || strings.Count(ui.OutputWriter.String(), "REFUSED/S  MOSTLY") != 3 {
 		t.Errorf("code %d, %d views cleared, %s", code, n.cleared, ui.OutputWriter.String())

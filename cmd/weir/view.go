@@ -8,7 +8,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -17,15 +17,15 @@ import (
 // seenWorkload is a workload with what the agent knows of it.
 type seenWorkload struct {
 	redirect.WorkloadStatus
-	Agent *agent.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
+	Agent *api.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
 
 	outside bool // the agent sees it, and it is no workload in the kernel
 }
 
 // withAgent joins the workloads with the agent's view of them. What is not under
 // Weir follows as the agent sees it.
-func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload {
-	views := make(map[workload.AttachmentID]*agent.WorkloadView)
+func withAgent(list []redirect.WorkloadStatus, view api.Status) []seenWorkload {
+	views := make(map[workload.AttachmentID]*api.WorkloadView)
 	for i, w := range view.Workloads {
 		views[w.Key] = &view.Workloads[i]
 	}
@@ -38,7 +38,7 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 		known[w.Key] = true
 	}
 	for i, w := range view.Workloads {
-		if !known[w.Key] && w.State != agent.StateManaged { // that one's ADD or DEL is under way
+		if !known[w.Key] && w.State != api.StateManaged { // that one's ADD or DEL is under way
 			seen = append(seen, seenWorkload{outside: true, Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
 				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NomadNames: w.NomadNames, NetNS: w.NetNS,
 				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []health.Problem{},
@@ -49,22 +49,22 @@ func withAgent(list []redirect.WorkloadStatus, view agent.Status) []seenWorkload
 }
 
 // summary is the agent's view in a few lines, without the allocations.
-func (c *command) summary(view agent.Status, now time.Time) string {
+func (c *command) summary(view api.Status, now time.Time) string {
 	lines := c.sources(view, now)
-	count := make(map[agent.State]int)
+	count := make(map[api.State]int)
 	for _, w := range view.Workloads {
 		count[w.State]++
 	}
-	if consuls := count[agent.StateConsul]; consuls > 0 {
+	if consuls := count[api.StateConsul]; consuls > 0 {
 		lines = append(lines, fmt.Sprintf("agent: %s redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each", countOf(consuls, "allocation")))
 	}
-	if host := count[agent.StateHost]; host > 0 {
+	if host := count[api.StateHost]; host > 0 {
 		lines = append(lines, fmt.Sprintf("agent: %s on the node's own network, where there is nothing to redirect or guard", countOf(host, "gateway")))
 	}
-	if unclaimed := count[agent.StateUnclaimed]; unclaimed > 0 {
+	if unclaimed := count[api.StateUnclaimed]; unclaimed > 0 {
 		lines = append(lines, fmt.Sprintf("agent: %s of a proxy in Consul that no allocation of this node is known to run, see 'weir workloads'", countOf(unclaimed, "registration")))
 	}
-	if unprotected := count[agent.StateUnprotected]; unprotected > 0 {
+	if unprotected := count[api.StateUnprotected]; unprotected > 0 {
 		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))
 	}
 	lines = append(lines, heldLines(view.Workloads, now)...)
@@ -77,7 +77,7 @@ func (c *command) summary(view agent.Status, now time.Time) string {
 
 // heldLines name allocations whose connections wait for their proxy to start, few of
 // many.
-func heldLines(list []agent.WorkloadView, now time.Time) (lines []string) {
+func heldLines(list []api.WorkloadView, now time.Time) (lines []string) {
 	const most = 3
 	held := 0
 	for _, w := range list {
@@ -96,7 +96,7 @@ func heldLines(list []agent.WorkloadView, now time.Time) (lines []string) {
 }
 
 // sources says how good the agent's knowledge is.
-func (c *command) sources(view agent.Status, now time.Time) []string {
+func (c *command) sources(view api.Status, now time.Time) []string {
 	lines := []string{c.consulLine(view.Consul, now)}
 	if view.Docker != "" {
 		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
@@ -104,7 +104,7 @@ func (c *command) sources(view agent.Status, now time.Time) []string {
 	return lines
 }
 
-func (c *command) consulLine(consul agent.ConsulStatus, now time.Time) string {
+func (c *command) consulLine(consul api.ConsulStatus, now time.Time) string {
 	since := now.Sub(consul.Since).Round(time.Second)
 	switch {
 	case !consul.Enabled:

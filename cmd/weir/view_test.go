@@ -11,7 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -20,15 +20,15 @@ import (
 func TestWorkloadsShowTheAgentsView(t *testing.T) {
 	began := time.Now().Add(-time.Minute)
 	key := workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}
-	view := &agent.Status{
-		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", InSync: true, Since: began},
-		Workloads: []agent.WorkloadView{
+	view := &api.Status{
+		Consul: api.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", InSync: true, Since: began},
+		Workloads: []api.WorkloadView{
 			{
-				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: agent.StateManaged, Guard: workload.GuardAudit, InSync: true, Since: began,
-				Proxies:   []agent.ProxyView{{Kind: "connect-proxy"}},
-				Upstreams: []agent.UpstreamView{{Name: "api", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}, Open: []uint16{8081, 21500},
+				Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", State: api.StateManaged, Guard: workload.GuardAudit, InSync: true, Since: began,
+				Proxies:   []api.ProxyView{{Kind: "connect-proxy"}},
+				Upstreams: []api.UpstreamView{{Name: "api", Listener: netip.MustParseAddrPort("127.0.0.1:9191")}}, Open: []uint16{8081, 21500},
 			},
-			{ID: "1c6e1d2f", State: agent.StateUnprotected, Since: began, Problems: []health.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
+			{ID: "1c6e1d2f", State: api.StateUnprotected, Since: began, Problems: []health.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
 		},
 	}
 	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", Mode: workload.ModeDirect, Guard: workload.GuardAudit,
@@ -57,7 +57,7 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 		Workloads []struct {
 			ID    string
 			Mode  string
-			Agent *agent.WorkloadView
+			Agent *api.WorkloadView
 		}
 	}
 	if err := json.Unmarshal([]byte(try(t, n, nil, "workloads", "-json").stdout), &told); err != nil {
@@ -74,8 +74,8 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 
 // Allocations from before Weir are listed as what they are.
 func TestAllocationsOfConsulsOwnRules(t *testing.T) {
-	view := &agent.Status{Workloads: []agent.WorkloadView{{
-		Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: agent.StateConsul, Since: time.Now(),
+	view := &api.Status{Workloads: []api.WorkloadView{{
+		Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: api.StateConsul, Since: time.Now(),
 	}}}
 	n := &node{agent: view}
 	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each\n"
@@ -88,21 +88,21 @@ func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 	var told struct {
 		Workloads []struct {
 			ID    string
-			Agent *agent.WorkloadView
+			Agent *api.WorkloadView
 		}
 	}
 	got := try(t, n, nil, "workloads", "-json")
-	if err := json.Unmarshal([]byte(got.stdout), &told); err != nil || len(told.Workloads) != 1 || told.Workloads[0].ID != "1c6e1d2f" || told.Workloads[0].Agent.State != agent.StateConsul {
+	if err := json.Unmarshal([]byte(got.stdout), &told); err != nil || len(told.Workloads) != 1 || told.Workloads[0].ID != "1c6e1d2f" || told.Workloads[0].Agent.State != api.StateConsul {
 		t.Errorf("JSON = %s, %v; want the allocation", got.stdout, err)
 	}
 }
 
 func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
-	view := &agent.Status{
-		Consul: agent.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500"}, Docker: "dial: no answer",
-		Counts: agent.Counts{Repaired: 3, Pruned: 1},
-		Workloads: []agent.WorkloadView{
-			{State: agent.StateUnprotected}, {State: agent.StateManaged}, {State: agent.StateHost}, {State: agent.StateUnclaimed}, {State: agent.StateUnclaimed},
+	view := &api.Status{
+		Consul: api.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500"}, Docker: "dial: no answer",
+		Counts: api.Counts{Repaired: 3, Pruned: 1},
+		Workloads: []api.WorkloadView{
+			{State: api.StateUnprotected}, {State: api.StateManaged}, {State: api.StateHost}, {State: api.StateUnclaimed}, {State: api.StateUnclaimed},
 		},
 	}
 	got := try(t, &node{agent: view}, nil, "status").stdout
@@ -121,13 +121,13 @@ func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
 func TestConsulLine(t *testing.T) {
 	now := time.Now()
 	for _, c := range []struct {
-		consul agent.ConsulStatus
+		consul api.ConsulStatus
 		want   string
 	}{
-		{agent.ConsulStatus{}, "agent: Consul sync is disabled"},
-		{agent.ConsulStatus{Enabled: true, Address: "a:1"}, "agent: asking Consul at a:1"},
-		{agent.ConsulStatus{Enabled: true, Address: "a:1", InSync: true, Hidden: true}, "agent: Consul at a:1 hides services of this node from the token"},
-		{agent.ConsulStatus{Enabled: true, Address: "a:1", Error: "hang", Since: now.Add(-time.Second)}, "agent: not in sync with Consul at a:1 for 1s: hang"},
+		{api.ConsulStatus{}, "agent: Consul sync is disabled"},
+		{api.ConsulStatus{Enabled: true, Address: "a:1"}, "agent: asking Consul at a:1"},
+		{api.ConsulStatus{Enabled: true, Address: "a:1", InSync: true, Hidden: true}, "agent: Consul at a:1 hides services of this node from the token"},
+		{api.ConsulStatus{Enabled: true, Address: "a:1", Error: "hang", Since: now.Add(-time.Second)}, "agent: not in sync with Consul at a:1 for 1s: hang"},
 	} {
 		command := &command{env: env{getenv: func(string) string { return "" }}}
 		if got := command.consulLine(c.consul, now); got != c.want {

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/store"
@@ -110,7 +110,7 @@ func wideRows(list []seenWorkload, now time.Time) [][]string {
 		view := w.Agent
 		since := "-"
 		if view == nil {
-			view = &agent.WorkloadView{}
+			view = &api.WorkloadView{}
 		} else if !view.Since.IsZero() {
 			since = now.Sub(view.Since).Round(time.Second).String()
 		}

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -66,14 +66,14 @@ func TestWorkloadsWithAnEgressGuard(t *testing.T) {
 
 // Whatever the names: a terminal has 80 columns.
 func TestWorkloadsFitATerminal(t *testing.T) {
-	n := &node{agent: &agent.Status{}}
+	n := &node{agent: &api.Status{}}
 	for i, job := range []string{"payments-settlement-production", "web", "größte-aller-möglichen-bezeichnungen"} {
 		w := redirect.WorkloadStatus{
 			Key: workload.AttachmentID{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
 			Group: "settlement-workers", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
 		}
 		n.list = append(n.list, w)
-		n.agent.Workloads = append(n.agent.Workloads, agent.WorkloadView{Key: w.Key, State: agent.StateManaged, Proxies: []agent.ProxyView{{}}})
+		n.agent.Workloads = append(n.agent.Workloads, api.WorkloadView{Key: w.Key, State: api.StateManaged, Proxies: []api.ProxyView{{}}})
 	}
 	got := try(t, n, nil, "workloads").stdout
 	for line := range strings.Lines(got) {
@@ -97,22 +97,22 @@ func TestProtected(t *testing.T) {
 		mode     workload.Mode
 		guard    workload.Guard
 		problems []health.Problem
-		state    agent.State
+		state    api.State
 		want     string
 		reason   string
 	}{
-		{workload.ModeTransparent, workload.GuardOff, nil, agent.StateManaged, "yes redirect", ""},
+		{workload.ModeTransparent, workload.GuardOff, nil, api.StateManaged, "yes redirect", ""},
 		{workload.ModeTransparent, workload.GuardAudit, nil, "", "yes redirect", ""},
-		{workload.ModeTransparent, workload.GuardEnforce, wrong, agent.StateManaged, "no redirect", "\n  rows are missing\n"},
-		{workload.ModeDirect, workload.GuardEnforce, nil, agent.StateManaged, "yes guard", ""},
-		{workload.ModeDirect, workload.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
-		{workload.ModeGateway, workload.GuardAudit, nil, agent.StateManaged, "audit guard", "\naudit: "},
+		{workload.ModeTransparent, workload.GuardEnforce, wrong, api.StateManaged, "no redirect", "\n  rows are missing\n"},
+		{workload.ModeDirect, workload.GuardEnforce, nil, api.StateManaged, "yes guard", ""},
+		{workload.ModeDirect, workload.GuardAudit, nil, api.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
+		{workload.ModeGateway, workload.GuardAudit, nil, api.StateManaged, "audit guard", "\naudit: "},
 		{workload.ModeDirect, "", nil, "", "no -", "\nno: the guard is off: connections past the proxy are let in\n"},
-		{"", "", nil, agent.StateConsul, "no consul", "\nno: Consul's own rules redirect it"},
-		{"", "", nil, agent.StateHost, "no host", "\nno: it is on the node's own network"},
-		{"", "", wrong, agent.StateUnprotected, "no -", "\n  rows are missing\n"},
-		{"", "", wrong, agent.StateUnclaimed, "no -", "\n  rows are missing\n"},
-		{"", "", wrong, agent.StateEnded, "- -", "\n  rows are missing\n"},
+		{"", "", nil, api.StateConsul, "no consul", "\nno: Consul's own rules redirect it"},
+		{"", "", nil, api.StateHost, "no host", "\nno: it is on the node's own network"},
+		{"", "", wrong, api.StateUnprotected, "no -", "\n  rows are missing\n"},
+		{"", "", wrong, api.StateUnclaimed, "no -", "\n  rows are missing\n"},
+		{"", "", wrong, api.StateEnded, "- -", "\n  rows are missing\n"},
 	} {
 		key := workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}
 		n := &node{}
@@ -120,7 +120,7 @@ func TestProtected(t *testing.T) {
 			n.list = []redirect.WorkloadStatus{{Key: key, ID: "1c6e1d2f", Mode: c.mode, Guard: c.guard, Problems: c.problems}}
 		}
 		if c.state != "" {
-			n.agent = &agent.Status{Workloads: []agent.WorkloadView{{Key: key, ID: "1c6e1d2f", State: c.state, Problems: c.problems}}}
+			n.agent = &api.Status{Workloads: []api.WorkloadView{{Key: key, ID: "1c6e1d2f", State: c.state, Problems: c.problems}}}
 		}
 		got := try(t, n, nil, "workloads").stdout
 		row := strings.Fields(strings.Split(got, "\n")[1])

@@ -15,7 +15,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/test/spawn"
 )
@@ -87,8 +87,8 @@ func (s *story) startAgent() (err error) {
 	return err
 }
 
-func (s *story) agentStatus(ctx context.Context) (agent.Status, error) {
-	return agent.ReadStatus(ctx, filepath.Join(runDir, "state"))
+func (s *story) agentStatus(ctx context.Context) (api.Status, error) {
+	return api.ReadStatus(ctx, filepath.Join(runDir, "state"))
 }
 
 func (s *story) dialByVirtualIP(ctx context.Context) error {

@@ -20,6 +20,8 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -33,7 +35,7 @@ type meshNode struct {
 	t       *testing.T
 	consul  *consul.Server
 	cgroup  *test.Cgroup
-	config  agent.Config
+	config  configfile.Config
 	dir     string
 	allocs  int
 	log     *lockedBuffer
@@ -98,7 +100,7 @@ func makeMeshNode(t *testing.T, outside *test.NetNS, server *consul.Server) *mes
 			}
 		}
 	})
-	n.config = agent.DefaultConfig()
+	n.config = configfile.DefaultConfig()
 	n.config.PinDir, n.config.StateDir = filepath.Join(test.BPFFS(t), "weir"), filepath.Join(n.dir, "state")
 	n.config.CgroupRoot = n.cgroup.Path
 	n.config.CNI.CacheDir = filepath.Join(n.dir, "cni")
@@ -154,10 +156,10 @@ func (n *meshNode) runAgent() {
 }
 
 // status is what the agent tells on its socket.
-func (n *meshNode) status() (agent.Status, error) {
+func (n *meshNode) status() (api.Status, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	return agent.ReadStatus(ctx, n.config.StateDir)
+	return api.ReadStatus(ctx, n.config.StateDir)
 }
 
 // allocID is the ID of the node's allocation of that number.
@@ -269,17 +271,17 @@ func (a *meshAlloc) workload() (redirect.WorkloadStatus, error) {
 }
 
 // view is what the agent says of the allocation.
-func (a *meshAlloc) view() (agent.WorkloadView, error) {
+func (a *meshAlloc) view() (api.WorkloadView, error) {
 	status, err := a.node.status()
 	if err != nil {
-		return agent.WorkloadView{}, err
+		return api.WorkloadView{}, err
 	}
 	for _, w := range status.Workloads {
 		if w.ID == a.id {
 			return w, nil
 		}
 	}
-	return agent.WorkloadView{}, fmt.Errorf("the agent does not show allocation %s", a.id)
+	return api.WorkloadView{}, fmt.Errorf("the agent does not show allocation %s", a.id)
 }
 
 // eventually waits until the mesh configuration on record passes the check.

@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -244,8 +244,8 @@ func TestWalkOfAConsulChange(t *testing.T) {
 		if w, err := web.workload(); err != nil || w.Proxy.Identity == redirect.IdentityNone {
 			t.Errorf("without an agent web is %+v, %v", w, err)
 		}
-		if _, err := n.status(); !errors.Is(err, agent.ErrNotRunning) {
-			t.Errorf("status without an agent: %v, want %v", err, agent.ErrNotRunning)
+		if _, err := n.status(); !errors.Is(err, api.ErrNotRunning) {
+			t.Errorf("status without an agent: %v, want %v", err, api.ErrNotRunning)
 		}
 		n.runAgent()
 		web.register("web", sidecar(9393, nil))
@@ -256,7 +256,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	})
 }
 
-func (n *meshNode) mustStatus(t *testing.T) agent.Status {
+func (n *meshNode) mustStatus(t *testing.T) api.Status {
 	t.Helper()
 	status, err := n.status()
 	if err != nil {

@@ -10,7 +10,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -99,10 +99,10 @@ func TestGateways(t *testing.T) {
 // that traffic passes through it and that its listeners are open to everybody.
 func (g *gateway) wantServing(t *testing.T, guard workload.Guard) {
 	t.Helper()
-	var view agent.WorkloadView
+	var view api.WorkloadView
 	test.Eventually(t, func() (err error) {
 		view, err = g.view()
-		if err == nil && (view.State != agent.StateManaged || !view.InSync || view.Guard != guard || !slices.Equal(view.Open, g.open)) {
+		if err == nil && (view.State != api.StateManaged || !view.InSync || view.Guard != guard || !slices.Equal(view.Open, g.open)) {
 			err = fmt.Errorf("the agent shows %+v", view)
 		}
 		return err

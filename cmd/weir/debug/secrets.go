@@ -13,7 +13,7 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/configfile"
 )
 
 // Removed stands where a secret stood.
@@ -59,7 +59,7 @@ func (s *Secrets) Remove(text string) string {
 }
 
 // Config keeps what is secret of a configuration.
-func (s *Secrets) Config(config agent.Config) {
+func (s *Secrets) Config(config configfile.Config) {
 	s.Keep(config.Consul.Token)
 	if config.Consul.TokenFile != "" {
 		if token, err := os.ReadFile(config.Consul.TokenFile); err == nil {

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
@@ -22,7 +22,7 @@ type Sample struct {
 	At       time.Time
 	Verdicts []redirect.WorkloadVerdicts
 	Programs []program.RunTime // nil: their time is not counted
-	Traffic  agent.Traffic     // since the sample before; Agent.PID is 0 where none answers
+	Traffic  api.Traffic       // since the sample before; Agent.PID is 0 where none answers
 	Notes    []string          // what is not known, and why
 }
 
@@ -62,11 +62,11 @@ type Allocation struct {
 
 // Destination is what tasks of this node dial.
 type Destination struct {
-	Destination agent.FlowDestination `json:"destination"`
-	Connections float64               `json:"connections"` // refused ones too
-	Refused     float64               `json:"refused"`
-	Sources     int                   `json:"sources"` // tasks that dial it
-	Source      agent.FlowSource      `json:"source"`  // the busiest of them
+	Destination api.FlowDestination `json:"destination"`
+	Connections float64             `json:"connections"` // refused ones too
+	Refused     float64             `json:"refused"`
+	Sources     int                 `json:"sources"` // tasks that dial it
+	Source      api.FlowSource      `json:"source"`  // the busiest of them
 }
 
 // Program is what the programs of one name take.
@@ -132,10 +132,10 @@ func allocation(w redirect.WorkloadVerdicts, before map[string]uint64, seconds f
 		rate := float64(count) / seconds
 		a.Verdicts[name] = rate
 		switch {
-		case !agent.IsConnection(verdict) || verdict == bpfmap.Proxy:
+		case !api.IsConnection(verdict) || verdict == bpfmap.Proxy:
 		case verdict.Refused():
 			a.Refused += rate
-		case agent.DirectionOf(verdict) == agent.DirectionInbound:
+		case api.DirectionOf(verdict) == api.DirectionInbound:
 			a.Inbound += rate
 		default:
 			a.Outbound += rate
@@ -145,20 +145,20 @@ func allocation(w redirect.WorkloadVerdicts, before map[string]uint64, seconds f
 }
 
 // destinations joins the edges that tasks make by what they dial.
-func destinations(traffic agent.Traffic) []Destination {
+func destinations(traffic api.Traffic) []Destination {
 	type sum struct {
 		Destination
-		sources map[agent.FlowSource]uint64
+		sources map[api.FlowSource]uint64
 	}
 	seconds := traffic.Until.Sub(traffic.Since).Seconds()
-	sums := make(map[agent.FlowDestination]*sum)
+	sums := make(map[api.FlowDestination]*sum)
 	for _, edge := range traffic.Edges {
-		if edge.Direction != agent.DirectionOutbound || edge.Verdict == bpfmap.Proxy.String() {
+		if edge.Direction != api.DirectionOutbound || edge.Verdict == bpfmap.Proxy.String() {
 			continue
 		}
 		to := sums[edge.Destination]
 		if to == nil {
-			to = &sum{Destination: Destination{Destination: edge.Destination}, sources: make(map[agent.FlowSource]uint64)}
+			to = &sum{Destination: Destination{Destination: edge.Destination}, sources: make(map[api.FlowSource]uint64)}
 			sums[edge.Destination] = to
 		}
 		to.Connections += float64(edge.Count) / seconds

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -22,7 +22,7 @@ func TestBetween(t *testing.T) {
 		At:       at,
 		Verdicts: []redirect.WorkloadVerdicts{{Key: key("a"), ID: "a", Job: "old", Cookie: 1, Counts: map[string]uint64{"redirected": 100, "inbound": 10}}},
 		Programs: []program.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 10, Time: time.Second}, {Name: "weir_lookup", Programs: 2, Runs: 900, Time: time.Second}},
-		Traffic:  agent.Traffic{Agent: agent.Process{PID: 7, CPU: 1.5}},
+		Traffic:  api.Traffic{Agent: api.Process{PID: 7, CPU: 1.5}},
 	}
 	after := Sample{
 		At: at.Add(2 * time.Second),
@@ -31,7 +31,7 @@ func TestBetween(t *testing.T) {
 			{Key: key("b"), Job: "new", Cookie: 2, Counts: map[string]uint64{"direct": 20}},
 		},
 		Programs: []program.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 30, Time: time.Second + 20*time.Microsecond}, {Name: "weir_lookup", Programs: 1, Runs: 100, Time: time.Millisecond}},
-		Traffic:  agent.Traffic{Agent: agent.Process{PID: 7, CPU: 1.6, Memory: 5}, Lost: 2},
+		Traffic:  api.Traffic{Agent: api.Process{PID: 7, CPU: 1.6, Memory: 5}, Lost: 2},
 		Notes:    []string{"n"},
 	}
 	got := Between(before, after)

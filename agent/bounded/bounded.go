@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package bounded ends what others answer where it is longer than any answer that
+// is right.
+package bounded
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+var ErrTooLong = errors.New("the answer is too long")
+
+// Reader ends after so many bytes.
+type Reader struct {
+	From  io.ReadCloser
+	Limit int
+	Count int // of them
+}
+
+// Read is that of io.Reader.
+func (b *Reader) Read(buffer []byte) (int, error) {
+	left := b.Limit - b.Count
+	if left <= 0 {
+		return 0, fmt.Errorf("%w: it has more than %d bytes", ErrTooLong, b.Limit)
+	}
+	n, err := b.From.Read(buffer[:min(len(buffer), left)])
+	b.Count += n
+	return n, err
+}
+
+// Close is that of io.Closer.
+func (b *Reader) Close() error { return b.From.Close() }

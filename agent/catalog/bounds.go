@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package catalog
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/weirmesh/weir/agent/bounded"
+)
+
+// headers are what the library does not hand on of an answer without the
+// usual ones.
+type headers struct {
+	filtered bool
+	policy   string // on what no rule of a token names
+	date     string // of the answer, by Consul's clock
+}
+
+type headersKey struct{}
+
+func (h *headers) watch(ctx context.Context) context.Context {
+	return context.WithValue(ctx, headersKey{}, h)
+}
+
+// boundedTransport ends an answer that is longer than any that is right.
+type boundedTransport struct{ next http.RoundTripper }
+
+// RoundTrip is that of http.RoundTripper.
+func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, error) {
+	response, err := b.next.RoundTrip(request)
+	if err != nil {
+		return nil, err
+	}
+	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
+		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+		seen.date = response.Header.Get("Date")
+		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
+	}
+	response.Body = &bounded.Reader{From: response.Body, Limit: answerLimit}
+	return response, nil
+}

@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package catalog
+
+import (
+	"context"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/redirect/health"
+)
+
+// Queries are the questions that the bulk read leaves open: virtual IPs of
+// upstreams, listeners of gateways, exposed checks. Each is asked once for all
+// proxies, seldom while it has an answer, ever more seldom while not, and at once
+// where there is a sign that the answer is another.
+type Queries struct {
+	consul *Client
+	Now    func() time.Time
+	Names  *serviceList
+	missed int // of names, as heeded
+
+	Virtual  map[registration.Service]*Query[[]netip.Addr]
+	Gateways map[registration.Gateway]*Query[[]uint16]
+	checks   Query[map[string][]uint16]
+	allowed  Query[[]registration.Intention]
+	exposed  []string       // services whose checks were asked for
+	unnamed  health.Problem // why nobody tells which services come and go
+	halted   health.Problem // what ended the last pass before every question had its turn
+	due      time.Time      // when the next question is; zero: there is none
+}
+
+// Query is one question.
+type Query[T any] struct {
+	answer   T
+	answered bool           // once at least: nothing is an answer too
+	why      health.Problem // there is no answer
+	Next     time.Time      // when to ask again
+	tries    int            // in a row without an answer
+	Presence Presence       // of the service, as heeded
+}
+
+const (
+	LookupsAtOnce    = 256
+	LookupInterval   = 5 * time.Minute
+	lookupRetry      = 2 * time.Second
+	ListenerInterval = 30 * time.Second // of what may change without a sign
+)
+
+func NewQueries(consul *Client) *Queries {
+	return &Queries{
+		consul: consul, Now: time.Now, Names: NewServiceList(consul),
+		Virtual: make(map[registration.Service]*Query[[]netip.Addr]), Gateways: make(map[registration.Gateway]*Query[[]uint16]),
+	}
+}
+
+// Refresh asks what is due for these proxies, and returns what is known and
+// whether any of it moved. An error ends the pass, but for one that concerns
+// the question alone; what was known stays.
+func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registration.Proxy) (known Data, moved bool) {
+	left := LookupsAtOnce
+	var failed health.Problem
+	halted := func() bool { return failed.What != "" }
+	heard := func(err error) {
+		if !concernsOne(err) {
+			failed = ConsulProblem(err)
+		}
+	}
+	due := func(next time.Time) bool {
+		if halted() || left == 0 || l.Now().Before(next) {
+			return false
+		}
+		left--
+		return true
+	}
+	compete := Competing(byAllocation)
+	if compete && due(l.allowed.Next) {
+		answer, err := l.consul.Intentions(ctx)
+		moved = l.allowed.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal)
+		l.allowed.Next = earlier(l.allowed.Next, l.Now().Add(ListenerInterval))
+		heard(err)
+	}
+	services, gateways, checks := Questions(byAllocation, l.allowed.answer)
+	maps.DeleteFunc(l.Virtual, func(of registration.Service, _ *Query[[]netip.Addr]) bool {
+		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
+		return !wanted
+	})
+	maps.DeleteFunc(l.Gateways, func(of registration.Gateway, _ *Query[[]uint16]) bool { return !slices.Contains(gateways, of) })
+	l.OnCatalogChange()
+	for _, of := range services {
+		question := l.Virtual[of]
+		if question == nil {
+			question = &Query[[]netip.Addr]{Presence: l.Names.Of(of)}
+			l.Virtual[of] = question
+		}
+		if due(question.Next) {
+			texts, err := l.consul.VirtualIPs(ctx, of)
+			answer := ParseAddresses(texts)
+			moved = question.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal) || moved
+			heard(err)
+		}
+	}
+	for _, of := range gateways {
+		question := l.Gateways[of]
+		if question == nil {
+			question = new(Query[[]uint16])
+			l.Gateways[of] = question
+		}
+		if due(question.Next) {
+			answer, err := l.consul.GatewayPorts(ctx, of)
+			moved = question.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal) || moved
+			heard(err)
+		}
+	}
+	if !slices.Equal(checks, l.exposed) {
+		l.exposed, l.checks.Next, l.checks.tries = checks, time.Time{}, 0
+	}
+	if len(checks) > 0 && due(l.checks.Next) {
+		answer, err := l.consul.Checks(ctx)
+		same := func(a, b map[string][]uint16) bool { return maps.EqualFunc(a, b, slices.Equal[[]uint16]) }
+		missing := func(id string) bool { return len(answer[id]) == 0 }
+		moved = l.checks.settle(l.Now(), answer, err, !slices.ContainsFunc(checks, missing), same) || moved
+		l.checks.Next = earlier(l.checks.Next, l.Now().Add(ListenerInterval))
+		heard(err)
+	}
+	l.ShortenDeadlines()
+	unnamed := l.Names.unknown()
+	moved = moved || failed != l.halted || unnamed != l.unnamed
+	l.halted, l.unnamed = failed, unnamed
+	l.due = time.Time{}
+	for _, question := range l.Virtual {
+		l.due = sooner(l.due, question.turn(l.Now()))
+	}
+	for _, question := range l.Gateways {
+		l.due = sooner(l.due, question.turn(l.Now()))
+	}
+	if compete {
+		l.due = sooner(l.due, l.allowed.turn(l.Now()))
+	}
+	if len(checks) > 0 {
+		l.due = sooner(l.due, l.checks.turn(l.Now()))
+	}
+	if halted() { // whoever comes next would fare no better
+		l.due = l.Now().Add(ListenerInterval)
+	}
+	return l.known(), moved
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
+}
+
+// sooner is earlier, where the zero time is none.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() {
+		return b
+	}
+	return earlier(a, b)
+}
+
+// turn is when to ask: now where it was never asked, for want of a turn.
+func (q *Query[T]) turn(now time.Time) time.Time {
+	if q.Next.IsZero() {
+		return now
+	}
+	return q.Next
+}
+
+// settle takes the answer in and says when to ask again. It reports whether that
+// there is an answer, or what it is, changed; same compares two.
+func (q *Query[T]) settle(now time.Time, answer T, err error, something bool, same func(a, b T) bool) (changed bool) {
+	changed = err == nil && (!q.answered || !same(answer, q.answer)) || (err != nil) != (q.why.What != "")
+	if q.why = ConsulProblem(err); err == nil {
+		q.answer, q.answered = answer, true
+	}
+	if err == nil && something {
+		q.tries, q.Next = 0, now.Add(LookupInterval)
+		return changed
+	}
+	q.Next = now.Add(min(lookupRetry<<min(q.tries, 10), LookupInterval))
+	q.tries++
+	return changed
+}
+
+// unanswered is why there is no answer: halted, what kept others from being
+// asked, where it never had its turn.
+func (q *Query[T]) unanswered(halted health.Problem) health.Problem {
+	if q.why.What == "" && !q.answered {
+		return halted
+	}
+	return q.why
+}
+
+// known copies the answers, which the view keeps. A question that was never
+// answered is not in it.
+func (l *Queries) known() Data {
+	known := Data{
+		VirtualIPs: make(map[registration.Service][]netip.Addr), GatewayPorts: make(map[registration.Gateway][]uint16), CheckPorts: l.checks.answer,
+		Unanswered: make(map[registration.Service]health.Problem), NoIntentions: l.allowed.unanswered(l.halted),
+		NoChecks: l.checks.unanswered(l.halted), NoNames: l.unnamed,
+	}
+	if l.allowed.answered {
+		known.Intentions = append([]registration.Intention{}, l.allowed.answer...)
+	}
+	for of, question := range l.Virtual {
+		if question.answered {
+			known.VirtualIPs[of] = question.answer
+		}
+		if why := question.unanswered(l.halted); why.What != "" {
+			known.Unanswered[of] = why
+		}
+	}
+	for of, question := range l.Gateways {
+		if question.answered {
+			known.GatewayPorts[of] = question.answer
+		}
+		if why := question.unanswered(l.halted); why.What != "" {
+			known.Unanswered[of.Service] = why
+		}
+	}
+	return known
+}
+
+// Questions are what the proxies need to be asked, sorted. checks are the
+// services whose checks are exposed.
+func Questions(byAllocation map[string][]registration.Proxy, intentions []registration.Intention) (services []registration.Service, gateways []registration.Gateway, checks []string) {
+	wanted, listening := make(map[registration.Service]bool), make(map[registration.Gateway]bool)
+	for _, list := range byAllocation {
+		for _, p := range list {
+			for _, u := range p.Upstreams {
+				if !u.Remote {
+					wanted[u.Of] = true
+				}
+			}
+			if p.Kind == registration.KindIngress || p.Kind == registration.KindAPI {
+				listening[p.Entry()] = true
+			}
+			if p.ExposeCheck {
+				checks = append(checks, p.ServiceID)
+			}
+		}
+	}
+	for _, of := range dialledServices(byAllocation, intentions) {
+		wanted[of] = true
+	}
+	services = slices.SortedFunc(maps.Keys(wanted), compareServices)
+	gateways = slices.SortedFunc(maps.Keys(listening), func(a, b registration.Gateway) int { return compareServices(a.Service, b.Service) })
+	slices.Sort(checks)
+	return services, gateways, checks
+}
+
+func compareServices(a, b registration.Service) int {
+	return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name+"/"+a.Peer, b.Partition+"/"+b.Namespace+"/"+b.Name+"/"+b.Peer)
+}
+
+// dialledServices are the services that intentions allow the transparent proxies of
+// groups with several to dial, by name.
+func dialledServices(byAllocation map[string][]registration.Proxy, intentions []registration.Intention) (services []registration.Service) {
+	for alloc, list := range byAllocation {
+		list = registration.Transparent(list)
+		if alloc == "" || len(list) < 2 {
+			continue
+		}
+		for _, allowed := range intentions {
+			if slices.ContainsFunc(list, allowed.Names) {
+				services = append(services, allowed.Destination)
+			}
+		}
+	}
+	return services
+}
+
+// Competing reports whether proxies of one allocation compete for virtual IPs:
+// those of no allocation are not known to share one.
+func Competing(byAllocation map[string][]registration.Proxy) bool {
+	for alloc, list := range byAllocation {
+		if alloc != "" && len(registration.Transparent(list)) > 1 {
+			return true
+		}
+	}
+	return false
+}

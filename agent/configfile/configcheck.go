@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package configfile
+
+import (
+	"cmp"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/hashicorp/hcl/v2"
+	"github.com/hashicorp/hcl/v2/hclparse"
+	"github.com/hashicorp/hcl/v2/hclsyntax"
+	"github.com/weirmesh/weir/agent/web"
+	"github.com/weirmesh/weir/cni/request"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/workload"
+)
+
+// valueProblem is a value that HCL allows and Weir cannot work with.
+type valueProblem struct {
+	key  string // as consul.address
+	text string
+}
+
+func (p valueProblem) Error() string { return p.text }
+
+// problems are all values that the agent or the plugin cannot work with, sorted.
+func (c Config) problems() (list []valueProblem) {
+	wrong := func(key, value, want string) {
+		list = append(list, valueProblem{key, fmt.Sprintf("%s = %q: want %s", key, value, want)})
+	}
+	for key, path := range map[string]string{"pin_dir": c.PinDir, "state_dir": c.StateDir, "cni.cache_dir": c.CNI.CacheDir, "cni.netns_dir": c.CNI.NetNSDir} {
+		if !filepath.IsAbs(path) {
+			wrong(key, path, "an absolute path")
+		}
+	}
+	for key, path := range map[string]string{"cgroup_root": c.CgroupRoot, "docker.socket": c.Docker.Socket} {
+		if path != "" && !filepath.IsAbs(path) {
+			wrong(key, path, "an absolute path, or nothing")
+		}
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
+		wrong("log_level", c.LogLevel, "debug, info, warn or error")
+	}
+	if !workload.Guard(c.Guard.Default).Known() {
+		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
+	}
+	if _, ok := ParseGate(c.Gate.Timeout); !ok {
+		wrong("gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
+	}
+	if !workload.Guard(c.Guard.Egress).Known() {
+		wrong("guard.egress", c.Guard.Egress, "off, audit or enforce")
+	}
+	for _, name := range c.CNI.JobArgs {
+		if !slices.Contains(request.JobArgs(), name) {
+			wrong("cni.job_args", name, "names of "+strings.Join(request.JobArgs(), ", "))
+		}
+	}
+	if c.Telemetry.Listen != "" && !isHostPort(c.Telemetry.Listen) {
+		wrong("telemetry.listen", c.Telemetry.Listen, "host:port")
+	}
+	if !web.Clients(c.Telemetry.Map).Valid() {
+		wrong("telemetry.map", c.Telemetry.Map, "off, loopback or any")
+	}
+	if c.Flows.Bytes() == 0 {
+		wrong("flows.memory", c.Flows.Memory, "a number from 1 to 65535 with KiB, MiB or GiB")
+	}
+	if c.Flows.Length() <= 0 {
+		wrong("flows.history", c.Flows.History, "a duration, such as 1h")
+	}
+	for _, size := range []struct {
+		key                string
+		value, least, most uint32
+	}{
+		{"tables.workloads", c.Tables.Workloads, bpfmap.MinWorkloads, bpfmap.MaxWorkloads},
+		{"tables.origins", c.Tables.Origins, bpfmap.MinOrigins, bpfmap.MaxOrigins},
+	} {
+		if size.value < size.least || size.value > size.most {
+			wrong(size.key, fmt.Sprint(size.value), fmt.Sprintf("a number from %d to %d", size.least, size.most))
+		}
+	}
+	if c.Consul.Enabled {
+		if _, _, err := SplitAddress(c.Consul.Address); err != nil {
+			wrong("consul.address", c.Consul.Address, "host:port, or a URL with http, https or unix")
+		}
+		if (c.Consul.CertFile == "") != (c.Consul.KeyFile == "") {
+			key := "consul.cert_file"
+			if c.Consul.CertFile == "" {
+				key = "consul.key_file"
+			}
+			list = append(list, valueProblem{key, "consul.cert_file and consul.key_file: want both or neither"})
+		}
+	}
+	slices.SortFunc(list, func(a, b valueProblem) int { return cmp.Compare(a.text, b.text) })
+	return list
+}
+
+// CheckedConfig is what can be said of configuration files without a node.
+type CheckedConfig struct {
+	Files    []string // that were read, in their order
+	Problems hcl.Diagnostics
+	Sources  map[string]*hcl.File // of which the problems' excerpts are
+}
+
+// CheckConfig reads a file, or the .hcl files of a directory, as the agent does
+// at its start, and finds all that is wrong with them. It reads nothing else:
+// neither the environment, nor what the values name.
+func CheckConfig(path string) (CheckedConfig, error) {
+	var checked CheckedConfig
+	var err error
+	if checked.Files, err = configFiles(path); err != nil {
+		return checked, err
+	}
+	config, parser := DefaultConfig(), hclparse.NewParser()
+	for _, file := range checked.Files {
+		checked.Problems = append(checked.Problems, config.decode(parser, file)...)
+	}
+	for _, problem := range config.problems() {
+		diagnostic := &hcl.Diagnostic{Severity: hcl.DiagError, Summary: "Invalid value", Detail: problem.text + "."}
+		for _, file := range checked.Files { // what a later file says wins
+			if place := attributeRange(parser.Files()[file], problem.key); place != nil {
+				diagnostic.Subject = place
+			}
+		}
+		checked.Problems = append(checked.Problems, diagnostic)
+	}
+	checked.Sources = maps.Clone(parser.Files())
+	return checked, nil
+}
+
+// attributeRange is where a file sets a key; nil where it does not.
+func attributeRange(file *hcl.File, key string) *hcl.Range {
+	if file == nil {
+		return nil
+	}
+	body, ok := file.Body.(*hclsyntax.Body)
+	if !ok {
+		return nil
+	}
+	block, name, nested := strings.Cut(key, ".")
+	if !nested {
+		block, name = "", key
+	}
+	for _, each := range body.Blocks {
+		if each.Type == block {
+			body = each.Body
+			block = ""
+			break
+		}
+	}
+	if attribute := body.Attributes[name]; attribute != nil && block == "" {
+		return attribute.Range().Ptr()
+	}
+	return nil
+}

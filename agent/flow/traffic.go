@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package flow
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/prometheus/procfs"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+)
+
+// edgeKey tells edges apart as the ring has them.
+type edgeKey struct {
+	cookie         uint64
+	peer           *Workload
+	task, service  string
+	source, origin [16]byte
+	port           uint16
+	verdict        bpfmap.Verdict
+}
+
+func (k edgeKey) workload() uint64 { return k.cookie }
+
+type edgeCount struct {
+	record *Record // one of them
+	count  uint64
+}
+
+// TrafficRecords is how many records are gone through for one answer, the newest.
+const TrafficRecords = 200_000
+
+// Traffic counts the connections since a moment by their ends.
+func (f *Recorder) Traffic(since time.Time) api.Traffic {
+	t := api.Traffic{Schema: 1, Since: since, Until: time.Now(), Edges: []api.CountedEdge{}}
+	edges := newShareTable[edgeKey, edgeCount]()
+	number, _ := f.Ring.Since(since)
+	if end := f.Ring.end(); end-min(number, end) > TrafficRecords {
+		number, t.Since = end-TrafficRecords, time.Time{}
+	}
+	for {
+		records, missed, changed := f.Ring.Read(number)
+		if changed != nil {
+			break
+		}
+		number += missed + uint64(len(records))
+		for i := range records {
+			r := &records[i]
+			at := time.Unix(0, r.At)
+			switch {
+			case t.Since.IsZero():
+				t.Since = at
+			case at.Before(t.Since) || at.After(t.Until):
+				continue
+			}
+			if r.Verdict == bpfmap.EventsLost {
+				t.Lost += uint64(r.Lost)
+				continue
+			}
+			if !api.IsConnection(r.Verdict) || r.Verdict == bpfmap.Held { // its connection is counted already
+				continue
+			}
+			key := edgeKey{
+				cookie: r.Workload.Cookie, peer: r.peer, task: r.Task, service: r.service, origin: r.Origin, port: r.OriginPort, verdict: r.Verdict,
+			}
+			if api.DirectionOf(r.Verdict) != api.DirectionOutbound {
+				key.source = r.Source
+			}
+			if counted := edges.entry(key, edgeCount{record: r}); counted != nil {
+				counted.count++
+			}
+		}
+	}
+	t.Omitted = edges.omitted
+	counts := make(map[api.Edge]uint64, len(edges.Entries))
+	for _, counted := range edges.Entries {
+		counts[counted.record.flow(f.Node).Edge()] += counted.count
+	}
+	for edge, count := range counts {
+		t.Edges = append(t.Edges, api.CountedEdge{Edge: edge, Count: count})
+	}
+	slices.SortFunc(t.Edges, func(a, b api.CountedEdge) int {
+		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Source.AllocID, b.Source.AllocID), a.Destination.IP.Compare(b.Destination.IP),
+			cmp.Compare(a.Destination.Port, b.Destination.Port), cmp.Compare(a.Verdict, b.Verdict))
+	})
+	f.mu.Lock()
+	t.Problem = f.problem
+	f.mu.Unlock()
+	return t
+}
+
+// OwnProcess is what this process has used.
+func OwnProcess() (api.Process, error) {
+	self, err := procfs.NewProc(os.Getpid())
+	if err != nil {
+		return api.Process{}, fmt.Errorf("read own process: %w", err)
+	}
+	stat, err := self.Stat()
+	if err != nil {
+		return api.Process{}, fmt.Errorf("read own process: %w", err)
+	}
+	return api.Process{PID: stat.PID, CPU: stat.CPUTime(), Memory: uint64(max(0, stat.ResidentMemory()))}, nil
+}

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package wait pauses a loop until its time has come, somebody wakes it, or its
+// context ends.
+package wait
+
+import (
+	"context"
+	"time"
+)
+
+// Pause waits. early says that it was cut short, alive that ctx goes on.
+func Pause(ctx context.Context, length time.Duration, cut <-chan struct{}) (early, alive bool) {
+	timer := time.NewTimer(length)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	case <-cut:
+		early = true
+	}
+	return early, ctx.Err() == nil
+}
