@@ -340,7 +340,7 @@ func TestTelemetry(t *testing.T) {
 	dial("198.51.100.1:80", true)
 	dial("198.51.100.2:80", true)
 	dial(proxy.Addr.String(), true)
-	if err := scraped(verdict(bpfmap.RefusedEncoded, 1), verdict(bpfmap.RefusedNoProxy, 1), verdict(bpfmap.Redirected, 3), verdict(bpfmap.Local, 1)); err != nil {
+	if err := scraped(verdict(bpfmap.RefusedEncoded, 1), verdict(bpfmap.RefusedNoProxy, 1), verdict(bpfmap.Redirected, 2), verdict(bpfmap.Local, 1)); err != nil {
 		t.Error(err)
 	}
 	err := scraped(`weir_table_rows{table="origins"} 2`, `weir_table_max_rows{table="origins"} 1.048576e+06`,

@@ -142,8 +142,10 @@ static __always_inline enum verdict guard(struct bpf_sk_lookup *ctx,
 
 /* The rules of a new connection to this namespace; the first that matches
  * decides. VERDICT_LOCAL and VERDICT_REDIRECTED are counted where they were
- * dialled. There is one search for a listener, not one a direction: the
- * verifier walks every slot of each, and that is most of what an ADD costs. */
+ * dialled, and so is a redirect without a proxy: who finds none here counted as
+ * redirected a moment before, waits in the gate, or is a late packet. There is one search for a
+ * listener, not one a direction: the verifier walks every slot of each, and that is most of what an
+ * ADD costs. */
 static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx,
 					   const struct snapshot *snapshot,
 					   const struct addr *local, const struct addr *remote)
@@ -213,7 +215,7 @@ static __always_inline enum verdict decide(struct bpf_sk_lookup *ctx,
 	/* Never the application itself, nor whatever task listens on the port
 	 * that was dialled: that would be plain text past the mesh. */
 	return VERDICT_REFUSED_INBOUND_NO_PROXY -
-	       hidden_outbound * (VERDICT_REFUSED_INBOUND_NO_PROXY - VERDICT_REFUSED_NO_PROXY);
+	       hidden_outbound * (VERDICT_REFUSED_INBOUND_NO_PROXY - VERDICT_LISTENER_GONE);
 }
 
 /* The same verdict, but any verdict to the verifier: it would otherwise walk
@@ -243,7 +245,7 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 	if (verdict == VERDICT_LOCAL || verdict == VERDICT_REDIRECTED || verdict == VERDICT_DIRECT)
 		return SK_PASS;
 	emit(ctx, snapshot.cookie, &local, &remote, verdict);
-	return is_refusal(verdict) ? SK_DROP : SK_PASS;
+	return verdict >= VERDICT_LISTENER_GONE ? SK_DROP : SK_PASS;
 }
 
 char LICENSE[] SEC("license") = "Dual MPL/GPL";

@@ -51,6 +51,7 @@ enum verdict {
 	VERDICT_REFUSED_LISTENER_IDENTITY,
 	VERDICT_REFUSED_LISTENER_ADDRESS,
 	VERDICT_REFUSED_LISTENER_TABLE,
+	VERDICT_LISTENER_GONE, /* the last: sk_lookup drops from here on */
 
 	VERDICT_REFUSED_ENCODED,
 	VERDICT_REFUSED_FAMILY,
@@ -145,6 +146,8 @@ struct proxy {
 	__u64 cgroup;    /* of the proxy; 0: not known yet, its UID alone decides */
 	__u32 listeners; /* that this cgroup has open now */
 	enum proxy_flag flags;
+	__u32 outbound; /* of listeners; at times too few, never too many */
+	__u32 pad;
 };
 
 struct origin_key {
@@ -211,17 +214,20 @@ struct listener_key {
 	__u16 slot; /* below LISTENER_SLOTS: workers, hot restart; or GATE_SLOT */
 };
 
-/* Who bound a socket. sockops runs without a process and reads it here. */
+/* Who bound a socket, or who dialled while the connection waits in the gate. sockops
+ * runs without a process and reads it here. */
 struct binder {
 	__u64 cgroup;
 	__u32 uid;
-	__u16 flags; /* BINDER_REGISTERED */
+	__u16 flags; /* BINDER_... */
 	__u16 seat;  /* of the proxy that it is registered for */
 	__u32 pid;
 	char comm[16];
 	__u32 pad;
 };
-#define BINDER_REGISTERED 1
+#define BINDER_REGISTERED (1 << 0)
+#define BINDER_OUTBOUND (1 << 1) /* ... for what goes out */
+#define BINDER_WAITS (1 << 2)    /* dialled, and has no outcome yet */
 
 /* What a socket's owner dialled where the rewritten address does not say it. */
 struct dialled {

@@ -9,6 +9,7 @@
  *                                            bind     weir_bind4/6    who binds
  *                                            listen   weir_sockops    register
  *   connect   weir_connect4/6   decide, rewrite
+ *             weir_sockops      what became of one that waits for the proxy
  *   sendto    weir_sendmsg4/6   DNS, and the egress guard
  *             ~~~~~~~~ lo ~~~~~~~~>          SYN      weir_lookup     (lookup.c)
  *                                            accept
@@ -26,6 +27,7 @@
 #include "names.h"
 #include "options.h"
 #include "origin.h"
+#include "outcome.h"
 #include "rules.h"
 #include "verdict.h"
 
@@ -101,7 +103,8 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 	/* A datagram that is left alone says nothing of the ones before it. */
 	if (datagram && verdict == VERDICT_UDP)
 		return 1;
-	emit(&snapshot, dial, verdict);
+	if (!dial->waits || !save_dialler(sk, dial))
+		emit(&snapshot, dial, verdict);
 	if (is_refusal(verdict))
 		return refuse(errno_of(verdict));
 	*rewritten = verdict == VERDICT_REDIRECTED || verdict == VERDICT_UPSTREAM ||
@@ -220,13 +223,13 @@ static __always_inline int bind(struct bpf_sock *sk, const struct addr *local)
 	who.pid = bpf_get_current_pid_tgid() >> 32;
 	bpf_get_current_comm(who.comm, sizeof(who.comm));
 	if (conflicts_with_proxy(&snapshot, sk->src_port, who.uid, who.cgroup)) {
-		emit_listener(snapshot.cookie, &who, local, sk->src_port,
-			      VERDICT_REFUSED_LISTENER_IDENTITY);
+		emit_socket(snapshot.cookie, &who, local, sk->src_port,
+			    VERDICT_REFUSED_LISTENER_IDENTITY);
 		return refuse(EADDRINUSE);
 	}
 	/* A source in the range would show a peer that nobody dialled. */
 	if (addr_decode(local, &index)) {
-		emit_listener(snapshot.cookie, &who, local, sk->src_port, VERDICT_REFUSED_ENCODED);
+		emit_socket(snapshot.cookie, &who, local, sk->src_port, VERDICT_REFUSED_ENCODED);
 		return refuse(EADDRNOTAVAIL);
 	}
 	binder = bpf_sk_storage_get(&binders, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
@@ -325,14 +328,16 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx, const struct sna
 	if (outbound)
 		__sync_fetch_and_or((__u32 *)&proxy->flags,
 				    (take4 ? PROXY_LISTENS4 : 0) | (take6 ? PROXY_LISTENS6 : 0));
-	binder->flags |= BINDER_REGISTERED;
+	binder->flags |= outbound ? BINDER_REGISTERED | BINDER_OUTBOUND : BINDER_REGISTERED;
 	binder->seat = seat;
 	__sync_fetch_and_add(&proxy->listeners, 1);
+	if (outbound)
+		__sync_fetch_and_add(&proxy->outbound, 1);
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	count(cookie, VERDICT_LISTENER);
 	return;
 refused:
-	emit_listener(cookie, binder, &local, ctx->local_port, refusal);
+	emit_socket(cookie, binder, &local, ctx->local_port, refusal);
 }
 
 static __always_inline void on_close(struct bpf_sock_ops *ctx, __u64 cookie)
@@ -340,16 +345,22 @@ static __always_inline void on_close(struct bpf_sock_ops *ctx, __u64 cookie)
 	struct bpf_sock *sk = ctx->sk;
 	struct binder *binder;
 	struct proxy *proxy;
+	bool outbound;
 
 	if (!sk)
 		return;
 	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
 	if (!binder || !(binder->flags & BINDER_REGISTERED))
 		return;
-	binder->flags &= ~BINDER_REGISTERED;
+	outbound = binder->flags & BINDER_OUTBOUND;
+	binder->flags &= ~(BINDER_REGISTERED | BINDER_OUTBOUND);
 	proxy = proxy_at(cookie, binder->seat);
 	/* The seat may be another's by now. */
-	if (proxy && proxy->cgroup == binder->cgroup && proxy->listeners)
+	if (!proxy || proxy->cgroup != binder->cgroup)
+		return;
+	if (outbound && proxy->outbound)
+		__sync_fetch_and_add(&proxy->outbound, -1);
+	if (proxy->listeners)
 		__sync_fetch_and_add(&proxy->listeners, -1);
 }
 
@@ -374,9 +385,16 @@ int weir_sockops(struct bpf_sock_ops *ctx)
 		if (snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)) && snapshot.config)
 			on_listen(ctx, &snapshot);
 		break;
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_connect(ctx);
+		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[0] == BPF_TCP_LISTEN && ctx->args[1] == BPF_TCP_CLOSE)
 			on_close(ctx, bpf_get_netns_cookie(ctx));
+		else if (ctx->args[0] == BPF_TCP_SYN_SENT)
+			on_outcome(ctx, ctx->args[1] == BPF_TCP_ESTABLISHED
+						? VERDICT_REDIRECTED
+						: VERDICT_REFUSED_NO_PROXY);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		if (ctx->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG)

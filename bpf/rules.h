@@ -18,6 +18,7 @@ struct dial {
 	__u16 protocol;
 	__u16 made_family; /* of a socket that is made, for the event */
 	__u16 made_type;
+	bool waits; /* in the gate: redirected, with its outcome to come */
 	__u32 uid;
 	__u64 cgroup;
 };
@@ -136,6 +137,7 @@ static __always_inline bool learn_proxy(struct proxy *proxy, const struct binder
 		return false;
 	/* Whether tasks share this one is for the next of them to show. */
 	__sync_fetch_and_and((__u32 *)&proxy->flags, ~PROXY_SHARED);
+	proxy->outbound = 0; /* what its predecessor may have left uncounted */
 	if (known)
 		__sync_fetch_and_or((__u32 *)&proxy->flags, PROXY_TAKEN);
 	return true;
@@ -166,6 +168,23 @@ __noinline int listening(__u64 cookie, __u32 role, __u32 port)
 		}
 	}
 	return 0;
+}
+
+/* Whether a gate holds what comes before the proxy listens on the port. */
+static __always_inline bool gate_holds(__u64 cookie, __u16 port)
+{
+	struct listener_key key = {
+		.cookie = cookie,
+		.role = LISTENER_OUTBOUND4,
+		.port = port,
+		.slot = GATE_SLOT,
+	};
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, &key);
+
+	if (!sk)
+		return false;
+	bpf_sk_release(sk);
+	return true;
 }
 
 /* The address that a socket is bound to, or the unspecified one. */
@@ -214,13 +233,16 @@ static __always_inline enum verdict check_reachable(struct bpf_sock *sk, const s
 
 /* Encodes the origin in the family that socket and proxy have in common. The
  * port stays. A family that the proxy cannot take is refused: it must never
- * pass the mesh. While no listener was seen, IPv4 is assumed, as in Consul. */
+ * pass the mesh. While no listener was seen, IPv4 is assumed, as in Consul.
+ *
+ * Without a listener the connection is refused here, where it is known who dials,
+ * not by sk_lookup; the table is searched only where the proxy's row says of none. */
 static __always_inline enum verdict encode(struct bpf_sock *sk, const struct snapshot *snapshot,
 					   struct proxy *proxy, __u16 port, struct dial *dial)
 {
 	__u32 listens = proxy ? proxy->flags & (PROXY_LISTENS4 | PROXY_LISTENS6) : 0;
 	enum verdict refusal = VERDICT_REFUSED_TABLE;
-	bool use4 = takes4(sk, dial), use6 = false;
+	bool use4 = takes4(sk, dial), use6 = false, listens_now;
 	__u32 index;
 
 	if (dial->family == AF_INET6) {
@@ -231,20 +253,23 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct sna
 	if (listens == (PROXY_LISTENS4 | PROXY_LISTENS6)) {
 		/* Both were seen, perhaps at different times: ask what is there now. */
 		bool six = listening(snapshot->cookie, LISTENER_OUTBOUND6, port);
+		bool four = listening(snapshot->cookie, LISTENER_OUTBOUND4, port);
 
 		if (six && use6 && !addr_is_mapped(&dial->origin))
 			use4 = false;
 		else if (use6 && six)
-			use4 = use4 && listening(snapshot->cookie, LISTENER_OUTBOUND4, port);
+			use4 = use4 && four;
 		else
 			use6 = false;
-		if (!use6 && dial->family == AF_INET && six &&
-		    !listening(snapshot->cookie, LISTENER_OUTBOUND4, port))
+		if (!use6 && dial->family == AF_INET && six && !four)
 			use4 = false;
-	} else if (listens == PROXY_LISTENS6) {
-		use4 = false;
+		listens_now = use4 ? four : six;
 	} else {
-		use6 = false;
+		if (listens == PROXY_LISTENS6)
+			use4 = false;
+		else
+			use6 = false;
+		listens_now = proxy && proxy->outbound;
 	}
 	if (!use4 && !use6)
 		return VERDICT_REFUSED_FAMILY;
@@ -252,7 +277,11 @@ static __always_inline enum verdict encode(struct bpf_sock *sk, const struct sna
 	if (!index)
 		return refusal;
 	dial->destination = use4 ? addr_encode4(index) : addr_encode6(index);
-	return VERDICT_REDIRECTED;
+	if (listens_now ||
+	    listening(snapshot->cookie, use4 ? LISTENER_OUTBOUND4 : LISTENER_OUTBOUND6, port))
+		return VERDICT_REDIRECTED;
+	dial->waits = use4 && gate_holds(snapshot->cookie, port);
+	return dial->waits ? VERDICT_REDIRECTED : VERDICT_REFUSED_NO_PROXY;
 }
 
 /* Whether a socket is bound to an address that the workload does not have, which
@@ -330,7 +359,7 @@ static __always_inline enum verdict decide(struct bpf_sock *sk, const struct sna
 		return foreign ? VERDICT_REFUSED_SOURCE : VERDICT_LOCAL;
 	if (address && address->kind == ADDRESS_PROXY) {
 		proxy = proxy_at(snapshot->cookie, address->seat);
-		port = address->port;
+		port = address->port ?: port;
 	} else if (address && address->kind == ADDRESS_UPSTREAM) {
 		dial->destination = address->listener;
 		dial->destination_port = address->port;

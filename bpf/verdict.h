@@ -19,6 +19,7 @@ static __always_inline int errno_of(enum verdict verdict)
 {
 	switch (verdict) {
 	case VERDICT_REFUSED_ENCODED:
+	case VERDICT_REFUSED_NO_PROXY:
 		return ECONNREFUSED;
 	case VERDICT_REFUSED_EGRESS_SOCKET:
 		return EPERM;
@@ -77,20 +78,20 @@ static __always_inline struct event *event_reserve(struct verdict_counts *counts
 	return event;
 }
 
-/* Tells of a socket that may not bind, or gets no connections of the proxy: where
- * it is, and whose. Without `binder` it is older than the workload. */
-static __always_inline void emit_listener(__u64 cookie, const struct binder *binder,
-					  const struct addr *local, __u16 port,
-					  enum verdict verdict)
+/* Tells of a socket by what is kept of whose it is: one that may not bind, or gets no
+ * connections of the proxy, by where it is; one that waited in the gate by where it
+ * dials, encoded. Without `binder` it is older than the workload. */
+static __always_inline void emit_socket(__u64 cookie, const struct binder *binder,
+					const struct addr *at, __u16 port, enum verdict verdict)
 {
 	struct event *event = event_reserve(count(cookie, verdict));
 
 	if (!event)
 		return;
 	event->cookie = cookie;
-	event->origin = *local;
+	event->origin = *at;
 	event->origin_port = port;
-	event->destination = *local;
+	event->destination = *at;
 	event->destination_port = port;
 	event->verdict = verdict;
 	if (binder) {

@@ -163,7 +163,9 @@ func decodeRecord(record ringbuf.Record) (row bpfmap.BpfEvent, err error) {
 // withOrigin puts the origin in the place of an encoded address, where the
 // program that reported left it to the reader.
 func withOrigin(t *bpfmap.Tables, event Event) Event {
-	if event.Verdict != bpfmap.RefusedNoProxy && event.Verdict != bpfmap.Held {
+	switch event.Verdict { //nolint:exhaustive // of a connection that waited for the proxy, or of its packets
+	case bpfmap.Redirected, bpfmap.RefusedNoProxy, bpfmap.ListenerGone, bpfmap.Held:
+	default:
 		return event
 	}
 	if index, encoded := workload.DecodeIndex(event.Origin.Addr()); encoded {

@@ -213,10 +213,7 @@ func (x *explained) moved(cookie uint64, inbound bool, dial func()) map[bpfmap.V
 
 // expectedCounts is what a verdict makes the kernel count.
 func expectedCounts(verdict bpfmap.Verdict, inbound bool) map[bpfmap.Verdict]uint64 {
-	switch {
-	case verdict == bpfmap.RefusedNoProxy: // it was sent to the proxy, which was not there
-		return map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}
-	case inbound && (verdict == bpfmap.Direct || verdict == bpfmap.Local || verdict == bpfmap.RefusedEncoded || verdict == bpfmap.RefusedTable):
+	if inbound && (verdict == bpfmap.Direct || verdict == bpfmap.Local || verdict == bpfmap.RefusedEncoded || verdict == bpfmap.RefusedTable) {
 		return map[bpfmap.Verdict]uint64{}
 	}
 	return map[bpfmap.Verdict]uint64{verdict: 1}

@@ -67,7 +67,10 @@ func TestGateHoldsUntilTheProxyListens(t *testing.T) {
 		waiting = append(waiting, a.dialInBackground(addrPort(remote4(1), uint16(80+i))))
 	}
 	eventuallyWaits(t, gate, len(waiting))
-	refused := a.counts()[bpfmap.RefusedNoProxy]
+	before := a.counts()
+	if before[bpfmap.Redirected] != 0 || before[bpfmap.RefusedNoProxy] != 1 {
+		t.Errorf("verdicts while they wait: %v", before)
+	}
 	a.startProxy()
 	for i, done := range waiting {
 		got := <-done
@@ -82,10 +85,10 @@ func TestGateHoldsUntilTheProxyListens(t *testing.T) {
 	if err := gate.Close(); err != nil {
 		t.Error(err)
 	}
-	a.works()
-	if now := a.counts()[bpfmap.RefusedNoProxy]; now != refused {
-		t.Errorf("%d connections were refused", now-refused)
+	if now := a.counts(); now[bpfmap.Redirected] != uint64(len(waiting)) || now[bpfmap.RefusedNoProxy] != 1 {
+		t.Errorf("verdicts of %d that waited: %v", len(waiting), now)
 	}
+	a.works()
 	a.outbound.Stop()
 	if _, err := a.ask("tcp4", addrPort(remote4(1), 80)); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial when the proxy stopped: %v, want it refused", err)

@@ -51,7 +51,7 @@ func TestListenerDownAndUp(t *testing.T) {
 	a.add()
 	origin := netip.MustParseAddrPort("192.0.2.1:80")
 	for range 3 {
-		verdictsAre(t, a.rose(func() { a.outboundRefused(origin.String()) }), map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
+		verdictsAre(t, a.rose(func() { a.outboundRefused(origin.String()) }), map[bpfmap.Verdict]uint64{bpfmap.RefusedNoProxy: 1})
 		moved := a.rose(func() { a.outbound = a.serve(proxyUID, a.proxyCg, "tcp4", outboundListener) })
 		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: 1})
 		answer, err := a.ask("tcp4", origin.String())
@@ -178,7 +178,7 @@ func TestListenerMPTCP(t *testing.T) {
 		}
 	})
 	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerTable: 1})
-	verdictsAre(t, a.rose(func() { a.outboundRefused("192.0.2.1:80") }), map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
+	verdictsAre(t, a.rose(func() { a.outboundRefused("192.0.2.1:80") }), map[bpfmap.Verdict]uint64{bpfmap.RefusedNoProxy: 1})
 	// It is no damage that a CHECK could repair, and no reason to end the allocation.
 	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
 		t.Errorf("check with an MPTCP listener: %v, repaired %q", err, repaired)

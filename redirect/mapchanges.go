@@ -260,7 +260,7 @@ func (c *mapChanges) forgetBinders() error {
 		return fmt.Errorf("walk map proxies: %w", err)
 	}
 	for key, proxy := range counting {
-		proxy.Listeners, proxy.Flags = 0, proxy.Flags|bpfmap.BpfProxyFlagPROXY_PINNED
+		proxy.Listeners, proxy.Outbound, proxy.Flags = 0, 0, proxy.Flags|bpfmap.BpfProxyFlagPROXY_PINNED
 		if err := c.fresh.Put("proxies", key, proxy, ebpf.UpdateExist); err != nil {
 			return err
 		}

@@ -113,7 +113,8 @@ func (a *alloc) addToLayout2() {
 	tables := &bpfmap.Tables{Dir: a.node.paths.Maps(), Open: make(map[string]*ebpf.Map)}
 	defer tables.Close()
 	fail(tables.Put("verdicts", ns.Cookie, make([]byte, 27*8), ebpf.UpdateNoExist))
-	tables.Only = slices.DeleteFunc(bpfmap.MapNames(), func(name string) bool { return name == "verdicts" })
+	fail(tables.Put("proxies", bpfmap.ProxyKey(ns.Cookie, 0), make([]byte, 16), ebpf.UpdateNoExist))
+	tables.Only = slices.DeleteFunc(bpfmap.MapNames(), func(name string) bool { return name == "verdicts" || name == "proxies" })
 	fail(tables.WriteRows(ns.Cookie, r.Desired(), r.IPv6))
 	_, err = program.AttachLookup(tables, a.node.paths, ns, false)
 	fail(err)

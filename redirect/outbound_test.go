@@ -79,7 +79,7 @@ func TestOutboundRefusedWithoutProxy(t *testing.T) {
 			t.Errorf("dial without a proxy: %v, want connection refused", err)
 		}
 	})
-	if diff := cmp.Diff(map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}, moved); diff != "" {
+	if diff := cmp.Diff(map[bpfmap.Verdict]uint64{bpfmap.RefusedNoProxy: 1}, moved); diff != "" {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
 }

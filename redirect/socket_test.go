@@ -142,7 +142,7 @@ func TestSocketConnectsAgainAfterRefusal(t *testing.T) {
 	a := newNode(t).newAlloc()
 	a.add()
 	p := a.task(t)
-	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1}, func() {
+	a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedNoProxy: 1}, func() {
 		p.run(t, stream(unix.AF_INET).connect(somewhere).fails(unix.ECONNREFUSED))
 	})
 	a.startProxy()

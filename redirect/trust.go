@@ -54,6 +54,7 @@ func trustProxy(t *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workl
 	}
 	proxy.Cgroup, proxy.Flags = cgroup, proxy.Flags&^(bpfmap.BpfProxyFlagPROXY_SHARED|bpfmap.BpfProxyFlagPROXY_PINNED|bpfmap.BpfProxyFlagPROXY_TAKEN)
 	for range 8 {
+		proxy.Outbound = 0 // too few makes the kernel look in the table
 		if err := t.Put("proxies", bpfmap.ProxyKey(ns.Cookie, proxyID), proxy, ebpf.UpdateAny); err != nil {
 			return err
 		}

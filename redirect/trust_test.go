@@ -29,7 +29,7 @@ func (a *alloc) refusedWithoutProxy(uid uint32, cgroup *test.Cgroup) {
 			t.Errorf("UID %d in cgroup %d: %q answered, error %v, want connection refused", uid, cgroup.ID, answer.Server, err)
 		}
 	})
-	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Redirected: 1, bpfmap.RefusedNoProxy: 1})
+	verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedNoProxy: 1})
 }
 
 // However the proxy's listeners and the word of its cgroup cross, none of them is

@@ -90,13 +90,6 @@ func DirectionOf(verdict bpfmap.Verdict) Direction {
 	return DirectionOutbound
 }
 
-// IsConnection reports whether the verdict is about a connection, not about a
-// listener of the proxy.
-func IsConnection(verdict bpfmap.Verdict) bool {
-	return verdict != bpfmap.Listener && verdict != bpfmap.RefusedListenerIdentity &&
-		verdict != bpfmap.RefusedListenerAddress && verdict != bpfmap.RefusedListenerTable
-}
-
 // FlowQuery says which flows a reader wants. All that is set must hold; Not turns
 // From to Refused around together.
 type FlowQuery struct {

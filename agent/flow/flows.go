@@ -268,7 +268,7 @@ func (f *Recorder) wait(ctx context.Context, changed <-chan struct{}) bool {
 // LastOf are the last connections of an allocation, the newest first.
 func (f *Recorder) LastOf(allocID string, count int) (list []api.Flow) {
 	ours := func(r *Record) bool {
-		return r.Verdict != bpfmap.EventsLost && api.IsConnection(r.Verdict) && (r.Workload.AllocID == allocID || r.peer != nil && r.peer.AllocID == allocID)
+		return r.Verdict != bpfmap.EventsLost && r.Verdict.IsConnection() && (r.Workload.AllocID == allocID || r.peer != nil && r.peer.AllocID == allocID)
 	}
 	first, _ := f.Ring.Since(time.Time{})
 	number := f.Ring.Last(count, first, ours)

@@ -19,7 +19,7 @@ func (f *Recorder) ServeFlows(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	f.stream(w, r, query, func(record *Record) any {
-		if !api.IsConnection(record.Verdict) {
+		if !record.Verdict.IsConnection() {
 			return nil
 		}
 		flow := record.flow(f.Node)

@@ -61,7 +61,7 @@ func (f *Recorder) Traffic(since time.Time) api.Traffic {
 				t.Lost += uint64(r.Lost)
 				continue
 			}
-			if !api.IsConnection(r.Verdict) || r.Verdict == bpfmap.Held { // its connection is counted already
+			if !r.Verdict.IsConnection() || r.Verdict == bpfmap.Held { // its connection is counted already
 				continue
 			}
 			key := edgeKey{

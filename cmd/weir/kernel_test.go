@@ -83,7 +83,7 @@ func TestOnAKernel(t *testing.T) {
 			if err := json.Unmarshal([]byte(line), &event); err != nil {
 				return err
 			}
-			if event.Origin == origin && event.Name == bpfmap.Redirected.String() {
+			if event.Origin == origin && event.Name == bpfmap.RefusedNoProxy.String() && event.PID != 0 {
 				return nil
 			}
 		}
@@ -95,7 +95,7 @@ func TestOnAKernel(t *testing.T) {
 	}
 
 	_, ui := weir(t.Context(), "verdicts")
-	for _, want := range []string{"demo/web/0b5d0c1e\n", "  redirected ", "  refused_no_proxy "} {
+	for _, want := range []string{"demo/web/0b5d0c1e\n", "  refused_no_proxy "} {
 		if !strings.Contains(ui.OutputWriter.String(), want) {
 			t.Errorf("verdicts: no %q in:\n%s", want, ui.OutputWriter.String())
 		}

@@ -228,6 +228,8 @@ type BpfProxy struct {
 	Cgroup    uint64
 	Listeners uint32
 	Flags     BpfProxyFlag
+	Outbound  uint32
+	Pad       uint32
 }
 
 type BpfProxyFlag uint32
@@ -271,30 +273,31 @@ const (
 	BpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY BpfVerdict = 18
 	BpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS  BpfVerdict = 19
 	BpfVerdictVERDICT_REFUSED_LISTENER_TABLE    BpfVerdict = 20
-	BpfVerdictVERDICT_REFUSED_ENCODED           BpfVerdict = 21
-	BpfVerdictVERDICT_REFUSED_FAMILY            BpfVerdict = 22
-	BpfVerdictVERDICT_REFUSED_DEVICE            BpfVerdict = 23
-	BpfVerdictVERDICT_REFUSED_OPTION            BpfVerdict = 24
-	BpfVerdictVERDICT_REFUSED_BROADCAST         BpfVerdict = 25
-	BpfVerdictVERDICT_REFUSED_SOURCE            BpfVerdict = 26
-	BpfVerdictVERDICT_REFUSED_BUDGET            BpfVerdict = 27
-	BpfVerdictVERDICT_REFUSED_SHARE             BpfVerdict = 28
-	BpfVerdictVERDICT_REFUSED_TABLE             BpfVerdict = 29
-	BpfVerdictVERDICT_REFUSED_NO_PROXY          BpfVerdict = 30
-	BpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  BpfVerdict = 31
-	BpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   BpfVerdict = 32
-	BpfVerdictVERDICT_REFUSED_GUARD             BpfVerdict = 33
-	BpfVerdictVERDICT_REFUSED_FORWARDED         BpfVerdict = 34
-	BpfVerdictVERDICT_REFUSED_EGRESS            BpfVerdict = 35
-	BpfVerdictVERDICT_REFUSED_EGRESS_SOCKET     BpfVerdict = 36
-	BpfVerdictVERDICT_MAX                       BpfVerdict = 37
-	BpfVerdictVERDICT_FIRST_REFUSED             BpfVerdict = 21
+	BpfVerdictVERDICT_LISTENER_GONE             BpfVerdict = 21
+	BpfVerdictVERDICT_REFUSED_ENCODED           BpfVerdict = 22
+	BpfVerdictVERDICT_REFUSED_FAMILY            BpfVerdict = 23
+	BpfVerdictVERDICT_REFUSED_DEVICE            BpfVerdict = 24
+	BpfVerdictVERDICT_REFUSED_OPTION            BpfVerdict = 25
+	BpfVerdictVERDICT_REFUSED_BROADCAST         BpfVerdict = 26
+	BpfVerdictVERDICT_REFUSED_SOURCE            BpfVerdict = 27
+	BpfVerdictVERDICT_REFUSED_BUDGET            BpfVerdict = 28
+	BpfVerdictVERDICT_REFUSED_SHARE             BpfVerdict = 29
+	BpfVerdictVERDICT_REFUSED_TABLE             BpfVerdict = 30
+	BpfVerdictVERDICT_REFUSED_NO_PROXY          BpfVerdict = 31
+	BpfVerdictVERDICT_REFUSED_INBOUND_NO_PROXY  BpfVerdict = 32
+	BpfVerdictVERDICT_REFUSED_INBOUND_UNKNOWN   BpfVerdict = 33
+	BpfVerdictVERDICT_REFUSED_GUARD             BpfVerdict = 34
+	BpfVerdictVERDICT_REFUSED_FORWARDED         BpfVerdict = 35
+	BpfVerdictVERDICT_REFUSED_EGRESS            BpfVerdict = 36
+	BpfVerdictVERDICT_REFUSED_EGRESS_SOCKET     BpfVerdict = 37
+	BpfVerdictVERDICT_MAX                       BpfVerdict = 38
+	BpfVerdictVERDICT_FIRST_REFUSED             BpfVerdict = 22
 )
 
 type BpfVerdictCounts struct {
 	_          structs.HostLayout
 	Names      [0]BpfVerdict
-	Count      [37]uint64
+	Count      [38]uint64
 	EventsLost uint64
 	EventDue   uint64
 }

@@ -19,7 +19,7 @@ import (
 
 // Layout numbers the structs in ../bpf/maps.h. It changes whenever one of them
 // does; a node that runs another layout is refused, not guessed at.
-const Layout = 6
+const Layout = 7
 
 // Tables is the node's tables, opened from their pins as they are needed. A pin
 // has the name of its map.

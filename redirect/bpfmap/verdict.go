@@ -34,6 +34,7 @@ const (
 	RefusedListenerIdentity = Verdict(BpfVerdictVERDICT_REFUSED_LISTENER_IDENTITY)
 	RefusedListenerAddress  = Verdict(BpfVerdictVERDICT_REFUSED_LISTENER_ADDRESS)
 	RefusedListenerTable    = Verdict(BpfVerdictVERDICT_REFUSED_LISTENER_TABLE)
+	ListenerGone            = Verdict(BpfVerdictVERDICT_LISTENER_GONE)
 	RefusedEncoded          = Verdict(BpfVerdictVERDICT_REFUSED_ENCODED)
 	RefusedFamily           = Verdict(BpfVerdictVERDICT_REFUSED_FAMILY)
 	RefusedDevice           = Verdict(BpfVerdictVERDICT_REFUSED_DEVICE)
@@ -79,6 +80,7 @@ func (v Verdict) text() verdictText {
 		RefusedListenerIdentity: {"refused_listener_identity", "not registered: a socket on the proxy's port is not the proxy's"},
 		RefusedListenerAddress:  {"refused_listener_address", "not registered: a socket on the proxy's port has another address"},
 		RefusedListenerTable:    {"refused_listener_table", "not registered: no slot is free, or the socket is MPTCP"},
+		ListenerGone:            {"listener_gone", "no connection: a packet for the proxy's outbound listener, which had just closed: a late one, or of a dial that was redirected a moment before"},
 		RefusedEncoded:          {"refused_encoded", "refused: the range that carries origins is not for tasks"},
 		RefusedFamily:           {"refused_family", "refused: socket and proxy have no address family in common"},
 		RefusedDevice:           {"refused_device", "refused: a socket bound to a device cannot reach the proxy"},
@@ -119,6 +121,10 @@ func (v Verdict) Describe() string { return v.text().meaning }
 func (v Verdict) Refused() bool {
 	return v >= verdictFirstRefused && v != EventsLost && v != Held
 }
+
+// IsConnection reports whether the verdict is the outcome of a connection, not what
+// became of a listener of the proxy.
+func (v Verdict) IsConnection() bool { return v < Listener || v >= verdictFirstRefused }
 
 // AllVerdicts lists the verdicts in their order.
 func AllVerdicts() []Verdict {

@@ -263,7 +263,7 @@ func (s *story) stopProxy(context.Context) error {
 	s.fact("the client got", "%s", seen.Error)
 	s.check(seen.Refused, "refused at once, never past the proxy")
 	return s.expectRises(counts, map[string]map[string]uint64{
-		"web": {bpfmap.Redirected.String(): 1, bpfmap.RefusedNoProxy.String(): 1},
+		"web": {bpfmap.RefusedNoProxy.String(): 1},
 		"api": {},
 	})
 }

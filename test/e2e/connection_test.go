@@ -101,7 +101,7 @@ func TestProxyStopped(t *testing.T) {
 		t.Errorf("dial without web's proxy = %v, want ECONNREFUSED", err)
 	}
 	mesh.wantRise(t, before, counts{
-		"web": {bpfmap.Redirected.String(): 1, bpfmap.RefusedNoProxy.String(): 1}, "api": {},
+		"web": {bpfmap.RefusedNoProxy.String(): 1}, "api": {},
 	})
 	mesh.web.start(t)
 	if _, err := mesh.dial(request); err != nil {

@@ -132,7 +132,7 @@ func allocation(w redirect.WorkloadVerdicts, before map[string]uint64, seconds f
 		rate := float64(count) / seconds
 		a.Verdicts[name] = rate
 		switch {
-		case !api.IsConnection(verdict) || verdict == bpfmap.Proxy:
+		case !verdict.IsConnection() || verdict == bpfmap.Proxy:
 		case verdict.Refused():
 			a.Refused += rate
 		case api.DirectionOf(verdict) == api.DirectionInbound:
