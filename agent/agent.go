@@ -330,9 +330,18 @@ func (a *Agent) checkSome() {
 	if len(a.managed) > fewWorkloads {
 		count /= 2
 	}
+	var keys []workload.AttachmentID
 	for range count {
-		a.check(a.managed[a.nextTurn%len(a.managed)])
+		if key := a.managed[a.nextTurn%len(a.managed)]; a.allocations[key] != nil { // else it went meanwhile
+			keys = append(keys, key)
+		}
 		a.nextTurn++
+	}
+	if len(keys) == 0 {
+		return
+	}
+	for _, checked := range a.datapath.CheckSome(keys) { // the pass began with a repair
+		a.checked(checked.Key, checked.Repaired, checked.Err)
 	}
 }
 
@@ -356,6 +365,11 @@ func (a *Agent) check(key workload.AttachmentID) {
 		return // it went meanwhile
 	}
 	repairs, err := a.datapath.Check(key, "")
+	a.checked(key, repairs, err)
+}
+
+// checked notes what a check found.
+func (a *Agent) checked(key workload.AttachmentID, repairs []string, err error) {
 	a.count(func(c *api.Counts) { c.Repaired += uint64(len(repairs)) })
 	for _, what := range repairs {
 		a.log.Warn("workload repaired", "alloc_id", key.ContainerID, "interface", key.IfName, "what", what)

@@ -61,3 +61,38 @@ func BenchmarkAddAgain(b *testing.B) {
 		b.Fatal(err)
 	}
 }
+
+// BenchmarkTurn is what the agent does every two seconds on a calm node: a look at what
+// all workloads share, and at two of them.
+func BenchmarkTurn(b *testing.B) {
+	d := newDatapath(b)
+	a := benchmarkWorkload(b)
+	if err := d.Add(a); err != nil {
+		b.Fatal(err)
+	}
+	keys := []workload.AttachmentID{a.Key, a.Key}
+	b.Run("one look", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := d.Repair(); err != nil {
+				b.Fatal(err)
+			}
+			for _, checked := range d.CheckSome(keys) {
+				if checked.Err != nil {
+					b.Fatal(checked.Err)
+				}
+			}
+		}
+	})
+	b.Run("a look for each", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := d.Repair(); err != nil {
+				b.Fatal(err)
+			}
+			for _, key := range keys {
+				if _, err := d.Check(key, ""); err != nil {
+					b.Fatal(err)
+				}
+			}
+		}
+	})
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -208,4 +209,33 @@ func TestNoFilterNoWait(t *testing.T) {
 	if removed > failed/2 {
 		t.Errorf("removing no filter takes %v, a transaction that fails %v", removed, failed)
 	}
+}
+
+// A check of several workloads repairs what is theirs, says whose it was, and leaves to
+// Repair what all of them share.
+func TestCheckSome(t *testing.T) {
+	n := newNode(t)
+	a, other := n.newAlloc(), n.newAlloc()
+	for _, each := range []*alloc{a, other} {
+		each.startProxy()
+		each.add(full)
+	}
+	detachPinned(t, n.paths.Lookup(other.Cookie()))
+	detachPinned(t, n.paths.Link("weir_connect4"))
+	nobody := workload.AttachmentID{ContainerID: "nobody", IfName: "eth0"}
+	checked := n.CheckSome([]workload.AttachmentID{a.key, other.key, nobody})
+	if checked[0].Err != nil || len(checked[0].Repaired) > 0 || checked[0].Key != a.key {
+		t.Errorf("a workload without damage: %+v", checked[0])
+	}
+	if checked[1].Err != nil || !slices.Equal(checked[1].Repaired, []string{"lookup program attached"}) || checked[1].Key != other.key {
+		t.Errorf("a workload without its program: %+v, want that it is attached", checked[1])
+	}
+	if !errors.Is(checked[2].Err, store.ErrUnknown) {
+		t.Errorf("a workload that is not there: %+v", checked[2])
+	}
+	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []string{"re-attached weir_connect4"}) {
+		t.Errorf("repair: %v, %v; want what the check left", repairs, err)
+	}
+	a.works()
+	other.works()
 }
