@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
@@ -104,14 +103,9 @@ func (d *Datapath) LookupsMissing() (keys []workload.AttachmentID, err error) {
 }
 
 // LookupAttached reports whether the lookup program of a namespace, which its cookie
-// names, is pinned and in force: two system calls, without the lock.
+// names, is pinned and in force: three system calls, without the lock.
 func (d *Datapath) LookupAttached(cookie uint64) bool {
-	pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)
-	if err != nil {
-		return false
-	}
-	defer pinned.Close()
-	return program.LookupInode(pinned) != 0
+	return program.LookupAt(d.paths.Lookup(cookie)) != 0
 }
 
 // eraseDead removes what erase left of workloads that are not under Weir any

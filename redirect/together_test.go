@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/nftables"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -238,4 +239,31 @@ func TestCheckSome(t *testing.T) {
 	}
 	a.works()
 	other.works()
+}
+
+// What a link is attached to is read without the library, as the library says it.
+func TestLookupAt(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	pin := n.paths.Lookup(a.Cookie())
+	pinned, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pinned.Close()
+	if got, want := program.LookupAt(pin), program.LookupInode(pinned); got != want || got == 0 {
+		t.Errorf("the program is attached to namespace %d, want %d", got, want)
+	}
+	for what, other := range map[string]string{"a link of a cgroup": n.paths.Link("weir_connect4"), "a map": n.paths.Maps() + "/workloads", "nothing": pin + "0"} {
+		if got := program.LookupAt(other); got != 0 {
+			t.Errorf("%s is attached to namespace %d", what, got)
+		}
+	}
+	if err := pinned.Detach(); err != nil {
+		t.Fatal(err)
+	}
+	if got := program.LookupAt(pin); got != 0 || n.LookupAttached(a.Cookie()) {
+		t.Errorf("a detached program is attached to namespace %d", got)
+	}
 }

@@ -111,18 +111,15 @@ func LinkProblems(names []string, root *os.File, dir string) (map[string]string,
 	}
 	problems := make(map[string]string)
 	for _, name := range names {
-		pinned, err := link.LoadPinnedLink(filepath.Join(dir, name), nil)
+		at, err := attachedTo(filepath.Join(dir, name), unix.BPF_LINK_TYPE_CGROUP)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			problems[name] = name + " is not attached: its pin is gone"
-			continue
 		case err != nil:
 			return nil, fmt.Errorf("open link %s: %w", name, err)
-		}
-		if !onCgroup(pinned, rootID) {
+		case at != rootID:
 			problems[name] = name + " is not attached to the root of cgroup v2"
 		}
-		pinned.Close()
 	}
 	return problems, nil
 }

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package program
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// attachedTo is what a pinned link is attached to: the ID of a cgroup or the inode of a
+// network namespace; 0 once it is attached no more, or where it is of another kind. The
+// agent asks this of every workload time and again, and these are the three system calls
+// that it takes: the library makes a dozen.
+func attachedTo(pin string, kind uint32) (uint64, error) {
+	var pinner runtime.Pinner // the kernel follows the pointers
+	defer pinner.Unpin()
+	path := append([]byte(pin), 0)
+	pinner.Pin(&path[0])
+	get := struct {
+		path      unsafe.Pointer
+		fd, flags uint32
+	}{path: unsafe.Pointer(&path[0])}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
+	if errno != 0 {
+		return 0, &os.PathError{Op: "open link", Path: pin, Err: errno}
+	}
+	defer unix.Close(int(fd))
+	var info struct { // struct bpf_link_info
+		kind, id, program, _ uint32
+		target               [2]uint64
+	}
+	pinner.Pin(&info)
+	about := struct {
+		fd, size uint32
+		info     unsafe.Pointer
+	}{uint32(fd), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
+	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET_INFO_BY_FD, uintptr(unsafe.Pointer(&about)), unsafe.Sizeof(about)); errno != 0 {
+		return 0, fmt.Errorf("read link %s: %w", pin, errno)
+	}
+	switch {
+	case info.kind != kind:
+		return 0, nil
+	case kind == unix.BPF_LINK_TYPE_NETNS:
+		return info.target[0] & 0xffffffff, nil // its second half is the hook
+	}
+	return info.target[0], nil
+}
+
+// LookupAt is the inode of the namespace that a pinned lookup program is attached to; 0
+// where none is pinned, or somebody detached it, or its namespace is gone.
+func LookupAt(pin string) uint64 {
+	inode, err := attachedTo(pin, unix.BPF_LINK_TYPE_NETNS)
+	if err != nil {
+		return 0
+	}
+	return inode
+}
