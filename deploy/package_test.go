@@ -18,7 +18,7 @@ import (
 )
 
 // made are the packages of one architecture.
-type made struct{ deb, rpm, tarball string }
+type made struct{ deb, rpm, tarball, sbom string }
 
 // release makes into dir what `make release` makes, for the architectures of Go's name;
 // each has programs of its own.
@@ -33,8 +33,8 @@ func release(t *testing.T, dir string, bins map[string]string) map[string]made {
 			t.Fatalf("package.sh for %s: %v\n%s", arch, err, out)
 		}
 		m := made{one(t, dir+"/weir_*_"+arch+".deb"), one(t, dir+"/weir-1.2.3~dev-1."+rpmArchs[arch]+".rpm"),
-			one(t, dir+"/weir-1.2.3-dev-linux-"+arch+".tar.gz")}
-		for _, path := range []string{m.deb, m.rpm, m.tarball} {
+			one(t, dir+"/weir-1.2.3-dev-linux-"+arch+".tar.gz"), one(t, dir+"/weir-1.2.3-dev-linux-"+arch+".spdx.json")}
+		for _, path := range []string{m.deb, m.rpm, m.tarball, m.sbom} {
 			if !strings.Contains(string(out), "made "+path+", ") {
 				t.Errorf("package.sh does not say that it made %s:\n%s", path, out)
 			}
@@ -136,12 +136,13 @@ func TestPackages(t *testing.T) {
 	t.Run("sums", func(t *testing.T) { packageSums(t, dir, all) })
 	for arch, m := range all {
 		t.Run("rpm "+arch, func(t *testing.T) { rpmIsTheDeb(t, m.rpm, m.deb, rpmArchs[arch]) })
+		t.Run("lintian "+arch, func(t *testing.T) { packageIsDebians(t, m.deb) })
 		t.Run("architecture "+arch, func(t *testing.T) { packageArchitecture(t, m, bins[arch], arch) })
 	}
 	t.Run("same bytes again", func(t *testing.T) {
 		again := t.TempDir()
 		second := release(t, again, map[string]string{runtime.GOARCH: bins[runtime.GOARCH]})[runtime.GOARCH]
-		for _, pair := range [][2]string{{here.deb, second.deb}, {here.rpm, second.rpm}, {here.tarball, second.tarball}} {
+		for _, pair := range [][2]string{{here.deb, second.deb}, {here.rpm, second.rpm}, {here.tarball, second.tarball}, {here.sbom, second.sbom}} {
 			if fileDigest(t, pair[0]) != fileDigest(t, pair[1]) {
 				t.Errorf("the same programs give another %s", filepath.Base(pair[0]))
 			}
@@ -149,6 +150,7 @@ func TestPackages(t *testing.T) {
 	})
 	t.Run("version", func(t *testing.T) { packageVersion(t, bins) })
 	t.Run("on a node", func(t *testing.T) { packageOnANode(t, here.deb) })
+	t.Run("sbom", func(t *testing.T) { packageSBOM(t, here, bins[runtime.GOARCH]) })
 	t.Run("contents", func(t *testing.T) { packageContents(t, here.deb, here.tarball) })
 	t.Run("manual", func(t *testing.T) { packageManual(t, here.deb, here.tarball) })
 	t.Run("completion", func(t *testing.T) { packageCompletion(t, here.deb) })
@@ -165,7 +167,7 @@ func packageSums(t *testing.T, dir string, all map[string]made) {
 		got = append(got, strings.TrimSpace(line))
 	}
 	for _, m := range all {
-		for _, path := range []string{m.deb, m.rpm, m.tarball} {
+		for _, path := range []string{m.deb, m.rpm, m.tarball, m.sbom} {
 			want = append(want, fileDigest(t, path)+"  "+filepath.Base(path))
 		}
 	}
@@ -251,7 +253,7 @@ func packageContents(t *testing.T, deb, tarball string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, part := range []string{"Copyright: The Weir authors", "MPL-2.0", "Go go1.", "The Go Authors", "github.com/cilium/ebpf v", "github.com/hashicorp/consul/api v"} {
+	for _, part := range []string{"Copyright: 2026 The Weir authors", "MPL-2.0", "Go go1.", "github.com/cilium/ebpf v", "github.com/hashicorp/consul/api v"} {
 		if !strings.Contains(string(copyright), part) {
 			t.Errorf("the package's copyright does not name %q", part)
 		}
@@ -260,6 +262,9 @@ func packageContents(t *testing.T, deb, tarball string) {
 		if fields := strings.Fields(line); fields[0] == "dep" && !strings.Contains(string(copyright), fields[1]+" "+fields[2]) {
 			t.Errorf("the package's copyright does not name %s %s", fields[1], fields[2])
 		}
+	}
+	if terms := output(t, "gzip", "-dc", tree+"/usr/share/doc/weir/LICENSES-OF-MODULES.gz"); !strings.Contains(terms, "The Go Authors") || !strings.Contains(terms, "Apache License") {
+		t.Error("the package has not the terms of what is linked into the programs")
 	}
 	unpacked := t.TempDir()
 	output(t, "tar", "-xzf", tarball, "-C", unpacked)

@@ -20,6 +20,7 @@
 #	docker Docker's engine and a static busybox, from Debian
 #	browser  Chromium, in which the tests open the agent's page
 #	package  nfpm -> .tools/bin, and what reads what it packs: groff, zsh, fish
+#	lintian  Debian's check of packages
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
 #	vm     qemu, and what reads and verifies packages of the archive
 #
@@ -219,6 +220,10 @@ setup_browser() {
 	packages chromium
 }
 
+setup_lintian() {
+	packages lintian
+}
+
 setup_package() {
 	packages groff-base zsh fish
 	local binary=$tools/bin/nfpm
@@ -254,7 +259,7 @@ setup_vm() {
 
 main() {
 	unset GOOS GOARCH # the tools run here, whatever is built with them
-	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package promtool vm"
+	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package lintian promtool vm"
 	local group start
 	for group in go "$@"; do
 		step=$group busy= start=$SECONDS
