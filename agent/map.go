@@ -69,10 +69,9 @@ func mapNode(w api.WorkloadView) web.Node {
 	return node
 }
 
-// mapEdges joins edges by allocation and end, and adds what they carry to the
-// allocations. The ends that are refused, and then the busiest, have a name of their
-// own; the rest is one end.
-func mapEdges(list []api.CountedEdge, nodes map[string]*web.Node, seconds float64) ([]web.End, []web.Edge) {
+// keptEnds says as what each end is shown: those that are refused, and then the busiest,
+// have a name of their own; the rest is one end.
+func keptEnds(list []api.CountedEdge, nodes map[string]*web.Node) map[string]web.End {
 	type counted struct {
 		web.End
 		count, refused uint64
@@ -89,14 +88,12 @@ func mapEdges(list []api.CountedEdge, nodes map[string]*web.Node, seconds float6
 			}
 		}
 	}
+	sides := make(map[bool][]*counted)
+	for _, end := range ends {
+		sides[end.Source] = append(sides[end.Source], end)
+	}
 	kept := make(map[string]web.End)
-	for _, source := range []bool{true, false} {
-		var side []*counted
-		for _, end := range ends {
-			if end.Source == source {
-				side = append(side, end)
-			}
-		}
+	for source, side := range sides {
 		slices.SortFunc(side, func(a, b *counted) int {
 			return cmp.Or(cmp.Compare(b.refused, a.refused), cmp.Compare(b.count, a.count), cmp.Compare(a.ID, b.ID))
 		})
@@ -107,6 +104,13 @@ func mapEdges(list []api.CountedEdge, nodes map[string]*web.Node, seconds float6
 			}
 		}
 	}
+	return kept
+}
+
+// mapEdges joins edges by allocation and end, and adds what they carry to the
+// allocations.
+func mapEdges(list []api.CountedEdge, nodes map[string]*web.Node, seconds float64) ([]web.End, []web.Edge) {
+	kept := keptEnds(list, nodes)
 	edges := make(map[[2]string]*web.Edge)
 	shown := make(map[string]web.End)
 	for _, edge := range list {

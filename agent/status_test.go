@@ -108,3 +108,9 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 		t.Errorf("health = %s, want that Consul is not in sync", text)
 	}
 }
+
+func TestReadStatusWithoutAnAgent(t *testing.T) {
+	if _, err := api.ReadStatus(context.Background(), t.TempDir()); !errors.Is(err, api.ErrNotRunning) {
+		t.Errorf("status = %v, want %v", err, api.ErrNotRunning)
+	}
+}

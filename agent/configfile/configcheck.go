@@ -45,14 +45,13 @@ func (c Config) problems() (list []valueProblem) {
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
 		wrong("log_level", c.LogLevel, "debug, info, warn or error")
 	}
-	if !workload.Guard(c.Guard.Default).Known() {
-		wrong("guard.default", c.Guard.Default, "off, audit or enforce")
+	for key, guard := range map[string]string{"guard.default": c.Guard.Default, "guard.egress": c.Guard.Egress} {
+		if !workload.Guard(guard).Known() {
+			wrong(key, guard, "off, audit or enforce")
+		}
 	}
 	if _, ok := ParseGate(c.Gate.Timeout); !ok {
 		wrong("gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
-	}
-	if !workload.Guard(c.Guard.Egress).Known() {
-		wrong("guard.egress", c.Guard.Egress, "off, audit or enforce")
 	}
 	for _, name := range c.CNI.JobArgs {
 		if !slices.Contains(request.JobArgs(), name) {

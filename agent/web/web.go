@@ -110,7 +110,7 @@ func (p *page) guarded(next http.Handler, entry bool) http.Handler {
 			http.Error(w, `the map is for this node's loopback: come by "ssh -L", or set telemetry { map = "any" }`, http.StatusForbidden)
 		case !p.known(r.Host):
 			http.Error(w, "the map is under an address, localhost, or the node's own name", http.StatusMisdirectedRequest)
-		case site != "" && site != "none" && site != "same-origin" && !(entry && r.Header.Get("Sec-Fetch-Mode") == "navigate"):
+		case site != "" && site != "none" && site != "same-origin" && (!entry || r.Header.Get("Sec-Fetch-Mode") != "navigate"):
 			http.Error(w, "the map is for no other site", http.StatusForbidden)
 		default:
 			next.ServeHTTP(w, r)

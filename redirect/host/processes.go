@@ -4,6 +4,7 @@ package host
 
 import (
 	"fmt"
+	"iter"
 	"os"
 	"strconv"
 	"sync"
@@ -38,22 +39,7 @@ func (p *Processes) eachOwner(ns *Namespace, socket uint32, visit func(pid, numb
 				return err
 			}
 		}
-		for _, pid := range p.in[ns.Inode] {
-			if p.namespaceOf(pid) != ns.Inode {
-				continue
-			}
-			if done, err := eachDescriptor(pid, socket, visit); done || err != nil {
-				return err
-			}
-		}
-		for len(p.left) > 0 {
-			pid := p.left[0]
-			p.left = p.left[1:]
-			where := p.namespaceOf(pid)
-			p.in[where] = append(p.in[where], pid)
-			if where != ns.Inode {
-				continue
-			}
+		for pid := range p.inside(ns) {
 			if done, err := eachDescriptor(pid, socket, visit); done || err != nil {
 				return err
 			}
@@ -62,6 +48,27 @@ func (p *Processes) eachOwner(ns *Namespace, socket uint32, visit func(pid, numb
 			return ErrNoOwner
 		}
 		anew = true // it may have come since
+	}
+}
+
+// inside are the processes of the list that are in the namespace: first those that were
+// found there before, then those that nobody asked yet.
+func (p *Processes) inside(ns *Namespace) iter.Seq[int] {
+	return func(yield func(int) bool) {
+		for _, pid := range p.in[ns.Inode] {
+			if p.namespaceOf(pid) == ns.Inode && !yield(pid) {
+				return
+			}
+		}
+		for len(p.left) > 0 {
+			pid := p.left[0]
+			p.left = p.left[1:]
+			where := p.namespaceOf(pid)
+			p.in[where] = append(p.in[where], pid)
+			if where == ns.Inode && !yield(pid) {
+				return
+			}
+		}
 	}
 }
 
