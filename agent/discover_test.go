@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test"
 )
 
 // A result as libcni 1.3 writes it after Nomad's bridge network.
@@ -98,7 +99,7 @@ func TestCacheReadsChangesAndTellsOfDamage(t *testing.T) {
 	if err := os.Mkdir(c.Dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	path := writeFile(t, filepath.Join(c.Dir, "nomad-b412-eth0"), cachedResult[:200])
+	path := test.WriteFile(t, filepath.Join(c.Dir, "nomad-b412-eth0"), cachedResult[:200])
 	if found, problems, err := c.Read(); err != nil || len(found)+len(problems) != 0 || !c.Halfway {
 		t.Fatalf("read of a file that is being written = %v, %v, %v, halfway %v; want to be told so", found, problems, err, c.Halfway)
 	}
@@ -111,7 +112,7 @@ func TestCacheReadsChangesAndTellsOfDamage(t *testing.T) {
 			t.Fatalf("read of half a file = %v, %v, %v, halfway %v; want one problem", found, problems, err, c.Halfway)
 		}
 	}
-	writeFile(t, path, cachedResult)
+	test.WriteFile(t, path, cachedResult)
 	found, problems, err := c.Read()
 	if err != nil || len(found) != 1 || len(problems) != 0 {
 		t.Fatalf("read of the whole file = %v, %v, %v; want one attachment", found, problems, err)

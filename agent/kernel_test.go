@@ -110,7 +110,7 @@ func (n *node) result(id, netns, mesh string, addresses ...string) {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	writeFile(n.t, filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+id+"-eth0"), string(data))
+	test.WriteFile(n.t, filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+id+"-eth0"), string(data))
 }
 
 func mapped(port int) any {

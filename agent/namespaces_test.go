@@ -24,7 +24,7 @@ import (
 func (n *node) mounted(id string, ns *test.NetNS) (end func()) {
 	n.t.Helper()
 	path := filepath.Join(n.config.CNI.NetNSDir, id)
-	writeFile(n.t, path, "")
+	test.WriteFile(n.t, path, "")
 	if err := unix.Mount(ns.Path, path, "", unix.MS_BIND, ""); err != nil {
 		n.t.Fatalf("mount namespace: %v", err)
 	}
@@ -143,7 +143,7 @@ func TestNamespacesOf(t *testing.T) {
 	ns := test.NewNetNS(t)
 	dir := t.TempDir()
 	gone := filepath.Join(dir, "gone")
-	empty := writeFile(t, filepath.Join(dir, "empty"), "")
+	empty := test.WriteFile(t, filepath.Join(dir, "empty"), "")
 	for _, c := range []struct {
 		name     string
 		from     discover.Namespaces

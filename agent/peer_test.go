@@ -16,6 +16,7 @@ import (
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test"
 
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
@@ -40,7 +41,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 		here.Put("/v1/acl/policy", object{"Name": name, "Rules": rules})
 		var token struct{ SecretID string }
 		here.Post("/v1/acl/token", object{"Policies": []object{{"Name": name}}}, &token)
-		writeFile(t, config.TokenFile, token.SecretID)
+		test.WriteFile(t, config.TokenFile, token.SecretID)
 	}
 	rules := strings.ReplaceAll(realconsul.DocumentedPolicy(t), `"node"`, `"node-dc1"`)
 	use("all-nodes", strings.Replace(rules, `node "node-dc1"`, `node_prefix ""`, 1))

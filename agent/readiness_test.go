@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test"
 
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
@@ -109,7 +110,7 @@ func TestReadinessOfConsulsAddress(t *testing.T) {
 	server := realconsul.Start(t, false, realconsul.WithTLS())
 	other := filepath.Join(t.TempDir(), "ca.pem")
 	certificate, _ := selfSigned(t)
-	writeFile(t, other, certificate)
+	test.WriteFile(t, other, certificate)
 	for _, c := range []struct {
 		name   string
 		change func(config *configfile.ConsulConfig)
@@ -195,7 +196,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, asks, strings.Replace(string(text), `"CONSUL_IPTABLES_CONFIG"`, `"weir.mode"`, 1))
+	test.WriteFile(t, asks, strings.Replace(string(text), `"CONSUL_IPTABLES_CONFIG"`, `"weir.mode"`, 1))
 	answer := httptest.NewRecorder()
 	registered(numbered(2))(answer, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
 	known := []redirect.Record{{Key: workload.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}

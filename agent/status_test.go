@@ -82,7 +82,7 @@ func TestStatusIsWhatIsTrueWhenAsked(t *testing.T) {
 	}
 
 	n.fake.answers(say(500, "no leader"))
-	writeFile(t, n.config.Docker.Socket, "nobody listens")
+	test.WriteFile(t, n.config.Docker.Socket, "nobody listens")
 	n.agent.consul.Wake()
 	test.Eventually(t, func() error {
 		told, err := api.ReadStatus(context.Background(), n.config.StateDir)

@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/test"
 )
 
 const oneProxy = `{"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f7-group-g-web-1-sidecar-proxy": {"Kind": "connect-proxy", "Port": 20001,
@@ -54,10 +55,10 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 
 func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
 	fake := newFakeConsul(t)
-	path := writeFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
+	path := test.WriteFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
 	follower := fake.follow(t, func(config *configfile.ConsulConfig) { config.TokenFile, config.Watch = path, false })
 	eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
-	writeFile(t, path, "second")
+	test.WriteFile(t, path, "second")
 	follower.Wake()
 	eventuallyKnown(t, follower, "another answer", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
 	fake.mu.Lock()

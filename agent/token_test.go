@@ -34,7 +34,7 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 	config := *configfile.DefaultConfig().Consul
 	config.Address, config.TokenFile = server.Address, filepath.Join(t.TempDir(), "token")
 	first := next()
-	writeFile(t, config.TokenFile, first.SecretID)
+	test.WriteFile(t, config.TokenFile, first.SecretID)
 	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
 	good := func(v catalog.Snapshot) bool { return v.InSync && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
 	eventuallyKnown(t, follower, "the first token to be used", good)
@@ -47,7 +47,7 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 		}
 		first = next()
 		began = time.Now()
-		writeFile(t, config.TokenFile, first.SecretID)
+		test.WriteFile(t, config.TokenFile, first.SecretID)
 		eventuallyKnown(t, follower, "the new token to be used", good)
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("used after %s, want at once", took)

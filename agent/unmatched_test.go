@@ -179,8 +179,8 @@ func TestAgentListsItsProblems(t *testing.T) {
 	n.config.Consul.Watch = true
 	n.fake.set(&n.fake.changes, say(429, "slow down"))
 	n.fake.answers(say(200, `{"bad": {"Kind": "connect-proxy", "Port": "a lot"}}`))
-	writeFile(t, filepath.Join(n.config.CNI.CacheDir, "results", "half"), "{")
-	n.config.Docker.Socket = writeFile(t, filepath.Join(t.TempDir(), "docker.sock"), "nobody listens")
+	test.WriteFile(t, filepath.Join(n.config.CNI.CacheDir, "results", "half"), "{")
+	n.config.Docker.Socket = test.WriteFile(t, filepath.Join(t.TempDir(), "docker.sock"), "nobody listens")
 	n.run()
 	wants := []string{"the Consul watch is failing", "registration bad cannot be read", "CNI result", "Docker's containers may be other ones"}
 	test.Eventually(t, func() error {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/test"
 )
 
 // A directory that comes, goes and comes again is watched each time.
@@ -60,7 +61,7 @@ func TestWatcherFollowsADirectoryThatComesAndGoes(t *testing.T) {
 		}
 		await("the directory above", root)
 		ensure(true)
-		writeFile(t, filepath.Join(dir, "file"), "x")
+		test.WriteFile(t, filepath.Join(dir, "file"), "x")
 		await("a file in it", dir)
 		if err := os.RemoveAll(filepath.Join(root, "lib")); err != nil {
 			t.Fatal(err)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+package configfile
 
 import (
 	"os"
@@ -10,25 +10,17 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/test"
 )
 
 func noEnv(string) string { return "" }
 
-func writeFile(t *testing.T, path, text string) string {
-	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
 func TestReadConfigWithoutFiles(t *testing.T) {
-	got, err := configfile.ReadConfig("", noEnv)
+	got, err := ReadConfig("", noEnv)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(configfile.DefaultConfig(), got); diff != "" {
+	if diff := cmp.Diff(DefaultConfig(), got); diff != "" {
 		t.Errorf("differs from the defaults (-want +got):\n%s", diff)
 	}
 	if err := got.Validate(); err != nil {
@@ -38,7 +30,7 @@ func TestReadConfigWithoutFiles(t *testing.T) {
 
 func TestReadConfigLaterFilesWinAndTheEnvironmentOverAll(t *testing.T) {
 	dir := t.TempDir()
-	writeFile(t, filepath.Join(dir, "10-node.hcl"), `
+	test.WriteFile(t, filepath.Join(dir, "10-node.hcl"), `
 pin_dir = "/sys/fs/bpf/first"
 guard { default = "enforce" }
 consul {
@@ -46,7 +38,7 @@ consul {
   ca_file = "/etc/ca.pem"
 }
 `)
-	writeFile(t, filepath.Join(dir, "20-site.hcl"), `
+	test.WriteFile(t, filepath.Join(dir, "20-site.hcl"), `
 pin_dir = "/sys/fs/bpf/second"
 consul {
   token_file = "/etc/token"
@@ -55,13 +47,13 @@ consul {
 telemetry { listen = "127.0.0.1:9902" }
 cni { cache_dir = "/var/lib/other" }
 `)
-	writeFile(t, filepath.Join(dir, "notes.txt"), `not HCL = = =`)
+	test.WriteFile(t, filepath.Join(dir, "notes.txt"), `not HCL = = =`)
 	env := map[string]string{"WEIR_STATE_DIR": "/run/other", "CONSUL_CACERT": "/etc/env.pem", "CONSUL_HTTP_SSL_VERIFY": "false"}
-	got, err := configfile.ReadConfig(dir, func(name string) string { return env[name] })
+	got, err := ReadConfig(dir, func(name string) string { return env[name] })
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := configfile.DefaultConfig()
+	want := DefaultConfig()
 	want.PinDir, want.StateDir = "/sys/fs/bpf/second", "/run/other"
 	want.Guard.Default = "enforce"
 	want.Consul.Address, want.Consul.CAFile = "https://127.0.0.1:8501", "/etc/env.pem"
@@ -92,8 +84,8 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 		{"environment", "", "maybe", `CONSUL_HTTP_SSL="maybe"`},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			path := writeFile(t, filepath.Join(t.TempDir(), "weir.hcl"), c.text)
-			config, err := configfile.ReadConfig(path, func(name string) string {
+			path := test.WriteFile(t, filepath.Join(t.TempDir(), "weir.hcl"), c.text)
+			config, err := ReadConfig(path, func(name string) string {
 				if name == "CONSUL_HTTP_SSL" {
 					return c.env
 				}
@@ -111,7 +103,7 @@ func TestConfigErrorsNameTheKey(t *testing.T) {
 
 // The example names every key with its default.
 func TestExampleConfigurationIsTheDefaults(t *testing.T) {
-	text, err := os.ReadFile("../deploy/weir.d/weir.hcl")
+	text, err := os.ReadFile("../../deploy/weir.d/weir.hcl")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -119,12 +111,12 @@ func TestExampleConfigurationIsTheDefaults(t *testing.T) {
 	if found := len(setting.FindAll(text, -1)); found < 20 {
 		t.Errorf("%d keys in the example, want all", found)
 	}
-	path := writeFile(t, filepath.Join(t.TempDir(), "weir.hcl"), string(setting.ReplaceAll(text, []byte("$1$2"))))
-	got, err := configfile.ReadConfig(path, noEnv)
+	path := test.WriteFile(t, filepath.Join(t.TempDir(), "weir.hcl"), string(setting.ReplaceAll(text, []byte("$1$2"))))
+	got, err := ReadConfig(path, noEnv)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := configfile.DefaultConfig()
+	want := DefaultConfig()
 	want.Telemetry.Listen = "127.0.0.1:9902"
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("example (-defaults +example):\n%s", diff)
