@@ -146,6 +146,7 @@ func (a *Agent) localAPI() http.Handler {
 	mux.HandleFunc("GET /v1/flows", a.flows.ServeFlows)
 	mux.HandleFunc("GET /v1/events", a.flows.ServeEvents)
 	mux.HandleFunc("GET /v1/guard", a.serveGuard)
+	mux.HandleFunc("GET /v1/behind", a.serveBehind)
 	mux.HandleFunc("GET /v1/traffic", a.serveTraffic)
 	return mux
 }

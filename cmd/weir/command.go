@@ -42,6 +42,7 @@ type env struct {
 	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
 	askFlows   func(ctx context.Context, stateDir string, query api.FlowQuery, deliver func(api.Flow) error) error
 	askGuard   func(ctx context.Context, stateDir string) (api.GuardList, error)
+	askBehind  func(ctx context.Context, stateDir string, query api.BehindQuery) (api.Behind, error)
 	askTraffic func(ctx context.Context, stateDir string, since time.Time) (api.Traffic, error)
 	clear      func()                                               // empties the terminal
 	journal    func(ctx context.Context, lines int) (string, error) // the end of the agent's log

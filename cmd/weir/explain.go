@@ -32,15 +32,11 @@ type explained struct {
 	SentTo    *netip.AddrPort   `json:"sent_to"` // the listener in the namespace that gets it; null: it goes where it was dialled
 	Listens   *bool             `json:"listens"` // whether anybody listens there; null: not of the namespace
 	Service   *string           `json:"service"`
-	Intention *string           `json:"intention"` // Consul is not asked yet
-	Instances *explainInstances `json:"instances"`
+	Intention *string           `json:"intention"` // Consul's own answer; null: not known, or it has no say
+	Instances *api.Instances    `json:"instances"` // likewise
+	Unknown   []api.Unknown     `json:"unknown"`   // what could not be looked at, which is neither "allowed" nor "denied"
 	Remedy    string            `json:"remedy"`
 	Settings  []explain.Setting `json:"settings"` // without a destination
-}
-
-type explainInstances struct {
-	Passing int `json:"passing"`
-	Total   int `json:"total"`
 }
 
 // explainFlags are what explain is told beside its operands.
@@ -62,15 +58,19 @@ func newExplain(env env) *command {
 
   ALLOC is the beginning of an allocation's ID, or a job that has one allocation
   on this node. The destination is ADDR:PORT or NAME[:PORT]. NAME is an upstream
-  of the allocation, else it is resolved on this node. With -inbound it may be
-  PORT alone, which is that of the allocation's first address.
+  of the allocation, else a service of the mesh by its virtual IP, else it is
+  resolved on this node. With -inbound it may be PORT alone, which is that of the
+  allocation's first address.
 
   The source of a value is "job" (what the job asked for at ADD, with what the
   node's configuration adds), "consul", "agent" (the operator's policy or the
   service's metadata), "default", or "node" (read from the namespace).
 
-  The socket is taken to be bound to no address and no device. Consul is not
-  asked whether an intention allows the connection, nor for healthy instances.
+  The socket is taken to be bound to no address and no device. Where the proxy
+  makes the connection, the agent asks Consul whether an intention allows it and
+  how many instances of the service are healthy. What Consul does not answer, for
+  want of a right of the agent's token or because no agent runs, is told as not
+  looked at; it counts as neither allowed nor denied.
 
   The exit code is 0 where the connection is let through, 2 where it would fail,
   and 1 where that cannot be told.
@@ -103,11 +103,11 @@ func (c *command) explain(f explainFlags) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	answer := explained{Schema: 1, AllocID: allocationOf(record), Steps: []explain.Step{}, Settings: []explain.Setting{}}
+	answer := explained{Schema: 1, AllocID: allocationOf(record), Steps: []explain.Step{}, Settings: []explain.Setting{}, Unknown: []api.Unknown{}}
 	if f.destination == "" {
 		return c.explainWhole(datapath, record, answer, view)
 	}
-	connection, err := c.connection(f, record, view)
+	connection, service, err := c.connection(f, record, view)
 	if err != nil {
 		return 1, err
 	}
@@ -126,8 +126,13 @@ func (c *command) explain(f explainFlags) (int, error) {
 	if e.Local {
 		answer.Listens = &e.Listens
 	}
-	if service := serviceOf(e, connection, record.Key, view); service != "" {
-		answer.Service = &service
+	if known := serviceOf(e, connection, record.Key, view); known != "" {
+		service, answer.Service = known, &known
+	}
+	var consul api.Behind
+	if meetsConsul(e, connection, service) {
+		consul = c.askConsul(api.BehindQuery{Key: record.Key, To: connection.Destination, SentTo: e.SentTo, Service: service})
+		fails = answer.take(consul) || fails
 	}
 	code := 0
 	if fails {
@@ -136,7 +141,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	if c.json {
 		return code, c.printJSON(answer)
 	}
-	c.ui.Output(c.renderExplanation(e, connection, record, answer, fails))
+	c.ui.Output(c.renderExplanation(e, connection, record, answer, consul, fails))
 	return code, nil
 }
 
@@ -208,30 +213,31 @@ func (c *command) workload(datapath datapath, view api.Status) (redirect.Record,
 
 func allocationOf(w redirect.Record) string { return allocID(w.Request.Job.AllocID, w.Key) }
 
-// connection is what the flags and the destination name.
-func (c *command) connection(f explainFlags, w redirect.Record, view api.Status) (explain.Connection, error) {
-	connection := explain.Connection{UID: explain.NoUID, IPv6Socket: f.mapped}
+// connection is what the flags and the destination name, and the service where that is the name
+// of one.
+func (c *command) connection(f explainFlags, w redirect.Record, view api.Status) (connection explain.Connection, service string, err error) {
+	connection = explain.Connection{UID: explain.NoUID, IPv6Socket: f.mapped}
 	if f.from != "" && !f.inbound {
-		return connection, errors.New("-from: it needs -inbound")
+		return connection, "", errors.New("-from: it needs -inbound")
 	}
 	if f.uid != "" {
 		uid, err := strconv.ParseUint(f.uid, 10, 32)
 		if err != nil {
-			return connection, fmt.Errorf("-uid %q: want a number", f.uid)
+			return connection, "", fmt.Errorf("-uid %q: want a number", f.uid)
 		}
 		connection.UID = uint32(uid)
 	}
 	if f.task != "" {
 		if err := asTask(&connection, f, w, view); err != nil {
-			return connection, err
+			return connection, "", err
 		}
 	}
 	if f.inbound {
-		return inboundConnection(connection, f, w)
+		connection, err = inboundConnection(connection, f, w)
+		return connection, "", err
 	}
-	var err error
-	connection.Destination, err = c.resolve(f.destination, w, view)
-	return connection, err
+	connection.Destination, service, err = c.resolve(f.destination, w, view)
+	return connection, service, err
 }
 
 // asTask makes the connection that of a task: the proxy's where the agent knows it as the proxy.
@@ -269,19 +275,20 @@ func inboundConnection(connection explain.Connection, f explainFlags, w redirect
 }
 
 // resolve is the destination as an address: written as one, the virtual IP or the listener of an
-// upstream, or what this node resolves the name to.
-func (c *command) resolve(text string, w redirect.Record, view api.Status) (netip.AddrPort, error) {
+// upstream or of another service, or what this node resolves the name to.
+func (c *command) resolve(text string, w redirect.Record, view api.Status) (to netip.AddrPort, service string, err error) {
+	fail := func(err error) (netip.AddrPort, string, error) { return netip.AddrPort{}, "", err }
 	if to, err := netip.ParseAddrPort(text); err == nil {
-		return to, nil
+		return to, "", nil
 	}
 	if addr, err := netip.ParseAddr(text); err == nil {
-		return netip.AddrPort{}, fmt.Errorf("destination %s: name a port too", addr)
+		return fail(fmt.Errorf("destination %s: name a port too", addr))
 	}
 	host, port := text, uint16(0)
 	if head, tail, found := strings.Cut(text, ":"); found {
 		number, err := strconv.ParseUint(tail, 10, 16)
 		if err != nil {
-			return netip.AddrPort{}, fmt.Errorf("destination %q: want ADDR:PORT or NAME[:PORT]", text)
+			return fail(fmt.Errorf("destination %q: want ADDR:PORT or NAME[:PORT]", text))
 		}
 		host, port = head, uint16(number)
 	}
@@ -290,23 +297,27 @@ func (c *command) resolve(text string, w redirect.Record, view api.Status) (neti
 			continue
 		}
 		if len(upstream.Addresses) == 0 {
-			return upstream.Listener, nil
+			return upstream.Listener, upstream.Name, nil
 		}
 		if port == 0 {
 			port = upstream.Listener.Port()
 		}
-		return netip.AddrPortFrom(upstream.Addresses[0], port), nil
+		return netip.AddrPortFrom(upstream.Addresses[0], port), upstream.Name, nil
 	}
 	if port == 0 {
-		return netip.AddrPort{}, fmt.Errorf("destination %q: no upstream of the allocation has this name; any other needs a port", text)
+		return fail(fmt.Errorf("destination %q: no upstream of the allocation has this name; any other needs a port", text))
+	}
+	name := ofMesh(host)
+	if addr, found := c.virtualIP(api.BehindQuery{Key: w.Key, Service: name}); found {
+		return netip.AddrPortFrom(addr, port), name, nil
 	}
 	ctx, cancel := context.WithTimeout(c.ctx, 2*time.Second)
 	defer cancel()
 	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 	if err != nil || len(found) == 0 {
-		return netip.AddrPort{}, fmt.Errorf("destination %q: no upstream of the allocation, and this node cannot resolve it: %w", text, err)
+		return fail(fmt.Errorf("destination %q: no upstream of the allocation, no service with a virtual IP that Consul tells, and this node cannot resolve it: %w", text, err))
 	}
-	return netip.AddrPortFrom(found[0].Unmap(), port), nil
+	return netip.AddrPortFrom(found[0].Unmap(), port), "", nil
 }
 
 // upstreamsOf are those of the record, then those that the agent knows.

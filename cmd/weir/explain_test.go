@@ -3,7 +3,10 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
+	"fmt"
+	"io/fs"
 	"net/netip"
 	"path/filepath"
 	"strings"
@@ -44,6 +47,15 @@ func explainNode() *node {
 			SentTo: netip.MustParseAddrPort("127.0.0.1:15001"),
 			Steps:  []explain.Step{{Rule: explain.RuleListener, Result: explain.ResultMatch, Detail: "the proxy listens", Source: explain.SourceNode}}},
 	}
+}
+
+// agentBehind is what the agent answers of what Consul says.
+func (n *node) agentBehind(_ context.Context, _ string, query api.BehindQuery) (api.Behind, error) {
+	n.queries = append(n.queries, query)
+	if n.behind == nil {
+		return api.Behind{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
+	}
+	return *n.behind, nil
 }
 
 func TestExplainNamesTheAllocation(t *testing.T) {
@@ -112,6 +124,7 @@ func TestExplainReadsTheConnection(t *testing.T) {
 
 func TestExplainAsJSON(t *testing.T) {
 	n := explainNode()
+	n.behind = &api.Behind{Service: "far", Source: "api", Intention: api.IntentionDeny, Instances: &api.Instances{Passing: 1, Total: 2}}
 	const want = `{
   "schema": 1,
   "alloc_id": "1c6e1d2f-7c0f",
@@ -129,14 +142,74 @@ func TestExplainAsJSON(t *testing.T) {
   "sent_to": "127.0.0.1:15001",
   "listens": true,
   "service": "far",
-  "intention": null,
-  "instances": null,
-  "remedy": "",
+  "intention": "deny",
+  "instances": {
+    "passing": 1,
+    "warning": 0,
+    "total": 2
+  },
+  "unknown": [],
+  "remedy": "let an intention allow it: 'consul intention create -allow api far'",
   "settings": []
 }
 `
 	if diff := cmp.Diff(want, try(t, n, nil, "explain", "-json", "other", "240.0.0.9:80").stdout); diff != "" {
 		t.Errorf("JSON (-want +got):\n%s", diff)
+	}
+}
+
+// Consul's word on what lies behind is asked for where the proxy makes the connection, and it
+// counts: denied is not allowed, and what could not be looked at is neither.
+func TestExplainSaysWhatConsulDoes(t *testing.T) {
+	to := netip.MustParseAddrPort("240.0.0.9:80")
+	redirected := explain.Explanation{Verdict: bpfmap.Redirected, Local: true, Listens: true, SentTo: netip.MustParseAddrPort("127.0.0.1:15001")}
+	asked := []api.BehindQuery{{Key: explainNode().known[2].Key, To: to, SentTo: redirected.SentTo, Service: "far"}}
+	for _, tc := range []struct {
+		name        string
+		explanation explain.Explanation
+		behind      api.Behind
+		code        int
+		says        string // after the line of the service
+		asked       []api.BehindQuery
+	}{
+		{"allowed", redirected, api.Behind{Service: "far", Source: "api", Intention: api.IntentionAllow, Instances: &api.Instances{Passing: 1, Warning: 1, Total: 3}}, 0,
+			"Service: far\nIntention: Consul lets api dial far.\nInstances: 1 of 3 passing, 1 with a warning\n", asked},
+		{"denied", redirected, api.Behind{Service: "far", Source: "api", Intention: api.IntentionDeny, Instances: &api.Instances{Passing: 3, Total: 3}}, 2,
+			"Service: far\nIntention: Consul denies api the service far, whose proxies refuse it.\nInstances: 3 of 3 passing\n" +
+				"Remedy: let an intention allow it: 'consul intention create -allow api far'\n", asked},
+		{"some requests", redirected, api.Behind{Service: "far", Source: "api", Intention: api.IntentionByRequest}, 0,
+			"Service: far\nIntention: Consul lets api dial far for some requests, by method, path or\n  header.\n", asked},
+		{"nobody healthy", redirected, api.Behind{Service: "far", Source: "api", Intention: api.IntentionAllow, Instances: &api.Instances{Total: 2}}, 2,
+			"Service: far\nIntention: Consul lets api dial far.\nInstances: 0 of 2 passing\nRemedy: see the checks of service far in Consul, and whether its job runs\n", asked},
+		{"not looked at", redirected, api.Behind{Service: "far", Unknown: []api.Unknown{{What: "intention", Why: "Consul forbids it", Remedy: "give the right"}}}, 0,
+			"Service: far\nNot looked at: the intention: Consul forbids it. Remedy: give the right\n", asked},
+		{"past the proxy", explain.Explanation{Verdict: bpfmap.PortExcluded}, api.Behind{Intention: api.IntentionDeny}, 0,
+			"Verdict: port_excluded (left alone: its port is excluded)\nService: far\n", nil},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			n := explainNode()
+			n.explanation, n.behind = tc.explanation, &tc.behind
+			got := try(t, n, nil, "explain", "other", to.String())
+			if got.code != tc.code || !strings.HasSuffix(got.stdout, tc.says) {
+				t.Errorf("code %d, %s\nwant code %d and at the end\n%s", got.code, got.stdout, tc.code, tc.says)
+			}
+			if diff := cmp.Diff(tc.asked, n.queries, cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })); diff != "" {
+				t.Errorf("the agent was asked (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// A name of a service of the mesh is its virtual IP, as Consul tells it.
+func TestExplainOfAServiceByItsName(t *testing.T) {
+	for _, name := range []string{"api:8080", "api.virtual.consul:8080"} {
+		n := explainNode()
+		n.behind = &api.Behind{Service: "api", VirtualIPs: test.Addrs("240.0.0.7")}
+		got := try(t, n, nil, "explain", "other", name)
+		want := explain.Connection{Destination: netip.MustParseAddrPort("240.0.0.7:8080"), UID: explain.NoUID}
+		if got.code != 0 || len(n.asked) != 1 || n.asked[0] != want || !strings.Contains(got.stdout, "Service: api\n") {
+			t.Errorf("explain %s: %+v asked %+v, want %+v", name, got, n.asked, want)
+		}
 	}
 }
 
@@ -216,6 +289,9 @@ const refusedText = `A connection of a task of demo/web/0b5d0c1e to 203.0.113.7:
 Verdict: refused_no_proxy (refused: the proxy has no outbound listener)
 Behind it: nothing listens on 127.0.0.1:15001, so the connection is refused
   there.
+Not looked at: what Consul says: no agent answers, and it is who asks Consul.
+  Remedy: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's
+  system job for it
 Remedy: 'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not
   listen; 'weir events -f' names a listener that was not accepted
 `

@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/mitchellh/go-wordwrap"
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
@@ -22,7 +23,7 @@ func hang(text string) string {
 }
 
 // renderExplanation shows each rule and then, in sentences, what becomes of the connection.
-func (c *command) renderExplanation(e explain.Explanation, connection explain.Connection, w redirect.Record, answer explained, fails bool) string {
+func (c *command) renderExplanation(e explain.Explanation, connection explain.Connection, w redirect.Record, answer explained, consul api.Behind, fails bool) string {
 	var text strings.Builder
 	of := name(w.Request.Job.ID, w.Request.Job.Group, w.Key)
 	switch {
@@ -62,6 +63,7 @@ func (c *command) renderExplanation(e explain.Explanation, connection explain.Co
 	if answer.Service != nil {
 		fmt.Fprintf(&text, "Service: %s\n", *answer.Service)
 	}
+	text.WriteString(renderBehind(consul))
 	if answer.Remedy != "" {
 		fmt.Fprintln(&text, hang("Remedy: "+answer.Remedy))
 	}

@@ -38,6 +38,7 @@ func main() {
 		askEvents:  api.ReadEvents,
 		askFlows:   api.ReadFlows,
 		askGuard:   api.ReadGuard,
+		askBehind:  api.ReadBehind,
 		askTraffic: api.ReadTraffic,
 		clear:      clearTerminal(os.Stdout),
 		journal:    journal,

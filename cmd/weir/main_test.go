@@ -43,6 +43,8 @@ type node struct {
 	onVerdicts func()      // what happens before they are counted
 	agent      *api.Status // nil: none runs
 	guard      *api.GuardList
+	behind     *api.Behind // what Consul says; nil: no agent answers
+	queries    []api.BehindQuery
 	silence    error  // why none answers; nil: it has no socket
 	unit       bool   // systemd is to run one
 	uid        int    // who runs the program
@@ -172,6 +174,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return api.GuardList{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
+		askBehind: n.agentBehind,
 		askTraffic: func(context.Context, string, time.Time) (api.Traffic, error) {
 			if n.traffic == nil {
 				return api.Traffic{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
