@@ -101,7 +101,8 @@ func (x *explained) configure(again bool) {
 		}
 		r.Budget = pick(x, 0, 0, 4, uint32(12))
 	})
-	meshConfig := workload.MeshConfig{Guard: pick(x, workload.GuardOff, workload.GuardAudit, workload.GuardEnforce)}
+	guards := []workload.Guard{workload.GuardOff, workload.GuardAudit, workload.GuardEnforce}
+	meshConfig := workload.MeshConfig{Guard: pick(x, guards...), Egress: pick(x, guards...)}
 	if x.chance(50) {
 		meshConfig.Upstreams = []workload.Upstream{{Name: "db", Addresses: test.Addrs("240.0.0.5", "fd09:1::5"),
 			Listener: netip.AddrPortFrom(pick(x, netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback()), explainedUpstream)}}
@@ -284,9 +285,44 @@ func TestExplainAgreesWithTheKernel(t *testing.T) {
 	}
 	t.Logf("connections by verdict: %v", x.seen)
 	for _, verdict := range []bpfmap.Verdict{bpfmap.Redirected, bpfmap.Proxy, bpfmap.UIDExcluded, bpfmap.Local, bpfmap.ToUpstream, bpfmap.PortExcluded, bpfmap.CIDRExcluded, bpfmap.Direct, bpfmap.ToDNS, bpfmap.Inbound, bpfmap.InboundExcluded,
-		bpfmap.GuardAudited, bpfmap.RefusedEncoded, bpfmap.RefusedFamily, bpfmap.RefusedBroadcast, bpfmap.RefusedBudget, bpfmap.RefusedNoProxy, bpfmap.RefusedInboundNoProxy, bpfmap.RefusedInboundUnknown, bpfmap.RefusedGuard} {
+		bpfmap.GuardAudited, bpfmap.EgressAudited, bpfmap.RefusedEgress, bpfmap.RefusedEncoded, bpfmap.RefusedFamily, bpfmap.RefusedBroadcast, bpfmap.RefusedBudget, bpfmap.RefusedNoProxy, bpfmap.RefusedInboundNoProxy, bpfmap.RefusedInboundUnknown, bpfmap.RefusedGuard} {
 		if x.seen[verdict] == 0 && configurations >= 100 {
 			t.Errorf("no connection was explained as %s: the test does not try enough", verdict)
 		}
+	}
+}
+
+// So it is where tables of the node are full, or rows of the workload are lost.
+func TestExplainAgreesWhereRowsLack(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		spoil func(x *explained)
+		want  bpfmap.Verdict
+	}{
+		{"the node's table of destinations is nearly full", func(x *explained) { x.node.others(bpfmap.DefaultOrigins) }, bpfmap.RefusedShare},
+		{"the count of the workload's destinations is lost", func(x *explained) {
+			x.node.edit(func(tables *bpfmap.Tables) error { return tables.Delete("budgets", x.Cookie()) })
+		}, bpfmap.RefusedTable},
+		{"its configuration is lost", func(x *explained) {
+			x.node.edit(func(tables *bpfmap.Tables) error {
+				generation, err := tables.Generation(x.Cookie())
+				if err != nil {
+					return err
+				}
+				return tables.Delete("configs", bpfmap.BpfConfigKey{Cookie: x.Cookie(), Generation: generation})
+			})
+		}, bpfmap.RefusedTable},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			x := newExplained(t)
+			x.add()
+			x.startProxy()
+			x.knock(netip.MustParseAddr("20.1.0.0"), bpfmap.OriginShare)
+			tc.spoil(x)
+			x.check(x.Cookie(), explain.Connection{Destination: netip.MustParseAddrPort("203.0.113.7:80"), UID: taskUID, Cgroup: x.taskCg.ID}, x.dialers[0].actor)
+			if x.seen[tc.want] != 1 {
+				t.Errorf("explained as %v, want %s", x.seen, tc.want)
+			}
+		})
 	}
 }
