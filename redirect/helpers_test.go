@@ -15,5 +15,7 @@ func helpers() map[string]func(args []string) error {
 		operateFunc:    serveOperations,
 		foreignFunc:    serveForeign,
 		attackFunc:     serveAttacks,
+		gatesFunc:      serveGates,
+		dialsFunc:      serveDials,
 	}
 }
