@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"runtime"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
+)
+
+// BenchmarkEgress is what UDP costs a task in each mode of the egress guard: connect to
+// a port that is excluded, send there, and send and receive by loopback. "none" is a
+// namespace that is not under Weir.
+func BenchmarkEgress(b *testing.B) {
+	for _, mode := range []workload.Guard{"none", workload.GuardOff, workload.GuardAudit, workload.GuardEnforce} {
+		b.Run(string(mode), func(b *testing.B) {
+			d := newDatapath(b)
+			a := benchmarkWorkload(b)
+			a.Request.ExcludeOutboundPorts = []uint16{9}
+			if mode != "none" {
+				a.Request.Egress = mode
+				if err := d.Add(a); err != nil {
+					b.Fatal(err)
+				}
+			}
+			handle, err := netns.GetFromPath(a.NetNS)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer handle.Close()
+			excluded := excludedPeer()
+			for name, action := range map[string]func(fd int, own unix.Sockaddr) error{
+				"connect": func(fd int, _ unix.Sockaddr) error { return unix.Connect(fd, excluded) },
+				"send":    func(fd int, _ unix.Sockaddr) error { return unix.Sendto(fd, []byte(marker), 0, excluded) },
+				"receive": func(fd int, own unix.Sockaddr) error {
+					if err := unix.Sendto(fd, []byte(marker), 0, own); err != nil {
+						return err
+					}
+					_, _, err := unix.Recvfrom(fd, make([]byte, len(marker)), 0)
+					return err
+				},
+			} {
+				b.Run(name, func(b *testing.B) { benchmarkSocket(b, handle, name == "receive", action) })
+			}
+			if mode != "none" {
+				if err := d.Remove(a.Key); err != nil {
+					b.Error(err)
+				}
+			}
+		})
+	}
+}
+
+func excludedPeer() *unix.SockaddrInet4 {
+	return &unix.SockaddrInet4{Addr: [4]byte{10, 210, 0, 9}, Port: 9}
+}
+
+// benchmarkSocket does something again and again with one socket of UDP of a namespace.
+func benchmarkSocket(b *testing.B, handle netns.NsHandle, bound bool, action func(fd int, own unix.Sockaddr) error) {
+	runtime.LockOSThread() // and the thread ends with it
+	if err := netns.Set(handle); err != nil {
+		b.Fatal(err)
+	}
+	device, err := netlink.LinkByName("eth0")
+	if err == nil { // the peer need not be asked for
+		err = netlink.NeighSet(&netlink.Neigh{LinkIndex: device.Attrs().Index, State: netlink.NUD_PERMANENT, IP: excludedPeer().Addr[:], HardwareAddr: []byte{2, 0, 0, 0, 0, 9}})
+	}
+	if err != nil {
+		b.Fatal(err)
+	}
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer unix.Close(fd)
+	var own unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	if bound {
+		if err := unix.Bind(fd, own); err != nil {
+			b.Fatal(err)
+		}
+	}
+	if own, err = unix.Getsockname(fd); err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		if err := action(fd, own); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
