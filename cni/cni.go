@@ -55,7 +55,7 @@ type Datapath interface {
 	Add(redirect.Attachment) error
 	Preload(netns string) *program.Preloaded
 	Remove(workload.AttachmentID) error
-	Check(key workload.AttachmentID, netns string) (repairs []string, err error)
+	Check(key workload.AttachmentID, netns string) (repairs []redirect.Repair, err error)
 	GC(name string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error)
 	InForce(netns string) (bool, error)
 	Probe() error
@@ -203,7 +203,7 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 	datapath := p.open(conf)
 	repairs, err := datapath.Check(keyOf(cmd), cmd.Netns)
 	for _, what := range repairs {
-		p.note(r, "repaired: "+what)
+		p.note(r, "repaired: "+what.String())
 	}
 	switch {
 	case err == nil:

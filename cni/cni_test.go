@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -206,11 +207,11 @@ func TestDelNeedsNothingButTheID(t *testing.T) {
 
 func TestCheckTellsWhatItRepaired(t *testing.T) {
 	b := newBench()
-	b.fake.repaired = []string{"link connect4", "route"}
+	b.fake.repaired = []redirect.Repair{{Kind: program.Attached, Object: "connect4"}, {Kind: program.RoutesSet}}
 	if err := b.Check(call(meshArgs, confJSON)); err != nil {
 		t.Fatal(err)
 	}
-	want := fmt.Sprintf("weir: allocation %s: repaired: link connect4\nweir: allocation %s: repaired: route\n", allocID, allocID)
+	want := fmt.Sprintf("weir: allocation %s: repaired: attached connect4\nweir: allocation %s: repaired: routes to the proxy set\n", allocID, allocID)
 	if got := b.stderr.String(); got != want {
 		t.Errorf("stderr %q: want %q", got, want)
 	}

@@ -4,13 +4,13 @@ package redirect
 
 import (
 	"errors"
-	"fmt"
 	"net/netip"
 	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -32,7 +32,7 @@ type existingListener struct {
 
 // registerExistingListeners registers what is there already, and says what it did.
 // processes may be nil.
-func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []string, err error) {
+func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []Repair, err error) {
 	listeners, err := observeListeners(tables, ns, w)
 	if err != nil {
 		return nil, err
@@ -63,7 +63,7 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 		}
 		if admitted {
 			proxies[l.at.ProxyID] = next
-			adopted = append(adopted, fmt.Sprintf("listener %s registered", netip.AddrPortFrom(l.Addr, l.Port)))
+			adopted = append(adopted, Repair{Kind: program.ListenerRegistered, Object: netip.AddrPortFrom(l.Addr, l.Port).String()})
 		}
 	}
 	return adopted, nil

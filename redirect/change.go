@@ -19,7 +19,7 @@ import (
 // from Consul and the return of lost maps all end here, so what one of them
 // makes another can finish. The record is marked incomplete before the first
 // change and complete after the last.
-func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []string, err error) {
+func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []Repair, err error) {
 	changed, errs := d.ensureTogether(tables, []*change{{record: r, ns: ns}})
 	return changed, errs[0]
 }
@@ -35,12 +35,12 @@ type change struct {
 	wanted   workload.Workload
 	replaced bool     // new rows are in force, and others were before
 	old      uint64   // the generation of those; 0: it is not known
-	did      []string // what had to be changed
+	did      []Repair // what had to be changed
 	err      error
 }
 
 // ensureTogether is ensure for many workloads. What goes wrong with one concerns it alone.
-func (d *Datapath) ensureTogether(tables *bpfmap.Tables, changes []*change) (changed []string, errs []error) {
+func (d *Datapath) ensureTogether(tables *bpfmap.Tables, changes []*change) (changed []Repair, errs []error) {
 	var replaced []*change
 	for _, c := range changes {
 		if c.err = d.putInForce(tables, c); c.err == nil && c.replaced {
@@ -79,14 +79,14 @@ func (d *Datapath) putInForce(tables *bpfmap.Tables, c *change) error {
 		return err
 	}
 	if routed {
-		c.did = append(c.did, "routes to the proxy set")
+		c.did = append(c.did, Repair{Kind: program.RoutesSet})
 	}
 	written, err := d.ensureRows(tables, c)
 	if err != nil {
 		return err
 	}
 	if written {
-		c.did = append(c.did, "rows written")
+		c.did = append(c.did, Repair{Kind: program.RowsWritten})
 	}
 	return nil
 }
@@ -98,17 +98,17 @@ func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
 		return err
 	}
 	if attached {
-		c.did = append(c.did, "lookup program attached")
+		c.did = append(c.did, Repair{Kind: program.LookupAttached})
 	}
 	filtered, err := program.SetFilter(d.paths, c.ns, c.wanted)
 	if err != nil {
 		return err
 	}
 	if filtered {
-		c.did = append(c.did, "filter of forwarded packets set")
+		c.did = append(c.did, Repair{Kind: program.FilterSet})
 	}
 	if program.HoldFamilies(d.paths, c.wanted) {
-		c.did = append(c.did, "program for other families of sockets attached")
+		c.did = append(c.did, Repair{Kind: program.FamilyHookSet})
 	}
 	adopted, err := registerExistingListeners(tables, d.paths, c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
 	if err != nil {

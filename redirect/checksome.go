@@ -13,7 +13,7 @@ import (
 // Checked is what a check found.
 type Checked struct {
 	Key      workload.AttachmentID
-	Repaired []string
+	Repaired []Repair
 	Err      error
 }
 
@@ -45,7 +45,7 @@ func (d *Datapath) CheckSome(keys []workload.AttachmentID) []Checked {
 	return checked
 }
 
-func (d *Datapath) checkRows(tables *bpfmap.Tables, key workload.AttachmentID) (repaired []string, err error) {
+func (d *Datapath) checkRows(tables *bpfmap.Tables, key workload.AttachmentID) (repaired []Repair, err error) {
 	r, ns, err := d.openWorkload(key)
 	if err != nil {
 		return nil, err

@@ -282,7 +282,7 @@ func removeRoutes(r *store.Record) error {
 // repaired, and an error only for what cannot be repaired in place: ErrUnknown
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
-func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []string, err error) {
+func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []Repair, err error) {
 	err = store.LockedWithin(d.paths.Lock(), d.checkTimeout, func() error {
 		repaired, err = d.check(key, netns)
 		return err
@@ -293,7 +293,7 @@ func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []st
 	return repaired, nil
 }
 
-func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []string, err error) {
+func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []Repair, err error) {
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return nil, err

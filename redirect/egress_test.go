@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/probe"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -305,7 +306,7 @@ func TestEgressFamilyProgram(t *testing.T) {
 		t.Fatal(err)
 	}
 	problemIs(t, a, health.ProblemFamiliesOpen)
-	if repaired, err := n.Check(a.key, a.Path); err != nil || !slices.Equal(repaired, []string{"program for other families of sockets attached"}) {
+	if repaired, err := n.Check(a.key, a.Path); err != nil || !slices.Equal(repaired, []Repair{{Kind: program.FamilyHookSet}}) {
 		t.Errorf("check: %v, %q", err, repaired)
 	}
 	editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Digest[0]++ })

@@ -17,10 +17,13 @@ import (
 	"github.com/weirmesh/weir/redirect/program"
 )
 
+// Repair is one thing that was brought to what it should be.
+type Repair = program.Repair
+
 // LoadResult says what Load did.
 type LoadResult struct {
 	Changed bool     `json:"changed"`
-	Did     []string `json:"did"` // one line per step, past tense
+	Did     []Repair `json:"did"` // one line per step, past tense
 	// Problems are workloads that did not come along, each with its own. The others
 	// did: a bad one is no reason to leave the node as it was.
 	Problems []health.Problem `json:"problems"`
@@ -88,7 +91,7 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 }
 
 // loadOver is load where tables are there.
-func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []string) (result LoadResult, err error) {
+func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []Repair) (result LoadResult, err error) {
 	repinned, err := d.repin()
 	repairs := append(reclaimed, repinned...)
 	if err != nil {
@@ -169,7 +172,7 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err := os.Rename(staging, d.paths.PinDir); err != nil {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
-	repairs = append([]string{fmt.Sprintf("created %d maps in %s", len(pins), d.paths.PinDir)}, repairs...)
+	repairs = append([]Repair{{Kind: program.MapsCreated, Object: fmt.Sprintf("%d maps in %s", len(pins), d.paths.PinDir)}}, repairs...)
 	result = LoadResult{Changed: true, Did: append(repairs, restored...)}
 	result.left(problems)
 	return result, nil
@@ -230,7 +233,7 @@ func (d *Datapath) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (re
 
 // renewLookups swaps the sk_lookup program of every workload. One that it cannot
 // swap goes on with the program that it has, which reads the same tables.
-func (d *Datapath) renewLookups(pinned *bpfmap.Tables) (repairs []string, problems []error) {
+func (d *Datapath) renewLookups(pinned *bpfmap.Tables) (repairs []Repair, problems []error) {
 	records, err := d.paths.ReadRecords()
 	problems = append(problems, err)
 	for _, r := range records {
@@ -246,14 +249,14 @@ func (d *Datapath) renewLookups(pinned *bpfmap.Tables) (repairs []string, proble
 			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
 			continue
 		}
-		repairs = append(repairs, "updated weir_lookup of "+r.Key.String())
+		repairs = append(repairs, Repair{Kind: program.Updated, Object: program.LookupName + " of " + r.Key.String()})
 	}
 	return repairs, problems
 }
 
 // restore puts the workloads on record back after their maps were lost, or looks
 // at each of them where the maps are not new.
-func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
+func (d *Datapath) restore(lost bool) (repairs []Repair, problems []error) {
 	records, unreadable := d.paths.ReadRecords()
 	problems = append(problems, unreadable)
 	if len(records) == 0 {
@@ -283,7 +286,7 @@ func (d *Datapath) restore(lost bool) (repairs []string, problems []error) {
 			continue
 		}
 		for _, what := range repaired {
-			repairs = append(repairs, "restored "+r.Key.String()+": "+what)
+			repairs = append(repairs, Repair{Kind: program.WorkloadRestored, Object: r.Key.String() + ": " + what.String()})
 		}
 	}
 	return repairs, problems

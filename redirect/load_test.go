@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -175,7 +176,7 @@ func TestLoadRepairsLinks(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if !result.Changed || !strings.Contains(strings.Join(result.Did, "\n"), "weir_connect4") {
+			if !result.Changed || !strings.Contains(fmt.Sprint(result.Did), "weir_connect4") {
 				t.Errorf("load says %q", result.Did)
 			}
 			healthy(t, n.Datapath)
@@ -232,7 +233,7 @@ func TestLoadRefusesAnotherLayout(t *testing.T) {
 	}
 	// The act of an operator or of the agent takes running workloads along.
 	result, err := n.Load()
-	if err != nil || !strings.Contains(strings.Join(result.Did, "\n"), "migrated "+a.key.String()) {
+	if err != nil || !did(result.Did, Repair{Kind: program.WorkloadMigrated, Object: a.key.String()}) {
 		t.Errorf("load did %q, %v; want the workload migrated", result.Did, err)
 	}
 	healthy(t, n.Datapath)

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -95,8 +96,8 @@ func (c *mapChanges) pins() map[string]*ebpf.Map {
 	return pins
 }
 
-func (c *mapChanges) describe() []string {
-	return []string{fmt.Sprintf("migrated to layout %d: %d maps stay, %v are made anew", bpfmap.Layout, len(c.kept), c.names)}
+func (c *mapChanges) describe() []Repair {
+	return []Repair{{Kind: program.MapsMigrated, Object: fmt.Sprintf("layout %d: %d maps stay, %v are made anew", bpfmap.Layout, len(c.kept), c.names)}}
 }
 
 func (c *mapChanges) Close() error {

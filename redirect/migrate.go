@@ -106,7 +106,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
 // record or not: one that stays would read maps that nobody writes any more.
-func (d *Datapath) swapLookups(tables *bpfmap.Tables) (repairs []string, err error) {
+func (d *Datapath) swapLookups(tables *bpfmap.Tables) (repairs []Repair, err error) {
 	entries, err := os.ReadDir(d.paths.Lookups())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("list lookup programs: %w", err)
@@ -119,7 +119,7 @@ func (d *Datapath) swapLookups(tables *bpfmap.Tables) (repairs []string, err err
 		if err := d.swapLookup(tables, cookie); err != nil {
 			return repairs, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
 		}
-		repairs = append(repairs, "updated weir_lookup of namespace "+entry.Name())
+		repairs = append(repairs, Repair{Kind: program.Updated, Object: program.LookupName + " of namespace " + entry.Name()})
 	}
 	return repairs, nil
 }
@@ -166,7 +166,7 @@ func (d *Datapath) publish(staging string, changes *mapChanges) error {
 }
 
 // detachFormer ends the programs of another version that this one does not have.
-func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []string, err error) {
+func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []Repair, err error) {
 	entries, err := os.ReadDir(d.paths.Links())
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
@@ -179,13 +179,13 @@ func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []string, er
 		if err := errors.Join(program.DetachPin(pin), os.Remove(pin)); err != nil {
 			return repairs, fmt.Errorf("detach %s: %w", entry.Name(), err)
 		}
-		repairs = append(repairs, "detached "+entry.Name())
+		repairs = append(repairs, Repair{Kind: program.Detached, Object: entry.Name()})
 	}
 	return repairs, nil
 }
 
 // ensureAll brings every workload to what this version makes of its record.
-func (d *Datapath) ensureAll(records []*store.Record) (repairs []string, problems []error) {
+func (d *Datapath) ensureAll(records []*store.Record) (repairs []Repair, problems []error) {
 	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if err != nil {
 		return nil, []error{err}
@@ -204,7 +204,7 @@ func (d *Datapath) ensureAll(records []*store.Record) (repairs []string, problem
 			problems = append(problems, fmt.Errorf("migrate workload %s: %w", r.Key, err))
 			continue
 		}
-		repairs = append(repairs, "migrated "+r.Key.String())
+		repairs = append(repairs, Repair{Kind: program.WorkloadMigrated, Object: r.Key.String()})
 	}
 	if err := tables.CorrectTotal(); err != nil { // a version that had none counted none
 		problems = append(problems, err)

@@ -215,7 +215,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 	if err != nil {
 		t.Fatalf("%+v", err)
 	}
-	if text := strings.Join(result.Did, "\n"); !result.Changed || !strings.Contains(text, fmt.Sprintf("migrated to layout %d", bpfmap.Layout)) || len(result.Problems) > 0 {
+	if text := fmt.Sprint(result.Did); !result.Changed || !strings.Contains(text, fmt.Sprintf("migrated to layout %d", bpfmap.Layout)) || len(result.Problems) > 0 {
 		t.Errorf("load did %q, problems %v", result.Did, result.Problems)
 	}
 	more("connections after the migration")

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -30,7 +31,7 @@ func openNamespaceOf(r *store.Record) (*host.Namespace, error) {
 // says what changed. An address that was taken off the namespace is not the
 // workload's any more. A link-local one comes by itself some time after the
 // device, so it is registered without a word.
-func observeSources(r *store.Record, ns *host.Namespace) (changed []string, err error) {
+func observeSources(r *store.Record, ns *host.Namespace) (changed []Repair, err error) {
 	var found, broadcast []netip.Addr
 	var sources workload.Sources
 	err = ns.Do(func() error {
@@ -49,10 +50,10 @@ func observeSources(r *store.Record, ns *host.Namespace) (changed []string, err 
 		return nil, err
 	}
 	if !slices.Equal(host.Routable(found), host.Routable(r.Found)) {
-		changed = append(changed, fmt.Sprintf("its addresses are %v now, were %v", found, r.Found))
+		changed = append(changed, Repair{Kind: program.AddressesChanged, Object: fmt.Sprintf("%v now, were %v", found, r.Found)})
 	}
 	if !sources.Equal(r.Sources) && len(changed) == 0 {
-		changed = append(changed, fmt.Sprintf("own addresses of its connections are %v now, were %v", sources, r.Sources))
+		changed = append(changed, Repair{Kind: program.SourcesChanged, Object: fmt.Sprintf("%v now, were %v", sources, r.Sources)})
 	}
 	r.Dirty = r.Dirty || !slices.Equal(found, r.Found) || !sources.Equal(r.Sources)
 	slices.SortFunc(broadcast, netip.Addr.Compare)

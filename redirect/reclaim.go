@@ -24,7 +24,7 @@ import (
 // reclaim pins again what this instance has attached and no pin leads to: its
 // tables with all rows, its links at the root, and its lookup programs. A second
 // set beside one that runs would refuse every connection that the first redirects.
-func (d *Datapath) reclaim(root *os.File) (repairs []string, err error) {
+func (d *Datapath) reclaim(root *os.File) (repairs []Repair, err error) {
 	if !d.lacksPins() {
 		return nil, nil
 	}
@@ -133,7 +133,7 @@ func (d *Datapath) halfRestored() bool {
 var errEnding = errors.New("on its way out")
 
 // pinTables pins all of the set's tables or, where one is gone already, none.
-func (d *Datapath) pinTables(s *program.Set) (repairs []string, err error) {
+func (d *Datapath) pinTables(s *program.Set) (repairs []Repair, err error) {
 	tables := make(map[string]*ebpf.Map)
 	defer bpfmap.CloseMaps(tables)
 	for name, id := range s.Tables {
@@ -152,16 +152,16 @@ func (d *Datapath) pinTables(s *program.Set) (repairs []string, err error) {
 			return repairs, err
 		}
 		if pinned {
-			repairs = append(repairs, "pin of map "+name+" put back")
+			repairs = append(repairs, Repair{Kind: program.PinPutBack, Object: "map " + name})
 		}
 	}
-	slices.Sort(repairs)
+	sortRepairs(repairs)
 	return repairs, nil
 }
 
 // pinLinks pins the set's links. A link whose last pin was just removed may be on
 // its way out: it is not there to be pinned then, and is attached anew later.
-func (d *Datapath) pinLinks(s *program.Set) (repairs []string, err error) {
+func (d *Datapath) pinLinks(s *program.Set) (repairs []Repair, err error) {
 	atRoot := make(map[ebpf.ProgramID]string)
 	for name, ids := range s.Programs {
 		atRoot[ids[0]] = name
@@ -173,24 +173,24 @@ func (d *Datapath) pinLinks(s *program.Set) (repairs []string, err error) {
 	err = program.EachLink(func(l link.Link, info *link.Info) error {
 		path, what := "", ""
 		if name := atRoot[info.Program]; name != "" && info.Cgroup() != nil {
-			path, what = d.paths.Link(name), "pin of "+name+" put back"
+			path, what = d.paths.Link(name), name
 		} else if ns := info.NetNs(); ns != nil && ns.NetnsInode != 0 {
 			cookie, err := s.CookieOf(info.Program, cookies[uint64(ns.NetnsInode)])
 			if err != nil || cookie == 0 {
 				return err
 			}
-			path, what = d.paths.Lookup(cookie), fmt.Sprintf("pin of the lookup program of the namespace with cookie %d put back", cookie)
+			path, what = d.paths.Lookup(cookie), fmt.Sprintf("the lookup program of the namespace with cookie %d", cookie)
 		}
 		if path == "" {
 			return nil
 		}
 		pinned, err := program.PinAgain(path, l)
 		if pinned {
-			repairs = append(repairs, what)
+			repairs = append(repairs, Repair{Kind: program.PinPutBack, Object: what})
 		}
 		return err
 	})
-	slices.Sort(repairs)
+	sortRepairs(repairs)
 	return repairs, err
 }
 
@@ -214,7 +214,7 @@ func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
 // at its hook, with the tables that are pinned. What else this instance has
 // attached is detached: it would refuse what these programs redirect. One that
 // ends takes a moment, so it is waited for.
-func (d *Datapath) confirm(root *os.File) (repairs []string, err error) {
+func (d *Datapath) confirm(root *os.File) (repairs []Repair, err error) {
 	control, err := program.PinnedID(filepath.Join(d.paths.Maps(), "control"))
 	if err != nil {
 		return nil, err
@@ -285,4 +285,9 @@ func (d *Datapath) ownSets(sets []*program.Set) (own []*program.Set) {
 	}
 	slices.SortStableFunc(own, func(a, b *program.Set) int { return served[b] - served[a] })
 	return own
+}
+
+// sortRepairs puts them in the order of what they say.
+func sortRepairs(list []Repair) {
+	slices.SortFunc(list, func(a, b Repair) int { return strings.Compare(a.String(), b.String()) })
 }

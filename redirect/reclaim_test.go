@@ -34,9 +34,7 @@ func (n *node) hidePins() {
 	})
 }
 
-func said(repairs []string, part string) bool {
-	return strings.Contains(strings.Join(repairs, "\n"), part)
-}
+func did(repairs []Repair, want Repair) bool { return slices.Contains(repairs, want) }
 
 // Pins that cannot be seen are no sign that nothing runs. Whoever comes first
 // takes over what does, with all rows, and not a connection is refused.
@@ -49,14 +47,14 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			}
 		}
 	}
-	check := func(n *node, a *alloc) ([]string, error) { return n.Check(a.key, a.Path) }
-	load := func(n *node, _ *alloc) ([]string, error) { result, err := n.Load(); return result.Did, err }
-	repair := func(n *node, _ *alloc) ([]string, error) { return n.Repair() }
-	add := func(n *node, _ *alloc) ([]string, error) { n.newAlloc().add(full); return nil, nil }
+	check := func(n *node, a *alloc) ([]Repair, error) { return n.Check(a.key, a.Path) }
+	load := func(n *node, _ *alloc) ([]Repair, error) { result, err := n.Load(); return result.Did, err }
+	repair := func(n *node, _ *alloc) ([]Repair, error) { return n.Repair() }
+	add := func(n *node, _ *alloc) ([]Repair, error) { n.newAlloc().add(full); return nil, nil }
 	for _, tc := range []struct {
 		name   string
 		damage func(*node)
-		repair func(*node, *alloc) ([]string, error)
+		repair func(*node, *alloc) ([]Repair, error)
 		older  func(store.Paths) uint32 // whose programs of an older version say that they are; nil: of this one
 	}{
 		{"by CHECK", hide, check, nil},
@@ -95,7 +93,7 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if repairs != nil && !said(repairs, "pin of map origins put back") && !said(repairs, "pin of map control put back") {
+			if repairs != nil && !did(repairs, Repair{Kind: program.PinPutBack, Object: "map origins"}) && !did(repairs, Repair{Kind: program.PinPutBack, Object: "map control"}) {
 				t.Errorf("done: %q, want the pins put back", repairs)
 			}
 			load.sawBoth(map[string]int{addrPort(remote4(1), 4321): 1, addrPort(a.v4, 4321): 1})
@@ -162,7 +160,7 @@ func TestUnloadFindsHiddenPrograms(t *testing.T) {
 	a.works()
 	n.hidePins()
 	removed, err := n.Unload()
-	if err != nil || !said(removed, "weir_connect4") || !said(removed, "weir_lookup") {
+	if err != nil || !strings.Contains(strings.Join(removed, "\n"), "weir_connect4") || !strings.Contains(strings.Join(removed, "\n"), "weir_lookup") {
 		t.Fatalf("removed %q, %v; want what is attached detached", removed, err)
 	}
 	remote := test.Echo(t, n.remote, "tcp4", "10.9.1.1:80")
@@ -196,7 +194,7 @@ func TestTwoSetsOfOneInstance(t *testing.T) {
 		t.Errorf("status: %v, %v; want the other set named", status.Problems, err)
 	}
 	result, err := n.Load()
-	if err != nil || !said(result.Did, "detached program") {
+	if err != nil || !slices.ContainsFunc(result.Did, func(r Repair) bool { return r.Kind == program.StrayDetached }) {
 		t.Fatalf("load: %+v, %v; want the hidden set detached", result, err)
 	}
 	a.add(full)

@@ -19,7 +19,7 @@ import (
 // repin pins those tables again whose pin somebody removed. The programs in
 // force hold every table that they use, with its rows, so nothing is lost. A
 // node without the table that tells its layout is one that is not loaded.
-func (d *Datapath) repin() (repairs []string, err error) {
+func (d *Datapath) repin() (repairs []Repair, err error) {
 	var lost []string
 	for _, name := range bpfmap.MapNames() {
 		if _, err := os.Lstat(filepath.Join(d.paths.Maps(), name)); errors.Is(err, fs.ErrNotExist) {
@@ -35,7 +35,7 @@ func (d *Datapath) repin() (repairs []string, err error) {
 			return repairs, err
 		}
 		for _, name := range found {
-			repairs = append(repairs, "pin of map "+name+" put back")
+			repairs = append(repairs, Repair{Kind: program.PinPutBack, Object: "map " + name})
 			lost = slices.DeleteFunc(lost, func(other string) bool { return other == name })
 		}
 	}

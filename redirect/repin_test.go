@@ -6,11 +6,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
 )
 
 func TestMapNamesAreThoseOfTheObject(t *testing.T) {
@@ -47,7 +47,7 @@ func TestRepairPutsBackPinsOfMaps(t *testing.T) {
 		}
 	}
 	repairs, err := n.Repair()
-	if err != nil || !strings.Contains(strings.Join(repairs, "\n"), "pin of map origins put back") {
+	if err != nil || !did(repairs, Repair{Kind: program.PinPutBack, Object: "map origins"}) {
 		t.Fatalf("repair = %q, %v; want the pins put back", repairs, err)
 	}
 	if diff := cmp.Diff(before.maps, kernelObjects(t, n.Datapath).maps); diff != "" {

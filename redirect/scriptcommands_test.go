@@ -204,7 +204,9 @@ func (s *scene) check(_ []string, o options) {
 	if want, given := o.get("repairs"); given && (want == "none") != (len(repaired) == 0) {
 		s.Fatalf("check repaired %q, want %s", repaired, want)
 	}
-	fmt.Fprintln(s.Stdout(), strings.Join(repaired, "\n"))
+	for _, what := range repaired {
+		fmt.Fprintln(s.Stdout(), what)
+	}
 }
 
 // remove is CNI's DEL.

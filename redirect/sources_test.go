@@ -83,7 +83,7 @@ func (a *alloc) repaired(want string) {
 		a.node.t.Errorf("problems are %v, want one with %q", status.Problems, want)
 	}
 	repairs, err := a.node.Check(a.key, a.Path)
-	if err != nil || !strings.Contains(strings.Join(repairs, "\n"), want) {
+	if err != nil || !strings.Contains(fmt.Sprint(repairs), want) {
 		a.node.t.Errorf("check repaired %q, %v; want %q among it", repairs, err, want)
 	}
 	if repairs, err := a.node.Check(a.key, a.Path); err != nil || len(repairs) > 0 {

@@ -59,7 +59,7 @@ func (r *RecordReader) Records() (list []Record, err error) {
 // loads everything anew and restores the workloads on record where the maps
 // are gone. Programs of another version stay as they are. It costs a dozen
 // system calls when nothing is wrong, and says what was.
-func (d *Datapath) Repair() (repairs []string, err error) {
+func (d *Datapath) Repair() (repairs []Repair, err error) {
 	err = d.locked(func() error {
 		result, err := d.load(false)
 		repairs = result.Did

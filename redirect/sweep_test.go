@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -43,7 +44,7 @@ func TestRepairPutsBackALinkAndSaysSo(t *testing.T) {
 	if err := os.Remove(n.paths.Link("weir_connect4")); err != nil {
 		t.Fatal(err)
 	}
-	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []string{"attached weir_connect4"}) {
+	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []Repair{{Kind: program.Attached, Object: "weir_connect4"}}) {
 		t.Errorf("repair = %q, %v; want to hear what was done, once", repairs, err)
 	}
 	if status, err := n.Status(); err != nil || !status.Healthy() {

@@ -228,13 +228,13 @@ func TestCheckSome(t *testing.T) {
 	if checked[0].Err != nil || len(checked[0].Repaired) > 0 || checked[0].Key != a.key {
 		t.Errorf("a workload without damage: %+v", checked[0])
 	}
-	if checked[1].Err != nil || !slices.Equal(checked[1].Repaired, []string{"lookup program attached"}) || checked[1].Key != other.key {
+	if checked[1].Err != nil || !slices.Equal(checked[1].Repaired, []Repair{{Kind: program.LookupAttached}}) || checked[1].Key != other.key {
 		t.Errorf("a workload without its program: %+v, want that it is attached", checked[1])
 	}
 	if !errors.Is(checked[2].Err, store.ErrUnknown) {
 		t.Errorf("a workload that is not there: %+v", checked[2])
 	}
-	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []string{"re-attached weir_connect4"}) {
+	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []Repair{{Kind: program.Reattached, Object: "weir_connect4"}}) {
 		t.Errorf("repair: %v, %v; want what the check left", repairs, err)
 	}
 	a.works()

@@ -34,7 +34,9 @@ func (d *Datapath) Unload() (removed []string, err error) {
 			problems = append(problems, err)
 		}
 		detached, err := d.detachHidden()
-		removed = append(removed, detached...)
+		for _, what := range detached {
+			removed = append(removed, what.String())
+		}
 		problems = append(problems, err)
 		return errors.Join(append(problems, program.RemoveTree(d.paths.Workloads()), program.RemoveTree(d.paths.EventsLock()))...)
 	})
@@ -53,7 +55,7 @@ func (d *Datapath) dropWorkloads() error {
 }
 
 // detachHidden detaches what this instance has attached and no pin leads to.
-func (d *Datapath) detachHidden() (repairs []string, err error) {
+func (d *Datapath) detachHidden() (repairs []Repair, err error) {
 	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {
 		return nil, nil // nothing can be attached to it

@@ -3,8 +3,6 @@
 package main
 
 import (
-	"strings"
-
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -37,7 +35,9 @@ func newLoad(env env) *command {
 		if !result.Changed {
 			c.ui.Output("nothing to do: the data path is loaded and of this version")
 		} else {
-			c.ui.Output(strings.Join(result.Did, "\n"))
+			for _, what := range result.Did {
+				c.ui.Output(what.String())
+			}
 		}
 		if _, running, _ := c.agent(); !running {
 			c.ui.Output("no agent answers, so plain connect jobs are not guarded; next: " + startAgent)

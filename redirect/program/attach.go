@@ -22,7 +22,7 @@ import (
 // there gets the new program without a moment without one, a link whose cgroup
 // died or was detached is made anew, a missing one is made. Programs of others
 // on the same hooks stay: bpf_link attaches beside them (Linux 5.7).
-func AttachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.ProgramSpec, root *os.File, dir string) (repairs []string, err error) {
+func AttachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.ProgramSpec, root *os.File, dir string) (repairs []Repair, err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("create pin directory: %w", err)
 	}
@@ -40,13 +40,13 @@ func AttachAll(programs map[string]*ebpf.Program, specs map[string]*ebpf.Program
 		if err != nil {
 			return repairs, fmt.Errorf("attach %s: %w", name, err)
 		}
-		repairs = append(repairs, what+" "+name)
+		repairs = append(repairs, Repair{what, name})
 	}
 	return repairs, nil
 }
 
-func attachOne(prog *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID uint64, pin string) (string, error) {
-	verb := "attached"
+func attachOne(prog *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID uint64, pin string) (RepairKind, error) {
+	kind := Attached
 	pinned, err := link.LoadPinnedLink(pin, nil)
 	switch {
 	case err == nil:
@@ -54,32 +54,32 @@ func attachOne(prog *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID u
 		if onCgroup(pinned, rootID) {
 			err := pinned.Update(prog)
 			if err == nil {
-				return "updated", nil
+				return Updated, nil
 			}
 			// ENOLINK: detached, or its cgroup is gone.
 			if !errors.Is(err, unix.ENOLINK) {
-				return "", fmt.Errorf("update link: %w", err)
+				return 0, fmt.Errorf("update link: %w", err)
 			}
 		}
-		verb = "re-attached"
+		kind = Reattached
 		if err := os.Remove(pin); err != nil {
-			return "", fmt.Errorf("remove stale link: %w", err)
+			return 0, fmt.Errorf("remove stale link: %w", err)
 		}
 	case !errors.Is(err, fs.ErrNotExist):
-		return "", fmt.Errorf("open link: %w", err)
+		return 0, fmt.Errorf("open link: %w", err)
 	}
 	fresh, err := link.AttachRawLink(link.RawLinkOptions{Target: int(root.Fd()), Program: prog, Attach: hook})
 	if errors.Is(err, unix.EPERM) {
-		return "", fmt.Errorf("%w: another program holds this hook exclusively, see 'bpftool cgroup show %s'", err, root.Name())
+		return 0, fmt.Errorf("%w: another program holds this hook exclusively, see 'bpftool cgroup show %s'", err, root.Name())
 	}
 	if err != nil {
-		return "", err
+		return 0, err
 	}
 	defer fresh.Close()
 	if err := fresh.Pin(pin); err != nil {
-		return "", fmt.Errorf("pin link: %w", err)
+		return 0, fmt.Errorf("pin link: %w", err)
 	}
-	return verb, nil
+	return kind, nil
 }
 
 // onCgroup reports whether a link is attached to that cgroup now.

@@ -108,7 +108,7 @@ func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
 
 // PinFilters pins the programs again that read the set's tables. Rules of
 // namespaces ask them, or a pin that cannot be seen leads to them.
-func PinFilters(p store.Paths, s *Set) (repairs []string, err error) {
+func PinFilters(p store.Paths, s *Set) (repairs []Repair, err error) {
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
 		found, err := describeProgram(id)
 		if errors.Is(err, fs.ErrNotExist) {
@@ -130,7 +130,7 @@ func PinFilters(p store.Paths, s *Set) (repairs []string, err error) {
 			return repairs, err
 		}
 		if pinned {
-			repairs = append(repairs, "pin of "+found.Name+" put back")
+			repairs = append(repairs, Repair{PinPutBack, found.Name})
 		}
 	}
 	return repairs, nil

@@ -31,7 +31,7 @@ func PinAgain(path string, object interface{ Pin(string) error }) (bool, error) 
 
 // DetachPrograms detaches what sets have at the root and in namespaces, whoever
 // pinned it.
-func DetachPrograms(sets []*Set) (repairs []string, err error) {
+func DetachPrograms(sets []*Set) (repairs []Repair, err error) {
 	if len(sets) == 0 {
 		return nil, nil
 	}
@@ -50,7 +50,7 @@ func DetachPrograms(sets []*Set) (repairs []string, err error) {
 			if err := l.Detach(); err != nil {
 				return fmt.Errorf("detach program %d (%s): %w", prog.ID, prog.Name, err)
 			}
-			repairs = append(repairs, fmt.Sprintf("detached program %d (%s), which no pin led to", prog.ID, prog.Name))
+			repairs = append(repairs, Repair{StrayDetached, fmt.Sprintf("program %d (%s)", prog.ID, prog.Name)})
 			break
 		}
 		return nil
