@@ -27,49 +27,58 @@ type valueProblem struct {
 
 func (p valueProblem) Error() string { return p.text }
 
-// problems are all values that the agent or the plugin cannot work with, sorted.
-func (c Config) problems() (list []valueProblem) {
-	wrong := func(key, value, want string) {
-		list = append(list, valueProblem{key, fmt.Sprintf("%s = %q: want %s", key, value, want)})
+// valueProblems are those of one configuration.
+type valueProblems []valueProblem
+
+// want adds a problem unless the value is right.
+func (l *valueProblems) want(right bool, key, value, what string) {
+	if !right {
+		*l = append(*l, valueProblem{key, fmt.Sprintf("%s = %q: want %s", key, value, what)})
 	}
+}
+
+// problems are all values that the agent or the plugin cannot work with, sorted.
+func (c Config) problems() []valueProblem {
+	var list valueProblems
+	c.checkPlaces(&list)
+	c.checkRules(&list)
+	c.checkSizes(&list)
+	if c.Consul.Enabled {
+		c.Consul.check(&list)
+	}
+	slices.SortFunc(list, func(a, b valueProblem) int { return cmp.Compare(a.text, b.text) })
+	return list
+}
+
+// checkPlaces checks paths and addresses.
+func (c Config) checkPlaces(list *valueProblems) {
 	for key, path := range map[string]string{"pin_dir": c.PinDir, "state_dir": c.StateDir, "cni.cache_dir": c.CNI.CacheDir, "cni.netns_dir": c.CNI.NetNSDir} {
-		if !filepath.IsAbs(path) {
-			wrong(key, path, "an absolute path")
-		}
+		list.want(filepath.IsAbs(path), key, path, "an absolute path")
 	}
 	for key, path := range map[string]string{"cgroup_root": c.CgroupRoot, "docker.socket": c.Docker.Socket} {
-		if path != "" && !filepath.IsAbs(path) {
-			wrong(key, path, "an absolute path, or nothing")
-		}
+		list.want(path == "" || filepath.IsAbs(path), key, path, "an absolute path, or nothing")
 	}
-	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel) {
-		wrong("log_level", c.LogLevel, "debug, info, warn or error")
-	}
+	list.want(c.Telemetry.Listen == "" || isHostPort(c.Telemetry.Listen), "telemetry.listen", c.Telemetry.Listen, "host:port")
+}
+
+// checkRules checks what chooses among a few, and durations.
+func (c Config) checkRules(list *valueProblems) {
+	list.want(slices.Contains([]string{"debug", "info", "warn", "error"}, c.LogLevel), "log_level", c.LogLevel, "debug, info, warn or error")
 	for key, guard := range map[string]string{"guard.default": c.Guard.Default, "guard.egress": c.Guard.Egress} {
-		if !workload.Guard(guard).Known() {
-			wrong(key, guard, "off, audit or enforce")
-		}
+		list.want(workload.Guard(guard).Known(), key, guard, "off, audit or enforce")
 	}
-	if _, ok := ParseGate(c.Gate.Timeout); !ok {
-		wrong("gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
-	}
+	_, ok := ParseGate(c.Gate.Timeout)
+	list.want(ok, "gate.timeout", c.Gate.Timeout, "a duration from 0s to 10m")
 	for _, name := range c.CNI.JobArgs {
-		if !slices.Contains(request.JobArgs(), name) {
-			wrong("cni.job_args", name, "names of "+strings.Join(request.JobArgs(), ", "))
-		}
+		list.want(slices.Contains(request.JobArgs(), name), "cni.job_args", name, "names of "+strings.Join(request.JobArgs(), ", "))
 	}
-	if c.Telemetry.Listen != "" && !isHostPort(c.Telemetry.Listen) {
-		wrong("telemetry.listen", c.Telemetry.Listen, "host:port")
-	}
-	if !web.Clients(c.Telemetry.Map).Valid() {
-		wrong("telemetry.map", c.Telemetry.Map, "off, loopback or any")
-	}
-	if c.Flows.Bytes() == 0 {
-		wrong("flows.memory", c.Flows.Memory, "a number from 1 to 65535 with KiB, MiB or GiB")
-	}
-	if c.Flows.Length() <= 0 {
-		wrong("flows.history", c.Flows.History, "a duration, such as 1h")
-	}
+	list.want(web.Clients(c.Telemetry.Map).Valid(), "telemetry.map", c.Telemetry.Map, "off, loopback or any")
+}
+
+// checkSizes checks how much may be kept.
+func (c Config) checkSizes(list *valueProblems) {
+	list.want(c.Flows.Bytes() > 0, "flows.memory", c.Flows.Memory, "a number from 1 to 65535 with KiB, MiB or GiB")
+	list.want(c.Flows.Length() > 0, "flows.history", c.Flows.History, "a duration, such as 1h")
 	for _, size := range []struct {
 		key                string
 		value, least, most uint32
@@ -77,24 +86,20 @@ func (c Config) problems() (list []valueProblem) {
 		{"tables.workloads", c.Tables.Workloads, bpfmap.MinWorkloads, bpfmap.MaxWorkloads},
 		{"tables.origins", c.Tables.Origins, bpfmap.MinOrigins, bpfmap.MaxOrigins},
 	} {
-		if size.value < size.least || size.value > size.most {
-			wrong(size.key, fmt.Sprint(size.value), fmt.Sprintf("a number from %d to %d", size.least, size.most))
-		}
+		list.want(size.value >= size.least && size.value <= size.most, size.key, fmt.Sprint(size.value), fmt.Sprintf("a number from %d to %d", size.least, size.most))
 	}
-	if c.Consul.Enabled {
-		if _, _, err := SplitAddress(c.Consul.Address); err != nil {
-			wrong("consul.address", c.Consul.Address, "host:port, or a URL with http, https or unix")
+}
+
+func (c *ConsulConfig) check(list *valueProblems) {
+	_, _, err := SplitAddress(c.Address)
+	list.want(err == nil, "consul.address", c.Address, "host:port, or a URL with http, https or unix")
+	if (c.CertFile == "") != (c.KeyFile == "") {
+		key := "consul.cert_file"
+		if c.CertFile == "" {
+			key = "consul.key_file"
 		}
-		if (c.Consul.CertFile == "") != (c.Consul.KeyFile == "") {
-			key := "consul.cert_file"
-			if c.Consul.CertFile == "" {
-				key = "consul.key_file"
-			}
-			list = append(list, valueProblem{key, "consul.cert_file and consul.key_file: want both or neither"})
-		}
+		*list = append(*list, valueProblem{key, "consul.cert_file and consul.key_file: want both or neither"})
 	}
-	slices.SortFunc(list, func(a, b valueProblem) int { return cmp.Compare(a.text, b.text) })
-	return list
 }
 
 // CheckedConfig is what can be said of configuration files without a node.
