@@ -89,7 +89,7 @@ func TestFirstDestinationsFindRoom(t *testing.T) {
 	if refused := greedy.knock(first, many); len(refused) > 0 {
 		t.Fatalf("refused: %v", refused)
 	}
-	const mark = 1048576 / 8 * 7
+	const mark = bpfmap.DefaultOrigins / 8 * 7
 	n.others(mark - many - 1)
 	moved := greedy.rose(func() {
 		if refused := greedy.knock(netip.MustParseAddr("20.2.0.0"), 10); refused[unix.ENETUNREACH] != 9 {
