@@ -102,5 +102,5 @@ func (m *Tables) EraseBudget(cookie uint64) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(m.Delete("budgets", cookie), m.Delete("releases", cookie))
+	return errors.Join(m.Delete("releases", cookie), m.Delete("budgets", cookie))
 }

@@ -101,8 +101,13 @@ func (m *Tables) ensureShared(cookie uint64, proxyIDs uint8) error {
 	if err != nil {
 		return err
 	}
-	for name, row := range map[string]any{"budgets": budget, "verdicts": BpfVerdictCounts{}, "releases": released} {
-		if err := m.Put(name, cookie, row, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+	// The budget first, and last when they go: by it the rest is found where a process
+	// died in between.
+	for _, shared := range []struct {
+		name string
+		row  any
+	}{{"budgets", budget}, {"releases", released}, {"verdicts", BpfVerdictCounts{}}} {
+		if err := m.Put(shared.name, cookie, shared.row, ebpf.UpdateNoExist); err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
 			return err
 		}
 	}
