@@ -130,14 +130,16 @@ func TestAddFindsRows(t *testing.T) {
 	n := newNode(t)
 	big := n.newAlloc()
 	big.add(func(r *workload.Request) { r.ExcludeUIDs = uids(workload.MaxRows) })
-	filler := workload.Workload{OutboundPort: 1, ExcludeUIDs: uids(131072/8*7 - workload.MaxRows)}
+	const rows = 32768
+	const mark = rows / 6 * 5
+	filler := workload.Workload{OutboundPort: 1, ExcludeUIDs: uids(mark - workload.MaxRows)}
 	n.edit(func(tables *bpfmap.Tables) error { return tables.WriteRows(1<<60, filler, false) })
 
 	refused := n.newAlloc()
 	request := refused.request()
 	request.ExcludeUIDs = uids(bpfmap.RowShare + 1)
 	err := n.Add(Attachment{Key: refused.key, NetNS: refused.Path, Request: request})
-	if !errors.Is(err, workload.ErrFull) || !strings.Contains(fmt.Sprint(err), "write map exclusions: table is full: 114688 of its 131072 rows are taken; this workload asks for 65") {
+	if !errors.Is(err, workload.ErrFull) || !strings.Contains(fmt.Sprint(err), fmt.Sprintf("write map exclusions: table is full: %d of its %d rows are taken; this workload asks for 65", mark, rows)) {
 		t.Errorf("ADD of more than a share: %v", err)
 	}
 	small := n.newAlloc()
@@ -148,7 +150,7 @@ func TestAddFindsRows(t *testing.T) {
 	if err := n.SetMeshConfig(big.key, workload.MeshConfig{InboundPort: 20001}); err != nil {
 		t.Errorf("change of a workload with many rows: %v", err)
 	}
-	n.ails("table exclusions is 87 % full")
+	n.ails("table exclusions is 83 % full")
 	n.edit(func(tables *bpfmap.Tables) error { return tables.DeleteWorkload(1<<60, &filler) })
 	if err := n.Add(Attachment{Key: refused.key, NetNS: refused.Path, Request: request}); err != nil {
 		t.Errorf("ADD where there is room again: %v", err)

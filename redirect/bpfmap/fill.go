@@ -19,8 +19,10 @@ import (
 const (
 
 	// RowShare is how many rows of a table a workload may have however full the
-	// table is. One that asks for more is refused them while seven eighths are
-	// taken: the rest is kept for allocations that ask for few.
+	// table is. One that asks for more is refused them while five sixths are taken:
+	// the rest is kept for allocations that ask for few, and for changes, which have
+	// the rows of before and those of after at once. A sixth of the smallest table of
+	// a node by default is more than [workload.MaxRows].
 	RowShare = 64
 
 	alarmPercent = 80 // of a table's rows; see Status
@@ -50,7 +52,7 @@ func (m *Tables) Admit(before, fresh rows) error {
 		if err != nil {
 			return err
 		}
-		if limit := uint64(table.MaxEntries()) / 8 * 7; used+uint64(t.want) > limit {
+		if limit := uint64(table.MaxEntries()) / 6 * 5; used+uint64(t.want) > limit {
 			return fmt.Errorf("write map %s: %w: %d of its %d rows are taken; this workload asks for %d, and while more than %d are taken none gets more than %d",
 				t.name, workload.ErrFull, used, table.MaxEntries(), t.want, limit, RowShare)
 		}
