@@ -37,6 +37,10 @@ type Gate struct {
 	counted time.Time        // when that was
 }
 
+// gateSeconds is how long what waits is tried again every second: as long as a gate is
+// open by default. In one that is open for longer the gaps double after that.
+const gateSeconds = 30
+
 // countAgain is how soon the connections that wait are counted again where no more came:
 // some may have given up.
 const countAgain = time.Second
@@ -61,6 +65,9 @@ func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 		if port.Outbound && r.Request.Mode == workload.ModeTransparent {
 			g.ports, g.proxyIDs = append(g.ports, port.Port), g.proxyIDs|1<<port.ProxyID
 		}
+	}
+	if err := ns.KeepDialling(gateSeconds); err != nil {
+		return fail(err)
 	}
 	if g.holder, err = ns.Holder(); err != nil {
 		return fail(err)

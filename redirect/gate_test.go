@@ -5,6 +5,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"slices"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -95,6 +97,51 @@ func TestGateHoldsUntilTheProxyListens(t *testing.T) {
 	}
 	a.remove()
 	nothingLeft(t, n.Datapath)
+}
+
+// What waits is tried again every second, however long the proxy takes: with the gaps
+// that the kernel has by default the ninth SYN would leave after more than half a minute.
+func TestGateIsTriedEverySecond(t *testing.T) {
+	const file = "/proc/sys/net/ipv4/tcp_syn_linear_timeouts"
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	gate, err := n.OpenGate(a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer gate.Close()
+	var value []byte
+	a.Do(func() { value, err = os.ReadFile(file) })
+	if errors.Is(err, fs.ErrNotExist) {
+		return // before Linux 6.5 nothing can be said, and the gate is open all the same
+	}
+	if err != nil || string(value) != "30\n" {
+		t.Fatalf("%s is %q, %v; want 30", file, value, err)
+	}
+	done := a.dialInBackground(addrPort(remote4(1), 80))
+	test.Eventually(t, func() error {
+		if drops, err := host.Drops(gate.holder); err != nil || drops < 9 {
+			return fmt.Errorf("%d attempts, %w", drops, err)
+		}
+		return nil
+	}, "nine attempts")
+	a.startProxy()
+	if got := <-done; got.err != nil {
+		t.Errorf("dial: %v", got.err)
+	}
+
+	// What somebody has set higher stays.
+	a.Do(func() { err = os.WriteFile(file, []byte("100"), 0) })
+	other, openErr := n.OpenGate(a.key)
+	if err := errors.Join(err, openErr); err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	a.Do(func() { value, err = os.ReadFile(file) })
+	if err != nil || string(value) != "100\n" {
+		t.Errorf("%s is %q, %v; want 100", file, value, err)
+	}
 }
 
 // A gate that closes, as its process does when it is killed, lets what waits be
