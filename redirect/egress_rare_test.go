@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -119,7 +120,7 @@ func linkLocal(t *testing.T, device string) (found netip.Addr) {
 	}
 	for !found.IsValid() {
 		list, err := netlink.AddrList(link, netlink.FAMILY_V6)
-		if err != nil {
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // they change while it reads
 			t.Fatal(err)
 		}
 		for _, addr := range list {
