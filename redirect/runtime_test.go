@@ -34,7 +34,7 @@ func TestRunTimes(t *testing.T) {
 	const dials = 20
 	for range dials {
 		for _, ns := range spaces {
-			_, _ = test.Ask(ns, "tcp4", "192.0.2.1:80") // nobody listens
+			_, _ = test.Ask(ns, "tcp4", "127.0.0.1:80") // nobody listens
 		}
 	}
 	after := runTimes(t, d)

@@ -193,6 +193,7 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 			n := newNode(t)
 			stays := n.newAlloc()
 			stays.add()
+			stays.startProxy()
 			stays.knock(netip.MustParseAddr("20.9.0.0"), 7)
 			empty := rowCounts(t, n.Datapath)
 			a := n.newAlloc()
@@ -200,6 +201,9 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 			fill := func() {
 				t.Helper()
 				a.add()
+				if a.outbound == nil { // else its listeners are there, and ADD registers them
+					a.startProxy()
+				}
 				if next != 0 {
 					a.setNextIndex(next)
 				}
@@ -230,7 +234,6 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 			fill()
 			n.edit(func(tables *bpfmap.Tables) error { return tables.DeleteWorkload(a.Cookie(), nil) })
 			fill()
-			a.startProxy()
 			a.works()
 			n.edit(func(tables *bpfmap.Tables) error { return tables.DeleteWorkload(a.Cookie(), nil) })
 			if err := n.eraseDead(); err != nil {

@@ -314,7 +314,7 @@ func TestWorkloadsJSON(t *testing.T) {
 	if err := json.Unmarshal(text, &names); err != nil {
 		t.Fatal(err)
 	}
-	want := []string{"addresses", "alloc_id", "budget", "cookie", "group", "guard", "id", "job", "key", "mode", "namespace", "netns", "notes", "origins", "problems", "proxy", "task_group"}
+	want := []string{"addresses", "alloc_id", "budget", "cookie", "egress", "group", "guard", "id", "job", "key", "mode", "namespace", "netns", "notes", "origins", "problems", "proxy", "task_group"}
 	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(names[0]))); diff != "" {
 		t.Errorf("names in JSON (-want +got):\n%s", diff)
 	}

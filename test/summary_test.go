@@ -51,7 +51,7 @@ FAIL
 		{"in CI", passed, "true", "1 passed, 0 failed, 3 skipped\n" + notRun +
 			"failed:\n  3 tests were skipped, which is a failure in CI\nexit status 1\n"},
 		{"with failures", passed + failed, "", "1 passed, 1 failed, 3 skipped\n" + notRun +
-			"failed:\n  cni: TestD\n  deploy: [build failed]\n  redirect: panic: test timed out after 10m0s\nexit status 1\n"},
+			"failed:\n  cni: TestD\n      d_test.go:3: boom\n  deploy: [build failed]\n  redirect: panic: test timed out after 10m0s\nexit status 1\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			log := filepath.Join(t.TempDir(), "log")
