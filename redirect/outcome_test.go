@@ -253,7 +253,7 @@ func TestOutcomesOfWhatWaits(t *testing.T) {
 				}
 				told[e.Origin.String()] = true
 				if e.PID != uint32(task.PID) || e.Command != name || e.UID != taskUID || e.Cgroup != a.taskCg.ID {
-					t.Errorf("event does not tell who dialled: %+v", e)
+					t.Errorf("event is %+v; want process %d (%s), user %d, cgroup %d", e, task.PID, name, taskUID, a.taskCg.ID)
 				}
 			}
 			reader.end()
