@@ -69,23 +69,28 @@ func mapNode(w api.WorkloadView) web.Node {
 	return node
 }
 
+// mapEdge is an edge that the map shows, with its allocation and its other end.
+type mapEdge struct {
+	api.CountedEdge
+	node *web.Node
+	end  web.End
+}
+
 // keptEnds says as what each end is shown: those that are refused, and then the busiest,
 // have a name of their own; the rest is one end.
-func keptEnds(list []api.CountedEdge, nodes map[string]*web.Node) map[string]web.End {
+func keptEnds(list []mapEdge) map[string]web.End {
 	type counted struct {
 		web.End
 		count, refused uint64
 	}
 	ends := make(map[string]*counted)
 	for _, edge := range list {
-		if _, end := endsOf(edge.Edge, nodes); end.ID != "" {
-			if ends[end.ID] == nil {
-				ends[end.ID] = &counted{End: end}
-			}
-			ends[end.ID].count += edge.Count
-			if edge.Refused {
-				ends[end.ID].refused += edge.Count
-			}
+		if ends[edge.end.ID] == nil {
+			ends[edge.end.ID] = &counted{End: edge.end}
+		}
+		ends[edge.end.ID].count += edge.Count
+		if edge.Refused {
+			ends[edge.end.ID].refused += edge.Count
 		}
 	}
 	sides := make(map[bool][]*counted)
@@ -110,15 +115,17 @@ func keptEnds(list []api.CountedEdge, nodes map[string]*web.Node) map[string]web
 // mapEdges joins edges by allocation and end, and adds what they carry to the
 // allocations.
 func mapEdges(list []api.CountedEdge, nodes map[string]*web.Node, seconds float64) ([]web.End, []web.Edge) {
-	kept := keptEnds(list, nodes)
+	var mapped []mapEdge
+	for _, edge := range list {
+		if node, end := endsOf(edge.Edge, nodes); end.ID != "" {
+			mapped = append(mapped, mapEdge{edge, node, end})
+		}
+	}
+	kept := keptEnds(mapped)
 	edges := make(map[[2]string]*web.Edge)
 	shown := make(map[string]web.End)
-	for _, edge := range list {
-		node, end := endsOf(edge.Edge, nodes)
-		if end.ID == "" {
-			continue
-		}
-		end = kept[end.ID]
+	for _, edge := range mapped {
+		node, end := edge.node, kept[edge.end.ID]
 		shown[end.ID] = end
 		ways := [2]string{node.ID, end.ID}
 		if end.Source {

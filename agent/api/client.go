@@ -44,20 +44,30 @@ func ask(ctx context.Context, stateDir, path string) (*http.Response, error) {
 	return response, nil
 }
 
-// ReadStatus asks the agent whose state is in stateDir.
-func ReadStatus(ctx context.Context, stateDir string) (Status, error) {
-	response, err := ask(ctx, stateDir, "/v1/status")
+// readJSON asks for one value, of so many bytes at most. absent is the error of an agent
+// that has no such answer, of a version before or by its configuration; nil: there is none.
+func readJSON[T any](ctx context.Context, stateDir, path string, limit int, absent error) (value T, err error) {
+	response, err := ask(ctx, stateDir, path)
 	if err != nil {
-		return Status{}, err
+		return value, err
 	}
 	defer response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		return Status{}, fmt.Errorf("ask agent: answer %s", response.Status)
+	switch code := response.StatusCode; {
+	case code == http.StatusOK:
+	case absent != nil && (code == http.StatusNotImplemented || code == http.StatusNotFound):
+		return value, absent
+	default:
+		return value, fmt.Errorf("ask agent: answer %s", response.Status)
 	}
-	const statusLimit = 64 << 20 // bytes; an allocation has one to two thousand
-	var status Status
-	if err := json.NewDecoder(&bounded.Reader{From: response.Body, Limit: statusLimit}).Decode(&status); err != nil {
-		return Status{}, fmt.Errorf("ask agent: %w", err)
+	var whole T
+	if err := json.NewDecoder(&bounded.Reader{From: response.Body, Limit: limit}).Decode(&whole); err != nil {
+		return value, fmt.Errorf("ask agent: %w", err)
 	}
-	return status, nil
+	return whole, nil
+}
+
+// ReadStatus asks the agent whose state is in stateDir.
+func ReadStatus(ctx context.Context, stateDir string) (Status, error) {
+	const limit = 64 << 20 // bytes; an allocation has one to two thousand
+	return readJSON[Status](ctx, stateDir, "/v1/status", limit, nil)
 }

@@ -4,12 +4,7 @@ package api
 
 import (
 	"context"
-	"encoding/json"
-	"fmt"
-	"net/http"
 	"time"
-
-	"github.com/weirmesh/weir/agent/bounded"
 )
 
 // EgressEntry is what one task sent past its proxy to one port of one address, or
@@ -60,22 +55,6 @@ type GuardEntry struct {
 // ReadGuard asks the agent whose state is in stateDir for what came in past the
 // proxies.
 func ReadGuard(ctx context.Context, stateDir string) (GuardList, error) {
-	response, err := ask(ctx, stateDir, "/v1/guard")
-	if err != nil {
-		return GuardList{}, err
-	}
-	defer response.Body.Close()
-	switch response.StatusCode {
-	case http.StatusOK:
-	case http.StatusNotImplemented, http.StatusNotFound: // an agent of a version before
-		return GuardList{}, ErrFlowsOff
-	default:
-		return GuardList{}, fmt.Errorf("ask agent: answer %s", response.Status)
-	}
 	const limit = 16 << 20 // bytes; an entry has some three hundred
-	var list GuardList
-	if err := json.NewDecoder(&bounded.Reader{From: response.Body, Limit: limit}).Decode(&list); err != nil {
-		return GuardList{}, fmt.Errorf("ask agent: %w", err)
-	}
-	return list, nil
+	return readJSON[GuardList](ctx, stateDir, "/v1/guard", limit, ErrFlowsOff)
 }

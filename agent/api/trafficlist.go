@@ -4,13 +4,8 @@ package api
 
 import (
 	"context"
-	"encoding/json"
-	"fmt"
-	"net/http"
 	"net/url"
 	"time"
-
-	"github.com/weirmesh/weir/agent/bounded"
 )
 
 // Traffic is who talked to what of late, and what the agent costs the node.
@@ -57,18 +52,6 @@ func (f Flow) Edge() Edge {
 // ReadTraffic asks the agent whose state is in stateDir who talked to what since a
 // moment.
 func ReadTraffic(ctx context.Context, stateDir string, since time.Time) (Traffic, error) {
-	response, err := ask(ctx, stateDir, "/v1/traffic?since="+url.QueryEscape(since.Format(time.RFC3339Nano)))
-	if err != nil {
-		return Traffic{}, err
-	}
-	defer response.Body.Close()
-	if response.StatusCode != http.StatusOK {
-		return Traffic{}, fmt.Errorf("ask agent: answer %s", response.Status)
-	}
 	const limit = 16 << 20 // bytes; an edge has some five hundred
-	var traffic Traffic
-	if err := json.NewDecoder(&bounded.Reader{From: response.Body, Limit: limit}).Decode(&traffic); err != nil {
-		return Traffic{}, fmt.Errorf("ask agent: %w", err)
-	}
-	return traffic, nil
+	return readJSON[Traffic](ctx, stateDir, "/v1/traffic?since="+url.QueryEscape(since.Format(time.RFC3339Nano)), limit, nil)
 }

@@ -87,9 +87,7 @@ func (f *Recorder) Traffic(since time.Time) api.Traffic {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Source.AllocID, b.Source.AllocID), a.Destination.IP.Compare(b.Destination.IP),
 			cmp.Compare(a.Destination.Port, b.Destination.Port), cmp.Compare(a.Verdict, b.Verdict))
 	})
-	f.mu.Lock()
-	t.Problem = f.problem
-	f.mu.Unlock()
+	t.Problem = f.Trouble()
 	return t
 }
 
