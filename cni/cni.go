@@ -47,6 +47,7 @@ import (
 
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -80,7 +81,7 @@ type Plugin struct {
 	// configuration's.
 	Paths store.Paths
 	// ConfigDir is where the operator's policy lies, as the environment says;
-	// empty leaves it to the configuration and to DefaultConfigDir.
+	// empty leaves it to the configuration and to request.DefaultConfigDir.
 	ConfigDir string
 	// RedirectedByConsul reports whether Consul's own rules are in a namespace.
 	RedirectedByConsul func(netns string) (bool, error)
@@ -104,20 +105,20 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	args := parseArgs(cmd.Args)
-	r := caller{job: args.job, containerID: cmd.ContainerID}
-	request, err := p.request(r, args, conf)
+	job, args := request.ParseArgs(cmd.Args)
+	r := caller{job: job, containerID: cmd.ContainerID}
+	asked, err := request.Read(job, args, conf.Network, p.ConfigDir)
 	if err != nil {
-		return err
+		return r.requestError(err)
 	}
 	if conf.previous != nil {
 		if err := conf.refuseInterfaceKeys(); err != nil {
 			return err
 		}
-		return p.redirect(r, cmd, conf, request, nil)
+		return p.redirect(r, cmd, conf, asked, nil)
 	}
 	var prepared *program.Preloaded
-	if request != nil {
+	if asked != nil {
 		prepared = p.open(conf).Preload(cmd.Netns)
 		defer prepared.Close()
 	}
@@ -125,7 +126,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	if err := p.redirect(r, cmd, conf, request, prepared); err != nil {
+	if err := p.redirect(r, cmd, conf, asked, prepared); err != nil {
 		if err := undo(); err != nil {
 			p.note(r, fmt.Sprintf("take the network back: %v", err))
 		}
@@ -135,8 +136,8 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 }
 
 // redirect is the part of Add that a chained plugin has too.
-func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, request *workload.Request, prepared *program.Preloaded) error {
-	if request == nil {
+func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, asked *workload.Request, prepared *program.Preloaded) error {
+	if asked == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
 		}
@@ -145,7 +146,7 @@ func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, request *w
 		}
 		return nil
 	}
-	attachment, err := r.attachment(cmd, conf, *request)
+	attachment, err := r.attachment(cmd, conf, *asked)
 	if err != nil {
 		return err
 	}
@@ -154,7 +155,7 @@ func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, request *w
 	if err := datapath.Add(attachment); err != nil {
 		return r.stepError("redirect namespace "+cmd.Netns, err)
 	}
-	p.note(r, request.Notes...)
+	p.note(r, asked.Notes...)
 	if err := conf.previous.print(p.Stdout); err != nil {
 		return r.stepError("print result", errors.Join(err, datapath.Remove(attachment.Key)))
 	}
@@ -192,12 +193,12 @@ func (p *Plugin) Check(cmd *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	args := parseArgs(cmd.Args)
-	r := caller{job: args.job, containerID: cmd.ContainerID}
+	job, args := request.ParseArgs(cmd.Args)
+	r := caller{job: job, containerID: cmd.ContainerID}
 	if err := p.checkNetwork(r, cmd, conf); err != nil {
 		return err
 	}
-	if args.none() {
+	if args.None() {
 		return nil
 	}
 	datapath := p.open(conf)
@@ -232,7 +233,7 @@ func (p *Plugin) inForce(cmd *skel.CmdArgs, datapath Datapath) bool {
 // restore redirects anew an allocation whose record is lost, from what the
 // runtime still knows of it. The namespace must be the one that the previous
 // result describes: in an empty one there is nothing to restore.
-func (p *Plugin) restore(r caller, cmd *skel.CmdArgs, args arguments, datapath Datapath) error {
+func (p *Plugin) restore(r caller, cmd *skel.CmdArgs, args request.Args, datapath Datapath) error {
 	consuls, err := p.RedirectedByConsul(cmd.Netns)
 	if err != nil {
 		return r.stepError("look for Consul's own rules in "+cmd.Netns, err)
@@ -248,11 +249,11 @@ func (p *Plugin) restore(r caller, cmd *skel.CmdArgs, args arguments, datapath D
 	if conf.previous == nil {
 		return r.argError(types.ErrUnknownContainer, "prevResult: missing: the record of this allocation is lost and cannot be restored without it")
 	}
-	request, err := p.request(r, args, conf)
+	asked, err := request.Read(r.job, args, conf.Network, p.ConfigDir)
 	if err != nil {
-		return err
+		return r.requestError(err)
 	}
-	attachment, err := r.attachment(cmd, conf, *request)
+	attachment, err := r.attachment(cmd, conf, *asked)
 	if err != nil {
 		return err
 	}
@@ -329,6 +330,16 @@ func (p *Plugin) note(r caller, remarks ...string) {
 	for _, remark := range remarks {
 		_, _ = fmt.Fprintf(p.Stderr, "weir: %s: %s\n", r, remark)
 	}
+}
+
+// attachment is the request for the namespace of a call, with the addresses
+// that the result names.
+func (r caller) attachment(cmd *skel.CmdArgs, conf *netConf, asked workload.Request) (redirect.Attachment, error) {
+	var err error
+	if asked.Addresses, err = conf.previous.addresses(); err != nil {
+		return redirect.Attachment{}, r.argError(types.ErrInvalidNetworkConfig, fmt.Sprintf("prevResult: %v", err))
+	}
+	return redirect.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Request: asked}, nil
 }
 
 func keyOf(cmd *skel.CmdArgs) workload.AttachmentID {

@@ -6,9 +6,9 @@ import (
 	"encoding/json"
 	"fmt"
 	"path/filepath"
-	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -17,12 +17,11 @@ import (
 // Keys that it does not read, such as log_level, are accepted.
 type netConf struct {
 	CNIVersion string `json:"cniVersion"`
-	Name       string `json:"name"`
+	request.Network
 
 	PinDir     string `json:"pinDir"`
 	StateDir   string `json:"stateDir"`
 	CgroupRoot string `json:"cgroupRoot"`
-	policyConf
 
 	PrevResult json.RawMessage `json:"prevResult"`
 	Valid      json.RawMessage `json:"cni.dev/valid-attachments"`
@@ -49,7 +48,7 @@ func decodeConfig(stdin []byte) (*netConf, error) {
 	}
 	for _, path := range paths {
 		if path.value != "" && !filepath.IsAbs(path.value) {
-			return nil, conf.refuse(types.ErrInvalidNetworkConfig, "%s %s: want an absolute path", path.key, quote(path.value))
+			return nil, conf.refuse(types.ErrInvalidNetworkConfig, "%s %s: want an absolute path", path.key, request.Quote(path.value))
 		}
 	}
 	return conf, nil
@@ -58,7 +57,7 @@ func decodeConfig(stdin []byte) (*netConf, error) {
 // parseConfig reads the whole configuration, previous result included.
 func parseConfig(stdin []byte) (*netConf, error) {
 	conf, err := decodeConfig(stdin)
-	if err != nil || empty(conf.PrevResult) {
+	if err != nil || request.Empty(conf.PrevResult) {
 		return conf, err
 	}
 	conf.previous, err = parseResult(conf.PrevResult, conf.CNIVersion)
@@ -71,7 +70,7 @@ func parseConfig(stdin []byte) (*netConf, error) {
 // refuseInterfaceKeys refuses what only the first plugin of a chain can do.
 func (c *netConf) refuseInterfaceKeys() error {
 	for _, key := range interfaceKeys() {
-		if !empty(c.keys[key]) {
+		if !request.Empty(c.keys[key]) {
 			return c.refuse(types.ErrUnsupportedField, "%s: behind another plugin none of the network is made: remove the key, or make this plugin the first of the chain", key)
 		}
 	}
@@ -109,11 +108,4 @@ func (c *netConf) validAttachments() ([]workload.AttachmentID, error) {
 		valid = append(valid, workload.AttachmentID{ContainerID: attachment.ContainerID, IfName: attachment.IfName})
 	}
 	return valid, nil
-}
-
-// empty reports a JSON value that says nothing: absent, null or {}. Libraries
-// write ipam as {} where there is none.
-func empty(value json.RawMessage) bool {
-	text := strings.TrimSpace(string(value))
-	return text == "" || text == "null" || text == "{}"
 }

@@ -13,6 +13,7 @@ import (
 
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/request"
 	"golang.org/x/sys/unix"
 )
 
@@ -140,11 +141,11 @@ func (c *netConf) network(stateDir string) (network.Config, error) {
 func (c *netConf) validate(keys *networkKeys) error {
 	switch {
 	case len(keys.Bridge) >= unix.IFNAMSIZ || keys.Bridge == "." || keys.Bridge == ".." || strings.ContainsAny(keys.Bridge, "/: \t\n"):
-		return c.refuse(types.ErrInvalidNetworkConfig, "bridge %s: not a name of a device", quote(keys.Bridge))
+		return c.refuse(types.ErrInvalidNetworkConfig, "bridge %s: not a name of a device", request.Quote(keys.Bridge))
 	case keys.MTU != 0 && (keys.MTU < 68 || keys.MTU > 65535):
 		return c.refuse(types.ErrInvalidNetworkConfig, "mtu %d: want 68 to 65535", keys.MTU)
 	case keys.IPMasqBackend != "" && keys.IPMasqBackend != "nftables":
-		return c.refuse(types.ErrUnsupportedField, "ipMasqBackend %s: the plugin speaks nftables to the kernel, and needs no iptables: remove the key", quote(keys.IPMasqBackend))
+		return c.refuse(types.ErrUnsupportedField, "ipMasqBackend %s: the plugin speaks nftables to the kernel, and needs no iptables: remove the key", request.Quote(keys.IPMasqBackend))
 	case keys.PromiscMode && keys.HairpinMode != nil && *keys.HairpinMode:
 		return c.refuse(types.ErrInvalidNetworkConfig, "promiscMode and hairpinMode: want one of the two")
 	case keys.RuntimeConfig.MAC != "":
@@ -168,7 +169,7 @@ func (c *netConf) delegate(conf *network.Config, ipam json.RawMessage, stateDir 
 		return c.refuse(types.ErrInvalidNetworkConfig, "ipam: %v", err)
 	}
 	if named.Type == "" || strings.ContainsRune(named.Type, '/') {
-		return c.refuse(types.ErrInvalidNetworkConfig, "ipam.type %s: want the name of an IPAM plugin", quote(named.Type))
+		return c.refuse(types.ErrInvalidNetworkConfig, "ipam.type %s: want the name of an IPAM plugin", request.Quote(named.Type))
 	}
 	conf.IPAM = named.Type
 	if named.Type == network.HostLocal {
@@ -193,7 +194,7 @@ func (c *netConf) delegate(conf *network.Config, ipam json.RawMessage, stateDir 
 // lastResult is what the runtime kept of ADD, as DEL and CHECK get it; nil
 // where there is nothing that can be read.
 func (c *netConf) lastResult() *current.Result {
-	if empty(c.PrevResult) {
+	if request.Empty(c.PrevResult) {
 		return nil
 	}
 	last, err := parseResult(c.PrevResult, c.CNIVersion)

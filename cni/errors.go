@@ -11,6 +11,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
 	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/probe"
@@ -66,6 +67,21 @@ func (r caller) String() string {
 // Nomad shows it.
 func (r caller) argError(code uint, text string) error {
 	return r.error(code, text, "")
+}
+
+// requestError is the error of a request that is refused.
+func (r caller) requestError(err error) error {
+	code := types.ErrInvalidEnvironmentVariables
+	var refused *request.Error
+	if errors.As(err, &refused) {
+		switch refused.Fault {
+		case request.NotJSON:
+			code = types.ErrDecodingFailure
+		case request.WrongNetwork:
+			code = types.ErrInvalidNetworkConfig
+		}
+	}
+	return r.argError(code, err.Error())
 }
 
 // stepError is fail for a step and its cause, with the remedy as details.

@@ -5,14 +5,11 @@ package cni
 import (
 	"encoding/json"
 	"errors"
-	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -88,37 +85,6 @@ func FuzzConsulConfig(f *testing.F) {
 		}
 		if request.Mode != workload.ModeTransparent {
 			t.Errorf("%q: the mode is %s", config, request.Mode)
-		}
-	})
-}
-
-// FuzzPolicyFile holds the operator's files as the plugin reads them: refused by name,
-// or a policy of arguments that there are.
-func FuzzPolicyFile(f *testing.F) {
-	for _, seed := range []string{
-		"", `cni { job_args = ["mode", "guard"] }`, `cni { job_args = ["garud"] }`, `cni { job_args = [] }`, `cni { job_args = [null] }`, `cni { job_args = 7 }`,
-		`proxy { default_uid = -1 }`, `proxy { default_uid = 4294967296 }`, "cni {}\ncni {}", `cni { consul_exclusions = "false" }`, `cni { consul_exclusions = null }`,
-		`cni { job_args = [for x in ["mode"] : x] }`, `guard { default = var.x }`,
-	} {
-		f.Add(seed)
-	}
-	dir := f.TempDir()
-	path := filepath.Join(dir, "weir.hcl")
-	f.Fuzz(func(t *testing.T, text string) {
-		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		got, err := readPolicy(policyConf{}, dir)
-		if err != nil {
-			if !strings.Contains(err.Error(), path) {
-				t.Errorf("%q: the error names no file: %v", text, err)
-			}
-			return
-		}
-		for _, name := range got.jobArgs {
-			if !slices.Contains(request.JobArgs(), name) {
-				t.Errorf("%q: a job may set %q, which there is not", text, name)
-			}
 		}
 	})
 }

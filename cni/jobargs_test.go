@@ -23,7 +23,7 @@ func confWith(keys string) string {
 
 // everyJobArg is a configuration whose operator allows everything.
 func everyJobArg() string {
-	return confWith(`"jobArgs":["` + strings.ReplaceAll(jobArgNames(), ", ", `","`) + `"]`)
+	return confWith(`"jobArgs":["` + strings.ReplaceAll(strings.Join(request.JobArgs(), ", "), ", ", `","`) + `"]`)
 }
 
 func ownArgs(args string) string { return "NOMAD_ALLOC_ID=" + allocID + ";" + args }
@@ -258,29 +258,18 @@ func FuzzJobArguments(f *testing.F) {
 			}
 			return
 		}
-		if parseArgs(args).none() {
+		if _, asked := request.ParseArgs(args); asked.None() {
 			return
 		}
-		request := b.fake.added[0].Request
-		if err := workload.Merge(request, workload.MeshConfig{}).Validate(); err != nil {
+		added := b.fake.added[0].Request
+		if err := workload.Merge(added, workload.MeshConfig{}).Validate(); err != nil {
 			t.Errorf("%q: the data path would refuse it: %v", args, err)
 		}
-		if workload.Merge(request, workload.MeshConfig{Guard: workload.GuardEnforce}).Guard != workload.GuardEnforce {
+		if workload.Merge(added, workload.MeshConfig{Guard: workload.GuardEnforce}).Guard != workload.GuardEnforce {
 			t.Errorf("%q weakens the guard", args)
 		}
-		if request.Mode != workload.ModeTransparent && (request.InboundPort != 0 || len(request.ExcludeOutboundPorts) > 0) {
-			t.Errorf("%q: request %+v", args, request)
+		if added.Mode != workload.ModeTransparent && (added.InboundPort != 0 || len(added.ExcludeOutboundPorts) > 0) {
+			t.Errorf("%q: request %+v", args, added)
 		}
 	})
-}
-
-// Names and what applies them stand in two packages, so that the agent knows the names.
-func TestEveryJobArgumentIsApplied(t *testing.T) {
-	var applied []string
-	for _, arg := range jobArgs() {
-		applied = append(applied, arg.name)
-	}
-	if diff := cmp.Diff(request.JobArgs(), applied); diff != "" {
-		t.Errorf("arguments (-named +applied):\n%s", diff)
-	}
 }

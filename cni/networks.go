@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 
 	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -26,7 +27,8 @@ func Networks(stateDir string) ([]Attached, error) {
 	attachments, err := network.Attachments(stateDir)
 	list := make([]Attached, 0, len(attachments))
 	for _, a := range attachments {
-		list = append(list, Attached{Key: a.Key, Job: parseArgs(a.Args).job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie, Ports: a.Ports, Maps: a.Maps})
+		job, _ := request.ParseArgs(a.Args)
+		list = append(list, Attached{Key: a.Key, Job: job, Network: a.Network, NetNS: a.NetNS, Cookie: a.Cookie, Ports: a.Ports, Maps: a.Maps})
 	}
 	return list, err
 }

@@ -5,12 +5,10 @@ package cni
 import (
 	"os"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -167,28 +165,6 @@ func TestPolicyOfConsulsExclusions(t *testing.T) {
 				t.Errorf("%s: refused by default", args)
 			}
 		}
-	}
-}
-
-// The agent's example names the plugin's default, too.
-func TestExampleConfigurationIsTheDefaultPolicy(t *testing.T) {
-	text, err := os.ReadFile("../deploy/weir.d/weir.hcl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	setting := regexp.MustCompile(`(?m)^(\s*)# ((job_args|consul_exclusions|default_uid) +=)`)
-	if found := len(setting.FindAll(text, -1)); found != 3 {
-		t.Errorf("%d keys of the policy in the example, want 3", found)
-	}
-	b := configured(t, map[string]string{"weir.hcl": string(setting.ReplaceAll(text, []byte("$1$2")))})
-	got, err := readPolicy(policyConf{}, b.ConfigDir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := defaultPolicy()
-	want.source = got.source
-	if diff := cmp.Diff(want, got, cmp.AllowUnexported(policy{})); diff != "" {
-		t.Errorf("policy (-default +example):\n%s", diff)
 	}
 }
 

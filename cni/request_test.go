@@ -79,37 +79,6 @@ func TestRequestAcceptsEveryExclusion(t *testing.T) {
 	}
 }
 
-func TestParsePorts(t *testing.T) {
-	for text, want := range map[string][]uint16{
-		"":                       nil,
-		"1 65535":                {1, 65535},
-		"8002:8004 8003 80 8004": {80, 8002, 8003, 8004},
-		"65534: :2":              {1, 2, 65534, 65535},
-		"7:7":                    {7},
-	} {
-		got, err := parsePorts(strings.Fields(text))
-		if err != nil {
-			t.Errorf("%q: %v", text, err)
-		}
-		if diff := cmp.Diff(want, got); diff != "" {
-			t.Errorf("%q (-want +got):\n%s", text, diff)
-		}
-	}
-}
-
-func TestParseCIDR(t *testing.T) {
-	for text, want := range map[string]string{
-		"10.0.0.0/8": "10.0.0.0/8", "10.1.2.3/8": "10.0.0.0/8", "192.0.2.7": "192.0.2.7/32", "0.0.0.0/0": "0.0.0.0/0",
-		"fd99::/64": "fd99::/64", "fd99::1": "fd99::1/128", "::/0": "::/0",
-		"::ffff:10.0.0.1": "10.0.0.1/32", "::ffff:10.9.0.0/104": "10.0.0.0/8",
-	} {
-		got, err := parseCIDR(text)
-		if err != nil || got.String() != want {
-			t.Errorf("%s: %v, %v: want %s", text, got, err, want)
-		}
-	}
-}
-
 func TestRequestDNS(t *testing.T) {
 	for config, want := range map[string]workload.DNS{
 		`{"ProxyUserID":"1"}`: {},
@@ -178,7 +147,7 @@ func TestBadFields(t *testing.T) {
 					if field == "ProxyInboundPort" && value == "15001" {
 						part = "ProxyOutboundPort: 15001: the proxy's inbound listener"
 					}
-					wantError(t, err, types.ErrInvalidEnvironmentVariables, allocID, nftablesArg, part)
+					wantError(t, err, types.ErrInvalidEnvironmentVariables, allocID, "CONSUL_NFTABLES_CONFIG", part)
 					if !b.fake.untouched() || b.stdout.Len() != 0 {
 						t.Errorf("left behind: %+v, stdout %q", b.fake, b.stdout.String())
 					}
@@ -191,7 +160,7 @@ func TestBadFields(t *testing.T) {
 func TestBadConfigs(t *testing.T) {
 	for _, config := range []string{"", "x", "[]", `"x"`, "7", "{", meshJSON + "x", meshJSON + meshJSON, withField("ExcludeUIDs", `["1;2"]`)} {
 		b := newBench()
-		wantError(t, b.Add(call("CONSUL_IPTABLES_CONFIG="+config, confJSON)), types.ErrDecodingFailure, allocID, iptablesArg)
+		wantError(t, b.Add(call("CONSUL_IPTABLES_CONFIG="+config, confJSON)), types.ErrDecodingFailure, allocID, "CONSUL_IPTABLES_CONFIG")
 		if !b.fake.untouched() || b.stdout.Len() != 0 {
 			t.Errorf("%q: left behind: %+v, stdout %q", config, b.fake, b.stdout.String())
 		}

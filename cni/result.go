@@ -10,6 +10,7 @@ import (
 
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/types/create"
+	"github.com/weirmesh/weir/cni/request"
 )
 
 // result is what the plugin before this one returned.
@@ -91,7 +92,7 @@ func (r *result) addresses() ([]netip.Addr, error) {
 		addr, ok := netip.AddrFromSlice(ip.Address.IP)
 		addr = addr.Unmap()
 		if !ok || addr.IsUnspecified() || addr.IsMulticast() {
-			return nil, fmt.Errorf("ips[%d]: address %s: not an address of a workload", i, quote(ip.Address.String()))
+			return nil, fmt.Errorf("ips[%d]: address %s: not an address of a workload", i, request.Quote(ip.Address.String()))
 		}
 		if !addr.IsLoopback() {
 			list = append(list, addr)

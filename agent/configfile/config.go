@@ -130,7 +130,7 @@ func DefaultConfig() Config {
 		Consul:   &ConsulConfig{Enabled: true, Address: "127.0.0.1:8500", VerifySSL: true, Watch: true},
 		Guard:    &GuardConfig{Default: string(workload.GuardAudit), Egress: string(workload.GuardOff)},
 		Gate:     &GateConfig{Timeout: "30s"},
-		Proxy:    &ProxyConfig{DefaultUID: 101},
+		Proxy:    &ProxyConfig{DefaultUID: request.DefaultProxyUID},
 		CNI: &CNIConfig{
 			CacheDir: "/var/lib/cni", NetNSDir: "/var/run/netns",
 			JobArgs: request.DefaultJobArgs(), ConsulExclusions: true,

@@ -9,7 +9,7 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/posener/complete"
 	"github.com/weirmesh/weir/agent/configfile"
-	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/cni/request"
 )
 
 // columns is the width of what is printed for people.
@@ -50,14 +50,14 @@ func newConfigValidate(env env) *command {
 	c.do = func() (int, error) {
 		path := c.operand()
 		if path == "" {
-			path = cni.DefaultConfigDir
+			path = request.DefaultConfigDir
 		}
 		checked, err := configfile.CheckConfig(path)
 		if err != nil {
 			return 1, err
 		}
 		if !checked.Problems.HasErrors() { // the plugin's rules are stricter in some respects
-			if err := cni.CheckPolicy(checked.Files); err != nil {
+			if err := request.CheckPolicy(checked.Files); err != nil {
 				checked.Problems = append(checked.Problems, &hcl.Diagnostic{
 					Severity: hcl.DiagError, Summary: "Refused by the plugin", Detail: err.Error(),
 				})

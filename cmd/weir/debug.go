@@ -22,7 +22,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/cmd/weir/debug"
-	"github.com/weirmesh/weir/cni"
+	"github.com/weirmesh/weir/cni/request"
 	"golang.org/x/sys/unix"
 )
 
@@ -51,7 +51,7 @@ func newDebug(env env) *command {
 	flows := c.flags.Int("flows", 1000, "`count` of the last connections")
 	lines := c.flags.Int("log", 2000, "`count` of the last lines of the agent's log")
 	c.do = func() (int, error) {
-		return 0, c.debug(*out, cmp.Or(*config, cni.DefaultConfigDir), *flows, *lines)
+		return 0, c.debug(*out, cmp.Or(*config, request.DefaultConfigDir), *flows, *lines)
 	}
 	return c
 }
@@ -110,7 +110,7 @@ type debugPart struct {
 
 func debugParts(flows int, config string) []debugPart {
 	doctor := []string{"doctor"}
-	if config != cni.DefaultConfigDir {
+	if config != request.DefaultConfigDir {
 		doctor = append(doctor, "-config", config)
 	}
 	return []debugPart{

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: MPL-2.0
 
-// Package request has what the plugin and the agent both have to know of a
-// request to the plugin. It depends on nothing.
 package request
 
 // The arguments of network.cni.args that are Weir's, without their prefix.

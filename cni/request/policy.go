@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package cni
+package request
 
 import (
-	"encoding/json"
 	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"github.com/weirmesh/weir/cni/request"
 )
 
 // DefaultConfigDir is where the agent has its configuration. The plugin reads
@@ -17,9 +14,8 @@ import (
 // its bridge mode itself, so it has no place for a key of ours.
 const DefaultConfigDir = "/etc/weir.d"
 
-// defaultProxyUID is the UID of Envoy where nobody says otherwise, as the
-// agent and Nomad have it.
-const defaultProxyUID = 101
+// DefaultProxyUID is the UID of Envoy where nobody says otherwise, as Nomad has it.
+const DefaultProxyUID = 101
 
 // policy is what the operator lets the author of a job decide.
 type policy struct {
@@ -34,31 +30,9 @@ type policy struct {
 // says stays as it is with Consul's own plugin.
 func defaultPolicy() policy {
 	return policy{
-		jobArgs: request.DefaultJobArgs(), consulExclusions: true,
-		proxyUID: defaultProxyUID, source: "the default",
+		jobArgs: DefaultJobArgs(), consulExclusions: true,
+		proxyUID: DefaultProxyUID, source: "the default",
 	}
-}
-
-// policyConf are the keys of the network configuration that carry a policy.
-// They stay undecoded until an ADD needs them: a DEL never fails for them.
-type policyConf struct {
-	JobArgs          json.RawMessage `json:"jobArgs"`
-	ConsulExclusions json.RawMessage `json:"consulExclusions"`
-	ConfigDir        json.RawMessage `json:"configDir"`
-	Forward          json.RawMessage `json:"forward"`
-}
-
-// forwards reports whether the network lets packets be forwarded through the
-// namespaces of its allocations.
-func (c policyConf) forwards() (bool, error) {
-	if empty(c.Forward) {
-		return false, nil
-	}
-	allowed, err := decode[bool](c.Forward, "true or false")
-	if err != nil {
-		return false, fmt.Errorf("forward: %w", err)
-	}
-	return allowed, nil
 }
 
 // readPolicy is the default, overridden by the files in the configuration
@@ -66,10 +40,10 @@ func (c policyConf) forwards() (bool, error) {
 // cannot be read is an error and not the default: an operator may have
 // forbidden in it what the default allows. dir is what the environment says;
 // it wins over the key configDir.
-func readPolicy(conf policyConf, dir string) (policy, error) {
+func readPolicy(network Network, dir string) (policy, error) {
 	p := defaultPolicy()
 	if dir == "" {
-		text, err := decodeText(conf.ConfigDir)
+		text, err := decodeText(network.ConfigDir)
 		if err != nil {
 			return p, fmt.Errorf("configDir: %w", err)
 		}
@@ -78,7 +52,7 @@ func readPolicy(conf policyConf, dir string) (policy, error) {
 		}
 	}
 	if !filepath.IsAbs(dir) {
-		return p, fmt.Errorf("configDir %s: want an absolute path", quote(dir))
+		return p, fmt.Errorf("configDir %s: want an absolute path", Quote(dir))
 	}
 	files, err := filepath.Glob(filepath.Join(dir, "*.hcl"))
 	if err != nil {
@@ -90,14 +64,14 @@ func readPolicy(conf policyConf, dir string) (policy, error) {
 			return p, err
 		}
 	}
-	if !empty(conf.JobArgs) {
-		if p.jobArgs, err = decodeList(conf.JobArgs); err != nil {
+	if !Empty(network.JobArgs) {
+		if p.jobArgs, err = decodeList(network.JobArgs); err != nil {
 			return p, fmt.Errorf("jobArgs: %w", err)
 		}
 		p.source = "jobArgs of the network configuration"
 	}
-	if !empty(conf.ConsulExclusions) {
-		if p.consulExclusions, err = decode[bool](conf.ConsulExclusions, "true or false"); err != nil {
+	if !Empty(network.ConsulExclusions) {
+		if p.consulExclusions, err = decode[bool](network.ConsulExclusions, "true or false"); err != nil {
 			return p, fmt.Errorf("consulExclusions: %w", err)
 		}
 	}
@@ -107,8 +81,8 @@ func readPolicy(conf policyConf, dir string) (policy, error) {
 // known refuses names that no argument has.
 func (p policy) known() error {
 	for _, name := range p.jobArgs {
-		if !slices.Contains(request.JobArgs(), name) {
-			return fmt.Errorf("%s: %s: want names of %s", p.source, quote(name), jobArgNames())
+		if !slices.Contains(JobArgs(), name) {
+			return fmt.Errorf("%s: %s: want names of %s", p.source, Quote(name), jobArgNames())
 		}
 	}
 	return nil
@@ -127,16 +101,16 @@ func CheckPolicy(files []string) error {
 }
 
 // allow refuses the first argument that a job may not set.
-func (p policy) allow(args []argument) error {
+func (p policy) allow(args []Arg) error {
 	for _, arg := range args {
-		if slices.Contains(p.jobArgs, strings.TrimPrefix(arg.key, ownPrefix)) {
+		if slices.Contains(p.jobArgs, strings.TrimPrefix(arg.Key, ownPrefix)) {
 			continue
 		}
 		allowed := "none"
 		if len(p.jobArgs) > 0 {
 			allowed = strings.Join(p.jobArgs, ", ")
 		}
-		return fmt.Errorf("%s: the operator of this node does not let a job set it; allowed by %s: %s", arg.key, p.source, allowed)
+		return fmt.Errorf("%s: the operator of this node does not let a job set it; allowed by %s: %s", arg.Key, p.source, allowed)
 	}
 	return nil
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package cni
+package request
 
 import (
 	"errors"
@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -24,22 +23,22 @@ type jobArg struct {
 // first, since others depend on it.
 func jobArgs() []jobArg {
 	return []jobArg{
-		{request.Mode, applyMode},
-		{request.Guard, applyGuard},
-		{request.Egress, applyEgress},
-		{request.Forward, applyForward},
-		{request.ProxyUID, applyProxyUID},
-		{request.InboundPort, applyInboundPort},
-		{request.OutboundPort, applyOutboundPort},
-		{request.DNS, applyDNS},
-		{request.ExcludeInboundPorts, applyExcludedInbound},
-		{request.ExcludeOutboundPorts, applyExcludedOutbound},
-		{request.ExcludeOutboundCIDRs, applyExcludedCIDRs},
-		{request.ExcludeUIDs, applyExcludedUIDs},
+		{Mode, applyMode},
+		{Guard, applyGuard},
+		{Egress, applyEgress},
+		{Forward, applyForward},
+		{ProxyUID, applyProxyUID},
+		{InboundPort, applyInboundPort},
+		{OutboundPort, applyOutboundPort},
+		{DNS, applyDNS},
+		{ExcludeInboundPorts, applyExcludedInbound},
+		{ExcludeOutboundPorts, applyExcludedOutbound},
+		{ExcludeOutboundCIDRs, applyExcludedCIDRs},
+		{ExcludeUIDs, applyExcludedUIDs},
 	}
 }
 
-func jobArgNames() string { return strings.Join(request.JobArgs(), ", ") }
+func jobArgNames() string { return strings.Join(JobArgs(), ", ") }
 
 // jobRequest is a request while a job's arguments are applied to it.
 type jobRequest struct {
@@ -54,7 +53,7 @@ func (asked *jobRequest) excludesOutbound() bool {
 
 // withJobArgs adds what the job's own arguments ask for and the operator
 // allows.
-func (asked *jobRequest) withJobArgs(args []argument, mesh *meshConfig, operator policy) error {
+func (asked *jobRequest) withJobArgs(args []Arg, mesh *meshConfig, operator policy) error {
 	if mesh != nil && !operator.consulExclusions && asked.excludesOutbound() {
 		return fmt.Errorf("%s: it excludes outbound ports, CIDRs or UIDs, which the operator of this node lets no transparent_proxy block do", mesh.argument)
 	}
@@ -93,17 +92,17 @@ func (asked *jobRequest) finish(mesh *meshConfig) workload.Request {
 }
 
 // applyJobArgs adds what the arguments ask for. An error names key and value.
-func (asked *jobRequest) applyJobArgs(args []argument) error {
+func (asked *jobRequest) applyJobArgs(args []Arg) error {
 	values := make(map[string]string)
 	for _, arg := range args {
-		name := strings.TrimPrefix(arg.key, ownPrefix)
+		name := strings.TrimPrefix(arg.Key, ownPrefix)
 		if !slices.ContainsFunc(jobArgs(), func(known jobArg) bool { return known.name == name }) {
-			return fmt.Errorf("%s: unknown: want one of %s, each with %s before it", quote(arg.key), jobArgNames(), ownPrefix)
+			return fmt.Errorf("%s: unknown: want one of %s, each with %s before it", Quote(arg.Key), jobArgNames(), ownPrefix)
 		}
 		if _, twice := values[name]; twice {
-			return fmt.Errorf("%s: given twice", arg.key)
+			return fmt.Errorf("%s: given twice", arg.Key)
 		}
-		values[name] = arg.value
+		values[name] = arg.Value
 	}
 	if _, ok := values["mode"]; !ok && !asked.consul {
 		return fmt.Errorf("%smode: missing: the other arguments say nothing without it or a transparent_proxy block", ownPrefix)
@@ -304,10 +303,10 @@ func (asked *jobRequest) exclusions(value, what string) ([]string, error) {
 		if !named {
 			text = name
 		} else if !isName(name) {
-			return nil, fmt.Errorf("%s: want a name of letters, digits, - and _ before the @", quote(item))
+			return nil, fmt.Errorf("%s: want a name of letters, digits, - and _ before the @", Quote(item))
 		}
 		if text == "" {
-			return nil, fmt.Errorf("%s: want items value or name@value, separated by commas", quote(item))
+			return nil, fmt.Errorf("%s: want items value or name@value, separated by commas", Quote(item))
 		}
 		list, shown = append(list, text), append(shown, item)
 	}

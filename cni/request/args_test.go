@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package cni
+package request
 
 import (
 	"slices"
@@ -12,21 +12,26 @@ import (
 )
 
 func TestParseArgs(t *testing.T) {
-	for text, want := range map[string]arguments{
+	type parsed struct {
+		Job  workload.Job
+		Args Args
+	}
+	for text, want := range map[string]parsed{
 		"":                       {},
 		";;=;x;=y":               {},
 		"IgnoreUnknown=true;A=b": {},
 		"NOMAD_REGION=eu;NOMAD_NAMESPACE=ns;NOMAD_JOB_ID=j=1;NOMAD_GROUP_NAME=g h;NOMAD_ALLOC_ID=a": {
-			job: workload.Job{Region: "eu", Namespace: "ns", ID: "j=1", Group: "g h", AllocID: "a"},
+			Job: workload.Job{Region: "eu", Namespace: "ns", ID: "j=1", Group: "g h", AllocID: "a"},
 		},
 		"CONSUL_IPTABLES_CONFIG={\"a\":\"b=c\"};CONSUL_NFTABLES_CONFIG=": {
-			mesh: []argument{{iptablesArg, `{"a":"b=c"}`}, {nftablesArg, ""}},
+			Args: Args{Mesh: []Arg{{iptablesArg, `{"a":"b=c"}`}, {nftablesArg, ""}}},
 		},
-		"weir.mode=x;weir.=;weird=y": {own: []argument{{"weir.", ""}, {"weir.mode", "x"}}},
+		"weir.mode=x;weir.=;weird=y": {Args: Args{Own: []Arg{{"weir.", ""}, {"weir.mode", "x"}}}},
 		// Names are as exact as Nomad's; CNI gives blanks no meaning.
 		" NOMAD_JOB_ID=j;nomad_job_id=j": {},
 	} {
-		if diff := cmp.Diff(want, parseArgs(text), cmp.AllowUnexported(arguments{}, argument{})); diff != "" {
+		job, args := ParseArgs(text)
+		if diff := cmp.Diff(want, parsed{job, args}); diff != "" {
 			t.Errorf("%q (-want +got):\n%s", text, diff)
 		}
 	}
@@ -39,10 +44,10 @@ func FuzzParseArgs(f *testing.F) {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		args := parseArgs(text)
-		for _, pair := range args.mesh {
-			if !strings.Contains(";"+text+";", ";"+pair.key+"="+pair.value+";") {
-				t.Errorf("%q: pair %q=%q is not in it", text, pair.key, pair.value)
+		job, args := ParseArgs(text)
+		for _, pair := range args.Mesh {
+			if !strings.Contains(";"+text+";", ";"+pair.Key+"="+pair.Value+";") {
+				t.Errorf("%q: pair %q=%q is not in it", text, pair.Key, pair.Value)
 			}
 		}
 		parts := strings.Split(text, ";")
@@ -55,9 +60,9 @@ func FuzzParseArgs(f *testing.F) {
 			keys[key] = true
 		}
 		slices.Reverse(parts)
-		reversed := parseArgs(strings.Join(parts, ";"))
-		slices.Reverse(reversed.mesh)
-		if diff := cmp.Diff(args, reversed, cmp.AllowUnexported(arguments{}, argument{})); diff != "" {
+		sameJob, reversed := ParseArgs(strings.Join(parts, ";"))
+		slices.Reverse(reversed.Mesh)
+		if diff := cmp.Diff(args, reversed); diff != "" || job != sameJob {
 			t.Errorf("%q: reversed (-want +got):\n%s", text, diff)
 		}
 	})

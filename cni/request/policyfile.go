@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package cni
+package request
 
 import (
 	"errors"
