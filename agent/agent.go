@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/change"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/flow"
@@ -51,6 +52,8 @@ type Options struct {
 	// RepairNetworks puts back rules and host ports of networks that the plugin
 	// built, and says which; nil where that is nobody's task.
 	RepairNetworks func() (repaired []string, err error)
+	// Changes is where the agent notes what changes on the node; nil: a list of its own.
+	Changes *change.Log
 }
 
 // Agent is the daemon. It is made by New and runs once.
@@ -67,8 +70,9 @@ type Agent struct {
 	watcher         *discover.Watcher
 	networks        *networks
 	flows           *flow.Recorder // nil: they are not to be recorded
-	resting         time.Duration  // between two runs of origins
-	counting        time.Duration  // between two looks at the counters of verdicts
+	changes         *change.Log
+	resting         time.Duration // between two runs of origins
+	counting        time.Duration // between two looks at the counters of verdicts
 	repairNetworks  func() ([]string, error)
 	version         string
 	consulApply     prometheus.Histogram // from Consul to the kernel
@@ -89,6 +93,7 @@ type Agent struct {
 	socketError string // why there is no local API, as last told
 
 	// The loop's own memory.
+	seen           bool // a pass has found the node's allocations
 	behind         bool // the data path may be another version's: nobody could look yet
 	allocations    map[workload.AttachmentID]*allocState
 	noticed        time.Time // when Consul's last change was
@@ -129,6 +134,10 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		budget:         defaultPassBudget(),
 		networks:       newNetworks(),
 		consulApply:    newConsulApply(),
+		changes:        options.Changes,
+	}
+	if a.changes == nil {
+		a.changes = change.NewLog(time.Now())
 	}
 	a.origins, a.records = a.datapath.NewIndexReclaimer(), a.datapath.NewRecordReader()
 	if a.notify == nil {
@@ -167,6 +176,7 @@ func (a *Agent) trigger() {
 // Run loads or upgrades the data path and then keeps the node as it should be
 // until ctx ends. It returns an error only for what it cannot work without.
 func (a *Agent) Run(ctx context.Context) error {
+	a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: strings.TrimSpace("the agent began " + a.version)})
 	if err := a.load(); err != nil {
 		return err
 	}
@@ -259,6 +269,7 @@ func (a *Agent) pass(changed bool) {
 	a.keepSocket()
 	now := time.Now()
 	if !a.repair() {
+		a.noteProblems(now)
 		a.turned() // nothing can be changed now, and all of it would wait in vain
 		return
 	}
@@ -292,6 +303,7 @@ func (a *Agent) pass(changed bool) {
 		a.checkSome()
 		a.lookSome()
 	}
+	a.noteProblems(now)
 	a.turned()
 }
 

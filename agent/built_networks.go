@@ -22,6 +22,7 @@ func (a *Agent) keepNetworks(ctx context.Context) {
 		repaired, err := a.repairNetworks()
 		for _, what := range repaired {
 			a.log.Warn("network repaired", "what", what)
+			a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeRepaired, What: "network: " + what})
 		}
 		a.count(func(c *api.Counts) { c.Repaired += uint64(len(repaired)) })
 		if text := errorText(err); text != failing {

@@ -60,6 +60,7 @@ func (a *Agent) checked(key workload.AttachmentID, repairs []redirect.Repair, er
 	a.count(func(c *api.Counts) { c.Repaired += uint64(len(repairs)) })
 	for _, what := range repairs {
 		a.log.Warn("workload repaired", "alloc_id", key.ContainerID, "interface", key.IfName, "what", what)
+		a.changes.Workload(a.allocations[key].view, api.ChangeRepaired, what.String(), time.Now())
 	}
 	if ends(err) {
 		a.allocations[key].inode = 0

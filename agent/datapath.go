@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -49,6 +50,7 @@ func (a *Agent) load() error {
 	}
 	for _, did := range loaded.Did {
 		a.log.Info("data path", "did", did)
+		a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: "data path loaded: " + did.String()})
 	}
 	for _, problem := range loaded.Problems {
 		a.log.Error("data path: a workload did not come along", "problem", problem)
@@ -75,6 +77,7 @@ func (a *Agent) repair() bool {
 	a.mu.Unlock()
 	for _, what := range did {
 		a.log.Warn("data path repaired", "what", what)
+		a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeRepaired, What: what.String()})
 	}
 	if text := errorText(err); text != a.broken {
 		a.broken = text

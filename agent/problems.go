@@ -3,9 +3,23 @@
 package agent
 
 import (
+	"time"
+
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/redirect/health"
 )
+
+// noteProblems tells the list of changes what is wrong now.
+func (a *Agent) noteProblems(now time.Time) {
+	consul, docker := a.consulNow(), a.containers().Error
+	a.mu.Lock()
+	node, workloads := a.nodeProblems(consul, docker), a.status.Workloads
+	if a.status.DataPath != "" {
+		node = append(node, a.status.RepairProblem())
+	}
+	a.mu.Unlock()
+	a.changes.Problems(node, workloads, now, now.Sub(a.status.Started) > 2*proxyStart)
+}
 
 // nodeProblems are what is wrong with what the agent learns from others. The
 // caller holds the mutex.

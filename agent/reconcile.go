@@ -116,6 +116,7 @@ func (a *Agent) reconcile(now time.Time) {
 	}
 	a.awaitRegistration(allocations, now)
 	a.publish(a.unmatched(allocations, consul, now))
+	a.seen = true
 }
 
 // blind tells that nothing can be said of the node's allocations.
@@ -193,6 +194,9 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	next.Since = m.view.Since
 	if next.InSync != m.view.InSync || next.State != m.view.State {
 		next.Since = now
+	}
+	if a.seen || s.Record != nil && s.Record.Added.After(a.status.Started) { // else it is as it was before this agent
+		a.changes.State(m.view, next, now)
 	}
 	if next.State != m.view.State && next.State != api.StateOutside {
 		a.log.Info("workload "+string(next.State), "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "problems", problems)
@@ -376,5 +380,10 @@ func (a *Agent) forget(allocations []desired.Allocation, now time.Time) {
 		there[s.Key] = true
 	}
 	a.closeGates(func(key workload.AttachmentID) bool { return there[key] })
-	maps.DeleteFunc(a.allocations, func(key workload.AttachmentID, _ *allocState) bool { return !there[key] })
+	maps.DeleteFunc(a.allocations, func(key workload.AttachmentID, m *allocState) bool {
+		if !there[key] && m.view.State == api.StateManaged {
+			a.changes.Workload(m.view, api.ChangeRemoved, "its allocation ended", now)
+		}
+		return !there[key]
+	})
 }

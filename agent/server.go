@@ -148,6 +148,7 @@ func (a *Agent) localAPI() http.Handler {
 	mux.HandleFunc("GET /v1/guard", a.serveGuard)
 	mux.HandleFunc("GET /v1/behind", a.serveBehind)
 	mux.HandleFunc("GET /v1/traffic", a.serveTraffic)
+	mux.HandleFunc("GET /v1/changes", a.changes.Serve)
 	return mux
 }
 

@@ -53,6 +53,7 @@ func (a *Agent) verifyProxyTask(key workload.AttachmentID, m *allocState, cgroup
 		if err == nil {
 			m.rejected = fmt.Sprintf("task %q listened under the proxy's UID and was taken for the proxy: its listeners were taken out", found.task)
 			a.count(func(c *api.Counts) { c.Repaired++ })
+			a.changes.Workload(m.view, api.ChangeRepaired, m.rejected, time.Now())
 			a.log.Warn("workload's proxy learned anew", "alloc_id", key.ContainerID, "interface", key.IfName, "task", found.task, "cgroup", path)
 			delete(m.candidates, cgroup)
 			a.trigger()

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/change"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -125,6 +126,11 @@ func (a *Agent) applied(v *move, err error) {
 	a.settle(v.m, true)
 	a.count(func(c *api.Counts) { c.Changes++ })
 	meshConfig := v.wanted.MeshConfig
+	if v.s.Record != nil {
+		if what := change.Difference(v.s.Record.MeshConfig, *meshConfig); what != "" {
+			a.changes.Workload(v.m.view, api.ChangeConfig, what, time.Now())
+		}
+	}
 	a.log.Info("workload changed", "alloc_id", v.s.Key.ContainerID, "interface", v.s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
 		"open", fmt.Sprint(desired.OpenPorts(*meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))
 }

@@ -21,12 +21,12 @@ func (s Status) ProblemsAt(now time.Time) []health.Problem {
 			fmt.Sprintf("the agent's reconcile loop has stalled for %s", since.Round(time.Second))))
 	}
 	if s.DataPath != "" {
-		list = append(list, health.NewProblem(health.ProblemRepairFailed, "see the agent's log, and run 'weir load'", "the agent cannot repair the data path: "+s.DataPath))
+		list = append(list, s.RepairProblem())
 	}
 	var order []health.Problem
 	who := make(map[health.Problem][]WorkloadView)
 	for _, w := range s.Workloads {
-		if w.State != StateManaged && w.State != StateUnprotected || now.Sub(w.Since) < SettleTime {
+		if !w.Settled(now) {
 			continue
 		}
 		for _, problem := range w.Problems {
@@ -41,6 +41,17 @@ func (s Status) ProblemsAt(now time.Time) []health.Problem {
 		list = append(list, problem.Of(subjectsOf(who[problem])))
 	}
 	return slices.Clip(list)
+}
+
+// RepairProblem is what is wrong with the data path where the agent cannot repair it.
+func (s Status) RepairProblem() health.Problem {
+	return health.NewProblem(health.ProblemRepairFailed, "see the agent's log, and run 'weir load'", "the agent cannot repair the data path: "+s.DataPath)
+}
+
+// Settled reports whether what is wrong with the allocation counts: it is the agent's
+// matter, and not on its way, in or out.
+func (w WorkloadView) Settled(now time.Time) bool {
+	return (w.State == StateManaged || w.State == StateUnprotected) && now.Sub(w.Since) >= SettleTime
 }
 
 // Name is the allocation with its job, as an operator knows it.

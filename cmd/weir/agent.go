@@ -9,12 +9,14 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-
-	"github.com/weirmesh/weir/agent/configfile"
+	"time"
 
 	systemd "github.com/coreos/go-systemd/v22/daemon"
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent"
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/change"
+	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/cni"
 	"golang.org/x/sys/unix"
 )
@@ -39,7 +41,7 @@ func newAgent(env env) *command {
 	listen := c.flags.String("telemetry", "", "`address` for metrics and health, as 127.0.0.1:9902 (default: none)")
 	level := c.flags.String("log-level", "", "debug, info, warn or `error` (default info)")
 	c.do = func() (int, error) {
-		d := &daemon{ctx: c.ctx, out: &cli.UiWriter{Ui: c.ui}, hangup: make(chan os.Signal, 1)}
+		d := &daemon{ctx: c.ctx, out: &cli.UiWriter{Ui: c.ui}, hangup: make(chan os.Signal, 1), changes: change.NewLog(time.Now())}
 		d.read = func() (configfile.Config, error) {
 			config, err := configfile.ReadConfig(*path, c.getenv)
 			if err != nil {
@@ -69,10 +71,11 @@ func newAgent(env env) *command {
 // daemon runs the agent, and another one in its place when the configuration is
 // to be read anew: no workload notices an agent that ends or begins.
 type daemon struct {
-	ctx    context.Context
-	out    io.Writer
-	read   func() (configfile.Config, error)
-	hangup chan os.Signal
+	ctx     context.Context
+	out     io.Writer
+	read    func() (configfile.Config, error)
+	changes *change.Log // of what changed on the node; all agents note in it
+	hangup  chan os.Signal
 }
 
 // run returns when the context ends, or where not even the first agent can work.
@@ -119,6 +122,7 @@ func (d *daemon) make(config configfile.Config) (*instance, error) {
 	made, err := agent.New(config, agent.Options{
 		Version: version,
 		Log:     log,
+		Changes: d.changes,
 		Notify: func(state string) {
 			if state == systemd.SdNotifyStopping && d.ctx.Err() == nil {
 				return // another one follows
@@ -151,6 +155,7 @@ func (d *daemon) runUntilReload(running *instance) (next *instance, err error) {
 				continue
 			}
 			running.log.Info("the configuration is reloaded")
+			d.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: "the configuration is reloaded"})
 			stop()
 			return next, <-ended
 		}

@@ -43,6 +43,7 @@ type env struct {
 	askFlows   func(ctx context.Context, stateDir string, query api.FlowQuery, deliver func(api.Flow) error) error
 	askGuard   func(ctx context.Context, stateDir string) (api.GuardList, error)
 	askBehind  func(ctx context.Context, stateDir string, query api.BehindQuery) (api.Behind, error)
+	askChanges func(ctx context.Context, stateDir string, since time.Time) (api.ChangeList, error)
 	askTraffic func(ctx context.Context, stateDir string, since time.Time) (api.Traffic, error)
 	clear      func()                                               // empties the terminal
 	journal    func(ctx context.Context, lines int) (string, error) // the end of the agent's log

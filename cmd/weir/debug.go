@@ -31,9 +31,9 @@ const debugAllocations = 20
 
 func newDebug(env env) *command {
 	c := newCommand(env, "debug", "Write an archive for whoever is to help with this node", `  Writes one tar.gz with what the other commands tell: status, doctor, workloads,
-  verdicts, guard, the last connections, a second of "weir top", versions, the
-  configuration, the agent's log where journalctl has it, and for allocations with
-  problems what decides about them. It changes nothing.
+  verdicts, guard, changes, the last connections, a second of "weir top", versions,
+  the configuration, the agent's log where journalctl has it, and for allocations
+  with problems what decides about them. It changes nothing.
 
   It has no payload of any connection, and no secret: tokens of the configuration,
   of its files and of the environment, the agent's too, are replaced by
@@ -124,6 +124,7 @@ func debugParts(flows int, config string) []debugPart {
 		{"verdicts.json", []string{"verdicts", "-json"}},
 		{"guard.json", []string{"guard", "-json"}},
 		{"flows.json", []string{"flows", "-json", "-last", strconv.Itoa(flows)}},
+		{"changes.json", []string{"changes", "-json"}},
 		{"top.json", []string{"top", "-json", "-once", "-interval", "1s"}},
 		{"config.txt", []string{"config", "validate", config}},
 	}

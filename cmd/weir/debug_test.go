@@ -96,7 +96,7 @@ log_level = "token = \"`+secrets["token that is commented out"]+`\""
 	n.log = "10:00 " + told
 	n.recording, n.flows = true, fourFlows().flows
 	n.flows[0].Destination.Service = told
-	n.guard = &api.GuardList{Schema: 1}
+	n.guard, n.changes = &api.GuardList{Schema: 1}, &api.ChangeList{Changes: []api.Change{{What: told}}}
 	n.agent = &api.Status{Workloads: []api.WorkloadView{{ID: "none/../" + secrets["variable"], State: api.StateManaged, Problems: n.status.Problems}}}
 	environment := map[string]string{"CONSUL_HTTP_TOKEN": "", "NOMAD_TOKEN": secrets["variable"], "CONSUL_HTTP_AUTH": "user:" + secrets["basic authentication"]}
 	out := filepath.Join(dir, "out.tar.gz")
@@ -121,7 +121,7 @@ log_level = "token = \"`+secrets["token that is commented out"]+`\""
 		}
 	}
 	for name, want := range map[string]string{
-		"status.txt": "[removed] [removed]", "status.json": "[removed] [removed]", "agent.log": "10:00 [removed]", "flows.json": "[removed] [removed]",
+		"status.txt": "[removed] [removed]", "status.json": "[removed] [removed]", "changes.json": "[removed] [removed]", "agent.log": "10:00 [removed]", "flows.json": "[removed] [removed]",
 		"config.json": `"Token": "[removed]"`,
 	} {
 		if !strings.Contains(files[name], want) || name == "agent.log" && !strings.Contains(files[name], "PATH=/bin") {
@@ -136,13 +136,13 @@ func TestDebug(t *testing.T) {
 	t.Chdir(dir)
 	n := busy()
 	n.status, n.log, n.recording, n.flows, n.guard = healthy(), "log\n", true, fourFlows().flows, &api.GuardList{Schema: 1}
-	n.agent = &api.Status{}
+	n.agent, n.changes = &api.Status{}, changed().changes
 	got := try(t, n, nil, "debug", "-config", dir)
 	found, err := filepath.Glob("weir-debug-*-*Z.tar.gz")
 	if err != nil || len(found) != 1 || got.code != 0 {
 		t.Fatalf("%+v, %q, %v: want one archive", got, found, err)
 	}
-	if !strings.HasPrefix(got.stdout, found[0]+": 15 files\nIt has names, addresses and processes of this node, no payload and no token: ") {
+	if !strings.HasPrefix(got.stdout, found[0]+": 16 files\nIt has names, addresses and processes of this node, no payload and no token: ") {
 		t.Errorf("it says %q", got.stdout)
 	}
 	if info, err := os.Stat(found[0]); err != nil || info.Mode().Perm() != 0o600 {
@@ -152,7 +152,7 @@ func TestDebug(t *testing.T) {
 	for name, want := range map[string]string{
 		"version.json": `"schema": 1`, "status.txt": "healthy: 2 workloads\n\npins ", "status.json": `"loaded": true`, "doctor.txt": "", "doctor.json": `"checks"`,
 		"workloads.txt": "no workloads", "workloads.json": `"schema": 1`, "verdicts.json": `"redirected"`, "guard.json": `"schema": 1`,
-		"flows.json": `"verdict":"upstream"`, "top.json": `"job":"shop"`, "config.txt": ": valid: ", "config.json": `"Default": "audit"`, "system.json": `"kernel"`, "agent.log": "log\n",
+		"flows.json": `"verdict":"upstream"`, "changes.json": `"kind": "problem"`, "top.json": `"job":"shop"`, "config.txt": ": valid: ", "config.json": `"Default": "audit"`, "system.json": `"kernel"`, "agent.log": "log\n",
 	} {
 		if content, there := files[name]; !there || !strings.Contains(content, want) {
 			t.Errorf("%s = %q, want %q in it", name, content, want)
@@ -167,11 +167,11 @@ func TestDebug(t *testing.T) {
 
 	silent := &node{noLog: errors.New("read the agent's log by journalctl: not there"), status: healthy()}
 	got = try(t, silent, nil, "debug", "-o", "without-agent.tar.gz", "-config", dir)
-	if got.code != 0 || !strings.Contains(got.stdout, "\n3 parts could not be had: errors.txt in it says why\n") {
+	if got.code != 0 || !strings.Contains(got.stdout, "\n4 parts could not be had: errors.txt in it says why\n") {
 		t.Errorf("without an agent: %+v", got)
 	}
 	text := unpacked(t, "without-agent.tar.gz")["errors.txt"]
-	for _, want := range []string{"flows.json: weir flows: ", "guard.json: weir guard: ", "agent.log: read the agent's log by journalctl: not there\n"} {
+	for _, want := range []string{"flows.json: weir flows: ", "guard.json: weir guard: ", "changes.json: weir changes: ", "agent.log: read the agent's log by journalctl: not there\n"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("errors.txt has no %q:\n%s", want, text)
 		}

@@ -123,7 +123,7 @@ func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args 
 		ctx:    ctx,
 		ui:     ui,
 		getenv: func(name string) string { return environment[name] },
-		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: api.ReadStatus, askEvents: api.ReadEvents, askFlows: api.ReadFlows, askBehind: api.ReadBehind, askTraffic: api.ReadTraffic, askGuard: api.ReadGuard,
+		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: api.ReadStatus, askEvents: api.ReadEvents, askFlows: api.ReadFlows, askBehind: api.ReadBehind, askTraffic: api.ReadTraffic, askChanges: api.ReadChanges, askGuard: api.ReadGuard,
 		journal:   func(context.Context, int) (string, error) { return "", nil },
 		leftovers: func(ended.Node) leftovers { return &node{} },
 	})

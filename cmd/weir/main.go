@@ -39,6 +39,7 @@ func main() {
 		askFlows:   api.ReadFlows,
 		askGuard:   api.ReadGuard,
 		askBehind:  api.ReadBehind,
+		askChanges: api.ReadChanges,
 		askTraffic: api.ReadTraffic,
 		clear:      clearTerminal(os.Stdout),
 		journal:    journal,
@@ -115,7 +116,7 @@ func commands(world env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
 	for _, build := range []func(env) *command{
 		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads,
-		newVerdicts, newExplain, newDump, newEvents, newFlows, newTop, newDebug, newConfigValidate, newGuard, newDoctor, newVersion,
+		newVerdicts, newExplain, newDump, newEvents, newFlows, newChanges, newTop, newDebug, newConfigValidate, newGuard, newDoctor, newVersion,
 	} {
 		command := build(world)
 		factories[command.name] = func() (cli.Command, error) { return command, nil }

@@ -66,7 +66,9 @@ type node struct {
 	rows        []dump.Row
 	silent      bool // a proxy does not listen
 	traffic     *api.Traffic
-	noTimes     error // why the kernel does not count the time of programs
+	changes     *api.ChangeList
+	since       time.Time // that the last list of them was asked from
+	noTimes     error     // why the kernel does not count the time of programs
 	times       []program.RunTime
 	cleared     int    // how often the terminal was
 	log         string // of the agent
@@ -174,7 +176,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return api.GuardList{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
-		askBehind: n.agentBehind,
+		askChanges: n.agentChanges, askBehind: n.agentBehind,
 		askTraffic: func(context.Context, string, time.Time) (api.Traffic, error) {
 			if n.traffic == nil {
 				return api.Traffic{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
