@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -56,7 +56,7 @@ func (a *Agent) check(key workload.AttachmentID) {
 }
 
 // checked notes what a check found.
-func (a *Agent) checked(key workload.AttachmentID, repairs []redirect.Repair, err error) {
+func (a *Agent) checked(key workload.AttachmentID, repairs []program.Repair, err error) {
 	a.count(func(c *api.Counts) { c.Repaired += uint64(len(repairs)) })
 	for _, what := range repairs {
 		a.log.Warn("workload repaired", "alloc_id", key.ContainerID, "interface", key.IfName, "what", what)

@@ -56,7 +56,7 @@ type Datapath interface {
 	Add(redirect.Attachment) error
 	Preload(netns string) *program.Preloaded
 	Remove(workload.AttachmentID) error
-	Check(key workload.AttachmentID, netns string) (repairs []redirect.Repair, err error)
+	Check(key workload.AttachmentID, netns string) (repairs []program.Repair, err error)
 	GC(name string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error)
 	InForce(netns string) (bool, error)
 	Probe() error

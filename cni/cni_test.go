@@ -207,7 +207,7 @@ func TestDelNeedsNothingButTheID(t *testing.T) {
 
 func TestCheckTellsWhatItRepaired(t *testing.T) {
 	b := newBench()
-	b.fake.repaired = []redirect.Repair{{Kind: program.Attached, Object: "connect4"}, {Kind: program.RoutesSet}}
+	b.fake.repaired = []program.Repair{{Kind: program.Attached, Object: "connect4"}, {Kind: program.RoutesSet}}
 	if err := b.Check(call(meshArgs, confJSON)); err != nil {
 		t.Fatal(err)
 	}

@@ -31,7 +31,7 @@ type fakeDatapath struct {
 	collected map[string][]workload.AttachmentID
 
 	addErr, removeErr, checkErr, collectErr, probeErr error
-	repaired                                          []redirect.Repair
+	repaired                                          []program.Repair
 	inForce                                           bool
 	garbage                                           []workload.AttachmentID
 }
@@ -48,7 +48,7 @@ func (f *fakeDatapath) Remove(key workload.AttachmentID) error {
 	return f.removeErr
 }
 
-func (f *fakeDatapath) Check(key workload.AttachmentID, _ string) ([]redirect.Repair, error) {
+func (f *fakeDatapath) Check(key workload.AttachmentID, _ string) ([]program.Repair, error) {
 	f.checked = append(f.checked, key)
 	return f.repaired, f.checkErr
 }

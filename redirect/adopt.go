@@ -32,7 +32,7 @@ type existingListener struct {
 
 // registerExistingListeners registers what is there already, and says what it did.
 // processes may be nil.
-func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []Repair, err error) {
+func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []program.Repair, err error) {
 	listeners, err := observeListeners(tables, ns, w)
 	if err != nil {
 		return nil, err
@@ -63,7 +63,7 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 		}
 		if admitted {
 			proxies[l.at.ProxyID] = next
-			adopted = append(adopted, Repair{Kind: program.ListenerRegistered, Object: netip.AddrPortFrom(l.Addr, l.Port).String()})
+			adopted = append(adopted, program.Repair{Kind: program.ListenerRegistered, Object: netip.AddrPortFrom(l.Addr, l.Port).String()})
 		}
 	}
 	return adopted, nil
@@ -146,30 +146,4 @@ func (l existingListener) apply(tables *bpfmap.Tables, cookie uint64, fd int, pr
 		return false, err
 	}
 	return true, tables.Put("proxies", bpfmap.ProxyKey(cookie, l.at.ProxyID), proxy, ebpf.UpdateAny)
-}
-
-// roles is the test that weir_sockops makes on a new listener: which roles of
-// the workload's proxies it can serve, and on which port of theirs.
-func socketRoles(s host.Socket, w workload.Workload) (port workload.ProxyPort, roles []bpfmap.BpfListenerRole) {
-	port, ok := w.PortOf(s.Port)
-	if !ok {
-		return port, nil
-	}
-	mapped := s.Addr.Is4() || s.Addr.Is4In6()
-	take4 := mapped || s.Addr.IsUnspecified() && !s.V6Only
-	addr := s.Addr.Unmap()
-	if port.Outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
-		return port, nil
-	}
-	if port.Exposed && addr.IsLoopback() {
-		return port, nil // kept to the namespace
-	}
-	four, six := bpfmap.ListenerRoles(port)
-	if take4 {
-		roles = append(roles, four)
-	}
-	if !mapped {
-		roles = append(roles, six)
-	}
-	return port, roles
 }

@@ -19,7 +19,7 @@ import (
 // from Consul and the return of lost maps all end here, so what one of them
 // makes another can finish. The record is marked incomplete before the first
 // change and complete after the last.
-func (d *Datapath) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []Repair, err error) {
+func (d *Reconciler) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
 	changed, errs := d.ensureTogether(tables, []*change{{record: r, ns: ns}})
 	return changed, errs[0]
 }
@@ -33,14 +33,14 @@ type change struct {
 
 	before   store.Record
 	wanted   workload.Workload
-	replaced bool     // new rows are in force, and others were before
-	old      uint64   // the generation of those; 0: it is not known
-	did      []Repair // what had to be changed
+	replaced bool             // new rows are in force, and others were before
+	old      uint64           // the generation of those; 0: it is not known
+	did      []program.Repair // what had to be changed
 	err      error
 }
 
 // ensureTogether is ensure for many workloads. What goes wrong with one concerns it alone.
-func (d *Datapath) ensureTogether(tables *bpfmap.Tables, changes []*change) (changed []Repair, errs []error) {
+func (d *Reconciler) ensureTogether(tables *bpfmap.Tables, changes []*change) (changed []program.Repair, errs []error) {
 	var replaced []*change
 	for _, c := range changes {
 		if c.err = d.putInForce(tables, c); c.err == nil && c.replaced {
@@ -48,7 +48,7 @@ func (d *Datapath) ensureTogether(tables *bpfmap.Tables, changes []*change) (cha
 		}
 	}
 	if len(replaced) > 0 {
-		d.wait()
+		d.Wait()
 		deleteFormer(tables, replaced)
 	}
 	for _, c := range changes {
@@ -61,7 +61,7 @@ func (d *Datapath) ensureTogether(tables *bpfmap.Tables, changes []*change) (cha
 }
 
 // putInForce is the first half: from its end on, connections follow the new rows.
-func (d *Datapath) putInForce(tables *bpfmap.Tables, c *change) error {
+func (d *Reconciler) putInForce(tables *bpfmap.Tables, c *change) error {
 	c.before = *c.record
 	moved, err := observeSources(c.record, c.ns)
 	if err != nil {
@@ -79,38 +79,38 @@ func (d *Datapath) putInForce(tables *bpfmap.Tables, c *change) error {
 		return err
 	}
 	if routed {
-		c.did = append(c.did, Repair{Kind: program.RoutesSet})
+		c.did = append(c.did, program.Repair{Kind: program.RoutesSet})
 	}
 	written, err := d.ensureRows(tables, c)
 	if err != nil {
 		return err
 	}
 	if written {
-		c.did = append(c.did, Repair{Kind: program.RowsWritten})
+		c.did = append(c.did, program.Repair{Kind: program.RowsWritten})
 	}
 	return nil
 }
 
 // complete is the second half: all that is no row, and the record.
-func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
-	attached, err := program.AttachLookup(tables, d.paths, c.ns, false)
+func (d *Reconciler) complete(tables *bpfmap.Tables, c *change) error {
+	attached, err := program.AttachLookup(tables, d.Paths(), c.ns, false)
 	if err != nil {
 		return err
 	}
 	if attached {
-		c.did = append(c.did, Repair{Kind: program.LookupAttached})
+		c.did = append(c.did, program.Repair{Kind: program.LookupAttached})
 	}
-	filtered, err := program.SetFilter(d.paths, c.ns, c.wanted)
+	filtered, err := program.SetFilter(d.Paths(), c.ns, c.wanted)
 	if err != nil {
 		return err
 	}
 	if filtered {
-		c.did = append(c.did, Repair{Kind: program.FilterSet})
+		c.did = append(c.did, program.Repair{Kind: program.FilterSet})
 	}
-	if program.HoldFamilies(d.paths, c.wanted) {
-		c.did = append(c.did, Repair{Kind: program.FamilyHookSet})
+	if program.HoldFamilies(d.Paths(), c.wanted) {
+		c.did = append(c.did, program.Repair{Kind: program.FamilyHookSet})
 	}
-	adopted, err := registerExistingListeners(tables, d.paths, c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
+	adopted, err := registerExistingListeners(tables, d.Paths(), c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
 	if err != nil {
 		return err
 	}
@@ -119,12 +119,12 @@ func (d *Datapath) complete(tables *bpfmap.Tables, c *change) error {
 		return nil
 	}
 	c.record.Finish(c.wanted)
-	return d.paths.WriteRecord(c.record)
+	return d.Paths().WriteRecord(c.record)
 }
 
 // ensureRows writes the rows where they are not those that are wanted. A change of
 // link-local addresses alone is not worth a word, unless rows are missing as well.
-func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err error) {
+func (d *Reconciler) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err error) {
 	r, before, wanted := c.record, &c.before, c.wanted
 	if before.State == store.Complete && before.IPv6 == r.IPv6 && before.Applied.Equal(wanted) {
 		if there, err := tables.HasRows(r.Cookie, wanted, r.IPv6); err != nil || there {
@@ -143,7 +143,7 @@ func (d *Datapath) ensureRows(tables *bpfmap.Tables, c *change) (told bool, err 
 	if before.State != store.New && (before.State == store.Incomplete || !workload.SamePorts(before.Applied, wanted)) {
 		// Those that wait at the new ports already, before anybody is sent there.
 		// After a process that died half way nobody knows which ports are in force.
-		if _, err := registerExistingListeners(tables, d.paths, c.ns, wanted, r.RejectedCgroups, d.processes); err != nil {
+		if _, err := registerExistingListeners(tables, d.Paths(), c.ns, wanted, r.RejectedCgroups, d.processes); err != nil {
 			return false, err
 		}
 	}
@@ -199,7 +199,7 @@ const MaxChanges = 64
 
 // SetMeshConfigs is SetMeshConfig for up to MaxChanges workloads, each of which is named
 // once. They wait in common, and what goes wrong with one is its error alone.
-func (d *Datapath) SetMeshConfigs(list []MeshChange) (errs []error) {
+func (d *Reconciler) SetMeshConfigs(list []MeshChange) (errs []error) {
 	if len(list) > MaxChanges {
 		return append(d.SetMeshConfigs(list[:MaxChanges]), d.SetMeshConfigs(list[MaxChanges:])...)
 	}
@@ -213,8 +213,8 @@ func (d *Datapath) SetMeshConfigs(list []MeshChange) (errs []error) {
 	return errs
 }
 
-func (d *Datapath) setMeshConfigs(list []MeshChange, errs []error) error {
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+func (d *Reconciler) setMeshConfigs(list []MeshChange, errs []error) error {
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		return err
 	}
@@ -222,7 +222,7 @@ func (d *Datapath) setMeshConfigs(list []MeshChange, errs []error) error {
 	var changes []*change
 	var places []int // of each in list
 	for i, wanted := range list {
-		r, err := d.paths.ReadRecord(wanted.Key)
+		r, err := d.Paths().ReadRecord(wanted.Key)
 		if err == nil {
 			err = workload.Merge(r.Request, wanted.MeshConfig).Validate()
 		}

@@ -192,7 +192,7 @@ func TestFailedChangeKeepsTheOldSet(t *testing.T) {
 		many.Addresses = append(many.Addresses, netip.AddrFrom4([4]byte{240, 1, byte(i >> 8), byte(i)}))
 	}
 	// The table is filled by others.
-	tables, err := bpfmap.OpenTables(n.paths.Maps())
+	tables, err := bpfmap.OpenTables(n.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}

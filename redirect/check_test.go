@@ -21,7 +21,7 @@ import (
 // dropRow deletes the rows of the allocation's namespace from a table.
 func (a *alloc) dropRow(t *testing.T, name string) {
 	t.Helper()
-	tables, err := bpfmap.OpenTables(a.node.paths.Maps())
+	tables, err := bpfmap.OpenTables(a.node.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +76,7 @@ func (a *alloc) dropRoute(t *testing.T, family int) {
 func TestCheckRepairs(t *testing.T) {
 	lose := func(path ...string) func(*testing.T, *alloc) {
 		return func(t *testing.T, a *alloc) {
-			if err := os.RemoveAll(filepath.Join(append([]string{a.node.paths.PinDir}, path...)...)); err != nil {
+			if err := os.RemoveAll(filepath.Join(append([]string{a.node.Paths().PinDir}, path...)...)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -92,8 +92,8 @@ func TestCheckRepairs(t *testing.T) {
 		"lookups lost":        lose("lookups"),
 		"control table lost":  lose("maps", "control"),
 		"links and maps lost": func(t *testing.T, a *alloc) { lose("links")(t, a); lose("maps")(t, a) },
-		"link detached":       func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Link("weir_getsockopt")) },
-		"lookup detached":     func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Lookup(a.Cookie())) },
+		"link detached":       func(t *testing.T, a *alloc) { detachPinned(t, a.node.Paths().Link("weir_getsockopt")) },
+		"lookup detached":     func(t *testing.T, a *alloc) { detachPinned(t, a.node.Paths().Lookup(a.Cookie())) },
 		"IPv4 route lost":     func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V4) },
 		"IPv6 route lost":     func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V6) },
 		"filters lost":        lose("filters"),
@@ -175,7 +175,7 @@ func TestCheckRefuses(t *testing.T) {
 	if generation := generationOf(t, n.Datapath, b.NetNS); generation != 0 {
 		t.Error("the check redirected the other namespace")
 	}
-	if err := n.paths.RemoveRecord(a.key); err != nil {
+	if err := n.Paths().RemoveRecord(a.key); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := n.Check(a.key, a.Path); !errors.Is(err, store.ErrUnknown) {
@@ -195,7 +195,7 @@ func TestLostMapsComeBackForAll(t *testing.T) {
 	if err := n.SetMeshConfig(b.key, workload.MeshConfig{ExcludeInboundPorts: []uint16{7777}}); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.RemoveAll(n.paths.PinDir); err != nil {
+	if err := os.RemoveAll(n.Paths().PinDir); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := n.Check(a.key, a.Path); err != nil {

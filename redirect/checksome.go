@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -13,17 +14,17 @@ import (
 // Checked is what a check found.
 type Checked struct {
 	Key      workload.AttachmentID
-	Repaired []Repair
+	Repaired []program.Repair
 	Err      error
 }
 
 // CheckSome is Check for several workloads, in one turn of the lock, for who has just
 // called Repair: what all workloads share is not looked at once more, which would be
 // half of the work.
-func (d *Datapath) CheckSome(keys []workload.AttachmentID) []Checked {
+func (d *Reconciler) CheckSome(keys []workload.AttachmentID) []Checked {
 	checked := make([]Checked, len(keys))
-	err := store.LockedWithin(d.paths.Lock(), d.checkTimeout, func() error {
-		tables, err := bpfmap.OpenTables(d.paths.Maps())
+	err := store.LockedWithin(d.Paths().Lock(), d.CheckTimeout, func() error {
+		tables, err := bpfmap.OpenTables(d.Paths().Maps())
 		if err != nil {
 			return err
 		}
@@ -45,7 +46,7 @@ func (d *Datapath) CheckSome(keys []workload.AttachmentID) []Checked {
 	return checked
 }
 
-func (d *Datapath) checkRows(tables *bpfmap.Tables, key workload.AttachmentID) (repaired []Repair, err error) {
+func (d *Reconciler) checkRows(tables *bpfmap.Tables, key workload.AttachmentID) (repaired []program.Repair, err error) {
 	r, ns, err := d.openWorkload(key)
 	if err != nil {
 		return nil, err

@@ -30,7 +30,7 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 		if err := n.Add(Attachment{Key: workload.AttachmentID{ContainerID: "orphan", IfName: "eth0"}, NetNS: test.NewNetNS(t).Path, Request: request}); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.paths.RemoveRecord(workload.AttachmentID{ContainerID: "orphan", IfName: "eth0"}); err != nil {
+		if err := n.Paths().RemoveRecord(workload.AttachmentID{ContainerID: "orphan", IfName: "eth0"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -67,7 +67,7 @@ func TestCollectTakesItsOwnNetworkAndTheDead(t *testing.T) {
 		if _, err := n.GC("nomad", []workload.AttachmentID{live.key}); err != nil {
 			return err
 		}
-		entries, err := os.ReadDir(n.paths.Lookups())
+		entries, err := os.ReadDir(n.Paths().Lookups())
 		if err != nil || len(entries) != 2 {
 			return errors.Join(err, errors.New("lookup links are left"))
 		}

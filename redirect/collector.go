@@ -76,7 +76,7 @@ func (c *IndexReclaimer) Run() (freed int, err error) {
 }
 
 func (c *IndexReclaimer) run() (freed int, err error) {
-	tables, err := bpfmap.OpenTables(c.datapath.paths.Maps())
+	tables, err := bpfmap.OpenTables(c.datapath.Paths().Maps())
 	if err != nil {
 		return 0, err
 	}
@@ -85,7 +85,7 @@ func (c *IndexReclaimer) run() (freed int, err error) {
 	if err != nil || len(excess) == 0 && len(c.pendingFree) == 0 {
 		return 0, err
 	}
-	records, err := c.datapath.paths.ReadRecords()
+	records, err := c.datapath.Paths().ReadRecords()
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return 0, err
 	}

@@ -107,7 +107,7 @@ func (a *alloc) carries(conn *net.TCPConn, origin netip.AddrPort) {
 // setNextIndex moves the workload as if it had been given that many indexes.
 func (a *alloc) setNextIndex(next uint32) {
 	a.node.t.Helper()
-	tables, err := bpfmap.OpenTables(a.node.paths.Maps())
+	tables, err := bpfmap.OpenTables(a.node.Paths().Maps())
 	if err != nil {
 		a.node.t.Fatal(err)
 	}

@@ -62,7 +62,7 @@ func newKiller(n *node) *killer {
 // run does the operation to its end and learns how long that takes.
 func (k *killer) run(t *testing.T, o operation) {
 	t.Helper()
-	o.Paths = k.node.paths
+	o.Paths = k.node.Paths()
 	p := test.Helper(t, test.Spec{NetNS: k.aside}, operateFunc)
 	defer p.Stop()
 	if err := p.Call(operation{}, nil); err != nil {
@@ -81,7 +81,7 @@ func (k *killer) run(t *testing.T, o operation) {
 // that the whole operation takes. It reports whether the process was done.
 func (k *killer) kill(t *testing.T, o operation, share float64) (done bool) {
 	t.Helper()
-	o.Paths = k.node.paths
+	o.Paths = k.node.Paths()
 	p := test.Helper(t, test.Spec{NetNS: k.aside}, operateFunc)
 	if err := p.Call(operation{}, nil); err != nil {
 		t.Fatal(err)
@@ -153,7 +153,7 @@ func (k *killer) times(t *testing.T, o operation, n int, prepare func(), afterma
 func (k *killer) programs() string {
 	var ids []string
 	for _, name := range program.ProgramNames() {
-		pinned, err := link.LoadPinnedLink(k.node.paths.Link(name), nil)
+		pinned, err := link.LoadPinnedLink(k.node.Paths().Link(name), nil)
 		if err != nil {
 			continue
 		}
@@ -169,7 +169,7 @@ func (k *killer) programs() string {
 func (k *killer) outcome(t *testing.T, key workload.AttachmentID) string {
 	t.Helper()
 	text := "no record"
-	r, err := k.node.paths.ReadRecord(key)
+	r, err := k.node.Paths().ReadRecord(key)
 	switch {
 	case err == nil && r.State == store.Complete:
 		text = "complete record"
@@ -178,10 +178,10 @@ func (k *killer) outcome(t *testing.T, key workload.AttachmentID) string {
 	case !errors.Is(err, store.ErrUnknown):
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(k.node.paths.Staging()); err == nil {
+	if _, err := os.Stat(k.node.Paths().Staging()); err == nil {
 		text += ", unfinished load"
 	}
-	if _, err := os.Stat(k.node.paths.Maps()); err == nil {
+	if _, err := os.Stat(k.node.Paths().Maps()); err == nil {
 		text += fmt.Sprintf(", %d tables", len(rowCounts(t, k.node.Datapath)))
 	}
 	return text
@@ -291,12 +291,12 @@ func TestKilledLoad(t *testing.T) {
 			}
 		}},
 		{"after the pins were lost", func(t *testing.T, n *node) {
-			if err := os.RemoveAll(n.paths.PinDir); err != nil {
+			if err := os.RemoveAll(n.Paths().PinDir); err != nil {
 				t.Fatal(err)
 			}
 		}},
 		{"after the tables were lost", func(t *testing.T, n *node) {
-			if err := os.RemoveAll(n.paths.Maps()); err != nil {
+			if err := os.RemoveAll(n.Paths().Maps()); err != nil {
 				t.Fatal(err)
 			}
 		}},

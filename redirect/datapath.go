@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"reflect"
@@ -18,27 +19,22 @@ import (
 )
 
 // Datapath is the data path of one node. It holds no state of it but the paths, so
-// any number of them, in any number of processes, may work on the same node.
+// any number of them, in any number of processes, may work on the same node. What it
+// embeds it can do as well: read, bring a workload to its record, load and unload.
 type Datapath struct {
-	paths        store.Paths
-	lockTimeout  time.Duration // how long a change waits for the lock
-	checkTimeout time.Duration // ... and a check
-	sizes        bpfmap.Sizes  // of tables that are made anew
-	processes    *host.Processes
-	wait         func() // until no program reads rows that were replaced before
+	Loader
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths store.Paths) *Datapath {
-	return &Datapath{paths: paths.Or(store.Paths{PinDir: store.DefaultPinDir, StateDir: store.DefaultStateDir}), lockTimeout: store.LockTimeout, checkTimeout: store.CheckTimeout,
-		processes: new(host.Processes), wait: bpfmap.WaitForReaders}
+	return &Datapath{Loader{Reconciler: Of(At(paths))}}
 }
 
 // Within returns the same data path for who has other things to do than to wait
 // for another process's change for longer than that.
 func (d *Datapath) Within(timeout time.Duration) *Datapath {
 	bounded := *d
-	bounded.lockTimeout, bounded.checkTimeout = timeout, min(timeout, d.checkTimeout)
+	bounded.LockTimeout, bounded.CheckTimeout = timeout, min(timeout, d.CheckTimeout)
 	return &bounded
 }
 
@@ -46,17 +42,9 @@ func (d *Datapath) Within(timeout time.Duration) *Datapath {
 // none yet.
 func (d *Datapath) Sized(sizes bpfmap.Sizes) *Datapath {
 	sized := *d
-	sized.sizes = sizes
+	sized.Sizes = sizes
 	return &sized
 }
-
-// locked runs action while no other process changes the state.
-func (d *Datapath) locked(action func() error) error {
-	return store.LockedWithin(d.paths.Lock(), d.lockTimeout, action)
-}
-
-// Paths returns where this data path keeps its state, defaults filled in.
-func (d *Datapath) Paths() store.Paths { return d.paths }
 
 // Attachment asks for a namespace to be put under Weir.
 type Attachment struct {
@@ -97,7 +85,7 @@ func (d *Datapath) add(a Attachment) error {
 	if _, err := d.load(false); err != nil {
 		return err
 	}
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		return err
 	}
@@ -134,7 +122,7 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	_, err = d.ensure(tables, r, ns)
 	if err != nil && fresh {
-		return errors.Join(err, d.removeWorkload(tables, r), d.paths.RemoveRecord(a.Key))
+		return errors.Join(err, d.removeWorkload(tables, r), d.Paths().RemoveRecord(a.Key))
 	}
 	// A running allocation keeps the redirect that it has: taking it away
 	// would open what an ADD that failed half way left closed.
@@ -155,7 +143,7 @@ func (d *Datapath) pathLost(r *store.Record) bool {
 // recordFor returns the record to work on: that of the key, unless it is of another
 // namespace, which is given up then, or cannot be read.
 func (d *Datapath) recordFor(tables *bpfmap.Tables, key workload.AttachmentID, cookie uint64) (*store.Record, error) {
-	r, err := d.paths.ReadRecord(key)
+	r, err := d.Paths().ReadRecord(key)
 	switch {
 	case errors.Is(err, store.ErrUnknown):
 		return d.newRecord(tables, key, cookie)
@@ -163,7 +151,7 @@ func (d *Datapath) recordFor(tables *bpfmap.Tables, key workload.AttachmentID, c
 		if r, err = d.newRecord(tables, key, cookie); err != nil {
 			return nil, err
 		}
-		return r, d.paths.SetAside(key)
+		return r, d.Paths().SetAside(key)
 	case err != nil:
 		return nil, err
 	case r.Cookie == cookie:
@@ -196,13 +184,13 @@ func (d *Datapath) removeOtherRecords(r *store.Record) error {
 	if err := d.markIncomplete(r); err != nil {
 		return err
 	}
-	records, err := d.paths.ReadRecords()
+	records, err := d.Paths().ReadRecords()
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
 	for _, other := range records {
 		if other.Cookie == r.Cookie && other.Key != r.Key {
-			if err := d.paths.RemoveRecord(other.Key); err != nil {
+			if err := d.Paths().RemoveRecord(other.Key); err != nil {
 				return err
 			}
 		}
@@ -224,10 +212,10 @@ func (d *Datapath) Remove(key workload.AttachmentID) error {
 }
 
 func (d *Datapath) remove(key workload.AttachmentID) error {
-	r, err := d.paths.ReadRecord(key)
+	r, err := d.Paths().ReadRecord(key)
 	// What an unreadable record stood for goes with its namespace; see prune.
 	if errors.Is(err, store.ErrUnknown) || errors.Is(err, store.ErrUnreadable) {
-		return d.paths.RemoveRecord(key)
+		return d.Paths().RemoveRecord(key)
 	}
 	if err != nil {
 		return err
@@ -244,7 +232,7 @@ func (d *Datapath) remove(key workload.AttachmentID) error {
 	if err := d.removeWorkload(tables, r); err != nil {
 		return err
 	}
-	return d.paths.RemoveRecord(key)
+	return d.Paths().RemoveRecord(key)
 }
 
 // removeWorkload undoes ensure, as far as it gets; the record stays until all of it
@@ -259,22 +247,7 @@ func (d *Datapath) removeWorkload(tables *bpfmap.Tables, r *store.Record) error 
 		}
 		rows = tables.DeleteWorkload(r.Cookie, applied)
 	}
-	return errors.Join(rows, program.DetachLookup(d.paths, r.Cookie), removeRoutes(r))
-}
-
-// removeRoutes removes the routes and the filter of a workload whose namespace
-// still lives.
-func removeRoutes(r *store.Record) error {
-	ns, err := openNamespaceOf(r)
-	if errors.Is(err, host.ErrNetNSGone) || errors.Is(err, host.ErrHostNetNS) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	_, err = program.RemoveFilter(ns)
-	return errors.Join(err, ns.RemoveRoutes())
+	return errors.Join(rows, program.DetachLookup(d.Paths(), r.Cookie), removeRoutes(r))
 }
 
 // Check verifies that a workload is redirected as its record says, down to the
@@ -282,8 +255,8 @@ func removeRoutes(r *store.Record) error {
 // repaired, and an error only for what cannot be repaired in place: ErrUnknown
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
-func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []Repair, err error) {
-	err = store.LockedWithin(d.paths.Lock(), d.checkTimeout, func() error {
+func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []program.Repair, err error) {
+	err = store.LockedWithin(d.Paths().Lock(), d.CheckTimeout, func() error {
 		repaired, err = d.check(key, netns)
 		return err
 	})
@@ -293,8 +266,8 @@ func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []Re
 	return repaired, nil
 }
 
-func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []Repair, err error) {
-	r, err := d.paths.ReadRecord(key)
+func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []program.Repair, err error) {
+	r, err := d.Paths().ReadRecord(key)
 	if err != nil {
 		return nil, err
 	}
@@ -311,7 +284,7 @@ func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []Re
 	if err != nil {
 		return nil, err
 	}
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		return nil, err
 	}
@@ -331,7 +304,7 @@ func (d *Datapath) SetMeshConfig(key workload.AttachmentID, meshConfig workload.
 // living namespaces are not touched.
 func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error) {
 	err = d.locked(func() error {
-		records, err := d.paths.ReadRecords()
+		records, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
@@ -368,9 +341,15 @@ func (d *Datapath) preload(netns string) *program.Preloaded {
 	p := &program.Preloaded{Done: make(chan struct{})}
 	go func() {
 		defer close(p.Done)
-		if err := p.Load(d.paths, netns); err != nil {
+		if err := p.Load(d.Paths(), netns); err != nil {
 			p.Drop()
 		}
 	}()
 	return p
+}
+
+// Events delivers every connection of every workload from now on, until ctx ends: see
+// [monitor.Read].
+func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) error {
+	return readEvents(ctx, d.Paths(), deliver)
 }

@@ -11,7 +11,7 @@ import (
 )
 
 // Dump returns the rows that are in force for a workload. It takes no lock.
-func (d *Datapath) Dump(key workload.AttachmentID) ([]dump.Row, error) {
+func (d *Reader) Dump(key workload.AttachmentID) ([]dump.Row, error) {
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return nil, fmt.Errorf("dump %s: %w", key, err)

@@ -291,7 +291,7 @@ func TestEgressFamilyProgram(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	if _, err := os.Lstat(n.paths.Family()); err == nil {
+	if _, err := os.Lstat(n.Paths().Family()); err == nil {
 		t.Error("the program is attached without an egress guard")
 	}
 	if err := n.SetMeshConfig(a.key, workload.MeshConfig{Egress: workload.GuardAudit}); err != nil {
@@ -302,11 +302,11 @@ func TestEgressFamilyProgram(t *testing.T) {
 		problemIs(t, a, health.ProblemFamiliesOpen)
 		return
 	}
-	if err := os.Remove(n.paths.Family()); err != nil {
+	if err := os.Remove(n.Paths().Family()); err != nil {
 		t.Fatal(err)
 	}
 	problemIs(t, a, health.ProblemFamiliesOpen)
-	if repaired, err := n.Check(a.key, a.Path); err != nil || !slices.Equal(repaired, []Repair{{Kind: program.FamilyHookSet}}) {
+	if repaired, err := n.Check(a.key, a.Path); err != nil || !slices.Equal(repaired, []program.Repair{{Kind: program.FamilyHookSet}}) {
 		t.Errorf("check: %v, %q", err, repaired)
 	}
 	editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Digest[0]++ })

@@ -14,6 +14,7 @@ import (
 
 	"github.com/cilium/ebpf/ringbuf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -45,13 +46,13 @@ type Event struct {
 	Lost        uint64         `json:"lost,omitempty"`      // with EventsLost: how many, since the last such event
 }
 
-// Events delivers every connection of every workload from now on, until ctx
+// readEvents delivers every connection of every workload from now on, until ctx
 // ends, which is no error, or deliver returns one. One reader at a time:
 // ErrBusy otherwise. A workload has its share of the ring, which no other takes
 // from it; what a reader is too slow for is lost, and an event with the verdict
 // EventsLost says so, per workload, at most a second later and at the end.
-func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err error) {
-	lock, err := os.OpenFile(d.paths.EventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+func readEvents(ctx context.Context, paths store.Paths, deliver func(Event) error) (err error) {
+	lock, err := os.OpenFile(paths.EventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("open lock: %w", err)
 	}
@@ -59,9 +60,9 @@ func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) (err e
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
 		return ErrBusy
 	} else if err != nil {
-		return fmt.Errorf("take lock %s: %w", d.paths.EventsLock(), err)
+		return fmt.Errorf("take lock %s: %w", paths.EventsLock(), err)
 	}
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(paths.Maps())
 	if err != nil {
 		return err
 	}

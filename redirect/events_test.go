@@ -99,7 +99,7 @@ func (r *reading) until(last netip.AddrPort) (events []Event) {
 // lease returns when the programs stop to write events, on their clock.
 func (n *node) lease() uint64 {
 	n.t.Helper()
-	tables, err := bpfmap.OpenTables(n.paths.Maps())
+	tables, err := bpfmap.OpenTables(n.Paths().Maps())
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -125,7 +125,7 @@ func (n *node) leased(want bool) {
 // produced returns how many bytes were ever written to the ring.
 func (n *node) produced() uint64 {
 	n.t.Helper()
-	ring, err := ebpf.LoadPinnedMap(n.paths.Maps()+"/events", nil)
+	ring, err := ebpf.LoadPinnedMap(n.Paths().Maps()+"/events", nil)
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -121,7 +121,7 @@ func TestEventsLostBeforeTheReaderBegan(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	tables, err := bpfmap.OpenTables(n.paths.Maps())
+	tables, err := bpfmap.OpenTables(n.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}

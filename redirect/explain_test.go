@@ -49,7 +49,7 @@ const (
 func newExplained(t *testing.T) *explained {
 	n := newNode(t)
 	a := n.newAlloc()
-	tables, err := bpfmap.OpenTablesToRead(n.paths.Maps())
+	tables, err := bpfmap.OpenTablesToRead(n.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,7 +15,7 @@ import (
 
 // Explain decides what the programs would make of a connection now, rule by rule, from the
 // rows in the kernel. It takes no lock and changes nothing.
-func (d *Datapath) Explain(key workload.AttachmentID, c explain.Connection) (explain.Explanation, error) {
+func (d *Reader) Explain(key workload.AttachmentID, c explain.Connection) (explain.Explanation, error) {
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return explain.Explanation{}, fmt.Errorf("explain %s: %w", key, err)
@@ -62,7 +62,7 @@ func (d *Datapath) Explain(key workload.AttachmentID, c explain.Connection) (exp
 
 // Settings is all that decides about a workload's connections: where each value comes from, and
 // whether its proxies listen. It takes no lock.
-func (d *Datapath) Settings(key workload.AttachmentID) (list []explain.Setting, silent bool, err error) {
+func (d *Reader) Settings(key workload.AttachmentID) (list []explain.Setting, silent bool, err error) {
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return nil, false, fmt.Errorf("explain %s: %w", key, err)

@@ -19,7 +19,7 @@ func TestAddWhereATableIsFull(t *testing.T) {
 	for _, name := range []string{"releases", "workloads"} {
 		t.Run(name, func(t *testing.T) {
 			d := newDatapath(t)
-			tables, err := bpfmap.OpenTables(d.paths.Maps())
+			tables, err := bpfmap.OpenTables(d.Paths().Maps())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -40,7 +40,7 @@ func TestAddWhereATableIsFull(t *testing.T) {
 			if !errors.Is(err, workload.ErrFull) || !strings.Contains(err.Error(), "map "+name) {
 				t.Errorf("error %v: want ErrFull that names %s", err, name)
 			}
-			if _, err := d.paths.ReadRecord(key); !errors.Is(err, store.ErrUnknown) {
+			if _, err := d.Paths().ReadRecord(key); !errors.Is(err, store.ErrUnknown) {
 				t.Errorf("record: %v, want none", err)
 			}
 			if generation, err := tables.Generation(ns.Cookie()); err != nil || generation != 0 {

@@ -80,7 +80,7 @@ func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 
 // register puts the gate behind the places of the proxies' listeners.
 func (g *Gate) register() error {
-	tables, err := bpfmap.OpenTables(g.datapath.paths.Maps())
+	tables, err := bpfmap.OpenTables(g.datapath.Paths().Maps())
 	if err != nil {
 		return err
 	}
@@ -101,7 +101,7 @@ func (g *Gate) Hold(upstreams []uint16) error {
 	if len(fresh) == 0 {
 		return nil
 	}
-	tables, err := bpfmap.OpenTables(g.datapath.paths.Maps())
+	tables, err := bpfmap.OpenTables(g.datapath.Paths().Maps())
 	if err != nil {
 		return fail(err)
 	}
@@ -140,7 +140,7 @@ func (g *Gate) Look() (GateState, error) {
 // neither its record nor its namespace is opened.
 func (d *Datapath) LookAtGates(gates []*Gate) (states []GateState, errs []error) {
 	states, errs = make([]GateState, len(gates)), make([]error, len(gates))
-	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
+	tables, err := bpfmap.OpenTablesToRead(d.Paths().Maps())
 	if err == nil {
 		defer tables.Close()
 	}

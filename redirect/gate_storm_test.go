@@ -135,7 +135,7 @@ func TestGateStorm(t *testing.T) {
 	aside := test.NewNetNS(t)
 	gates := test.Helper(t, test.Spec{NetNS: aside}, gatesFunc)
 	var waiting int
-	if err := gates.Call(gatesRequest{Paths: n.paths, Keys: keys}, &waiting); err != nil {
+	if err := gates.Call(gatesRequest{Paths: n.Paths(), Keys: keys}, &waiting); err != nil {
 		t.Fatal(err)
 	}
 	var tasks []*test.Process
@@ -150,7 +150,7 @@ func TestGateStorm(t *testing.T) {
 		}
 	}
 	test.Eventually(t, func() error {
-		if err := gates.Call(gatesRequest{Paths: n.paths}, &waiting); err != nil || waiting != each*count {
+		if err := gates.Call(gatesRequest{Paths: n.Paths()}, &waiting); err != nil || waiting != each*count {
 			return fmt.Errorf("%d wait, %w", waiting, err)
 		}
 		return nil

@@ -222,7 +222,7 @@ func TestGateLooksAtLittle(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	path := n.paths.Record(a.key)
+	path := n.Paths().Record(a.key)
 	record, err := os.ReadFile(path)
 	if err != nil {
 		t.Fatal(err)

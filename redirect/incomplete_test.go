@@ -12,7 +12,7 @@ import (
 // dies leaves the record as a process does that dies half way through a change.
 func (a *alloc) dies() {
 	a.node.t.Helper()
-	r, err := a.node.paths.ReadRecord(a.key)
+	r, err := a.node.Paths().ReadRecord(a.key)
 	if err == nil {
 		err = a.node.markIncomplete(r)
 	}

@@ -18,7 +18,7 @@ import (
 // InForce reports whether a namespace is redirected now, by whichever version. It
 // asks the kernel alone, takes no lock, and needs neither pins nor records: it is
 // for who could not look at these, which says nothing of the namespace.
-func (d *Datapath) InForce(netns string) (bool, error) {
+func (d *Reader) InForce(netns string) (bool, error) {
 	ns, err := host.OpenNamespace(netns)
 	if err != nil {
 		return false, err

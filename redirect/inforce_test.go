@@ -45,20 +45,20 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 		problem string
 	}{
 		{"record cut short", func(t *testing.T, a *alloc) {
-			if err := os.Truncate(a.node.paths.Record(a.key), 40); err != nil {
+			if err := os.Truncate(a.node.Paths().Record(a.key), 40); err != nil {
 				t.Fatal(err)
 			}
 		}, "record_unreadable", "record cannot be read"},
 		{"newer record", func(t *testing.T, a *alloc) {
-			path := a.node.paths.Record(a.key)
+			path := a.node.Paths().Record(a.key)
 			text := strings.Replace(readIfThere(t, path), `"schema": 1`, `"schema": 2`, 1)
 			if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}, "record_newer", "a newer version wrote it"},
-		{"read-only state directory", func(t *testing.T, a *alloc) { readOnly(t, a.node.paths.StateDir) }, "read_only", "is read-only"},
+		{"read-only state directory", func(t *testing.T, a *alloc) { readOnly(t, a.node.Paths().StateDir) }, "read_only", "is read-only"},
 		{"read-only bpffs", func(t *testing.T, a *alloc) {
-			dir := filepath.Dir(a.node.paths.PinDir)
+			dir := filepath.Dir(a.node.Paths().PinDir)
 			remount := func(flags uintptr) error { return unix.Mount("bpf", dir, "bpf", unix.MS_REMOUNT|flags, "") }
 			if err := remount(unix.MS_RDONLY); err != nil {
 				t.Fatal(err)
@@ -70,7 +70,7 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 			})
 		}, "read_only", "is read-only"},
 		{"stopped holder of the lock", func(t *testing.T, a *alloc) {
-			pid, _ := holder(t, a.node.paths.Lock())
+			pid, _ := holder(t, a.node.Paths().Lock())
 			if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
@@ -83,7 +83,7 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 		{"another layout", func(t *testing.T, a *alloc) {
 			editControl(t, a.node.Datapath, func(row *bpfmap.BpfControl) { row.Layout++ })
 			t.Cleanup(func() {
-				table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.Maps(), "control"), nil)
+				table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.Paths().Maps(), "control"), nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -132,8 +132,8 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 
 func TestWhatIsBrokenIsNotInForce(t *testing.T) {
 	for name, damage := range map[string]func(*testing.T, *alloc){
-		"link detached":   func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Link("weir_getsockopt")) },
-		"lookup detached": func(t *testing.T, a *alloc) { detachPinned(t, a.node.paths.Lookup(a.Cookie())) },
+		"link detached":   func(t *testing.T, a *alloc) { detachPinned(t, a.node.Paths().Link("weir_getsockopt")) },
+		"lookup detached": func(t *testing.T, a *alloc) { detachPinned(t, a.node.Paths().Lookup(a.Cookie())) },
 		"rows lost":       func(t *testing.T, a *alloc) { a.dropRow(t, "workloads") },
 		"route lost":      func(t *testing.T, a *alloc) { a.dropRoute(t, netlink.FAMILY_V4) },
 		"unloaded": func(t *testing.T, a *alloc) {

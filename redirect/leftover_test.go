@@ -26,7 +26,7 @@ import (
 func rowCounts(t *testing.T, d *Datapath) map[string]int {
 	t.Helper()
 	keyless := []string{"binders", "dials", "control", "events", "index_totals"}
-	entries, err := os.ReadDir(d.paths.Maps())
+	entries, err := os.ReadDir(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -35,7 +35,7 @@ func rowCounts(t *testing.T, d *Datapath) map[string]int {
 		if slices.Contains(keyless, entry.Name()) {
 			continue
 		}
-		table, err := ebpf.LoadPinnedMap(filepath.Join(d.paths.Maps(), entry.Name()), nil)
+		table, err := ebpf.LoadPinnedMap(filepath.Join(d.Paths().Maps(), entry.Name()), nil)
 		if err != nil {
 			t.Fatalf("open map %s: %v", entry.Name(), err)
 		}
@@ -54,7 +54,7 @@ func rowCounts(t *testing.T, d *Datapath) map[string]int {
 // files lists what is pinned and recorded, without the directories.
 func files(t *testing.T, d *Datapath) (list []string) {
 	t.Helper()
-	for _, dir := range []string{d.paths.PinDir, d.paths.Staging(), d.paths.Workloads()} {
+	for _, dir := range []string{d.Paths().PinDir, d.Paths().Staging(), d.Paths().Workloads()} {
 		err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
@@ -82,12 +82,12 @@ type objects struct {
 func kernelObjects(t *testing.T, d *Datapath) objects {
 	t.Helper()
 	var o objects
-	entries, err := os.ReadDir(d.paths.Maps())
+	entries, err := os.ReadDir(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, entry := range entries {
-		table, err := ebpf.LoadPinnedMap(filepath.Join(d.paths.Maps(), entry.Name()), nil)
+		table, err := ebpf.LoadPinnedMap(filepath.Join(d.Paths().Maps(), entry.Name()), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -175,7 +175,7 @@ func nothingLeft(t *testing.T, d *Datapath) {
 	if diff := cmp.Diff(map[string]int{}, rowCounts(t, d)); diff != "" {
 		t.Errorf("rows that are left (-want +got):\n%s", diff)
 	}
-	for _, dir := range []string{d.paths.Lookups(), d.paths.Workloads()} {
+	for _, dir := range []string{d.Paths().Lookups(), d.Paths().Workloads()} {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)

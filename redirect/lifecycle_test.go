@@ -20,7 +20,7 @@ import (
 // generationOf is the generation in force of a namespace; 0 for none.
 func generationOf(t *testing.T, d *Datapath, ns *test.NetNS) uint64 {
 	t.Helper()
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,13 +118,13 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		damage func(t *testing.T, n *node, a *alloc, r *workload.Request)
 	}{
 		{"record cannot be written", func(t *testing.T, n *node, a *alloc, _ *workload.Request) {
-			if err := os.MkdirAll(n.paths.Record(a.key)+".tmp", 0o700); err != nil {
+			if err := os.MkdirAll(n.Paths().Record(a.key)+".tmp", 0o700); err != nil {
 				t.Fatal(err)
 			}
 		}},
 		{"lookup cannot be pinned", func(t *testing.T, n *node, a *alloc, r *workload.Request) {
 			full(r)
-			if err := os.MkdirAll(n.paths.Lookup(a.Cookie()), 0o700); err != nil {
+			if err := os.MkdirAll(n.Paths().Lookup(a.Cookie()), 0o700); err != nil {
 				t.Fatal(err)
 			}
 		}},
@@ -135,7 +135,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 		{"the last table is another one", func(t *testing.T, n *node, _ *alloc, r *workload.Request) {
 			full(r)
 			// The true one is back in place when the test looks at what is left.
-			pin, held := filepath.Join(n.paths.Maps(), "workloads"), filepath.Join(n.paths.PinDir, "held")
+			pin, held := filepath.Join(n.Paths().Maps(), "workloads"), filepath.Join(n.Paths().PinDir, "held")
 			if err := os.Rename(pin, held); err != nil {
 				t.Fatal(err)
 			}
@@ -164,8 +164,8 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 			if now := openFiles(t); now != descriptors {
 				t.Errorf("%d descriptors are open, were %d", now, descriptors)
 			}
-			if _, err := os.Stat(filepath.Join(n.paths.PinDir, "held")); err == nil {
-				if err := os.Rename(filepath.Join(n.paths.PinDir, "held"), filepath.Join(n.paths.Maps(), "workloads")); err != nil {
+			if _, err := os.Stat(filepath.Join(n.Paths().PinDir, "held")); err == nil {
+				if err := os.Rename(filepath.Join(n.Paths().PinDir, "held"), filepath.Join(n.Paths().Maps(), "workloads")); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -186,7 +186,7 @@ func TestRemoveAfterThePinsWereLost(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
 			a.add(full)
-			if err := os.RemoveAll(filepath.Join(n.paths.PinDir, part)); err != nil {
+			if err := os.RemoveAll(filepath.Join(n.Paths().PinDir, part)); err != nil {
 				t.Fatal(err)
 			}
 			a.remove()

@@ -17,13 +17,10 @@ import (
 	"github.com/weirmesh/weir/redirect/program"
 )
 
-// Repair is one thing that was brought to what it should be.
-type Repair = program.Repair
-
 // LoadResult says what Load did.
 type LoadResult struct {
-	Changed bool     `json:"changed"`
-	Did     []Repair `json:"did"` // one line per step, past tense
+	Changed bool             `json:"changed"`
+	Did     []program.Repair `json:"did"` // one line per step, past tense
 	// Problems are workloads that did not come along, each with its own. The others
 	// did: a bad one is no reason to leave the node as it was.
 	Problems []health.Problem `json:"problems"`
@@ -45,7 +42,7 @@ func (r *LoadResult) left(problems []error) {
 // cannot be brought along keeps none of the others: see LoadResult. It refuses with
 // ErrUnsupported where the kernel lacks a feature and with ErrIncompatible
 // where the maps have a layout from which there is no way, see migrate.
-func (d *Datapath) Load() (result LoadResult, err error) {
+func (d *Loader) Load() (result LoadResult, err error) {
 	err = d.locked(func() error {
 		result, err = d.load(true)
 		return err
@@ -55,16 +52,16 @@ func (d *Datapath) Load() (result LoadResult, err error) {
 
 // load is Load for a caller who holds the lock. Without renew, programs of
 // another version stay: a plugin must not fight over versions with the agent.
-func (d *Datapath) load(renew bool) (result LoadResult, err error) {
-	if err := d.paths.EnsureBPFFS(); err != nil {
+func (d *Loader) load(renew bool) (result LoadResult, err error) {
+	if err := d.Paths().EnsureBPFFS(); err != nil {
 		return result, err
 	}
-	root, err := d.paths.OpenCgroupRoot()
+	root, err := d.Paths().OpenCgroupRoot()
 	if err != nil {
 		return result, err
 	}
 	defer root.Close()
-	if _, err := program.UnpinAll(d.paths.Staging()); err != nil {
+	if _, err := program.UnpinAll(d.Paths().Staging()); err != nil {
 		return result, fmt.Errorf("remove unfinished load: %w", err)
 	}
 	// No pins is not nothing: another bpffs may be mounted over them.
@@ -72,7 +69,7 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 	if err != nil {
 		return LoadResult{Did: reclaimed}, err
 	}
-	pinned, err := bpfmap.OpenTables(d.paths.Maps())
+	pinned, err := bpfmap.OpenTables(d.Paths().Maps())
 	switch {
 	case errors.Is(err, bpfmap.ErrNotLoaded):
 		result, err = d.loadFresh(root)
@@ -91,7 +88,7 @@ func (d *Datapath) load(renew bool) (result LoadResult, err error) {
 }
 
 // loadOver is load where tables are there.
-func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []Repair) (result LoadResult, err error) {
+func (d *Loader) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []program.Repair) (result LoadResult, err error) {
 	repinned, err := d.repin()
 	repairs := append(reclaimed, repinned...)
 	if err != nil {
@@ -115,34 +112,34 @@ func (d *Datapath) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, re
 
 // sign says in the tables whose they are, where an older version did not, or in
 // another way.
-func (d *Datapath) sign(pinned *bpfmap.Tables) error {
+func (d *Loader) sign(pinned *bpfmap.Tables) error {
 	var row bpfmap.BpfControl
-	if _, err := pinned.Get("control", uint32(0), &row); err != nil || row.Instance == program.InstanceOf(d.paths) {
+	if _, err := pinned.Get("control", uint32(0), &row); err != nil || row.Instance == program.InstanceOf(d.Paths()) {
 		return err
 	}
-	row.Instance = program.InstanceOf(d.paths)
+	row.Instance = program.InstanceOf(d.Paths())
 	return pinned.Put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
 // loadFresh builds everything beside the live directory, the workloads on
 // record included, and renames it into place, so that a load that dies leaves
 // nothing that looks complete.
-func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
+func (d *Loader) loadFresh(root *os.File) (result LoadResult, err error) {
 	if err := probe.Probe(); err != nil {
 		return result, err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, program.RemoveTree(d.paths.Staging()))
+			err = errors.Join(err, program.RemoveTree(d.Paths().Staging()))
 		}
 	}()
 	spec, err := bpfmap.LoadBpf()
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
-	d.sizes.Apply(spec)
-	staging := d.paths.Staging()
-	pins, err := bpfmap.CreateMaps(spec, filepath.Join(staging, "maps"), program.InstanceOf(d.paths))
+	d.Sizes.Apply(spec)
+	staging := d.Paths().Staging()
+	pins, err := bpfmap.CreateMaps(spec, filepath.Join(staging, "maps"), program.InstanceOf(d.Paths()))
 	defer bpfmap.CloseMaps(pins)
 	if err != nil {
 		return result, err
@@ -162,17 +159,17 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 	}
 	filters.Close()
 	// The programs are attached already: a listener that opens now is not missed.
-	staged := New(d.paths)
-	staged.paths.PinDir = staging
+	staged := *d
+	staged.Reader = d.In(staging)
 	restored, problems := staged.restore(true)
 	// What a half-removed instance left is in the way of the rename.
-	if _, err := program.UnpinAll(d.paths.PinDir); err != nil {
+	if _, err := program.UnpinAll(d.Paths().PinDir); err != nil {
 		return result, fmt.Errorf("remove incomplete pins: %w", err)
 	}
-	if err := os.Rename(staging, d.paths.PinDir); err != nil {
+	if err := os.Rename(staging, d.Paths().PinDir); err != nil {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
-	repairs = append([]Repair{{Kind: program.MapsCreated, Object: fmt.Sprintf("%d maps in %s", len(pins), d.paths.PinDir)}}, repairs...)
+	repairs = append([]program.Repair{{Kind: program.MapsCreated, Object: fmt.Sprintf("%d maps in %s", len(pins), d.Paths().PinDir)}}, repairs...)
 	result = LoadResult{Changed: true, Did: append(repairs, restored...)}
 	result.left(problems)
 	return result, nil
@@ -180,12 +177,12 @@ func (d *Datapath) loadFresh(root *os.File) (result LoadResult, err error) {
 
 // upgrade swaps the programs of a loaded node for this binary's where they
 // differ and renew is set, and repairs links that are not in force.
-func (d *Datapath) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (result LoadResult, err error) {
+func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (result LoadResult, err error) {
 	var row bpfmap.BpfControl
 	if _, err := pinned.Get("control", uint32(0), &row); err != nil {
 		return result, err
 	}
-	broken, err := program.LinkProblems(program.ProgramNames(), root, d.paths.Links())
+	broken, err := program.LinkProblems(program.ProgramNames(), root, d.Paths().Links())
 	if err != nil {
 		return result, err
 	}
@@ -201,7 +198,7 @@ func (d *Datapath) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (re
 		// Those that are in force may be of a newer version than this binary's.
 		maps.DeleteFunc(spec.Programs, func(name string, _ *ebpf.ProgramSpec) bool { return broken[name] == "" })
 	}
-	pins, err := bpfmap.PinnedMaps(spec, d.paths.Maps())
+	pins, err := bpfmap.PinnedMaps(spec, d.Paths().Maps())
 	defer bpfmap.CloseMaps(pins)
 	if err != nil {
 		return result, err
@@ -211,7 +208,7 @@ func (d *Datapath) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (re
 		return result, err
 	}
 	defer collection.Close()
-	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.paths.Links())
+	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.Paths().Links())
 	result.Changed = true
 	result.Did = append(result.Did, repairs...)
 	if err != nil {
@@ -233,8 +230,8 @@ func (d *Datapath) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (re
 
 // renewLookups swaps the sk_lookup program of every workload. One that it cannot
 // swap goes on with the program that it has, which reads the same tables.
-func (d *Datapath) renewLookups(pinned *bpfmap.Tables) (repairs []Repair, problems []error) {
-	records, err := d.paths.ReadRecords()
+func (d *Loader) renewLookups(pinned *bpfmap.Tables) (repairs []program.Repair, problems []error) {
+	records, err := d.Paths().ReadRecords()
 	problems = append(problems, err)
 	for _, r := range records {
 		ns, err := openNamespaceOf(r)
@@ -242,27 +239,27 @@ func (d *Datapath) renewLookups(pinned *bpfmap.Tables) (repairs []Repair, proble
 			continue
 		}
 		if err == nil {
-			_, err = program.AttachLookup(pinned, d.paths, ns, true)
+			_, err = program.AttachLookup(pinned, d.Paths(), ns, true)
 			ns.Close()
 		}
 		if err != nil {
 			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))
 			continue
 		}
-		repairs = append(repairs, Repair{Kind: program.Updated, Object: program.LookupName + " of " + r.Key.String()})
+		repairs = append(repairs, program.Repair{Kind: program.Updated, Object: program.LookupName + " of " + r.Key.String()})
 	}
 	return repairs, problems
 }
 
 // restore puts the workloads on record back after their maps were lost, or looks
 // at each of them where the maps are not new.
-func (d *Datapath) restore(lost bool) (repairs []Repair, problems []error) {
-	records, unreadable := d.paths.ReadRecords()
+func (d *Loader) restore(lost bool) (repairs []program.Repair, problems []error) {
+	records, unreadable := d.Paths().ReadRecords()
 	problems = append(problems, unreadable)
 	if len(records) == 0 {
 		return nil, problems
 	}
-	pinned, err := bpfmap.OpenTables(d.paths.Maps())
+	pinned, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		return nil, append(problems, err)
 	}
@@ -286,7 +283,7 @@ func (d *Datapath) restore(lost bool) (repairs []Repair, problems []error) {
 			continue
 		}
 		for _, what := range repaired {
-			repairs = append(repairs, Repair{Kind: program.WorkloadRestored, Object: r.Key.String() + ": " + what.String()})
+			repairs = append(repairs, program.Repair{Kind: program.WorkloadRestored, Object: r.Key.String() + ": " + what.String()})
 		}
 	}
 	return repairs, problems

@@ -26,7 +26,7 @@ func pinnedLinks(t *testing.T, d *Datapath) map[string][2]uint32 {
 	t.Helper()
 	ids := make(map[string][2]uint32)
 	for _, name := range program.ProgramNames() {
-		ids[name] = linkIDs(t, d.paths.Link(name))
+		ids[name] = linkIDs(t, d.Paths().Link(name))
 	}
 	return ids
 }
@@ -121,19 +121,19 @@ func TestLoadRepairsLinks(t *testing.T) {
 		damage func(t *testing.T, d *Datapath)
 	}{
 		{"pin removed", func(t *testing.T, d *Datapath) {
-			if err := os.Remove(d.paths.Link("weir_connect4")); err != nil {
+			if err := os.Remove(d.Paths().Link("weir_connect4")); err != nil {
 				t.Fatal(err)
 			}
 		}},
-		{"link detached", func(t *testing.T, d *Datapath) { detachPinned(t, d.paths.Link("weir_connect4")) }},
+		{"link detached", func(t *testing.T, d *Datapath) { detachPinned(t, d.Paths().Link("weir_connect4")) }},
 		{"links of a dead cgroup", func(t *testing.T, d *Datapath) {
 			var cgroup *test.Cgroup
 			t.Run("cgroup", func(inner *testing.T) {
 				cgroup = test.NewCgroup(inner)
-				if err := os.RemoveAll(d.paths.Links()); err != nil {
+				if err := os.RemoveAll(d.Paths().Links()); err != nil {
 					t.Fatal(err)
 				}
-				paths := d.paths
+				paths := d.Paths()
 				paths.CgroupRoot = cgroup.Path
 				if _, err := New(paths).Load(); err != nil {
 					t.Fatal(err)
@@ -144,17 +144,17 @@ func TestLoadRepairsLinks(t *testing.T) {
 			}
 		}},
 		{"links of a living cgroup", func(t *testing.T, d *Datapath) {
-			if err := os.RemoveAll(d.paths.Links()); err != nil {
+			if err := os.RemoveAll(d.Paths().Links()); err != nil {
 				t.Fatal(err)
 			}
-			paths := d.paths
+			paths := d.Paths()
 			paths.CgroupRoot = test.NewCgroup(t).Path
 			if _, err := New(paths).Load(); err != nil {
 				t.Fatal(err)
 			}
 		}},
 		{"all links removed", func(t *testing.T, d *Datapath) {
-			if err := os.RemoveAll(d.paths.Links()); err != nil {
+			if err := os.RemoveAll(d.Paths().Links()); err != nil {
 				t.Fatal(err)
 			}
 		}},
@@ -190,7 +190,7 @@ func TestLoadRefusesAnotherLayout(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	tables, err := bpfmap.OpenTables(n.paths.Maps())
+	tables, err := bpfmap.OpenTables(n.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -233,7 +233,7 @@ func TestLoadRefusesAnotherLayout(t *testing.T) {
 	}
 	// The act of an operator or of the agent takes running workloads along.
 	result, err := n.Load()
-	if err != nil || !did(result.Did, Repair{Kind: program.WorkloadMigrated, Object: a.key.String()}) {
+	if err != nil || !did(result.Did, program.Repair{Kind: program.WorkloadMigrated, Object: a.key.String()}) {
 		t.Errorf("load did %q, %v; want the workload migrated", result.Did, err)
 	}
 	healthy(t, n.Datapath)
@@ -247,7 +247,7 @@ func TestLoadRefusesAnotherShapeOfIndexes(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	pin, aside := filepath.Join(n.paths.Maps(), "indexes"), filepath.Join(filepath.Dir(n.paths.PinDir), "indexes")
+	pin, aside := filepath.Join(n.Paths().Maps(), "indexes"), filepath.Join(filepath.Dir(n.Paths().PinDir), "indexes")
 	if err := os.Rename(pin, aside); err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +278,7 @@ func TestLoadRefusesAnotherShapeOfIndexes(t *testing.T) {
 
 func TestLoadRefusesMapsOfAnotherShape(t *testing.T) {
 	d := newDatapath(t)
-	pin := filepath.Join(d.paths.Maps(), "verdicts")
+	pin := filepath.Join(d.Paths().Maps(), "verdicts")
 	if err := os.Remove(pin); err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +290,7 @@ func TestLoadRefusesMapsOfAnotherShape(t *testing.T) {
 	if err := other.Pin(pin); err != nil {
 		t.Fatal(err)
 	}
-	detachPinned(t, d.paths.Link("weir_connect6"))
+	detachPinned(t, d.Paths().Link("weir_connect6"))
 	if _, err := d.Load(); !errors.Is(err, bpfmap.ErrIncompatible) || !strings.Contains(err.Error(), "verdicts") {
 		t.Errorf("load over a map of another shape: %v, want ErrIncompatible that names it", err)
 	}

@@ -31,10 +31,10 @@ type mapChanges struct {
 // changedMaps compares the maps of the node with this binary's. Control is always
 // among those that differ, as it tells the layout, and so are the events, whose
 // map does not tell what a record is.
-func (d *Datapath) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, err error) {
+func (d *Loader) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, err error) {
 	changes = &mapChanges{
-		old:   &bpfmap.Tables{Dir: d.paths.Maps(), Open: make(map[string]*ebpf.Map)},
-		fresh: &bpfmap.Tables{Dir: d.paths.Maps(), Open: make(map[string]*ebpf.Map)},
+		old:   &bpfmap.Tables{Dir: d.Paths().Maps(), Open: make(map[string]*ebpf.Map)},
+		fresh: &bpfmap.Tables{Dir: d.Paths().Maps(), Open: make(map[string]*ebpf.Map)},
 		kept:  make(map[string]*ebpf.Map), all: spec, copied: make(map[string]map[string][]byte),
 	}
 	defer func() {
@@ -96,8 +96,8 @@ func (c *mapChanges) pins() map[string]*ebpf.Map {
 	return pins
 }
 
-func (c *mapChanges) describe() []Repair {
-	return []Repair{{Kind: program.MapsMigrated, Object: fmt.Sprintf("layout %d: %d maps stay, %v are made anew", bpfmap.Layout, len(c.kept), c.names)}}
+func (c *mapChanges) describe() []program.Repair {
+	return []program.Repair{{Kind: program.MapsMigrated, Object: fmt.Sprintf("layout %d: %d maps stay, %v are made anew", bpfmap.Layout, len(c.kept), c.names)}}
 }
 
 func (c *mapChanges) Close() error {

@@ -22,7 +22,7 @@ const (
 // mapMemory is what the kernel accounts for the node's maps.
 func mapMemory(t *testing.T, d *Datapath) (total uint64) {
 	t.Helper()
-	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
+	tables, err := bpfmap.OpenTablesToRead(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,12 +89,12 @@ func TestMemory(t *testing.T) {
 		return
 	}
 	node := mapMemory(t, d)
-	links, err := os.ReadDir(d.paths.Links())
+	links, err := os.ReadDir(d.Paths().Links())
 	if err != nil || len(links) == 0 {
 		t.Fatalf("links: %v, %v", links, err)
 	}
 	for _, entry := range links {
-		node += programMemory(t, d.paths.Link(entry.Name()))
+		node += programMemory(t, d.Paths().Link(entry.Name()))
 	}
 	t.Logf("%d KiB before the first workload", node>>10)
 	if node > nodeMemory {
@@ -112,12 +112,12 @@ func TestMemory(t *testing.T) {
 		t.Fatal(err)
 	}
 	grown := mapMemory(t, d) - before
-	lookups, err := os.ReadDir(d.paths.Lookups())
+	lookups, err := os.ReadDir(d.Paths().Lookups())
 	if err != nil || len(lookups) != count {
 		t.Fatalf("lookup programs: %v, %v", lookups, err)
 	}
 	for _, entry := range lookups {
-		grown += programMemory(t, d.paths.Lookups()+"/"+entry.Name())
+		grown += programMemory(t, d.Paths().Lookups()+"/"+entry.Name())
 	}
 	t.Logf("%d bytes a workload", grown/count)
 	if each := grown / count; each > workloadMemory || each == 0 {

@@ -43,7 +43,7 @@ import (
 // but to drain the node.
 
 // migrate is upgrade for a node of another layout.
-func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
+func (d *Loader) migrate(root *os.File) (result LoadResult, err error) {
 	if err := probe.Probe(); err != nil {
 		return result, err
 	}
@@ -51,21 +51,21 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	if err != nil {
 		return result, fmt.Errorf("read programs: %w", err)
 	}
-	d.sizes.Apply(spec)
+	d.Sizes.Apply(spec)
 	changes, err := d.changedMaps(spec)
 	if err != nil {
 		return result, err
 	}
 	defer changes.Close()
-	staging := filepath.Join(d.paths.Staging(), "maps")
-	if err := changes.create(spec, staging, program.InstanceOf(d.paths)); err != nil {
+	staging := filepath.Join(d.Paths().Staging(), "maps")
+	if err := changes.create(spec, staging, program.InstanceOf(d.Paths())); err != nil {
 		return result, err
 	}
 	if err := changes.copyRows(); err != nil {
 		return result, err
 	}
-	records, unreadable := d.paths.ReadRecords()
-	if err := changes.writeRows(d.paths, records); err != nil {
+	records, unreadable := d.Paths().ReadRecords()
+	if err := changes.writeRows(d.Paths(), records); err != nil {
 		return result, err
 	}
 	collection, err := program.NewCollection(spec, changes.pins())
@@ -73,7 +73,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 		return result, err
 	}
 	defer collection.Close()
-	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.paths.Links())
+	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.Paths().Links())
 	result = LoadResult{Changed: true, Did: append(changes.describe(), repairs...)}
 	if err != nil {
 		return result, err
@@ -83,7 +83,7 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 	}
 	result.Did = append(result.Did, repairs...)
 	result.left([]error{unreadable})
-	d.wait()
+	d.Wait()
 	if err := errors.Join(changes.copyRows(), changes.forgetBinders()); err != nil {
 		return result, err
 	}
@@ -106,8 +106,8 @@ func (d *Datapath) migrate(root *os.File) (result LoadResult, err error) {
 
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
 // record or not: one that stays would read maps that nobody writes any more.
-func (d *Datapath) swapLookups(tables *bpfmap.Tables) (repairs []Repair, err error) {
-	entries, err := os.ReadDir(d.paths.Lookups())
+func (d *Loader) swapLookups(tables *bpfmap.Tables) (repairs []program.Repair, err error) {
+	entries, err := os.ReadDir(d.Paths().Lookups())
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("list lookup programs: %w", err)
 	}
@@ -119,13 +119,13 @@ func (d *Datapath) swapLookups(tables *bpfmap.Tables) (repairs []Repair, err err
 		if err := d.swapLookup(tables, cookie); err != nil {
 			return repairs, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
 		}
-		repairs = append(repairs, Repair{Kind: program.Updated, Object: program.LookupName + " of namespace " + entry.Name()})
+		repairs = append(repairs, program.Repair{Kind: program.Updated, Object: program.LookupName + " of namespace " + entry.Name()})
 	}
 	return repairs, nil
 }
 
-func (d *Datapath) swapLookup(tables *bpfmap.Tables, cookie uint64) error {
-	pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)
+func (d *Loader) swapLookup(tables *bpfmap.Tables, cookie uint64) error {
+	pinned, err := link.LoadPinnedLink(d.Paths().Lookup(cookie), nil)
 	if err != nil {
 		return err
 	}
@@ -144,30 +144,30 @@ func (d *Datapath) swapLookup(tables *bpfmap.Tables, cookie uint64) error {
 
 // publish puts the pins of the new maps in the place of the old ones, the one
 // that tells the layout last.
-func (d *Datapath) publish(staging string, changes *mapChanges) error {
+func (d *Loader) publish(staging string, changes *mapChanges) error {
 	names := slices.DeleteFunc(slices.Clone(changes.names), func(name string) bool { return name == "control" })
 	for _, name := range append(names, "control") {
-		if err := os.Rename(filepath.Join(staging, name), filepath.Join(d.paths.Maps(), name)); err != nil {
+		if err := os.Rename(filepath.Join(staging, name), filepath.Join(d.Paths().Maps(), name)); err != nil {
 			return fmt.Errorf("publish map %s: %w", name, err)
 		}
 	}
-	entries, err := os.ReadDir(d.paths.Maps())
+	entries, err := os.ReadDir(d.Paths().Maps())
 	if err != nil {
 		return fmt.Errorf("list maps: %w", err)
 	}
 	for _, entry := range entries {
 		if changes.all.Maps[entry.Name()] == nil { // of another version alone
-			if err := os.Remove(filepath.Join(d.paths.Maps(), entry.Name())); err != nil {
+			if err := os.Remove(filepath.Join(d.Paths().Maps(), entry.Name())); err != nil {
 				return fmt.Errorf("remove map %s: %w", entry.Name(), err)
 			}
 		}
 	}
-	return program.RemoveTree(d.paths.Staging())
+	return program.RemoveTree(d.Paths().Staging())
 }
 
 // detachFormer ends the programs of another version that this one does not have.
-func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []Repair, err error) {
-	entries, err := os.ReadDir(d.paths.Links())
+func (d *Loader) detachFormer(spec *ebpf.CollectionSpec) (repairs []program.Repair, err error) {
+	entries, err := os.ReadDir(d.Paths().Links())
 	if err != nil {
 		return nil, fmt.Errorf("list links: %w", err)
 	}
@@ -175,18 +175,18 @@ func (d *Datapath) detachFormer(spec *ebpf.CollectionSpec) (repairs []Repair, er
 		if spec.Programs[entry.Name()] != nil {
 			continue
 		}
-		pin := d.paths.Link(entry.Name())
+		pin := d.Paths().Link(entry.Name())
 		if err := errors.Join(program.DetachPin(pin), os.Remove(pin)); err != nil {
 			return repairs, fmt.Errorf("detach %s: %w", entry.Name(), err)
 		}
-		repairs = append(repairs, Repair{Kind: program.Detached, Object: entry.Name()})
+		repairs = append(repairs, program.Repair{Kind: program.Detached, Object: entry.Name()})
 	}
 	return repairs, nil
 }
 
 // ensureAll brings every workload to what this version makes of its record.
-func (d *Datapath) ensureAll(records []*store.Record) (repairs []Repair, problems []error) {
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+func (d *Loader) ensureAll(records []*store.Record) (repairs []program.Repair, problems []error) {
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		return nil, []error{err}
 	}
@@ -204,7 +204,7 @@ func (d *Datapath) ensureAll(records []*store.Record) (repairs []Repair, problem
 			problems = append(problems, fmt.Errorf("migrate workload %s: %w", r.Key, err))
 			continue
 		}
-		repairs = append(repairs, Repair{Kind: program.WorkloadMigrated, Object: r.Key.String()})
+		repairs = append(repairs, program.Repair{Kind: program.WorkloadMigrated, Object: r.Key.String()})
 	}
 	if err := tables.CorrectTotal(); err != nil { // a version that had none counted none
 		problems = append(problems, err)

@@ -47,18 +47,18 @@ func (n *node) loadFormer(number uint32, edit func(name string, spec *ebpf.MapSp
 	for name, mapSpec := range spec.Maps {
 		edit(name, mapSpec)
 	}
-	fail(n.paths.EnsureBPFFS())
-	root, err := n.paths.OpenCgroupRoot()
+	fail(n.Paths().EnsureBPFFS())
+	root, err := n.Paths().OpenCgroupRoot()
 	fail(err)
 	defer root.Close()
-	pins, err := bpfmap.CreateMaps(spec, n.paths.Maps(), 0)
+	pins, err := bpfmap.CreateMaps(spec, n.Paths().Maps(), 0)
 	defer bpfmap.CloseMaps(pins)
 	fail(err)
 	fail(pins["control"].Put(uint32(0), &bpfmap.BpfControl{Layout: number}))
 	collection, err := program.NewCollection(spec, pins)
 	fail(err)
 	defer collection.Close()
-	_, err = program.AttachAll(collection.Programs, spec.Programs, root, n.paths.Links())
+	_, err = program.AttachAll(collection.Programs, spec.Programs, root, n.Paths().Links())
 	fail(err)
 	if number != bpfmap.Layout {
 		return // it had no filters
@@ -68,7 +68,7 @@ func (n *node) loadFormer(number uint32, edit func(name string, spec *ebpf.MapSp
 	for name, mapSpec := range filters.Maps {
 		edit(name, mapSpec)
 	}
-	programs, err := program.PinFilterPrograms(filters, n.paths.Maps(), n.paths.Filters())
+	programs, err := program.PinFilterPrograms(filters, n.Paths().Maps(), n.Paths().Filters())
 	fail(err)
 	programs.Close()
 }
@@ -110,16 +110,16 @@ func (a *alloc) addToLayout2() {
 	r.IPv6, err = ns.SetRoutes(r.Desired())
 	fail(err)
 	r.Sources = workload.Sources{} // unknown to that version
-	tables := &bpfmap.Tables{Dir: a.node.paths.Maps(), Open: make(map[string]*ebpf.Map)}
+	tables := &bpfmap.Tables{Dir: a.node.Paths().Maps(), Open: make(map[string]*ebpf.Map)}
 	defer tables.Close()
 	fail(tables.Put("verdicts", ns.Cookie, make([]byte, 27*8), ebpf.UpdateNoExist))
 	fail(tables.Put("proxies", bpfmap.ProxyKey(ns.Cookie, 0), make([]byte, 16), ebpf.UpdateNoExist))
 	tables.Only = slices.DeleteFunc(bpfmap.MapNames(), func(name string) bool { return name == "verdicts" || name == "proxies" })
 	fail(tables.WriteRows(ns.Cookie, r.Desired(), r.IPv6))
-	_, err = program.AttachLookup(tables, a.node.paths, ns, false)
+	_, err = program.AttachLookup(tables, a.node.Paths(), ns, false)
 	fail(err)
 	r.Finish(r.Desired())
-	fail(a.node.paths.WriteRecord(r))
+	fail(a.node.Paths().WriteRecord(r))
 }
 
 // Connections to ever new origins run all the time while the node is brought from
@@ -152,7 +152,7 @@ func TestMigrationUnderLoad(t *testing.T) {
 		}
 		editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Layout = bpfmap.Layout + 1 })
 		migrateUnderLoad(t, n, a, b, func() uint64 {
-			tables := &bpfmap.Tables{Dir: n.paths.Maps(), Open: make(map[string]*ebpf.Map)}
+			tables := &bpfmap.Tables{Dir: n.Paths().Maps(), Open: make(map[string]*ebpf.Map)}
 			defer tables.Close()
 			counts, _, err := tables.Verdicts(a.Cookie())
 			if err != nil {
@@ -257,7 +257,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 // attachFormer pins a program and a map that the other version alone has.
 func attachFormer(t *testing.T, d *Datapath) (pins []string) {
 	t.Helper()
-	pins = []string{d.paths.Link("weir_former"), filepath.Join(d.paths.Maps(), "former")}
+	pins = []string{d.Paths().Link("weir_former"), filepath.Join(d.Paths().Maps(), "former")}
 	n := attachNeighbour(t)
 	if err := errors.Join(n.link.Pin(pins[0]), n.counter.Pin(pins[1])); err != nil {
 		t.Fatal(err)
@@ -268,7 +268,7 @@ func attachFormer(t *testing.T, d *Datapath) (pins []string) {
 // countsOfLayout2 is how often layout 2 counted a redirect.
 func (a *alloc) countsOfLayout2() uint64 {
 	a.node.t.Helper()
-	table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.paths.Maps(), "verdicts"), nil)
+	table, err := ebpf.LoadPinnedMap(filepath.Join(a.node.Paths().Maps(), "verdicts"), nil)
 	if err != nil {
 		a.node.t.Fatal(err)
 	}

@@ -5,11 +5,14 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"slices"
+	"strconv"
 	"time"
 
+	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/program"
@@ -19,7 +22,7 @@ import (
 
 // Status looks at the node. It changes nothing, takes no lock, and asks the kernel
 // for what the pins do not tell. What cannot be looked at is a problem.
-func (d *Datapath) Status() (Status, error) {
+func (d *Reader) Status() (Status, error) {
 	return settled(d.paths, d.status, func(s Status) []health.Problem { return s.Problems })
 }
 
@@ -42,7 +45,7 @@ func settled[T any](paths store.Paths, look func() (T, error), problems func(T) 
 // nodeLook is one look at the node.
 type nodeLook struct {
 	Status
-	node *Datapath
+	node *Reader
 	root *os.File
 	own  []*program.Set
 }
@@ -58,7 +61,7 @@ func (l *nodeLook) unseen(what string, err error) {
 	}
 }
 
-func (d *Datapath) status() (Status, error) {
+func (d *Reader) status() (Status, error) {
 	l := &nodeLook{node: d, Status: Status{
 		Paths: d.paths, Barrier: bpfmap.DetectReaderWait(), Links: []string{}, Maps: []bpfmap.MapInfo{}, Others: []Other{}, Problems: []health.Problem{},
 	}}
@@ -108,7 +111,7 @@ func (d *Datapath) status() (Status, error) {
 }
 
 // cookies are those of the workloads on record.
-func (d *Datapath) cookies() (list []uint64) {
+func (d *Reader) cookies() (list []uint64) {
 	records, _ := d.paths.ReadRecords() // those that cannot be read have none
 	for _, r := range records {
 		list = append(list, r.Cookie)
@@ -183,7 +186,7 @@ func (l *nodeLook) workloads(tables *bpfmap.Tables) {
 }
 
 // Maps returns the node's tables, sorted by name.
-func (d *Datapath) Maps() ([]bpfmap.MapInfo, error) {
+func (d *Reader) Maps() ([]bpfmap.MapInfo, error) {
 	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	if err != nil {
 		return nil, err
@@ -211,4 +214,33 @@ func fillProblems(infos []bpfmap.MapInfo, workloads []WorkloadStatus) (problems 
 		problems = append(problems, problem)
 	}
 	return problems
+}
+
+// orphan is a lookup program without a record.
+type orphan struct {
+	cookie uint64
+	alive  bool // its namespace still exists: somebody removed the record
+}
+
+func (d *Reader) orphans(owned map[uint64]bool) (found []orphan, err error) {
+	entries, err := os.ReadDir(d.paths.Lookups())
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list lookup programs: %w", err)
+	}
+	for _, entry := range entries {
+		cookie, err := strconv.ParseUint(entry.Name(), 10, 64)
+		if err != nil || owned[cookie] {
+			continue
+		}
+		pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)
+		if err != nil {
+			return found, fmt.Errorf("open lookup link: %w", err)
+		}
+		found = append(found, orphan{cookie: cookie, alive: program.LookupInode(pinned) != 0})
+		pinned.Close()
+	}
+	return found, nil
 }

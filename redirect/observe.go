@@ -31,7 +31,7 @@ func openNamespaceOf(r *store.Record) (*host.Namespace, error) {
 // says what changed. An address that was taken off the namespace is not the
 // workload's any more. A link-local one comes by itself some time after the
 // device, so it is registered without a word.
-func observeSources(r *store.Record, ns *host.Namespace) (changed []Repair, err error) {
+func observeSources(r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
 	var found, broadcast []netip.Addr
 	var sources workload.Sources
 	err = ns.Do(func() error {
@@ -50,10 +50,10 @@ func observeSources(r *store.Record, ns *host.Namespace) (changed []Repair, err 
 		return nil, err
 	}
 	if !slices.Equal(host.Routable(found), host.Routable(r.Found)) {
-		changed = append(changed, Repair{Kind: program.AddressesChanged, Object: fmt.Sprintf("%v now, were %v", found, r.Found)})
+		changed = append(changed, program.Repair{Kind: program.AddressesChanged, Object: fmt.Sprintf("%v now, were %v", found, r.Found)})
 	}
 	if !sources.Equal(r.Sources) && len(changed) == 0 {
-		changed = append(changed, Repair{Kind: program.SourcesChanged, Object: fmt.Sprintf("%v now, were %v", sources, r.Sources)})
+		changed = append(changed, program.Repair{Kind: program.SourcesChanged, Object: fmt.Sprintf("%v now, were %v", sources, r.Sources)})
 	}
 	r.Dirty = r.Dirty || !slices.Equal(found, r.Found) || !sources.Equal(r.Sources)
 	slices.SortFunc(broadcast, netip.Addr.Compare)
@@ -64,7 +64,7 @@ func observeSources(r *store.Record, ns *host.Namespace) (changed []Repair, err 
 
 // openWorkload reads a record and opens its namespace, which the caller closes. It
 // takes no lock.
-func (d *Datapath) openWorkload(key workload.AttachmentID) (*store.Record, *host.Namespace, error) {
+func (d *Reader) openWorkload(key workload.AttachmentID) (*store.Record, *host.Namespace, error) {
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return nil, nil, err
@@ -75,7 +75,7 @@ func (d *Datapath) openWorkload(key workload.AttachmentID) (*store.Record, *host
 
 // Moved reports whether a workload's namespace has other addresses or routes
 // than its record, without the lock and without a change: Check repairs it.
-func (d *Datapath) Moved(key workload.AttachmentID) (bool, error) {
+func (d *Reader) Moved(key workload.AttachmentID) (bool, error) {
 	r, ns, err := d.openWorkload(key)
 	if err != nil {
 		return false, err

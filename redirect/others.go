@@ -32,7 +32,7 @@ type Other struct {
 }
 
 // others lists the programs at the root that are not of these sets.
-func (d *Datapath) others(root *os.File, own []*program.Set) (list []Other, err error) {
+func (d *Reader) others(root *os.File, own []*program.Set) (list []Other, err error) {
 	list = []Other{}
 	for _, h := range program.Hooks() {
 		programs, err := program.AttachedTo(root, h.Attach)
@@ -177,4 +177,25 @@ func openLinks(pid string) (list []link.ID) {
 		}
 	}
 	return list
+}
+
+// ownSets returns this instance's sets among sets, the one first that serves most
+// of the workloads on record. One that does not say for sure whose it is belongs to
+// whose workloads it serves.
+func (d *Reader) ownSets(sets []*program.Set) (own []*program.Set) {
+	var cookies []uint64
+	records, _ := d.paths.ReadRecords() // those that cannot be read are not asked for
+	for _, r := range records {
+		cookies = append(cookies, r.Cookie)
+	}
+	served := make(map[*program.Set]int)
+	for _, s := range sets {
+		served[s] = s.Serves(cookies)
+		unnamed := s.Instance == 0 || s.Instance == program.FormerInstanceOf(d.paths)
+		if s.Instance == program.InstanceOf(d.paths) || unnamed && served[s] > 0 {
+			own = append(own, s)
+		}
+	}
+	slices.SortStableFunc(own, func(a, b *program.Set) int { return served[b] - served[a] })
+	return own
 }

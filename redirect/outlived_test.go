@@ -52,7 +52,7 @@ func TestTasksStayRedirectedInANamespaceWithoutAPath(t *testing.T) {
 		if _, err := n.PruneDead(); err != nil {
 			return err
 		}
-		if _, err := os.Stat(n.paths.Lookup(cookie)); !errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Stat(n.Paths().Lookup(cookie)); !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("its lookup program: %v, want it gone", err)
 		}
 		return nil

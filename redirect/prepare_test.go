@@ -35,7 +35,7 @@ func (a *alloc) addPrepared(t *testing.T, p *program.Preloaded, id uint32) bool 
 	if err := a.node.Add(Attachment{Key: a.key, NetNS: a.Path, Request: a.request(), Prepared: p}); err != nil {
 		t.Fatal(err)
 	}
-	return linkIDs(t, a.node.paths.Lookup(a.Cookie()))[1] == id
+	return linkIDs(t, a.node.Paths().Lookup(a.Cookie()))[1] == id
 }
 
 func TestPreparedProgramIsTaken(t *testing.T) {
@@ -86,7 +86,7 @@ func TestPreparedProgramThatNobodyTakesEnds(t *testing.T) {
 		left.Close()
 		t.Errorf("program %d: %v: want it to be gone", id, err)
 	}
-	if _, err := os.Stat(n.paths.Lookup(a.Cookie())); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(n.Paths().Lookup(a.Cookie())); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("pin: %v: want none", err)
 	}
 }

@@ -73,7 +73,7 @@ func TestProbeOfANode(t *testing.T) {
 	if err := d.Probe(); err != nil {
 		t.Errorf("probe before load: %v", err)
 	}
-	if _, err := os.Stat(d.paths.PinDir); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(d.Paths().PinDir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("pin directory after a probe: %v, want none", err)
 	}
 	if _, err := d.Load(); err != nil {
@@ -82,7 +82,7 @@ func TestProbeOfANode(t *testing.T) {
 	if err := d.Probe(); err != nil {
 		t.Errorf("probe after load: %v", err)
 	}
-	paths := d.paths
+	paths := d.Paths()
 	paths.PinDir, paths.CgroupRoot = paths.PinDir+"_other", t.TempDir()
 	if err := New(paths).Probe(); err == nil {
 		t.Error("probe with a cgroup root that is none passes")

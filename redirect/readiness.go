@@ -18,7 +18,7 @@ import (
 
 // Readiness checks the kernel, the mounts and the hooks of this node. It loads
 // nothing that stays, attaches nothing and changes nothing.
-func (d *Datapath) Readiness() []health.Check {
+func (d *Reader) Readiness() []health.Check {
 	return append(append(kernelReadiness("/"), d.mountReadiness()...), d.hookReadiness()...)
 }
 
@@ -97,7 +97,7 @@ func lockdown(path string) string {
 }
 
 // mountReadiness checks the root of cgroup v2 and the bpffs.
-func (d *Datapath) mountReadiness() []health.Check {
+func (d *Reader) mountReadiness() []health.Check {
 	c := &health.Checks{Group: "mounts"}
 	if root, err := d.paths.OpenCgroupRoot(); err != nil {
 		c.Fault("cgroup-root", "mount cgroup v2, as by 'mount -t cgroup2 none /sys/fs/cgroup', and run weir in the host's cgroup namespace", "%v", err)
@@ -141,7 +141,7 @@ func knowsBPFFS(path string) bool {
 
 // hookReadiness names the programs of others where Weir's are attached. What
 // each of them does only its owner knows.
-func (d *Datapath) hookReadiness() []health.Check {
+func (d *Reader) hookReadiness() []health.Check {
 	c := &health.Checks{Group: "hooks"}
 	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {

@@ -55,7 +55,7 @@ func TestReadinessChangesNothing(t *testing.T) {
 		}
 	})
 	seen := func() (list []string) {
-		root, err := d.paths.OpenCgroupRoot()
+		root, err := d.Paths().OpenCgroupRoot()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -201,14 +201,14 @@ func TestReadinessJudgesProgramsOfOthers(t *testing.T) {
 	if check := found[what]; check.Result != health.ResultWarning || check.Code != "other-program" || check.Remedy == "" {
 		t.Errorf("no warning %q among %+v", what, found)
 	}
-	id := linkIDs(t, another.paths.Link("weir_connect4"))[1]
+	id := linkIDs(t, another.Paths().Link("weir_connect4"))[1]
 	what = fmt.Sprintf("program weir_connect4 (ID %d) at CGroupInet4Connect, which runs after Weir's, pinned at %s is of another instance of Weir and serves its own namespaces",
-		id, another.paths.Link("weir_connect4"))
+		id, another.Paths().Link("weir_connect4"))
 	if check := found[what]; check.Result != health.ResultOK {
 		t.Errorf("no check %q that is ok among %+v", what, found)
 	}
 	// Where none is, that is said.
-	alone := New(store.Paths{PinDir: n.paths.PinDir, StateDir: n.paths.StateDir, CgroupRoot: test.NewCgroup(t).Path})
+	alone := New(store.Paths{PinDir: n.Paths().PinDir, StateDir: n.Paths().StateDir, CgroupRoot: test.NewCgroup(t).Path})
 	if got := resultsOf(alone.hookReadiness(), "other-program"); !cmp.Equal(got, []health.Result{health.ResultOK}) {
 		t.Errorf("a cgroup without programs: %v, want one that is ok", got)
 	}

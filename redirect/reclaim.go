@@ -24,7 +24,7 @@ import (
 // reclaim pins again what this instance has attached and no pin leads to: its
 // tables with all rows, its links at the root, and its lookup programs. A second
 // set beside one that runs would refuse every connection that the first redirects.
-func (d *Datapath) reclaim(root *os.File) (repairs []Repair, err error) {
+func (d *Loader) reclaim(root *os.File) (repairs []program.Repair, err error) {
 	if !d.lacksPins() {
 		return nil, nil
 	}
@@ -32,7 +32,7 @@ func (d *Datapath) reclaim(root *os.File) (repairs []Repair, err error) {
 	if err != nil {
 		return nil, err
 	}
-	control, err := program.PinnedID(filepath.Join(d.paths.Maps(), "control"))
+	control, err := program.PinnedID(filepath.Join(d.Paths().Maps(), "control"))
 	if err != nil {
 		return nil, err
 	}
@@ -65,14 +65,14 @@ func (d *Datapath) reclaim(root *os.File) (repairs []Repair, err error) {
 	if err != nil {
 		return repairs, err
 	}
-	filters, err := program.PinFilters(d.paths, own)
+	filters, err := program.PinFilters(d.Paths(), own)
 	return append(repairs, filters...), err
 }
 
 // ends waits a moment where some of the set's programs run no more, and reports
 // whether the others ended too: the kernel ends them one by one, and rules of
 // nftables in namespaces hold the tables meanwhile.
-func (d *Datapath) ends(root *os.File, own *program.Set) bool {
+func (d *Loader) ends(root *os.File, own *program.Set) bool {
 	for deadline := time.Now().Add(500 * time.Millisecond); len(own.Programs) < len(program.ProgramNames()); time.Sleep(5 * time.Millisecond) {
 		sets, err := program.SetsAt(root)
 		if err != nil || time.Now().After(deadline) {
@@ -87,12 +87,12 @@ func (d *Datapath) ends(root *os.File, own *program.Set) bool {
 
 // openOrReclaim is openTables for who must not take a node without pins for one
 // without programs.
-func (d *Datapath) openOrReclaim() (*bpfmap.Tables, error) {
-	pinned, err := bpfmap.OpenTables(d.paths.Maps())
+func (d *Loader) openOrReclaim() (*bpfmap.Tables, error) {
+	pinned, err := bpfmap.OpenTables(d.Paths().Maps())
 	if !errors.Is(err, bpfmap.ErrNotLoaded) {
 		return pinned, err
 	}
-	root, rootErr := d.paths.OpenCgroupRoot()
+	root, rootErr := d.Paths().OpenCgroupRoot()
 	if rootErr != nil {
 		return nil, err // nothing can be attached to it
 	}
@@ -100,12 +100,12 @@ func (d *Datapath) openOrReclaim() (*bpfmap.Tables, error) {
 	if repairs, failed := d.reclaim(root); failed != nil || len(repairs) == 0 {
 		return nil, errors.Join(err, failed)
 	}
-	return bpfmap.OpenTables(d.paths.Maps())
+	return bpfmap.OpenTables(d.Paths().Maps())
 }
 
 // lacksPins reports whether a pin of the node is not where it belongs.
-func (d *Datapath) lacksPins() bool {
-	return anyMissing(d.paths.Maps(), slices.Values(bpfmap.MapNames())) || anyMissing(d.paths.Links(), slices.Values(program.ProgramNames()))
+func (d *Loader) lacksPins() bool {
+	return anyMissing(d.Paths().Maps(), slices.Values(bpfmap.MapNames())) || anyMissing(d.Paths().Links(), slices.Values(program.ProgramNames()))
 }
 
 func anyMissing(dir string, names iter.Seq[string]) bool {
@@ -119,21 +119,21 @@ func anyMissing(dir string, names iter.Seq[string]) bool {
 
 // halfRestored reports whether pins are missing that only workloads need: those of the
 // filter's programs, or the lookup program of one on record.
-func (d *Datapath) halfRestored() bool {
-	records, _ := d.paths.ReadRecords() // what cannot be read is told elsewhere
+func (d *Loader) halfRestored() bool {
+	records, _ := d.Paths().ReadRecords() // what cannot be read is told elsewhere
 	lookups := make([]string, 0, len(records))
 	for _, r := range records {
-		lookups = append(lookups, filepath.Base(d.paths.Lookup(r.Cookie)))
+		lookups = append(lookups, filepath.Base(d.Paths().Lookup(r.Cookie)))
 	}
-	return anyMissing(d.paths.Lookups(), slices.Values(lookups)) ||
-		len(records) > 0 && anyMissing(d.paths.Filters(), maps.Values(program.FilterNames()))
+	return anyMissing(d.Paths().Lookups(), slices.Values(lookups)) ||
+		len(records) > 0 && anyMissing(d.Paths().Filters(), maps.Values(program.FilterNames()))
 }
 
 // errEnding: the programs ended while they were looked at.
 var errEnding = errors.New("on its way out")
 
 // pinTables pins all of the set's tables or, where one is gone already, none.
-func (d *Datapath) pinTables(s *program.Set) (repairs []Repair, err error) {
+func (d *Loader) pinTables(s *program.Set) (repairs []program.Repair, err error) {
 	tables := make(map[string]*ebpf.Map)
 	defer bpfmap.CloseMaps(tables)
 	for name, id := range s.Tables {
@@ -147,12 +147,12 @@ func (d *Datapath) pinTables(s *program.Set) (repairs []Repair, err error) {
 		tables[name] = table
 	}
 	for name, table := range tables {
-		pinned, err := program.PinAgain(filepath.Join(d.paths.Maps(), name), table)
+		pinned, err := program.PinAgain(filepath.Join(d.Paths().Maps(), name), table)
 		if err != nil {
 			return repairs, err
 		}
 		if pinned {
-			repairs = append(repairs, Repair{Kind: program.PinPutBack, Object: "map " + name})
+			repairs = append(repairs, program.Repair{Kind: program.PinPutBack, Object: "map " + name})
 		}
 	}
 	sortRepairs(repairs)
@@ -161,7 +161,7 @@ func (d *Datapath) pinTables(s *program.Set) (repairs []Repair, err error) {
 
 // pinLinks pins the set's links. A link whose last pin was just removed may be on
 // its way out: it is not there to be pinned then, and is attached anew later.
-func (d *Datapath) pinLinks(s *program.Set) (repairs []Repair, err error) {
+func (d *Loader) pinLinks(s *program.Set) (repairs []program.Repair, err error) {
 	atRoot := make(map[ebpf.ProgramID]string)
 	for name, ids := range s.Programs {
 		atRoot[ids[0]] = name
@@ -173,20 +173,20 @@ func (d *Datapath) pinLinks(s *program.Set) (repairs []Repair, err error) {
 	err = program.EachLink(func(l link.Link, info *link.Info) error {
 		path, what := "", ""
 		if name := atRoot[info.Program]; name != "" && info.Cgroup() != nil {
-			path, what = d.paths.Link(name), name
+			path, what = d.Paths().Link(name), name
 		} else if ns := info.NetNs(); ns != nil && ns.NetnsInode != 0 {
 			cookie, err := s.CookieOf(info.Program, cookies[uint64(ns.NetnsInode)])
 			if err != nil || cookie == 0 {
 				return err
 			}
-			path, what = d.paths.Lookup(cookie), fmt.Sprintf("the lookup program of the namespace with cookie %d", cookie)
+			path, what = d.Paths().Lookup(cookie), fmt.Sprintf("the lookup program of the namespace with cookie %d", cookie)
 		}
 		if path == "" {
 			return nil
 		}
 		pinned, err := program.PinAgain(path, l)
 		if pinned {
-			repairs = append(repairs, Repair{Kind: program.PinPutBack, Object: what})
+			repairs = append(repairs, program.Repair{Kind: program.PinPutBack, Object: what})
 		}
 		return err
 	})
@@ -195,8 +195,8 @@ func (d *Datapath) pinLinks(s *program.Set) (repairs []Repair, err error) {
 }
 
 // cookiesByInode are the cookies of the namespaces on record.
-func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
-	records, err := d.paths.ReadRecords()
+func (d *Loader) cookiesByInode() (map[uint64]uint64, error) {
+	records, err := d.Paths().ReadRecords()
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return nil, err
 	}
@@ -214,8 +214,8 @@ func (d *Datapath) cookiesByInode() (map[uint64]uint64, error) {
 // at its hook, with the tables that are pinned. What else this instance has
 // attached is detached: it would refuse what these programs redirect. One that
 // ends takes a moment, so it is waited for.
-func (d *Datapath) confirm(root *os.File) (repairs []Repair, err error) {
-	control, err := program.PinnedID(filepath.Join(d.paths.Maps(), "control"))
+func (d *Loader) confirm(root *os.File) (repairs []program.Repair, err error) {
+	control, err := program.PinnedID(filepath.Join(d.Paths().Maps(), "control"))
 	if err != nil {
 		return nil, err
 	}
@@ -237,7 +237,7 @@ func (d *Datapath) confirm(root *os.File) (repairs []Repair, err error) {
 
 // outcome says what is wrong at the root, and which programs of this instance are
 // too many there and in namespaces.
-func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, stale []*program.Set, err error) {
+func (d *Loader) outcome(root *os.File, control ebpf.MapID) (wrong []string, stale []*program.Set, err error) {
 	sets, err := program.SetsAt(root)
 	if err != nil {
 		return nil, nil, err
@@ -266,28 +266,7 @@ func (d *Datapath) outcome(root *os.File, control ebpf.MapID) (wrong []string, s
 	return wrong, stale, nil
 }
 
-// ownSets returns this instance's sets among sets, the one first that serves most
-// of the workloads on record. One that does not say for sure whose it is belongs to
-// whose workloads it serves.
-func (d *Datapath) ownSets(sets []*program.Set) (own []*program.Set) {
-	var cookies []uint64
-	records, _ := d.paths.ReadRecords() // those that cannot be read are not asked for
-	for _, r := range records {
-		cookies = append(cookies, r.Cookie)
-	}
-	served := make(map[*program.Set]int)
-	for _, s := range sets {
-		served[s] = s.Serves(cookies)
-		unnamed := s.Instance == 0 || s.Instance == program.FormerInstanceOf(d.paths)
-		if s.Instance == program.InstanceOf(d.paths) || unnamed && served[s] > 0 {
-			own = append(own, s)
-		}
-	}
-	slices.SortStableFunc(own, func(a, b *program.Set) int { return served[b] - served[a] })
-	return own
-}
-
 // sortRepairs puts them in the order of what they say.
-func sortRepairs(list []Repair) {
-	slices.SortFunc(list, func(a, b Repair) int { return strings.Compare(a.String(), b.String()) })
+func sortRepairs(list []program.Repair) {
+	slices.SortFunc(list, func(a, b program.Repair) int { return strings.Compare(a.String(), b.String()) })
 }

@@ -23,7 +23,7 @@ import (
 // hidePins mounts another bpffs over the one that the pins are in.
 func (n *node) hidePins() {
 	n.t.Helper()
-	dir := filepath.Dir(n.paths.PinDir)
+	dir := filepath.Dir(n.Paths().PinDir)
 	if err := unix.Mount("bpf", dir, "bpf", 0, "mode=0700"); err != nil {
 		n.t.Fatalf("mount bpffs over the pins: %v", err)
 	}
@@ -34,7 +34,7 @@ func (n *node) hidePins() {
 	})
 }
 
-func did(repairs []Repair, want Repair) bool { return slices.Contains(repairs, want) }
+func did(repairs []program.Repair, want program.Repair) bool { return slices.Contains(repairs, want) }
 
 // Pins that cannot be seen are no sign that nothing runs. Whoever comes first
 // takes over what does, with all rows, and not a connection is refused.
@@ -42,19 +42,19 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 	hide := func(n *node) { n.hidePins() }
 	lose := func(path ...string) func(*node) {
 		return func(n *node) {
-			if err := os.RemoveAll(filepath.Join(append([]string{n.paths.PinDir}, path...)...)); err != nil {
+			if err := os.RemoveAll(filepath.Join(append([]string{n.Paths().PinDir}, path...)...)); err != nil {
 				n.t.Fatal(err)
 			}
 		}
 	}
-	check := func(n *node, a *alloc) ([]Repair, error) { return n.Check(a.key, a.Path) }
-	load := func(n *node, _ *alloc) ([]Repair, error) { result, err := n.Load(); return result.Did, err }
-	repair := func(n *node, _ *alloc) ([]Repair, error) { return n.Repair() }
-	add := func(n *node, _ *alloc) ([]Repair, error) { n.newAlloc().add(full); return nil, nil }
+	check := func(n *node, a *alloc) ([]program.Repair, error) { return n.Check(a.key, a.Path) }
+	load := func(n *node, _ *alloc) ([]program.Repair, error) { result, err := n.Load(); return result.Did, err }
+	repair := func(n *node, _ *alloc) ([]program.Repair, error) { return n.Repair() }
+	add := func(n *node, _ *alloc) ([]program.Repair, error) { n.newAlloc().add(full); return nil, nil }
 	for _, tc := range []struct {
 		name   string
 		damage func(*node)
-		repair func(*node, *alloc) ([]Repair, error)
+		repair func(*node, *alloc) ([]program.Repair, error)
 		older  func(store.Paths) uint32 // whose programs of an older version say that they are; nil: of this one
 	}{
 		{"by CHECK", hide, check, nil},
@@ -73,7 +73,7 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			a.startProxy()
 			a.works()
 			if tc.older != nil {
-				editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Instance = tc.older(n.paths) })
+				editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Instance = tc.older(n.Paths()) })
 			}
 			before, rows := kernelObjects(t, n.Datapath), rowCounts(t, n.Datapath)
 			load := newTraffic(t)
@@ -93,7 +93,7 @@ func TestHiddenPinsAreTakenOver(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if repairs != nil && !did(repairs, Repair{Kind: program.PinPutBack, Object: "map origins"}) && !did(repairs, Repair{Kind: program.PinPutBack, Object: "map control"}) {
+			if repairs != nil && !did(repairs, program.Repair{Kind: program.PinPutBack, Object: "map origins"}) && !did(repairs, program.Repair{Kind: program.PinPutBack, Object: "map control"}) {
 				t.Errorf("done: %q, want the pins put back", repairs)
 			}
 			load.sawBoth(map[string]int{addrPort(remote4(1), 4321): 1, addrPort(a.v4, 4321): 1})
@@ -124,7 +124,7 @@ func TestHiddenLookupWithoutARecordIsTakenOver(t *testing.T) {
 	a := n.newAlloc()
 	a.add()
 	a.startProxy()
-	if err := n.paths.RemoveRecord(a.key); err != nil {
+	if err := n.Paths().RemoveRecord(a.key); err != nil {
 		t.Fatal(err)
 	}
 	n.hidePins()
@@ -177,11 +177,11 @@ func TestTwoSetsOfOneInstance(t *testing.T) {
 	a.add(full)
 	a.startProxy()
 	a.works()
-	if err := n.paths.RemoveRecord(a.key); err != nil {
+	if err := n.Paths().RemoveRecord(a.key); err != nil {
 		t.Fatal(err)
 	}
 	n.hidePins()
-	root, err := n.paths.OpenCgroupRoot()
+	root, err := n.Paths().OpenCgroupRoot()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +194,7 @@ func TestTwoSetsOfOneInstance(t *testing.T) {
 		t.Errorf("status: %v, %v; want the other set named", status.Problems, err)
 	}
 	result, err := n.Load()
-	if err != nil || !slices.ContainsFunc(result.Did, func(r Repair) bool { return r.Kind == program.StrayDetached }) {
+	if err != nil || !slices.ContainsFunc(result.Did, func(r program.Repair) bool { return r.Kind == program.StrayDetached }) {
 		t.Fatalf("load: %+v, %v; want the hidden set detached", result, err)
 	}
 	a.add(full)
@@ -240,7 +240,7 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 	first := attachNeighbour(t)
 	n := newNode(t)
 	second := attachNeighbour(t)
-	pin := filepath.Join(filepath.Dir(n.paths.PinDir), "neighbour")
+	pin := filepath.Join(filepath.Dir(n.Paths().PinDir), "neighbour")
 	if err := second.link.Pin(pin); err != nil {
 		t.Fatal(err)
 	}
@@ -276,8 +276,8 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 	if diff := cmp.Diff(want, find(want.ID)); diff != "" {
 		t.Errorf("the second (-want +got):\n%s", diff)
 	}
-	ids := linkIDs(t, another.paths.Link("weir_sockops"))
-	if other := find(ids[1]); !other.Weir || other.Order != "after" || other.Pinned != another.paths.Link("weir_sockops") {
+	ids := linkIDs(t, another.Paths().Link("weir_sockops"))
+	if other := find(ids[1]); !other.Weir || other.Order != "after" || other.Pinned != another.Paths().Link("weir_sockops") {
 		t.Errorf("another instance: %+v", other)
 	}
 }
@@ -331,8 +331,8 @@ func TestNodesWithTheSamePathsAreTwo(t *testing.T) {
 		t.Cleanup(end)
 		return end
 	}
-	pins, state := mount("bpf", filepath.Dir(n.paths.PinDir)), mount("tmpfs", filepath.Dir(n.paths.StateDir))
-	second := New(n.paths)
+	pins, state := mount("bpf", filepath.Dir(n.Paths().PinDir)), mount("tmpfs", filepath.Dir(n.Paths().StateDir))
+	second := New(n.Paths())
 	if _, err := second.Load(); err != nil {
 		t.Fatal(err)
 	}
@@ -363,8 +363,8 @@ func TestNodesWithTheSamePathsAreTwo(t *testing.T) {
 // need, is finished by the next one.
 func TestLoadFinishesWhatAKilledOneLeft(t *testing.T) {
 	for name, lost := range map[string]func(*Datapath) string{
-		"filters' pins": func(d *Datapath) string { return d.paths.Filters() },
-		"lookups' pins": func(d *Datapath) string { return d.paths.Lookups() },
+		"filters' pins": func(d *Datapath) string { return d.Paths().Filters() },
+		"lookups' pins": func(d *Datapath) string { return d.Paths().Lookups() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			n := newNode(t)

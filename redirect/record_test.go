@@ -67,12 +67,12 @@ func TestRecordKeepsWhatWasWritten(t *testing.T) {
 // agedRecord turns the allocation's record into one of an earlier boot.
 func agedRecord(t *testing.T, d *Datapath, key workload.AttachmentID) {
 	t.Helper()
-	r, err := d.paths.ReadRecord(key)
+	r, err := d.Paths().ReadRecord(key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.BootID = "00000000-0000-0000-0000-000000000000"
-	if err := d.paths.WriteRecord(r); err != nil {
+	if err := d.Paths().WriteRecord(r); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -100,7 +100,7 @@ func TestRecordOfAnEarlierBootIsIgnored(t *testing.T) {
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := os.Stat(n.paths.Record(a.key)); !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(n.Paths().Record(a.key)); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("record of an earlier boot after its DEL: %v, want it gone", err)
 	}
 }
@@ -112,7 +112,7 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	a.add()
 	a.startProxy()
 	broken := workload.AttachmentID{ContainerID: "broken", IfName: "eth0"}
-	if err := os.WriteFile(n.paths.Record(broken), []byte("{\"key\": "), 0o600); err != nil {
+	if err := os.WriteFile(n.Paths().Record(broken), []byte("{\"key\": "), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	status, err := n.Status()
@@ -121,7 +121,7 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	}
 	named := false
 	for _, problem := range status.Problems {
-		named = named || strings.Contains(problem.What, n.paths.Record(broken))
+		named = named || strings.Contains(problem.What, n.Paths().Record(broken))
 	}
 	if status.Workloads != 1 || !named {
 		t.Errorf("status = %+v, want one workload and a problem that names the file", status)
@@ -136,18 +136,18 @@ func TestRecordThatCannotBeReadHidesNoOther(t *testing.T) {
 	if list, err := n.Verdicts(); err == nil || len(list) != 2 {
 		t.Errorf("verdicts of %d workloads, %v; want 2, and an error for the third", len(list), err)
 	}
-	if err := os.RemoveAll(n.paths.PinDir); err != nil {
+	if err := os.RemoveAll(n.Paths().PinDir); err != nil {
 		t.Fatal(err)
 	}
 	loaded, err := n.Load()
-	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.Record(broken)) {
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.Paths().Record(broken)) {
 		t.Errorf("load: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	a.works()
 	b.works()
 	staleDigest(t, n.Datapath)
 	loaded, err = n.Load()
-	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.paths.Record(broken)) {
+	if err != nil || len(loaded.Problems) != 1 || !strings.Contains(loaded.Problems[0].What, n.Paths().Record(broken)) {
 		t.Errorf("upgrade: %+v, %v; want a problem that names the file", loaded, err)
 	}
 	if status, err := n.Status(); err != nil || !status.Current {
@@ -185,7 +185,7 @@ func TestRecordThatCannotBeReadIsMadeAnew(t *testing.T) {
 			a := n.newAlloc()
 			a.add(full)
 			a.startProxy()
-			path := n.paths.Record(a.key)
+			path := n.Paths().Record(a.key)
 			spoiled := spoil(readIfThere(t, path))
 			if err := os.WriteFile(path, []byte(spoiled), 0o600); err != nil {
 				t.Fatal(err)
@@ -211,7 +211,7 @@ func TestRecordWithoutASchemaIsRead(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add(full)
-	path := n.paths.Record(a.key)
+	path := n.Paths().Record(a.key)
 	text := readIfThere(t, path)
 	old := strings.Replace(text, "  \"schema\": 1,\n", "", 1)
 	if old == text {

@@ -34,7 +34,7 @@ type ProxyPorts struct {
 // RejectedListeners returns the ports of a workload's proxies without a listener,
 // and the sockets on their ports that are not registered. It takes no lock, and
 // walks the processes of the node once for each socket.
-func (d *Datapath) RejectedListeners(key workload.AttachmentID) (ports ProxyPorts, list []RejectedListener, err error) {
+func (d *Reader) RejectedListeners(key workload.AttachmentID) (ports ProxyPorts, list []RejectedListener, err error) {
 	fail := func(err error) (ProxyPorts, []RejectedListener, error) {
 		return ports, nil, fmt.Errorf("look at listeners of workload %s: %w", key, err)
 	}
@@ -114,4 +114,30 @@ func rejectedIn(ns *host.Namespace, w workload.Workload, registered map[uint64]b
 		list = append(list, rejected)
 	}
 	return list, nil
+}
+
+// roles is the test that weir_sockops makes on a new listener: which roles of
+// the workload's proxies it can serve, and on which port of theirs.
+func socketRoles(s host.Socket, w workload.Workload) (port workload.ProxyPort, roles []bpfmap.BpfListenerRole) {
+	port, ok := w.PortOf(s.Port)
+	if !ok {
+		return port, nil
+	}
+	mapped := s.Addr.Is4() || s.Addr.Is4In6()
+	take4 := mapped || s.Addr.IsUnspecified() && !s.V6Only
+	addr := s.Addr.Unmap()
+	if port.Outbound && !addr.IsUnspecified() && addr != netip.AddrFrom4([4]byte{127, 0, 0, 1}) && addr != netip.IPv6Loopback() {
+		return port, nil
+	}
+	if port.Exposed && addr.IsLoopback() {
+		return port, nil // kept to the namespace
+	}
+	four, six := bpfmap.ListenerRoles(port)
+	if take4 {
+		roles = append(roles, four)
+	}
+	if !mapped {
+		roles = append(roles, six)
+	}
+	return port, roles
 }

@@ -19,10 +19,10 @@ import (
 // repin pins those tables again whose pin somebody removed. The programs in
 // force hold every table that they use, with its rows, so nothing is lost. A
 // node without the table that tells its layout is one that is not loaded.
-func (d *Datapath) repin() (repairs []Repair, err error) {
+func (d *Loader) repin() (repairs []program.Repair, err error) {
 	var lost []string
 	for _, name := range bpfmap.MapNames() {
-		if _, err := os.Lstat(filepath.Join(d.paths.Maps(), name)); errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Lstat(filepath.Join(d.Paths().Maps(), name)); errors.Is(err, fs.ErrNotExist) {
 			lost = append(lost, name)
 		}
 	}
@@ -30,12 +30,12 @@ func (d *Datapath) repin() (repairs []Repair, err error) {
 		return nil, nil
 	}
 	for _, name := range program.ProgramNames() {
-		found, err := d.repinFrom(d.paths.Link(name), lost)
+		found, err := d.repinFrom(d.Paths().Link(name), lost)
 		if err != nil {
 			return repairs, err
 		}
 		for _, name := range found {
-			repairs = append(repairs, Repair{Kind: program.PinPutBack, Object: "map " + name})
+			repairs = append(repairs, program.Repair{Kind: program.PinPutBack, Object: "map " + name})
 			lost = slices.DeleteFunc(lost, func(other string) bool { return other == name })
 		}
 	}
@@ -46,7 +46,7 @@ func (d *Datapath) repin() (repairs []Repair, err error) {
 }
 
 // repinFrom pins the lost tables that the program of a link uses.
-func (d *Datapath) repinFrom(pin string, lost []string) (found []string, err error) {
+func (d *Loader) repinFrom(pin string, lost []string) (found []string, err error) {
 	pinned, err := link.LoadPinnedLink(pin, nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -84,7 +84,7 @@ func (d *Datapath) repinFrom(pin string, lost []string) (found []string, err err
 	return found, nil
 }
 
-func (d *Datapath) repinMap(id ebpf.MapID, lost []string) (name string, err error) {
+func (d *Loader) repinMap(id ebpf.MapID, lost []string) (name string, err error) {
 	table, err := ebpf.NewMapFromID(id)
 	if err != nil {
 		return "", fmt.Errorf("pin maps again: %w", err)
@@ -97,7 +97,7 @@ func (d *Datapath) repinMap(id ebpf.MapID, lost []string) (name string, err erro
 	if !slices.Contains(lost, info.Name) {
 		return "", nil
 	}
-	if err := table.Pin(filepath.Join(d.paths.Maps(), info.Name)); err != nil {
+	if err := table.Pin(filepath.Join(d.Paths().Maps(), info.Name)); err != nil {
 		return "", fmt.Errorf("pin map %s again: %w", info.Name, err)
 	}
 	return info.Name, nil

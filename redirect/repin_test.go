@@ -42,12 +42,12 @@ func TestRepairPutsBackPinsOfMaps(t *testing.T) {
 		if name == "control" { // without it the node is not loaded
 			continue
 		}
-		if err := os.Remove(filepath.Join(n.paths.Maps(), name)); err != nil {
+		if err := os.Remove(filepath.Join(n.Paths().Maps(), name)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	repairs, err := n.Repair()
-	if err != nil || !did(repairs, Repair{Kind: program.PinPutBack, Object: "map origins"}) {
+	if err != nil || !did(repairs, program.Repair{Kind: program.PinPutBack, Object: "map origins"}) {
 		t.Fatalf("repair = %q, %v; want the pins put back", repairs, err)
 	}
 	if diff := cmp.Diff(before.maps, kernelObjects(t, n.Datapath).maps); diff != "" {

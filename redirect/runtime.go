@@ -10,7 +10,7 @@ import (
 
 // CountRunTime has the kernel count the run time of all programs of the machine, until
 // the answer is closed.
-func (d *Datapath) CountRunTime() (io.Closer, error) { return program.CountRunTime() }
+func (d *Reader) CountRunTime() (io.Closer, error) { return program.CountRunTime() }
 
 // RunTimes are what the kernel has counted of the node's programs. It takes no lock.
-func (d *Datapath) RunTimes() ([]program.RunTime, error) { return program.RunTimes(d.paths) }
+func (d *Reader) RunTimes() ([]program.RunTime, error) { return program.RunTimes(d.paths) }

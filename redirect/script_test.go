@@ -268,11 +268,11 @@ func (s *scene) state(what string) any {
 	case "rows":
 		return rowCounts(s.t, s.node.Datapath)
 	case "lookup":
-		return linkIDs(s.t, s.node.paths.Lookup(s.a.Cookie()))
+		return linkIDs(s.t, s.node.Paths().Lookup(s.a.Cookie()))
 	case "original-peers":
 		return s.a.origins(s.t)
 	case "record":
-		text, err := os.ReadFile(s.node.paths.Record(s.a.key))
+		text, err := os.ReadFile(s.node.Paths().Record(s.a.key))
 		s.Check(err)
 		return string(text)
 	}

@@ -263,7 +263,7 @@ func (s *scene) addDead(args []string, o options) {
 
 // record prints what the node remembers of the present allocation's ADD, for cmp.
 func (s *scene) record([]string, options) {
-	r, err := s.node.paths.ReadRecord(s.a.key)
+	r, err := s.node.Paths().ReadRecord(s.a.key)
 	s.Check(err)
 	text, err := json.MarshalIndent(map[string]any{"netns": r.NetNS, "complete": r.State, "request": r.Request}, "", "  ")
 	s.Check(err)
@@ -324,11 +324,11 @@ func (s *scene) expect(args []string, _ options) {
 			s.Fatalf("the namespace has generation %d", now)
 		}
 	case "no-lookup":
-		if _, err := os.Stat(s.node.paths.Lookup(s.a.Cookie())); !errors.Is(err, fs.ErrNotExist) {
+		if _, err := os.Stat(s.node.Paths().Lookup(s.a.Cookie())); !errors.Is(err, fs.ErrNotExist) {
 			s.Fatalf("lookup link: %v, want it gone", err)
 		}
 	case "not-loaded":
-		if _, err := os.Stat(s.node.paths.PinDir); err == nil {
+		if _, err := os.Stat(s.node.Paths().PinDir); err == nil {
 			s.Fatalf("the data path is loaded")
 		}
 	case "alone":

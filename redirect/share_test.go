@@ -36,7 +36,7 @@ func uids(count int) (list []uint32) {
 // edit opens the node's tables for a test.
 func (n *node) edit(change func(tables *bpfmap.Tables) error) {
 	n.t.Helper()
-	tables, err := bpfmap.OpenTables(n.paths.Maps())
+	tables, err := bpfmap.OpenTables(n.Paths().Maps())
 	if err != nil {
 		n.t.Fatal(err)
 	}
@@ -251,7 +251,7 @@ func TestRemoveOfManyDestinations(t *testing.T) {
 // while action was half way.
 func (n *node) lockedWhile(action func() error) (half map[uint32]bool) {
 	n.t.Helper()
-	tables, err := bpfmap.OpenTables(n.paths.Maps())
+	tables, err := bpfmap.OpenTables(n.Paths().Maps())
 	if err != nil {
 		n.t.Fatal(err)
 	}

@@ -39,7 +39,7 @@ func (s Status) Healthy() bool { return s.Loaded && len(s.Problems) == 0 }
 
 // Probe reports whether an Add would find what it needs: the data path is
 // loaded and of a layout that this binary knows, or the kernel can load it.
-func (d *Datapath) Probe() error {
+func (d *Reader) Probe() error {
 	tables, err := bpfmap.OpenTables(d.paths.Maps())
 	if errors.Is(err, bpfmap.ErrNotLoaded) {
 		root, err := d.paths.OpenCgroupRoot()
@@ -98,7 +98,7 @@ type WorkloadStatus struct {
 
 // Workloads returns every workload on record, sorted by key, without the lock. A
 // record that cannot be read does not hide the others; it comes back in the error.
-func (d *Datapath) Workloads() ([]WorkloadStatus, error) {
+func (d *Reader) Workloads() ([]WorkloadStatus, error) {
 	return settled(d.paths, func() ([]WorkloadStatus, error) {
 		tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 		if err != nil {
@@ -114,7 +114,7 @@ func (d *Datapath) Workloads() ([]WorkloadStatus, error) {
 	})
 }
 
-func (d *Datapath) workloads(tables *bpfmap.Tables) ([]WorkloadStatus, error) {
+func (d *Reader) workloads(tables *bpfmap.Tables) ([]WorkloadStatus, error) {
 	records, unreadable := d.paths.ReadRecords()
 	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
 		return nil, unreadable
@@ -134,7 +134,7 @@ func (d *Datapath) workloads(tables *bpfmap.Tables) ([]WorkloadStatus, error) {
 	return list, unreadable
 }
 
-func (d *Datapath) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadStatus, error) {
+func (d *Reader) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadStatus, error) {
 	w := r.Desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
@@ -167,7 +167,7 @@ func (d *Datapath) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadSta
 }
 
 // inspect compares the kernel with the record.
-func (d *Datapath) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
+func (d *Reader) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
 	served, err := tables.Served(r.Cookie, w)
 	if err != nil {
@@ -271,7 +271,7 @@ type WorkloadVerdicts struct {
 
 // Verdicts returns the counters of every workload on record, beside an error
 // where one cannot be read.
-func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
+func (d *Reader) Verdicts() (list []WorkloadVerdicts, err error) {
 	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	if err != nil {
 		return nil, err
@@ -292,7 +292,7 @@ func (d *Datapath) Verdicts() (list []WorkloadVerdicts, err error) {
 // VerdictCounts returns the counters of the workloads with these cookies, by
 // Verdict.String(); verdicts never reached are left out. A map read each, without
 // the lock.
-func (d *Datapath) VerdictCounts(cookies []uint64) (map[uint64]map[string]uint64, error) {
+func (d *Reader) VerdictCounts(cookies []uint64) (map[uint64]map[string]uint64, error) {
 	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 	if err != nil {
 		return nil, err

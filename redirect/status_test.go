@@ -63,10 +63,10 @@ type damage struct {
 
 func damages() []damage {
 	list := []damage{
-		{"link unpinned", "weir_connect4 is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.Link("weir_connect4")) }},
-		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.Link("weir_getsockopt")) }},
-		{"lookup unpinned", "lookup program is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.paths.Lookup(a.Cookie())) }},
-		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.paths.Lookup(a.Cookie())) }},
+		{"link unpinned", "weir_connect4 is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.Paths().Link("weir_connect4")) }},
+		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.Paths().Link("weir_getsockopt")) }},
+		{"lookup unpinned", "lookup program is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.Paths().Lookup(a.Cookie())) }},
+		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.Paths().Lookup(a.Cookie())) }},
 		{"IPv4 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, workload.EncodedPrefix4) }},
 		{"IPv6 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, workload.EncodedPrefix6) }},
 	}
@@ -147,7 +147,7 @@ func removeRoute(t *testing.T, a *alloc, prefix netip.Prefix) {
 
 func dropRow(t *testing.T, a *alloc, drop func(tables *bpfmap.Tables, generation uint64) error) {
 	t.Helper()
-	tables, err := bpfmap.OpenTables(a.node.paths.Maps())
+	tables, err := bpfmap.OpenTables(a.node.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -220,7 +220,7 @@ func TestStatusOfALostRecord(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	remove(t, n.paths.Record(a.key))
+	remove(t, n.Paths().Record(a.key))
 	n.ails("its record is gone")
 }
 
@@ -232,7 +232,7 @@ func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 	t.Run("workload", func(t *testing.T) {
 		a := (&node{Datapath: d, t: t, remote: test.NewNetNS(t)}).newAlloc()
 		a.add()
-		remove(t, d.paths.Record(a.key))
+		remove(t, d.Paths().Record(a.key))
 	})
 	test.Eventually(t, func() error {
 		status, err := n.Status()
@@ -244,7 +244,7 @@ func TestStatusOfALostRecordWhoseNamespaceEnded(t *testing.T) {
 	if _, err := d.PruneDead(); err != nil {
 		t.Fatal(err)
 	}
-	if left, err := os.ReadDir(d.paths.Lookups()); err != nil || len(left) > 0 {
+	if left, err := os.ReadDir(d.Paths().Lookups()); err != nil || len(left) > 0 {
 		t.Errorf("lookup programs after a prune: %v, %v: want none", left, err)
 	}
 }
@@ -265,7 +265,7 @@ func TestWorkloadsJSON(t *testing.T) {
 	a := n.newAlloc()
 	a.add(func(r *workload.Request) { r.Notes = []string{"a remark"} })
 	a.startProxy()
-	remove(t, n.paths.Lookup(a.Cookie()))
+	remove(t, n.Paths().Lookup(a.Cookie()))
 	list, err := n.Workloads()
 	if err != nil {
 		t.Fatal(err)

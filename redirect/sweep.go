@@ -6,60 +6,20 @@ import (
 	"errors"
 	"io/fs"
 	"os"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// Record is what the node's record says of a workload: who asked for what. What
-// the kernel makes of it is in WorkloadStatus.
-type Record struct {
-	Key        workload.AttachmentID
-	NetNS      string
-	Cookie     uint64
-	Request    workload.Request
-	MeshConfig workload.MeshConfig
-	Complete   bool      // its last ADD, CHECK or change did not stop half way
-	Added      time.Time // when it was put under Weir; zero: nobody knows
-}
-
-// Records returns every workload on record, sorted by key, without a look at the
-// kernel and without the lock: a record is replaced in one step. One that
-// cannot be read does not hide the others; it comes back in the error.
-func (d *Datapath) Records() (list []Record, err error) { return d.NewRecordReader().Records() }
-
-// RecordReader reads the records time and again, each file once as long as it is the
-// same. It is not safe for concurrent use.
-type RecordReader struct {
-	paths store.Paths
-	cache store.RecordCache
-}
-
-// NewRecordReader returns a reader that has read nothing yet.
-func (d *Datapath) NewRecordReader() *RecordReader { return &RecordReader{paths: d.paths} }
-
-// Records is that of Datapath. What the records point to is shared with other answers.
-func (r *RecordReader) Records() (list []Record, err error) {
-	records, err := r.cache.ReadRecords(r.paths)
-	for _, r := range records {
-		list = append(list, Record{
-			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.State == store.Complete, Added: r.Added,
-		})
-	}
-	slices.SortFunc(list, func(a, b Record) int { return strings.Compare(a.Key.String(), b.Key.String()) })
-	return list, err
-}
-
 // Repair attaches again what somebody detached from the root of cgroup v2, and
 // loads everything anew and restores the workloads on record where the maps
 // are gone. Programs of another version stay as they are. It costs a dozen
 // system calls when nothing is wrong, and says what was.
-func (d *Datapath) Repair() (repairs []Repair, err error) {
+func (d *Datapath) Repair() (repairs []program.Repair, err error) {
 	err = d.locked(func() error {
 		result, err := d.load(false)
 		repairs = result.Did
@@ -75,13 +35,13 @@ func (d *Datapath) Repair() (repairs []Repair, err error) {
 // were in, and returns the workloads that it took off the record.
 func (d *Datapath) PruneDead() (removed []workload.AttachmentID, err error) {
 	err = d.locked(func() error {
-		before, err := d.paths.ReadRecords()
+		before, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
 		pruned := d.pruneDead()
 		for _, r := range before {
-			if _, gone := os.Lstat(d.paths.Record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
+			if _, gone := os.Lstat(d.Paths().Record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
 				removed = append(removed, r.Key)
 			}
 		}
@@ -90,30 +50,12 @@ func (d *Datapath) PruneDead() (removed []workload.AttachmentID, err error) {
 	return removed, errors.Join(err, d.eraseDead())
 }
 
-// LookupsMissing returns the workloads on record whose lookup program is not pinned
-// any more. It looks at nothing else, and is for when that directory changed.
-func (d *Datapath) LookupsMissing() (keys []workload.AttachmentID, err error) {
-	known, err := d.Records()
-	for _, k := range known {
-		if _, missing := os.Lstat(d.paths.Lookup(k.Cookie)); errors.Is(missing, fs.ErrNotExist) {
-			keys = append(keys, k.Key)
-		}
-	}
-	return keys, err
-}
-
-// LookupAttached reports whether the lookup program of a namespace, which its cookie
-// names, is pinned and in force: three system calls, without the lock.
-func (d *Datapath) LookupAttached(cookie uint64) bool {
-	return program.LookupAt(d.paths.Lookup(cookie)) != 0
-}
-
 // eraseDead removes what erase left of workloads that are not under Weir any
 // more. It takes the lock for a slice at a time, so that an ADD does not wait for
 // the DEL of a workload with very many destinations. A process that dies half way
 // leaves the rest to the next one.
 func (d *Datapath) eraseDead() error {
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if errors.Is(err, bpfmap.ErrNotLoaded) || errors.Is(err, bpfmap.ErrIncompatible) {
 		return nil
 	}
@@ -199,4 +141,45 @@ func (d *Datapath) inSlices(slice func() (more bool, err error)) error {
 		}
 		time.Sleep(max(took, time.Millisecond))
 	}
+}
+
+// pruneDead removes what belongs to namespaces that died: their records, and the
+// rows and links that have no record at all.
+func (d *Datapath) pruneDead() error {
+	records, err := d.Paths().ReadRecords()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
+		return err
+	}
+	// First: without its pins, a namespace in use looks like one that died.
+	tables, unopened := d.openOrReclaim()
+	if unopened == nil {
+		defer tables.Close()
+	}
+	var problems []error
+	owned := make(map[uint64]bool)
+	for _, r := range records {
+		owned[r.Cookie] = true
+		ns, err := openNamespaceOf(r)
+		if err == nil {
+			ns.Close()
+		}
+		if errors.Is(err, host.ErrNetNSGone) && !d.LookupAttached(r.Cookie) {
+			problems = append(problems, d.remove(r.Key))
+		}
+	}
+	if errors.Is(unopened, bpfmap.ErrNotLoaded) {
+		return errors.Join(problems...)
+	}
+	if unopened != nil {
+		return errors.Join(append(problems, unopened)...)
+	}
+	orphans, err := d.orphans(owned)
+	problems = append(problems, err)
+	for _, orphan := range orphans {
+		if orphan.alive {
+			continue
+		}
+		problems = append(problems, tables.DeleteWorkload(orphan.cookie, nil), program.DetachLookup(d.Paths(), orphan.cookie))
+	}
+	return errors.Join(problems...)
 }

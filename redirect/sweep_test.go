@@ -41,10 +41,10 @@ func TestRepairPutsBackALinkAndSaysSo(t *testing.T) {
 	if repairs, err := n.Repair(); err != nil || len(repairs) > 0 {
 		t.Fatalf("repair of what is whole = %q, %v; want nothing", repairs, err)
 	}
-	if err := os.Remove(n.paths.Link("weir_connect4")); err != nil {
+	if err := os.Remove(n.Paths().Link("weir_connect4")); err != nil {
 		t.Fatal(err)
 	}
-	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []Repair{{Kind: program.Attached, Object: "weir_connect4"}}) {
+	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []program.Repair{{Kind: program.Attached, Object: "weir_connect4"}}) {
 		t.Errorf("repair = %q, %v; want to hear what was done, once", repairs, err)
 	}
 	if status, err := n.Status(); err != nil || !status.Healthy() {
@@ -60,7 +60,7 @@ func TestUnhookedNamesWhoseProgramIsNotPinned(t *testing.T) {
 	if keys, err := n.LookupsMissing(); err != nil || len(keys) > 0 {
 		t.Fatalf("unhooked = %v, %v; want none", keys, err)
 	}
-	if err := os.Remove(n.paths.Lookup(b.Cookie())); err != nil {
+	if err := os.Remove(n.Paths().Lookup(b.Cookie())); err != nil {
 		t.Fatal(err)
 	}
 	keys, err := n.LookupsMissing()

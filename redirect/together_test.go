@@ -44,7 +44,7 @@ func plainWorkloads(t *testing.T, d *Datapath, count int) (list []Attachment) {
 // inForce are the inbound ports of the workloads' rows, as the kernel has them.
 func inForce(t *testing.T, d *Datapath, list []Attachment) (ports []uint16) {
 	t.Helper()
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +73,7 @@ func TestChangesWaitInCommon(t *testing.T) {
 	d := newDatapath(t)
 	list := plainWorkloads(t, d, MaxChanges+8)
 	rows, waits := rowCounts(t, d), 0
-	d.wait = func() { waits++; bpfmap.WaitForReaders() }
+	d.Wait = func() { waits++; bpfmap.WaitForReaders() }
 	change := func(port uint16) (changes []MeshChange) {
 		for _, a := range list {
 			changes = append(changes, MeshChange{a.Key, workload.MeshConfig{InboundPort: port}})
@@ -152,7 +152,7 @@ func TestKilledChanges(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, each := range []*alloc{a, other} {
-			r, err := n.paths.ReadRecord(each.key)
+			r, err := n.Paths().ReadRecord(each.key)
 			if err != nil || r.State != store.Complete {
 				t.Errorf("record of %s: %+v, %v", each.key, r, err)
 			}
@@ -221,20 +221,20 @@ func TestCheckSome(t *testing.T) {
 		each.startProxy()
 		each.add(full)
 	}
-	detachPinned(t, n.paths.Lookup(other.Cookie()))
-	detachPinned(t, n.paths.Link("weir_connect4"))
+	detachPinned(t, n.Paths().Lookup(other.Cookie()))
+	detachPinned(t, n.Paths().Link("weir_connect4"))
 	nobody := workload.AttachmentID{ContainerID: "nobody", IfName: "eth0"}
 	checked := n.CheckSome([]workload.AttachmentID{a.key, other.key, nobody})
 	if checked[0].Err != nil || len(checked[0].Repaired) > 0 || checked[0].Key != a.key {
 		t.Errorf("a workload without damage: %+v", checked[0])
 	}
-	if checked[1].Err != nil || !slices.Equal(checked[1].Repaired, []Repair{{Kind: program.LookupAttached}}) || checked[1].Key != other.key {
+	if checked[1].Err != nil || !slices.Equal(checked[1].Repaired, []program.Repair{{Kind: program.LookupAttached}}) || checked[1].Key != other.key {
 		t.Errorf("a workload without its program: %+v, want that it is attached", checked[1])
 	}
 	if !errors.Is(checked[2].Err, store.ErrUnknown) {
 		t.Errorf("a workload that is not there: %+v", checked[2])
 	}
-	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []Repair{{Kind: program.Reattached, Object: "weir_connect4"}}) {
+	if repairs, err := n.Repair(); err != nil || !slices.Equal(repairs, []program.Repair{{Kind: program.Reattached, Object: "weir_connect4"}}) {
 		t.Errorf("repair: %v, %v; want what the check left", repairs, err)
 	}
 	a.works()
@@ -246,7 +246,7 @@ func TestLookupAt(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	pin := n.paths.Lookup(a.Cookie())
+	pin := n.Paths().Lookup(a.Cookie())
 	pinned, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -255,7 +255,7 @@ func TestLookupAt(t *testing.T) {
 	if got, want := program.LookupAt(pin), program.LookupInode(pinned); got != want || got == 0 {
 		t.Errorf("the program is attached to namespace %d, want %d", got, want)
 	}
-	for what, other := range map[string]string{"a link of a cgroup": n.paths.Link("weir_connect4"), "a map": n.paths.Maps() + "/workloads", "nothing": pin + "0"} {
+	for what, other := range map[string]string{"a link of a cgroup": n.Paths().Link("weir_connect4"), "a map": n.Paths().Maps() + "/workloads", "nothing": pin + "0"} {
 		if got := program.LookupAt(other); got != 0 {
 			t.Errorf("%s is attached to namespace %d", what, got)
 		}

@@ -34,7 +34,7 @@ func (d *Datapath) SetProxyCgroup(key workload.AttachmentID, service string, cgr
 				return err
 			}
 		}
-		return trustProxy(tables, d.paths, ns, w, w.ProxyID(i), cgroup)
+		return trustProxy(tables, d.Paths(), ns, w, w.ProxyID(i), cgroup)
 	})
 	if err != nil {
 		return fmt.Errorf("trust cgroup %d of workload %s: %w", cgroup, key, err)
@@ -113,7 +113,7 @@ type ObservedProxy struct {
 // ObservedProxies returns those of the proxies of these namespaces, by cookie. A few
 // map reads each, without the lock.
 func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy, error) {
-	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
+	tables, err := bpfmap.OpenTablesToRead(d.Paths().Maps())
 	if err != nil {
 		return nil, err
 	}
@@ -146,7 +146,7 @@ func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy
 // the state.
 func (d *Datapath) onRecord(key workload.AttachmentID, action func(*bpfmap.Tables, *store.Record, *host.Namespace) error) error {
 	return d.locked(func() error {
-		r, err := d.paths.ReadRecord(key)
+		r, err := d.Paths().ReadRecord(key)
 		if err != nil {
 			return err
 		}
@@ -155,7 +155,7 @@ func (d *Datapath) onRecord(key workload.AttachmentID, action func(*bpfmap.Table
 			return err
 		}
 		defer ns.Close()
-		tables, err := bpfmap.OpenTables(d.paths.Maps())
+		tables, err := bpfmap.OpenTables(d.Paths().Maps())
 		if err != nil {
 			return err
 		}
@@ -173,7 +173,7 @@ func (d *Datapath) RejectProxyCgroup(key workload.AttachmentID, cgroup uint64) e
 		if !slices.Contains(r.RejectedCgroups, cgroup) {
 			r.RejectedCgroups = append(r.RejectedCgroups, cgroup)
 		}
-		if err := d.paths.WriteRecord(r); err != nil {
+		if err := d.Paths().WriteRecord(r); err != nil {
 			return err
 		}
 		w := r.Desired()

@@ -13,9 +13,9 @@ import (
 // Unload removes programs, maps, pins and records, and returns what it
 // removed. Workloads are no longer redirected from then on. It works on what
 // any version pinned, and again on what it could not finish.
-func (d *Datapath) Unload() (removed []string, err error) {
+func (d *Loader) Unload() (removed []string, err error) {
 	err = d.locked(func() error {
-		records, err := d.paths.ReadRecords()
+		records, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
@@ -24,11 +24,11 @@ func (d *Datapath) Unload() (removed []string, err error) {
 		}
 		var problems []error
 		for _, r := range records {
-			problems = append(problems, removeRoutes(r), d.paths.RemoveRecord(r.Key))
+			problems = append(problems, removeRoutes(r), d.Paths().RemoveRecord(r.Key))
 			removed = append(removed, "workload "+r.Key.String())
 		}
 		problems = append(problems, d.dropWorkloads())
-		for _, dir := range []string{d.paths.PinDir, d.paths.Staging()} {
+		for _, dir := range []string{d.Paths().PinDir, d.Paths().Staging()} {
 			pins, err := program.UnpinAll(dir)
 			removed = append(removed, pins...)
 			problems = append(problems, err)
@@ -38,15 +38,15 @@ func (d *Datapath) Unload() (removed []string, err error) {
 			removed = append(removed, what.String())
 		}
 		problems = append(problems, err)
-		return errors.Join(append(problems, program.RemoveTree(d.paths.Workloads()), program.RemoveTree(d.paths.EventsLock()))...)
+		return errors.Join(append(problems, program.RemoveTree(d.Paths().Workloads()), program.RemoveTree(d.Paths().EventsLock()))...)
 	})
 	return removed, err
 }
 
 // dropWorkloads makes the programs leave every namespace alone: without a record
 // nobody knows the path to one, whose rules of nftables ask them until it ends.
-func (d *Datapath) dropWorkloads() error {
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+func (d *Loader) dropWorkloads() error {
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		return nil // there are none, or some that this version does not know
 	}
@@ -55,8 +55,8 @@ func (d *Datapath) dropWorkloads() error {
 }
 
 // detachHidden detaches what this instance has attached and no pin leads to.
-func (d *Datapath) detachHidden() (repairs []Repair, err error) {
-	root, err := d.paths.OpenCgroupRoot()
+func (d *Loader) detachHidden() (repairs []program.Repair, err error) {
+	root, err := d.Paths().OpenCgroupRoot()
 	if err != nil {
 		return nil, nil // nothing can be attached to it
 	}

@@ -28,7 +28,7 @@ func TestUnloadRemovesEverything(t *testing.T) {
 	}
 	text := strings.Join(removed, "\n")
 	for _, pin := range pins {
-		if strings.HasPrefix(pin, n.paths.PinDir) && !strings.Contains(text, pin) {
+		if strings.HasPrefix(pin, n.Paths().PinDir) && !strings.Contains(text, pin) {
 			t.Errorf("unload does not say that it removed %s", pin)
 		}
 	}
@@ -38,7 +38,7 @@ func TestUnloadRemovesEverything(t *testing.T) {
 	if left := files(t, n.Datapath); len(left) != 0 {
 		t.Errorf("left: %v", left)
 	}
-	if _, err := os.Stat(n.paths.PinDir); err == nil {
+	if _, err := os.Stat(n.Paths().PinDir); err == nil {
 		t.Error("the pin directory is left")
 	}
 	if v4, v6 := routesOf(t, a.NetNS); v4 || v6 {
@@ -63,9 +63,9 @@ func TestUnloadFinishesAHalfRemovedInstance(t *testing.T) {
 			a := n.newAlloc()
 			a.add()
 			held := kernelObjects(t, n.Datapath)
-			path := filepath.Join(n.paths.PinDir, part)
+			path := filepath.Join(n.Paths().PinDir, part)
 			if part == "records" {
-				path = n.paths.Workloads()
+				path = n.Paths().Workloads()
 			}
 			if err := os.RemoveAll(path); err != nil {
 				t.Fatal(err)

@@ -116,7 +116,7 @@ func TestForeignProgramsOnTheSameHooksStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	stay("after an upgrade")
-	detachPinned(t, n.paths.Link("weir_connect4"))
+	detachPinned(t, n.Paths().Link("weir_connect4"))
 	if _, err := n.Load(); err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func staleDigest(t *testing.T, d *Datapath) {
 // editControl changes the node's own row.
 func editControl(t *testing.T, d *Datapath, edit func(*bpfmap.BpfControl)) {
 	t.Helper()
-	tables, err := bpfmap.OpenTables(d.paths.Maps())
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -190,7 +190,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 		if status, err := n.Status(); err != nil || status.Current {
 			t.Fatalf("status before upgrade %d: current %t, %v", i, status.Current, err)
 		}
-		links, lookup := pinnedLinks(t, n.Datapath), linkIDs(t, n.paths.Lookup(a.Cookie()))
+		links, lookup := pinnedLinks(t, n.Datapath), linkIDs(t, n.Paths().Lookup(a.Cookie()))
 		seen := connections.Load()
 		result, err := n.Load()
 		if err != nil {
@@ -205,7 +205,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 					i, name, now[0], now[1], links[name])
 			}
 		}
-		if now := linkIDs(t, n.paths.Lookup(a.Cookie())); now[0] != lookup[0] || now[1] == lookup[1] {
+		if now := linkIDs(t, n.Paths().Lookup(a.Cookie())); now[0] != lookup[0] || now[1] == lookup[1] {
 			t.Errorf("upgrade %d: lookup is link and program %d, was %d", i, now, lookup)
 		}
 		test.Eventually(t, func() error {
@@ -249,7 +249,7 @@ func TestCheckDoesNotUpgrade(t *testing.T) {
 			t.Errorf("check swapped %s", name)
 		}
 	}
-	detachPinned(t, n.paths.Link("weir_bind6"))
+	detachPinned(t, n.Paths().Link("weir_bind6"))
 	if _, err := n.Check(a.key, a.Path); err != nil {
 		t.Fatal(err)
 	}

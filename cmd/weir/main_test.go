@@ -319,7 +319,7 @@ func TestLoad(t *testing.T) {
 	const next = "no agent answers, so plain connect jobs are not guarded; " +
 		"next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it\n"
 	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n" + next})
-	n := &node{load: redirect.LoadResult{Changed: true, Did: []redirect.Repair{{Kind: program.MapsCreated, Object: "maps"}, {Kind: program.Attached, Object: "connect4"}}}}
+	n := &node{load: redirect.LoadResult{Changed: true, Did: []program.Repair{{Kind: program.MapsCreated, Object: "maps"}, {Kind: program.Attached, Object: "connect4"}}}}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n" + next})
 	n.agent = &api.Status{}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n"})

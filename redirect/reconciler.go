@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package redirect
+
+import (
+	"time"
+
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
+)
+
+// Reconciler brings the rows, listeners, routes and programs of workloads to what their
+// records say.
+type Reconciler struct {
+	Reader
+
+	LockTimeout  time.Duration // how long a change waits for the lock
+	CheckTimeout time.Duration // ... and a check
+	Wait         func()        // until no program reads rows that were replaced before
+
+	processes *host.Processes
+}
+
+// Of returns the reconciler of what the reader reads.
+func Of(reader Reader) Reconciler {
+	return Reconciler{Reader: reader, LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes)}
+}
+
+// locked runs action while no other process changes the state.
+func (d *Reconciler) locked(action func() error) error {
+	return store.LockedWithin(d.Paths().Lock(), d.LockTimeout, action)
+}
