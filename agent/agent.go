@@ -25,6 +25,7 @@ import (
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -63,7 +64,7 @@ type Agent struct {
 	notify          func(string)
 	datapath        *redirect.Datapath
 	origins         *redirect.IndexReclaimer
-	records         *redirect.RecordReader
+	records         *inspect.RecordReader
 	consul          *catalog.Watcher // nil: Consul is not to be asked
 	docker          *discover.Docker // nil: Docker is not to be asked
 	cache           *discover.Cache

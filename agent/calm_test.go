@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/discover"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -93,7 +93,7 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 		a.asks(t.Context())
 		return inSync(9191)
 	}, "both allocations to be in sync")
-	if w, err := n.workload(key); err != nil || w.Proxy.Identity == redirect.IdentityNone {
+	if w, err := n.workload(key); err != nil || w.Proxy.Identity == inspect.IdentityNone {
 		t.Fatalf("the kernel has %+v, %v; want its proxy known", w, err)
 	}
 
@@ -139,7 +139,7 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 }
 
-func (n *node) workload(key workload.AttachmentID) (found redirect.WorkloadStatus, err error) {
+func (n *node) workload(key workload.AttachmentID) (found inspect.WorkloadStatus, err error) {
 	list, err := n.Workloads()
 	for _, w := range list {
 		if w.Key == key {

@@ -8,10 +8,9 @@ import (
 	"maps"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"golang.org/x/sys/unix"
 )
 
 // lockTimeout is how long a step waits for another process's change: the loop
@@ -41,7 +40,7 @@ func (u unseen) reasons() map[string]int {
 // change it, what is in force stays, and it is tried again.
 func (a *Agent) load() error {
 	loaded, err := a.datapath.Load()
-	_, a.behind = redirect.CouldNotLook(err)
+	_, a.behind = inspect.CouldNotLook(err)
 	if err != nil && !a.behind {
 		return fmt.Errorf("load data path: %w", err)
 	}
@@ -67,7 +66,7 @@ func (a *Agent) repair() bool {
 		}
 	}
 	did, err := a.datapath.Repair()
-	reason, _ := redirect.CouldNotLook(err)
+	reason, _ := inspect.CouldNotLook(err)
 	a.mu.Lock()
 	a.status.Counts.Repaired += uint64(len(did))
 	a.status.DataPath, a.unseen.node = "", reason

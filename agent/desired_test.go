@@ -11,8 +11,8 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -27,11 +27,11 @@ func found() discover.Attachment {
 	}
 }
 
-func onRecord(mode workload.Mode) *redirect.Record {
-	return &redirect.Record{Key: found().Key, Request: workload.Request{Mode: mode}, Complete: true}
+func onRecord(mode workload.Mode) *inspect.Record {
+	return &inspect.Record{Key: found().Key, Request: workload.Request{Mode: mode}, Complete: true}
 }
 
-func recorded(meshConfig workload.MeshConfig) *redirect.Record {
+func recorded(meshConfig workload.MeshConfig) *inspect.Record {
 	known := onRecord(workload.ModeDirect)
 	known.MeshConfig = meshConfig
 	return known
@@ -259,7 +259,7 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a job strengthens the egress guard, by its meta and by the plugin, and does not weaken the node's",
-			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: func() *redirect.Record {
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: func() *inspect.Record {
 				known := onRecord(workload.ModeDirect)
 				known.Request.Egress = workload.GuardEnforce
 				return known
@@ -276,7 +276,7 @@ func TestDesire(t *testing.T) {
 		},
 		{
 			name: "a job strengthens the guard by the plugin",
-			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: func() *redirect.Record {
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: func() *inspect.Record {
 				known := onRecord(workload.ModeDirect)
 				known.Request.Guard = workload.GuardEnforce
 				return known
@@ -307,7 +307,7 @@ func TestDesire(t *testing.T) {
 				a.Ports = append(a.Ports, discover.PortMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "tcp"}, discover.PortMapping{HostPort: 25001, ContainerPort: 25001, Protocol: "udp"},
 					discover.PortMapping{HostPort: 25002, ContainerPort: 25002})
 				return a
-			}(), Record: func() *redirect.Record {
+			}(), Record: func() *inspect.Record {
 				known := onRecord(workload.ModeTransparent)
 				known.Request.ExcludeInboundPorts = []uint16{25002}
 				return known

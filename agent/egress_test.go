@@ -10,8 +10,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/flow"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 // The list has each task's destinations and kinds of sockets once, keeps nothing of
@@ -55,7 +55,7 @@ func TestEgressTable(t *testing.T) {
 	if diff := cmp.Diff(want, list[flow.GuardShare:]); diff != "" {
 		t.Errorf("entries (-want +got):\n%s", diff)
 	}
-	e.Keep([]redirect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
+	e.Keep([]inspect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
 	if list, _ := e.List(); len(list) != 3 || e.Share[1] != 0 {
 		t.Errorf("%d entries once the other workload is gone, want 3", len(list))
 	}

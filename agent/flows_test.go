@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -248,7 +249,7 @@ func TestFlows(t *testing.T) {
 	}
 
 	// The kernel's ring has one reader, and that is the agent.
-	if err := n.Events(context.Background(), func(redirect.Event) error { return nil }); !errors.Is(err, redirect.ErrBusy) {
+	if err := n.Events(context.Background(), func(monitor.Event) error { return nil }); !errors.Is(err, monitor.ErrBusy) {
 		t.Errorf("a second reader of the kernel's ring: %v, want busy", err)
 	}
 	found := errors.New("found")
@@ -260,7 +261,7 @@ func TestFlows(t *testing.T) {
 				_, _ = task.Ask("tcp4", "127.128.0.1:81")
 			}
 		}()
-		err := api.ReadEvents(ctx, n.config.StateDir, func(event redirect.Event) error {
+		err := api.ReadEvents(ctx, n.config.StateDir, func(event monitor.Event) error {
 			if event.Verdict == bpfmap.RefusedEncoded && event.Cookie == mesh.Cookie() && event.PID == uint32(task.PID) {
 				return found
 			}
@@ -288,7 +289,7 @@ func TestFlowsTurnedOff(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if err := n.Events(ctx, func(redirect.Event) error { return nil }); err != nil {
+	if err := n.Events(ctx, func(monitor.Event) error { return nil }); err != nil {
 		t.Errorf("events: %v", err)
 	}
 }

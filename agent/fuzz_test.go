@@ -18,8 +18,8 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -63,7 +63,7 @@ func FuzzServices(f *testing.F) {
 					request.InboundPort, request.OutboundPort = 20000, 15001
 				}
 				if mode != "" {
-					s.Record = &redirect.Record{Key: s.Key, Request: request, Complete: true}
+					s.Record = &inspect.Record{Key: s.Key, Request: request, Complete: true}
 				}
 				plan := desired.For(s, catalog.Data{}, desired.Policy{Guard: workload.GuardAudit, ProxyUID: 101})
 				if plan.MeshConfig == nil {

@@ -18,9 +18,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/flow"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -184,7 +184,7 @@ func TestGuardTableIsBounded(t *testing.T) {
 	put(quiet, 80, 2, bpfmap.Inbound)
 	put(quiet, 0, 0, bpfmap.EventsLost)
 	none := func(string) (tcp, udp map[uint16]bool, err error) { return nil, nil, host.ErrNetNSGone }
-	list := g.List([]redirect.Record{{Cookie: 2, Request: workload.Request{Mode: workload.ModeTransparent}}}, none)
+	list := g.List([]inspect.Record{{Cookie: 2, Request: workload.Request{Mode: workload.ModeTransparent}}}, none)
 	if len(list.Entries) != flow.GuardShare+1 || list.Omitted != 1000-flow.GuardShare || list.Lost != 7 || list.Entries[0].Count != 2 {
 		t.Errorf("%d entries, %d omitted, %d lost, the first counts %d; want %d, %d, 7, 2",
 			len(list.Entries), list.Omitted, list.Lost, list.Entries[0].Count, flow.GuardShare+1, 1000-flow.GuardShare)
@@ -197,11 +197,11 @@ func TestGuardTableIsBounded(t *testing.T) {
 	if diff := cmp.Diff(want, list.Entries[flow.GuardShare]); diff != "" {
 		t.Errorf("entry (-want +got):\n%s", diff)
 	}
-	g.Keep([]redirect.Record{{Cookie: 2}}, now.Add(30*time.Second))
+	g.Keep([]inspect.Record{{Cookie: 2}}, now.Add(30*time.Second))
 	if len(g.Entries) != flow.GuardShare+1 {
 		t.Errorf("%d entries while the list of workloads may be older", len(g.Entries))
 	}
-	g.Keep([]redirect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
+	g.Keep([]inspect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
 	if len(g.Entries) != 1 || !slices.Equal(slices.Collect(maps.Keys(g.Share)), []uint64{2}) {
 		t.Errorf("%d entries, shares %v; want those of the workload that is there", len(g.Entries), g.Share)
 	}

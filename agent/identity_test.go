@@ -20,8 +20,8 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/identity"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -59,7 +59,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 	free := func(p registration.Proxy) registration.Proxy { p.AllocID = ""; return p } // by its address
 	edge := registration.Proxy{ID: "edge", Kind: registration.KindAPI, Self: registration.Service{Name: "edge"}, Open: []uint16{8181}}
 	intruder := registration.Proxy{ID: "intruder", Kind: registration.KindAPI, Self: registration.Service{Name: "intruder"}, Open: []uint16{19000}}
-	transparent := func() *redirect.Record {
+	transparent := func() *inspect.Record {
 		known := onRecord(workload.ModeTransparent)
 		known.Request.InboundPort = 20005
 		return known
@@ -76,7 +76,7 @@ func TestWhichRegistrationsCount(t *testing.T) {
 		proxies []registration.Proxy
 		e       identity.Evidence
 		listens []uint16
-		known   *redirect.Record
+		known   *inspect.Record
 		uncached,
 		gateway bool // the job is edge's
 		want string
@@ -180,7 +180,7 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		i := slices.IndexFunc(list, func(k redirect.Record) bool { return k.Key == key })
+		i := slices.IndexFunc(list, func(k inspect.Record) bool { return k.Key == key })
 		if i < 0 {
 			t.Fatal("it is not on record")
 		}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -51,7 +52,7 @@ func (a *Agent) checkListens(key workload.AttachmentID, m *allocState, seen []re
 
 // muteProblem says what is wrong with a proxy that does not listen, by what
 // listens on its ports; nothing where it has none.
-func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener) health.Problem {
+func muteProblem(ports inspect.ProxyPorts, rejected []inspect.RejectedListener) health.Problem {
 	if len(ports.Missing) == 0 {
 		return health.Problem{}
 	}
@@ -73,11 +74,11 @@ func muteProblem(ports redirect.ProxyPorts, rejected []redirect.RejectedListener
 		sockets = append(sockets, fmt.Sprintf("%s is UID %d's (%s)", r.Address, r.UID, owner))
 	}
 	what = fmt.Sprintf("%s under UID %d: %s", what, ports.UID, strings.Join(sockets, "; "))
-	of := func(is func(redirect.RejectedListener) bool) bool { return slices.ContainsFunc(rejected, is) }
+	of := func(is func(inspect.RejectedListener) bool) bool { return slices.ContainsFunc(rejected, is) }
 	switch {
-	case of(func(r redirect.RejectedListener) bool { return r.Usable && r.UID != ports.UID }):
+	case of(func(r inspect.RejectedListener) bool { return r.Usable && r.UID != ports.UID }):
 		return health.NewProblem(health.ProblemProxyNotListening, fmt.Sprintf("let Envoy run under UID %d as the node sees it: where Docker remaps users, userns_mode = \"host\" in the sidecar_task's config; where it is a task's socket, give the task another port", ports.UID), what)
-	case of(func(r redirect.RejectedListener) bool { return r.Usable }):
+	case of(func(r inspect.RejectedListener) bool { return r.Usable }):
 		return health.NewProblem(health.ProblemProxyNotListening, "where it is another task's, give that task a user of its own; where it is Envoy's, an MPTCP socket cannot be handed connections, and 'weir verdicts' says what else is wrong", what)
 	}
 	return health.NewProblem(health.ProblemProxyNotListening, "let Envoy listen on 127.0.0.1 or on all addresses: take bind_address out of the proxy's config", what)

@@ -8,8 +8,8 @@ import (
 	"sync"
 
 	"github.com/weirmesh/weir/agent/desired"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -155,7 +155,7 @@ func (a *Agent) checkMoved() {
 }
 
 // followNetworks hears of the networks of all that is under Weir.
-func (a *Agent) followNetworks(known []redirect.Record) {
+func (a *Agent) followNetworks(known []inspect.Record) {
 	there := make(map[workload.AttachmentID]bool, len(known))
 	for _, k := range known {
 		m := a.allocations[k.Key]

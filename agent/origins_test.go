@@ -12,6 +12,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -109,7 +110,7 @@ func (n *node) eventuallyHolds(key workload.AttachmentID, most uint32) {
 	}, "origins to be given back")
 }
 
-func (n *node) verdicts(key workload.AttachmentID) (found []redirect.WorkloadVerdicts) {
+func (n *node) verdicts(key workload.AttachmentID) (found []inspect.WorkloadVerdicts) {
 	n.t.Helper()
 	list, err := n.Verdicts()
 	if err != nil {

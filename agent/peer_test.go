@@ -14,7 +14,7 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 
@@ -74,7 +74,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 
 	// The desired state is that of any upstream.
 	s := desired.Allocation{Attachment: discover.Attachment{Key: workload.AttachmentID{ContainerID: numbered(1)}, Job: workload.Job{AllocID: numbered(1)}}}
-	s.Record = &redirect.Record{Request: workload.Request{Mode: workload.ModeDirect}}
+	s.Record = &inspect.Record{Request: workload.Request{Mode: workload.ModeDirect}}
 	s.Proxies = desired.ProxiesOf(got, s.Attachment)
 	wanted := desired.For(s, got.Facts, desired.Policy{Guard: workload.GuardAudit})
 	want := []workload.Upstream{

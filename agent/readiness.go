@@ -12,14 +12,14 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 // AllocationReadiness names the allocations of the mesh on this node that have no
 // record: those of libcni's results that asked for it, or that Consul has proxies
 // of. before says that Weir is not installed yet: it takes none of them over.
-func AllocationReadiness(config configfile.Config, known []redirect.Record, services []byte, before bool) []health.Check {
+func AllocationReadiness(config configfile.Config, known []inspect.Record, services []byte, before bool) []health.Check {
 	c := &health.Checks{Group: "allocations"}
 	cached, unreadable, err := (&discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")}).Read()
 	spaces, spacesErr := discover.FindNamespaces(config.CNI.NetNSDir, discover.Containers{})

@@ -14,8 +14,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/configfile"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 
@@ -199,7 +199,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 	test.WriteFile(t, asks, strings.Replace(string(text), `"CONSUL_IPTABLES_CONFIG"`, `"weir.mode"`, 1))
 	answer := httptest.NewRecorder()
 	registered(numbered(2))(answer, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
-	known := []redirect.Record{{Key: workload.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}
+	known := []inspect.Record{{Key: workload.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}
 	for before, plain := range map[bool]health.Result{false: health.ResultFault, true: health.ResultOK} {
 		got := make(map[string]health.Result)
 		checks := AllocationReadiness(n.config, known, answer.Body.Bytes(), before)

@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -89,7 +90,7 @@ func (a *Agent) reconcile(now time.Time) {
 		unreadable = append(unreadable, err.Error())
 	}
 	a.mu.Lock()
-	a.discoveryError, a.unreadable, a.unseen.records = "", unreadable, redirect.UnreadableRecords(noRecords)
+	a.discoveryError, a.unreadable, a.unseen.records = "", unreadable, inspect.UnreadableRecords(noRecords)
 	a.mu.Unlock()
 	skipped := slices.Concat(unreadable, consul.Problems)
 	if problem := a.containers().Error; problem != "" {

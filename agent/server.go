@@ -16,8 +16,8 @@ import (
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/web"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"golang.org/x/net/netutil"
 )
 
@@ -35,7 +35,7 @@ type servers struct {
 // an address for them.
 func (a *Agent) listen() error {
 	err := a.listenLocally()
-	if _, unseen := redirect.CouldNotLook(err); unseen {
+	if _, unseen := inspect.CouldNotLook(err); unseen {
 		a.warnOnce("open the local API", err) // and tried again
 	} else if err != nil {
 		return err

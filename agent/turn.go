@@ -11,7 +11,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/change"
 	"github.com/weirmesh/weir/agent/desired"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -28,7 +28,7 @@ type passBudget struct {
 }
 
 func defaultPassBudget() passBudget {
-	return passBudget{least: 200 * time.Millisecond, most: 2 * time.Second, together: redirect.MaxChanges}
+	return passBudget{least: 200 * time.Millisecond, most: 2 * time.Second, together: reconcile.MaxChanges}
 }
 
 // begin begins a pass.
@@ -106,9 +106,9 @@ func (a *Agent) applyAll(moves []*move) {
 		if !a.budget.allows(len(together), time.Now(), a.arrived.Load()) {
 			continue
 		}
-		var list []redirect.MeshChange
+		var list []reconcile.MeshChange
 		for _, v := range together {
-			list = append(list, redirect.MeshChange{Key: v.s.Key, MeshConfig: *v.wanted.MeshConfig})
+			list = append(list, reconcile.MeshChange{Key: v.s.Key, MeshConfig: *v.wanted.MeshConfig})
 		}
 		for i, err := range a.datapath.SetMeshConfigs(list) {
 			a.applied(together[i], err)

@@ -15,7 +15,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -101,7 +101,7 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 		a.budget.least, a.budget.together = 0, 1
 		a.notify = func(string) {
 			list, err := n.Records()
-			if err == nil && slices.ContainsFunc(list, func(k redirect.Record) bool { return k.MeshConfig.InboundPort == 20002 }) {
+			if err == nil && slices.ContainsFunc(list, func(k inspect.Record) bool { return k.MeshConfig.InboundPort == 20002 }) {
 				once() // the first of them is written: the loop stands still here
 			}
 		}
@@ -181,8 +181,8 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 
 func TestUrgency(t *testing.T) {
 	key := func(name string) workload.AttachmentID { return workload.AttachmentID{ContainerID: name} }
-	known := func(guard workload.Guard) *redirect.Record {
-		return &redirect.Record{MeshConfig: workload.MeshConfig{Guard: guard}}
+	known := func(guard workload.Guard) *inspect.Record {
+		return &inspect.Record{MeshConfig: workload.MeshConfig{Guard: guard}}
 	}
 	allocations := []desired.Allocation{
 		{Attachment: discover.Attachment{Key: key("broken")}},

@@ -9,8 +9,8 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/weirmesh/weir/cni/network"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -53,7 +53,7 @@ func (p *Plugin) checkNetwork(r caller, cmd *skel.CmdArgs, conf *netConf) error 
 		p.note(r, "repaired: "+what)
 	}
 	// Whoever cannot write a record or take the lock has seen nothing that is wrong.
-	if _, unseen := redirect.CouldNotLook(err); unseen && !errors.Is(err, host.ErrNetNSGone) {
+	if _, unseen := inspect.CouldNotLook(err); unseen && !errors.Is(err, host.ErrNetNSGone) {
 		p.note(r, fmt.Sprintf("network %s could not be checked or repaired in full: %v", conf.Name, err))
 		return nil
 	}

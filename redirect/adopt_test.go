@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/reconcile"
 )
 
 // Who is the proxy is decided from what was observed alone.
@@ -33,8 +34,8 @@ func TestExistingListenerIsTheProxysOrWaits(t *testing.T) {
 			want: bpfmap.BpfProxy{Cgroup: 7, Flags: listens4}, admitted: true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			l := existingListener{roles: []bpfmap.BpfListenerRole{c.role}, missing: []bpfmap.BpfListenerRole{c.role}}
-			if got, admitted := l.decide(c.proxy, c.cgroup, c.rejected); got != c.want || admitted != c.admitted {
+			l := reconcile.ExistingListener{Roles: []bpfmap.BpfListenerRole{c.role}, Missing: []bpfmap.BpfListenerRole{c.role}}
+			if got, admitted := l.Decide(c.proxy, c.cgroup, c.rejected); got != c.want || admitted != c.admitted {
 				t.Errorf("decided %+v, %t; want %+v, %t", got, admitted, c.want, c.admitted)
 			}
 		})

@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -147,7 +148,7 @@ func TestCheckRepairs(t *testing.T) {
 			t.Logf("repaired %q", repaired)
 			a.works()
 			healthy(t, n.Datapath)
-			if list, err := n.Workloads(); err != nil || list[0].Proxy.Identity != IdentityCgroup || list[0].Origins != 2 {
+			if list, err := n.Workloads(); err != nil || list[0].Proxy.Identity != inspect.IdentityCgroup || list[0].Origins != 2 {
 				t.Errorf("workload after the check: %+v, %v; want its proxy known by its cgroup and two origins", list, err)
 			}
 			if repaired, err := n.Check(a.key, ""); err != nil || len(repaired) != 0 {

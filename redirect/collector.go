@@ -11,6 +11,7 @@ import (
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -139,7 +140,7 @@ func (c *IndexReclaimer) excess(tables *bpfmap.Tables) (map[uint64]int, error) {
 	}
 	_, off, err := tables.TotalIsOff()
 	if err == nil && off {
-		err = c.datapath.locked(tables.CorrectTotal)
+		err = c.datapath.Locked(tables.CorrectTotal)
 	}
 	if err != nil {
 		return nil, err
@@ -258,7 +259,7 @@ func (c *IndexReclaimer) collect(tables *bpfmap.Tables, r *store.Record, condemn
 	if len(condemned)+len(rested) == 0 {
 		return 0, nil
 	}
-	ns, err := openNamespaceOf(r)
+	ns, err := inspect.OpenNamespaceOf(r)
 	if err != nil {
 		return 0, err
 	}

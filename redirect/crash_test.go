@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -24,7 +25,7 @@ type operation struct {
 	Paths      store.Paths
 	Do         string // "add", "remove", "load", "configure"; nothing where it is empty
 	Attachment Attachment
-	Changes    []MeshChange
+	Changes    []reconcile.MeshChange
 }
 
 // operateFunc is the helper that runs operations.

@@ -13,7 +13,11 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/loader"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -22,12 +26,12 @@ import (
 // any number of them, in any number of processes, may work on the same node. What it
 // embeds it can do as well: read, bring a workload to its record, load and unload.
 type Datapath struct {
-	Loader
+	loader.Loader
 }
 
 // New returns the data path at paths. Nothing is opened or changed.
 func New(paths store.Paths) *Datapath {
-	return &Datapath{Loader{Reconciler: Of(At(paths))}}
+	return &Datapath{loader.Loader{Reconciler: reconcile.Of(inspect.At(paths))}}
 }
 
 // Within returns the same data path for who has other things to do than to wait
@@ -66,7 +70,7 @@ func (d *Datapath) Add(a Attachment) error {
 	if err := workload.Merge(a.Request, workload.MeshConfig{}).Validate(); err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
 	}
-	err := d.locked(func() error { return d.add(a) })
+	err := d.Locked(func() error { return d.add(a) })
 	if err != nil {
 		return fmt.Errorf("add workload %s: %w", a.Key, err)
 	}
@@ -82,7 +86,7 @@ func (d *Datapath) add(a Attachment) error {
 	if err := ns.RefuseConsulRules(); err != nil {
 		return err
 	}
-	if _, err := d.load(false); err != nil {
+	if _, err := d.LoadLocked(false); err != nil {
 		return err
 	}
 	tables, err := bpfmap.OpenTables(d.Paths().Maps())
@@ -120,7 +124,7 @@ func (d *Datapath) add(a Attachment) error {
 	if r.Ephemeral, err = ns.Ephemeral(); err != nil {
 		return err
 	}
-	_, err = d.ensure(tables, r, ns)
+	_, err = d.Ensure(tables, r, ns)
 	if err != nil && fresh {
 		return errors.Join(err, d.removeWorkload(tables, r), d.Paths().RemoveRecord(a.Key))
 	}
@@ -133,7 +137,7 @@ func (d *Datapath) add(a Attachment) error {
 // not lead to it any more: tasks run in it, as in that of a pause container which
 // Docker restarted. They stay redirected until the last of them ends.
 func (d *Datapath) pathLost(r *store.Record) bool {
-	ns, err := openNamespaceOf(r)
+	ns, err := inspect.OpenNamespaceOf(r)
 	if err == nil {
 		ns.Close()
 	}
@@ -181,7 +185,7 @@ func (d *Datapath) newRecord(tables *bpfmap.Tables, key workload.AttachmentID, c
 // process that dies in between leaves two, of which one is incomplete, and the
 // next call for that one comes here again.
 func (d *Datapath) removeOtherRecords(r *store.Record) error {
-	if err := d.markIncomplete(r); err != nil {
+	if err := d.MarkIncomplete(r); err != nil {
 		return err
 	}
 	records, err := d.Paths().ReadRecords()
@@ -201,7 +205,7 @@ func (d *Datapath) removeOtherRecords(r *store.Record) error {
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
 // to remove, and needs neither the namespace nor loaded programs.
 func (d *Datapath) Remove(key workload.AttachmentID) error {
-	err := d.locked(func() error { return d.remove(key) })
+	err := d.Locked(func() error { return d.remove(key) })
 	if err == nil {
 		err = d.eraseDead()
 	}
@@ -220,7 +224,7 @@ func (d *Datapath) remove(key workload.AttachmentID) error {
 	if err != nil {
 		return err
 	}
-	tables, err := d.openOrReclaim()
+	tables, err := d.OpenOrReclaim()
 	// Rows of a node that is not loaded are gone; those of another version
 	// belong to a namespace that is on its way out and harm nobody.
 	if err != nil && !errors.Is(err, bpfmap.ErrNotLoaded) && !errors.Is(err, bpfmap.ErrIncompatible) {
@@ -247,7 +251,7 @@ func (d *Datapath) removeWorkload(tables *bpfmap.Tables, r *store.Record) error 
 		}
 		rows = tables.DeleteWorkload(r.Cookie, applied)
 	}
-	return errors.Join(rows, program.DetachLookup(d.Paths(), r.Cookie), removeRoutes(r))
+	return errors.Join(rows, program.DetachLookup(d.Paths(), r.Cookie), reconcile.RemoveRoutes(r))
 }
 
 // Check verifies that a workload is redirected as its record says, down to the
@@ -275,12 +279,12 @@ func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []pr
 		r.Dirty = r.NetNS != netns
 		r.NetNS = netns
 	}
-	ns, err := openNamespaceOf(r)
+	ns, err := inspect.OpenNamespaceOf(r)
 	if err != nil {
 		return nil, err
 	}
 	defer ns.Close()
-	loaded, err := d.load(false)
+	loaded, err := d.LoadLocked(false)
 	if err != nil {
 		return nil, err
 	}
@@ -289,21 +293,21 @@ func (d *Datapath) check(key workload.AttachmentID, netns string) (repaired []pr
 		return nil, err
 	}
 	defer tables.Close()
-	repairs, err := d.ensure(tables, r, ns)
+	repairs, err := d.Ensure(tables, r, ns)
 	return append(loaded.Did, repairs...), err
 }
 
 // SetMeshConfig replaces what Consul adds to a workload. Open connections and
 // the workload's origins stay; no change means no write.
 func (d *Datapath) SetMeshConfig(key workload.AttachmentID, meshConfig workload.MeshConfig) error {
-	return d.SetMeshConfigs([]MeshChange{{Key: key, MeshConfig: meshConfig}})[0]
+	return d.SetMeshConfigs([]reconcile.MeshChange{{Key: key, MeshConfig: meshConfig}})[0]
 }
 
 // GC removes the workloads of a CNI network that are not in valid, and
 // whatever belongs to namespaces that died. Other networks' workloads with
 // living namespaces are not touched.
 func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error) {
-	err = d.locked(func() error {
+	err = d.Locked(func() error {
 		records, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
@@ -350,6 +354,6 @@ func (d *Datapath) preload(netns string) *program.Preloaded {
 
 // Events delivers every connection of every workload from now on, until ctx ends: see
 // [monitor.Read].
-func (d *Datapath) Events(ctx context.Context, deliver func(Event) error) error {
-	return readEvents(ctx, d.Paths(), deliver)
+func (d *Datapath) Events(ctx context.Context, deliver func(monitor.Event) error) error {
+	return monitor.Read(ctx, d.Paths(), deliver)
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -34,7 +35,7 @@ func serveEvents(args []string) error {
 	if err := json.Unmarshal([]byte(args[0]), &paths); err != nil {
 		return err
 	}
-	return New(paths).Events(context.Background(), func(Event) error { return nil })
+	return New(paths).Events(context.Background(), func(monitor.Event) error { return nil })
 }
 
 // reading is a reader of events in the test's own process.
@@ -43,7 +44,7 @@ type reading struct {
 	stop   context.CancelFunc
 	done   chan error
 	mutex  sync.Mutex
-	events []Event
+	events []monitor.Event
 }
 
 // readEvents starts a reader and returns once the kernel writes for it.
@@ -53,7 +54,7 @@ func (n *node) readEvents() *reading {
 	r := &reading{t: n.t, stop: cancel, done: make(chan error, 1)}
 	former := n.lease() // of a reader that died
 	go func() {
-		r.done <- n.Events(ctx, func(event Event) error {
+		r.done <- n.Events(ctx, func(event monitor.Event) error {
 			r.mutex.Lock()
 			defer r.mutex.Unlock()
 			r.events = append(r.events, event)
@@ -80,14 +81,14 @@ func (r *reading) end() {
 }
 
 // until returns what was delivered up to an event with that origin, which is left out.
-func (r *reading) until(last netip.AddrPort) (events []Event) {
+func (r *reading) until(last netip.AddrPort) (events []monitor.Event) {
 	r.t.Helper()
 	test.Eventually(r.t, func() error {
 		r.mutex.Lock()
 		defer r.mutex.Unlock()
 		for i, event := range r.events {
 			if event.Origin == last {
-				events = append([]Event(nil), r.events[:i]...)
+				events = append([]monitor.Event(nil), r.events[:i]...)
 				return nil
 			}
 		}
@@ -168,7 +169,7 @@ func TestEvents(t *testing.T) {
 	a.serve(taskUID, a.taskCg, "tcp", "[::]:9000")
 	reader := n.readEvents()
 
-	var want []Event
+	var want []monitor.Event
 	// Ask as whom, for what, with which outcome.
 	expect := func(w *alloc, uid uint32, cgroup *test.Cgroup, network string, origin, destination netip.AddrPort, verdict bpfmap.Verdict) {
 		t.Helper()
@@ -177,7 +178,7 @@ func TestEvents(t *testing.T) {
 			t.Errorf("dial %s: %v", origin, err)
 		}
 		client := w.taskCache[test.Spec{NetNS: w.NetNS, Cgroup: cgroup, UID: uid, GID: uid}]
-		want = append(want, Event{Cookie: w.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: origin, Destination: destination,
+		want = append(want, monitor.Event{Cookie: w.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: origin, Destination: destination,
 			UID: uid, PID: uint32(client.PID), Cgroup: cgroup.ID, Command: command(t, client.PID)})
 	}
 	first, _ := workload.EncodedAddrs(1)
@@ -200,11 +201,11 @@ func TestEvents(t *testing.T) {
 			t.Fatal(err)
 		}
 		to := netip.AddrPortFrom(a.v4, port)
-		want = append(want, Event{Cookie: a.Cookie(), Verdict: verdict, Name: verdict.String(), Source: answer.From, Origin: to, Destination: to})
+		want = append(want, monitor.Event{Cookie: a.Cookie(), Verdict: verdict, Name: verdict.String(), Source: answer.From, Origin: to, Destination: to})
 	}
 	b.refused(b.v6, 8080)
 	to := netip.AddrPortFrom(b.v6, 8080)
-	want = append(want, Event{Cookie: b.Cookie(), Verdict: bpfmap.RefusedInboundNoProxy, Name: bpfmap.RefusedInboundNoProxy.String(),
+	want = append(want, monitor.Event{Cookie: b.Cookie(), Verdict: bpfmap.RefusedInboundNoProxy, Name: bpfmap.RefusedInboundNoProxy.String(),
 		Source: netip.AddrPortFrom(remote6(2), 0), Origin: to, Destination: to})
 
 	marker := netip.MustParseAddrPort("203.0.113.1:1")
@@ -226,7 +227,7 @@ func TestEvents(t *testing.T) {
 		}
 	}
 	equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
-	if diff := cmp.Diff(want, got, equal, cmpopts.IgnoreFields(Event{}, "Time")); diff != "" {
+	if diff := cmp.Diff(want, got, equal, cmpopts.IgnoreFields(monitor.Event{}, "Time")); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
 	}
 }
@@ -239,7 +240,7 @@ func TestEventsOfTheGuard(t *testing.T) {
 			a := guarded(t, guard)
 			reader := a.node.readEvents()
 			from := map[netip.Addr]netip.Addr{a.v4: remote4(a.number), a.v6: remote6(a.number)}
-			var want []Event
+			var want []monitor.Event
 			for _, dial := range []struct {
 				network string
 				port    uint16
@@ -257,7 +258,7 @@ func TestEventsOfTheGuard(t *testing.T) {
 					if err != nil { // nobody but the kernel knows the port
 						answer.From = netip.AddrPortFrom(from[addr], 0)
 					}
-					want = append(want, Event{Cookie: a.Cookie(), Verdict: dial.verdict, Name: dial.verdict.String(), Source: answer.From, Origin: to, Destination: to})
+					want = append(want, monitor.Event{Cookie: a.Cookie(), Verdict: dial.verdict, Name: dial.verdict.String(), Source: answer.From, Origin: to, Destination: to})
 				}
 			}
 			marker := netip.AddrPortFrom(a.v4, inboundPort+1)
@@ -267,7 +268,7 @@ func TestEventsOfTheGuard(t *testing.T) {
 			got := reader.until(marker)
 			reader.end()
 			// A packet that comes when its connection is gone is looked up, and told, like a new one.
-			got = slices.CompactFunc(got, func(a, b Event) bool { b.Time = a.Time; return a == b })
+			got = slices.CompactFunc(got, func(a, b monitor.Event) bool { b.Time = a.Time; return a == b })
 			for i, event := range got {
 				if event.Source.Port() == 0 {
 					t.Errorf("event without a source port: %+v", event)
@@ -277,7 +278,7 @@ func TestEventsOfTheGuard(t *testing.T) {
 				}
 			}
 			equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
-			if diff := cmp.Diff(want, got, equal, cmpopts.IgnoreFields(Event{}, "Time")); diff != "" {
+			if diff := cmp.Diff(want, got, equal, cmpopts.IgnoreFields(monitor.Event{}, "Time")); diff != "" {
 				t.Errorf("events (-want +got):\n%s", diff)
 			}
 		})
@@ -305,7 +306,7 @@ func TestEventsCostNothingUnread(t *testing.T) {
 	if n.produced() == before {
 		t.Error("no event was written for a reader")
 	}
-	if err := n.Events(context.Background(), func(Event) error { return nil }); !errors.Is(err, ErrBusy) {
+	if err := n.Events(context.Background(), func(monitor.Event) error { return nil }); !errors.Is(err, monitor.ErrBusy) {
 		t.Errorf("a second reader: %v, want busy", err)
 	}
 	n.leased(true) // the second did not end the first one's
@@ -315,7 +316,7 @@ func TestEventsCostNothingUnread(t *testing.T) {
 	// The reader's own error ends it too.
 	broken := errors.New("write: broken pipe")
 	done := make(chan error, 1)
-	go func() { done <- n.Events(context.Background(), func(Event) error { return broken }) }()
+	go func() { done <- n.Events(context.Background(), func(monitor.Event) error { return broken }) }()
 	n.leased(true)
 	a.spread(1)
 	if err := <-done; !errors.Is(err, broken) {
@@ -344,8 +345,8 @@ func TestEventsOfADeadReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	dead.Stop()
-	if ahead := time.Duration(n.lease() - bpfmap.MonotonicNow()); ahead > eventLease {
-		t.Errorf("the lease of a dead reader runs for %s more, want at most %s", ahead, eventLease)
+	if ahead := time.Duration(n.lease() - bpfmap.MonotonicNow()); ahead > monitor.EventLease {
+		t.Errorf("the lease of a dead reader runs for %s more, want at most %s", ahead, monitor.EventLease)
 	}
 	// The next reader does not have to wait for that.
 	reader := n.readEvents()

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -60,7 +62,7 @@ func TestEventsShareTheRing(t *testing.T) {
 	seen, lost := make(map[uint64]uint64), make(map[uint64]uint64)
 	former := n.lease()
 	go func() {
-		done <- n.Events(ctx, func(event Event) error {
+		done <- n.Events(ctx, func(event monitor.Event) error {
 			<-release
 			if event.Verdict == bpfmap.EventsLost {
 				lost[event.Cookie] += event.Lost
@@ -107,7 +109,7 @@ func TestEventsShareTheRing(t *testing.T) {
 	}
 }
 
-func countsOf(t *testing.T, n *node) []WorkloadVerdicts {
+func countsOf(t *testing.T, n *node) []inspect.WorkloadVerdicts {
 	t.Helper()
 	list, err := n.Verdicts()
 	if err != nil {

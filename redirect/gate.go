@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -32,9 +33,9 @@ type Gate struct {
 
 	upstreams map[uint16]bool // ports on which an explicit upstream is to listen
 
-	held    uint32           // segments that the holder has dropped, as of the last look
-	waiting map[uint64]Event // what waited then
-	counted time.Time        // when that was
+	held    uint32                   // segments that the holder has dropped, as of the last look
+	waiting map[uint64]monitor.Event // what waited then
+	counted time.Time                // when that was
 }
 
 // gateSeconds is how long what waits is tried again every second: as long as a gate is
@@ -47,15 +48,15 @@ const countAgain = time.Second
 
 // GateState is how a gate stands.
 type GateState struct {
-	Listens bool             // all that it holds for is there: nothing is held any more
-	Waiting map[uint64]Event // the connections that wait now, verdict Held, by their sockets' cookies
+	Listens bool                     // all that it holds for is there: nothing is held any more
+	Waiting map[uint64]monitor.Event // the connections that wait now, verdict Held, by their sockets' cookies
 }
 
 // OpenGate makes a gate for a workload, until Close. In transparent mode it holds what
 // is redirected; Hold adds explicit upstreams, in any mode. It takes no lock.
 func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 	fail := func(err error) (*Gate, error) { return nil, fmt.Errorf("open gate of %s: %w", key, err) }
-	r, ns, err := d.openWorkload(key)
+	r, ns, err := d.OpenWorkload(key)
 	if err != nil {
 		return fail(err)
 	}
@@ -113,7 +114,7 @@ func (g *Gate) Hold(upstreams []uint16) error {
 		g.upstreams[port] = true
 	}
 	// A listener that is older than the row did not take it away.
-	_, ns, err := g.datapath.openWorkload(g.key)
+	_, ns, err := g.datapath.OpenWorkload(g.key)
 	if err != nil {
 		return fail(err)
 	}
@@ -183,7 +184,7 @@ func (g *Gate) lives(tables *bpfmap.Tables) error {
 	if generation != 0 && unix.Stat(g.netns, &stat) == nil && stat.Ino == g.inode {
 		return nil
 	}
-	_, ns, err := g.datapath.openWorkload(g.key) // it says what ended
+	_, ns, err := g.datapath.OpenWorkload(g.key) // it says what ended
 	if err != nil {
 		return err
 	}
@@ -233,12 +234,12 @@ func (g *Gate) served(tables *bpfmap.Tables) (listens, whole bool, err error) {
 
 // count returns the sockets that wait. To list them the kernel walks the connections of
 // all namespaces of the node, so it is asked only after the holder dropped a segment.
-func (g *Gate) count(tables *bpfmap.Tables, last bool) (map[uint64]Event, error) {
+func (g *Gate) count(tables *bpfmap.Tables, last bool) (map[uint64]monitor.Event, error) {
 	held, err := host.Drops(g.holder)
 	if err != nil || held == 0 || held == g.held && !last && time.Since(g.counted) < countAgain {
 		return g.waiting, err
 	}
-	_, ns, err := g.datapath.openWorkload(g.key)
+	_, ns, err := g.datapath.OpenWorkload(g.key)
 	if err != nil {
 		return nil, err
 	}
@@ -252,10 +253,10 @@ func (g *Gate) count(tables *bpfmap.Tables, last bool) (map[uint64]Event, error)
 }
 
 // events are the connections that wait, with what each dialled.
-func (g *Gate) events(tables *bpfmap.Tables, attempts map[uint64]host.Attempt) map[uint64]Event {
-	waiting := make(map[uint64]Event, len(attempts))
+func (g *Gate) events(tables *bpfmap.Tables, attempts map[uint64]host.Attempt) map[uint64]monitor.Event {
+	waiting := make(map[uint64]monitor.Event, len(attempts))
 	for socket, attempt := range attempts {
-		waiting[socket] = withOrigin(tables, Event{
+		waiting[socket] = monitor.WithOrigin(tables, monitor.Event{
 			Time: time.Now(), Cookie: g.cookie, Verdict: bpfmap.Held, Name: bpfmap.Held.String(),
 			Source: attempt.Source, Origin: attempt.Destination, Destination: attempt.Destination, UID: attempt.UID, Cgroup: attempt.Cgroup,
 		})

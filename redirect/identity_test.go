@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -31,7 +32,7 @@ func (a *alloc) dials(uid uint32, cgroup *test.Cgroup, server string, verdict bp
 }
 
 // identity fails the test unless Workloads tells the proxy's so.
-func (a *alloc) identity(want Identity, cgroup uint64, noted bool) {
+func (a *alloc) identity(want inspect.Identity, cgroup uint64, noted bool) {
 	t := a.node.t
 	t.Helper()
 	status := a.status()
@@ -49,17 +50,17 @@ func TestIdentitySeparateCgroups(t *testing.T) {
 	a.add()
 	remote := test.Echo(t, n.remote, "tcp4", "0.0.0.0:80")
 	// Nothing but the UID is known until the proxy listens.
-	a.identity(IdentityUID, 0, false)
+	a.identity(inspect.IdentityUID, 0, false)
 	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 	a.startProxy()
-	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 	for range 2 {
 		a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 		a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 		a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 		a.dials(0, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	}
-	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 }
 
 func TestIdentitySharedCgroup(t *testing.T) {
@@ -71,7 +72,7 @@ func TestIdentitySharedCgroup(t *testing.T) {
 	a.startProxy()
 	a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy)
 	a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
-	a.identity(IdentityUID, a.taskCg.ID, true)
+	a.identity(inspect.IdentityUID, a.taskCg.ID, true)
 	a.dials(proxyUID, a.taskCg, remote.Name, bpfmap.Proxy)
 	a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	// Restarted in a cgroup of its own, it is told by that.
@@ -81,7 +82,7 @@ func TestIdentitySharedCgroup(t *testing.T) {
 	a.startProxy()
 	a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 	a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
-	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 }
 
 func TestIdentityOfARestartedProxy(t *testing.T) {
@@ -98,7 +99,7 @@ func TestIdentityOfARestartedProxy(t *testing.T) {
 		a.proxyCg = test.NewCgroup(t)
 		moved := a.rose(func() { a.startProxy() })
 		verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: 2})
-		a.identity(IdentityCgroup, a.proxyCg.ID, false)
+		a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 		a.dials(proxyUID, a.proxyCg, remote.Name, bpfmap.Proxy)
 		a.dials(proxyUID, former, a.outbound.Name, bpfmap.Redirected)
 		a.dials(taskUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
@@ -166,7 +167,7 @@ func TestIdentitySecondClaimant(t *testing.T) {
 	}
 	// The rest of the ports are not the proxy's.
 	second.close(second.mustListen("second", "127.0.0.1:15002"))
-	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 	a.dials(proxyUID, a.taskCg, a.outbound.Name, bpfmap.Redirected)
 	a.arrives(a.v4, 8080, a.inbound.Name, true)
 	a.refused(a.v6, 8080)

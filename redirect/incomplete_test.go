@@ -5,6 +5,7 @@ package redirect
 import (
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -14,7 +15,7 @@ func (a *alloc) dies() {
 	a.node.t.Helper()
 	r, err := a.node.Paths().ReadRecord(a.key)
 	if err == nil {
-		err = a.node.markIncomplete(r)
+		err = a.node.MarkIncomplete(r)
 	}
 	if err != nil {
 		a.node.t.Fatal(err)
@@ -68,7 +69,7 @@ func TestTrustAfterAProcessDiedHalfWay(t *testing.T) {
 	a.add()
 	a.dies()
 	a.trust("", a.proxyCg)
-	a.identity(IdentityCgroup, a.proxyCg.ID, false)
+	a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 	a.refusedWithoutProxy(proxyUID, a.taskCg)
 	healthy(t, n.Datapath)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -109,7 +110,7 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 			a.works()
 			tc.damage(t, a)
 			_, err := n.Check(a.key, a.Path)
-			if reason, unseen := CouldNotLook(err); !unseen || reason != tc.reason {
+			if reason, unseen := inspect.CouldNotLook(err); !unseen || reason != tc.reason {
 				t.Errorf("check: %v, reason %q; want %q", err, reason, tc.reason)
 			}
 			if redirected, err := n.InForce(a.Path); err != nil || !redirected {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -261,7 +262,7 @@ func TestListenerOlderThanItsRow(t *testing.T) {
 	answer, err := a.ask("tcp4", origin.String())
 	a.answered(answer, err, origin, a.v4)
 	a.arrives(a.v4, 8080, a.inbound.Name, true)
-	if got := a.status().Proxy; got.Cgroup != a.proxyCg.ID || got.Identity != IdentityCgroup || got.Listeners != 2 {
+	if got := a.status().Proxy; got.Cgroup != a.proxyCg.ID || got.Identity != inspect.IdentityCgroup || got.Listeners != 2 {
 		t.Errorf("proxy of adopted listeners: %+v, want cgroup %d and 2 listeners", got, a.proxyCg.ID)
 	}
 	if repaired, err := n.Check(a.key, a.Path); err != nil || len(repaired) > 0 {
@@ -331,7 +332,7 @@ func TestListenerAdoptedThenElsewhere(t *testing.T) {
 }
 
 // status returns the allocation's row of Workloads.
-func (a *alloc) status() WorkloadStatus {
+func (a *alloc) status() inspect.WorkloadStatus {
 	a.node.t.Helper()
 	list, err := a.node.Workloads()
 	if err != nil {
@@ -343,5 +344,5 @@ func (a *alloc) status() WorkloadStatus {
 		}
 	}
 	a.node.t.Fatalf("workload %s is not listed", a.key)
-	return WorkloadStatus{}
+	return inspect.WorkloadStatus{}
 }

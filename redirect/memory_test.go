@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -104,9 +105,9 @@ func TestMemory(t *testing.T) {
 	const count = 32
 	before := mapMemory(t, d)
 	list := plainWorkloads(t, d, count)
-	var changes []MeshChange
+	var changes []reconcile.MeshChange
 	for _, a := range list {
-		changes = append(changes, MeshChange{a.Key, meshConfigs()[0]})
+		changes = append(changes, reconcile.MeshChange{Key: a.Key, MeshConfig: meshConfigs()[0]})
 	}
 	if err := errors.Join(d.SetMeshConfigs(changes)...); err != nil {
 		t.Fatal(err)

@@ -18,6 +18,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -103,7 +104,7 @@ func (a *alloc) addToLayout2() {
 	boot, err := store.BootID()
 	fail(err)
 	r := &store.Record{Key: a.key, Request: a.request(), NetNS: a.Path, Cookie: ns.Cookie, BootID: boot}
-	_, err = observeSources(r, ns)
+	_, err = inspect.ObserveSources(r, ns)
 	fail(err)
 	r.Ephemeral, err = ns.Ephemeral()
 	fail(err)

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -41,7 +42,7 @@ func (a *alloc) origins(t *testing.T) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	i := slices.IndexFunc(list, func(w WorkloadStatus) bool { return w.Key == a.key })
+	i := slices.IndexFunc(list, func(w inspect.WorkloadStatus) bool { return w.Key == a.key })
 	if i < 0 {
 		t.Fatalf("workload %s is not on the list", a.key)
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
@@ -120,20 +121,20 @@ func TestOutcomesAddUpToTheDials(t *testing.T) {
 	}
 
 	reader := a.node.readEvents()
-	var refused []Event
+	var refused []monitor.Event
 	for _, kind := range kinds {
 		dial(kind)
 		if kind.want.Refused() {
-			refused = append(refused, Event{Cookie: a.Cookie(), Verdict: kind.want, Name: kind.want.String(), Origin: kind.origin,
+			refused = append(refused, monitor.Event{Cookie: a.Cookie(), Verdict: kind.want, Name: kind.want.String(), Origin: kind.origin,
 				UID: kind.uid, PID: uint32(actors[kind.uid].PID), Command: command(t, actors[kind.uid].PID), Cgroup: a.taskCg.ID})
 		}
 	}
 	marker := netip.MustParseAddrPort("203.0.113.1:1")
 	dial(dialKind{uid: taskUID, script: stream(unix.AF_INET).connect(marker.String()), want: bpfmap.Redirected})
-	told := slices.DeleteFunc(reader.until(marker), func(e Event) bool { return !e.Verdict.Refused() })
+	told := slices.DeleteFunc(reader.until(marker), func(e monitor.Event) bool { return !e.Verdict.Refused() })
 	reader.end()
 	equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
-	if diff := cmp.Diff(refused, told, equal, cmpopts.IgnoreFields(Event{}, "Time", "Destination")); diff != "" {
+	if diff := cmp.Diff(refused, told, equal, cmpopts.IgnoreFields(monitor.Event{}, "Time", "Destination")); diff != "" {
 		t.Errorf("events of refusals (-want +got):\n%s", diff)
 	}
 

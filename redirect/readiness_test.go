@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
@@ -38,7 +39,7 @@ func TestReadinessOfSocketFamilies(t *testing.T) {
 	if err := probe.Families(); err != nil {
 		want = health.ResultWarning
 	}
-	if got := resultsOf(kernelReadiness("/"), "socket-families"); !slices.Equal(got, []health.Result{want}) {
+	if got := resultsOf(inspect.KernelReadiness("/"), "socket-families"); !slices.Equal(got, []health.Result{want}) {
 		t.Errorf("results %v, want %s", got, want)
 	}
 }
@@ -149,7 +150,7 @@ func TestReadinessOfTheKernel(t *testing.T) {
 			} else {
 				write(root, c.path, c.text)
 			}
-			for _, check := range kernelReadiness(root) {
+			for _, check := range inspect.KernelReadiness(root) {
 				switch {
 				case check.Code == c.code:
 					if check.Result != c.want || !strings.Contains(check.What, c.says) || (check.Remedy == "") != (c.want == health.ResultOK) {
@@ -165,7 +166,7 @@ func TestReadinessOfTheKernel(t *testing.T) {
 
 func TestReadinessNamesEachFeature(t *testing.T) {
 	c := &health.Checks{Group: "kernel"}
-	checkRequirements(c, []probe.Requirement{
+	inspect.CheckRequirements(c, []probe.Requirement{
 		{What: "helper one", Why: "to do one thing", Since: "5.7", ProbeFor: func() error { return fmt.Errorf("ask: %w", ebpf.ErrNotSupported) }},
 		{What: "helper two", Why: "to do two things", Since: "5.8", ProbeFor: func() error { return nil }},
 		{What: "helper three", Why: "to do three things", Since: "5.9", ProbeFor: func() error { return unix.EPERM }},
@@ -194,7 +195,7 @@ func TestReadinessJudgesProgramsOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	found := make(map[string]health.Check)
-	for _, check := range n.hookReadiness() {
+	for _, check := range n.HookReadiness() {
 		found[check.What] = check
 	}
 	what := fmt.Sprintf("program neighbour (ID %d) at CGroupInet4Connect, which runs before Weir's, loaded by UID 0 may refuse a connection or datagram, or send it elsewhere", info.Program)
@@ -209,7 +210,7 @@ func TestReadinessJudgesProgramsOfOthers(t *testing.T) {
 	}
 	// Where none is, that is said.
 	alone := New(store.Paths{PinDir: n.Paths().PinDir, StateDir: n.Paths().StateDir, CgroupRoot: test.NewCgroup(t).Path})
-	if got := resultsOf(alone.hookReadiness(), "other-program"); !cmp.Equal(got, []health.Result{health.ResultOK}) {
+	if got := resultsOf(alone.HookReadiness(), "other-program"); !cmp.Equal(got, []health.Result{health.ResultOK}) {
 		t.Errorf("a cgroup without programs: %v, want one that is ok", got)
 	}
 }
@@ -228,7 +229,7 @@ func TestReadinessOfMounts(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got := make(map[string]health.Result)
-			for _, check := range New(c.paths).mountReadiness() {
+			for _, check := range New(c.paths).MountReadiness() {
 				got[check.Code] = check.Result
 			}
 			if diff := cmp.Diff(c.want, got); diff != "" {
@@ -239,7 +240,7 @@ func TestReadinessOfMounts(t *testing.T) {
 	if err := unix.Mount("", pins, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
 		t.Fatal(err)
 	}
-	if got := resultsOf(New(store.Paths{PinDir: filepath.Join(pins, "weir")}).mountReadiness(), "bpffs"); !cmp.Equal(got, []health.Result{health.ResultFault}) {
+	if got := resultsOf(New(store.Paths{PinDir: filepath.Join(pins, "weir")}).MountReadiness(), "bpffs"); !cmp.Equal(got, []health.Result{health.ResultFault}) {
 		t.Errorf("a bpffs that is read-only: %v, want a fault", got)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
@@ -186,7 +187,7 @@ func TestTwoSetsOfOneInstance(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	if _, err := n.loadFresh(root); err != nil {
+	if _, err := n.LoadFresh(root); err != nil {
 		t.Fatal(err)
 	}
 	status, err := n.Status()
@@ -252,7 +253,7 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 	if !status.Healthy() {
 		t.Errorf("problems: %v", status.Problems)
 	}
-	find := func(id uint32) (found Other) {
+	find := func(id uint32) (found inspect.Other) {
 		for _, other := range status.Others {
 			if other.ID == id {
 				found = other
@@ -268,11 +269,11 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 		return uint32(info.Program)
 	}
 	effect := "may refuse a connection or datagram, or send it elsewhere"
-	want := Other{ID: neighbourID(first), Name: "neighbour", Hook: "CGroupInet4Connect", Order: "before", Effect: effect}
+	want := inspect.Other{ID: neighbourID(first), Name: "neighbour", Hook: "CGroupInet4Connect", Order: "before", Effect: effect}
 	if diff := cmp.Diff(want, find(want.ID)); diff != "" {
 		t.Errorf("the first (-want +got):\n%s", diff)
 	}
-	want = Other{ID: neighbourID(second), Name: "neighbour", Hook: "CGroupInet4Connect", Order: "after", Effect: effect, Pinned: pin}
+	want = inspect.Other{ID: neighbourID(second), Name: "neighbour", Hook: "CGroupInet4Connect", Order: "after", Effect: effect, Pinned: pin}
 	if diff := cmp.Diff(want, find(want.ID)); diff != "" {
 		t.Errorf("the second (-want +got):\n%s", diff)
 	}
@@ -340,7 +341,7 @@ func TestNodesWithTheSamePathsAreTwo(t *testing.T) {
 	if err != nil || !status.Healthy() || status.Workloads != 0 {
 		t.Errorf("status of the second node: %+v, %v; want it healthy and empty", status, err)
 	}
-	if !slices.ContainsFunc(status.Others, func(o Other) bool { return o.Weir }) {
+	if !slices.ContainsFunc(status.Others, func(o inspect.Other) bool { return o.Weir }) {
 		t.Error("the second node does not see the first one's programs")
 	}
 	a.works()

@@ -12,6 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -26,13 +28,13 @@ func TestRejectedListenerSaysWhoseItIs(t *testing.T) {
 	a.add()
 	reader := n.readEvents()
 	remapped, task, proxy := a.sockets(remappedUID, a.proxyCg), a.sockets(taskUID, a.taskCg), a.sockets(proxyUID, a.proxyCg)
-	var want []Event
-	var listens []RejectedListener
+	var want []monitor.Event
+	var listens []inspect.RejectedListener
 	expect := func(s *sockets, uid uint32, cgroup *test.Cgroup, address string, verdict bpfmap.Verdict) {
 		at := netip.MustParseAddrPort(address)
-		want = append(want, Event{Cookie: a.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: at, Destination: at,
+		want = append(want, monitor.Event{Cookie: a.Cookie(), Verdict: verdict, Name: verdict.String(), Origin: at, Destination: at,
 			UID: uid, PID: uint32(s.PID), Cgroup: cgroup.ID, Command: command(t, s.PID)})
-		listens = append(listens, RejectedListener{Address: at, UID: uid, PID: s.PID, Command: command(t, s.PID),
+		listens = append(listens, inspect.RejectedListener{Address: at, UID: uid, PID: s.PID, Command: command(t, s.PID),
 			Cgroup: cgroupPath(t, s.PID), Usable: verdict == bpfmap.RefusedListenerIdentity})
 	}
 	remapped.mustListen("envoy", outboundListener)
@@ -50,7 +52,7 @@ func TestRejectedListenerSaysWhoseItIs(t *testing.T) {
 		t.Fatal(err)
 	}
 	equal := cmp.Comparer(func(a, b netip.AddrPort) bool { return a == b })
-	byAddress := cmpopts.SortSlices(func(a, b RejectedListener) bool { return a.Address.Compare(b.Address) < 0 })
+	byAddress := cmpopts.SortSlices(func(a, b inspect.RejectedListener) bool { return a.Address.Compare(b.Address) < 0 })
 	if diff := cmp.Diff(listens, list, equal, byAddress); diff != "" {
 		t.Errorf("rejected listeners (-want +got):\n%s", diff)
 	}
@@ -74,7 +76,7 @@ func TestRejectedListenerSaysWhoseItIs(t *testing.T) {
 	}
 	last := netip.MustParseAddrPort("192.0.2.1:80")
 	_, _ = a.ask("tcp4", last.String())
-	if diff := cmp.Diff(want, reader.until(last), equal, cmpopts.IgnoreFields(Event{}, "Time")); diff != "" {
+	if diff := cmp.Diff(want, reader.until(last), equal, cmpopts.IgnoreFields(monitor.Event{}, "Time")); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
 	}
 	reader.end()

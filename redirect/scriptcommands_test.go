@@ -15,8 +15,8 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -220,7 +220,7 @@ func (s *scene) remove(_ []string, o options) {
 
 func (s *scene) load(_ []string, o options) {
 	_, renew := o.get("renew")
-	s.Check(second(s.node.load(renew)))
+	s.Check(second(s.node.LoadLocked(renew)))
 }
 
 // key gives the present allocation another container ID.
@@ -288,7 +288,7 @@ func (s *scene) dump([]string, options) {
 // shares its cgroup with tasks, a note says so.
 func (s *scene) identity(args []string, o options) {
 	status := s.a.status()
-	got := append([]ProxyStatus{status.Proxy}, status.Sidecars...)
+	got := append([]inspect.ProxyStatus{status.Proxy}, status.Sidecars...)
 	wanted := strings.Split(args[0], ",")
 	if len(got) != len(wanted) || len(status.Problems) > 0 {
 		s.Fatalf("proxies %+v, problems %v; want %d and none", got, status.Problems, len(wanted))

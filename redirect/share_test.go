@@ -265,7 +265,7 @@ func (n *node) lockedWhile(action func() error) (half map[uint32]bool) {
 	go func() {
 		seen := make(map[uint32]bool)
 		for !end.Load() {
-			err := n.locked(func() error {
+			err := n.Locked(func() error {
 				held, err := tables.HeldByNode()
 				seen[held] = true
 				return err

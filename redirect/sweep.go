@@ -10,6 +10,7 @@ import (
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -20,8 +21,8 @@ import (
 // are gone. Programs of another version stay as they are. It costs a dozen
 // system calls when nothing is wrong, and says what was.
 func (d *Datapath) Repair() (repairs []program.Repair, err error) {
-	err = d.locked(func() error {
-		result, err := d.load(false)
+	err = d.Locked(func() error {
+		result, err := d.LoadLocked(false)
 		repairs = result.Did
 		for _, problem := range result.Problems {
 			err = errors.Join(err, errors.New(problem.What))
@@ -34,7 +35,7 @@ func (d *Datapath) Repair() (repairs []program.Repair, err error) {
 // PruneDead removes what belongs to namespaces that died, whatever network they
 // were in, and returns the workloads that it took off the record.
 func (d *Datapath) PruneDead() (removed []workload.AttachmentID, err error) {
-	err = d.locked(func() error {
+	err = d.Locked(func() error {
 		before, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
@@ -88,7 +89,7 @@ func (d *Datapath) eraseDead() error {
 	if err != nil {
 		return err
 	}
-	return d.locked(func() error {
+	return d.Locked(func() error {
 		err := dead.spare(tables)
 		for cookie := range dead {
 			err = errors.Join(err, tables.EraseBudget(cookie))
@@ -130,7 +131,7 @@ func (d *Datapath) inSlices(slice func() (more bool, err error)) error {
 	for {
 		var more bool
 		var took time.Duration
-		err := d.locked(func() (err error) {
+		err := d.Locked(func() (err error) {
 			start := time.Now()
 			more, err = slice()
 			took = time.Since(start)
@@ -151,7 +152,7 @@ func (d *Datapath) pruneDead() error {
 		return err
 	}
 	// First: without its pins, a namespace in use looks like one that died.
-	tables, unopened := d.openOrReclaim()
+	tables, unopened := d.OpenOrReclaim()
 	if unopened == nil {
 		defer tables.Close()
 	}
@@ -159,7 +160,7 @@ func (d *Datapath) pruneDead() error {
 	owned := make(map[uint64]bool)
 	for _, r := range records {
 		owned[r.Cookie] = true
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if err == nil {
 			ns.Close()
 		}
@@ -173,13 +174,13 @@ func (d *Datapath) pruneDead() error {
 	if unopened != nil {
 		return errors.Join(append(problems, unopened)...)
 	}
-	orphans, err := d.orphans(owned)
+	orphans, err := d.Orphans(owned)
 	problems = append(problems, err)
 	for _, orphan := range orphans {
-		if orphan.alive {
+		if orphan.Alive {
 			continue
 		}
-		problems = append(problems, tables.DeleteWorkload(orphan.cookie, nil), program.DetachLookup(d.Paths(), orphan.cookie))
+		problems = append(problems, tables.DeleteWorkload(orphan.Cookie, nil), program.DetachLookup(d.Paths(), orphan.Cookie))
 	}
 	return errors.Join(problems...)
 }

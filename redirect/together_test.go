@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -71,12 +72,12 @@ func inForce(t *testing.T, d *Datapath, list []Attachment) (ports []uint16) {
 // there are, and what cannot be changed is nobody else's error.
 func TestChangesWaitInCommon(t *testing.T) {
 	d := newDatapath(t)
-	list := plainWorkloads(t, d, MaxChanges+8)
+	list := plainWorkloads(t, d, reconcile.MaxChanges+8)
 	rows, waits := rowCounts(t, d), 0
 	d.Wait = func() { waits++; bpfmap.WaitForReaders() }
-	change := func(port uint16) (changes []MeshChange) {
+	change := func(port uint16) (changes []reconcile.MeshChange) {
 		for _, a := range list {
-			changes = append(changes, MeshChange{a.Key, workload.MeshConfig{InboundPort: port}})
+			changes = append(changes, reconcile.MeshChange{Key: a.Key, MeshConfig: workload.MeshConfig{InboundPort: port}})
 		}
 		return changes
 	}
@@ -84,7 +85,7 @@ func TestChangesWaitInCommon(t *testing.T) {
 		t.Fatal(err)
 	}
 	if waits != 2 {
-		t.Errorf("%d changes waited %d times, want once for each %d", len(list), waits, MaxChanges)
+		t.Errorf("%d changes waited %d times, want once for each %d", len(list), waits, reconcile.MaxChanges)
 	}
 	want := make([]uint16, len(list))
 	for i := range want {
@@ -132,8 +133,8 @@ func TestKilledChanges(t *testing.T) {
 	other.startProxy()
 	other.add(full)
 	next, settings := 0, []workload.MeshConfig{{ExcludeInboundPorts: []uint16{9001}}, {ExcludeInboundPorts: []uint16{9002}}}
-	changes := func() []MeshChange {
-		return []MeshChange{{a.key, settings[next%2]}, {other.key, settings[next%2]}}
+	changes := func() []reconcile.MeshChange {
+		return []reconcile.MeshChange{{Key: a.key, MeshConfig: settings[next%2]}, {Key: other.key, MeshConfig: settings[next%2]}}
 	}
 	if err := errors.Join(n.SetMeshConfigs(changes())...); err != nil {
 		t.Fatal(err)
@@ -141,7 +142,7 @@ func TestKilledChanges(t *testing.T) {
 	rows := rowCounts(t, n.Datapath)
 	configure := operation{Do: "configure", Attachment: Attachment{Key: other.key}, Changes: changes()}
 	newKiller(n).times(t, configure, test.Scale(60), func() {
-		if err := errors.Join(n.SetMeshConfigs([]MeshChange{{a.key, workload.MeshConfig{}}, {other.key, workload.MeshConfig{}}})...); err != nil {
+		if err := errors.Join(n.SetMeshConfigs([]reconcile.MeshChange{{Key: a.key, MeshConfig: workload.MeshConfig{}}, {Key: other.key, MeshConfig: workload.MeshConfig{}}})...); err != nil {
 			t.Fatal(err)
 		}
 	}, func(int) {

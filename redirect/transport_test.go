@@ -5,6 +5,7 @@ package redirect
 import (
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/monitor"
 	"golang.org/x/sys/unix"
 )
 
@@ -14,7 +15,7 @@ func TestTransportOf(t *testing.T) {
 		"raw icmpv6": {unix.AF_INET6, unix.SOCK_RAW, unix.IPPROTO_ICMPV6}, "raw protocol 255": {unix.AF_INET, unix.SOCK_RAW, unix.IPPROTO_RAW},
 		"packet": {unix.AF_PACKET, unix.SOCK_RAW, 8}, "vsock": {unix.AF_VSOCK, unix.SOCK_STREAM, 0}, "family 30": {unix.AF_TIPC, unix.SOCK_RDM, 0},
 	} {
-		if got := transportOf(socket[0], socket[1], socket[2]); got != want {
+		if got := monitor.TransportOf(socket[0], socket[1], socket[2]); got != want {
 			t.Errorf("transport of %v is %q, want %q", socket, got, want)
 		}
 	}

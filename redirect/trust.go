@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -30,7 +31,7 @@ func (d *Datapath) SetProxyCgroup(key workload.AttachmentID, service string, cgr
 			return nil
 		}
 		if r.State != store.Complete { // its proxy IDs are those in force only once that is finished
-			if _, err := d.ensure(tables, r, ns); err != nil {
+			if _, err := d.Ensure(tables, r, ns); err != nil {
 				return err
 			}
 		}
@@ -145,12 +146,12 @@ func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy
 // onRecord runs action on a workload that is on record, while nobody else changes
 // the state.
 func (d *Datapath) onRecord(key workload.AttachmentID, action func(*bpfmap.Tables, *store.Record, *host.Namespace) error) error {
-	return d.locked(func() error {
+	return d.Locked(func() error {
 		r, err := d.Paths().ReadRecord(key)
 		if err != nil {
 			return err
 		}
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if err != nil {
 			return err
 		}
@@ -193,7 +194,7 @@ func (d *Datapath) RejectProxyCgroup(key workload.AttachmentID, cgroup uint64) e
 		if err := tables.DeleteProxy(r.Cookie, proxyIDs, w); err != nil {
 			return err
 		}
-		_, err := d.ensure(tables, r, ns)
+		_, err := d.Ensure(tables, r, ns)
 		return err
 	})
 	if err != nil {

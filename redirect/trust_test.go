@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -47,7 +48,7 @@ func TestTrustWhileTheProxyBeginsToListen(t *testing.T) {
 		if err := <-ended; err != nil {
 			t.Fatal(err)
 		}
-		a.identity(IdentityCgroup, a.proxyCg.ID, false)
+		a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
 		if list, err := n.ObservedProxies([]uint64{a.Cookie()}); err != nil || len(list[a.Cookie()]) != 1 || list[a.Cookie()][0] != (ObservedProxy{a.proxyCg.ID, true}) {
 			t.Fatalf("round %d: %+v, %v; want the proxy, which listens", round, list, err)
 		}

@@ -13,8 +13,8 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 )
 
 // ErrFlowsOff says that the agent does not record flows.
@@ -33,9 +33,9 @@ func ReadFlows(ctx context.Context, stateDir string, query FlowQuery, deliver fu
 
 // ReadEvents delivers what redirect.Datapath.Events does, from the agent that is
 // the one reader of the kernel's ring.
-func ReadEvents(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error {
+func ReadEvents(ctx context.Context, stateDir string, deliver func(monitor.Event) error) error {
 	verdicts := append(bpfmap.AllVerdicts(), bpfmap.EventsLost)
-	return readLines(ctx, stateDir, "/v1/events", true, func(event redirect.Event) error {
+	return readLines(ctx, stateDir, "/v1/events", true, func(event monitor.Event) error {
 		if i := slices.IndexFunc(verdicts, func(v bpfmap.Verdict) bool { return v.String() == event.Name }); i >= 0 {
 			event.Verdict = verdicts[i]
 		}

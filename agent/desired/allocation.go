@@ -9,7 +9,7 @@ import (
 
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 // Allocation is everything that is known of one attachment when its desired state
@@ -18,7 +18,7 @@ type Allocation struct {
 	discover.Attachment
 	Cached  bool                 // libcni knows it
 	Live    bool                 // Nomad or Docker have its namespace
-	Record  *redirect.Record     // nil: not on record
+	Record  *inspect.Record      // nil: not on record
 	Proxies []registration.Proxy // of the allocation, sorted by ID
 
 	Withdrawn bool // what counted so far is seen to be no proxy of the allocation's, and there is no other

@@ -14,8 +14,8 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -152,7 +152,7 @@ func (s Allocation) portsInMesh(meshConfig workload.MeshConfig) (problems []heal
 
 // exposed are the ports of the proxy's listeners beside the mesh's. Those on
 // record stay until Consul has answered; an older record has them among the excluded.
-func exposedPorts(f catalog.Data, p registration.Proxy, record *redirect.Record) []uint16 {
+func exposedPorts(f catalog.Data, p registration.Proxy, record *inspect.Record) []uint16 {
 	ports := slices.Concat(p.Open, f.GatewayPorts[p.Entry()])
 	if p.ExposeCheck {
 		ports = append(ports, f.CheckPorts[p.ServiceID]...)
@@ -179,7 +179,7 @@ func lacksPorts(f catalog.Data, p registration.Proxy) bool {
 
 // upstreams are the explicit upstreams of a proxy that have a virtual IP: the
 // one on record until Consul has answered.
-func upstreams(p registration.Proxy, known catalog.Data, record *redirect.Record) []workload.Upstream {
+func upstreams(p registration.Proxy, known catalog.Data, record *inspect.Record) []workload.Upstream {
 	var list []workload.Upstream
 	for _, u := range p.Upstreams {
 		addresses, answered := known.VirtualIPs[u.Of]

@@ -11,13 +11,13 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Gather joins what libcni, the records, the makers of namespaces and Consul
 // know, sorted by key.
-func Gather(cached map[workload.AttachmentID]discover.Attachment, known []redirect.Record, spaces discover.Namespaces, consul catalog.Snapshot) []Allocation {
+func Gather(cached map[workload.AttachmentID]discover.Attachment, known []inspect.Record, spaces discover.Namespaces, consul catalog.Snapshot) []Allocation {
 	allocations := make(map[workload.AttachmentID]*Allocation)
 	for key, found := range cached {
 		allocations[key] = &Allocation{Attachment: found, Cached: true}

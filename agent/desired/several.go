@@ -10,13 +10,13 @@ import (
 
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // sidecars tells the mesh configuration who the proxies of the workload are. proxies are in order.
-func sidecars(o *workload.MeshConfig, proxies []registration.Proxy, mode workload.Mode, known catalog.Data, record *redirect.Record) (problems []health.Problem) {
+func sidecars(o *workload.MeshConfig, proxies []registration.Proxy, mode workload.Mode, known catalog.Data, record *inspect.Record) (problems []health.Problem) {
 	unmeshed := slices.DeleteFunc(slices.Clone(proxies), func(p registration.Proxy) bool { return p.Inbound != 0 })
 	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p registration.Proxy) bool { return p.Inbound == 0 })
 	if len(proxies) == 0 { // gateways, which come in no order
@@ -80,7 +80,7 @@ func sidecars(o *workload.MeshConfig, proxies []registration.Proxy, mode workloa
 
 // ownPorts takes the ports of the first proxy, unless they are one port: then those
 // that the allocation has stay, and it is told.
-func ownPorts(o *workload.MeshConfig, first registration.Proxy, redirected bool, record *redirect.Record) []health.Problem {
+func ownPorts(o *workload.MeshConfig, first registration.Proxy, redirected bool, record *inspect.Record) []health.Problem {
 	var outbound, requested uint16
 	if redirected && first.Transparent {
 		outbound = first.Outbound
@@ -101,7 +101,7 @@ func ownPorts(o *workload.MeshConfig, first registration.Proxy, redirected bool,
 // owners gives each virtual IP to the first transparent proxy that an intention
 // names as allowed to dial its service. Who is not named owns nothing: that is
 // the first proxy's. Until Consul has answered, those on record stay.
-func ownersOf(f catalog.Data, proxies []registration.Proxy, record *redirect.Record) map[string][]netip.Addr {
+func ownersOf(f catalog.Data, proxies []registration.Proxy, record *inspect.Record) map[string][]netip.Addr {
 	owned, taken := make(map[string][]netip.Addr), make(map[netip.Addr]bool)
 	take := func(p registration.Proxy, list []netip.Addr) {
 		for _, addr := range list {

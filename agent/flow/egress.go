@@ -11,9 +11,9 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 // egressTable counts what left past the proxies, with the bounds of guardTable.
@@ -60,7 +60,7 @@ func (e *egressTable) Note(r *Record) {
 }
 
 // Keep drops what is of workloads that are gone.
-func (e *egressTable) Keep(known []redirect.Record, now time.Time) {
+func (e *egressTable) Keep(known []inspect.Record, now time.Time) {
 	e.forget(known, now, func(entry *egressCount) int64 { return entry.record.At })
 }
 
@@ -93,7 +93,7 @@ func (e *egressTable) List() ([]api.EgressEntry, uint64) {
 }
 
 // ListGuards are the lists of both guards.
-func (f *Recorder) ListGuards(known []redirect.Record) api.GuardList {
+func (f *Recorder) ListGuards(known []inspect.Record) api.GuardList {
 	list := f.guard.List(known, host.Served)
 	var omitted uint64
 	list.Egress, omitted = f.egress.List()

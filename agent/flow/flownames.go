@@ -10,20 +10,21 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 )
 
 // flowFacts are what a pass of the loop found, from which flows get their names.
 type flowFacts struct {
-	known  []redirect.Record
+	known  []inspect.Record
 	consul catalog.Snapshot
 }
 
 // flowNames puts names to what the kernel tells. It belongs to who records flows
 // and to nobody else.
 type flowNames struct {
-	known      func() ([]redirect.Record, error)
+	known      func() ([]inspect.Record, error)
 	cgroupPath func(uint64) (string, error)
 	containers func() discover.Containers
 
@@ -161,7 +162,7 @@ func (n *flowNames) task(w *Workload, cgroup uint64) string {
 }
 
 // record is what the ring keeps of an event.
-func (n *flowNames) record(event redirect.Event) Record {
+func (n *flowNames) record(event monitor.Event) Record {
 	r := Record{
 		At: event.Time.UnixNano(), cgroup: event.Cgroup, Uid: event.UID, Pid: event.PID, Verdict: event.Verdict,
 		Transport: event.Transport, Lost: uint32(min(event.Lost, 1<<32-1)), Workload: n.workload(event.Cookie),

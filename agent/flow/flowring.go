@@ -8,8 +8,8 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 )
 
 // Record is one event as the ring keeps it: as small as may be, because an
@@ -57,8 +57,8 @@ func unpackAddr(bytes [16]byte, port uint16, valid bool) netip.AddrPort {
 }
 
 // event is what the kernel told.
-func (r *Record) event() redirect.Event {
-	event := redirect.Event{
+func (r *Record) event() monitor.Event {
+	event := monitor.Event{
 		Time: time.Unix(0, r.At), Cookie: r.Workload.Cookie, Verdict: r.Verdict, Name: r.Verdict.String(),
 		Source:      unpackAddr(r.Source, r.SourcePort, r.Valid[0]),
 		Origin:      unpackAddr(r.Origin, r.OriginPort, r.Valid[1]),

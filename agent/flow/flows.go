@@ -27,6 +27,8 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 )
 
 // lookInterval is how often the recorder looks whether the kernel's ring is still the one
@@ -73,7 +75,7 @@ func New(config configfile.FlowsConfig, datapath *redirect.Datapath, containers 
 }
 
 // Learn gives flows the names that a pass found.
-func (f *Recorder) Learn(known []redirect.Record, consul catalog.Snapshot) {
+func (f *Recorder) Learn(known []inspect.Record, consul catalog.Snapshot) {
 	if f != nil {
 		f.facts.Store(&flowFacts{known: known, consul: consul})
 		f.guard.Keep(known, time.Now())
@@ -117,18 +119,18 @@ func (f *Recorder) read(ctx context.Context) error {
 			f.tell(nil) // it goes well
 		}
 	})
-	err := f.datapath.Events(ctx, func(event redirect.Event) error {
+	err := f.datapath.Events(ctx, func(event monitor.Event) error {
 		f.Note(event)
 		return nil
 	})
-	if errors.Is(err, redirect.ErrBusy) {
+	if errors.Is(err, monitor.ErrBusy) {
 		return fmt.Errorf("%w: a 'weir events' that began without the agent; end it", err)
 	}
 	return err
 }
 
 // Note records what the kernel tells, or what a start gate is seen to hold.
-func (f *Recorder) Note(event redirect.Event) {
+func (f *Recorder) Note(event monitor.Event) {
 	f.noting.Lock()
 	defer f.noting.Unlock()
 	if facts := f.facts.Load(); facts != nil && facts != f.names.facts {

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -69,14 +69,14 @@ func (g *guardTable) Note(r *Record) {
 }
 
 // Keep drops what is of workloads that are gone.
-func (g *guardTable) Keep(known []redirect.Record, now time.Time) {
+func (g *guardTable) Keep(known []inspect.Record, now time.Time) {
 	g.forget(known, now, func(entry *guardCount) int64 { return entry.last })
 }
 
 // List is the table as it is now, sorted, beside the mode and the namespace of
 // each workload as they are known.
-func (g *guardTable) List(known []redirect.Record, served func(netns string) (tcp, udp map[uint16]bool, err error)) api.GuardList {
-	of := make(map[uint64]redirect.Record, len(known))
+func (g *guardTable) List(known []inspect.Record, served func(netns string) (tcp, udp map[uint16]bool, err error)) api.GuardList {
+	of := make(map[uint64]inspect.Record, len(known))
 	for _, k := range known {
 		of[k.Cookie] = k
 	}

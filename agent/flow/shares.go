@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 // The bounds of a table of what a guard counts. Whoever scans ports, or dials many
@@ -51,7 +51,7 @@ func (t *shareTable[K, V]) entry(key K, fresh V) *V {
 
 // forget drops what is of workloads that are gone. One that came after the list was
 // made is not gone. last is when an entry was counted, in nanoseconds of Unix time.
-func (t *shareTable[K, V]) forget(known []redirect.Record, now time.Time, last func(*V) int64) {
+func (t *shareTable[K, V]) forget(known []inspect.Record, now time.Time, last func(*V) int64) {
 	there := make(map[uint64]bool, len(known))
 	for _, k := range known {
 		there[k.Cookie] = true

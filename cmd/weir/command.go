@@ -21,10 +21,12 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/dump"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/loader"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -39,7 +41,7 @@ type env struct {
 	uid        int  // effective user ID of this process
 	open       func(store.Paths) datapath
 	ask        func(ctx context.Context, stateDir string) (api.Status, error) // the agent, where one runs
-	askEvents  func(ctx context.Context, stateDir string, deliver func(redirect.Event) error) error
+	askEvents  func(ctx context.Context, stateDir string, deliver func(monitor.Event) error) error
 	askFlows   func(ctx context.Context, stateDir string, query api.FlowQuery, deliver func(api.Flow) error) error
 	askGuard   func(ctx context.Context, stateDir string) (api.GuardList, error)
 	askBehind  func(ctx context.Context, stateDir string, query api.BehindQuery) (api.Behind, error)
@@ -58,17 +60,17 @@ type env struct {
 
 // datapath is what the commands need of redirect.Datapath.
 type datapath interface {
-	Load() (redirect.LoadResult, error)
+	Load() (loader.Result, error)
 	Unload() (removed []string, err error)
-	Status() (redirect.Status, error)
+	Status() (inspect.Status, error)
 	Readiness() []health.Check
-	Records() ([]redirect.Record, error)
-	Workloads() ([]redirect.WorkloadStatus, error)
-	Verdicts() ([]redirect.WorkloadVerdicts, error)
+	Records() ([]inspect.Record, error)
+	Workloads() ([]inspect.WorkloadStatus, error)
+	Verdicts() ([]inspect.WorkloadVerdicts, error)
 	Explain(workload.AttachmentID, explain.Connection) (explain.Explanation, error)
 	Settings(workload.AttachmentID) (settings []explain.Setting, silent bool, err error)
 	Dump(workload.AttachmentID) ([]dump.Row, error)
-	Events(ctx context.Context, deliver func(redirect.Event) error) error
+	Events(ctx context.Context, deliver func(monitor.Event) error) error
 	CountRunTime() (io.Closer, error)
 	RunTimes() ([]program.RunTime, error)
 }

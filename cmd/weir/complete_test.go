@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -38,7 +38,7 @@ func completions(t *testing.T, n *node, line string) []string {
 }
 
 func TestCompletion(t *testing.T) {
-	n := &node{known: []redirect.Record{
+	n := &node{known: []inspect.Record{
 		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f"}, Request: workload.Request{Job: workload.Job{ID: "demo"}}},
 		{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-8d1a"}, Request: workload.Request{Job: workload.Job{ID: "demo"}}},
 	}}

@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -101,7 +102,7 @@ func TestDoctorWithFaults(t *testing.T) {
 			Problems: []health.Problem{{What: "its namespace cannot be entered", Remedy: "'nomad alloc stop' it"}}},
 		{Key: workload.AttachmentID{ContainerID: "1b5d0c1e", IfName: "eth0"}, Job: "old", Group: "web", State: api.StateConsul},
 		{Key: workload.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: api.StateManaged},
-	}}, status: redirect.Status{Problems: []health.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
+	}}, status: inspect.Status{Problems: []health.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
 	got := try(t, n, nil, doctorArgs(t, "-json")...)
 	var report doctorReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || got.code != 2 || report.Schema != 1 {

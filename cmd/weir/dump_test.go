@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/dump"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -97,7 +98,7 @@ func squeeze(text string) string {
 
 func TestDumpAsJSON(t *testing.T) {
 	n := &node{
-		known: []redirect.Record{{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}}},
+		known: []inspect.Record{{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}}},
 		rows:  []dump.Row{{Table: "configs", Key: "proxy uid", Value: "101"}},
 	}
 	want(t, try(t, n, nil, "dump", "0b5d", "-json"), outcome{stdout: `{

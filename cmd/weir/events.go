@@ -12,8 +12,9 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -55,7 +56,7 @@ func newEvents(env env) *command {
 			c.ui.Output(c.paint(bold, eventColumns("TIME", "WORKLOAD", "VERDICT", "UID", "PID", "ORIGIN -> DESTINATION")))
 		}
 		var lost uint64
-		err = c.readEvents(ctx, datapath, func(event redirect.Event) error {
+		err = c.readEvents(ctx, datapath, func(event monitor.Event) error {
 			from := names.of(event.Cookie)
 			if !from.selected {
 				return nil
@@ -82,7 +83,7 @@ func newEvents(env env) *command {
 
 // readEvents reads the kernel's ring, or has the agent tell what it reads from
 // it: the ring has one reader.
-func (c *command) readEvents(ctx context.Context, datapath datapath, deliver func(redirect.Event) error) error {
+func (c *command) readEvents(ctx context.Context, datapath datapath, deliver func(monitor.Event) error) error {
 	err := c.askEvents(ctx, c.stateDir(), deliver)
 	if errors.Is(err, api.ErrNotRunning) || errors.Is(err, api.ErrFlowsOff) || errors.Is(err, api.ErrFlowsProblem) {
 		return datapath.Events(ctx, deliver)
@@ -117,7 +118,7 @@ func (c *command) newEventNames(datapath datapath) (*eventNames, error) {
 	return n, nil
 }
 
-func (n *eventNames) learn(list []redirect.WorkloadVerdicts) {
+func (n *eventNames) learn(list []inspect.WorkloadVerdicts) {
 	for _, w := range list {
 		n.known[w.Cookie] = eventSource{name(w.Job, w.Group, w.Key), n.chosen.has(countedBy(w))}
 	}
@@ -135,7 +136,7 @@ func (n *eventNames) of(cookie uint64) eventSource {
 	return n.known[cookie]
 }
 
-func (c *command) renderEvent(event redirect.Event, workload string) string {
+func (c *command) renderEvent(event monitor.Event, workload string) string {
 	if event.Verdict == bpfmap.EventsLost {
 		return c.paint(red, eventColumns(event.Time.Format("15:04:05.000000"), workload, event.Name, "-", "-",
 			fmt.Sprintf("%d events of this workload are not shown", event.Lost)))

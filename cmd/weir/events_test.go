@@ -8,14 +8,14 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 )
 
 func threeEvents() *node {
 	at := time.Date(2026, 11, 23, 12, 30, 0, 123456000, time.Local)
 	n := twoWorkloads()
-	n.events = []redirect.Event{
+	n.events = []monitor.Event{
 		{
 			Time: at, Cookie: 4711, Verdict: bpfmap.Redirected, Name: "redirected", UID: 1000, PID: 815, Command: "curl",
 			Origin:      netip.MustParseAddrPort("10.0.0.9:8080"),
@@ -60,7 +60,7 @@ func TestFollowedEventsEndWithTheirSource(t *testing.T) {
 // Losses are lines like any other, and the exit code is not that of a whole list.
 func TestEventsTellTheirLosses(t *testing.T) {
 	n := threeEvents()
-	n.events = append(n.events[:1], redirect.Event{
+	n.events = append(n.events[:1], monitor.Event{
 		Time: n.events[0].Time, Cookie: 4711, Verdict: bpfmap.EventsLost, Name: bpfmap.EventsLost.String(), Lost: 12,
 	})
 	const told = "weir events: 12 events were lost: what reads them is slower than connections happen\n"

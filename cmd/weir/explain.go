@@ -15,8 +15,8 @@ import (
 
 	"github.com/mitchellh/go-wordwrap"
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -145,7 +145,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	return code, nil
 }
 
-func (c *command) explainWhole(datapath datapath, record redirect.Record, answer explained, view api.Status) (int, error) {
+func (c *command) explainWhole(datapath datapath, record inspect.Record, answer explained, view api.Status) (int, error) {
 	settings, silent, err := datapath.Settings(record.Key)
 	if err != nil {
 		return 1, err
@@ -185,12 +185,12 @@ func (c *command) explainWhole(datapath datapath, record redirect.Record, answer
 }
 
 // workload is the one that the first operand names.
-func (c *command) workload(datapath datapath, view api.Status) (redirect.Record, error) {
+func (c *command) workload(datapath datapath, view api.Status) (inspect.Record, error) {
 	known, unreadable := datapath.Records()
 	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
-		return redirect.Record{}, unreadable
+		return inspect.Record{}, unreadable
 	}
-	list, err := selectFrom(c, known, func(w redirect.Record) named {
+	list, err := selectFrom(c, known, func(w inspect.Record) named {
 		return named{id: allocationOf(w), job: w.Request.Job.ID, group: w.Request.Job.Group}
 	})
 	switch {
@@ -201,21 +201,21 @@ func (c *command) workload(datapath datapath, view api.Status) (redirect.Record,
 		for _, w := range list {
 			names = append(names, name(w.Request.Job.ID, w.Request.Job.Group, w.Key))
 		}
-		return redirect.Record{}, fmt.Errorf("%q is several: name one of %s", c.operand(), strings.Join(names, ", "))
+		return inspect.Record{}, fmt.Errorf("%q is several: name one of %s", c.operand(), strings.Join(names, ", "))
 	}
 	for _, w := range view.Workloads {
 		if w.ID != "" && strings.HasPrefix(w.ID, c.operand()) || w.Job == c.operand() {
-			return redirect.Record{}, fmt.Errorf("allocation %s is not under Weir (%s): see 'weir workloads'", short(w.ID), w.State)
+			return inspect.Record{}, fmt.Errorf("allocation %s is not under Weir (%s): see 'weir workloads'", short(w.ID), w.State)
 		}
 	}
-	return redirect.Record{}, errors.Join(err, unreadable)
+	return inspect.Record{}, errors.Join(err, unreadable)
 }
 
-func allocationOf(w redirect.Record) string { return allocID(w.Request.Job.AllocID, w.Key) }
+func allocationOf(w inspect.Record) string { return allocID(w.Request.Job.AllocID, w.Key) }
 
 // connection is what the flags and the destination name, and the service where that is the name
 // of one.
-func (c *command) connection(f explainFlags, w redirect.Record, view api.Status) (connection explain.Connection, service string, err error) {
+func (c *command) connection(f explainFlags, w inspect.Record, view api.Status) (connection explain.Connection, service string, err error) {
 	connection = explain.Connection{UID: explain.NoUID, IPv6Socket: f.mapped}
 	if f.from != "" && !f.inbound {
 		return connection, "", errors.New("-from: it needs -inbound")
@@ -241,7 +241,7 @@ func (c *command) connection(f explainFlags, w redirect.Record, view api.Status)
 }
 
 // asTask makes the connection that of a task: the proxy's where the agent knows it as the proxy.
-func asTask(connection *explain.Connection, f explainFlags, w redirect.Record, view api.Status) error {
+func asTask(connection *explain.Connection, f explainFlags, w inspect.Record, view api.Status) error {
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key || !slices.Contains(strings.FieldsFunc(seen.Task, func(r rune) bool { return r == ' ' || r == ',' }), f.task) {
 			continue
@@ -254,7 +254,7 @@ func asTask(connection *explain.Connection, f explainFlags, w redirect.Record, v
 	return nil
 }
 
-func inboundConnection(connection explain.Connection, f explainFlags, w redirect.Record) (explain.Connection, error) {
+func inboundConnection(connection explain.Connection, f explainFlags, w inspect.Record) (explain.Connection, error) {
 	from := netip.MustParseAddr("192.0.2.1") // any address that is not the allocation's
 	if f.from != "" {
 		var err error
@@ -276,7 +276,7 @@ func inboundConnection(connection explain.Connection, f explainFlags, w redirect
 
 // resolve is the destination as an address: written as one, the virtual IP or the listener of an
 // upstream or of another service, or what this node resolves the name to.
-func (c *command) resolve(text string, w redirect.Record, view api.Status) (to netip.AddrPort, service string, err error) {
+func (c *command) resolve(text string, w inspect.Record, view api.Status) (to netip.AddrPort, service string, err error) {
 	fail := func(err error) (netip.AddrPort, string, error) { return netip.AddrPort{}, "", err }
 	if to, err := netip.ParseAddrPort(text); err == nil {
 		return to, "", nil
@@ -321,7 +321,7 @@ func (c *command) resolve(text string, w redirect.Record, view api.Status) (to n
 }
 
 // upstreamsOf are those of the record, then those that the agent knows.
-func upstreamsOf(w redirect.Record, view api.Status) []workload.Upstream {
+func upstreamsOf(w inspect.Record, view api.Status) []workload.Upstream {
 	list := slices.Clone(w.MeshConfig.Upstreams)
 	for _, seen := range view.Workloads {
 		if seen.Key != w.Key {

@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -25,8 +26,8 @@ import (
 
 // explainNode has two allocations of one job and one of another.
 func explainNode() *node {
-	known := func(id, job string) redirect.Record {
-		return redirect.Record{
+	known := func(id, job string) inspect.Record {
+		return inspect.Record{
 			Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"},
 			Request: workload.Request{Job: workload.Job{ID: job, Group: "web", AllocID: id}, ProxyUID: 101,
 				Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")}},
@@ -37,7 +38,7 @@ func explainNode() *node {
 		}
 	}
 	return &node{
-		known: []redirect.Record{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
+		known: []inspect.Record{known("0b5d0c1e-7c0f", "demo"), known("0b5e2222-7c0f", "demo"), known("1c6e1d2f-7c0f", "other")},
 		agent: &api.Status{Workloads: []api.WorkloadView{
 			{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-7c0f", IfName: "eth0"}, ID: "1c6e1d2f-7c0f", State: api.StateManaged, Task: "connect-proxy-api",
 				Upstreams: []api.UpstreamView{{Name: "far", VirtualIPs: []netip.Addr{netip.MustParseAddr("240.0.0.9")}}}},

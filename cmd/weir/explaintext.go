@@ -9,9 +9,9 @@ import (
 
 	"github.com/mitchellh/go-wordwrap"
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 const proxyRemedy = "'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not listen; 'weir events -f' names a listener that was not accepted"
@@ -23,7 +23,7 @@ func hang(text string) string {
 }
 
 // renderExplanation shows each rule and then, in sentences, what becomes of the connection.
-func (c *command) renderExplanation(e explain.Explanation, connection explain.Connection, w redirect.Record, answer explained, consul api.Behind, fails bool) string {
+func (c *command) renderExplanation(e explain.Explanation, connection explain.Connection, w inspect.Record, answer explained, consul api.Behind, fails bool) string {
 	var text strings.Builder
 	of := name(w.Request.Job.ID, w.Request.Job.Group, w.Key)
 	switch {

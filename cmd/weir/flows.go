@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -115,7 +115,7 @@ func (c *command) flowQuery(query api.FlowQuery, since, until string, port uint,
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return query, err
 	}
-	chosen, err := selected(c, known, func(k redirect.Record) named {
+	chosen, err := selected(c, known, func(k inspect.Record) named {
 		return named{allocID(k.Request.Job.AllocID, k.Key), k.Request.Job.ID, k.Request.Job.Group}
 	})
 	query.Alloc, query.Job = chosen.id, chosen.job

@@ -14,12 +14,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // agentEvents is what an agent would tell that reads the kernel's ring.
-func (n *node) agentEvents(deliver func(redirect.Event) error) error {
+func (n *node) agentEvents(deliver func(monitor.Event) error) error {
 	if !n.recording {
 		return fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 	}
@@ -145,7 +146,7 @@ func TestFlowsAsksWhatItIsTold(t *testing.T) {
 	if diff := cmp.Diff(asked, n.query); diff != "" {
 		t.Errorf("query (-want +got):\n%s", diff)
 	}
-	n.known = []redirect.Record{{Key: workload.AttachmentID{ContainerID: "0b5d0c1e"}, Request: workload.Request{Job: workload.Job{AllocID: "0b5d0c1e", ID: "demo"}}}}
+	n.known = []inspect.Record{{Key: workload.AttachmentID{ContainerID: "0b5d0c1e"}, Request: workload.Request{Job: workload.Job{AllocID: "0b5d0c1e", ID: "demo"}}}}
 	try(t, n, nil, "flows", "demo")
 	if n.query.Job != "demo" {
 		t.Errorf("query = %+v, want job demo", n.query)

@@ -11,8 +11,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 func newGuard(env env) *command {
@@ -51,7 +51,7 @@ func newGuard(env env) *command {
 		if err != nil && known == nil {
 			return 1, err
 		}
-		chosen, err := selected(c, known, func(k redirect.Record) named {
+		chosen, err := selected(c, known, func(k inspect.Record) named {
 			return named{id: allocID(k.Request.Job.AllocID, k.Key), job: k.Request.Job.ID, group: k.Request.Job.Group}
 		})
 		if err != nil {

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -31,9 +31,9 @@ func audited() *node {
 		},
 	}}}
 	for _, e := range n.guard.Entries[1:] {
-		n.known = append(n.known, redirect.Record{Key: workload.AttachmentID{ContainerID: e.AllocID}, Request: workload.Request{Job: workload.Job{ID: e.Job}}})
+		n.known = append(n.known, inspect.Record{Key: workload.AttachmentID{ContainerID: e.AllocID}, Request: workload.Request{Job: workload.Job{ID: e.Job}}})
 	}
-	n.known = append(n.known, redirect.Record{Key: workload.AttachmentID{ContainerID: "c0ffee"}, Request: workload.Request{Job: workload.Job{ID: "quiet"}}})
+	n.known = append(n.known, inspect.Record{Key: workload.AttachmentID{ContainerID: "c0ffee"}, Request: workload.Request{Job: workload.Job{ID: "quiet"}}})
 	return n
 }
 

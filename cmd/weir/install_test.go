@@ -14,7 +14,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -158,13 +158,13 @@ func TestUninstallRefuses(t *testing.T) {
 	test.Need(t, test.Root)
 	alive := test.NewNetNS(t)
 	environment := map[string]string{"WEIR_STATE_DIR": t.TempDir()}
-	record := func(id, netns string, mode workload.Mode) redirect.Record {
-		return redirect.Record{
+	record := func(id, netns string, mode workload.Mode) inspect.Record {
+		return inspect.Record{
 			Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: netns,
 			Request: workload.Request{Mode: mode, Job: workload.Job{AllocID: id, ID: "demo", Group: "web"}},
 		}
 	}
-	n := &node{known: []redirect.Record{
+	n := &node{known: []inspect.Record{
 		record("0b5d0c1e", alive.Path, workload.ModeTransparent),
 		record("1c6e1d2f", alive.Path, workload.ModeDirect),
 		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), workload.ModeTransparent),

@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -79,7 +80,7 @@ func TestOnAKernel(t *testing.T) {
 			return fmt.Errorf("dial = %w, want ECONNREFUSED", err)
 		}
 		for line := range strings.Lines(events.OutputWriter.String()) {
-			var event redirect.Event
+			var event monitor.Event
 			if err := json.Unmarshal([]byte(line), &event); err != nil {
 				return err
 			}

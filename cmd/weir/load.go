@@ -2,14 +2,12 @@
 
 package main
 
-import (
-	"github.com/weirmesh/weir/redirect"
-)
+import "github.com/weirmesh/weir/redirect/loader"
 
 // loadReport is what load prints as JSON.
 type loadReport struct {
 	Schema int `json:"schema"`
-	redirect.LoadResult
+	loader.Result
 }
 
 func newLoad(env env) *command {
@@ -27,7 +25,7 @@ func newLoad(env env) *command {
 			return 1, err
 		}
 		if c.json {
-			return 0, c.printJSON(loadReport{Schema: jsonSchema, LoadResult: result})
+			return 0, c.printJSON(loadReport{Schema: jsonSchema, Result: result})
 		}
 		for _, problem := range result.Problems {
 			c.ui.Error("did not come along: " + problem.Text())

@@ -19,10 +19,12 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/dump"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/loader"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -31,13 +33,13 @@ import (
 // node is a data path that answers what a test gives it.
 type node struct {
 	paths    store.Paths
-	load     redirect.LoadResult
+	load     loader.Result
 	removed  []string
-	status   redirect.Status
-	list     []redirect.WorkloadStatus
-	known    []redirect.Record
-	verdicts []redirect.WorkloadVerdicts
-	events   []redirect.Event
+	status   inspect.Status
+	list     []inspect.WorkloadStatus
+	known    []inspect.Record
+	verdicts []inspect.WorkloadVerdicts
+	events   []monitor.Event
 	onEvents func() // what happens once they are read
 
 	onVerdicts func()      // what happens before they are counted
@@ -56,8 +58,8 @@ type node struct {
 	proc       string // where processes are
 	err        error
 
-	recording   bool             // the agent does
-	told        []redirect.Event // ... of the kernel's
+	recording   bool            // the agent does
+	told        []monitor.Event // ... of the kernel's
 	flows       []api.Flow
 	query       api.FlowQuery // of the last reader of them
 	explanation explain.Explanation
@@ -80,13 +82,13 @@ type node struct {
 	lookedAt  ended.Node
 }
 
-func (n *node) Load() (redirect.LoadResult, error)            { return n.load, n.err }
-func (n *node) Unload() ([]string, error)                     { return n.removed, n.err }
-func (n *node) Status() (redirect.Status, error)              { return n.status, n.err }
-func (n *node) Readiness() []health.Check                     { return n.ready }
-func (n *node) Records() ([]redirect.Record, error)           { return n.known, n.err }
-func (n *node) Workloads() ([]redirect.WorkloadStatus, error) { return n.list, n.err }
-func (n *node) Verdicts() ([]redirect.WorkloadVerdicts, error) {
+func (n *node) Load() (loader.Result, error)                 { return n.load, n.err }
+func (n *node) Unload() ([]string, error)                    { return n.removed, n.err }
+func (n *node) Status() (inspect.Status, error)              { return n.status, n.err }
+func (n *node) Readiness() []health.Check                    { return n.ready }
+func (n *node) Records() ([]inspect.Record, error)           { return n.known, n.err }
+func (n *node) Workloads() ([]inspect.WorkloadStatus, error) { return n.list, n.err }
+func (n *node) Verdicts() ([]inspect.WorkloadVerdicts, error) {
 	if n.onVerdicts != nil {
 		n.onVerdicts()
 	}
@@ -110,7 +112,7 @@ func (n *node) Remove(_ context.Context, a ended.Attachment) error {
 	n.collected = append(n.collected, a.Key)
 	return nil
 }
-func (n *node) Events(ctx context.Context, deliver func(redirect.Event) error) error {
+func (n *node) Events(ctx context.Context, deliver func(monitor.Event) error) error {
 	if n.onEvents != nil {
 		n.onEvents()
 	}
@@ -159,7 +161,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return api.Status{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
-		askEvents: func(_ context.Context, _ string, deliver func(redirect.Event) error) error {
+		askEvents: func(_ context.Context, _ string, deliver func(monitor.Event) error) error {
 			return n.agentEvents(deliver)
 		},
 		askFlows: func(_ context.Context, _ string, query api.FlowQuery, deliver func(api.Flow) error) error {
@@ -319,7 +321,7 @@ func TestLoad(t *testing.T) {
 	const next = "no agent answers, so plain connect jobs are not guarded; " +
 		"next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it\n"
 	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n" + next})
-	n := &node{load: redirect.LoadResult{Changed: true, Did: []program.Repair{{Kind: program.MapsCreated, Object: "maps"}, {Kind: program.Attached, Object: "connect4"}}}}
+	n := &node{load: loader.Result{Changed: true, Did: []program.Repair{{Kind: program.MapsCreated, Object: "maps"}, {Kind: program.Attached, Object: "connect4"}}}}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n" + next})
 	n.agent = &api.Status{}
 	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n"})

@@ -10,8 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -68,7 +69,7 @@ func TestAmbiguousSelectionIsShort(t *testing.T) {
 func TestListsOfOneWorkload(t *testing.T) {
 	n := threeEvents()
 	for _, w := range n.verdicts {
-		n.list = append(n.list, redirect.WorkloadStatus{Key: w.Key, ID: w.Key.ContainerID, Job: w.Job, Group: w.Group})
+		n.list = append(n.list, inspect.WorkloadStatus{Key: w.Key, ID: w.Key.ContainerID, Job: w.Job, Group: w.Group})
 	}
 	for _, command := range []string{"workloads", "verdicts", "events"} {
 		var more []string
@@ -101,8 +102,8 @@ func TestListsOfOneWorkload(t *testing.T) {
 // others is no loss of this list.
 func TestEventsOfAJobGoOnWithItsNextAllocation(t *testing.T) {
 	n := threeEvents()
-	next := redirect.WorkloadVerdicts{Key: workload.AttachmentID{ContainerID: "2d7f2e3a", IfName: "eth0"}, Job: "demo", Group: "web", Cookie: 4713}
-	n.events = append(n.events, redirect.Event{
+	next := inspect.WorkloadVerdicts{Key: workload.AttachmentID{ContainerID: "2d7f2e3a", IfName: "eth0"}, Job: "demo", Group: "web", Cookie: 4713}
+	n.events = append(n.events, monitor.Event{
 		Time: time.Now(), Cookie: 4712, Verdict: bpfmap.EventsLost, Name: bpfmap.EventsLost.String(), Lost: 12, Origin: netip.AddrPort{},
 	})
 	n.onEvents = func() { n.verdicts = append(n.verdicts, next) }

@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 )
 
 func newStatus(env env) *command {
@@ -76,7 +76,7 @@ func newStatus(env env) *command {
 // nodeStatus is the data path with what the agent adds. Problems are those of both.
 type nodeStatus struct {
 	Schema int `json:"schema"`
-	redirect.Status
+	inspect.Status
 	Agent *agentSummary `json:"agent"` // null where none answers
 }
 
@@ -101,7 +101,7 @@ const startAgent = "'systemctl enable --now weir-agent', or run weir.nomad.hcl, 
 
 // renderStatus is the view of the data path. Its first line tells where no agent
 // answers: all that only has an upstream is without a guard then.
-func (c *command) renderStatus(status redirect.Status, withAgent bool) string {
+func (c *command) renderStatus(status inspect.Status, withAgent bool) string {
 	var text strings.Builder
 	switch problems := "not healthy: " + countOf(len(status.Problems), "problem"); {
 	case !status.Healthy() && withAgent:
@@ -126,7 +126,7 @@ func (c *command) renderStatus(status redirect.Status, withAgent bool) string {
 }
 
 // renderMechanics is what few ask for: where the state is, and what is loaded.
-func renderMechanics(status redirect.Status) string {
+func renderMechanics(status inspect.Status) string {
 	var text strings.Builder
 	fmt.Fprintf(&text, "\n%s\n", table("", [][]string{
 		{"pins", status.Paths.PinDir},
@@ -151,7 +151,7 @@ func renderMechanics(status redirect.Status) string {
 
 // renderOthers names the programs of others on the same hooks. What each of them
 // does only its owner knows, so they are no problem by themselves.
-func renderOthers(others []redirect.Other) string {
+func renderOthers(others []inspect.Other) string {
 	if len(others) == 0 {
 		return ""
 	}

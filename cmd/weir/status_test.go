@@ -12,14 +12,14 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
-func healthy() redirect.Status {
-	return redirect.Status{
+func healthy() inspect.Status {
+	return inspect.Status{
 		Loaded: true, Current: true, Workloads: 2,
 		Paths:      store.Paths{PinDir: "/sys/fs/bpf/weir", StateDir: "/run/weir"},
 		CgroupRoot: "/sys/fs/cgroup",
@@ -35,7 +35,7 @@ func healthy() redirect.Status {
 // Without -verbose there is nothing of the mechanics, however many maps there are.
 func TestStatusFitsOneScreen(t *testing.T) {
 	n := &node{status: healthy()}
-	n.status.Others = []redirect.Other{{ID: 17, Name: "cil_sock4_connect"}, {ID: 18, Name: "cil_sock6_connect"}}
+	n.status.Others = []inspect.Other{{ID: 17, Name: "cil_sock4_connect"}, {ID: 18, Name: "cil_sock6_connect"}}
 	want(t, try(t, n, nil, "status"), outcome{stdout: `healthy: 2 workloads; no agent runs, so plain connect jobs are not guarded
 
 2 programs of others on the same hooks: -verbose lists them
@@ -66,7 +66,7 @@ agent: none runs, so nothing follows Consul, only allocations with transparent_p
 }
 
 func TestStatusNotLoaded(t *testing.T) {
-	status := redirect.Status{Problems: []health.Problem{
+	status := inspect.Status{Problems: []health.Problem{
 		health.NewProblem(health.ProblemNotLoaded, "run 'weir load'", "the data path is not loaded: no workload is redirected"),
 	}}
 	want(t, try(t, &node{status: status}, nil, "status"), outcome{code: 1, stdout: `not healthy: 1 problem; no agent answers, so plain connect jobs are not guarded
@@ -98,7 +98,7 @@ agent: none runs, so nothing follows Consul, only allocations with transparent_p
 }
 
 func TestStatusJSON(t *testing.T) {
-	status := redirect.Status{Links: []string{}, Maps: []bpfmap.MapInfo{}, Problems: []health.Problem{
+	status := inspect.Status{Links: []string{}, Maps: []bpfmap.MapInfo{}, Problems: []health.Problem{
 		health.NewProblem(health.ProblemTableFull, "r", "w").Of("workload 0b5d0c1e-eth0", "0b5d0c1e"),
 	}}
 	want(t, try(t, &node{status: status}, nil, "status", "-json"), outcome{code: 1, stdout: `{
@@ -244,7 +244,7 @@ func TestColour(t *testing.T) {
 
 // Programs of others on the hooks are told, and are no problem by themselves.
 func TestStatusNamesProgramsOfOthers(t *testing.T) {
-	n := &node{status: redirect.Status{Loaded: true, Problems: []health.Problem{}, Others: []redirect.Other{
+	n := &node{status: inspect.Status{Loaded: true, Problems: []health.Problem{}, Others: []inspect.Other{
 		{ID: 17, Name: "cil_sock4_connect", Hook: "CGroupInet4Connect", Order: "before", Effect: "may refuse", Pinned: "/sys/fs/bpf/cilium/c4"},
 		{ID: 18, Name: "weir_connect4", Hook: "CGroupInet4Connect", Order: "after", Effect: "serves namespaces of its own", Weir: true, Owner: "process 4 (weir)"},
 	}}}

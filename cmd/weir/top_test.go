@@ -15,7 +15,7 @@ import (
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cmd/weir/top"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -30,7 +30,7 @@ func busy() *node {
 		return map[string]uint64{"redirected": 1000 + redirected*looks, "refused_no_proxy": refused * looks}
 	}
 	n.onVerdicts = func() {
-		n.verdicts = []redirect.WorkloadVerdicts{
+		n.verdicts = []inspect.WorkloadVerdicts{
 			{Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f", IfName: "eth0"}, ID: "0b5d0c1e-7c0f", Job: "shop", Group: "front", Cookie: 1, Counts: counts(1000, 0)},
 			{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-8d10", IfName: "eth0"}, ID: "1c6e1d2f-8d10", Job: "a-job-with-a-name-that-is-longer-than-a-terminal-is-wide", Group: "g", Cookie: 2, Counts: counts(10, 40)},
 			{Key: workload.AttachmentID{ContainerID: "2d7f2e30-9e21", IfName: "eth0"}, ID: "2d7f2e30-9e21", Job: "idle", Cookie: 3, Counts: counts(0, 0)},

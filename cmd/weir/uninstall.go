@@ -14,8 +14,8 @@ import (
 
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -171,7 +171,7 @@ func (c *command) affected(consul bool) (list []affected, err error) {
 		list = append(list, a)
 	}
 	for _, n := range networks {
-		redirected := func(k redirect.Record) bool { return k.Key == n.Key }
+		redirected := func(k inspect.Record) bool { return k.Key == n.Key }
 		if _, gone := host.Cookie(n.NetNS); errors.Is(gone, host.ErrNetNSGone) || slices.ContainsFunc(known, redirected) {
 			continue
 		}
@@ -196,7 +196,7 @@ func (c *command) redirected() (list []affected, err error) {
 }
 
 // withoutDataPath is an allocation with what the data path does for it.
-func withoutDataPath(k redirect.Record) affected {
+func withoutDataPath(k inspect.Record) affected {
 	a := affected{
 		ID: cmp.Or(k.Request.Job.AllocID, k.Key.ContainerID), Job: k.Request.Job.ID, Group: k.Request.Job.Group, NomadNames: k.Request.Job.Names(k.Key), Loses: []string{loseGuard},
 	}

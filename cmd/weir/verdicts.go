@@ -7,16 +7,16 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // verdictsReport is what verdicts prints as JSON.
 type verdictsReport struct {
-	Schema    int                         `json:"schema"`
-	Workloads []redirect.WorkloadVerdicts `json:"workloads"`
+	Schema    int                        `json:"schema"`
+	Workloads []inspect.WorkloadVerdicts `json:"workloads"`
 }
 
 func newVerdicts(env env) *command {
@@ -40,7 +40,7 @@ func newVerdicts(env env) *command {
 		}
 		if c.json {
 			if list == nil {
-				list = []redirect.WorkloadVerdicts{}
+				list = []inspect.WorkloadVerdicts{}
 			}
 			return 0, c.printJSON(verdictsReport{Schema: jsonSchema, Workloads: list})
 		}
@@ -50,11 +50,11 @@ func newVerdicts(env env) *command {
 	return c
 }
 
-func countedBy(w redirect.WorkloadVerdicts) named {
+func countedBy(w inspect.WorkloadVerdicts) named {
 	return named{id: allocID(w.ID, w.Key), job: w.Job, group: w.Group}
 }
 
-func (c *command) renderVerdicts(list []redirect.WorkloadVerdicts, all bool) string {
+func (c *command) renderVerdicts(list []inspect.WorkloadVerdicts, all bool) string {
 	if len(list) == 0 {
 		return "no workloads"
 	}

@@ -6,13 +6,13 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func twoWorkloads() *node {
-	return &node{verdicts: []redirect.WorkloadVerdicts{
+	return &node{verdicts: []inspect.WorkloadVerdicts{
 		{
 			Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 			Job: "demo", Group: "web", Cookie: 4711,

@@ -9,14 +9,14 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // seenWorkload is a workload with what the agent knows of it.
 type seenWorkload struct {
-	redirect.WorkloadStatus
+	inspect.WorkloadStatus
 	Agent *api.WorkloadView `json:"agent,omitempty"` // absent where no agent runs
 
 	outside bool // the agent sees it, and it is no workload in the kernel
@@ -24,7 +24,7 @@ type seenWorkload struct {
 
 // withAgent joins the workloads with the agent's view of them. What is not under
 // Weir follows as the agent sees it.
-func withAgent(list []redirect.WorkloadStatus, view api.Status) []seenWorkload {
+func withAgent(list []inspect.WorkloadStatus, view api.Status) []seenWorkload {
 	views := make(map[workload.AttachmentID]*api.WorkloadView)
 	for i, w := range view.Workloads {
 		views[w.Key] = &view.Workloads[i]
@@ -39,7 +39,7 @@ func withAgent(list []redirect.WorkloadStatus, view api.Status) []seenWorkload {
 	}
 	for i, w := range view.Workloads {
 		if !known[w.Key] && w.State != api.StateManaged { // that one's ADD or DEL is under way
-			seen = append(seen, seenWorkload{outside: true, Agent: &view.Workloads[i], WorkloadStatus: redirect.WorkloadStatus{
+			seen = append(seen, seenWorkload{outside: true, Agent: &view.Workloads[i], WorkloadStatus: inspect.WorkloadStatus{
 				Key: w.Key, ID: w.ID, Job: w.Job, Group: w.Group, NomadNames: w.NomadNames, NetNS: w.NetNS,
 				Addresses: []netip.Addr{}, Notes: []string{}, Problems: []health.Problem{},
 			}})

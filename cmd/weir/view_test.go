@@ -12,8 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -31,8 +31,8 @@ func TestWorkloadsShowTheAgentsView(t *testing.T) {
 			{ID: "1c6e1d2f", State: api.StateUnprotected, Since: began, Problems: []health.Problem{{What: "no namespace", Remedy: "set cache_dir"}}},
 		},
 	}
-	n := &node{list: []redirect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", Mode: workload.ModeDirect, Guard: workload.GuardAudit,
-		Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID}}}, agent: view}
+	n := &node{list: []inspect.WorkloadStatus{{Key: key, ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web", Mode: workload.ModeDirect, Guard: workload.GuardAudit,
+		Proxy: inspect.ProxyStatus{UID: 101, Identity: inspect.IdentityUID}}}, agent: view}
 	got := try(t, n, nil, "workloads")
 	for _, want := range []string{
 		"\nagent: in sync with Consul at 127.0.0.1:8500 for 1m0s\n",

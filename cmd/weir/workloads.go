@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -137,7 +137,7 @@ func wideRows(list []seenWorkload, now time.Time) [][]string {
 	return rows
 }
 
-func proxyCells(p redirect.ProxyStatus) []string {
+func proxyCells(p inspect.ProxyStatus) []string {
 	return []string{fmt.Sprint(p.UID), orDash(string(p.Identity)), port(p.Inbound), port(p.Outbound), fmt.Sprint(p.Listeners)}
 }
 

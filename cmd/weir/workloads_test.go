@@ -8,23 +8,23 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func TestWorkloads(t *testing.T) {
-	n := &node{list: []redirect.WorkloadStatus{
+	n := &node{list: []inspect.WorkloadStatus{
 		{
 			Key: workload.AttachmentID{ContainerID: "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", IfName: "eth0"},
 			ID:  "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01", Job: "demo", Group: "web", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
-			Proxy:    redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
-			Sidecars: []redirect.ProxyStatus{{Service: "api", UID: 101, Identity: redirect.IdentityCgroup, Inbound: 20001, Listeners: 1}},
+			Proxy:    inspect.ProxyStatus{UID: 101, Identity: inspect.IdentityCgroup, Inbound: 20000, Outbound: 15001, Listeners: 4},
+			Sidecars: []inspect.ProxyStatus{{Service: "api", UID: 101, Identity: inspect.IdentityCgroup, Inbound: 20001, Listeners: 1}},
 			Origins:  12, Budget: 65536,
 		},
 		{
 			Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
-			Proxy: redirect.ProxyStatus{UID: 101, Identity: redirect.IdentityUID, Outbound: 15001}, Budget: 65536,
+			Proxy: inspect.ProxyStatus{UID: 101, Identity: inspect.IdentityUID, Outbound: 15001}, Budget: 65536,
 			Notes:    []string{"port \"0\" in ExcludeInboundPorts means nothing"},
 			Problems: []health.Problem{{What: "its namespace is gone", Remedy: "run CNI DEL or GC"}},
 		},
@@ -52,7 +52,7 @@ func TestWorkloads(t *testing.T) {
 
 // The egress guard of those that have one has a column of its own.
 func TestWorkloadsWithAnEgressGuard(t *testing.T) {
-	n := &node{list: []redirect.WorkloadStatus{
+	n := &node{list: []inspect.WorkloadStatus{
 		{Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "a", Group: "g", Mode: workload.ModeTransparent, Guard: workload.GuardAudit, Egress: workload.GuardEnforce},
 		{Key: workload.AttachmentID{ContainerID: "2c6e1d2f", IfName: "eth0"}, ID: "2c6e1d2f", Job: "b", Group: "g", Mode: workload.ModeTransparent, Guard: workload.GuardAudit, Egress: workload.GuardOff},
 	}}
@@ -68,7 +68,7 @@ func TestWorkloadsWithAnEgressGuard(t *testing.T) {
 func TestWorkloadsFitATerminal(t *testing.T) {
 	n := &node{agent: &api.Status{}}
 	for i, job := range []string{"payments-settlement-production", "web", "größte-aller-möglichen-bezeichnungen"} {
-		w := redirect.WorkloadStatus{
+		w := inspect.WorkloadStatus{
 			Key: workload.AttachmentID{ContainerID: fmt.Sprintf("%d6e1d2f8", i), IfName: "eth0"}, ID: fmt.Sprintf("%d6e1d2f8", i), Job: job,
 			Group: "settlement-workers", Mode: workload.ModeTransparent, Guard: workload.GuardEnforce,
 		}
@@ -117,7 +117,7 @@ func TestProtected(t *testing.T) {
 		key := workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}
 		n := &node{}
 		if c.mode != "" {
-			n.list = []redirect.WorkloadStatus{{Key: key, ID: "1c6e1d2f", Mode: c.mode, Guard: c.guard, Problems: c.problems}}
+			n.list = []inspect.WorkloadStatus{{Key: key, ID: "1c6e1d2f", Mode: c.mode, Guard: c.guard, Problems: c.problems}}
 		}
 		if c.state != "" {
 			n.agent = &api.Status{Workloads: []api.WorkloadView{{Key: key, ID: "1c6e1d2f", State: c.state, Problems: c.problems}}}

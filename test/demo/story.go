@@ -15,8 +15,8 @@ import (
 	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/test/spawn"
 )
 
@@ -200,7 +200,7 @@ func (s *story) connect(ctx context.Context) (err error) {
 }
 
 // showEvents tells what the programs did to the connection, stop by stop.
-func (s *story) showEvents(events []redirect.Event, target netip.AddrPort) {
+func (s *story) showEvents(events []monitor.Event, target netip.AddrPort) {
 	encoded := netip.MustParsePrefix("127.128.0.0/9")
 	steered := false
 	for _, event := range events {

@@ -10,15 +10,15 @@ import (
 	"sync"
 	"time"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/test/spawn"
 )
 
 // watch collects what the kernel reports of connections.
 type watch struct {
 	mutex  sync.Mutex
-	events []redirect.Event
+	events []monitor.Event
 	stop   context.CancelFunc
 	done   chan struct{}
 	err    error // valid once done is closed
@@ -31,7 +31,7 @@ func (s *story) startWatch(ctx context.Context) (*watch, error) {
 	w := &watch{stop: stop, done: make(chan struct{})}
 	go func() {
 		defer close(w.done)
-		w.err = datapath().Events(listen, func(event redirect.Event) error {
+		w.err = datapath().Events(listen, func(event monitor.Event) error {
 			w.mutex.Lock()
 			defer w.mutex.Unlock()
 			w.events = append(w.events, event)
@@ -54,7 +54,7 @@ func (s *story) startWatch(ctx context.Context) (*watch, error) {
 
 // await returns the events since the last call, in the order of their time, as
 // soon as count of them have the verdict. Before each look it calls nudge.
-func (w *watch) await(ctx context.Context, verdict bpfmap.Verdict, count int, nudge func() error) ([]redirect.Event, error) {
+func (w *watch) await(ctx context.Context, verdict bpfmap.Verdict, count int, nudge func() error) ([]monitor.Event, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -76,7 +76,7 @@ func (w *watch) await(ctx context.Context, verdict bpfmap.Verdict, count int, nu
 	}
 }
 
-func (w *watch) take(verdict bpfmap.Verdict, count int) []redirect.Event {
+func (w *watch) take(verdict bpfmap.Verdict, count int) []monitor.Event {
 	w.mutex.Lock()
 	defer w.mutex.Unlock()
 	have := 0
@@ -90,7 +90,7 @@ func (w *watch) take(verdict bpfmap.Verdict, count int) []redirect.Event {
 	}
 	taken := w.events
 	w.events = nil
-	slices.SortFunc(taken, func(a, b redirect.Event) int { return a.Time.Compare(b.Time) })
+	slices.SortFunc(taken, func(a, b monitor.Event) int { return a.Time.Compare(b.Time) })
 	return taken
 }
 

@@ -23,6 +23,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -243,31 +244,31 @@ func (a *meshAlloc) spec(uid uint32) test.Spec {
 }
 
 // known is what is on record of the allocation.
-func (a *meshAlloc) known() (redirect.Record, error) {
+func (a *meshAlloc) known() (inspect.Record, error) {
 	list, err := a.node.Records()
 	if err != nil {
-		return redirect.Record{}, err
+		return inspect.Record{}, err
 	}
 	for _, k := range list {
 		if k.Key.ContainerID == a.id {
 			return k, nil
 		}
 	}
-	return redirect.Record{}, fmt.Errorf("allocation %s: %w", a.id, store.ErrUnknown)
+	return inspect.Record{}, fmt.Errorf("allocation %s: %w", a.id, store.ErrUnknown)
 }
 
 // workload is what the kernel has of the allocation.
-func (a *meshAlloc) workload() (redirect.WorkloadStatus, error) {
+func (a *meshAlloc) workload() (inspect.WorkloadStatus, error) {
 	list, err := a.node.Workloads()
 	if err != nil {
-		return redirect.WorkloadStatus{}, err
+		return inspect.WorkloadStatus{}, err
 	}
 	for _, w := range list {
 		if w.ID == a.id {
 			return w, nil
 		}
 	}
-	return redirect.WorkloadStatus{}, fmt.Errorf("allocation %s: %w", a.id, store.ErrUnknown)
+	return inspect.WorkloadStatus{}, fmt.Errorf("allocation %s: %w", a.id, store.ErrUnknown)
 }
 
 // view is what the agent says of the allocation.

@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -241,7 +241,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 
 	t.Run("the agent ends and another takes over", func(t *testing.T) {
 		n.stop()
-		if w, err := web.workload(); err != nil || w.Proxy.Identity == redirect.IdentityNone {
+		if w, err := web.workload(); err != nil || w.Proxy.Identity == inspect.IdentityNone {
 			t.Errorf("without an agent web is %+v, %v", w, err)
 		}
 		if _, err := n.status(); !errors.Is(err, api.ErrNotRunning) {

@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -86,8 +86,8 @@ func TestSeveralSidecars(t *testing.T) {
 		for i, name := range p.name {
 			wantServed(t, visitor, virtual(name), p.server[i].Name)
 		}
-		if w, err := p.workload(); err != nil || len(w.Problems) > 0 || w.Proxy.Identity != redirect.IdentityCgroup ||
-			len(w.Sidecars) != 1 || w.Sidecars[0].Identity != redirect.IdentityCgroup || w.Sidecars[0].Cgroup == w.Proxy.Cgroup {
+		if w, err := p.workload(); err != nil || len(w.Problems) > 0 || w.Proxy.Identity != inspect.IdentityCgroup ||
+			len(w.Sidecars) != 1 || w.Sidecars[0].Identity != inspect.IdentityCgroup || w.Sidecars[0].Cgroup == w.Proxy.Cgroup {
 			t.Errorf("in the kernel: %+v, %v; want two proxies, told by their cgroups", w, err)
 		}
 		test.EchoProcess(t, p.spec(1000), "tcp4", "0.0.0.0:8888")
@@ -116,8 +116,8 @@ func TestSeveralSidecars(t *testing.T) {
 		outside := netip.AddrPortFrom(p.addr.Prev(), 7000).String()
 		elsewhere := test.EchoProcess(t, test.Spec{NetNS: n.outside, UID: 1000, GID: 1000}, "tcp4", outside)
 		wantServed(t, task, outside, elsewhere.Name)
-		if w, err := p.workload(); err != nil || len(w.Problems) > 0 || w.Proxy.Identity != redirect.IdentityCgroup ||
-			len(w.Sidecars) != 1 || w.Sidecars[0].Identity != redirect.IdentityCgroup || w.Sidecars[0].Listeners != 2 {
+		if w, err := p.workload(); err != nil || len(w.Problems) > 0 || w.Proxy.Identity != inspect.IdentityCgroup ||
+			len(w.Sidecars) != 1 || w.Sidecars[0].Identity != inspect.IdentityCgroup || w.Sidecars[0].Listeners != 2 {
 			t.Errorf("in the kernel: %+v, %v; want two proxies, told by their cgroups", w, err)
 		}
 		settings := sidecar(15001)

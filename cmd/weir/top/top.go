@@ -12,15 +12,15 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 )
 
 // Sample is what was counted by a moment.
 type Sample struct {
 	At       time.Time
-	Verdicts []redirect.WorkloadVerdicts
+	Verdicts []inspect.WorkloadVerdicts
 	Programs []program.RunTime // nil: their time is not counted
 	Traffic  api.Traffic       // since the sample before; Agent.PID is 0 where none answers
 	Notes    []string          // what is not known, and why
@@ -121,7 +121,7 @@ func Between(before, after Sample) Report {
 	return r
 }
 
-func allocation(w redirect.WorkloadVerdicts, before map[string]uint64, seconds float64) Allocation {
+func allocation(w inspect.WorkloadVerdicts, before map[string]uint64, seconds float64) Allocation {
 	a := Allocation{AllocID: cmp.Or(w.ID, w.Key.ContainerID), Job: w.Job, TaskGroup: w.Group, Interface: w.Key.IfName, Verdicts: make(map[string]float64)}
 	for _, verdict := range bpfmap.AllVerdicts() {
 		name := verdict.String()

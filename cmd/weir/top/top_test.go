@@ -8,7 +8,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -20,13 +20,13 @@ func TestBetween(t *testing.T) {
 	key := func(id string) workload.AttachmentID { return workload.AttachmentID{ContainerID: id, IfName: "eth0"} }
 	before := Sample{
 		At:       at,
-		Verdicts: []redirect.WorkloadVerdicts{{Key: key("a"), ID: "a", Job: "old", Cookie: 1, Counts: map[string]uint64{"redirected": 100, "inbound": 10}}},
+		Verdicts: []inspect.WorkloadVerdicts{{Key: key("a"), ID: "a", Job: "old", Cookie: 1, Counts: map[string]uint64{"redirected": 100, "inbound": 10}}},
 		Programs: []program.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 10, Time: time.Second}, {Name: "weir_lookup", Programs: 2, Runs: 900, Time: time.Second}},
 		Traffic:  api.Traffic{Agent: api.Process{PID: 7, CPU: 1.5}},
 	}
 	after := Sample{
 		At: at.Add(2 * time.Second),
-		Verdicts: []redirect.WorkloadVerdicts{
+		Verdicts: []inspect.WorkloadVerdicts{
 			{Key: key("a"), ID: "a", Job: "old", Cookie: 1, Counts: map[string]uint64{"redirected": 104, "inbound": 12, "proxy": 50, "listener": 3, "refused_listener_identity": 1, "refused_guard": 6}},
 			{Key: key("b"), Job: "new", Cookie: 2, Counts: map[string]uint64{"direct": 20}},
 		},

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package reconcile
 
 import (
 	"errors"
@@ -9,6 +9,7 @@ import (
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -19,7 +20,7 @@ import (
 // from Consul and the return of lost maps all end here, so what one of them
 // makes another can finish. The record is marked incomplete before the first
 // change and complete after the last.
-func (d *Reconciler) ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
+func (d *Reconciler) Ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
 	changed, errs := d.ensureTogether(tables, []*change{{record: r, ns: ns}})
 	return changed, errs[0]
 }
@@ -63,7 +64,7 @@ func (d *Reconciler) ensureTogether(tables *bpfmap.Tables, changes []*change) (c
 // putInForce is the first half: from its end on, connections follow the new rows.
 func (d *Reconciler) putInForce(tables *bpfmap.Tables, c *change) error {
 	c.before = *c.record
-	moved, err := observeSources(c.record, c.ns)
+	moved, err := inspect.ObserveSources(c.record, c.ns)
 	if err != nil {
 		return err
 	}
@@ -110,7 +111,7 @@ func (d *Reconciler) complete(tables *bpfmap.Tables, c *change) error {
 	if program.HoldFamilies(d.Paths(), c.wanted) {
 		c.did = append(c.did, program.Repair{Kind: program.FamilyHookSet})
 	}
-	adopted, err := registerExistingListeners(tables, d.Paths(), c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
+	adopted, err := RegisterExistingListeners(tables, d.Paths(), c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
 	if err != nil {
 		return err
 	}
@@ -137,13 +138,13 @@ func (d *Reconciler) ensureRows(tables *bpfmap.Tables, c *change) (told bool, er
 			return false, err
 		}
 	}
-	if err := d.markIncomplete(r); err != nil {
+	if err := d.MarkIncomplete(r); err != nil {
 		return false, err
 	}
 	if before.State != store.New && (before.State == store.Incomplete || !workload.SamePorts(before.Applied, wanted)) {
 		// Those that wait at the new ports already, before anybody is sent there.
 		// After a process that died half way nobody knows which ports are in force.
-		if _, err := registerExistingListeners(tables, d.Paths(), c.ns, wanted, r.RejectedCgroups, d.processes); err != nil {
+		if _, err := RegisterExistingListeners(tables, d.Paths(), c.ns, wanted, r.RejectedCgroups, d.processes); err != nil {
 			return false, err
 		}
 	}
@@ -204,7 +205,7 @@ func (d *Reconciler) SetMeshConfigs(list []MeshChange) (errs []error) {
 		return append(d.SetMeshConfigs(list[:MaxChanges]), d.SetMeshConfigs(list[MaxChanges:])...)
 	}
 	errs = make([]error, len(list))
-	err := d.locked(func() error { return d.setMeshConfigs(list, errs) })
+	err := d.Locked(func() error { return d.setMeshConfigs(list, errs) })
 	for i, change := range list {
 		if errs[i] = errors.Join(errs[i], err); errs[i] != nil {
 			errs[i] = fmt.Errorf("configure workload %s: %w", change.Key, errs[i])
@@ -228,7 +229,7 @@ func (d *Reconciler) setMeshConfigs(list []MeshChange, errs []error) error {
 		}
 		var ns *host.Namespace
 		if err == nil {
-			ns, err = openNamespaceOf(r)
+			ns, err = inspect.OpenNamespaceOf(r)
 		}
 		if err != nil {
 			errs[i] = err

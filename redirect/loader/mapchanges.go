@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package loader
 
 import (
 	"bytes"
@@ -13,7 +13,9 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -111,7 +113,7 @@ func (c *mapChanges) writeRows(paths store.Paths, records []*store.Record) error
 	c.fresh.Only = c.names
 	defer func() { c.fresh.Only = nil }()
 	for _, r := range records {
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
@@ -142,7 +144,7 @@ func (c *mapChanges) writeRowsOf(paths store.Paths, r *store.Record, ns *host.Na
 	if !slices.Contains(c.names, "listeners") {
 		return nil
 	}
-	_, err = registerExistingListeners(c.fresh, paths, ns, wanted, r.RejectedCgroups, nil)
+	_, err = reconcile.RegisterExistingListeners(c.fresh, paths, ns, wanted, r.RejectedCgroups, nil)
 	return err
 }
 

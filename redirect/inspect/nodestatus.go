@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"errors"
@@ -74,7 +74,7 @@ func (d *Reader) status() (Status, error) {
 	l.CgroupRoot = l.root.Name()
 	sets, err := program.SetsAt(l.root)
 	l.unseen("what is attached to "+l.root.Name(), err)
-	l.own = d.ownSets(sets)
+	l.own = d.OwnSets(sets)
 	l.Others, err = d.others(l.root, l.own)
 	l.unseen("programs of others", err)
 	l.changeable()
@@ -176,11 +176,11 @@ func (l *nodeLook) workloads(tables *bpfmap.Tables) {
 		l.Problems = append(l.Problems, w.Problems...)
 	}
 	l.Problems = append(l.Problems, fillProblems(l.Maps, workloads)...)
-	orphans, err := l.node.orphans(owned)
+	orphans, err := l.node.Orphans(owned)
 	l.unseen("the lookup programs without a record", err)
 	for _, o := range orphans {
-		if o.alive { // else it is the next prune's
-			l.problem(health.ProblemRecordMissing, "restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.cookie)
+		if o.Alive { // else it is the next prune's
+			l.problem(health.ProblemRecordMissing, "restart its allocation", "namespace with cookie %d is redirected, but its record is gone", o.Cookie)
 		}
 	}
 }
@@ -218,11 +218,11 @@ func fillProblems(infos []bpfmap.MapInfo, workloads []WorkloadStatus) (problems 
 
 // orphan is a lookup program without a record.
 type orphan struct {
-	cookie uint64
-	alive  bool // its namespace still exists: somebody removed the record
+	Cookie uint64
+	Alive  bool // its namespace still exists: somebody removed the record
 }
 
-func (d *Reader) orphans(owned map[uint64]bool) (found []orphan, err error) {
+func (d *Reader) Orphans(owned map[uint64]bool) (found []orphan, err error) {
 	entries, err := os.ReadDir(d.paths.Lookups())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -239,7 +239,7 @@ func (d *Reader) orphans(owned map[uint64]bool) (found []orphan, err error) {
 		if err != nil {
 			return found, fmt.Errorf("open lookup link: %w", err)
 		}
-		found = append(found, orphan{cookie: cookie, alive: program.LookupInode(pinned) != 0})
+		found = append(found, orphan{Cookie: cookie, Alive: program.LookupInode(pinned) != 0})
 		pinned.Close()
 	}
 	return found, nil

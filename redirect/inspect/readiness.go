@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"errors"
@@ -19,14 +19,14 @@ import (
 // Readiness checks the kernel, the mounts and the hooks of this node. It loads
 // nothing that stays, attaches nothing and changes nothing.
 func (d *Reader) Readiness() []health.Check {
-	return append(append(kernelReadiness("/"), d.mountReadiness()...), d.hookReadiness()...)
+	return append(append(KernelReadiness("/"), d.MountReadiness()...), d.HookReadiness()...)
 }
 
 // kernelReadiness asks the kernel for each feature, and reads below root what
 // says how it is set up.
-func kernelReadiness(root string) []health.Check {
+func KernelReadiness(root string) []health.Check {
 	c := &health.Checks{Group: "kernel"}
-	checkRequirements(c, probe.Requirements())
+	CheckRequirements(c, probe.Requirements())
 	if btf, err := os.Stat(filepath.Join(root, "sys/kernel/btf/vmlinux")); err == nil && btf.Size() > 0 {
 		c.OK("kernel-btf", "the kernel has BTF")
 	} else {
@@ -70,7 +70,7 @@ func kernelReadiness(root string) []health.Check {
 	return c.List
 }
 
-func checkRequirements(c *health.Checks, needs []probe.Requirement) {
+func CheckRequirements(c *health.Checks, needs []probe.Requirement) {
 	for _, need := range needs {
 		switch err := need.ProbeFor(); {
 		case err == nil:
@@ -97,7 +97,7 @@ func lockdown(path string) string {
 }
 
 // mountReadiness checks the root of cgroup v2 and the bpffs.
-func (d *Reader) mountReadiness() []health.Check {
+func (d *Reader) MountReadiness() []health.Check {
 	c := &health.Checks{Group: "mounts"}
 	if root, err := d.paths.OpenCgroupRoot(); err != nil {
 		c.Fault("cgroup-root", "mount cgroup v2, as by 'mount -t cgroup2 none /sys/fs/cgroup', and run weir in the host's cgroup namespace", "%v", err)
@@ -141,7 +141,7 @@ func knowsBPFFS(path string) bool {
 
 // hookReadiness names the programs of others where Weir's are attached. What
 // each of them does only its owner knows.
-func (d *Reader) hookReadiness() []health.Check {
+func (d *Reader) HookReadiness() []health.Check {
 	c := &health.Checks{Group: "hooks"}
 	root, err := d.paths.OpenCgroupRoot()
 	if err != nil {
@@ -151,7 +151,7 @@ func (d *Reader) hookReadiness() []health.Check {
 	sets, err := program.SetsAt(root)
 	var others []Other
 	if err == nil {
-		others, err = d.others(root, d.ownSets(sets))
+		others, err = d.others(root, d.OwnSets(sets))
 	}
 	if err != nil {
 		c.Fault("other-program", "run weir as root, with CAP_BPF and CAP_NET_ADMIN", "what is attached to %s cannot be looked at: %v", root.Name(), err)

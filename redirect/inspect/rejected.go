@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"errors"
@@ -47,7 +47,7 @@ func (d *Reader) RejectedListeners(key workload.AttachmentID) (ports ProxyPorts,
 		return fail(err)
 	}
 	defer tables.Close()
-	ns, err := openNamespaceOf(r)
+	ns, err := OpenNamespaceOf(r)
 	if err != nil {
 		return fail(err)
 	}
@@ -99,7 +99,7 @@ func rejectedIn(ns *host.Namespace, w workload.Workload, registered map[uint64]b
 		if _, ok := w.PortOf(s.Port); !ok || registered[s.Cookie] {
 			continue
 		}
-		_, roles := socketRoles(s, w)
+		_, roles := SocketRoles(s, w)
 		rejected := RejectedListener{Address: netip.AddrPortFrom(s.Addr, s.Port), UID: s.UID, Usable: len(roles) > 0}
 		err := ns.EachOwner(s.Inode, func(pid, _ int) (bool, error) {
 			rejected.PID, rejected.Command, rejected.Cgroup = pid, host.CommandOf(pid), ""
@@ -118,7 +118,7 @@ func rejectedIn(ns *host.Namespace, w workload.Workload, registered map[uint64]b
 
 // roles is the test that weir_sockops makes on a new listener: which roles of
 // the workload's proxies it can serve, and on which port of theirs.
-func socketRoles(s host.Socket, w workload.Workload) (port workload.ProxyPort, roles []bpfmap.BpfListenerRole) {
+func SocketRoles(s host.Socket, w workload.Workload) (port workload.ProxyPort, roles []bpfmap.BpfListenerRole) {
 	port, ok := w.PortOf(s.Port)
 	if !ok {
 		return port, nil

@@ -1,19 +1,22 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+// Package reconcile brings the rows, listeners, routes and programs of workloads to
+// what their records say. It is the one way to a redirected namespace.
+package reconcile
 
 import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
 // Reconciler brings the rows, listeners, routes and programs of workloads to what their
 // records say.
 type Reconciler struct {
-	Reader
+	inspect.Reader
 
 	LockTimeout  time.Duration // how long a change waits for the lock
 	CheckTimeout time.Duration // ... and a check
@@ -23,11 +26,11 @@ type Reconciler struct {
 }
 
 // Of returns the reconciler of what the reader reads.
-func Of(reader Reader) Reconciler {
+func Of(reader inspect.Reader) Reconciler {
 	return Reconciler{Reader: reader, LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes)}
 }
 
 // locked runs action while no other process changes the state.
-func (d *Reconciler) locked(action func() error) error {
+func (d *Reconciler) Locked(action func() error) error {
 	return store.LockedWithin(d.Paths().Lock(), d.LockTimeout, action)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"errors"
@@ -173,7 +173,7 @@ func (d *Reader) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Work
 	if err != nil {
 		return err
 	}
-	ns, err := openNamespaceOf(r)
+	ns, err := OpenNamespaceOf(r)
 	if errors.Is(err, host.ErrNetNSGone) {
 		problem(health.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
 		return nil
@@ -186,7 +186,7 @@ func (d *Reader) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Work
 		problem(health.ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
 	}
 	moved := *r
-	if changed, err := observeSources(&moved, ns); err != nil {
+	if changed, err := ObserveSources(&moved, ns); err != nil {
 		return err
 	} else if len(changed) > 0 {
 		problem(health.ProblemAddressesChanged, "run its CNI CHECK; the agent does so at once", "%s: redirected connections may fail", changed[0])
@@ -245,7 +245,7 @@ func unservedListeners(ns *host.Namespace, w workload.Workload, served map[bpfma
 		return nil, err
 	}
 	for _, s := range sockets {
-		port, roles := socketRoles(s, w)
+		port, roles := SocketRoles(s, w)
 		unserved := func(role bpfmap.BpfListenerRole) bool {
 			return !served[bpfmap.ListenerKey(ns.Cookie, role, port.Port, 0)]
 		}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package loader
 
 import (
 	"errors"
@@ -13,12 +13,13 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
 )
 
-// LoadResult says what Load did.
-type LoadResult struct {
+// Result says what Load did.
+type Result struct {
 	Changed bool             `json:"changed"`
 	Did     []program.Repair `json:"did"` // one line per step, past tense
 	// Problems are workloads that did not come along, each with its own. The others
@@ -27,7 +28,7 @@ type LoadResult struct {
 }
 
 // left notes what did not come along.
-func (r *LoadResult) left(problems []error) {
+func (r *Result) left(problems []error) {
 	for _, err := range problems {
 		if err != nil {
 			r.Problems = append(r.Problems, health.NewProblem(health.ProblemLoadIncomplete, "restart the allocation, or run its CNI CHECK: the others came along", err.Error()))
@@ -39,12 +40,12 @@ func (r *LoadResult) left(problems []error) {
 // them where there are none, swaps programs through their links where they are
 // of another version, with the rows of running workloads where the layout is
 // another one too, and re-attaches what somebody detached. Connections and workloads are not disturbed, and one of them that
-// cannot be brought along keeps none of the others: see LoadResult. It refuses with
+// cannot be brought along keeps none of the others: see Result. It refuses with
 // ErrUnsupported where the kernel lacks a feature and with ErrIncompatible
 // where the maps have a layout from which there is no way, see migrate.
-func (d *Loader) Load() (result LoadResult, err error) {
-	err = d.locked(func() error {
-		result, err = d.load(true)
+func (d *Loader) Load() (result Result, err error) {
+	err = d.Locked(func() error {
+		result, err = d.LoadLocked(true)
 		return err
 	})
 	return result, err
@@ -52,7 +53,7 @@ func (d *Loader) Load() (result LoadResult, err error) {
 
 // load is Load for a caller who holds the lock. Without renew, programs of
 // another version stay: a plugin must not fight over versions with the agent.
-func (d *Loader) load(renew bool) (result LoadResult, err error) {
+func (d *Loader) LoadLocked(renew bool) (result Result, err error) {
 	if err := d.Paths().EnsureBPFFS(); err != nil {
 		return result, err
 	}
@@ -67,12 +68,12 @@ func (d *Loader) load(renew bool) (result LoadResult, err error) {
 	// No pins is not nothing: another bpffs may be mounted over them.
 	reclaimed, err := d.reclaim(root)
 	if err != nil {
-		return LoadResult{Did: reclaimed}, err
+		return Result{Did: reclaimed}, err
 	}
 	pinned, err := bpfmap.OpenTables(d.Paths().Maps())
 	switch {
 	case errors.Is(err, bpfmap.ErrNotLoaded):
-		result, err = d.loadFresh(root)
+		result, err = d.LoadFresh(root)
 	case errors.Is(err, bpfmap.ErrIncompatible) && renew:
 		result, err = d.migrate(root)
 	case err == nil:
@@ -88,14 +89,14 @@ func (d *Loader) load(renew bool) (result LoadResult, err error) {
 }
 
 // loadOver is load where tables are there.
-func (d *Loader) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []program.Repair) (result LoadResult, err error) {
+func (d *Loader) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, reclaimed []program.Repair) (result Result, err error) {
 	repinned, err := d.repin()
 	repairs := append(reclaimed, repinned...)
 	if err != nil {
-		return LoadResult{Did: repairs}, err
+		return Result{Did: repairs}, err
 	}
 	if err := d.sign(pinned); err != nil {
-		return LoadResult{Did: repairs}, err
+		return Result{Did: repairs}, err
 	}
 	result, err = d.upgrade(pinned, root, renew)
 	result.Changed, result.Did = result.Changed || len(repairs) > 0, append(repairs, result.Did...)
@@ -124,7 +125,7 @@ func (d *Loader) sign(pinned *bpfmap.Tables) error {
 // loadFresh builds everything beside the live directory, the workloads on
 // record included, and renames it into place, so that a load that dies leaves
 // nothing that looks complete.
-func (d *Loader) loadFresh(root *os.File) (result LoadResult, err error) {
+func (d *Loader) LoadFresh(root *os.File) (result Result, err error) {
 	if err := probe.Probe(); err != nil {
 		return result, err
 	}
@@ -170,14 +171,14 @@ func (d *Loader) loadFresh(root *os.File) (result LoadResult, err error) {
 		return result, fmt.Errorf("publish pins: %w", err)
 	}
 	repairs = append([]program.Repair{{Kind: program.MapsCreated, Object: fmt.Sprintf("%d maps in %s", len(pins), d.Paths().PinDir)}}, repairs...)
-	result = LoadResult{Changed: true, Did: append(repairs, restored...)}
+	result = Result{Changed: true, Did: append(repairs, restored...)}
 	result.left(problems)
 	return result, nil
 }
 
 // upgrade swaps the programs of a loaded node for this binary's where they
 // differ and renew is set, and repairs links that are not in force.
-func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (result LoadResult, err error) {
+func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (result Result, err error) {
 	var row bpfmap.BpfControl
 	if _, err := pinned.Get("control", uint32(0), &row); err != nil {
 		return result, err
@@ -219,7 +220,7 @@ func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (resu
 	}
 	repairs, problems := d.renewLookups(pinned)
 	result.Did = append(result.Did, repairs...)
-	result.left(append(problems, d.renewFilters()))
+	result.left(append(problems, d.RenewFilters()))
 	if repairs, err = d.detachFormer(spec); err != nil {
 		return result, err
 	}
@@ -234,7 +235,7 @@ func (d *Loader) renewLookups(pinned *bpfmap.Tables) (repairs []program.Repair, 
 	records, err := d.Paths().ReadRecords()
 	problems = append(problems, err)
 	for _, r := range records {
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
@@ -265,7 +266,7 @@ func (d *Loader) restore(lost bool) (repairs []program.Repair, problems []error)
 	}
 	defer pinned.Close()
 	for _, r := range records {
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
@@ -276,7 +277,7 @@ func (d *Loader) restore(lost bool) (repairs []program.Repair, problems []error)
 		if lost {
 			r.LoseRows() // the tables are new
 		}
-		repaired, err := d.ensure(pinned, r, ns)
+		repaired, err := d.Ensure(pinned, r, ns)
 		ns.Close()
 		if err != nil {
 			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))

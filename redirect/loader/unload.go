@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package loader
 
 import (
 	"errors"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -14,7 +15,7 @@ import (
 // removed. Workloads are no longer redirected from then on. It works on what
 // any version pinned, and again on what it could not finish.
 func (d *Loader) Unload() (removed []string, err error) {
-	err = d.locked(func() error {
+	err = d.Locked(func() error {
 		records, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
@@ -24,7 +25,7 @@ func (d *Loader) Unload() (removed []string, err error) {
 		}
 		var problems []error
 		for _, r := range records {
-			problems = append(problems, removeRoutes(r), d.Paths().RemoveRecord(r.Key))
+			problems = append(problems, reconcile.RemoveRoutes(r), d.Paths().RemoveRecord(r.Key))
 			removed = append(removed, "workload "+r.Key.String())
 		}
 		problems = append(problems, d.dropWorkloads())
@@ -65,5 +66,5 @@ func (d *Loader) detachHidden() (repairs []program.Repair, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return program.DetachPrograms(d.ownSets(sets))
+	return program.DetachPrograms(d.OwnSets(sets))
 }

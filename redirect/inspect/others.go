@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"io/fs"
@@ -182,7 +182,7 @@ func openLinks(pid string) (list []link.ID) {
 // ownSets returns this instance's sets among sets, the one first that serves most
 // of the workloads on record. One that does not say for sure whose it is belongs to
 // whose workloads it serves.
-func (d *Reader) ownSets(sets []*program.Set) (own []*program.Set) {
+func (d *Reader) OwnSets(sets []*program.Set) (own []*program.Set) {
 	var cookies []uint64
 	records, _ := d.paths.ReadRecords() // those that cannot be read are not asked for
 	for _, r := range records {

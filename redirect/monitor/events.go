@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+// Package monitor reads the ring of events: one for each connection, with what was
+// decided about it.
+package monitor
 
 import (
 	"context"
@@ -24,7 +26,7 @@ var ErrBusy = errors.New("events have another reader")
 
 // eventLease is how far ahead a reader asks for events. Programs stop by
 // themselves when a reader died without a word.
-const eventLease = 5 * time.Second
+const EventLease = 5 * time.Second
 
 // eventPause is how long events gather in the ring where they come one by one.
 const eventPause = 50 * time.Millisecond
@@ -51,7 +53,7 @@ type Event struct {
 // ErrBusy otherwise. A workload has its share of the ring, which no other takes
 // from it; what a reader is too slow for is lost, and an event with the verdict
 // EventsLost says so, per workload, at most a second later and at the end.
-func readEvents(ctx context.Context, paths store.Paths, deliver func(Event) error) (err error) {
+func Read(ctx context.Context, paths store.Paths, deliver func(Event) error) (err error) {
 	lock, err := os.OpenFile(paths.EventsLock(), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("open lock: %w", err)
@@ -85,12 +87,12 @@ func readEvents(ctx context.Context, paths store.Paths, deliver func(Event) erro
 	delivered := 0
 	resolved := func(event Event) error {
 		delivered++
-		return deliver(withOrigin(tables, event))
+		return deliver(WithOrigin(tables, event))
 	}
 	// The reader does not know of ctx.
 	defer context.AfterFunc(ctx, func() { _ = reader.Flush() })() // it was closed meanwhile
 	for before := 0; ctx.Err() == nil; {
-		if err := tables.Lease(eventLease); err != nil {
+		if err := tables.Lease(EventLease); err != nil {
 			return err
 		}
 		now, leased := delivered, time.Now()
@@ -100,7 +102,7 @@ func readEvents(ctx context.Context, paths store.Paths, deliver func(Event) erro
 		// A workload has an event let through many times a second, so where none came
 		// for two turns none is lost, unless the lease ran out: a calm node's counters
 		// are not all read.
-		if delivered == before && time.Since(leased) < eventLease {
+		if delivered == before && time.Since(leased) < EventLease {
 			continue
 		}
 		before = now
@@ -120,7 +122,7 @@ func readEvents(ctx context.Context, paths store.Paths, deliver func(Event) erro
 // drain delivers events that are not older than since until a fifth of the
 // lease has passed.
 func drain(ctx context.Context, reader *ringbuf.Reader, since uint64, deliver func(Event) error) error {
-	deadline := time.Now().Add(eventLease / 5)
+	deadline := time.Now().Add(EventLease / 5)
 	var record ringbuf.Record
 	for time.Now().Before(deadline) && ctx.Err() == nil {
 		reader.SetDeadline(deadline)
@@ -163,7 +165,7 @@ func decodeRecord(record ringbuf.Record) (row bpfmap.BpfEvent, err error) {
 
 // withOrigin puts the origin in the place of an encoded address, where the
 // program that reported left it to the reader.
-func withOrigin(t *bpfmap.Tables, event Event) Event {
+func WithOrigin(t *bpfmap.Tables, event Event) Event {
 	switch event.Verdict { //nolint:exhaustive // of a connection that waited for the proxy, or of its packets
 	case bpfmap.Redirected, bpfmap.RefusedNoProxy, bpfmap.ListenerGone, bpfmap.Held:
 	default:
@@ -193,7 +195,7 @@ func decodeEvent(row bpfmap.BpfEvent) Event {
 	}
 	switch event.Verdict { //nolint:exhaustive // of the others the reader need not know it
 	case bpfmap.EgressAudited, bpfmap.EgressSocketAudited, bpfmap.RefusedEgress, bpfmap.RefusedEgressSocket:
-		event.Transport = transportOf(row.Family, row.SocketType, row.Protocol)
+		event.Transport = TransportOf(row.Family, row.SocketType, row.Protocol)
 	}
 	if row.SourcePort != 0 {
 		event.Source = bpfmap.DecodeAddrPort(row.Source, row.SourcePort)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package reconcile
 
 import (
 	"fmt"
@@ -47,10 +47,10 @@ func (d *Reconciler) CheckSome(keys []workload.AttachmentID) []Checked {
 }
 
 func (d *Reconciler) checkRows(tables *bpfmap.Tables, key workload.AttachmentID) (repaired []program.Repair, err error) {
-	r, ns, err := d.openWorkload(key)
+	r, ns, err := d.OpenWorkload(key)
 	if err != nil {
 		return nil, err
 	}
 	defer ns.Close()
-	return d.ensure(tables, r, ns)
+	return d.Ensure(tables, r, ns)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package loader
 
 import (
 	"errors"
@@ -15,6 +15,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
@@ -43,7 +44,7 @@ import (
 // but to drain the node.
 
 // migrate is upgrade for a node of another layout.
-func (d *Loader) migrate(root *os.File) (result LoadResult, err error) {
+func (d *Loader) migrate(root *os.File) (result Result, err error) {
 	if err := probe.Probe(); err != nil {
 		return result, err
 	}
@@ -74,7 +75,7 @@ func (d *Loader) migrate(root *os.File) (result LoadResult, err error) {
 	}
 	defer collection.Close()
 	repairs, err := program.AttachAll(collection.Programs, spec.Programs, root, d.Paths().Links())
-	result = LoadResult{Changed: true, Did: append(changes.describe(), repairs...)}
+	result = Result{Changed: true, Did: append(changes.describe(), repairs...)}
 	if err != nil {
 		return result, err
 	}
@@ -97,7 +98,7 @@ func (d *Loader) migrate(root *os.File) (result LoadResult, err error) {
 	if err := d.publish(staging, changes); err != nil {
 		return result, err
 	}
-	renewed := d.renewFilters()
+	renewed := d.RenewFilters()
 	repairs, problems := d.ensureAll(records)
 	result.Did = append(result.Did, repairs...)
 	result.left(append(problems, renewed))
@@ -192,12 +193,12 @@ func (d *Loader) ensureAll(records []*store.Record) (repairs []program.Repair, p
 	}
 	defer tables.Close()
 	for _, r := range records {
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
 		if err == nil {
-			_, err = d.ensure(tables, r, ns)
+			_, err = d.Ensure(tables, r, ns)
 			ns.Close()
 		}
 		if err != nil {

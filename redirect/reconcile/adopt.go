@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package reconcile
 
 import (
 	"errors"
@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -23,16 +24,16 @@ import (
 // observe, decide, apply.
 
 // existingListener is a listener under the proxy's UID on one of a proxy's ports.
-type existingListener struct {
+type ExistingListener struct {
 	host.Socket
 	at      workload.ProxyPort
-	roles   []bpfmap.BpfListenerRole // that it can serve
-	missing []bpfmap.BpfListenerRole // ... of which it is not registered for
+	Roles   []bpfmap.BpfListenerRole // that it can serve
+	Missing []bpfmap.BpfListenerRole // ... of which it is not registered for
 }
 
 // registerExistingListeners registers what is there already, and says what it did.
 // processes may be nil.
-func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []program.Repair, err error) {
+func RegisterExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []program.Repair, err error) {
 	listeners, err := observeListeners(tables, ns, w)
 	if err != nil {
 		return nil, err
@@ -53,7 +54,7 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 		if err != nil {
 			return adopted, err
 		}
-		next, admitted := l.decide(proxy, cgroup, rejected)
+		next, admitted := l.Decide(proxy, cgroup, rejected)
 		if admitted {
 			admitted, err = l.apply(tables, ns.Cookie, fd, next)
 		}
@@ -70,13 +71,13 @@ func registerExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *hos
 }
 
 // observeListeners finds the sockets that may be registered, and for what they are.
-func observeListeners(tables *bpfmap.Tables, ns *host.Namespace, w workload.Workload) (found []existingListener, err error) {
+func observeListeners(tables *bpfmap.Tables, ns *host.Namespace, w workload.Workload) (found []ExistingListener, err error) {
 	sockets, err := ns.Listening()
 	if err != nil {
 		return nil, err
 	}
 	for _, socket := range sockets {
-		at, roles := socketRoles(socket, w)
+		at, roles := inspect.SocketRoles(socket, w)
 		if len(roles) == 0 || socket.UID != w.ProxyUID {
 			continue
 		}
@@ -84,20 +85,20 @@ func observeListeners(tables *bpfmap.Tables, ns *host.Namespace, w workload.Work
 		if err != nil {
 			return nil, err
 		}
-		found = append(found, existingListener{socket, at, roles, missing})
+		found = append(found, ExistingListener{socket, at, roles, missing})
 	}
 	return found, nil
 }
 
 // observeProxies reads what the kernel knows of the proxies. One of which no listener
 // is registered any more is learned anew.
-func observeProxies(tables *bpfmap.Tables, cookie uint64, w workload.Workload, listeners []existingListener) (map[uint8]bpfmap.BpfProxy, error) {
+func observeProxies(tables *bpfmap.Tables, cookie uint64, w workload.Workload, listeners []ExistingListener) (map[uint8]bpfmap.BpfProxy, error) {
 	proxies := make(map[uint8]bpfmap.BpfProxy)
 	for i := range w.All() {
 		id := w.ProxyID(i)
 		proxy, err := tables.ProxyState(cookie, id)
-		registered := slices.ContainsFunc(listeners, func(l existingListener) bool {
-			return l.at.ProxyID == id && len(l.missing) < len(l.roles)
+		registered := slices.ContainsFunc(listeners, func(l ExistingListener) bool {
+			return l.at.ProxyID == id && len(l.Missing) < len(l.Roles)
 		})
 		if err == nil && !registered {
 			// None is at these ports; at others it takes a walk to know.
@@ -113,14 +114,14 @@ func observeProxies(tables *bpfmap.Tables, cookie uint64, w workload.Workload, l
 
 // settled reports a listener that is registered for all that it can serve. A proxy
 // whose row was lost is learned anew from what is registered.
-func (l existingListener) settled(proxy bpfmap.BpfProxy) bool {
-	return len(l.missing) == 0 && proxy != (bpfmap.BpfProxy{})
+func (l ExistingListener) settled(proxy bpfmap.BpfProxy) bool {
+	return len(l.Missing) == 0 && proxy != (bpfmap.BpfProxy{})
 }
 
 // decide reports whether a listener that lives in the cgroup is the proxy's, and what
 // is known of the proxy then. It is the test of weir_sockops: the first one shows
 // who the proxy is, and a second candidate waits.
-func (l existingListener) decide(proxy bpfmap.BpfProxy, cgroup uint64, rejected []uint64) (next bpfmap.BpfProxy, admitted bool) {
+func (l ExistingListener) Decide(proxy bpfmap.BpfProxy, cgroup uint64, rejected []uint64) (next bpfmap.BpfProxy, admitted bool) {
 	if proxy.Cgroup != 0 && cgroup != 0 && proxy.Cgroup != cgroup || slices.Contains(rejected, cgroup) {
 		return proxy, false
 	}
@@ -128,7 +129,7 @@ func (l existingListener) decide(proxy bpfmap.BpfProxy, cgroup uint64, rejected 
 		proxy.Cgroup = cgroup
 		proxy.Flags |= bpfmap.BpfProxyFlagPROXY_PINNED
 	}
-	for _, role := range l.roles {
+	for _, role := range l.Roles {
 		proxy.Flags |= bpfmap.RoleFlag(role)
 	}
 	return proxy, true
@@ -137,8 +138,8 @@ func (l existingListener) decide(proxy bpfmap.BpfProxy, cgroup uint64, rejected 
 // apply registers the socket and writes what is known of its proxy. As in
 // weir_sockops, the kernel takes no MPTCP socket into the table, and a proxy with
 // more listeners than slots has enough of them there.
-func (l existingListener) apply(tables *bpfmap.Tables, cookie uint64, fd int, proxy bpfmap.BpfProxy) (done bool, err error) {
-	err = tables.RegisterListener(cookie, l.missing, l.at.Port, fd)
+func (l ExistingListener) apply(tables *bpfmap.Tables, cookie uint64, fd int, proxy bpfmap.BpfProxy) (done bool, err error) {
+	err = tables.RegisterListener(cookie, l.Missing, l.at.Port, fd)
 	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, ebpf.ErrKeyExist) {
 		return false, nil
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package monitor
 
 import (
 	"errors"
@@ -61,7 +61,7 @@ func (l *lostEvents) tell(tables *bpfmap.Tables, deliver func(Event) error) erro
 // end. What it does not get any more is lost.
 func (l *lostEvents) rest(reader *ringbuf.Reader, since uint64, deliver func(Event) error) error {
 	bpfmap.WaitForReaders() // of the lease: the programs that saw it have ended
-	deadline := time.Now().Add(eventLease)
+	deadline := time.Now().Add(EventLease)
 	l.unread = make(map[uint64]uint64)
 	var record ringbuf.Record
 	for reader.AvailableBytes() > 0 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"fmt"
@@ -145,7 +145,7 @@ func lookBehind(e *explain.Explanation, r *store.Record, rows *explain.Snapshot,
 	if e.SentTo.IsValid() {
 		to = e.SentTo
 	}
-	ns, err := openNamespaceOf(r)
+	ns, err := OpenNamespaceOf(r)
 	if err != nil {
 		return err
 	}

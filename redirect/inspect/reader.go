@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+// Package inspect reads what is in force on a node and what its records say: status,
+// problems, verdicts, other programs on the hooks, and the explanation of a connection.
+// It changes nothing.
+package inspect
 
 import "github.com/weirmesh/weir/redirect/store"
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package loader
 
 import (
 	"errors"
@@ -17,6 +17,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 )
@@ -43,7 +44,7 @@ func (d *Loader) reclaim(root *os.File) (repairs []program.Repair, err error) {
 		}
 	}
 	if control == 0 {
-		if list := d.ownSets(sets); len(list) > 0 {
+		if list := d.OwnSets(sets); len(list) > 0 {
 			own = list[0]
 		}
 	}
@@ -87,7 +88,7 @@ func (d *Loader) ends(root *os.File, own *program.Set) bool {
 
 // openOrReclaim is openTables for who must not take a node without pins for one
 // without programs.
-func (d *Loader) openOrReclaim() (*bpfmap.Tables, error) {
+func (d *Loader) OpenOrReclaim() (*bpfmap.Tables, error) {
 	pinned, err := bpfmap.OpenTables(d.Paths().Maps())
 	if !errors.Is(err, bpfmap.ErrNotLoaded) {
 		return pinned, err
@@ -202,7 +203,7 @@ func (d *Loader) cookiesByInode() (map[uint64]uint64, error) {
 	}
 	cookies := make(map[uint64]uint64)
 	for _, r := range records {
-		if ns, err := openNamespaceOf(r); err == nil {
+		if ns, err := inspect.OpenNamespaceOf(r); err == nil {
 			cookies[ns.Inode] = ns.Cookie
 			ns.Close()
 		}
@@ -248,7 +249,7 @@ func (d *Loader) outcome(root *os.File, control ebpf.MapID) (wrong []string, sta
 			own = s
 		}
 	}
-	for _, s := range d.ownSets(sets) {
+	for _, s := range d.OwnSets(sets) {
 		if s == own {
 			continue
 		}

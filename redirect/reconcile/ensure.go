@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package reconcile
 
 import (
 	"errors"
 	"fmt"
 
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -19,7 +20,7 @@ func (d *Reconciler) ensureRoutes(r, before *store.Record, ns *host.Namespace, w
 			return false, err
 		}
 	}
-	if err := d.markIncomplete(r); err != nil {
+	if err := d.MarkIncomplete(r); err != nil {
 		return false, err
 	}
 	r.IPv6, err = ns.SetRoutes(wanted)
@@ -27,14 +28,14 @@ func (d *Reconciler) ensureRoutes(r, before *store.Record, ns *host.Namespace, w
 }
 
 // markIncomplete marks the record incomplete on disk.
-func (d *Reconciler) markIncomplete(r *store.Record) error {
+func (d *Reconciler) MarkIncomplete(r *store.Record) error {
 	r.Begin()
 	return d.Paths().WriteRecord(r)
 }
 
 // renewFilters brings this binary's programs to every workload. One that it cannot
 // reach goes on with those that it has, and the next look at it repairs that.
-func (d *Reconciler) renewFilters() error {
+func (d *Reconciler) RenewFilters() error {
 	programs, err := program.RenewFilterPrograms(d.Paths())
 	if err != nil {
 		return err
@@ -46,7 +47,7 @@ func (d *Reconciler) renewFilters() error {
 	}
 	problems := []error{program.RenewFamilies(d.Paths())}
 	for _, r := range records {
-		ns, err := openNamespaceOf(r)
+		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
 			continue
 		}
@@ -64,8 +65,8 @@ func (d *Reconciler) renewFilters() error {
 
 // removeRoutes removes the routes and the filter of a workload whose namespace
 // still lives.
-func removeRoutes(r *store.Record) error {
-	ns, err := openNamespaceOf(r)
+func RemoveRoutes(r *store.Record) error {
+	ns, err := inspect.OpenNamespaceOf(r)
 	if errors.Is(err, host.ErrNetNSGone) || errors.Is(err, host.ErrHostNetNS) {
 		return nil
 	}

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package monitor
 
 import (
 	"fmt"
@@ -10,7 +10,7 @@ import (
 
 // transportOf names what a socket sends by. Without a family it is one of IP that
 // sends or connects.
-func transportOf(family, socketType, protocol uint16) string {
+func TransportOf(family, socketType, protocol uint16) string {
 	switch family {
 	case 0, unix.AF_INET, unix.AF_INET6:
 	case unix.AF_PACKET:

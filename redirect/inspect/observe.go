@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package redirect
+package inspect
 
 import (
 	"errors"
@@ -16,7 +16,7 @@ import (
 
 // open opens the namespace that the record was made for. ErrNetNSGone says
 // that it died, or that its path leads to another one by now.
-func openNamespaceOf(r *store.Record) (*host.Namespace, error) {
+func OpenNamespaceOf(r *store.Record) (*host.Namespace, error) {
 	ns, err := host.OpenNamespace(r.NetNS)
 	if err != nil {
 		return nil, err
@@ -31,7 +31,7 @@ func openNamespaceOf(r *store.Record) (*host.Namespace, error) {
 // says what changed. An address that was taken off the namespace is not the
 // workload's any more. A link-local one comes by itself some time after the
 // device, so it is registered without a word.
-func observeSources(r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
+func ObserveSources(r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
 	var found, broadcast []netip.Addr
 	var sources workload.Sources
 	err = ns.Do(func() error {
@@ -64,24 +64,24 @@ func observeSources(r *store.Record, ns *host.Namespace) (changed []program.Repa
 
 // openWorkload reads a record and opens its namespace, which the caller closes. It
 // takes no lock.
-func (d *Reader) openWorkload(key workload.AttachmentID) (*store.Record, *host.Namespace, error) {
+func (d *Reader) OpenWorkload(key workload.AttachmentID) (*store.Record, *host.Namespace, error) {
 	r, err := d.paths.ReadRecord(key)
 	if err != nil {
 		return nil, nil, err
 	}
-	ns, err := openNamespaceOf(r)
+	ns, err := OpenNamespaceOf(r)
 	return r, ns, err
 }
 
 // Moved reports whether a workload's namespace has other addresses or routes
 // than its record, without the lock and without a change: Check repairs it.
 func (d *Reader) Moved(key workload.AttachmentID) (bool, error) {
-	r, ns, err := d.openWorkload(key)
+	r, ns, err := d.OpenWorkload(key)
 	if err != nil {
 		return false, err
 	}
 	defer ns.Close()
-	if _, err := observeSources(r, ns); err != nil {
+	if _, err := ObserveSources(r, ns); err != nil {
 		return false, err
 	}
 	if r.State != store.Complete || r.Dirty {
