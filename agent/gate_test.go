@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -117,12 +118,16 @@ func TestGateOfANewAllocation(t *testing.T) {
 	}
 }
 
-// A proxy that does not come is waited for until the time is over.
+// A proxy that does not come is waited for until the time is over, and then nothing of
+// the gate is left in the namespace.
 func TestGateTimesOut(t *testing.T) {
 	n, cgroup := withGate(t, "3s")
 	n.run()
 	g := n.gated(cgroup, 1)
 	n.eventuallyHeld(g.id, true)
+	if got := listeners(t, g.ns); got != 1 {
+		t.Errorf("%d sockets listen in the namespace, want the gate's", got)
+	}
 	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("a connection that waited: %v, want it refused", err)
 	}
@@ -133,6 +138,23 @@ func TestGateTimesOut(t *testing.T) {
 	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial after the timeout: %v, want it refused", err)
 	}
+	if got := listeners(t, g.ns); got != 0 {
+		t.Errorf("%d sockets listen in the namespace after the timeout", got)
+	}
+}
+
+func listeners(t *testing.T, in *test.NetNS) int {
+	t.Helper()
+	ns, err := host.OpenNamespace(in.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	sockets, err := ns.Listening()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(sockets)
 }
 
 // A node or a job without a gate has none, and an allocation that is older than the

@@ -279,8 +279,10 @@ func TestGateOfUpstreams(t *testing.T) {
 				waiting = append(waiting, a.dialInBackground(addr))
 			}
 			eventuallyWaits(t, gate, len(waiting))
-			if e, err := n.Explain(a.key, explain.Connection{Destination: netip.AddrPortFrom(service, 80), UID: explain.NoUID}); err != nil || !e.Held || e.Listens {
-				t.Errorf("explained as %+v, %v; want that it is held", e, err)
+			for _, addr := range dialled {
+				if e, err := n.Explain(a.key, explain.Connection{Destination: netip.MustParseAddrPort(addr), UID: explain.NoUID}); err != nil || !e.Held || e.Listens {
+					t.Errorf("%s is explained as %+v, %v; want that it is held", addr, e, err)
+				}
 			}
 			// Nobody else's port is held.
 			if _, err := a.ask("tcp4", "127.0.0.1:9393"); !errors.Is(err, unix.ECONNREFUSED) {

@@ -76,6 +76,23 @@ func TestExplainNamesTheAllocation(t *testing.T) {
 	}
 }
 
+// A connection that the start gate holds is not refused yet, and explain says so.
+func TestExplainSaysThatItIsHeld(t *testing.T) {
+	const wanted = "Not yet: the start gate is open, so the connection waits for the proxy to\n  listen."
+	for _, held := range []bool{true, false} {
+		n := explainNode()
+		n.explanation.Verdict, n.explanation.Listens, n.explanation.Held = bpfmap.RefusedNoProxy, false, held
+		got := try(t, n, nil, "explain", "other", "203.0.113.7:80")
+		if strings.Contains(got.stdout, wanted) != held {
+			t.Errorf("held %t: explain says\n%s\nwant only then: %s", held, got.stdout, wanted)
+		}
+		var told struct{ Held bool }
+		if err := json.Unmarshal([]byte(try(t, n, nil, "explain", "-json", "other", "203.0.113.7:80").stdout), &told); err != nil || told.Held != held {
+			t.Errorf("held %t: JSON says %+v, %v", held, told, err)
+		}
+	}
+}
+
 func TestExplainReadsTheConnection(t *testing.T) {
 	outside := func(from, to string) explain.Connection {
 		return explain.Connection{From: netip.AddrPortFrom(netip.MustParseAddr(from), 0), Destination: netip.MustParseAddrPort(to), UID: explain.NoUID}

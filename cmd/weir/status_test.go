@@ -10,12 +10,14 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 func healthy() inspect.Status {
@@ -256,5 +258,27 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 	}
 	if got.code != 0 {
 		t.Errorf("exit %d, want 0", got.code)
+	}
+}
+
+// Allocations whose connections wait are named, with how long they do: some of many.
+func TestStatusNamesWhoWaits(t *testing.T) {
+	view := &api.Status{Consul: api.ConsulStatus{Enabled: true, InSync: true}}
+	for i := range 5 {
+		view.Workloads = append(view.Workloads, api.WorkloadView{
+			Key: workload.AttachmentID{ContainerID: fmt.Sprint(i, "b5d0c1e"), IfName: "eth0"}, Job: fmt.Sprint("demo", i), Group: "web",
+			State: api.StateManaged, HeldSince: time.Now().Add(-4 * time.Second),
+		})
+	}
+	got := try(t, &node{status: healthy(), agent: view}, nil, "status")
+	const wanted = "\nagent: demo0/web/0b5d0c1e waits for its proxy since 4s, and so does what it dials\n"
+	if got.code != 0 || !strings.Contains(got.stdout, wanted) || !strings.Contains(got.stdout, "agent: 2 allocations more wait for their proxies") {
+		t.Errorf("outcome %d:\n%s\nwant 0, with %q and that 2 more wait", got.code, got.stdout, wanted)
+	}
+	for i := range view.Workloads {
+		view.Workloads[i].HeldSince = time.Time{}
+	}
+	if got := try(t, &node{status: healthy(), agent: view}, nil, "status"); strings.Contains(got.stdout, "wait") {
+		t.Errorf("output of a node where nothing waits:\n%s", got.stdout)
 	}
 }
