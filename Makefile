@@ -6,7 +6,7 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz e2e cluster test-vm kernels demo bench bench-agent tools package release clean
+.PHONY: help build generate lint check test fuzz broken e2e cluster test-vm kernels demo bench bench-agent tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,11 +39,15 @@ fuzz: ## Fuzz every target in turn, FUZZTIME=10m each; what is found stays in te
 	test/tools/setup.sh go
 	FUZZTIME='$(FUZZTIME)' test/fuzz.sh
 
+broken: ## Break copies of the tree on purpose, and show the test that catches each (root)
+	test/tools/setup.sh test cni
+	test/broken.sh
+
 e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: those versions; RUN=REGEXP
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG='$(PKG)' test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
 cluster: ## Run a cluster of four machines under load while its parts fail (root); NOMAD=, CONSUL=, ENVOY=, RUN=
-	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
+	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh -timeout 60m $(if $(RUN),-run '$(RUN)')
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
 	test/tools/setup.sh vm

@@ -36,6 +36,7 @@ func FuzzServices(f *testing.F) {
 	f.Add([]byte(`null`))
 	f.Add([]byte(`{"a":{"Kind":"connect-proxy","Port":-1,"Proxy":{"Upstreams":[{"LocalBindPort":70000},{"LocalBindAddress":"::ffff:1.2.3.4","LocalBindPort":1}]}},"b":7}`))
 	f.Add([]byte(`{"g":{"Kind":"ingress-gateway","Port":8080,"Proxy":{"Config":{"envoy_gateway_bind_addresses":{"x":{"address":"0.0.0.0","port":1}},"bind_port":"15"}}}}`))
+	f.Add([]byte(`{"foreign":{"Kind":"connect-proxy","Address":"172.26.64.14","Port":20001},"_nomad-task-11111111-2222-3333-4444-555555555555-group-api-web-1-sidecar-proxy":{"Kind":"connect-proxy","Address":"172.26.64.14","Port":2},"_nomad-task-` + exampleAlloc + `-group-api-web-1-sidecar-proxy":{"Kind":"connect-proxy","Address":"172.26.64.13","Port":3}}`))
 	f.Add([]byte(`{"s":{"Kind":"connect-proxy","Port":1,"Meta":{"weir-guard":"off"},"Proxy":{"Mode":"transparent","TransparentProxy":{"OutboundListenerPort":1},"Expose":{"Paths":[{"ListenerPort":1}]}}}}`))
 	f.Fuzz(func(t *testing.T, body []byte) {
 		proxies, problems, err := registration.ParseServices(body, netip.MustParseAddr("127.0.0.1"))
@@ -48,6 +49,13 @@ func FuzzServices(f *testing.F) {
 		for _, problem := range problems {
 			if !strings.Contains(problem, "registration ") {
 				t.Errorf("the problem %q names no registration", problem)
+			}
+		}
+		a := found()
+		for _, p := range desired.ProxiesOf(catalog.Snapshot{Proxies: catalog.ByAllocation(proxies)}, a) {
+			runs := p.IsGateway() && p.Self.Name == a.Job.ID // without an address, as what its job is for
+			if p.AllocID != a.Job.AllocID && !slices.Contains(a.Addresses, p.Address.Unmap()) && (p.AllocID != "" || p.Address.IsValid() || !runs) {
+				t.Errorf("the allocation takes a registration that is not its own: %+v", p)
 			}
 		}
 		for _, mode := range []workload.Mode{"", workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway} {
