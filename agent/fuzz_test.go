@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/identity"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -56,6 +57,14 @@ func FuzzServices(f *testing.F) {
 			runs := p.IsGateway() && p.Self.Name == a.Job.ID // without an address, as what its job is for
 			if p.AllocID != a.Job.AllocID && !slices.Contains(a.Addresses, p.Address.Unmap()) && (p.AllocID != "" || p.Address.IsValid() || !runs) {
 				t.Errorf("the allocation takes a registration that is not its own: %+v", p)
+			}
+		}
+		const task = "connect-proxy-web" // the only one that is injected there
+		seen := identity.Evidence{Tasks: []string{"web", task}, Listens: func() []uint16 { return []uint16{1, 20001} }}
+		counted, _ := seen.Judge(desired.Allocation{Attachment: a, Live: true, Cached: true, Proxies: proxies}, catalog.Data{})
+		for _, p := range counted {
+			if !registration.Injected(task, []registration.Proxy{p}) && !desired.RunsGateway(catalog.Data{}, a, p) {
+				t.Errorf("a registration counts that is not of the task %s: %+v", task, p)
 			}
 		}
 		for _, mode := range []workload.Mode{"", workload.ModeTransparent, workload.ModeDirect, workload.ModeGateway} {
