@@ -49,7 +49,9 @@ func (a *Agent) load() error {
 	}
 	for _, did := range loaded.Did {
 		a.log.Info("data path", "did", did)
-		a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: "data path loaded: " + did.String()})
+	}
+	if steps := len(loaded.Did); steps > 0 {
+		a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: fmt.Sprintf("the data path was loaded, in %d steps: %s …", steps, loaded.Did[0])})
 	}
 	for _, problem := range loaded.Problems {
 		a.log.Error("data path: a workload did not come along", "problem", problem)

@@ -144,6 +144,8 @@ type move struct {
 	state   api.State
 	changes bool // its mesh configuration is another one than that in force
 	inForce bool // what is wanted is in force
+
+	difference string // in words, between what was in force and what is
 }
 
 // begin puts an attachment under Weir that should be, and says what else is to be done
@@ -198,6 +200,9 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	}
 	if a.seen || s.Record != nil && s.Record.Added.After(a.status.Started) { // else it is as it was before this agent
 		a.changes.State(m.view, next, now)
+	}
+	if v.difference != "" {
+		a.changes.Workload(next, api.ChangeConfig, v.difference, now)
 	}
 	if next.State != m.view.State && next.State != api.StateOutside {
 		a.log.Info("workload "+string(next.State), "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "problems", problems)

@@ -127,9 +127,7 @@ func (a *Agent) applied(v *move, err error) {
 	a.count(func(c *api.Counts) { c.Changes++ })
 	meshConfig := v.wanted.MeshConfig
 	if v.s.Record != nil {
-		if what := change.Difference(v.s.Record.MeshConfig, *meshConfig); what != "" {
-			a.changes.Workload(v.m.view, api.ChangeConfig, what, time.Now())
-		}
+		v.difference = change.Difference(v.s.Record.MeshConfig, *meshConfig)
 	}
 	a.log.Info("workload changed", "alloc_id", v.s.Key.ContainerID, "interface", v.s.Key.IfName, "inbound", meshConfig.InboundPort, "outbound", meshConfig.OutboundPort,
 		"open", fmt.Sprint(desired.OpenPorts(*meshConfig)), "upstreams", len(meshConfig.Upstreams), "guard", string(meshConfig.Guard))

@@ -68,6 +68,7 @@ func TestStates(t *testing.T) {
 	l := NewLog(began)
 	none, there, registered, foreign := api.WorkloadView{}, web(), web(), web()
 	there.Mode, there.Guard = workload.ModeDirect, workload.GuardAudit
+	registered.Mode, registered.Guard = there.Mode, there.Guard
 	registered.Proxies = []api.ProxyView{{ID: "web-sidecar-proxy"}}
 	foreign.State = api.StateConsul
 	for i, step := range []struct{ before, now api.WorkloadView }{{none, there}, {there, there}, {there, registered}, {registered, there}, {none, foreign}} {

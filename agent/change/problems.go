@@ -109,8 +109,8 @@ func (l *Log) State(before, now api.WorkloadView, at time.Time) {
 		case api.StateUnprotected, api.StateUnclaimed, api.StateOutside: // the first two are problems
 		}
 	}
-	if before.State == "" || (len(before.Proxies) == 0) == (len(now.Proxies) == 0) {
-		return
+	if now.State != before.State || (len(before.Proxies) == 0) == (len(now.Proxies) == 0) {
+		return // what is new in the mesh is there by its registration, or has none yet
 	}
 	if len(now.Proxies) == 0 {
 		l.Workload(now, api.ChangeConfig, "Consul has no registration of its proxy any more: the last configuration stays", at)

@@ -245,11 +245,13 @@ func (d *doctor) renderCheck(check health.Check) string {
 	return text
 }
 
-// wrapped fits text into the columns behind an indent of four, which the lines
-// that follow the first one have.
-func wrapped(text string) string {
-	const indent = 4
-	lines := strings.Split(wordwrap.WrapString(text, columns-indent), "\n")
+// wrapped fits text behind an indent of four.
+func wrapped(text string) string { return indented(text, 4) }
+
+// indented fits text into the columns behind an indent, which the lines that follow the
+// first one have.
+func indented(text string, indent int) string {
+	lines := strings.Split(wordwrap.WrapString(text, uint(columns-indent)), "\n")
 	for i, line := range slices.Clone(lines) {
 		lines[i] = strings.TrimSpace(line)
 	}

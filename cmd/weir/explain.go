@@ -118,7 +118,7 @@ func (c *command) explain(f explainFlags) (int, error) {
 	verdict, fails := e.Verdict.String(), e.Verdict.Refused()
 	refused := fails
 	fails = fails || e.Local && !e.Listens
-	answer.Verdict, answer.Refused, answer.Steps, answer.Remedy = &verdict, &refused, e.Steps, explainRemedy(e, connection)
+	answer.Verdict, answer.Refused, answer.Steps, answer.Remedy = &verdict, &refused, e.Steps, explainRemedy(e, connection, record)
 	answer.Held = e.Held
 	if e.SentTo.IsValid() {
 		answer.SentTo = &e.SentTo
@@ -133,6 +133,9 @@ func (c *command) explain(f explainFlags) (int, error) {
 	if meetsConsul(e, connection, service) {
 		consul = c.askConsul(api.BehindQuery{Key: record.Key, To: connection.Destination, SentTo: e.SentTo, Service: service})
 		fails = answer.take(consul) || fails
+		if consul.Source != "" {
+			answer.Remedy = strings.ReplaceAll(answer.Remedy, anyProxyTask, "connect-proxy-"+consul.Source)
+		}
 	}
 	code := 0
 	if fails {
@@ -153,7 +156,7 @@ func (c *command) explainWhole(datapath datapath, record inspect.Record, answer 
 	answer.Settings = settings
 	code := 0
 	if silent {
-		code, answer.Remedy = 2, proxyRemedy
+		code, answer.Remedy = 2, proxyRemedy(record)
 	}
 	if c.json {
 		return code, c.printJSON(answer)

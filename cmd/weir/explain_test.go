@@ -310,8 +310,8 @@ Behind it: nothing listens on 127.0.0.1:15001, so the connection is refused
 Not looked at: what Consul says: no agent answers, and it is who asks Consul.
   Remedy: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's
   system job for it
-Remedy: 'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not
-  listen; 'weir events -f' names a listener that was not accepted
+Remedy: 'nomad alloc logs 0b5d0c1e connect-proxy-SERVICE' says why Envoy does
+  not listen; 'weir events -f' names a listener that was not accepted
 `
 
 const wholeText = `demo/web/0b5d0c1e
@@ -325,6 +325,6 @@ const wholeText = `demo/web/0b5d0c1e
   destinations             0 of 65536                        default
 
 A proxy does not listen: connections to it are refused.
-Remedy: 'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not
-  listen; 'weir events -f' names a listener that was not accepted
+Remedy: 'nomad alloc logs 0b5d0c1e connect-proxy-SERVICE' says why Envoy does
+  not listen; 'weir events -f' names a listener that was not accepted
 `

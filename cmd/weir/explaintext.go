@@ -14,7 +14,14 @@ import (
 	"github.com/weirmesh/weir/redirect/inspect"
 )
 
-const proxyRemedy = "'nomad alloc logs ALLOC connect-proxy-SERVICE' says why Envoy does not listen; 'weir events -f' names a listener that was not accepted"
+// proxyRemedy says what to do where a proxy does not listen.
+func proxyRemedy(w inspect.Record) string {
+	return fmt.Sprintf("'nomad alloc logs %s %s' says why Envoy does not listen; 'weir events -f' names a listener that was not accepted",
+		short(allocationOf(w)), anyProxyTask)
+}
+
+// anyProxyTask is the name of a proxy's task where its service is not known.
+const anyProxyTask = "connect-proxy-SERVICE"
 
 // hang breaks a sentence into lines of 80 columns, the later ones indented.
 func hang(text string) string {
@@ -86,7 +93,7 @@ func behind(e explain.Explanation, dialled netip.AddrPort) string {
 }
 
 // explainRemedy says what to do where a connection would fail.
-func explainRemedy(e explain.Explanation, connection explain.Connection) string {
+func explainRemedy(e explain.Explanation, connection explain.Connection, w inspect.Record) string {
 	if !e.Verdict.Refused() {
 		if e.Local && !e.Listens {
 			return "start what should listen there, or dial the port where it listens"
@@ -96,7 +103,7 @@ func explainRemedy(e explain.Explanation, connection explain.Connection) string 
 	port := connection.Destination.Port()
 	switch e.Verdict {
 	case bpfmap.RefusedNoProxy, bpfmap.RefusedInboundNoProxy:
-		return proxyRemedy
+		return proxyRemedy(w)
 	case bpfmap.RefusedInboundUnknown:
 		return "the agent names the port as soon as the service is registered in Consul: 'weir workloads' says whether it is"
 	case bpfmap.RefusedGuard:

@@ -107,7 +107,7 @@ func (c *command) renderGuard(list api.GuardList, now time.Time) string {
 		}
 	}
 	return strings.Join(lines, "\n") + "\n\nTo let it in, in the job's group:\n" + strings.Join(remedies, "\n") +
-		"\n\nall of it " + since + "; FIRST and LAST are how long ago" + incomplete(list)
+		"\n\nall of it " + since + "; FIRST and LAST are ages" + incomplete(list)
 }
 
 // incomplete tells what the list does not have.

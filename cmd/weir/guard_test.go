@@ -48,7 +48,7 @@ To let it in, in the job's group:
   demo/web: network { port "port-9102" { to = 9102 } }
   shop/api: transparent_proxy { exclude_inbound_ports = ["53"] }
 
-all of it since the agent began to record, 3h ago; FIRST and LAST are how long ago
+all of it since the agent began to record, 3h ago; FIRST and LAST are ages
 `})
 	n.guard.Omitted, n.guard.Lost = 5, 7
 	want(t, try(t, n, nil, "guard", "quiet"), outcome{stdout: `nothing came in past a proxy since the agent began to record, 3h ago

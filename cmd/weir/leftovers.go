@@ -33,6 +33,9 @@ func (c *command) leftBehind() (lines string, problems []health.Problem) {
 	if len(all) == 0 {
 		return "", problems
 	}
+	for i := range all {
+		all[i] = hang(all[i])
+	}
 	return "\n\n" + strings.Join(all, "\n"), problems
 }
 

@@ -64,8 +64,8 @@ func newStatus(env env) *command {
 		case running:
 			text += "\n\n" + c.summary(view, time.Now())
 		case dead.What == "":
-			text += "\n\nagent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what\n       they dial before their proxy listens is refused\n" +
-				"  next: " + startAgent
+			text += "\n\n" + hang("agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what they dial before their proxy listens is refused") +
+				"\n  " + indented("next: "+startAgent, 2)
 		}
 		c.ui.Output(text + leftovers)
 		return code, nil
@@ -178,7 +178,7 @@ func (c *command) renderProblems(problems []health.Problem) string {
 		if problem.Severity == health.SeverityWarning {
 			colour = yellow
 		}
-		fmt.Fprintf(&text, "  %s\n    remedy: %s\n", c.paint(colour, problem.Text()), problem.Remedy)
+		fmt.Fprintf(&text, "  %s\n    %s\n", c.paint(colour, indented(problem.Text(), 2)), indented("remedy: "+problem.Remedy, 4))
 	}
 	return text.String()
 }

@@ -7,10 +7,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -42,9 +44,11 @@ func TestStatusFitsOneScreen(t *testing.T) {
 
 2 programs of others on the same hooks: -verbose lists them
 
-agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
-       they dial before their proxy listens is refused
-  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
+agent: none runs, so nothing follows Consul, only allocations with
+  transparent_proxy are under Weir, and what they dial before their proxy
+  listens is refused
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's
+  system job for it
 `})
 }
 
@@ -61,9 +65,11 @@ MAP        ROWS  MOST ENTRIES  MEMORY
 origins    512   1048576       8196 KiB
 workloads  -     16384         129 KiB
 
-agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
-       they dial before their proxy listens is refused
-  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
+agent: none runs, so nothing follows Consul, only allocations with
+  transparent_proxy are under Weir, and what they dial before their proxy
+  listens is refused
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's
+  system job for it
 `})
 }
 
@@ -75,9 +81,11 @@ func TestStatusNotLoaded(t *testing.T) {
   the data path is not loaded: no workload is redirected [not-loaded]
     remedy: run 'weir load'
 
-agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
-       they dial before their proxy listens is refused
-  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
+agent: none runs, so nothing follows Consul, only allocations with
+  transparent_proxy are under Weir, and what they dial before their proxy
+  listens is refused
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's
+  system job for it
 `})
 }
 
@@ -93,10 +101,43 @@ func TestStatusWithProblems(t *testing.T) {
   workload 0b5d0c1e-eth0: its namespace is gone [namespace-gone]
     remedy: run CNI DEL or GC; nothing of it is in use
 
-agent: none runs, so nothing follows Consul, only allocations with transparent_proxy are under Weir, and what
-       they dial before their proxy listens is refused
-  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it
+agent: none runs, so nothing follows Consul, only allocations with
+  transparent_proxy are under Weir, and what they dial before their proxy
+  listens is refused
+  next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's
+  system job for it
 `})
+}
+
+// Lines fit a terminal of 80 columns, in colour and without.
+func TestStatusAndWorkloadsFitATerminal(t *testing.T) {
+	long := health.NewProblem(health.ProblemProxyNotListening, "see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul",
+		"its proxy does not listen on port 15001 and 20005: nothing does").Of("allocation 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01 (demo/web)", "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01")
+	status := healthy()
+	status.Problems = []health.Problem{long}
+	n := &node{status: status, list: []inspect.WorkloadStatus{{
+		Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, ID: "0b5d0c1e", Mode: workload.ModeDirect, Guard: workload.GuardAudit,
+		Problems: []health.Problem{long}, Notes: []string{strings.Repeat("a note that says much ", 9)},
+	}}, agent: &api.Status{
+		Consul:    api.ConsulStatus{Enabled: true, Address: "127.0.0.1:8500", Error: strings.Repeat("no answer since long ", 9)},
+		Docker:    strings.Repeat("no answer since long ", 9),
+		Workloads: []api.WorkloadView{{State: api.StateHost}, {State: api.StateConsul}, {State: api.StateUnclaimed}, {State: api.StateUnprotected}},
+	}}
+	for _, command := range []string{"status", "workloads"} {
+		plain := try(t, n, nil, command).stdout
+		for line := range strings.Lines(plain) {
+			if width := utf8.RuneCountInString(strings.TrimRight(line, "\n")); width > columns {
+				t.Errorf("weir %s: a line of %d columns: %s", command, width, line)
+			}
+		}
+		coloured := tryOn(t, n, true, nil, command).stdout
+		if got := regexp.MustCompile("\x1b\\[[0-9]*m").ReplaceAllString(coloured, ""); got != plain {
+			t.Errorf("weir %s in colour is\n%s\nand without\n%s", command, got, plain)
+		}
+		if coloured == plain || tryOn(t, n, true, map[string]string{"NO_COLOR": "1"}, command).stdout != plain {
+			t.Errorf("weir %s: %q; want colour on a terminal, and none with NO_COLOR", command, coloured)
+		}
+	}
 }
 
 func TestStatusJSON(t *testing.T) {

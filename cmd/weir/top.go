@@ -13,6 +13,7 @@ import (
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cmd/weir/top"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -194,9 +195,15 @@ func (c *command) topAllocations(r top.Report, most int) string {
 	return strings.TrimRight(text, "\n")
 }
 
-// mostly is the verdict that happened most. A refusal goes before what is let through.
+// mostly is the verdict that happened most. A refusal goes before what is let through, and
+// a task's connection before that of the proxy which stands for it.
 func mostly(a top.Allocation) (name string) {
 	for verdict, rate := range a.Verdicts {
+		if proxy := bpfmap.Proxy.String(); verdict == proxy && name != "" {
+			continue
+		} else if name == proxy {
+			name = ""
+		}
 		refused, before := strings.HasPrefix(verdict, "refused_"), strings.HasPrefix(name, "refused_")
 		if name == "" || refused && !before || refused == before && (rate > a.Verdicts[name] || rate == a.Verdicts[name] && verdict < name) {
 			name = verdict

@@ -189,3 +189,15 @@ func topOnAKernel(t *testing.T, weir func(context.Context, ...string) (int, *cli
 		t.Errorf("programs = %+v: want runs of connect4", report.Programs)
 	}
 }
+
+func TestMostly(t *testing.T) {
+	for want, rates := range map[string]map[string]float64{
+		"redirected":       {"redirected": 3, "proxy": 3.1, "local": 1},
+		"refused_no_proxy": {"redirected": 3, "proxy": 3.1, "refused_no_proxy": 0.1},
+		"proxy":            {"proxy": 3.1},
+	} {
+		if got := mostly(top.Allocation{Verdicts: rates}); got != want {
+			t.Errorf("mostly of %v = %q, want %q", rates, got, want)
+		}
+	}
+}

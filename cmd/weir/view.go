@@ -56,13 +56,13 @@ func (c *command) summary(view api.Status, now time.Time) string {
 		count[w.State]++
 	}
 	if consuls := count[api.StateConsul]; consuls > 0 {
-		lines = append(lines, fmt.Sprintf("agent: %s redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each", countOf(consuls, "allocation")))
+		lines = append(lines, hang(fmt.Sprintf("agent: %s redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each", countOf(consuls, "allocation"))))
 	}
 	if host := count[api.StateHost]; host > 0 {
-		lines = append(lines, fmt.Sprintf("agent: %s on the node's own network, where there is nothing to redirect or guard", countOf(host, "gateway")))
+		lines = append(lines, hang(fmt.Sprintf("agent: %s on the node's own network, where there is nothing to redirect or guard", countOf(host, "gateway"))))
 	}
 	if unclaimed := count[api.StateUnclaimed]; unclaimed > 0 {
-		lines = append(lines, fmt.Sprintf("agent: %s of a proxy in Consul that no allocation of this node is known to run, see 'weir workloads'", countOf(unclaimed, "registration")))
+		lines = append(lines, hang(fmt.Sprintf("agent: %s of a proxy in Consul that no allocation of this node is known to run, see 'weir workloads'", countOf(unclaimed, "registration"))))
 	}
 	if unprotected := count[api.StateUnprotected]; unprotected > 0 {
 		lines = append(lines, c.paint(red, fmt.Sprintf("agent: %s of the mesh not under Weir, see 'weir workloads'", countOf(unprotected, "allocation"))))
@@ -85,8 +85,8 @@ func heldLines(list []api.WorkloadView, now time.Time) (lines []string) {
 			continue
 		}
 		if held++; held <= most {
-			lines = append(lines, fmt.Sprintf("agent: %s waits for its proxy since %s, and so does what it dials",
-				name(w.Job, w.Group, w.Key), now.Sub(w.HeldSince).Round(time.Second)))
+			lines = append(lines, hang(fmt.Sprintf("agent: %s waits for its proxy since %s, and so does what it dials",
+				name(w.Job, w.Group, w.Key), now.Sub(w.HeldSince).Round(time.Second))))
 		}
 	}
 	if held > most {
@@ -99,7 +99,7 @@ func heldLines(list []api.WorkloadView, now time.Time) (lines []string) {
 func (c *command) sources(view api.Status, now time.Time) []string {
 	lines := []string{c.consulLine(view.Consul, now)}
 	if view.Docker != "" {
-		lines = append(lines, c.paint(red, "agent: Docker's containers may be other ones by now: "+view.Docker))
+		lines = append(lines, c.paint(red, hang("agent: Docker's containers may be other ones by now: "+view.Docker)))
 	}
 	return lines
 }
@@ -110,11 +110,11 @@ func (c *command) consulLine(consul api.ConsulStatus, now time.Time) string {
 	case !consul.Enabled:
 		return "agent: Consul sync is disabled"
 	case consul.InSync && consul.Hidden:
-		return c.paint(red, fmt.Sprintf("agent: Consul at %s hides services of this node from the token", consul.Address))
+		return c.paint(red, hang(fmt.Sprintf("agent: Consul at %s hides services of this node from the token", consul.Address)))
 	case consul.InSync:
 		return fmt.Sprintf("agent: in sync with Consul at %s for %s", consul.Address, since)
 	case consul.Error == "":
 		return fmt.Sprintf("agent: asking Consul at %s", consul.Address)
 	}
-	return c.paint(red, fmt.Sprintf("agent: not in sync with Consul at %s for %s: %s", consul.Address, since, consul.Error))
+	return c.paint(red, hang(fmt.Sprintf("agent: not in sync with Consul at %s for %s: %s", consul.Address, since, consul.Error)))
 }

@@ -109,8 +109,8 @@ func TestStatusEndsWithTheAgentsSummary(t *testing.T) {
 	for _, want := range []string{
 		"\nagent: asking Consul at 127.0.0.1:8500\n", "agent: Docker's containers may be other ones by now: dial: no answer\n",
 		"agent: 1 allocation of the mesh not under Weir, see 'weir workloads'\n", "agent: 3 repairs since it began, 1 workload forgotten whose namespace died\n",
-		"agent: 1 gateway on the node's own network, where there is nothing to redirect or guard\n",
-		"agent: 2 registrations of a proxy in Consul that no allocation of this node is known to run, see 'weir workloads'\n",
+		"agent: 1 gateway on the node's own network, where there is nothing to redirect\n  or guard\n",
+		"agent: 2 registrations of a proxy in Consul that no allocation of this node is\n  known to run, see 'weir workloads'\n",
 	} {
 		if !strings.Contains(got, want) {
 			t.Errorf("output lacks %q:\n%s", want, got)

@@ -165,7 +165,7 @@ func (c *command) renderReasons(list []seenWorkload) string {
 		if len(ids) > most {
 			more = fmt.Sprintf(" and %d more", len(ids)-most)
 		}
-		fmt.Fprintf(&text, "\n\n%s\n  %s%s", c.paint(yellow, reason), strings.Join(ids[:min(len(ids), most)], " "), more)
+		fmt.Fprintf(&text, "\n\n%s\n  %s%s", c.paint(yellow, hang(reason)), strings.Join(ids[:min(len(ids), most)], " "), more)
 	}
 	return text.String()
 }
@@ -180,7 +180,7 @@ func (c *command) renderProblemsOf(list []seenWorkload) string {
 		}
 		fmt.Fprintf(&text, "\n\n%s\n%s", c.paint(bold, name(w.Job, w.Group, w.Key)), c.renderProblems(ownProblems(problems)))
 		for _, note := range w.Notes {
-			fmt.Fprintf(&text, "  note: %s\n", note)
+			fmt.Fprintf(&text, "  %s\n", indented("note: "+note, 2))
 		}
 	}
 	return text.String()

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -42,6 +43,7 @@ type meshNode struct {
 	log     *lockedBuffer
 	stop    func()
 	outside *test.NetNS
+	plugins string // other ones than Weir's, for what is allocated next; empty: Weir's
 }
 
 // lockedBuffer is the agent's log.
@@ -187,9 +189,14 @@ type meshAlloc struct {
 // transparent_proxy, for which Nomad calls no plugin of ours.
 func (n *meshNode) allocate(mesh string, ports ...map[string]any) *meshAlloc {
 	n.t.Helper()
+	return n.allocateAs(allocID(n.allocs+1), fmt.Sprintf("job-%d", n.allocs+1), mesh, ports...)
+}
+
+func (n *meshNode) allocateAs(id, job, mesh string, ports ...map[string]any) *meshAlloc {
+	n.t.Helper()
 	n.allocs++
 	a := &meshAlloc{
-		node: n, ns: test.NewNetNS(n.t), id: allocID(n.allocs),
+		node: n, ns: test.NewNetNS(n.t), id: id,
 		addr: netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 2}), gate: netip.AddrFrom4([4]byte{10, 88, byte(n.allocs), 1}),
 		addr6: netip.AddrFrom16([16]byte{0: 0xfd, 1: 0x88, 7: byte(n.allocs), 15: 2}),
 	}
@@ -207,7 +214,7 @@ func (n *meshNode) allocate(mesh string, ports ...map[string]any) *meshAlloc {
 	n.t.Cleanup(func() { os.Remove(a.ns.Path + ".result") })
 	plugins := `{"type":"made","capabilities":{"portMappings":true}}`
 	args := [][2]string{
-		{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", a.id}, {"NOMAD_JOB_ID", fmt.Sprintf("job-%d", n.allocs)}, {"NOMAD_GROUP_NAME", "g"},
+		{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", a.id}, {"NOMAD_JOB_ID", job}, {"NOMAD_GROUP_NAME", "g"},
 	}
 	if mesh != "" {
 		plugins += fmt.Sprintf(`,{"type":"consul-cni","pinDir":%q,"stateDir":%q,"cgroupRoot":%q}`, n.config.PinDir, n.config.StateDir, n.config.CgroupRoot)
@@ -225,7 +232,7 @@ func (n *meshNode) allocate(mesh string, ports ...map[string]any) *meshAlloc {
 	a.rt = &libcni.RuntimeConf{
 		ContainerID: a.id, NetNS: a.ns.Path, IfName: "eth0", Args: args, CapabilityArgs: map[string]any{"portMappings": mappings},
 	}
-	a.cni = libcni.NewCNIConfigWithCacheDir([]string{filepath.Join(n.dir, "bin")}, n.config.CNI.CacheDir, nil)
+	a.cni = libcni.NewCNIConfigWithCacheDir([]string{cmp.Or(n.plugins, filepath.Join(n.dir, "bin"))}, n.config.CNI.CacheDir, nil)
 	if _, err := a.cni.AddNetworkList(context.Background(), list, a.rt); err != nil {
 		n.t.Fatalf("add network: %v", err)
 	}
