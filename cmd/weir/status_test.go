@@ -312,7 +312,7 @@ func TestStatusNamesWhoWaits(t *testing.T) {
 		})
 	}
 	got := try(t, &node{status: healthy(), agent: view}, nil, "status")
-	const wanted = "\nagent: demo0/web/0b5d0c1e waits for its proxy since 4s, and so does what it dials\n"
+	const wanted = "\nagent: demo0/web/0b5d0c1e waits for its proxy since 4s, and so does what it\n  dials\n"
 	if got.code != 0 || !strings.Contains(got.stdout, wanted) || !strings.Contains(got.stdout, "agent: 2 allocations more wait for their proxies") {
 		t.Errorf("outcome %d:\n%s\nwant 0, with %q and that 2 more wait", got.code, got.stdout, wanted)
 	}
