@@ -44,6 +44,10 @@ func (c *command) renderEgress(list api.GuardList, now time.Time) string {
 			remedies = append(remedies, line)
 		}
 	}
-	return strings.Join(lines, "\n") + "\n\nTo let it out, in the group's transparent_proxy block:\n" + strings.Join(remedies, "\n") +
+	caution := ""
+	if slices.ContainsFunc(remedies, func(line string) bool { return strings.Contains(line, ": exclude_uids = ") }) {
+		caution = "\nexclude_uids takes all that the user sends out of the mesh, TCP too"
+	}
+	return strings.Join(lines, "\n") + "\n\nTo let it out, in the group's transparent_proxy block:\n" + strings.Join(remedies, "\n") + caution +
 		"\n\nall of it " + since + "; LAST is how long ago" + incomplete(list)
 }

@@ -30,6 +30,7 @@ func TestGuardEgress(t *testing.T) {
 To let it out, in the group's transparent_proxy block:
   demo/web: exclude_outbound_ports = ["443"]
   shop/api: exclude_uids = ["0"]
+exclude_uids takes all that the user sends out of the mesh, TCP too
 
 all of it since the agent began to record, 3h ago; LAST is how long ago
 `})
