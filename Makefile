@@ -43,8 +43,8 @@ broken: ## Break copies of the tree on purpose, and show the test that catches e
 	test/tools/setup.sh test cni
 	test/broken.sh
 
-e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: those versions; RUN=REGEXP
-	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG='$(PKG)' test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
+e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: those versions; RUN=REGEXP; STARTS=
+	WEIR_STARTS='$(STARTS)' NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG='$(PKG)' test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
 cluster: ## Run a cluster of four machines under load while its parts fail (root); NOMAD=, CONSUL=, ENVOY=, RUN=
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh -timeout 60m $(if $(RUN),-run '$(RUN)')

@@ -58,7 +58,7 @@ func run(uid int, args []string) error {
 	case len(args) == 2 && args[0] == "get":
 		return show(get(&http.Client{Timeout: patience}, args[1]))
 	case len(args) == 2 && args[0] == "check":
-		const gate = 30 * time.Second // what waits for its proxy may wait so long
+		const gate = time.Minute // what waits for its proxy may wait so long
 		got := get(&http.Client{Timeout: gate}, args[1])
 		if err := show(got); err != nil || !got.OK() {
 			return fmt.Errorf("the request failed: %s", got)

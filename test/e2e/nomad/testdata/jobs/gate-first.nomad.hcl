@@ -5,7 +5,19 @@ variable "count" {
   default = 10
 }
 
+# How many of each dial by an explicit upstream.
+variable "upstreams" {
+  type    = number
+  default = 0
+}
+
+variable "id" {
+  type    = string
+  default = "gate-first"
+}
+
 job "gate-first" {
+  id = var.id
   group "implicit" {
     count = var.count
     network {
@@ -58,7 +70,7 @@ job "gate-first" {
   }
 
   group "explicit" {
-    count = var.count
+    count = var.upstreams
     network {
       mode = "bridge"
     }
@@ -113,7 +125,7 @@ job "gate-first" {
   }
 
   group "plain" {
-    count = var.count
+    count = var.upstreams
     network {
       mode = "bridge"
     }
