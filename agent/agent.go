@@ -50,6 +50,9 @@ type Options struct {
 	Notify func(state string) // tells the service manager; may be nil
 	// Version of the program, for weir_build_info.
 	Version string
+	// PolicyDir is where the plugin reads the operator's policy, as the environment says;
+	// empty leaves it to the network configuration and its default.
+	PolicyDir string
 	// RepairNetworks puts back rules and host ports of networks that the plugin
 	// built, and says which; nil where that is nobody's task.
 	RepairNetworks func() (repaired []string, err error)
@@ -76,6 +79,7 @@ type Agent struct {
 	counting        time.Duration // between two looks at the counters of verdicts
 	repairNetworks  func() ([]string, error)
 	version         string
+	policyDir       string               // as in Options
 	consulApply     prometheus.Histogram // from Consul to the kernel
 	networkInterval time.Duration
 	wake            chan struct{}
@@ -122,7 +126,7 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{
-		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, networkInterval: networkInterval,
+		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, policyDir: options.PolicyDir, networkInterval: networkInterval,
 		datapath:       redirect.New(config.Paths()).Sized(config.Tables.Sizes()).Within(lockTimeout),
 		cache:          &discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,

@@ -11,6 +11,7 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -25,6 +26,11 @@ func found() discover.Attachment {
 		Job: workload.Job{ID: "j1", AllocID: exampleAlloc}, Addresses: []netip.Addr{netip.MustParseAddr("172.26.64.13")},
 		Ports: []discover.PortMapping{{HostPort: 20001, ContainerPort: 20001}, {HostPort: 8181, ContainerPort: 8181}, {HostPort: 25000, ContainerPort: 8080}},
 	}
+}
+
+// meshArgs are the arguments of a transparent_proxy block, and of a job beside it.
+func meshArgs(config string, own ...request.Arg) request.Args {
+	return request.Args{Mesh: []request.Arg{{Key: "CONSUL_IPTABLES_CONFIG", Value: config}}, Own: own}
 }
 
 func onRecord(mode workload.Mode) *inspect.Record {
@@ -86,7 +92,7 @@ func TestDesire(t *testing.T) {
 			name: "transparent: a static port without to is opened",
 			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
-				a.Mesh = `{"ExcludeInboundPorts":["0","7071"]}`
+				a.Args = meshArgs(`{"ExcludeInboundPorts":["0","7071"]}`)
 				return a
 			}(), Record: onRecord(workload.ModeTransparent), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
@@ -164,7 +170,7 @@ func TestDesire(t *testing.T) {
 			name: "a plugin was asked, but its record is not there: not the agent's to make up",
 			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
-				a.Mesh = `{}`
+				a.Args = meshArgs(`{}`)
 				return a
 			}(), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
@@ -288,7 +294,7 @@ func TestDesire(t *testing.T) {
 			name: "a plugin was asked by the job's own arguments, but its record is not there",
 			subject: desired.Allocation{Attachment: func() discover.Attachment {
 				a := found()
-				a.JobArgs = true
+				a.Args.Own = []request.Arg{{Key: "weir.mode", Value: "transparent"}}
 				return a
 			}(), Proxies: []registration.Proxy{sidecar(transparent)}},
 			policy: audit,
@@ -360,35 +366,5 @@ func TestDesire(t *testing.T) {
 				t.Error("the same again is not the same")
 			}
 		})
-	}
-}
-
-func TestLostRequestIsThatOfNomad(t *testing.T) {
-	a := found()
-	a.Mesh = `{"ConsulDNSIP":"10.99.0.1","ConsulDNSPort":8600,"ProxyUserID":"1101","ProxyInboundPort":23435,"ProxyOutboundPort":15001,
-		"ExcludeInboundPorts":["0","7071"],"ExcludeOutboundPorts":["25"],"ExcludeOutboundCIDRs":["10.0.0.0/8"],"ExcludeUIDs":["0"]}`
-	got, err := desired.LostRequest(a)
-	if err != nil {
-		t.Fatal(err)
-	}
-	want := &workload.Request{
-		Network: a.Network, Job: a.Job, Mode: workload.ModeTransparent, ProxyUID: 1101, InboundPort: 23435, OutboundPort: 15001,
-		Addresses: a.Addresses, DNS: workload.DNS{Address: netip.MustParseAddr("10.99.0.1"), Port: 8600},
-		ExcludeInboundPorts: []uint16{7071}, ExcludeOutboundPorts: []uint16{25},
-		ExcludeOutboundCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, ExcludeUIDs: []uint32{0},
-	}
-	if diff := cmp.Diff(want, got, sameAddrs(), cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
-		t.Errorf("request (-want +got):\n%s", diff)
-	}
-	own := a
-	own.JobArgs = true
-	if got, err := desired.LostRequest(own); err == nil {
-		t.Errorf("request of a job with arguments of its own = %+v, want an error", got)
-	}
-	for _, mesh := range []string{`x`, `{}`, `{"ProxyUserID":"envoy"}`, `{"ProxyUserID":"1","ExcludeOutboundCIDRs":["ten"]}`, `{"ProxyUserID":"1","ExcludeUIDs":["-1"]}`} {
-		a.Mesh = mesh
-		if got, err := desired.LostRequest(a); err == nil {
-			t.Errorf("request of %s = %+v, want an error", mesh, got)
-		}
 	}
 }

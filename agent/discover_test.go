@@ -3,23 +3,29 @@
 package agent
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
 
+// cachedConfig is, as libcni keeps it: {"name":"nomad","plugins":[{"type":"bridge"},{"type":"consul-cni","jobArgs":["mode"]}]}
+const cachedConfig = "eyJuYW1lIjoibm9tYWQiLCJwbHVnaW5zIjpbeyJ0eXBlIjoiYnJpZGdlIn0seyJ0eXBlIjoiY29uc3VsLWNuaSIsImpvYkFyZ3MiOlsibW9kZSJdfV19"
+
 // A result as libcni 1.3 writes it after Nomad's bridge network.
 const cachedResult = `{
-  "kind": "cniCacheV1", "containerId": "b412a0b1-e285-703a-01ba-3d1b2e2228f7", "config": "e30=", "ifName": "eth0", "networkName": "nomad",
+  "kind": "cniCacheV1", "containerId": "b412a0b1-e285-703a-01ba-3d1b2e2228f7", "config": "` + cachedConfig + `", "ifName": "eth0", "networkName": "nomad",
   "netns": "/var/run/netns/b412a0b1-e285-703a-01ba-3d1b2e2228f7",
   "cniArgs": [["IgnoreUnknown","true"],["NOMAD_JOB_ID","j1"],["NOMAD_GROUP_NAME","g"],["NOMAD_NAMESPACE","default"],["NOMAD_REGION","global"],
               ["NOMAD_ALLOC_ID","b412a0b1-e285-703a-01ba-3d1b2e2228f7"],["CONSUL_IPTABLES_CONFIG","{\"ExcludeInboundPorts\":[\"0\",\"7071\"]}"]],
@@ -47,22 +53,41 @@ func TestParseCache(t *testing.T) {
 			{HostPort: 23435, ContainerPort: 23435, Protocol: "tcp"}, {HostPort: 23435, ContainerPort: 23435, Protocol: "udp"},
 			{HostPort: 8181, ContainerPort: 8181, Protocol: "tcp"}, {HostPort: 25000, ContainerPort: 8080, Protocol: "tcp"},
 		},
-		Mesh: `{"ExcludeInboundPorts":["0","7071"]}`,
+		Args: request.Args{Mesh: []request.Arg{{Key: "CONSUL_IPTABLES_CONFIG", Value: `{"ExcludeInboundPorts":["0","7071"]}`}}},
+		Conf: &request.Network{Name: "nomad", JobArgs: json.RawMessage(`["mode"]`)},
 	}
 	if diff := cmp.Diff(want, got, sameAddrs()); diff != "" {
 		t.Errorf("attachment (-want +got):\n%s", diff)
 	}
 }
 
-// A job's own arguments are the plugin's: the agent knows that there are some.
+// A job's own arguments are known, too, where a plugin of ours was given them: a job's
+// author can write them in any network, and is not out of the agent's sight by it.
 func TestParseCacheSeesJobArguments(t *testing.T) {
 	text := strings.Replace(cachedResult, `["IgnoreUnknown","true"]`, `["IgnoreUnknown","true"],["weir.mode","transparent"]`, 1)
 	got, ok, err := discover.ParseCache([]byte(text))
-	if err != nil || !ok || !got.JobArgs {
-		t.Errorf("parse = %+v, %v, %v; want an attachment with arguments of its own", got, ok, err)
+	want := []request.Arg{{Key: "weir.mode", Value: "transparent"}}
+	if err != nil || !ok || !slices.Equal(got.Args.Own, want) {
+		t.Errorf("parse = %+v, %v, %v; want an attachment with arguments %v", got, ok, err, want)
 	}
-	if got, _, _ := discover.ParseCache([]byte(cachedResult)); got.JobArgs {
-		t.Error("arguments of Nomad's and Consul's count as the job's own")
+	if got, _, _ := discover.ParseCache([]byte(cachedResult)); len(got.Args.Own) > 0 || !got.Asked() {
+		t.Errorf("arguments of Nomad's and Consul's count as the job's own: %+v", got.Args)
+	}
+	for config, asked := range map[string]bool{
+		`{"name":"nomad","plugins":[{"type":"bridge"},{"type":"portmap"}]}`: false,
+		`{"name":"weir","type":"bridge"}`:                                   false,
+		`{"name":"weir","type":"weir"}`:                                     true,
+		`{"name":"nomad","plugins":[{"type":"bridge"},{"type":"weir"}]}`:    true,
+		`{"name":"nomad","plugins":[`:                                       true, // not known, so not denied
+		``:                                                                  true,
+	} {
+		got, _, err := discover.ParseCache([]byte(strings.Replace(text, cachedConfig, base64.StdEncoding.EncodeToString([]byte(config)), 1)))
+		if err != nil || got.Asked() != asked {
+			t.Errorf("network %s: %+v, %v; a plugin of ours was asked: want %t", config, got.Args, err, asked)
+		}
+		if known := strings.Contains(config, `"type":"weir"`); (got.Conf != nil) != known {
+			t.Errorf("network %s: configuration %+v", config, got.Conf)
+		}
 	}
 }
 

@@ -96,13 +96,26 @@ func (n *node) cachedWith(id, netns string, addresses ...string) {
 
 func (n *node) result(id, netns, mesh string, addresses ...string) {
 	n.t.Helper()
+	const plain = `{"cniVersion":"1.0.0","name":"nomad","plugins":[{"type":"bridge"}]}`
+	const redirected = `{"cniVersion":"1.0.0","name":"nomad","plugins":[{"type":"bridge"},{"type":"consul-cni"}]}`
+	if mesh == "" {
+		n.resultOf(id, netns, plain, nil, addresses...)
+		return
+	}
+	n.resultOf(id, netns, redirected, [][2]string{{"CONSUL_IPTABLES_CONFIG", mesh}}, addresses...)
+}
+
+// resultOf is result for any network configuration and any arguments.
+func (n *node) resultOf(id, netns, conf string, args [][2]string, addresses ...string) {
+	n.t.Helper()
 	ips := []any{}
 	for _, address := range addresses {
 		ips = append(ips, map[string]any{"interface": 0, "address": address})
 	}
 	entry := map[string]any{
 		"kind": "cniCacheV1", "containerId": id, "ifName": "eth0", "networkName": "nomad", "netns": netns,
-		"cniArgs":        [][2]string{{"NOMAD_ALLOC_ID", id}, {"CONSUL_IPTABLES_CONFIG", mesh}},
+		"cniArgs":        slices.Concat([][2]string{{"NOMAD_ALLOC_ID", id}}, args),
+		"config":         []byte(conf),
 		"capabilityArgs": map[string]any{"portMappings": n.ports},
 		"result":         map[string]any{"interfaces": []any{map[string]any{"name": "eth0", "sandbox": netns}}, "ips": ips},
 	}
@@ -193,7 +206,7 @@ func TestAgentNamesWhatIsOver(t *testing.T) {
 	n.cached(numbered(2), gone, "")                      // by a registration that nobody took back
 	n.cached(numbered(3), gone, "")                      // not in the mesh
 	ns := test.NewNetNS(t)
-	n.cached(numbered(4), ns.Path, `{"ProxyUserID":"101"}`)
+	n.result(numbered(4), ns.Path, `{"ProxyUserID":"101"}`, addressed(t, ns))
 	n.fake.answers(registered(numbered(2), numbered(4)))
 	n.run()
 	for _, id := range []string{numbered(1), numbered(2)} {

@@ -40,12 +40,12 @@ func AllocationReadiness(config configfile.Config, known []inspect.Record, servi
 		}
 		name := api.WorkloadView{ID: s.Job.AllocID, Job: s.Job.ID, Group: s.Job.Group}.Name()
 		switch {
-		case s.Mesh != "":
+		case len(s.Args.Mesh) > 0:
 			c.Warn("allocation-consul", "nothing, it goes on as it is; 'nomad alloc stop' it for one that is under Weir",
 				"allocation %s was redirected by consul-cni: its own rules hold until Nomad starts a new one in its place", name)
 		case before:
 			c.OK("allocation-unprotected", "allocation %s is in the mesh; the agent guards it once it runs", name)
-		case s.JobArgs:
+		case s.Asked():
 			c.Fault("allocation-unprotected", "'nomad alloc stop' it; a new one is redirected", "allocation %s asks for Weir, and Weir has no record of it: its connections go past the proxy", name)
 		default:
 			c.Fault("allocation-unprotected", "start the agent, which guards it: 'systemctl enable --now weir-agent'", "allocation %s is in the mesh, and nothing guards it: no agent put it under Weir", name)

@@ -190,13 +190,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 	n.cached(numbered(3), netns, "") // not in the mesh
 	n.cached(numbered(4), filepath.Join(t.TempDir(), "gone"), `{"ProxyUserID":"101"}`)
 	n.cached(numbered(5), netns, `{"ProxyUserID":"101"}`) // under Weir
-	n.cached(numbered(6), netns, "")
-	asks := filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+numbered(6)+"-eth0")
-	text, err := os.ReadFile(asks)
-	if err != nil {
-		t.Fatal(err)
-	}
-	test.WriteFile(t, asks, strings.Replace(string(text), `"CONSUL_IPTABLES_CONFIG"`, `"weir.mode"`, 1))
+	n.resultOf(numbered(6), netns, `{"name":"nomad","plugins":[{"type":"weir"}]}`, [][2]string{{"weir.mode", "direct"}})
 	answer := httptest.NewRecorder()
 	registered(numbered(2))(answer, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil))
 	known := []inspect.Record{{Key: workload.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}

@@ -258,19 +258,29 @@ func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.
 			}
 			return api.StateUnprotected
 		}
-		request, err := desired.LostRequest(s.Attachment)
-		a.note(s.Key, m, "record", err)
-		if err != nil {
-			return api.StateUnprotected
-		}
-		m.fresh = true
-		return a.add(s, m, redirect.Attachment{Request: *request}, "record was lost: made anew")
+		return a.restore(s, m)
 	case wanted.Add != nil && !s.Cached && now.Sub(m.ended) < recordGrace:
 		return m.view.State // it is on its way out
 	case wanted.Add != nil:
 		return a.add(s, m, redirect.Attachment{Request: *wanted.Add, MeshConfig: wanted.MeshConfig}, "found without a plugin")
 	}
 	return api.StateOutside
+}
+
+// restore makes anew the record of an allocation that has lost it.
+func (a *Agent) restore(s desired.Allocation, m *allocState) api.State {
+	assigned, err := host.Addresses(s.NetNS)
+	if err != nil {
+		a.note(s.Key, m, "namespace", err)
+		return api.StateUnprotected
+	}
+	asked, err := desired.LostRequest(s.Attachment, assigned, a.policyDir)
+	a.note(s.Key, m, "record", err)
+	if err != nil {
+		return api.StateUnprotected
+	}
+	m.fresh = true
+	return a.add(s, m, redirect.Attachment{Request: *asked}, "record was lost: made anew")
 }
 
 // followNamespace keeps a workload on record in sync with its namespace: another one

@@ -5,6 +5,7 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,8 +31,18 @@ func (n *node) transparent(id string) (ns *test.NetNS, key workload.AttachmentID
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.cached(id, ns.Path, transparentMesh)
+	n.result(id, ns.Path, transparentMesh, addressed(n.t, ns))
 	return ns, key
+}
+
+// addressed gives a namespace an address, as a plugin before ours does.
+func addressed(t *testing.T, ns *test.NetNS) string {
+	t.Helper()
+	inside := netip.MustParsePrefix("172.26.64.2/20")
+	test.Veth(t,
+		test.VethEnd{NetNS: test.NewNetNS(t), Addrs: []netip.Prefix{netip.MustParsePrefix("172.26.64.1/20")}},
+		test.VethEnd{NetNS: ns, Addrs: []netip.Prefix{inside}})
+	return inside.String()
 }
 
 // Whatever somebody takes away while the agent runs is noticed within seconds,

@@ -86,7 +86,7 @@ func StepProblem(step, what string) health.Problem {
 	switch step {
 	case "record":
 		code = health.ProblemRecordMissing
-		remedy = "restart Nomad's client, whose CHECK makes the record anew, or 'nomad alloc stop' the allocation"
+		remedy = "the agent makes the record anew where libcni's result allows it, and tries again; where it stays, 'nomad alloc stop' the allocation"
 	case "namespace":
 		remedy = "'nomad alloc stop' the allocation where it still runs"
 	case "add":

@@ -77,7 +77,7 @@ func For(s Allocation, known catalog.Data, node Policy) Plan {
 		}
 	}
 	if mode == workload.ModeTransparent {
-		open = append(open, s.StaticPorts(unnamedPorts(s.Mesh), meshConfig.InboundPort)...)
+		open = append(open, s.StaticPorts(s.Args.UnnamedPorts(), meshConfig.InboundPort)...)
 	} else {
 		open = append(open, s.MappedPorts()...)
 	}

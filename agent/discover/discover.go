@@ -12,10 +12,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -29,13 +29,13 @@ type Attachment struct {
 	Job       workload.Job
 	Addresses []netip.Addr
 	Ports     []PortMapping
-	Mesh      string // Consul's redirection config as Nomad sent it; "" for none
-	JobArgs   bool   // the job has arguments of Weir's own in network.cni.args
+	Args      request.Args     // what a plugin of ours was asked for
+	Conf      *request.Network // what that plugin was configured with; nil: libcni did not keep it
 }
 
 // Asked reports an attachment that a plugin of ours was called for, to put it
 // under Weir.
-func (a Attachment) Asked() bool { return a.Mesh != "" || a.JobArgs }
+func (a Attachment) Asked() bool { return !a.Args.None() }
 
 // PortMapping is a port of the host that leads into the namespace.
 type PortMapping struct {
@@ -49,6 +49,7 @@ type cacheEntry struct {
 	Kind           string      `json:"kind"`
 	ContainerID    string      `json:"containerId"`
 	IfName         string      `json:"ifName"`
+	Config         []byte      `json:"config"`
 	NetworkName    string      `json:"networkName"`
 	NetNS          string      `json:"netns"` // not before libcni 1.3
 	Args           [][2]string `json:"cniArgs"`
@@ -81,21 +82,21 @@ func ParseCache(data []byte) (a Attachment, ok bool, err error) {
 		Key:     workload.AttachmentID{ContainerID: entry.ContainerID, IfName: entry.IfName},
 		Network: entry.NetworkName, NetNS: entry.NetNS, Ports: entry.CapabilityArgs.PortMappings,
 	}
-	for _, arg := range entry.Args {
-		switch name := arg[0]; {
-		case a.Job.SetArg(name, arg[1]):
-		case name == "CONSUL_IPTABLES_CONFIG", name == "CONSUL_NFTABLES_CONFIG":
-			a.Mesh = arg[1]
-		default:
-			a.JobArgs = a.JobArgs || strings.HasPrefix(arg[0], "weir.")
-		}
+	a.Job, a.Args = request.SortArgs(entry.Args)
+	switch conf, err := request.NetworkOf(entry.Config); {
+	case err == nil:
+		conf.Name = entry.NetworkName
+		a.Conf = &conf
+	case errors.Is(err, request.ErrNoPlugin):
+		a.Args = request.Args{} // a job's author can write them all the same
 	}
 	for _, ip := range entry.Result.IPs {
 		// An address of the bridge or of the host's end is not the workload's.
 		if i := ip.Interface; i != nil && (*i < 0 || *i >= len(entry.Result.Interfaces) || entry.Result.Interfaces[*i].Sandbox == "") {
 			continue
 		}
-		if prefix, err := netip.ParsePrefix(ip.Address); err == nil {
+		// Loopback is every namespace's.
+		if prefix, err := netip.ParsePrefix(ip.Address); err == nil && !prefix.Addr().Unmap().IsLoopback() {
 			a.Addresses = append(a.Addresses, prefix.Addr().Unmap())
 		}
 	}

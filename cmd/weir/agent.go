@@ -41,7 +41,10 @@ func newAgent(env env) *command {
 	listen := c.flags.String("telemetry", "", "`address` for metrics and health, as 127.0.0.1:9902 (default: none)")
 	level := c.flags.String("log-level", "", "debug, info, warn or `error` (default info)")
 	c.do = func() (int, error) {
-		d := &daemon{ctx: c.ctx, out: &cli.UiWriter{Ui: c.ui}, hangup: make(chan os.Signal, 1), changes: change.NewLog(time.Now())}
+		d := &daemon{
+			ctx: c.ctx, policyDir: c.getenv("WEIR_CONFIG_DIR"), out: &cli.UiWriter{Ui: c.ui},
+			hangup: make(chan os.Signal, 1), changes: change.NewLog(time.Now()),
+		}
 		d.read = func() (configfile.Config, error) {
 			config, err := configfile.ReadConfig(*path, c.getenv)
 			if err != nil {
@@ -71,11 +74,12 @@ func newAgent(env env) *command {
 // daemon runs the agent, and another one in its place when the configuration is
 // to be read anew: no workload notices an agent that ends or begins.
 type daemon struct {
-	ctx     context.Context
-	out     io.Writer
-	read    func() (configfile.Config, error)
-	changes *change.Log // of what changed on the node; all agents note in it
-	hangup  chan os.Signal
+	ctx       context.Context
+	policyDir string // as in agent.Options
+	out       io.Writer
+	read      func() (configfile.Config, error)
+	changes   *change.Log // of what changed on the node; all agents note in it
+	hangup    chan os.Signal
 }
 
 // run returns when the context ends, or where not even the first agent can work.
@@ -120,9 +124,10 @@ type instance struct {
 func (d *daemon) make(config configfile.Config) (*instance, error) {
 	log := newLogger(config, d.out)
 	made, err := agent.New(config, agent.Options{
-		Version: version,
-		Log:     log,
-		Changes: d.changes,
+		Version:   version,
+		PolicyDir: d.policyDir,
+		Log:       log,
+		Changes:   d.changes,
 		Notify: func(state string) {
 			if state == systemd.SdNotifyStopping && d.ctx.Err() == nil {
 				return // another one follows

@@ -30,9 +30,12 @@ type Network struct {
 // Consul's own where both are in a list.
 func PluginNames() []string { return []string{"weir", "consul-cni"} }
 
+// ErrNoPlugin is a network configuration that names no plugin of ours: whatever the
+// arguments of a call say, nobody of ours was asked.
+var ErrNoPlugin = errors.New("the network configuration names no plugin of Weir's")
+
 // NetworkOf finds the plugin's part in a configuration as libcni keeps it: that of
-// one plugin or a list of them. One that names none of ours asks nothing of us, and
-// whatever policy it had is not known.
+// one plugin or a list of them. It is ErrNoPlugin where none of them is ours.
 func NetworkOf(config []byte) (Network, error) {
 	var list struct {
 		Name    string            `json:"name"`
@@ -63,7 +66,7 @@ func NetworkOf(config []byte) (Network, error) {
 			return network, nil
 		}
 	}
-	return Network{}, errors.New("read network configuration: it names no plugin of Weir's")
+	return Network{}, ErrNoPlugin
 }
 
 // forwards reports whether the network lets packets be forwarded through the

@@ -43,7 +43,8 @@ type meshNode struct {
 	log     *lockedBuffer
 	stop    func()
 	outside *test.NetNS
-	plugins string // other ones than Weir's, for what is allocated next; empty: Weir's
+	plugins string      // other ones than Weir's, for what is allocated next; empty: Weir's
+	jobArgs [][2]string // of jobs with transparent_proxy that are allocated next
 }
 
 // lockedBuffer is the agent's log.
@@ -217,8 +218,8 @@ func (n *meshNode) allocateAs(id, job, mesh string, ports ...map[string]any) *me
 		{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", a.id}, {"NOMAD_JOB_ID", job}, {"NOMAD_GROUP_NAME", "g"},
 	}
 	if mesh != "" {
-		plugins += fmt.Sprintf(`,{"type":"consul-cni","pinDir":%q,"stateDir":%q,"cgroupRoot":%q}`, n.config.PinDir, n.config.StateDir, n.config.CgroupRoot)
-		args = append(args, [2]string{"CONSUL_IPTABLES_CONFIG", mesh})
+		plugins += fmt.Sprintf(`,{"type":"consul-cni","jobArgs":["guard","exclude-inbound-ports"],"pinDir":%q,"stateDir":%q,"cgroupRoot":%q}`, n.config.PinDir, n.config.StateDir, n.config.CgroupRoot)
+		args = append(append(args, [2]string{"CONSUL_IPTABLES_CONFIG", mesh}), n.jobArgs...)
 	}
 	list, err := libcni.ConfListFromBytes([]byte(`{"cniVersion":"0.4.0","name":"nomad","plugins":[` + plugins + `]}`))
 	if err != nil {

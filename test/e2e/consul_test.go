@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"testing"
 	"time"
@@ -45,6 +46,7 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	}
 
 	// One that the plugin redirects, with what ADD could not know filled in.
+	n.jobArgs = [][2]string{{"weir.guard", "audit"}, {"weir.exclude-inbound-ports", "health@7071"}}
 	web := n.allocate(meshRequest, map[string]any{"hostPort": 8181, "containerPort": 8181, "protocol": "tcp"})
 	sidecar := func(upstream int, proxy object) object {
 		settings := object{"Mode": "transparent", "Upstreams": []object{{"DestinationName": "api", "LocalBindPort": upstream}}}
@@ -219,12 +221,19 @@ func TestWalkOfAConsulChange(t *testing.T) {
 	})
 
 	t.Run("the record is lost", func(t *testing.T) {
+		before, err := web.known()
+		if err != nil || before.Request.Guard != workload.GuardAudit || !slices.Equal(before.Request.ExcludeInboundPorts, []uint16{7071}) {
+			t.Fatalf("web's record %+v, %v: want one with the job's arguments", before.Request, err)
+		}
 		removeFilesIn(t, filepath.Join(n.config.StateDir, "workloads"))
 		apiAlloc.eventually("api's record", func(o workload.MeshConfig) bool { return o.Guard == workload.GuardEnforce })
 		test.Eventually(t, func() error {
-			_, err := web.workload()
+			now, err := web.known()
+			if err == nil && !reflect.DeepEqual(now.Request, before.Request) {
+				err = fmt.Errorf("the request is %+v, want %+v", now.Request, before.Request)
+			}
 			return err
-		}, "web's record, from what libcni remembers")
+		}, "web's record with its job's arguments, from what libcni remembers")
 		stillOpen(t)
 	})
 
