@@ -55,7 +55,7 @@ type Options struct {
 	PolicyDir string
 	// RepairNetworks puts back rules and host ports of networks that the plugin
 	// built, and says which; nil where that is nobody's task.
-	RepairNetworks func() (repaired []string, err error)
+	RepairNetworks func(ctx context.Context) (repaired []string, err error)
 	// Changes is where the agent notes what changes on the node; nil: a list of its own.
 	Changes *change.Log
 }
@@ -77,7 +77,7 @@ type Agent struct {
 	changes         *change.Log
 	resting         time.Duration // between two runs of origins
 	counting        time.Duration // between two looks at the counters of verdicts
-	repairNetworks  func() ([]string, error)
+	repairNetworks  func(context.Context) ([]string, error)
 	version         string
 	policyDir       string               // as in Options
 	consulApply     prometheus.Histogram // from Consul to the kernel
@@ -181,6 +181,7 @@ func (a *Agent) trigger() {
 // Run loads or upgrades the data path and then keeps the node as it should be
 // until ctx ends. It returns an error only for what it cannot work without.
 func (a *Agent) Run(ctx context.Context) error {
+	*a.datapath = *a.datapath.Until(ctx) // in place: all that was made of it waits no longer either
 	a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: strings.TrimSpace("the agent began " + a.version)})
 	if err := a.load(); err != nil {
 		return err

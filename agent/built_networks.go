@@ -19,7 +19,7 @@ const networkInterval = 10 * time.Second
 func (a *Agent) keepNetworks(ctx context.Context) {
 	failing := ""
 	for {
-		repaired, err := a.repairNetworks()
+		repaired, err := a.repairNetworks(ctx)
 		for _, what := range repaired {
 			a.log.Warn("network repaired", "what", what)
 			a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeRepaired, What: "network: " + what})

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -40,7 +41,7 @@ func TestNetworksAreRepaired(t *testing.T) {
 	n.run(func(a *Agent) {
 		a.log = slog.New(slog.NewTextHandler(&log, nil))
 		a.networkInterval = 1 // as often as it can
-		a.repairNetworks = func() ([]string, error) {
+		a.repairNetworks = func(context.Context) ([]string, error) {
 			switch calls.Add(1) {
 			case 1:
 				return []string{"host port tcp 0.0.0.0:8080"}, nil

@@ -3,6 +3,7 @@
 package cni
 
 import (
+	"context"
 	"encoding/json"
 
 	"github.com/weirmesh/weir/cni/network"
@@ -36,12 +37,12 @@ func Networks(stateDir string) ([]Attached, error) {
 // RemoveNetworks removes from the node what no allocation that runs needs any
 // more of the networks that the plugin built. removed says what, and kept names what
 // looks like the plugin's and is not known to be of this state directory.
-func RemoveNetworks(stateDir string) (removed, kept []string, err error) {
-	return network.Uninstall(stateDir)
+func RemoveNetworks(ctx context.Context, stateDir string) (removed, kept []string, err error) {
+	return network.Uninstall(ctx, stateDir)
 }
 
 // RepairNetworks puts back what somebody flushed of the rules and host ports of
 // the networks that the plugin built, and says what it put back.
-func RepairNetworks(stateDir string) (repaired []string, err error) {
-	return network.Repair(stateDir)
+func RepairNetworks(ctx context.Context, stateDir string) (repaired []string, err error) {
+	return network.Repair(ctx, stateDir)
 }

@@ -42,6 +42,14 @@ func (d *Datapath) Within(timeout time.Duration) *Datapath {
 	return &bounded
 }
 
+// Until returns the same data path for who waits no longer than ctx lives: a change that
+// waits for another process's is given up then, and one that has begun is finished.
+func (d *Datapath) Until(ctx context.Context) *Datapath {
+	bounded := *d
+	bounded.Context = ctx
+	return &bounded
+}
+
 // Sized returns the same data path, which makes tables of these sizes where there are
 // none yet.
 func (d *Datapath) Sized(sizes bpfmap.Sizes) *Datapath {
@@ -260,7 +268,7 @@ func (d *Datapath) removeWorkload(tables *bpfmap.Tables, r *store.Record) error 
 // where there is no record, ErrNetNSGone where netns is not the namespace that
 // was added. netns may be empty.
 func (d *Datapath) Check(key workload.AttachmentID, netns string) (repaired []program.Repair, err error) {
-	err = store.LockedWithin(d.Paths().Lock(), d.CheckTimeout, func() error {
+	err = store.LockedWithin(d.Context, d.Paths().Lock(), d.CheckTimeout, func() error {
 		repaired, err = d.check(key, netns)
 		return err
 	})

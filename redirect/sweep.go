@@ -140,7 +140,11 @@ func (d *Datapath) inSlices(slice func() (more bool, err error)) error {
 		if err != nil || !more {
 			return err
 		}
-		time.Sleep(max(took, time.Millisecond))
+		select {
+		case <-d.Context.Done():
+			return d.Context.Err()
+		case <-time.After(max(took, time.Millisecond)):
+		}
 	}
 }
 

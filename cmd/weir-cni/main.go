@@ -5,8 +5,10 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 
@@ -16,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
+	"golang.org/x/sys/unix"
 )
 
 const usage = `This is a CNI plugin: a container runtime runs it, with its request in the
@@ -36,12 +39,16 @@ func main() {
 		}
 		return
 	}
+	// Who ends the plugin ends its wait for another process, and gets an answer of CNI:
+	// what it has begun it finishes or takes back.
+	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
+	defer stop()
 	plugin := cni.Plugin{
-		Open:               func(paths store.Paths) cni.Datapath { return redirect.New(paths) },
+		Open:               func(paths store.Paths) cni.Datapath { return redirect.New(paths).Until(ctx) },
 		Paths:              store.PathsFromEnv(os.Getenv),
 		ConfigDir:          os.Getenv("WEIR_CONFIG_DIR"),
 		RedirectedByConsul: host.RedirectedByConsul,
-		Network:            func(c network.Config, stateDir string) cni.Network { return network.New(c, stateDir) },
+		Network:            func(c network.Config, stateDir string) cni.Network { return network.New(c, stateDir).Until(ctx) },
 		AddressesIn:        cni.AddressesIn,
 		Stdout:             os.Stdout,
 		Stderr:             os.Stderr,

@@ -134,7 +134,7 @@ func (d *daemon) make(config configfile.Config) (*instance, error) {
 			}
 			_, _ = systemd.SdNotify(false, state) // without a manager there is nobody to tell
 		},
-		RepairNetworks: func() ([]string, error) { return cni.RepairNetworks(config.StateDir) },
+		RepairNetworks: func(ctx context.Context) ([]string, error) { return cni.RepairNetworks(ctx, config.StateDir) },
 	})
 	return &instance{Agent: made, config: config, log: log}, err
 }

@@ -54,7 +54,7 @@ type env struct {
 	proc       string                                               // where processes are; empty: /proc
 
 	networks       func(stateDir string) ([]cni.Attached, error) // that the plugin built
-	removeNetworks func(stateDir string) (removed, kept []string, err error)
+	removeNetworks func(ctx context.Context, stateDir string) (removed, kept []string, err error)
 	leftovers      func(ended.Node) leftovers // of ended allocations
 }
 

@@ -33,7 +33,7 @@ func main() {
 		getenv:     os.Getenv,
 		terminal:   notTerminal == nil,
 		uid:        os.Geteuid(),
-		open:       func(paths store.Paths) datapath { return redirect.New(paths) },
+		open:       func(paths store.Paths) datapath { return redirect.New(paths).Until(ctx) },
 		ask:        api.ReadStatus,
 		askEvents:  api.ReadEvents,
 		askFlows:   api.ReadFlows,

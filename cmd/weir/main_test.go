@@ -192,7 +192,7 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 		proc:       n.proc,
 
 		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
-		removeNetworks: func(string) (removed, kept []string, err error) { return n.bridges, n.others, n.err },
+		removeNetworks: func(context.Context, string) (removed, kept []string, err error) { return n.bridges, n.others, n.err },
 		leftovers: func(where ended.Node) leftovers {
 			n.lookedAt = where
 			return n

@@ -123,7 +123,7 @@ func (c *command) uninstall(plan deploy.Removal, force bool, report *installRepo
 	if err != nil {
 		return err
 	}
-	networks, kept, err := c.removeNetworks(c.stateDir())
+	networks, kept, err := c.removeNetworks(c.ctx, c.stateDir())
 	report.Kernel = append(report.Kernel, networks...)
 	for _, what := range kept {
 		report.Remarks = append(report.Remarks, fmt.Sprintf("%s has Weir's mark, but no record in %s tells that it was made from there, so it stays: "+

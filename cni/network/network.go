@@ -12,6 +12,7 @@
 package network
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -70,6 +71,7 @@ type Attachment struct {
 // Network makes and removes attachments. It holds no state of its own: what it
 // made is in the kernel and in the records below the state directory.
 type Network struct {
+	ctx      context.Context // of who waits for the lock
 	config   Config
 	stateDir string
 }
@@ -79,7 +81,16 @@ func New(config Config, stateDir string) *Network {
 	if stateDir == "" {
 		stateDir = store.DefaultStateDir
 	}
-	return &Network{config: config, stateDir: stateDir}
+	return &Network{ctx: context.Background(), config: config, stateDir: stateDir}
+}
+
+// Until returns the same network for who waits no longer than ctx lives: a change that
+// waits for another process's is given up then, and one that has begun is finished, or
+// undone.
+func (n *Network) Until(ctx context.Context) *Network {
+	bounded := *n
+	bounded.ctx = ctx
+	return &bounded
 }
 
 // Add makes the attachment and returns its result. The same call twice is
@@ -129,10 +140,13 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 		}
 	}
 	if err := n.build(r, ns); err != nil {
-		return nil, nil, errors.Join(err, n.rollBack(r))
+		return nil, nil, errors.Join(err, n.undoing().rollBack(r))
 	}
-	return r.Result, func() error { return n.teardown(r) }, nil
+	return r.Result, func() error { return n.undoing().teardown(r) }, nil
 }
+
+// undoing is the network for who takes back what a call made: that is not given up.
+func (n *Network) undoing() *Network { return n.Until(context.WithoutCancel(n.ctx)) }
 
 // rollBack undoes a build that failed. Another plugin that refused its ADD
 // refuses its DEL as likely, and has nothing then to be kept on record.

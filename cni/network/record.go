@@ -136,7 +136,7 @@ func (n *Network) readRecords() ([]*record, error) {
 // locked runs action while no other process changes what attachments share:
 // the bridge, its ports, and the rules for it.
 func (n *Network) locked(action func() error) error {
-	return store.Locked(filepath.Join(n.stateDir, "network.lock"), action)
+	return store.Locked(n.ctx, filepath.Join(n.stateDir, "network.lock"), action)
 }
 
 func bootID() (string, error) {

@@ -3,6 +3,7 @@
 package network
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -15,8 +16,8 @@ import (
 // Repair puts back the rules and host ports that somebody flushed, of every
 // attachment on record whose namespace lives, and says what it put back. It calls no
 // other plugin.
-func Repair(stateDir string) (repaired []string, err error) {
-	n := New(Config{}, stateDir)
+func Repair(ctx context.Context, stateDir string) (repaired []string, err error) {
+	n := New(Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.records()); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // locking would make the directory above
 	}

@@ -14,7 +14,7 @@ func TestRepairOfAllNetworks(t *testing.T) {
 	repair := func() (repaired []string) {
 		t.Helper()
 		var err error
-		n.ns.Do(func() { repaired, err = Repair(n.stateDir) })
+		n.ns.Do(func() { repaired, err = Repair(t.Context(), n.stateDir) })
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -3,6 +3,7 @@
 package network
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -60,8 +61,8 @@ func Forget(stateDir string, key workload.AttachmentID, path string) error {
 // the plugin's mark and no record here: another instance's, or made by a version
 // that did not record bridges. A bridge that has ports still serves allocations, and
 // stays with all records; so does one that an operator made.
-func Uninstall(stateDir string) (removed, kept []string, err error) {
-	n := New(Config{}, stateDir)
+func Uninstall(ctx context.Context, stateDir string) (removed, kept []string, err error) {
+	n := New(Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.stateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, nil // locking would make it
 	}

@@ -13,7 +13,7 @@ func TestUninstall(t *testing.T) {
 	n := newNode(t)
 	a, _ := n.added(t, "a")
 	n.ns.Do(func() {
-		if removed, kept, err := Uninstall(n.stateDir); err != nil || len(removed)+len(kept) > 0 {
+		if removed, kept, err := Uninstall(t.Context(), n.stateDir); err != nil || len(removed)+len(kept) > 0 {
 			t.Errorf("with an allocation: removed %q, %v: want nothing", removed, err)
 		}
 	})
@@ -27,7 +27,7 @@ func TestUninstall(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.ns.Do(func() {
-		if removed, kept, err := Uninstall(n.stateDir); err != nil || len(kept) > 0 || !slices.Equal(removed, []string{"bridge " + bridge, "directory " + n.stateDir + "/networks", "directory " + n.stateDir + "/leases"}) {
+		if removed, kept, err := Uninstall(t.Context(), n.stateDir); err != nil || len(kept) > 0 || !slices.Equal(removed, []string{"bridge " + bridge, "directory " + n.stateDir + "/networks", "directory " + n.stateDir + "/leases"}) {
 			t.Errorf("removed %q, %v: want the bridge, records and leases", removed, err)
 		}
 		if hasDevice(bridge) {
@@ -39,7 +39,7 @@ func TestUninstall(t *testing.T) {
 	})
 	n.run(t, "ip", "link", "add", bridge, "type", "bridge")
 	n.ns.Do(func() {
-		if removed, kept, err := Uninstall(n.stateDir); err != nil || len(removed)+len(kept) > 0 || !hasDevice(bridge) {
+		if removed, kept, err := Uninstall(t.Context(), n.stateDir); err != nil || len(removed)+len(kept) > 0 || !hasDevice(bridge) {
 			t.Errorf("an operator's own bridge: removed %q, %v: want it left", removed, err)
 		}
 	})
@@ -60,7 +60,7 @@ func TestUninstallLeavesTheBridgeOfAnotherInstance(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.ns.Do(func() {
-		removed, kept, err := Uninstall(other.stateDir)
+		removed, kept, err := Uninstall(t.Context(), other.stateDir)
 		if err != nil || !slices.Equal(removed, []string{"directory " + other.stateDir + "/networks"}) || !slices.Equal(kept, []string{"bridge " + bridge}) {
 			t.Errorf("the other instance: removed %q, kept %q, %v: want its records alone removed", removed, kept, err)
 		}
@@ -71,7 +71,7 @@ func TestUninstallLeavesTheBridgeOfAnotherInstance(t *testing.T) {
 	// Somebody made one anew under the same name, with the same mark.
 	n.run(t, "sh", "-ec", "ip link del $0; ip link add $0 type bridge; ip link set $0 alias 'made by weir'", bridge)
 	n.ns.Do(func() {
-		removed, kept, err := Uninstall(n.stateDir)
+		removed, kept, err := Uninstall(t.Context(), n.stateDir)
 		if err != nil || slices.Contains(removed, "bridge "+bridge) || !slices.Equal(kept, []string{"bridge " + bridge}) || !hasDevice(bridge) {
 			t.Errorf("a bridge that took the name: removed %q, kept %q, %v: want it left", removed, kept, err)
 		}

@@ -23,7 +23,7 @@ type Checked struct {
 // half of the work.
 func (d *Reconciler) CheckSome(keys []workload.AttachmentID) []Checked {
 	checked := make([]Checked, len(keys))
-	err := store.LockedWithin(d.Paths().Lock(), d.CheckTimeout, func() error {
+	err := store.LockedWithin(d.Context, d.Paths().Lock(), d.CheckTimeout, func() error {
 		tables, err := bpfmap.OpenTables(d.Paths().Maps())
 		if err != nil {
 			return err

@@ -5,6 +5,7 @@
 package reconcile
 
 import (
+	"context"
 	"time"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -18,19 +19,20 @@ import (
 type Reconciler struct {
 	inspect.Reader
 
-	LockTimeout  time.Duration // how long a change waits for the lock
-	CheckTimeout time.Duration // ... and a check
-	Wait         func()        // until no program reads rows that were replaced before
+	Context      context.Context // of who waits for the lock; what has begun is finished without it
+	LockTimeout  time.Duration   // how long a change waits for the lock
+	CheckTimeout time.Duration   // ... and a check
+	Wait         func()          // until no program reads rows that were replaced before
 
 	processes *host.Processes
 }
 
 // Of returns the reconciler of what the reader reads.
 func Of(reader inspect.Reader) Reconciler {
-	return Reconciler{Reader: reader, LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes)}
+	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes)}
 }
 
-// locked runs action while no other process changes the state.
+// Locked runs action while no other process changes the state.
 func (d *Reconciler) Locked(action func() error) error {
-	return store.LockedWithin(d.Paths().Lock(), d.LockTimeout, action)
+	return store.LockedWithin(d.Context, d.Paths().Lock(), d.LockTimeout, action)
 }

@@ -3,6 +3,7 @@
 package store
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -26,12 +27,14 @@ const CheckTimeout = 10 * time.Second
 
 // Locked runs action while no other process does so with the same file, which is
 // made where it is not there. A lock that is not given up is an error, which is
-// EAGAIN and names the holder.
-func Locked(path string, action func() error) error {
-	return LockedWithin(path, LockTimeout, action)
+// EAGAIN and names the holder; one that ctx no longer waits for is its error. ctx is
+// for the wait alone: a lock that is free is taken, and what has begun is finished.
+func Locked(ctx context.Context, path string, action func() error) error {
+	return LockedWithin(ctx, path, LockTimeout, action)
 }
 
-func LockedWithin(path string, timeout time.Duration, action func() error) error {
+// LockedWithin is Locked for who waits for another time than LockTimeout.
+func LockedWithin(ctx context.Context, path string, timeout time.Duration, action func() error) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return fmt.Errorf("create state directory: %w", err)
 	}
@@ -45,10 +48,12 @@ func LockedWithin(path string, timeout time.Duration, action func() error) error
 		go func() { taken <- flock(file, unix.LOCK_EX) }()
 		select {
 		case err = <-taken:
+		case <-ctx.Done():
+			giveUp(file, taken)
+			holder, _ := LockedBy(path)
+			return fmt.Errorf("take lock %s: %s has it: %w", path, holder, ctx.Err())
 		case <-time.After(timeout):
-			go func() { // whenever it comes, nobody wants it any more
-				_ = errors.Join(<-taken, file.Close())
-			}()
+			giveUp(file, taken)
 			holder, _ := LockedBy(path)
 			return fmt.Errorf("take lock %s: %s has it for more than %s: %w", path, holder, timeout, unix.EAGAIN)
 		}
@@ -58,6 +63,11 @@ func LockedWithin(path string, timeout time.Duration, action func() error) error
 		return fmt.Errorf("take lock %s: %w", path, err)
 	}
 	return action()
+}
+
+// giveUp releases the lock whenever it comes: nobody wants it any more.
+func giveUp(file *os.File, taken <-chan error) {
+	go func() { _ = errors.Join(<-taken, file.Close()) }()
 }
 
 func flock(file *os.File, how int) error {
