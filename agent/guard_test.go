@@ -69,7 +69,7 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 		test.Echo(t, server, at.network, at.addr)
 	}
 	n.fake.answers(guardedBy(workload.GuardAudit, ids...))
-	n.run()
+	n.run(func(a *Agent) { a.counting = 50 * time.Millisecond })
 	n.eventually(ids[0], api.StateManaged)
 	n.eventually(ids[1], api.StateManaged)
 
@@ -139,6 +139,21 @@ func TestGuardListIsWhatEnforceRefuses(t *testing.T) {
 		return nil
 	}, "the list to tell that they are refused")
 
+	// Who was let in and is not any more is named, port by port.
+	test.Eventually(t, func() error {
+		replay()
+		told := ""
+		for _, problem := range n.eventually(ids[0], api.StateManaged).Problems {
+			if problem.Code == "guard-refuses" {
+				told = problem.What
+			}
+		}
+		if want := ": port 8080 from 10.77.2.3, b412a0b1; port 9000 from b412a0b1; port 9090 from 10.77.2.3, b412a0b1"; !strings.HasSuffix(told, want) {
+			return fmt.Errorf("the problem says %q, want %q", told, want)
+		}
+		return nil
+	}, "the problem to name ports and sources")
+
 	// The remedy for port 8080, as libcni shows it of the job that has it.
 	remedy := list.Entries[slices.IndexFunc(list.Entries, func(e api.GuardEntry) bool { return e.Port == 8080 })].Remedy
 	if want := `network { port "port-8080" { to = 8080 } }`; remedy != want {
@@ -162,6 +177,32 @@ func (n *node) eventuallyGuarded(id string, guard workload.Guard) {
 		}
 		return fmt.Errorf("workloads: %+v, %w", list, err)
 	}, "the guard to be "+string(guard))
+}
+
+// What was refused again is told of who was let in before, as long as it is of late.
+func TestGuardTellsWhoItRefusesAgain(t *testing.T) {
+	now := time.Now()
+	g, w := flow.NewGuardTable(now), &flow.Workload{Cookie: 1, AllocID: "a"}
+	put := func(after time.Duration, port uint16, source byte, verdict bpfmap.Verdict) {
+		r := flow.Record{At: now.Add(after).UnixNano(), Workload: w, Verdict: verdict, OriginPort: port}
+		r.Source, r.SourcePort, r.Valid[0] = flow.PackAddr(netip.AddrPortFrom(netip.AddrFrom4([4]byte{10, 0, 0, source}), 1))
+		g.Note(&r)
+	}
+	put(0, 80, 1, bpfmap.GuardAudited)
+	put(0, 81, 1, bpfmap.GuardAudited) // and is not refused
+	put(0, 82, 1, bpfmap.GuardAudited)
+	put(time.Second, 80, 1, bpfmap.RefusedGuard)
+	put(time.Second, 80, 2, bpfmap.RefusedGuard) // was never let in
+	put(time.Second, 82, 1, bpfmap.RefusedGuard)
+	put(2*time.Second, 82, 1, bpfmap.GuardAudited) // and is let in again
+	of := inspect.Record{Cookie: 1, Request: workload.Request{Mode: workload.ModeTransparent}}
+	want := []flow.RefusedPort{{Port: 80, Sources: []string{"10.0.0.1"}, Remedy: `transparent_proxy { exclude_inbound_ports = ["80"] }`}}
+	if diff := cmp.Diff(want, g.RefusedAgain(of, now)); diff != "" {
+		t.Errorf("refused again (-want +got):\n%s", diff)
+	}
+	if list := append(g.RefusedAgain(of, now.Add(2*time.Second)), g.RefusedAgain(inspect.Record{Cookie: 2}, now)...); len(list) != 0 {
+		t.Errorf("refused again, of long ago or of another workload: %+v", list)
+	}
 }
 
 // Whoever scans takes the share of one allocation, and what ended takes none.

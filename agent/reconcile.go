@@ -189,7 +189,7 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 		problems = append(problems, m.mute)
 	}
 	if state == api.StateManaged {
-		problems = append(problems, m.refused.problems()...)
+		problems = append(problems, m.refused.problems(a.refusedAgain(m, s, now))...)
 	}
 	next := describe(s, state, wanted, problems, consul.Facts)
 	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && inForce

@@ -3,10 +3,14 @@
 package agent
 
 import (
+	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 )
@@ -70,12 +74,43 @@ func (r *refusals) isFault(code health.ProblemCode, counts map[string]uint64, li
 	return true
 }
 
-// problems tells the refusals of the last minute.
-func (r *refusals) problems() (list []health.Problem) {
+// problems tells the refusals of the last minute. again is what a guard refuses that it
+// had let in, as far as it is known.
+func (r *refusals) problems(again []flow.RefusedPort) (list []health.Problem) {
 	for _, code := range slices.Sorted(maps.Keys(r.last)) {
-		list = append(list, health.NewProblem(code, refusalRemedy(code), "in the last minute: "+code.Title()))
+		what, remedy := "in the last minute: "+code.Title(), refusalRemedy(code)
+		if code == health.ProblemGuardRefuses && len(again) > 0 {
+			what += ": " + refusedText(again)
+			remedy = again[0].Remedy + " in its job lets it in; " + remedy
+		}
+		list = append(list, health.NewProblem(code, remedy, what))
 	}
 	return list
+}
+
+// refusedText names ports with their sources, few of many.
+func refusedText(list []flow.RefusedPort) string {
+	const mostPorts, mostSources = 3, 2
+	var parts []string
+	for _, refused := range list[:min(len(list), mostPorts)] {
+		text := fmt.Sprintf("port %d from %s", refused.Port, strings.Join(refused.Sources[:min(len(refused.Sources), mostSources)], ", "))
+		if more := len(refused.Sources) - mostSources; more > 0 {
+			text += fmt.Sprintf(" and %d more", more)
+		}
+		parts = append(parts, text)
+	}
+	if more := len(list) - mostPorts; more > 0 {
+		parts = append(parts, fmt.Sprintf("and %d more ports", more))
+	}
+	return strings.Join(parts, "; ")
+}
+
+// refusedAgain is what is told of an allocation whose guard refuses what it let in.
+func (a *Agent) refusedAgain(m *allocState, s desired.Allocation, now time.Time) []flow.RefusedPort {
+	if m.refused.last[health.ProblemGuardRefuses].IsZero() || s.Record == nil {
+		return nil
+	}
+	return a.flows.RefusedAgain(*s.Record, now.Add(-refusalMemory))
 }
 
 func refusalRemedy(code health.ProblemCode) string {

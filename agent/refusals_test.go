@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -82,7 +83,7 @@ func TestRefusalIsAProblemForAMinute(t *testing.T) {
 				}
 				changed := r.note(counts, !l.silent, first.Add(l.after))
 				var codes []string
-				for _, problem := range r.problems() {
+				for _, problem := range r.problems(nil) {
 					codes = append(codes, problem.Code)
 				}
 				if got := strings.Join(codes, ","); got != l.want || changed != l.changed {
@@ -97,10 +98,29 @@ func TestRefusalIsAProblemForAMinute(t *testing.T) {
 func TestEachRefusalHasARemedy(t *testing.T) {
 	for verdict, code := range refusalCodes() {
 		r := refusals{last: map[health.ProblemCode]time.Time{code: time.Now()}}
-		problems := r.problems()
+		problems := r.problems(nil)
 		if len(problems) != 1 || problems[0].Remedy == "" || !strings.HasPrefix(problems[0].What, "in the last minute: ") {
 			t.Errorf("problems for %s are %+v", verdict, problems)
 		}
+	}
+}
+
+// The guard's problem names ports and sources, few of many, and the line of the job for
+// the first of them.
+func TestGuardProblemNamesPortsAndSources(t *testing.T) {
+	r := refusals{last: map[health.ProblemCode]time.Time{health.ProblemGuardRefuses: time.Now()}}
+	problems := r.problems([]flow.RefusedPort{
+		{Port: 80, Sources: []string{"10.0.0.1"}, Remedy: `transparent_proxy { exclude_inbound_ports = ["80"] }`}, {Port: 8080, Sources: []string{"10.0.0.1", "10.0.0.2", "web/g/b412a0b1"}},
+		{Port: 9000, Sources: []string{"10.0.0.3"}}, {Port: 9001, Sources: []string{"10.0.0.3"}},
+	})
+	if len(problems) != 1 {
+		t.Fatalf("problems are %+v, want one", problems)
+	}
+	what := "in the last minute: the guard refuses connections to an allocation that it had let some in to: " +
+		"port 80 from 10.0.0.1; port 8080 from 10.0.0.1, 10.0.0.2 and 1 more; port 9000 from 10.0.0.3; and 1 more ports"
+	remedy := `transparent_proxy { exclude_inbound_ports = ["80"] } in its job lets it in; 'weir guard'`
+	if p := problems[0]; p.What != what || !strings.HasPrefix(p.Remedy, remedy) {
+		t.Errorf("problem is %q\nwith remedy %q\nwant %q\nand %q", p.What, p.Remedy, what, remedy)
 	}
 }
 

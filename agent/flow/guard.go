@@ -5,6 +5,7 @@ package flow
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -37,6 +38,8 @@ type guardCount struct {
 	verdict     bpfmap.Verdict
 	count       uint64
 	first, last int64 // Unix time in nanoseconds
+
+	letIn, refused int64 // when it was last; 0: never
 }
 
 func NewGuardTable(now time.Time) *guardTable {
@@ -66,6 +69,53 @@ func (g *guardTable) Note(r *Record) {
 		entry.peer = r.peer // and it stays so when that allocation ends
 	}
 	entry.count++
+	if r.Verdict == bpfmap.GuardAudited {
+		entry.letIn = r.At
+	} else {
+		entry.refused = r.At
+	}
+}
+
+// RefusedAgain is what the guard of a workload refused since a moment and had let in
+// before: its ports, each with its sources, sorted.
+func (g *guardTable) RefusedAgain(of inspect.Record, since time.Time) (list []RefusedPort) {
+	sources := make(map[uint16][]string)
+	g.mu.Lock()
+	for key, e := range g.Entries {
+		if key.cookie == of.Cookie && e.letIn != 0 && e.refused > e.letIn && e.refused >= since.UnixNano() {
+			sources[key.port] = append(sources[key.port], e.source(key))
+		}
+	}
+	g.mu.Unlock()
+	for _, port := range slices.Sorted(maps.Keys(sources)) {
+		list = append(list, RefusedPort{
+			Port: port, Sources: slices.Compact(slices.Sorted(slices.Values(sources[port]))), Remedy: guardRemedy(of.Request.Mode, port),
+		})
+	}
+	return list
+}
+
+// RefusedPort is a port that a guard refuses to who was let in before.
+type RefusedPort struct {
+	Port    uint16
+	Sources []string
+	Remedy  string // the line of the job that lets it in
+}
+
+// source names who dialled.
+func (c *guardCount) source(key guardKey) string {
+	if c.peer != nil {
+		return c.peer.Label()
+	}
+	return key.source.String()
+}
+
+// RefusedAgain is that of the guard; nothing where flows are not recorded.
+func (f *Recorder) RefusedAgain(of inspect.Record, since time.Time) []RefusedPort {
+	if f == nil {
+		return nil
+	}
+	return f.guard.RefusedAgain(of, since)
 }
 
 // Keep drops what is of workloads that are gone.
@@ -84,12 +134,8 @@ func (g *guardTable) List(known []inspect.Record, served func(netns string) (tcp
 	list := api.GuardList{Schema: 1, Since: g.began, Entries: make([]api.GuardEntry, 0, len(g.Entries)), Omitted: g.omitted, Lost: g.lost}
 	cookies := make([]uint64, 0, len(g.Entries))
 	for key, e := range g.Entries {
-		source := key.source.String()
-		if e.peer != nil {
-			source = e.peer.Label()
-		}
 		list.Entries = append(list.Entries, api.GuardEntry{
-			AllocID: e.workload.AllocID, Job: e.workload.Job, TaskGroup: e.workload.Group, Port: key.port, Source: source,
+			AllocID: e.workload.AllocID, Job: e.workload.Job, TaskGroup: e.workload.Group, Port: key.port, Source: e.source(key),
 			Verdict: e.verdict.String(), Count: e.count, First: time.Unix(0, e.first), Last: time.Unix(0, e.last),
 			Remedy: guardRemedy(of[key.cookie].Request.Mode, key.port),
 		})
