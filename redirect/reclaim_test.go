@@ -253,6 +253,7 @@ func TestStatusNamesProgramsOfOthers(t *testing.T) {
 	if !status.Healthy() {
 		t.Errorf("problems: %v", status.Problems)
 	}
+	n.NameOthers(status.Others)
 	find := func(id uint32) (found inspect.Other) {
 		for _, other := range status.Others {
 			if other.ID == id {

@@ -25,9 +25,13 @@ import (
 
 // plainWorkloads puts namespaces under Weir that have lo alone, which is enough for
 // rows.
-func plainWorkloads(t *testing.T, d *Datapath, count int) (list []Attachment) {
+func plainWorkloads(t testing.TB, d *Datapath, count int) (list []Attachment) {
 	t.Helper()
-	for i := range count {
+	known, err := d.Records()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := len(known); i < len(known)+count; i++ {
 		a := Attachment{
 			Key: workload.AttachmentID{ContainerID: fmt.Sprintf("plain-%d", i), IfName: "eth0"}, NetNS: test.NewNetNS(t).Path,
 			Request: workload.Request{

@@ -18,6 +18,8 @@ type MapWrites struct {
 	tb       testing.TB
 	counters int // a map: calls by command
 	before   [bpfCommands]uint64
+	own      uint64 // lookups of this counter's own
+	all      uint64 // calls that were told
 }
 
 // bpfCommands is more than any kernel knows.
@@ -84,7 +86,29 @@ func (w *MapWrites) Seen() map[string]uint64 {
 	return seen
 }
 
+// Calls is how many calls of bpf(2) of whatever kind there were since it was last asked.
+func (w *MapWrites) Calls() uint64 {
+	w.tb.Helper()
+	var all uint64
+	for command := range uint32(bpfCommands - 1) {
+		var calls uint64
+		if err := w.element(unix.BPF_MAP_LOOKUP_ELEM, command, &calls); err != nil {
+			w.tb.Fatalf("count calls of bpf: read map: %v", err)
+		}
+		if command == unix.BPF_MAP_LOOKUP_ELEM {
+			calls -= w.own
+		}
+		all += calls
+	}
+	since := all - w.all
+	w.all = all
+	return since
+}
+
 func (w *MapWrites) element(command int, key uint32, value *uint64) error {
+	if command == unix.BPF_MAP_LOOKUP_ELEM {
+		w.own++
+	}
 	_, err := bpf(command, &struct {
 		table      uint32
 		key, value unsafe.Pointer

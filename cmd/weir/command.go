@@ -65,7 +65,8 @@ type datapath interface {
 	Status() (inspect.Status, error)
 	Readiness() []health.Check
 	Records() ([]inspect.Record, error)
-	Workloads() ([]inspect.WorkloadStatus, error)
+	Workloads(keys ...workload.AttachmentID) ([]inspect.WorkloadStatus, error)
+	NameOthers([]inspect.Other)
 	Verdicts() ([]inspect.WorkloadVerdicts, error)
 	Explain(workload.AttachmentID, explain.Connection) (explain.Explanation, error)
 	Settings(workload.AttachmentID) (settings []explain.Setting, silent bool, err error)

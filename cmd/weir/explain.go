@@ -193,9 +193,7 @@ func (c *command) workload(datapath datapath, view api.Status) (inspect.Record, 
 	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
 		return inspect.Record{}, unreadable
 	}
-	list, err := selectFrom(c, known, func(w inspect.Record) named {
-		return named{id: allocationOf(w), job: w.Request.Job.ID, group: w.Request.Job.Group}
-	})
+	list, err := selectFrom(c, known, namedRecord)
 	switch {
 	case len(list) == 1:
 		return list[0], nil

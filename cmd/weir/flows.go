@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -115,9 +114,7 @@ func (c *command) flowQuery(query api.FlowQuery, since, until string, port uint,
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return query, err
 	}
-	chosen, err := selected(c, known, func(k inspect.Record) named {
-		return named{allocID(k.Request.Job.AllocID, k.Key), k.Request.Job.ID, k.Request.Job.Group}
-	})
+	chosen, err := selected(c, known, namedRecord)
 	query.Alloc, query.Job = chosen.id, chosen.job
 	return query, err
 }

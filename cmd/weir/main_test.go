@@ -80,14 +80,35 @@ type node struct {
 	stuck     map[workload.AttachmentID]error // why one of them cannot be removed
 	collected []workload.AttachmentID         // that were removed
 	lookedAt  ended.Node
+
+	lookedFor [][]workload.AttachmentID // of each look at workloads, the keys
+	named     bool                      // who holds the programs of others was asked for
 }
 
-func (n *node) Load() (loader.Result, error)                 { return n.load, n.err }
-func (n *node) Unload() ([]string, error)                    { return n.removed, n.err }
-func (n *node) Status() (inspect.Status, error)              { return n.status, n.err }
-func (n *node) Readiness() []health.Check                    { return n.ready }
-func (n *node) Records() ([]inspect.Record, error)           { return n.known, n.err }
-func (n *node) Workloads() ([]inspect.WorkloadStatus, error) { return n.list, n.err }
+func (n *node) Load() (loader.Result, error)    { return n.load, n.err }
+func (n *node) Unload() ([]string, error)       { return n.removed, n.err }
+func (n *node) Status() (inspect.Status, error) { return n.status, n.err }
+func (n *node) Readiness() []health.Check       { return n.ready }
+func (n *node) Records() ([]inspect.Record, error) {
+	known := slices.Clone(n.known)
+	if n.known == nil {
+		for _, w := range n.list { // what is looked at has a record
+			r := inspect.Record{Key: w.Key}
+			r.Request.Job.AllocID, r.Request.Job.ID, r.Request.Job.Group = w.ID, w.Job, w.Group
+			known = append(known, r)
+		}
+	}
+	return known, n.err
+}
+func (n *node) Workloads(keys ...workload.AttachmentID) ([]inspect.WorkloadStatus, error) {
+	n.lookedFor = append(n.lookedFor, keys)
+	list := slices.Clone(n.list)
+	if len(keys) > 0 {
+		list = slices.DeleteFunc(list, func(w inspect.WorkloadStatus) bool { return !slices.Contains(keys, w.Key) })
+	}
+	return list, n.err
+}
+func (n *node) NameOthers([]inspect.Other) { n.named = true }
 func (n *node) Verdicts() ([]inspect.WorkloadVerdicts, error) {
 	if n.onVerdicts != nil {
 		n.onVerdicts()

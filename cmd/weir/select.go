@@ -9,11 +9,17 @@ import (
 
 	"github.com/agext/levenshtein"
 	"github.com/posener/complete"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // named is what an operator may call a workload by.
 type named struct{ id, job, group string }
+
+// namedRecord is what a workload on record may be called by.
+func namedRecord(r inspect.Record) named {
+	return named{id: allocationOf(r), job: r.Request.Job.ID, group: r.Request.Job.Group}
+}
 
 // selection is the workloads that a command is asked about: one allocation, a job's, or all of them
 // where neither is set.

@@ -52,6 +52,9 @@ func newStatus(env env) *command {
 		if !status.Healthy() {
 			code = 1
 		}
+		if c.json || c.verbose {
+			c.datapath().NameOthers(status.Others)
+		}
 		if c.json {
 			whole := nodeStatus{Schema: jsonSchema, Status: status}
 			if running {

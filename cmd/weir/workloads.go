@@ -51,17 +51,17 @@ func newWorkloads(env env) *command {
       $ weir workloads api`).withPaths().withJSON().withSelection()
 	c.flags.Lookup("verbose").Usage = "print every column and whole names; and errors in full, with the kernel's verifier log"
 	c.do = func() (int, error) {
-		list, err := c.datapath().Workloads()
-		if errors.Is(err, store.ErrUnreadable) {
-			c.ui.Error("left out: " + err.Error())
-		} else if err != nil {
-			return 1, err
-		}
+		datapath := c.datapath()
 		view, running, dead := c.agent()
-		seen, err := selectFrom(c, withAgent(list, view), seenWorkload.named)
+		chosen, keys, err := c.chooseWorkloads(datapath, view)
 		if err != nil {
 			return 1, err
 		}
+		list, err := c.lookAt(datapath, chosen, keys)
+		if err != nil {
+			return 1, err
+		}
+		seen := slices.DeleteFunc(withAgent(list, view), func(w seenWorkload) bool { return !chosen.has(w.named()) })
 		if c.json {
 			return 0, c.printJSON(workloadsReport{Schema: jsonSchema, Workloads: seen})
 		}
@@ -75,6 +75,47 @@ func newWorkloads(env env) *command {
 		return 0, nil
 	}
 	return c
+}
+
+// chooseWorkloads finds what the operand names, and the keys of those that have a record:
+// nobody looks at a namespace that is not asked about.
+func (c *command) chooseWorkloads(datapath datapath, view api.Status) (chosen selection, keys []workload.AttachmentID, err error) {
+	if c.operand() == "" {
+		return chosen, nil, nil
+	}
+	known, err := datapath.Records()
+	if err != nil && !errors.Is(err, store.ErrUnreadable) {
+		return chosen, nil, err
+	}
+	var names []named
+	for _, r := range known {
+		names = append(names, namedRecord(r))
+	}
+	for _, w := range view.Workloads {
+		names = append(names, named{w.ID, w.Job, w.Group})
+	}
+	if chosen, err = selectWorkloads(c.operand(), names); err != nil {
+		return chosen, nil, err
+	}
+	for _, r := range known {
+		if chosen.has(namedRecord(r)) {
+			keys = append(keys, r.Key)
+		}
+	}
+	return chosen, keys, nil
+}
+
+// lookAt returns the workloads of the keys; all of them where none were chosen.
+func (c *command) lookAt(datapath datapath, chosen selection, keys []workload.AttachmentID) ([]inspect.WorkloadStatus, error) {
+	if chosen != (selection{}) && len(keys) == 0 {
+		return nil, nil // what was chosen has no record
+	}
+	list, err := datapath.Workloads(keys...)
+	if errors.Is(err, store.ErrUnreadable) {
+		c.ui.Error("left out: " + err.Error())
+		err = nil
+	}
+	return list, err
 }
 
 func (c *command) renderWorkloads(list []seenWorkload, now time.Time) string {

@@ -4,9 +4,11 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -136,4 +138,46 @@ func TestProtected(t *testing.T) {
 func TestNoWorkloads(t *testing.T) {
 	want(t, try(t, &node{}, nil, "workloads"), outcome{stdout: "no workloads\n"})
 	want(t, try(t, &node{}, nil, "workloads", "-json"), outcome{stdout: "{\n  \"schema\": 1,\n  \"workloads\": []\n}\n"})
+}
+
+// No namespace is looked at that is not asked about: each costs a dozen dumps of the
+// kernel's lists, and a node has a thousand.
+func TestWorkloadsOfAJobLooksAtItsOwn(t *testing.T) {
+	n := &node{list: []inspect.WorkloadStatus{
+		{Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "a", Group: "g"},
+		{Key: workload.AttachmentID{ContainerID: "2c6e1d2f", IfName: "eth0"}, ID: "2c6e1d2f", Job: "b", Group: "g"},
+		{Key: workload.AttachmentID{ContainerID: "3c6e1d2f", IfName: "eth0"}, ID: "3c6e1d2f", Job: "b", Group: "g"},
+	}}
+	for argument, want := range map[string][]workload.AttachmentID{
+		"b": {n.list[1].Key, n.list[2].Key}, "1c6": {n.list[0].Key}, "": nil,
+	} {
+		n.lookedFor = nil
+		args := slices.DeleteFunc([]string{"workloads", argument}, func(arg string) bool { return arg == "" })
+		if got := try(t, n, nil, args...); got.code != 0 {
+			t.Fatalf("weir %v: %+v", args, got)
+		}
+		if diff := cmp.Diff([][]workload.AttachmentID{want}, n.lookedFor); diff != "" {
+			t.Errorf("weir %v looked at (-want +got):\n%s", args, diff)
+		}
+	}
+	// Nothing is looked at for what the agent alone sees.
+	n.agent = &api.Status{Workloads: []api.WorkloadView{{Key: workload.AttachmentID{ContainerID: "4c6e1d2f"}, ID: "4c6e1d2f", Job: "c", State: api.StateHost}}}
+	n.lookedFor = nil
+	if got := try(t, n, nil, "workloads", "c"); got.code != 0 || len(n.lookedFor) != 0 || !strings.Contains(got.stdout, "4c6e1d2f") {
+		t.Errorf("weir workloads c: %+v after looks at %v, want the agent's view and no look", got, n.lookedFor)
+	}
+}
+
+// Who holds the programs of others takes a walk through all processes and links, so it
+// is asked for where it is shown.
+func TestOthersAreNamedWhereTheyAreShown(t *testing.T) {
+	for _, tc := range []struct {
+		args []string
+		want bool
+	}{{[]string{"status"}, false}, {[]string{"status", "-verbose"}, true}, {[]string{"status", "-json"}, true}} {
+		n := &node{status: inspect.Status{Loaded: true, Others: []inspect.Other{{ID: 17}}}}
+		if try(t, n, nil, tc.args...); n.named != tc.want {
+			t.Errorf("weir %v: owners were asked for: %t, want %t", tc.args, n.named, tc.want)
+		}
+	}
 }

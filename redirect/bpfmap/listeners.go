@@ -99,6 +99,9 @@ func ListenerKey(cookie uint64, role BpfListenerRole, port, slot uint16) BpfList
 // Registered returns the cookies of the sockets that hold the slots of a role
 // on the port.
 func (m *Tables) Registered(cookie uint64, role BpfListenerRole, port uint16) (map[uint16]uint64, error) {
+	if m.listeners != nil {
+		return m.listeners[ListenerKey(cookie, role, port, 0)], nil
+	}
 	slots := make(map[uint16]uint64)
 	for slot := range uint16(ListenerSlots) {
 		var socket uint64
@@ -111,6 +114,35 @@ func (m *Tables) Registered(cookie uint64, role BpfListenerRole, port uint16) (m
 		}
 	}
 	return slots, nil
+}
+
+// RememberListeners reads the table of listeners once, for who looks at many workloads:
+// Registered answers from it, and asks for the slots of none of them any more, of which
+// each role of each port has as many as a proxy may have workers.
+func (m *Tables) RememberListeners() error {
+	table, err := m.Table("listeners")
+	if err != nil {
+		return err
+	}
+	found := make(map[BpfListenerKey]map[uint16]uint64)
+	var key BpfListenerKey
+	var socket uint64
+	rows := table.Iterate()
+	for rows.Next(&key, &socket) {
+		if key.Slot == GateSlot {
+			continue
+		}
+		place := ListenerKey(key.Cookie, key.Role, key.Port, 0)
+		if found[place] == nil {
+			found[place] = make(map[uint16]uint64)
+		}
+		found[place][key.Slot] = socket
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("walk listeners: %w", err)
+	}
+	m.listeners = found
+	return nil
 }
 
 // GateKey is the place of a gate for what is sent to the port: the outbound one of a

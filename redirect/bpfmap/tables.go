@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -30,6 +31,10 @@ type Tables struct {
 	readOnly  bool                              // for who only looks: on a read-only bpffs nothing else can be had
 	Preloaded func(cookie uint64) *ebpf.Program // gives a lookup program that is loaded already, or nil; may be nil
 	Only      []string                          // the maps that are written, the others stay as they are; nil: all
+
+	opening   sync.Mutex // several goroutines may read
+	ids       map[string]ebpf.MapID
+	listeners map[BpfListenerKey]map[uint16]uint64 // see RememberListeners
 }
 
 // OpenTables opens the tables of a loaded node, or returns ErrNotLoaded or
@@ -60,6 +65,8 @@ func openTablesFor(dir string, readOnly bool) (*Tables, error) {
 }
 
 func (m *Tables) Table(name string) (*ebpf.Map, error) {
+	m.opening.Lock()
+	defer m.opening.Unlock()
 	if table := m.Open[name]; table != nil {
 		return table, nil
 	}
@@ -69,6 +76,29 @@ func (m *Tables) Table(name string) (*ebpf.Map, error) {
 	}
 	m.Open[name] = table
 	return table, nil
+}
+
+// ID is that of a table.
+func (m *Tables) ID(name string) (ebpf.MapID, error) {
+	table, err := m.Table(name)
+	if err != nil {
+		return 0, err
+	}
+	m.opening.Lock()
+	defer m.opening.Unlock()
+	if id, known := m.ids[name]; known {
+		return id, nil
+	}
+	info, err := table.Info()
+	if err != nil {
+		return 0, fmt.Errorf("read map %s: %w", name, err)
+	}
+	id, _ := info.ID()
+	if m.ids == nil {
+		m.ids = make(map[string]ebpf.MapID)
+	}
+	m.ids[name] = id
+	return id, nil
 }
 
 func (m *Tables) Close() error {

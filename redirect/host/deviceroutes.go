@@ -3,7 +3,6 @@
 package host
 
 import (
-	"errors"
 	"fmt"
 	"net/netip"
 
@@ -76,25 +75,18 @@ func localRoute(device int, prefix netip.Prefix, metric int) *netlink.Route {
 
 // DeviceRoutesIn are those that the namespace has, by device and destination.
 func DeviceRoutesIn() (map[deviceRoute]*netlink.Route, error) {
+	list, err := localRoutes()
+	return deviceRoutesAmong(list), err
+}
+
+func deviceRoutesAmong(list []netlink.Route) map[deviceRoute]*netlink.Route {
 	found := make(map[deviceRoute]*netlink.Route)
-	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := dump(func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: unix.RTPROT_STATIC},
-				netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
-		})
-		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("list routes: %w", err)
-		}
-		for _, route := range list {
-			if route.Priority == deviceMetric+route.LinkIndex {
-				found[keyOf(&route)] = &route
-			}
+	for _, route := range list {
+		if route.Protocol == unix.RTPROT_STATIC && route.Priority == deviceMetric+route.LinkIndex {
+			found[keyOf(&route)] = &route
 		}
 	}
-	return found, nil
+	return found
 }
 
 type deviceRoute struct {
@@ -109,7 +101,11 @@ func keyOf(route *netlink.Route) deviceRoute {
 // setDeviceRoutes makes the routes of all devices what they should be; none where
 // they are not wanted. It reports whether it had to change something.
 func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
-	missing, surplus, err := diffDeviceRoutes(wanted, ipv6)
+	there, err := DeviceRoutesIn()
+	if err != nil {
+		return false, err
+	}
+	missing, surplus, err := diffDeviceRoutes(there, wanted, ipv6)
 	if err != nil {
 		return false, err
 	}
@@ -126,11 +122,7 @@ func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
 	return len(missing)+len(surplus) > 0, nil
 }
 
-func diffDeviceRoutes(wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
-	there, err := DeviceRoutesIn()
-	if err != nil {
-		return nil, nil, err
-	}
+func diffDeviceRoutes(there map[deviceRoute]*netlink.Route, wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
 	if wanted {
 		routes, err := deviceRoutes(ipv6)
 		if err != nil {

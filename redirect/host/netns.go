@@ -268,9 +268,9 @@ func deleteOtherRoutes(wanted []*netlink.Route) error {
 	return nil
 }
 
-// PresentRoutes are the routes of the encoded ranges that the calling thread's
-// namespace has.
-func PresentRoutes() (found []netlink.Route, err error) {
+// localRoutes are those of the local table of the calling thread's namespace, of both
+// families where it has them.
+func localRoutes() (found []netlink.Route, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := dump(func() ([]netlink.Route, error) {
 			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
@@ -281,20 +281,32 @@ func PresentRoutes() (found []netlink.Route, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
-		for _, route := range list {
-			if route.Dst == nil || route.Type != unix.RTN_LOCAL || route.LinkIndex != LoIndex {
-				continue
-			}
-			addr, ok := netip.AddrFromSlice(route.Dst.IP)
-			bits, _ := route.Dst.Mask.Size()
-			addr = addr.Unmap()
-			if ok && (workload.EncodedPrefix4.Contains(addr) && bits < addr.BitLen() && bits >= workload.EncodedPrefix4.Bits() ||
-				workload.EncodedPrefix6.Contains(addr) && bits >= workload.EncodedPrefix6.Bits()) {
-				found = append(found, route)
-			}
-		}
+		found = append(found, list...)
 	}
 	return found, nil
+}
+
+// PresentRoutes are the routes of the encoded ranges that the calling thread's
+// namespace has.
+func PresentRoutes() (found []netlink.Route, err error) {
+	list, err := localRoutes()
+	return encodedAmong(list), err
+}
+
+func encodedAmong(list []netlink.Route) (found []netlink.Route) {
+	for _, route := range list {
+		if route.Dst == nil || route.Type != unix.RTN_LOCAL || route.LinkIndex != LoIndex {
+			continue
+		}
+		addr, ok := netip.AddrFromSlice(route.Dst.IP)
+		bits, _ := route.Dst.Mask.Size()
+		addr = addr.Unmap()
+		if ok && (workload.EncodedPrefix4.Contains(addr) && bits < addr.BitLen() && bits >= workload.EncodedPrefix4.Bits() ||
+			workload.EncodedPrefix6.Contains(addr) && bits >= workload.EncodedPrefix6.Bits()) {
+			found = append(found, route)
+		}
+	}
+	return found
 }
 
 // dump repeats a read of a kernel's list that changed meanwhile.
@@ -311,10 +323,11 @@ func dump[T any](list func() ([]T, error)) (found []T, err error) {
 // the sources that they should have.
 func (ns *Namespace) HasRoutes(w workload.Workload, ipv6 bool) (there bool, err error) {
 	err = ns.Do(func() error {
-		found, err := PresentRoutes()
+		all, err := localRoutes() // once for both kinds
 		if err != nil {
 			return err
 		}
+		found := encodedAmong(all)
 		there = !slices.ContainsFunc(encodedRoutes(w), func(wanted *netlink.Route) bool {
 			if IsIPv6(wanted) && !ipv6 {
 				return false
@@ -323,7 +336,7 @@ func (ns *Namespace) HasRoutes(w workload.Workload, ipv6 bool) (there bool, err 
 				return r.Dst.String() == wanted.Dst.String() && r.Src.Equal(wanted.Src)
 			})
 		})
-		missing, surplus, err := diffDeviceRoutes(w.Mode == workload.ModeTransparent, ipv6)
+		missing, surplus, err := diffDeviceRoutes(deviceRoutesAmong(all), w.Mode == workload.ModeTransparent, ipv6)
 		there = there && len(missing)+len(surplus) == 0
 		return err
 	})

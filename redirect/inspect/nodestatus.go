@@ -21,9 +21,11 @@ import (
 )
 
 // Status looks at the node. It changes nothing, takes no lock, and asks the kernel
-// for what the pins do not tell. What cannot be looked at is a problem.
+// for what the pins do not tell. What cannot be looked at is a problem. NameOthers adds
+// who holds the programs of others.
 func (d *Reader) Status() (Status, error) {
-	return settled(d.paths, d.status, func(s Status) []health.Problem { return s.Problems })
+	sound := make(soundWorkloads)
+	return settled(d.paths, func() (Status, error) { return d.status(sound) }, func(s Status) []health.Problem { return s.Problems })
 }
 
 // settled looks again for as long as two looks differ in what is wrong: without
@@ -61,7 +63,7 @@ func (l *nodeLook) unseen(what string, err error) {
 	}
 }
 
-func (d *Reader) status() (Status, error) {
+func (d *Reader) status(sound soundWorkloads) (Status, error) {
 	l := &nodeLook{node: d, Status: Status{
 		Paths: d.paths, Barrier: bpfmap.DetectReaderWait(), Links: []string{}, Maps: []bpfmap.MapInfo{}, Others: []Other{}, Problems: []health.Problem{},
 	}}
@@ -106,7 +108,7 @@ func (d *Reader) status() (Status, error) {
 	l.links(tables)
 	l.Maps, err = tables.Infos()
 	l.unseen("the tables", err)
-	l.workloads(tables)
+	l.workloads(tables, sound)
 	return l.Status, nil
 }
 
@@ -149,11 +151,7 @@ func (l *nodeLook) links(tables *bpfmap.Tables) {
 	if len(broken) == 0 {
 		l.Links = program.ProgramNames()
 	}
-	table, err := tables.Table("control")
-	if err != nil {
-		return
-	}
-	control, err := program.MapID(table)
+	control, err := tables.ID("control")
 	for _, s := range l.own {
 		if err == nil && s.Tables["control"] != control {
 			l.problem(health.ProblemUnpinnedPrograms, "run 'weir load', which detaches them", "%d programs of this instance are attached that no pin leads to: they refuse what the others redirect", len(s.Programs))
@@ -162,8 +160,8 @@ func (l *nodeLook) links(tables *bpfmap.Tables) {
 }
 
 // workloads looks at the workloads on record, and at what has no record.
-func (l *nodeLook) workloads(tables *bpfmap.Tables) {
-	workloads, err := l.node.workloads(tables)
+func (l *nodeLook) workloads(tables *bpfmap.Tables, sound soundWorkloads) {
+	workloads, err := l.node.workloads(tables, sound, nil)
 	if errors.Is(err, store.ErrUnreadable) {
 		l.problem(health.ProblemRecordUnreadable, "the agent makes it anew where libcni knows the allocation, and so does a restart of Nomad's client, by its CHECK; its redirect stays as it is", "%v", err)
 	} else {

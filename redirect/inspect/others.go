@@ -27,8 +27,8 @@ type Other struct {
 	Effect string `json:"effect"`
 	UID    uint32 `json:"uid"`              // who loaded it
 	Weir   bool   `json:"weir"`             // of another instance of Weir
-	Pinned string `json:"pinned,omitempty"` // where its link is pinned, as far as that can be seen
-	Owner  string `json:"owner,omitempty"`  // a process that holds its link
+	Pinned string `json:"pinned,omitempty"` // where its link is pinned, as far as that can be seen; see NameOthers
+	Owner  string `json:"owner,omitempty"`  // a process that holds its link; likewise
 }
 
 // others lists the programs at the root that are not of these sets.
@@ -60,9 +60,6 @@ func (d *Reader) others(root *os.File, own []*program.Set) (list []Other, err er
 			list = append(list, other)
 		}
 	}
-	if len(list) > 0 {
-		nameOwners(list)
-	}
 	return list, nil
 }
 
@@ -82,9 +79,13 @@ func effectAt(attach ebpf.AttachType) string {
 	return "may change the address that a socket is told"
 }
 
-// nameOwners finds pins and processes that hold the programs' links, as far as
-// this process sees the mounts and processes.
-func nameOwners(list []Other) {
+// NameOthers finds pins and processes that hold the programs' links, as far as
+// this process sees the mounts and processes. It goes through every link, pin and
+// process of the node, so it is for who shows them.
+func (d *Reader) NameOthers(list []Other) {
+	if len(list) == 0 {
+		return
+	}
 	programs := make(map[link.ID]uint32)
 	wanted := func(id uint32) bool { return slices.ContainsFunc(list, func(o Other) bool { return o.ID == id }) }
 	_ = program.EachLink(func(_ link.Link, info *link.Info) error {
@@ -102,6 +103,9 @@ func nameOwners(list []Other) {
 	}
 	for _, mount := range bpffsMounts() {
 		_ = filepath.WalkDir(mount, func(path string, entry fs.DirEntry, err error) error {
+			if err == nil && path == d.paths.Lookups() {
+				return fs.SkipDir // one for each workload, and none of them at the root
+			}
 			if err != nil || entry.IsDir() {
 				return nil
 			}

@@ -152,6 +152,7 @@ func (d *Reader) HookReadiness() []health.Check {
 	var others []Other
 	if err == nil {
 		others, err = d.others(root, d.OwnSets(sets))
+		d.NameOthers(others)
 	}
 	if err != nil {
 		c.Fault("other-program", "run weir as root, with CAP_BPF and CAP_NET_ADMIN", "what is attached to %s cannot be looked at: %v", root.Name(), err)

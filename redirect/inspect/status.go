@@ -8,8 +8,11 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
@@ -96,16 +99,18 @@ type WorkloadStatus struct {
 	Problems  []health.Problem `json:"problems"`
 }
 
-// Workloads returns every workload on record, sorted by key, without the lock. A
-// record that cannot be read does not hide the others; it comes back in the error.
-func (d *Reader) Workloads() ([]WorkloadStatus, error) {
+// Workloads returns the workloads on record that have one of the keys, all of them
+// without any, sorted by key, without the lock. A record that cannot be read does not
+// hide the others; it comes back in the error.
+func (d *Reader) Workloads(keys ...workload.AttachmentID) ([]WorkloadStatus, error) {
+	sound := make(soundWorkloads)
 	return settled(d.paths, func() ([]WorkloadStatus, error) {
 		tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
 		if err != nil {
 			return nil, err
 		}
 		defer tables.Close()
-		return d.workloads(tables)
+		return d.workloads(tables, sound, keys)
 	}, func(list []WorkloadStatus) (wrong []health.Problem) {
 		for _, w := range list {
 			wrong = append(wrong, w.Problems...)
@@ -114,19 +119,56 @@ func (d *Reader) Workloads() ([]WorkloadStatus, error) {
 	})
 }
 
-func (d *Reader) workloads(tables *bpfmap.Tables) ([]WorkloadStatus, error) {
-	records, unreadable := d.paths.ReadRecords()
+// soundWorkloads are those in which a look found nothing wrong. The next one, which is
+// for what may have been half of a change, leaves them as they are.
+type soundWorkloads map[workload.AttachmentID]WorkloadStatus
+
+// FewWorkloads are looked at without what is worth its while only for many.
+const FewWorkloads = 8
+
+func (d *Reader) workloads(tables *bpfmap.Tables, sound soundWorkloads, keys []workload.AttachmentID) ([]WorkloadStatus, error) {
+	records, unreadable := d.records(keys)
 	if unreadable != nil && !errors.Is(unreadable, store.ErrUnreadable) {
 		return nil, unreadable
 	}
-	list := make([]WorkloadStatus, 0, len(records))
-	for _, r := range records {
-		status, err := d.workload(tables, r)
+	if len(records) > FewWorkloads {
+		if err := tables.RememberListeners(); err != nil {
+			return nil, err
+		}
+	}
+	filters, err := program.NewFilterReader(d.paths)
+	if err != nil {
+		return nil, err
+	}
+	defer filters.Close()
+	list := make([]WorkloadStatus, len(records))
+	look := func(i int) {
+		r := records[i]
+		if before, ok := sound[r.Key]; ok && before.Cookie == r.Cookie {
+			list[i] = before
+			return
+		}
+		status, err := d.workload(tables, filters, r)
 		if err != nil { // it says nothing of the others
 			status.Problems = append(status.Problems, health.NewProblem(health.ProblemStateUnreadable, "what is in force stays; see the error",
 				fmt.Sprintf("it cannot be looked at: %v", err)).Of("workload "+status.Key.String(), status.ID))
 		}
-		list = append(list, status)
+		list[i] = status
+	}
+	var next atomic.Int64
+	var lookers sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(records)) {
+		lookers.Go(func() {
+			for i := next.Add(1) - 1; i < int64(len(records)); i = next.Add(1) - 1 {
+				look(int(i))
+			}
+		})
+	}
+	lookers.Wait()
+	for _, w := range list {
+		if len(w.Problems) == 0 {
+			sound[w.Key] = w
+		}
 	}
 	slices.SortFunc(list, func(a, b WorkloadStatus) int {
 		return strings.Compare(a.Key.String(), b.Key.String())
@@ -134,7 +176,26 @@ func (d *Reader) workloads(tables *bpfmap.Tables) ([]WorkloadStatus, error) {
 	return list, unreadable
 }
 
-func (d *Reader) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadStatus, error) {
+// records are those of the keys, all of them without any.
+func (d *Reader) records(keys []workload.AttachmentID) (list []*store.Record, err error) {
+	if len(keys) == 0 {
+		return d.paths.ReadRecords()
+	}
+	var problems []error
+	for _, key := range keys {
+		r, err := d.paths.ReadRecord(key)
+		switch {
+		case errors.Is(err, store.ErrUnknown): // it went meanwhile
+		case err != nil:
+			problems = append(problems, err)
+		default:
+			list = append(list, r)
+		}
+	}
+	return list, errors.Join(problems...)
+}
+
+func (d *Reader) workload(tables *bpfmap.Tables, filters *program.FilterReader, r *store.Record) (WorkloadStatus, error) {
 	w := r.Desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
@@ -160,14 +221,14 @@ func (d *Reader) workload(tables *bpfmap.Tables, r *store.Record) (WorkloadStatu
 	if shared {
 		status.Notes = append(status.Notes, "proxy and tasks share a cgroup: the UID alone tells them apart, a task under the proxy's UID is not redirected")
 	}
-	if err := d.inspect(tables, r, w, &status, problem); err != nil {
+	if err := d.inspect(tables, filters, r, w, &status, problem); err != nil {
 		return status, err
 	}
 	return status, nil
 }
 
 // inspect compares the kernel with the record.
-func (d *Reader) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
+func (d *Reader) inspect(tables *bpfmap.Tables, filters *program.FilterReader, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
 	served, err := tables.Served(r.Cookie, w)
 	if err != nil {
@@ -206,7 +267,7 @@ func (d *Reader) inspect(tables *bpfmap.Tables, r *store.Record, w workload.Work
 	if !routed {
 		problem(health.ProblemRoutesMissing, anew, "routes to the proxy are missing: redirected connections do not arrive")
 	}
-	filtered, err := program.Filtered(d.paths, ns, w)
+	filtered, err := filters.Filtered(ns, w)
 	if err != nil {
 		return err
 	}
@@ -254,57 +315,6 @@ func unservedListeners(ns *host.Namespace, w workload.Workload, served map[bpfma
 		}
 	}
 	return list, nil
-}
-
-// WorkloadVerdicts are the counters of one workload since it was added.
-type WorkloadVerdicts struct {
-	Key   workload.AttachmentID `json:"key"`
-	ID    string                `json:"id"`
-	Job   string                `json:"job"`
-	Group string                `json:"group"`
-	workload.NomadNames
-	Cookie uint64            `json:"cookie,string"`
-	Counts map[string]uint64 `json:"counts"` // by Verdict.String(); verdicts never reached are left out
-
-	EventsLost uint64 `json:"events_lost"` // that a reader of events did not get
-}
-
-// Verdicts returns the counters of every workload on record, beside an error
-// where one cannot be read.
-func (d *Reader) Verdicts() (list []WorkloadVerdicts, err error) {
-	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
-	if err != nil {
-		return nil, err
-	}
-	defer tables.Close()
-	records, unreadable := d.paths.ReadRecords()
-	for _, r := range records {
-		counts, lost, err := tables.Verdicts(r.Cookie)
-		if err != nil {
-			return nil, err
-		}
-		list = append(list, WorkloadVerdicts{Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID,
-			Group: r.Request.Job.Group, NomadNames: r.Request.Job.Names(r.Key), Cookie: r.Cookie, Counts: counts, EventsLost: lost})
-	}
-	return list, unreadable
-}
-
-// VerdictCounts returns the counters of the workloads with these cookies, by
-// Verdict.String(); verdicts never reached are left out. A map read each, without
-// the lock.
-func (d *Reader) VerdictCounts(cookies []uint64) (map[uint64]map[string]uint64, error) {
-	tables, err := bpfmap.OpenTablesToRead(d.paths.Maps())
-	if err != nil {
-		return nil, err
-	}
-	defer tables.Close()
-	found := make(map[uint64]map[string]uint64, len(cookies))
-	for _, cookie := range cookies {
-		if found[cookie], _, err = tables.Verdicts(cookie); err != nil {
-			return nil, err
-		}
-	}
-	return found, nil
 }
 
 // proxyStatus is what is known of each proxy, the first one first, and whether

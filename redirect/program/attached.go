@@ -121,22 +121,6 @@ func AttachedTo(target *os.File, attach ebpf.AttachType) (list []AttachedProgram
 	return list, nil
 }
 
-func describeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
-	prog, err := ebpf.NewProgramFromID(id)
-	if err != nil {
-		return found, fmt.Errorf("open program %d: %w", id, err)
-	}
-	defer prog.Close()
-	info, err := prog.Info()
-	if err != nil {
-		return found, fmt.Errorf("read program %d: %w", id, err)
-	}
-	found = AttachedProgram{ID: id, Name: info.Name}
-	found.UID, _ = info.CreatedByUID()
-	found.Maps, _ = info.MapIDs()
-	return found, nil
-}
-
 // Set is what one instance of Weir, of any version, has attached: its
 // programs, with the tables that they share.
 type Set struct {

@@ -234,25 +234,44 @@ func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed 
 	return changed, nil
 }
 
-// Filtered reports whether the namespace's table is what the workload should have.
-func Filtered(p store.Paths, ns *host.Namespace, w workload.Workload) (there bool, err error) {
-	if len(filterChains(w)) == 0 {
-		return true, nil
-	}
+// FilterReader tells of many workloads whether they have their filter. It opens the
+// programs once, and several goroutines may ask it.
+type FilterReader struct {
+	programs chainPrograms                      // nil: there are none
+	rules    map[string]map[string][]filterRule // by the names of the chains
+}
+
+// NewFilterReader opens the programs. Where there are none, no workload has its filter.
+func NewFilterReader(p store.Paths) (*FilterReader, error) {
 	programs, err := openChainPrograms(p)
 	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
+		return new(FilterReader), nil
 	}
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	defer programs.Close()
-	rules, err := programs.rules(w)
-	if err != nil {
-		return false, err
+	f := &FilterReader{programs: programs, rules: make(map[string]map[string][]filterRule)}
+	for _, w := range []workload.Workload{{Mode: workload.ModeTransparent}, {Guard: workload.GuardAudit}} { // all that differ in their chains
+		rules, err := programs.rules(w)
+		if err != nil {
+			programs.Close()
+			return nil, err
+		}
+		f.rules[fmt.Sprint(filterChains(w))] = rules
+	}
+	return f, nil
+}
+
+func (f *FilterReader) Close() { f.programs.Close() }
+
+// Filtered reports whether the namespace's table is what the workload should have.
+func (f *FilterReader) Filtered(ns *host.Namespace, w workload.Workload) (there bool, err error) {
+	chains := filterChains(w)
+	if len(chains) == 0 || f.programs == nil {
+		return len(chains) == 0, nil
 	}
 	err = withNFTables(ns, func(conn *nftables.Conn) error {
-		there, err = hasFilter(conn, rules)
+		there, err = hasFilter(conn, f.rules[fmt.Sprint(chains)])
 		return err
 	})
 	return there, err

@@ -31,16 +31,8 @@ func LookupsIn(m *bpfmap.Tables, ns *host.Namespace) (found namespaceLookups, er
 	if err != nil || len(list) == 0 {
 		return found, err
 	}
-	table, err := m.Table("workloads")
+	workloads, err := m.ID("workloads")
 	if err != nil {
-		return found, err
-	}
-	workloads, err := MapID(table)
-	if err != nil {
-		return found, err
-	}
-	var node bpfmap.BpfControl
-	if _, err := m.Get("control", uint32(0), &node); err != nil {
 		return found, err
 	}
 	for _, prog := range list {
@@ -50,6 +42,10 @@ func LookupsIn(m *bpfmap.Tables, ns *host.Namespace) (found namespaceLookups, er
 		if slices.Contains(prog.Maps, workloads) {
 			found.Own = prog.ID
 			continue
+		}
+		var node bpfmap.BpfControl
+		if _, err := m.Get("control", uint32(0), &node); err != nil {
+			return found, err
 		}
 		set, err := setOf(prog)
 		if err != nil {

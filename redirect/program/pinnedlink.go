@@ -33,13 +33,8 @@ func attachedTo(pin string, kind uint32) (uint64, error) {
 		kind, id, program, _ uint32
 		target               [2]uint64
 	}
-	pinner.Pin(&info)
-	about := struct {
-		fd, size uint32
-		info     unsafe.Pointer
-	}{uint32(fd), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
-	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET_INFO_BY_FD, uintptr(unsafe.Pointer(&about)), unsafe.Sizeof(about)); errno != 0 {
-		return 0, fmt.Errorf("read link %s: %w", pin, errno)
+	if err := objectInfo(int(fd), &info); err != nil {
+		return 0, fmt.Errorf("read link %s: %w", pin, err)
 	}
 	switch {
 	case info.kind != kind:

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package program
+
+import (
+	"fmt"
+	"runtime"
+	"unsafe"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+)
+
+// describeProgram asks for what is told of a program and no more: the library reads
+// its code, too, and every workload has a program of its own.
+func describeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
+	get := struct{ id, next, flags uint32 }{id: uint32(id)}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_GET_FD_BY_ID, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
+	if errno != 0 {
+		return found, fmt.Errorf("open program %d: %w", id, errno)
+	}
+	defer unix.Close(int(fd))
+	var tables [64]ebpf.MapID // the most that the verifier lets a program have
+	var pinner runtime.Pinner // the kernel follows the pointers
+	defer pinner.Unpin()
+	pinner.Pin(&tables[0])
+	info := programInfo{tables: uint32(len(tables)), tableIDs: unsafe.Pointer(&tables[0])}
+	if err := objectInfo(int(fd), &info); err != nil {
+		return found, fmt.Errorf("read program %d: %w", id, err)
+	}
+	found = AttachedProgram{ID: id, Name: unix.ByteSliceToString(info.name[:]), UID: info.uid}
+	found.Maps = append(found.Maps, tables[:min(int(info.tables), len(tables))]...)
+	return found, nil
+}
+
+// programInfo is the beginning of struct bpf_prog_info.
+type programInfo struct {
+	kind, id                      uint32
+	tag                           [8]byte
+	jitedLength, translatedLength uint32
+	jited, translated, loaded     uint64
+	uid, tables                   uint32
+	tableIDs                      unsafe.Pointer
+	name                          [unix.BPF_OBJ_NAME_LEN]byte
+}
+
+// objectInfo asks the kernel for what it tells of a program, a link or a map.
+func objectInfo[T any](fd int, info *T) error {
+	var pinner runtime.Pinner
+	defer pinner.Unpin()
+	pinner.Pin(info)
+	about := struct {
+		fd, size uint32
+		info     unsafe.Pointer
+	}{uint32(fd), uint32(unsafe.Sizeof(*info)), unsafe.Pointer(info)}
+	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET_INFO_BY_FD, uintptr(unsafe.Pointer(&about)), unsafe.Sizeof(about)); errno != 0 {
+		return errno
+	}
+	return nil
+}
