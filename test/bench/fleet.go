@@ -42,6 +42,10 @@ type fleet struct {
 	consul *consulServer
 	dir    string // of CNI: bin and cache
 	list   []*allocation
+
+	// Consul is not told of transparent_proxy: it works out the upstreams of each such
+	// proxy anew for each service that comes.
+	explicit bool
 }
 
 func (a *allocation) service() string { return fmt.Sprintf("service-%d", a.number) }
@@ -59,9 +63,10 @@ func (a *allocation) key() workload.AttachmentID {
 
 // newFleet makes so many allocations, the last quarter with transparent_proxy:
 // Consul works out the upstreams of each of those anew for each service that
-// comes. close takes away also a fleet that did not come to its end.
-func (b *bench) newFleet(ctx context.Context, consul *consulServer, dir string, count int) (*fleet, error) {
-	f := &fleet{bench: b, consul: consul, dir: dir}
+// comes, unless explicit leaves it out there. close takes away also a fleet that
+// did not come to its end.
+func (b *bench) newFleet(ctx context.Context, consul *consulServer, dir string, count int, explicit bool) (*fleet, error) {
+	f := &fleet{bench: b, consul: consul, dir: dir, explicit: explicit}
 	if err := f.prepareCNI(); err != nil {
 		return f, err
 	}
@@ -177,7 +182,7 @@ func (f *fleet) register(ctx context.Context, a *allocation) error {
 			"DestinationName": f.list[(a.number+1)%len(f.list)].service(), "LocalBindPort": a.upstream,
 		}},
 	}
-	if a.transparent {
+	if a.transparent && !f.explicit {
 		proxy["Mode"] = "transparent"
 	}
 	meta := map[string]string{"external-source": "nomad"}

@@ -80,6 +80,7 @@ type sizes struct {
 	minutes     int           // of calm
 	minute      time.Duration // how long each of those is
 	changes     int           // in Consul
+	asked       int           // how often each command is run
 }
 
 func fullSizes(rounds int) sizes {
@@ -89,7 +90,7 @@ func fullSizes(rounds int) sizes {
 		churn: 60000, block: 4000, patience: 20 * time.Second,
 		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
 		settle: 500 * time.Millisecond,
-		storm:  100, proxies: 1000, rest: 10 * time.Second, minutes: 5, minute: time.Minute, changes: 25,
+		storm:  100, proxies: 1000, rest: 10 * time.Second, minutes: 5, minute: time.Minute, changes: 25, asked: 15,
 	}
 }
 
@@ -101,7 +102,7 @@ func quickSizes(rounds int) sizes {
 		churn: 4000, block: 1000, patience: 10 * time.Second,
 		flow: 100 * time.Millisecond, workloads: 20, engines: 5, calls: 20000,
 		settle: 50 * time.Millisecond,
-		storm:  3, proxies: 20, rest: time.Second, minutes: 2, minute: 2 * time.Second, changes: 3,
+		storm:  3, proxies: 20, rest: time.Second, minutes: 2, minute: 2 * time.Second, changes: 3, asked: 2,
 	}
 }
 

@@ -85,7 +85,7 @@ func (b *bench) agentOnce(ctx context.Context) (got figures, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, consul.stop()) }()
-	f, err := b.newFleet(ctx, consul, dir, b.size.proxies)
+	f, err := b.newFleet(ctx, consul, dir, b.size.proxies, false)
 	defer func() { err = errors.Join(err, f.close(), b.unload(), b.settle(ctx)) }()
 	if err != nil {
 		return nil, err
