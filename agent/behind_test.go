@@ -5,7 +5,10 @@ package agent
 import (
 	"errors"
 	"fmt"
+	"net"
+	"net/http"
 	"net/netip"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -159,6 +162,17 @@ func TestBehindByTheSocket(t *testing.T) {
 	}, "an answer")
 	if got.Schema != 1 || len(got.Unknown) != 1 || got.Unknown[0].What != "consul" || got.Intention != "" {
 		t.Errorf("got %+v", got)
+	}
+	before := t.TempDir()
+	listener, err := net.Listen("unix", filepath.Join(before, api.SocketName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := &http.Server{Handler: http.NotFoundHandler()} // an agent of a version before
+	go func() { _ = old.Serve(listener) }()
+	t.Cleanup(func() { old.Close() })
+	if _, err := api.ReadBehind(t.Context(), before, api.BehindQuery{}); !errors.Is(err, api.ErrNoBehind) || errors.Is(err, api.ErrFlowsOff) {
+		t.Errorf("an agent that does not know the question: %v, want %v", err, api.ErrNoBehind)
 	}
 	if _, err := api.ReadBehind(t.Context(), t.TempDir(), api.BehindQuery{}); !errors.Is(err, api.ErrNotRunning) {
 		t.Errorf("without an agent: %v", err)

@@ -47,18 +47,18 @@ func breakages(good string) []breakage {
 
 // Whatever Consul does, it is bounded and told, the last good state stays, and
 // when it is well again that is noticed.
-func TestFollowerOutlivesABrokenConsul(t *testing.T) {
+func TestWatcherOutlivesABrokenConsul(t *testing.T) {
 	for _, c := range breakages(oneProxy) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			fake := newFakeConsul(t)
 			fake.answers(say(200, oneProxy))
-			follower := fake.follow(t)
-			good := eventuallyKnown(t, follower, "the first answer", inSync)
+			watcher := fake.follow(t)
+			good := eventuallyKnown(t, watcher, "the first answer", inSync)
 
 			fake.answers(c.answer)
-			follower.Wake()
-			bad := eventuallyKnown(t, follower, "the failure to be told", func(v catalog.Snapshot) bool { return !v.InSync })
+			watcher.Wake()
+			bad := eventuallyKnown(t, watcher, "the failure to be told", func(v catalog.Snapshot) bool { return !v.InSync })
 			if !strings.Contains(bad.Error.What, c.want) || len(bad.Error.What) > 400 {
 				t.Errorf("error = %q, want a short one that has %q", bad.Error, c.want)
 			}
@@ -70,7 +70,7 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 			}
 
 			fake.answers(say(200, oneProxy))
-			eventuallyKnown(t, follower, "Consul to be followed again", inSync)
+			eventuallyKnown(t, watcher, "Consul to be followed again", inSync)
 			fake.mu.Lock()
 			defer fake.mu.Unlock()
 			// The server learns later than the client that one has ended.
@@ -83,7 +83,7 @@ func TestFollowerOutlivesABrokenConsul(t *testing.T) {
 
 // A trigger that is dead is told, and Consul read at the pace without one: else
 // a change would take more than a minute without anybody knowing.
-func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
+func TestWatcherTellsThatNothingTriggersIt(t *testing.T) {
 	list := breakages("{ }")
 	for i := range list { // its body is nobody's concern but that it ends
 		if name := list[i].name; name == "nothing" || name == "another form" {
@@ -110,12 +110,12 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				field := question.field(fake)
 				works := *field
 				fake.set(field, c.answer)
-				follower := fake.follow(t)
-				bad := eventuallyKnown(t, follower, "the dead trigger to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Watch.What != "" })
+				watcher := fake.follow(t)
+				bad := eventuallyKnown(t, watcher, "the dead trigger to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Watch.What != "" })
 				if !strings.Contains(bad.Watch.What, c.want) || len(bad.Watch.What) > 400 || bad.Watch.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q", bad.Watch, c.want)
 				}
-				if follower.PollInterval(0).Watch {
+				if watcher.PollInterval(0).Watch {
 					t.Error("Consul is read as seldom as with a trigger")
 				}
 				told := fmt.Sprint(bad.ProblemsOf("127.0.0.1:8500"))
@@ -124,9 +124,9 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 				}
 
 				fake.set(field, works)
-				again := eventuallyKnown(t, follower, "the trigger to be back", func(v catalog.Snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
-				if list := again.ProblemsOf(""); !follower.PollInterval(0).Watch || len(list) > 0 {
-					t.Errorf("with the trigger back, tempo is %+v, problems %q", follower.PollInterval(0), list)
+				again := eventuallyKnown(t, watcher, "the trigger to be back", func(v catalog.Snapshot) bool { return v.Watch.What == "" && v.Bind.What == "" && inSync(v) })
+				if list := again.ProblemsOf(""); !watcher.PollInterval(0).Watch || len(list) > 0 {
+					t.Errorf("with the trigger back, tempo is %+v, problems %q", watcher.PollInterval(0), list)
 				}
 			})
 		}
@@ -134,7 +134,7 @@ func TestFollowerTellsThatNothingTriggersIt(t *testing.T) {
 }
 
 // What the trigger did not tell before it died is read at once.
-func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
+func TestWatcherReadsWhenItsTriggerDies(t *testing.T) {
 	fake := newFakeConsul(t)
 	dies := make(chan struct{})
 	fake.set(&fake.changes, func(w http.ResponseWriter, r *http.Request) {
@@ -146,54 +146,54 @@ func TestFollowerReadsWhenItsTriggerDies(t *testing.T) {
 		say(500, "no cluster leader")(w, r)
 	})
 	fake.answers(say(200, oneProxy))
-	follower := fake.follow(t)
-	good := eventuallyKnown(t, follower, "the trigger", func(v catalog.Snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
-	if good.Watch.What != "" || !follower.PollInterval(0).Watch {
+	watcher := fake.follow(t)
+	good := eventuallyKnown(t, watcher, "the trigger", func(v catalog.Snapshot) bool { return inSync(v) && v.Counts.Reads > 1 })
+	if good.Watch.What != "" || !watcher.PollInterval(0).Watch {
 		t.Errorf("the trigger passes for dead: %q", good.Watch)
 	}
 	fake.set(&fake.changes, say(500, "no cluster leader"))
 	close(dies)
-	eventuallyKnown(t, follower, "the dead trigger to be told and its part done", func(v catalog.Snapshot) bool {
+	eventuallyKnown(t, watcher, "the dead trigger to be told and its part done", func(v catalog.Snapshot) bool {
 		return v.Watch.What != "" && v.Counts.Reads > good.Counts.Reads
 	})
 }
 
 // Of the virtual IPs' own trigger the same is told.
-func TestFollowerTellsThatServicesComeAndGoUnseen(t *testing.T) {
+func TestWatcherTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.set(&fake.names, allNames)
 	fake.set(&fake.chain, say(200, `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`))
 	fake.answers(say(200, oneProxy))
-	follower := fake.follow(t)
-	good := eventuallyKnown(t, follower, "the virtual IP", func(v catalog.Snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
+	watcher := fake.follow(t)
+	good := eventuallyKnown(t, watcher, "the virtual IP", func(v catalog.Snapshot) bool { return inSync(v) && len(v.Facts.VirtualIPs) == 1 })
 	if list := good.ProblemsOf(""); len(list) > 0 {
 		t.Errorf("problems = %q, want none", list)
 	}
 	broken := newFakeConsul(t)
 	broken.set(&broken.names, say(500, "No known Consul servers"))
 	broken.answers(say(200, oneProxy))
-	follower = broken.follow(t)
-	bad := eventuallyKnown(t, follower, "the failure to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
+	watcher = broken.follow(t)
+	bad := eventuallyKnown(t, watcher, "the failure to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
 	if told := fmt.Sprint(bad.ProblemsOf("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
 		t.Errorf("problems = %s, want what it means and why", told)
 	}
 	broken.set(&broken.names, allNames)
-	eventuallyKnown(t, follower, "the names to be known", func(v catalog.Snapshot) bool { return inSync(v) && len(v.ProblemsOf("")) == 0 })
+	eventuallyKnown(t, watcher, "the names to be known", func(v catalog.Snapshot) bool { return inSync(v) && len(v.ProblemsOf("")) == 0 })
 }
 
 // Where no trigger is wanted, a token that may not read the agent still costs
 // something: which of its addresses the listeners have.
-func TestFollowerTellsWhatItAssumes(t *testing.T) {
+func TestWatcherTellsWhatItAssumes(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.set(&fake.self, say(403, "Permission denied"))
-	follower := fake.follow(t, unwatched)
-	got := eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
+	watcher := fake.follow(t, unwatched)
+	got := eventuallyKnown(t, watcher, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
 	if told := fmt.Sprint(got.ProblemsOf("")); !strings.Contains(told, "IPv4 is assumed") || !strings.Contains(told, `agent "NODE"`) || got.Watch.What != "" {
 		t.Errorf("problems = %s, want that IPv4 is assumed and the rule that is missing", told)
 	}
 	fake.set(&fake.self, say(200, `{"Config":{"NodeName":"node"}}`))
-	follower.Wake()
-	eventuallyKnown(t, follower, "the answer", func(v catalog.Snapshot) bool { return v.Bind.What == "" })
+	watcher.Wake()
+	eventuallyKnown(t, watcher, "the answer", func(v catalog.Snapshot) bool { return v.Bind.What == "" })
 }
 
 // registeredAs is that of a proxy of the allocation with a number.
@@ -203,7 +203,7 @@ func registeredAs(i int, name, more string) string {
 
 // Each question beside the bulk read is told when it has no answer, to those
 // whom it concerns; what others have been answered stays, and so does the view.
-func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
+func TestWatcherTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 	sidecar := func(i int, name, proxy string) string {
 		return registeredAs(i, name, fmt.Sprintf(`"Kind": "connect-proxy", "Port": %d, "Proxy": {%s}`, 20000+i, proxy))
 	}
@@ -281,19 +281,19 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				field := question.field(fake)
 				fake.set(field, say(200, cmp.Or(question.before, question.good)))
 				fake.answers(say(200, question.first))
-				follower := fake.followInHaste(t)
-				eventuallyKnown(t, follower, "the first answer", func(v catalog.Snapshot) bool { return v.InSync && question.kept(v.Facts) })
+				watcher := fake.followInHaste(t)
+				eventuallyKnown(t, watcher, "the first answer", func(v catalog.Snapshot) bool { return v.InSync && question.kept(v.Facts) })
 
 				fake.set(field, c.answer)
 				fake.answers(say(200, question.second))
-				follower.Wake()
+				watcher.Wake()
 				if c.name == "slow" {
-					eventuallyKnown(t, follower, "a slow answer", func(v catalog.Snapshot) bool {
+					eventuallyKnown(t, watcher, "a slow answer", func(v catalog.Snapshot) bool {
 						return asked(v) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 					})
 					return
 				}
-				bad := eventuallyKnown(t, follower, "the failure to be told", func(v catalog.Snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
+				bad := eventuallyKnown(t, watcher, "the failure to be told", func(v catalog.Snapshot) bool { return asked(v) && question.why(v.Facts).What != "" })
 				if why := question.why(bad.Facts); !strings.Contains(why.What, c.want) || len(why.What) > 400 || why.Remedy == "" {
 					t.Errorf("why = %q, want a short one that has %q, and what to do", why, c.want)
 				}
@@ -302,8 +302,8 @@ func TestFollowerTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 				}
 
 				fake.set(field, say(200, question.good))
-				eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool {
-					follower.Wake() // or it comes later
+				eventuallyKnown(t, watcher, "an answer", func(v catalog.Snapshot) bool {
+					watcher.Wake() // or it comes later
 					return asked(v) && question.kept(v.Facts) && question.answered(v.Facts) && question.why(v.Facts).What == ""
 				})
 				fake.mu.Lock()
@@ -336,7 +336,7 @@ func TestLookupsTellWhatTheyDidNotAsk(t *testing.T) {
 }
 
 // A slow answer that comes in time is an answer like any other.
-func TestFollowerWaitsForASlowConsul(t *testing.T) {
+func TestWatcherWaitsForASlowConsul(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(slow(oneProxy))
 	fake.set(&fake.self, slow(`{"Config":{"NodeName":"node"}}`))

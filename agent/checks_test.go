@@ -23,7 +23,7 @@ func checked(allocation, service string) string {
 // A health check must not fail behind a guard because its port is asked for late:
 // Consul is asked as soon as a service appears whose checks are exposed, and
 // again soon while it has not opened their ports.
-func TestFollowerAsksForExposedChecksOfANewService(t *testing.T) {
+func TestWatcherAsksForExposedChecksOfANewService(t *testing.T) {
 	fake := newFakeConsul(t)
 	var checks atomic.Value
 	checks.Store(`{"a:1": {"ServiceID": "a", "ExposedPort": 21500}}`)
@@ -31,17 +31,17 @@ func TestFollowerAsksForExposedChecksOfANewService(t *testing.T) {
 	fake.checks = func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, checks.Load()) }
 	fake.mu.Unlock()
 	fake.answers(say(200, "{"+checked(exampleAlloc, "a")+"}"))
-	follower := fake.follow(t)
-	eventuallyKnown(t, follower, "the first service's port", func(v catalog.Snapshot) bool { return slices.Equal(v.Facts.CheckPorts["a"], []uint16{21500}) })
+	watcher := fake.follow(t)
+	eventuallyKnown(t, watcher, "the first service's port", func(v catalog.Snapshot) bool { return slices.Equal(v.Facts.CheckPorts["a"], []uint16{21500}) })
 
 	second := strings.Replace(exampleAlloc, "b412a0b1", "b412a0b2", 1)
 	fake.answers(say(200, "{"+checked(exampleAlloc, "a")+","+checked(second, "b")+"}"))
-	follower.Wake()
+	watcher.Wake()
 	began := time.Now()
 	asked := fake.times("/v1/agent/checks")
-	eventuallyKnown(t, follower, "a question for the second service", func(catalog.Snapshot) bool { return fake.times("/v1/agent/checks") > asked })
+	eventuallyKnown(t, watcher, "a question for the second service", func(catalog.Snapshot) bool { return fake.times("/v1/agent/checks") > asked })
 	checks.Store(`{"a:1": {"ServiceID": "a", "ExposedPort": 21500}, "b:1": {"ServiceID": "b", "ExposedPort": 21501}}`)
-	got := eventuallyKnown(t, follower, "the second service's port", func(v catalog.Snapshot) bool { return len(v.Facts.CheckPorts["b"]) > 0 })
+	got := eventuallyKnown(t, watcher, "the second service's port", func(v catalog.Snapshot) bool { return len(v.Facts.CheckPorts["b"]) > 0 })
 	if ports := got.Facts.CheckPorts["b"]; !slices.Equal(ports, []uint16{21501}) {
 		t.Errorf("ports = %v, want 21501", ports)
 	}

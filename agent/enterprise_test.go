@@ -43,7 +43,7 @@ func scope(query url.Values) string {
 // Every question names the agent's partition and the namespaces that it is to
 // follow; one about a service names the service's own, which is the proxy's where
 // an upstream names none.
-func TestFollowerNamesPartitionAndNamespace(t *testing.T) {
+func TestWatcherNamesPartitionAndNamespace(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(say(200, `{
 		"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f7-group-g-web-1-sidecar-proxy": {
@@ -55,7 +55,7 @@ func TestFollowerNamesPartitionAndNamespace(t *testing.T) {
 	enterprise := newFakeEnterprise(t, fake)
 	config := *configfile.DefaultConfig().Consul
 	config.Address, config.Namespace, config.Partition = enterprise.URL, "*", "red"
-	eventuallyKnown(t, runFollower(t, config), "all questions", func(catalog.Snapshot) bool {
+	eventuallyKnown(t, runWatcher(t, config), "all questions", func(catalog.Snapshot) bool {
 		enterprise.mu.Lock()
 		defer enterprise.mu.Unlock()
 		return len(enterprise.asked) == 7

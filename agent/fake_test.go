@@ -183,7 +183,7 @@ func flood(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// follow runs a follower of the fake until the test ends.
+// follow runs a watcher of the fake until the test ends.
 func (f *fakeConsul) follow(t *testing.T, change ...func(*configfile.ConsulConfig)) *catalog.Watcher {
 	t.Helper()
 	config := *configfile.DefaultConfig().Consul
@@ -191,46 +191,46 @@ func (f *fakeConsul) follow(t *testing.T, change ...func(*configfile.ConsulConfi
 	for _, edit := range change {
 		edit(&config)
 	}
-	return runFollower(t, config)
+	return runWatcher(t, config)
 }
 
 // followInHaste is follow where what is asked beside the bulk read is asked again
-// twenty times as soon, when the follower is woken.
+// twenty times as soon, when the watcher is woken.
 func (f *fakeConsul) followInHaste(t *testing.T) *catalog.Watcher {
 	t.Helper()
 	config := *configfile.DefaultConfig().Consul
 	config.Address, config.Watch = f.URL, false
-	return runFollower(t, config, func(f *catalog.Watcher) {
+	return runWatcher(t, config, func(f *catalog.Watcher) {
 		began := time.Now()
 		f.Lookups.Now = func() time.Time { return began.Add(20 * time.Since(began)) }
 	})
 }
 
-func runFollower(t *testing.T, config configfile.ConsulConfig, change ...func(*catalog.Watcher)) *catalog.Watcher {
+func runWatcher(t *testing.T, config configfile.ConsulConfig, change ...func(*catalog.Watcher)) *catalog.Watcher {
 	t.Helper()
 	consul, err := catalog.NewClient(config, catalog.Timeouts{Read: 300 * time.Millisecond, Block: time.Minute})
 	if err != nil {
 		t.Fatal(err)
 	}
-	follower := catalog.NewWatcher(consul, func() {})
+	watcher := catalog.NewWatcher(consul, func() {})
 	for _, edit := range change {
-		edit(follower)
+		edit(watcher)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		follower.Run(ctx)
+		watcher.Run(ctx)
 	}()
 	t.Cleanup(func() {
 		cancel()
 		select {
 		case <-done:
 		case <-time.After(5 * time.Second):
-			t.Error("the follower does not end")
+			t.Error("the watcher does not end")
 		}
 	})
-	return follower
+	return watcher
 }
 
 func eventuallyKnown(t *testing.T, f *catalog.Watcher, what string, ok func(catalog.Snapshot) bool) catalog.Snapshot {

@@ -110,9 +110,9 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 	config.Address = fake.URL
 	// On a busy machine an answer takes longer than the tests' patience, and what was not
 	// answered is followed by a bulk read.
-	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = 30 * time.Second })
-	eventuallyKnown(t, follower, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
-	before := eventuallyKnown(t, follower, "that of db", virtualIPOf("db", "240.0.0.1"))
+	watcher := runWatcher(t, config, func(f *catalog.Watcher) { f.Client.Read = 30 * time.Second })
+	eventuallyKnown(t, watcher, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
+	before := eventuallyKnown(t, watcher, "that of db", virtualIPOf("db", "240.0.0.1"))
 	test.Eventually(t, func() error {
 		if fake.times("/v1/catalog/services") < 2 {
 			return errors.New("not yet")
@@ -122,13 +122,13 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 
 	fake.chains(chainOf())
 	fake.catalog.set("db", "web")
-	eventuallyKnown(t, follower, "api to have none", func(v catalog.Snapshot) bool {
+	eventuallyKnown(t, watcher, "api to have none", func(v catalog.Snapshot) bool {
 		list, answered := v.Facts.VirtualIPs[registration.Service{Name: "api"}]
 		return answered && len(list) == 0
 	})
 	fake.chains(chainOf(`"240.0.0.2"`))
 	fake.catalog.set("api", "db", "web")
-	after := eventuallyKnown(t, follower, "api to have another", virtualIPOf("api", "240.0.0.2"))
+	after := eventuallyKnown(t, watcher, "api to have another", virtualIPOf("api", "240.0.0.2"))
 	if !virtualIPOf("db", "240.0.0.1")(after) || fake.times("/v1/discovery-chain/db") != 1 {
 		t.Errorf("db, which stayed, was asked for %d times, want once: %v", fake.times("/v1/discovery-chain/db"), after.Facts.VirtualIPs)
 	}
@@ -192,16 +192,16 @@ func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.catalog.set("web")
 	fake.answers(registered(exampleAlloc))
-	follower := fake.follow(t)
-	eventuallyKnown(t, follower, "the proxy", inSync)
-	follower.Wake()
-	eventuallyKnown(t, follower, "another read", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
+	watcher := fake.follow(t)
+	eventuallyKnown(t, watcher, "the proxy", inSync)
+	watcher.Wake()
+	eventuallyKnown(t, watcher, "another read", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
 	if times := fake.times("/v1/catalog/services"); times > 0 {
 		t.Errorf("asked %d times, want never", times)
 	}
 }
 
-func TestFollowerNames(t *testing.T) {
+func TestWatcherNames(t *testing.T) {
 	fake := newFakeConsul(t)
 	consul := fake.client(t)
 	consul.Config.Namespace = "default"

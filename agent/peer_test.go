@@ -45,9 +45,9 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	rules := strings.ReplaceAll(realconsul.DocumentedPolicy(t), `"node"`, `"node-dc1"`)
 	use("all-nodes", strings.Replace(rules, `node "node-dc1"`, `node_prefix ""`, 1))
-	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
+	watcher := runWatcher(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
 	local, peers := registration.Service{Name: "api"}, registration.Service{Name: "api", Peer: "dc2"}
-	before := eventuallyKnown(t, follower, "the question to be answered", func(v catalog.Snapshot) bool {
+	before := eventuallyKnown(t, watcher, "the question to be answered", func(v catalog.Snapshot) bool {
 		_, answered := v.Facts.VirtualIPs[peers]
 		return answered && len(v.Facts.VirtualIPs[local]) == 1
 	})
@@ -56,7 +56,7 @@ func TestVirtualIPOfAPeersService(t *testing.T) {
 	}
 	there.Register(object{"Name": "api", "ID": "api-2", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001}}})
 	there.Put("/v1/config", object{"Kind": "exported-services", "Name": "default", "Services": []object{{"Name": "api", "Consumers": []object{{"Peer": "dc1"}}}}})
-	got := eventuallyKnown(t, follower, "the virtual IP of the peer's service", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
+	got := eventuallyKnown(t, watcher, "the virtual IP of the peer's service", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs[peers]) == 1 })
 	virtual, own := got.Facts.VirtualIPs[peers][0], got.Facts.VirtualIPs[local][0]
 	if virtual == own {
 		t.Errorf("both services have %s: nothing was tested", own)

@@ -154,7 +154,7 @@ func (a *Agent) tellUnreadable(problems []string) {
 	a.reported = now
 }
 
-// awaitRegistration tells the follower since when the newest allocation that
+// awaitRegistration tells the watcher since when the newest allocation that
 // may be in the mesh waits for its registration.
 func (a *Agent) awaitRegistration(allocations []desired.Allocation, now time.Time) {
 	if a.consul == nil {

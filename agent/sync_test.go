@@ -26,7 +26,7 @@ const oneProxy = `{"_nomad-task-b412a0b1-e285-703a-01ba-3d1b2e2228f7-group-g-web
 
 func inSync(v catalog.Snapshot) bool { return v.InSync && len(v.Proxies[exampleAlloc]) == 1 }
 
-func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
+func TestWatcherTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 	for _, c := range []struct {
 		name, token, header, value string
 		want                       bool
@@ -44,8 +44,8 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 				}
 				fmt.Fprint(w, "{}")
 			})
-			follower := fake.follow(t, func(config *configfile.ConsulConfig) { config.Token = c.token })
-			got := eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
+			watcher := fake.follow(t, func(config *configfile.ConsulConfig) { config.Token = c.token })
+			got := eventuallyKnown(t, watcher, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
 			if got.Hidden != c.want {
 				t.Errorf("hidden = %v, want %v", got.Hidden, c.want)
 			}
@@ -53,14 +53,14 @@ func TestFollowerTellsAWeakTokenFromAnEmptyNode(t *testing.T) {
 	}
 }
 
-func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
+func TestWatcherReadsTheTokenFileAnew(t *testing.T) {
 	fake := newFakeConsul(t)
 	path := test.WriteFile(t, filepath.Join(t.TempDir(), "token"), "first\n")
-	follower := fake.follow(t, func(config *configfile.ConsulConfig) { config.TokenFile, config.Watch = path, false })
-	eventuallyKnown(t, follower, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
+	watcher := fake.follow(t, func(config *configfile.ConsulConfig) { config.TokenFile, config.Watch = path, false })
+	eventuallyKnown(t, watcher, "an answer", func(v catalog.Snapshot) bool { return v.InSync })
 	test.WriteFile(t, path, "second")
-	follower.Wake()
-	eventuallyKnown(t, follower, "another answer", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
+	watcher.Wake()
+	eventuallyKnown(t, watcher, "another answer", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
 	fake.mu.Lock()
 	defer fake.mu.Unlock()
 	if fake.tokens[0] != "first" || !slices.Contains(fake.tokens, "second") {
@@ -68,7 +68,7 @@ func TestFollowerReadsTheTokenFileAnew(t *testing.T) {
 	}
 }
 
-func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
+func TestWatcherSpeaksOverAUnixSocket(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(say(200, oneProxy))
 	path := filepath.Join(t.TempDir(), "consul.sock")
@@ -87,47 +87,47 @@ func TestFollowerSpeaksOverAUnixSocket(t *testing.T) {
 	})
 	config := *configfile.DefaultConfig().Consul
 	config.Address = "unix://" + path
-	eventuallyKnown(t, runFollower(t, config), "an answer over the socket", inSync)
+	eventuallyKnown(t, runWatcher(t, config), "an answer over the socket", inSync)
 }
 
-func TestFollowerAsksForVirtualIPsOnce(t *testing.T) {
+func TestWatcherAsksForVirtualIPsOnce(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1","nonsense"],"ManualVirtualIPs":["10.1.1.1"]}}`)
 	fake.answers(say(200, oneProxy))
-	follower := fake.follow(t)
-	got := eventuallyKnown(t, follower, "virtual IPs", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
+	watcher := fake.follow(t)
+	got := eventuallyKnown(t, watcher, "virtual IPs", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs) > 0 })
 	want := map[registration.Service][]netip.Addr{{Name: "api"}: addrs("10.1.1.1", "240.0.0.1")}
 	if diff := cmp.Diff(want, got.Facts.VirtualIPs, sameAddrs()); diff != "" {
 		t.Errorf("virtual IPs (-want +got):\n%s", diff)
 	}
 	// A change elsewhere on the node asks nothing again.
 	fake.answers(say(200, strings.Replace(oneProxy, "20001", "20002", 1)))
-	follower.Wake()
-	eventuallyKnown(t, follower, "the change", func(v catalog.Snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
+	watcher.Wake()
+	eventuallyKnown(t, watcher, "the change", func(v catalog.Snapshot) bool { return v.InSync && v.Proxies[exampleAlloc][0].Inbound == 20002 })
 	if times := fake.times("/v1/discovery-chain/api"); times != 1 {
 		t.Errorf("asked %d times, want once", times)
 	}
-	if current := follower.Current(); current.Counts.Changes != 2 {
+	if current := watcher.Current(); current.Counts.Changes != 2 {
 		t.Errorf("%d changes, want 2", current.Counts.Changes)
 	}
 }
 
 // An upstream's first instance comes later, on another node: nothing here tells.
-func TestFollowerFindsAVirtualIPThatComesLater(t *testing.T) {
+func TestWatcherFindsAVirtualIPThatComesLater(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.answers(say(200, oneProxy))
-	follower := fake.follow(t, unwatched)
-	before := eventuallyKnown(t, follower, "the proxy", inSync)
+	watcher := fake.follow(t, unwatched)
+	before := eventuallyKnown(t, watcher, "the proxy", inSync)
 	fake.mu.Lock()
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
 	fake.mu.Unlock()
-	after := eventuallyKnown(t, follower, "the virtual IP", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs[registration.Service{Name: "api"}]) == 1 })
+	after := eventuallyKnown(t, watcher, "the virtual IP", func(v catalog.Snapshot) bool { return len(v.Facts.VirtualIPs[registration.Service{Name: "api"}]) == 1 })
 	if after.Counts.Reads != before.Counts.Reads {
 		t.Errorf("%d bulk reads for it, want none", after.Counts.Reads-before.Counts.Reads)
 	}
 }
 
-func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
+func TestWatcherSaysWhyThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(403, "Permission denied")
 	fake.answers(say(200, oneProxy))
@@ -142,7 +142,7 @@ func TestFollowerSaysWhyThereIsNoVirtualIP(t *testing.T) {
 
 // Questions that had no turn in the first round have theirs at once, not at the
 // next bulk read.
-func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
+func TestWatcherAsksForManyVirtualIPsAtOnce(t *testing.T) {
 	const count = 2*catalog.LookupsAtOnce + 10
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{"AutoVirtualIPs":["240.0.0.1"]}}`)
@@ -158,7 +158,7 @@ func TestFollowerAsksForManyVirtualIPsAtOnce(t *testing.T) {
 	}
 }
 
-func TestFollowerTellsThatThereIsNoVirtualIP(t *testing.T) {
+func TestWatcherTellsThatThereIsNoVirtualIP(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.chain = say(200, `{"Chain":{}}`)
 	fake.answers(say(200, oneProxy))

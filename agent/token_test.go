@@ -35,20 +35,20 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 	config.Address, config.TokenFile = server.Address, filepath.Join(t.TempDir(), "token")
 	first := next()
 	test.WriteFile(t, config.TokenFile, first.SecretID)
-	follower := runFollower(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
+	watcher := runWatcher(t, config, func(f *catalog.Watcher) { f.Client.Read = catalog.DefaultTimeouts().Read })
 	good := func(v catalog.Snapshot) bool { return v.InSync && !v.Hidden && v.Watch.What == "" && v.Bind.What == "" }
-	eventuallyKnown(t, follower, "the first token to be used", good)
+	eventuallyKnown(t, watcher, "the first token to be used", good)
 	for range 3 { // each time the back-off is longer
 		began := time.Now()
 		server.Delete("/v1/acl/token/" + first.AccessorID)
-		eventuallyKnown(t, follower, "the revoked token to be told", func(v catalog.Snapshot) bool { return !v.InSync })
+		eventuallyKnown(t, watcher, "the revoked token to be told", func(v catalog.Snapshot) bool { return !v.InSync })
 		if took := time.Since(began); took > 5*time.Second {
 			t.Errorf("told after %s, want within 5 s", took)
 		}
 		first = next()
 		began = time.Now()
 		test.WriteFile(t, config.TokenFile, first.SecretID)
-		eventuallyKnown(t, follower, "the new token to be used", good)
+		eventuallyKnown(t, watcher, "the new token to be used", good)
 		if took := time.Since(began); took > 3*time.Second {
 			t.Errorf("used after %s, want at once", took)
 		}

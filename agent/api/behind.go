@@ -55,20 +55,17 @@ type Unknown struct {
 	Remedy string `json:"remedy"`
 }
 
+// ErrNoBehind says that the agent cannot be asked what is behind a connection.
+var ErrNoBehind = errors.New("ask agent: it is of a version that does not ask Consul this")
+
 // ReadBehind asks the agent whose state is in stateDir.
-func ReadBehind(ctx context.Context, stateDir string, query BehindQuery) (b Behind, err error) {
+func ReadBehind(ctx context.Context, stateDir string, query BehindQuery) (Behind, error) {
 	values := url.Values{"container_id": {query.Key.ContainerID}, "interface": {query.Key.IfName}, "service": {query.Service}}
 	for name, addr := range map[string]netip.AddrPort{"to": query.To, "sent_to": query.SentTo} {
 		if addr.IsValid() {
 			values.Set(name, addr.String())
 		}
 	}
-	err = readLines(ctx, stateDir, "/v1/behind?"+values.Encode(), false, func(answer Behind) error {
-		b = answer
-		return nil
-	})
-	if errors.Is(err, ErrFlowsOff) { // what an agent without the question answers
-		err = errors.New("ask agent: it is of a version that does not ask Consul this")
-	}
-	return b, err
+	const limit = 1 << 20 // bytes; an answer has a few hundred
+	return readJSON[Behind](ctx, stateDir, "/v1/behind?"+values.Encode(), limit, ErrNoBehind)
 }

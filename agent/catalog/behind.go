@@ -55,11 +55,7 @@ func (c *Client) Behind(ctx context.Context, known Snapshot, workloads []api.Wor
 		if err != nil {
 			b.Unknown = append(b.Unknown, notLookedAt("virtual_ips", serviceRight, err))
 		}
-		for _, text := range addresses {
-			if addr, err := netip.ParseAddr(text); err == nil {
-				b.VirtualIPs = append(b.VirtualIPs, addr)
-			}
-		}
+		b.VirtualIPs = append(b.VirtualIPs, addresses...)
 		return b
 	}
 	var err error

@@ -241,7 +241,7 @@ func (c *Client) Changed(ctx context.Context, node string, index uint64) (uint64
 }
 
 // VirtualIPs are the addresses by which the mesh knows a service.
-func (c *Client) VirtualIPs(ctx context.Context, of registration.Service) ([]string, error) {
+func (c *Client) VirtualIPs(ctx context.Context, of registration.Service) ([]netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
 	options, err := c.options(ctx)
@@ -261,13 +261,13 @@ func (c *Client) VirtualIPs(ctx context.Context, of registration.Service) ([]str
 	if chain.Chain == nil {
 		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, registration.ErrEmpty)
 	}
-	return append(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs...), nil
+	return ParseAddresses(slices.Concat(chain.Chain.AutoVirtualIPs, chain.Chain.ManualVirtualIPs)), nil
 }
 
 // peerVirtualIPs are the addresses by which the mesh of this cluster knows a
 // peer's service, which its imported instances carry: a discovery chain has none.
 // A service that the peer does not export, or not yet, has no instance.
-func (c *Client) peerVirtualIPs(of registration.Service, options *api.QueryOptions) ([]string, error) {
+func (c *Client) peerVirtualIPs(of registration.Service, options *api.QueryOptions) ([]netip.Addr, error) {
 	options.Peer = of.Peer
 	var instances []struct {
 		Service struct {
@@ -282,11 +282,11 @@ func (c *Client) peerVirtualIPs(of registration.Service, options *api.QueryOptio
 	}
 	var addresses []string
 	for _, instance := range instances {
-		if virtual, ok := instance.Service.TaggedAddresses["consul-virtual"]; ok && !slices.Contains(addresses, virtual.Address) {
+		if virtual, ok := instance.Service.TaggedAddresses["consul-virtual"]; ok {
 			addresses = append(addresses, virtual.Address)
 		}
 	}
-	return addresses, nil
+	return ParseAddresses(addresses), nil
 }
 
 // Intentions are those that allow a service, named by itself, to dial another:

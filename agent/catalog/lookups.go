@@ -98,8 +98,7 @@ func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registr
 			l.Virtual[of] = question
 		}
 		if due(question.Next) {
-			texts, err := l.consul.VirtualIPs(ctx, of)
-			answer := ParseAddresses(texts)
+			answer, err := l.consul.VirtualIPs(ctx, of)
 			moved = question.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal) || moved
 			heard(err)
 		}
