@@ -27,7 +27,7 @@ import (
 // start: by a virtual IP through the proxy's outbound listener, with exec and with
 // Docker; and with the gate by a virtual IP that leads to an explicit upstream, and by
 // the local port of an upstream in a plain job. WEIR_STARTS is how many of each driver
-// start, ten at a time.
+// start, five of each at a time.
 func TestStartGate(t *testing.T) {
 	count, often := 3, false
 	if text := os.Getenv("WEIR_STARTS"); text != "" {
@@ -44,17 +44,20 @@ func TestStartGate(t *testing.T) {
 
 	t.Run("Without", func(t *testing.T) {
 		for group, list := range starts(t, n, count, 0) {
-			refused := 0
+			refused, failed := 0, 0
 			for _, s := range list {
+				if s.outcome.OK() {
+					wantMesh(t, s.outcome, api, "gate-"+group)
+					continue
+				}
+				failed++
 				if s.outcome.Errno == syscall.ECONNREFUSED {
 					refused++
-				} else {
-					wantMesh(t, s.outcome, api, "gate-"+group)
 				}
 			}
-			t.Logf("%s: %d of %d starts failed", group, refused, len(list))
+			t.Logf("%s: %d of %d starts failed", group, failed, len(list))
 			if refused == 0 {
-				t.Errorf("group %s: all of %d starts succeed without a gate: the proxies listen before the tasks dial, which shows nothing", group, len(list))
+				t.Errorf("group %s: none of %d starts was refused without a gate, which shows nothing: %+v", group, len(list), list)
 			}
 		}
 	})
@@ -103,7 +106,7 @@ type start struct {
 // their first moment, and returns what came of it by group.
 func starts(t *testing.T, n *nomad.Node, count, upstreams int) map[string][]start {
 	t.Helper()
-	const together = 10
+	const together = 5
 	all := make(map[string][]start)
 	for wave := 0; wave*together < count; wave++ {
 		size := min(together, count-wave*together)
@@ -141,6 +144,9 @@ func firstRequest(a *nomad.Alloc) (s start, err error) {
 		return s, err
 	}
 	if err := json.Unmarshal(text, &s.outcome); err != nil {
+		if a.ClientStatus == "failed" { // Docker's log of a task that ends at once may be lost
+			return start{outcome: wire.Outcome{Error: "its task failed: " + a.Events()}}, nil
+		}
 		return s, err
 	}
 	text, err = os.ReadFile(a.File("alloc/logs/connect-proxy-gate-" + a.Group + ".stderr.0"))
