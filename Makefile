@@ -6,7 +6,7 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz broken e2e cluster test-vm kernels demo bench bench-agent tools package release clean
+.PHONY: help build generate lint check test fuzz broken e2e cluster programs test-vm kernels demo bench bench-agent tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: thos
 
 cluster: ## Run a cluster of four machines under load while its parts fail (root); NOMAD=, CONSUL=, ENVOY=, RUN=
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh -timeout 60m $(if $(RUN),-run '$(RUN)')
+
+programs: ## Run Debian's curl, JVM, node, Redis, dig, ping and NTP under the guards (root); fetches 180 MB once
+	test/tools/setup.sh programs
+	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/programs test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
 test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
 	test/tools/setup.sh vm

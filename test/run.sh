@@ -48,8 +48,8 @@ fi
 
 mapfile -t racy < <(go list ./agent/... ./cni/...)
 mapfile -t walks < <(go list ./test/e2e)
-# Whole nodes have targets of their own: make e2e, make cluster.
-mapfile -t nodes < <(go list ./test/e2e/nomad/... ./test/cluster)
+# Whole nodes have targets of their own: make e2e, make cluster, make programs.
+mapfile -t nodes < <(go list ./test/e2e/nomad/... ./test/cluster ./test/programs)
 mapfile -t others < <(go list ./... | grep -vxF -f <(printf '%s\n' "${racy[@]}" "${walks[@]}" "${nodes[@]}"))
 
 # The race detector costs time and needs a C compiler: it runs where goroutines are.

@@ -22,6 +22,7 @@
 #	package  nfpm -> .tools/bin, and what reads what it packs: groff, zsh, fish
 #	lintian  Debian's check of packages
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
+#	programs  the ordinary programs of "make programs" from Debian, 180 MB -> .tools/programs
 #	vm     qemu, and what reads and verifies packages of the archive
 #
 # ENVOY, CONSUL and NOMAD in the environment are other versions of those than the
@@ -253,13 +254,36 @@ setup_promtool() {
 	mv "$binary.new" "$binary"
 }
 
+# setup_programs unpacks packages, and all that they need, into a directory of their own.
+# No script of theirs runs, so nothing is installed and no service starts.
+setup_programs() {
+	local directory=$tools/programs file
+	local names=(curl openjdk-17-jdk-headless nodejs redis-server redis-tools bind9-dnsutils iputils-ping chrony)
+	[[ -f $directory/of && $(<"$directory/of") == "${names[*]}" ]] && return
+	((EUID == 0)) || die "root is needed to unpack packages"
+	say "$step: fetch ${names[*]} from Debian, 180 MB"
+	rm -rf "$directory" "$directory.new"
+	mkdir -p "$directory.new"/{fetch/partial,root/usr/{bin,sbin,lib,lib64}}
+	for file in bin sbin lib lib64; do ln -s "usr/$file" "$directory.new/root/$file"; done
+	: >"$directory.new/status" # as if nothing were installed
+	apt-get -qq update && apt-get -qq --no-install-recommends --download-only --yes \
+		-o APT::Sandbox::User=root -o Dir::State::status="$directory.new/status" -o Dir::Cache::archives="$directory.new/fetch" \
+		install "${names[@]}" >/dev/null || die "fetch Debian's packages"
+	for file in "$directory.new"/fetch/*.deb; do
+		dpkg-deb --fsys-tarfile "$file" | tar -x --keep-directory-symlink -C "$directory.new/root" || die "unpack ${file##*/}"
+	done
+	rm -r "$directory.new/fetch" "$directory.new/status"
+	echo "${names[*]}" >"$directory.new/of"
+	mv "$directory.new" "$directory"
+}
+
 setup_vm() {
 	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
 	unset GOOS GOARCH # the tools run here, whatever is built with them
-	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package lintian promtool vm"
+	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package lintian promtool programs vm"
 	local group start
 	for group in go "$@"; do
 		step=$group busy= start=$SECONDS
