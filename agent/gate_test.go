@@ -135,6 +135,11 @@ func TestGateTimesOut(t *testing.T) {
 	if counts := n.agent.Status().Counts; counts.Held != 1 || counts.HeldTimeout != 1 {
 		t.Errorf("counts are %+v, want one that was held and timed out", counts)
 	}
+	for _, action := range []string{"held", "held_timeout"} {
+		if err := n.metric(fmt.Sprintf("weir_actions_total{action=%q} 1", action)); err != nil {
+			t.Error(err)
+		}
+	}
 	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial after the timeout: %v, want it refused", err)
 	}
