@@ -5,60 +5,64 @@ package network
 import (
 	"errors"
 	"fmt"
-	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/allocator"
 	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/disk"
+	"github.com/weirmesh/weir/cni/network/leases"
 )
 
 // This file is the reference plugin host-local without its process, which took a
-// sixth of an ADD: its own packages, its files, its lock. Whether it or this took
+// sixth of an ADD: its files, its lock, its order of addresses. Whether it or this took
 // a lease cannot be told, and each gives back what the other took.
 
 // withLeases opens the leases of a configuration, under the lock of host-local.
-func (r *record) withLeases(stdin []byte, action func(*allocator.IPAMConfig, *disk.Store) error) (err error) {
-	conf, _, err := allocator.LoadIPAMConfig(stdin, plainArgs(r.Args))
+func (r *record) withLeases(stdin []byte, action func(*leases.Config, *disk.Store) error) (err error) {
+	conf, err := leases.Parse(stdin, plainArgs(r.Args))
 	if err != nil {
 		return err
 	}
-	leases, err := disk.New(conf.Name, conf.DataDir)
+	files, err := disk.New(conf.Name, conf.DataDir)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, leases.Close()) }()
-	return action(conf, leases)
+	defer func() { err = errors.Join(err, files.Close()) }()
+	return action(conf, files)
 }
 
 // take takes an address of each set of ranges, or none at all.
 func (r *record) take(stdin []byte) (types.Result, error) {
 	result := &current.Result{CNIVersion: current.ImplementedSpecVersion}
-	err := r.withLeases(stdin, func(conf *allocator.IPAMConfig, leases *disk.Store) (err error) {
+	err := r.withLeases(stdin, func(conf *leases.Config, files *disk.Store) (err error) {
 		if conf.ResolvConf != "" {
 			if result.DNS, err = readResolvConf(conf.ResolvConf); err != nil {
 				return err
 			}
 		}
-		asked := make(map[string]net.IP)
-		for _, ip := range conf.IPArgs {
-			asked[ip.String()] = ip
-		}
-		for i := range conf.Ranges {
-			ip, err := allocator.NewIPAllocator(&conf.Ranges[i], leases, i).Get(r.Key.ContainerID, r.Key.IfName, claim(asked, &conf.Ranges[i]))
+		asked := conf.Asked
+		for i, set := range conf.Sets {
+			var wanted netip.Addr
+			wanted, asked = claim(asked, set)
+			ip, err := conf.Take(files, i, r.Key.ContainerID, r.Key.IfName, wanted)
 			if err != nil {
-				if strings.Contains(err.Error(), "no IP addresses available") { // the package has no better sign
+				if errors.Is(err, leases.ErrFull) {
 					err = fmt.Errorf("%w: %s has each lease as a file: take a larger subnet, or remove what no allocation holds", err, filepath.Join(r.LeaseDir, conf.Name))
 				}
-				return errors.Join(fmt.Errorf("range %d: %w", i, err), r.giveBack(conf, leases, i))
+				err = fmt.Errorf("range %d: %w", i, err)
+				if i > 0 {
+					err = errors.Join(err, leases.Free(files, r.Key.ContainerID, r.Key.IfName))
+				}
+				return err
 			}
 			result.IPs = append(result.IPs, ip)
 		}
-		for _, ip := range asked {
-			return errors.Join(fmt.Errorf("address %s was asked for and is in no range", ip), r.giveBack(conf, leases, len(conf.Ranges)))
+		if len(asked) > 0 {
+			return errors.Join(fmt.Errorf("address %s was asked for and is in no range", asked[0]), leases.Free(files, r.Key.ContainerID, r.Key.IfName))
 		}
 		result.Routes = conf.Routes
 		return nil
@@ -66,24 +70,15 @@ func (r *record) take(stdin []byte) (types.Result, error) {
 	return result, err
 }
 
-// claim takes the address out of asked that lies in the ranges; nil where none does.
-func claim(asked map[string]net.IP, ranges *allocator.RangeSet) net.IP {
-	for name, ip := range asked {
-		if ranges.Contains(ip) {
-			delete(asked, name)
-			return ip
-		}
+// claim takes the address out of asked that lies in the set, and returns the others; it
+// is not valid where none does.
+func claim(asked []netip.Addr, set leases.Set) (wanted netip.Addr, others []netip.Addr) {
+	at := slices.IndexFunc(asked, set.Contains)
+	if at < 0 {
+		return wanted, asked
 	}
-	return nil
-}
-
-// giveBack gives back the addresses of the first sets of ranges.
-func (r *record) giveBack(conf *allocator.IPAMConfig, leases *disk.Store, count int) error {
-	var problems []error
-	for i := range conf.Ranges[:count] {
-		problems = append(problems, allocator.NewIPAllocator(&conf.Ranges[i], leases, i).Release(r.Key.ContainerID, r.Key.IfName))
-	}
-	return errors.Join(problems...)
+	wanted = asked[at]
+	return wanted, slices.DeleteFunc(slices.Clone(asked), func(addr netip.Addr) bool { return addr == wanted })
 }
 
 func readResolvConf(path string) (dns types.DNS, err error) {
@@ -116,12 +111,12 @@ func (r *record) hostLocal(command string, stdin []byte) (result types.Result, e
 	case "ADD":
 		result, err = r.take(stdin)
 	case "DEL":
-		err = r.withLeases(stdin, func(conf *allocator.IPAMConfig, leases *disk.Store) error {
-			return r.giveBack(conf, leases, len(conf.Ranges))
+		err = r.withLeases(stdin, func(_ *leases.Config, files *disk.Store) error {
+			return leases.Free(files, r.Key.ContainerID, r.Key.IfName)
 		})
 	case "CHECK":
-		err = r.withLeases(stdin, func(_ *allocator.IPAMConfig, leases *disk.Store) error {
-			if !leases.FindByID(r.Key.ContainerID, r.Key.IfName) {
+		err = r.withLeases(stdin, func(_ *leases.Config, files *disk.Store) error {
+			if !files.FindByID(r.Key.ContainerID, r.Key.IfName) {
 				return errors.New("no lease")
 			}
 			return nil

@@ -4,6 +4,8 @@ package network
 
 import (
 	"encoding/json"
+	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,6 +113,69 @@ func TestLinkedHostLocalIsTheProgram(t *testing.T) {
 		if diff := cmp.Diff(program.files(), linked.files()); diff != "" {
 			t.Errorf("%v: files (-program +linked):\n%s", step, diff)
 		}
+	}
+}
+
+// Whatever ranges a configuration has, both take the same addresses, to the last one,
+// and refuse the same.
+func TestLinkedHostLocalChoosesLikeTheProgram(t *testing.T) {
+	type object = map[string]any
+	sets := func(list ...object) [][]object { return [][]object{list} }
+	for _, tc := range []struct {
+		name string
+		ipam object
+		args string
+	}{
+		{"one range beside the other keys", object{"subnet": "10.9.0.0/29", "gateway": "10.9.0.3"}, ""},
+		{"part of a subnet", object{"ranges": sets(object{"subnet": "10.9.0.0/24", "rangeStart": "10.9.0.250", "rangeEnd": "10.9.0.253"})}, ""},
+		{"one address", object{"ranges": sets(object{"subnet": "10.9.0.0/24", "rangeStart": "10.9.0.9", "rangeEnd": "10.9.0.9"})}, ""},
+		{"two ranges", object{"ranges": sets(object{"subnet": "10.9.0.0/30"}, object{"subnet": "10.8.0.0/30"})}, ""},
+		{"IPv6", object{"ranges": sets(object{"subnet": "fd09::/126", "gateway": "fd09::2"})}, ""},
+		{"IPv6 that starts at the gateway", object{"ranges": sets(object{"subnet": "fd09::/125", "rangeStart": "fd09::1"})}, ""},
+		{"mapped addresses", object{"ranges": sets(object{"subnet": "10.9.0.0/24", "rangeStart": "::ffff:10.9.0.253"})}, ""},
+		{"host bits", object{"subnet": "10.9.0.1/24"}, ""},
+		{"too small", object{"subnet": "10.9.0.0/31"}, ""},
+		{"no subnet", object{"ranges": sets(object{"rangeStart": "10.9.0.1"})}, ""},
+		{"no ranges", object{}, ""},
+		{"an empty set", object{"ranges": [][]object{{}}}, ""},
+		{"both families in a set", object{"ranges": sets(object{"subnet": "10.9.0.0/24"}, object{"subnet": "fd09::/64"})}, ""},
+		{"overlap in a set", object{"ranges": sets(object{"subnet": "10.9.0.0/24"}, object{"subnet": "10.9.0.0/25"})}, ""},
+		{"overlap of sets", object{"ranges": [][]object{{{"subnet": "10.9.0.0/24"}}, {{"subnet": "10.9.0.128/25"}}}}, ""},
+		{"start outside", object{"subnet": "10.9.0.0/24", "rangeStart": "10.8.0.1"}, ""},
+		{"end outside", object{"subnet": "10.9.0.0/24", "rangeEnd": "10.8.0.1"}, ""},
+		{"end before start", object{"subnet": "10.9.0.0/24", "rangeStart": "10.9.0.9", "rangeEnd": "10.9.0.8"}, ""},
+		{"asked", object{"subnet": "10.9.0.0/29"}, "IP=10.9.0.4"},
+		{"asked with a prefix", object{"subnet": "10.9.0.0/29"}, "IP=10.9.0.4/29"},
+		{"asked for the gateway", object{"subnet": "10.9.0.0/29"}, "IP=10.9.0.1"},
+		{"asked for what is no address", object{"subnet": "10.9.0.0/29"}, "IP=ten"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			linked, program := newLeaseBench(t, maps.Clone(tc.ipam)), newLeaseBench(t, maps.Clone(tc.ipam))
+			step := func(command, id string) {
+				t.Helper()
+				got, gotErr := linked.linked(command, id, tc.args)
+				want, wantErr := program.program(command, id, tc.args)
+				if (gotErr == nil) != (wantErr == nil) {
+					t.Errorf("%s %s: %v: want %v", command, id, gotErr, wantErr)
+				}
+				if got != nil && want != nil {
+					got.CNIVersion = want.CNIVersion
+				}
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Errorf("%s %s: result (-program +linked):\n%s", command, id, diff)
+				}
+				if diff := cmp.Diff(program.files(), linked.files()); diff != "" {
+					t.Errorf("%s %s: files (-program +linked):\n%s", command, id, diff)
+				}
+			}
+			for i := range 7 {
+				step("ADD", fmt.Sprint(i))
+			}
+			step("DEL", "1")
+			step("DEL", "0")
+			step("ADD", "again")
+			step("ADD", "more")
+		})
 	}
 }
 
