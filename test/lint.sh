@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly GO_LINES=400 C_LINES=500 PACKAGE_LINES=1650
 # Packages that are larger than that, with what they may have at most. None grows unseen.
-declare -rA LARGER=([agent]=3300 [agent/catalog]=1930 [cmd/weir]=4800 [cni/network]=3450 [redirect/bpfmap]=1980 [redirect/host]=1850 [redirect/program]=1780 [test/bench]=4000 [test/demo]=1650 [test/nomad]=3100 [test/vm]=2200)
+declare -rA LARGER=([agent]=3420 [agent/catalog]=1930 [cmd/weir]=4900 [cni/network]=3450 [redirect/bpfmap]=1980 [redirect/host]=1850 [redirect/program]=1780 [test/bench]=4000 [test/demo]=1650 [test/nomad]=3100 [test/vm]=2200)
 failed=0
 
 # check NAME COMMAND... runs a check and goes on.

@@ -97,6 +97,7 @@ const (
 	ProblemForeignRegistration
 	ProblemUnprovenRegistration
 	ProblemUnclaimedProxy
+	ProblemNotRegistered
 	ProblemModeMismatch
 	ProblemProxyPorts
 	ProblemHostPortInMesh
@@ -174,6 +175,7 @@ func (c ProblemCode) row() problemRow {
 		ProblemForeignRegistration:  {"foreign-registration", failure, "a registration names an allocation that does not run that proxy"},
 		ProblemUnprovenRegistration: {"unproven-registration", failure, "a registration names an allocation that does not show that proxy yet"},
 		ProblemUnclaimedProxy:       {"unclaimed-proxy", warning, "a registered proxy is no allocation's"},
+		ProblemNotRegistered:        {"not-registered", warning, "Consul has no registration of an allocation's proxy"},
 		ProblemModeMismatch:         {"mode-mismatch", failure, "job and Consul differ about transparent mode"},
 		ProblemProxyPorts:           {"proxy-ports", failure, "proxies of one allocation want the same port, or are too many"},
 		ProblemHostPortInMesh:       {"host-port-in-mesh", failure, "a host port leads to the proxy's mTLS listener"},
