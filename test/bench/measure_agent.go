@@ -20,6 +20,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/test/bench/relay"
 )
 
@@ -333,14 +334,14 @@ func (f *fleet) changeOne(ctx context.Context, a *allocation, table *ebpf.Map) (
 	return took, err
 }
 
-func (f *fleet) known(a *allocation) (redirect.Record, error) {
+func (f *fleet) known(a *allocation) (inspect.Record, error) {
 	list, err := redirect.New(f.bench.paths).Records()
 	if err != nil {
-		return redirect.Record{}, err
+		return inspect.Record{}, err
 	}
-	i := slices.IndexFunc(list, func(k redirect.Record) bool { return k.Key == a.key() })
+	i := slices.IndexFunc(list, func(k inspect.Record) bool { return k.Key == a.key() })
 	if i < 0 {
-		return redirect.Record{}, fmt.Errorf("find workload %s: it is not on record", a.key())
+		return inspect.Record{}, fmt.Errorf("find workload %s: it is not on record", a.key())
 	}
 	return list[i], nil
 }
