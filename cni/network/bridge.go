@@ -54,7 +54,7 @@ func (n *Network) makeBridge(h *netlink.Handle, r *record) error {
 
 // bridges is the directory with a file for each bridge that was made from here, with
 // its hardware address.
-func (n *Network) bridges() string { return filepath.Join(n.stateDir, "bridges") }
+func (n *Network) bridges() string { return filepath.Join(n.records.StateDir, "bridges") }
 
 func (n *Network) recordBridge(name string, address net.HardwareAddr) error {
 	if err := os.MkdirAll(n.bridges(), 0o700); err != nil {

@@ -22,7 +22,7 @@ import (
 const HostLocal = "host-local"
 
 // need reports what of the programs that the network runs is not on the node.
-func (c *Config) need(path string) error {
+func need(c *Config, path string) error {
 	var plugins []string
 	if c.IPAM != HostLocal {
 		plugins = append(plugins, c.IPAM)
@@ -50,12 +50,12 @@ func plainArgs(text string) string {
 
 // lease takes addresses. A lease that the key still has, from before a reboot
 // or a crash, is given back first.
-func (r *record) lease() (*current.Result, error) {
-	leased, err := r.call("ADD", r.IPAM, r.Delegate)
+func lease(r *record) (*current.Result, error) {
+	leased, err := call(r, "ADD", r.IPAM, r.Delegate)
 	if err != nil && !errors.Is(err, ErrMissing) {
-		if release := r.release(); release == nil {
+		if release := release(r); release == nil {
 			var again error
-			if leased, again = r.call("ADD", r.IPAM, r.Delegate); again == nil {
+			if leased, again = call(r, "ADD", r.IPAM, r.Delegate); again == nil {
 				err = nil
 			}
 		}
@@ -73,8 +73,8 @@ func (r *record) lease() (*current.Result, error) {
 	return result, nil
 }
 
-func (r *record) release() error {
-	if _, err := r.call("DEL", r.IPAM, r.Delegate); err != nil {
+func release(r *record) error {
+	if _, err := call(r, "DEL", r.IPAM, r.Delegate); err != nil {
 		return fmt.Errorf("give the address back: %w", err)
 	}
 	return nil
@@ -82,15 +82,15 @@ func (r *record) release() error {
 
 // checkLease takes a lost lease anew: with the address free, the next ADD
 // would give it to another.
-func (r *record) checkLease() (repairs []string, err error) {
-	if _, err := r.call("CHECK", r.IPAM, r.Delegate); err == nil || !atLeast(r.CNIVersion, "0.4.0") {
+func checkLease(r *record) (repairs []string, err error) {
+	if _, err := call(r, "CHECK", r.IPAM, r.Delegate); err == nil || !atLeast(r.CNIVersion, "0.4.0") {
 		return nil, nil
 	}
 	stdin, err := withAddresses(r.Delegate, r.Result)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := r.call("ADD", r.IPAM, stdin); err != nil {
+	if _, err := call(r, "ADD", r.IPAM, stdin); err != nil {
 		return []string{fmt.Sprintf("the lease is lost and cannot be had again, the allocation keeps its address: %v", err)}, nil
 	}
 	return []string{"lease of " + r.Result.IPs[0].Address.IP.String()}, nil
@@ -113,11 +113,11 @@ func withAddresses(stdin json.RawMessage, result *current.Result) ([]byte, error
 
 // collectLeases gives back the leases of host-local that belong to no valid
 // attachment: those whose record was lost.
-func (n *Network) collectLeases(valid []workload.AttachmentID, path string) error {
-	if n.config.IPAM != HostLocal || n.config.LeaseDir == "" {
+func collectLeases(config Config, valid []workload.AttachmentID, path string) error {
+	if config.IPAM != HostLocal || config.LeaseDir == "" {
 		return nil
 	}
-	dir := filepath.Join(n.config.LeaseDir, n.config.Name)
+	dir := filepath.Join(config.LeaseDir, config.Name)
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -133,8 +133,8 @@ func (n *Network) collectLeases(valid []workload.AttachmentID, path string) erro
 		if err != nil || !ok || slices.Contains(valid, key) {
 			continue // the lock, the last address, or gone by now
 		}
-		r := &record{Config: n.config, Attachment: Attachment{Key: key, Path: path}}
-		problems = append(problems, r.release())
+		r := &record{Config: config, Attachment: Attachment{Key: key, Path: path}}
+		problems = append(problems, release(r))
 	}
 	return errors.Join(problems...)
 }

@@ -3,23 +3,13 @@
 package network
 
 import (
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
 
 	"github.com/vishvananda/netlink"
-	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
-
-// HostDevice is the name of an attachment's device on the node: always the
-// same for the same key, so that it is found without a record.
-func HostDevice(key workload.AttachmentID) string {
-	sum := sha256.Sum256([]byte(key.String()))
-	return "weir" + hex.EncodeToString(sum[:])[:unix.IFNAMSIZ-1-len("weir")]
-}
 
 func hasDevice(name string) bool {
 	there := false
@@ -33,14 +23,14 @@ func hasDevice(name string) bool {
 
 // ensure makes the attachment what its result says, and tells what was missing.
 func (n *Network) ensure(r *record, ns *namespace) (repairs []string, err error) {
-	err = n.locked(func() error {
+	err = n.records.Locked(func() error {
 		return withHandle(func(h *netlink.Handle) error {
 			steps := []func() ([]string, error){
-				func() ([]string, error) { return r.forwarding(h) },
+				func() ([]string, error) { return forwarding(r, h) },
 				func() ([]string, error) { return n.ensureBridge(h, r) },
-				r.ensureRules,
-				func() ([]string, error) { return r.loopbackRoute(h) },
-				func() ([]string, error) { return r.ensurePair(h, ns) },
+				func() ([]string, error) { return ensureRules(r) },
+				func() ([]string, error) { return loopbackRoute(r, h) },
+				func() ([]string, error) { return ensurePair(r, h, ns) },
 			}
 			for _, step := range steps {
 				did, err := step()
@@ -55,12 +45,12 @@ func (n *Network) ensure(r *record, ns *namespace) (repairs []string, err error)
 	if err != nil {
 		return repairs, err
 	}
-	did, err := r.configure(ns)
+	did, err := configure(r, ns)
 	return append(repairs, did...), err
 }
 
 // forwarding makes the node a router, where it is to be the gateway.
-func (r *record) forwarding(h *netlink.Handle) (repairs []string, err error) {
+func forwarding(r *record, h *netlink.Handle) (repairs []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
@@ -131,11 +121,11 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *record) (repairs []string, 
 	if !r.Gateway {
 		return repairs, nil
 	}
-	did, err := r.ensureGateways(h, link)
+	did, err := ensureGateways(r, h, link)
 	return append(repairs, did...), err
 }
 
-func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (repairs []string, err error) {
+func ensureGateways(r *record, h *netlink.Handle, bridge netlink.Link) (repairs []string, err error) {
 	if r.hasFamily(netlink.FAMILY_V6) {
 		if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "disable_ipv6"); err != nil {
 			return nil, err
@@ -150,7 +140,7 @@ func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (repairs
 		if hasAddress(present, want) {
 			continue
 		}
-		if err := r.removeOverlapping(h, bridge, present, want); err != nil {
+		if err := removeOverlapping(r, h, bridge, present, want); err != nil {
 			return repairs, err
 		}
 		if err := addAddress(h, bridge, want); err != nil {
@@ -163,7 +153,7 @@ func (r *record) ensureGateways(h *netlink.Handle, bridge netlink.Link) (repairs
 
 // removeOverlapping takes those addresses off the bridge whose subnet is that of the
 // gateway, where the configuration says that it may.
-func (r *record) removeOverlapping(h *netlink.Handle, bridge netlink.Link, present []netlink.Addr, gateway *net.IPNet) error {
+func removeOverlapping(r *record, h *netlink.Handle, bridge netlink.Link, present []netlink.Addr, gateway *net.IPNet) error {
 	for _, other := range present {
 		if !other.Contains(gateway.IP) && !gateway.Contains(other.IP) {
 			continue
@@ -181,23 +171,23 @@ func (r *record) removeOverlapping(h *netlink.Handle, bridge netlink.Link, prese
 
 // ensurePair makes the pair of devices, one end in the namespace, the other a
 // port of the bridge.
-func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (repairs []string, err error) {
+func ensurePair(r *record, h *netlink.Handle, ns *namespace) (repairs []string, err error) {
 	bridge, err := h.LinkByName(r.Bridge)
 	if err != nil {
 		return nil, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
 	}
 	name := HostDevice(r.Key)
-	host, mac, err := r.findPair(h, ns, name)
+	host, mac, err := findPair(r, h, ns, name)
 	if err != nil {
 		return nil, err
 	}
 	if host == nil {
-		if host, mac, err = r.makePair(h, ns, name); err != nil {
+		if host, mac, err = makePair(r, h, ns, name); err != nil {
 			return nil, err
 		}
 		repairs = append(repairs, "interface "+r.Key.IfName)
 	}
-	plugged, err := r.plugIn(h, host, bridge)
+	plugged, err := plugIn(r, h, host, bridge)
 	repairs = append(repairs, plugged...)
 	if err != nil {
 		return repairs, err
@@ -210,7 +200,7 @@ func (r *record) ensurePair(h *netlink.Handle, ns *namespace) (repairs []string,
 
 // findPair finds the host's end of the pair, nil where there is none, and the hardware
 // address of the other. A device of the name that is not of this pair goes.
-func (r *record) findPair(h *netlink.Handle, ns *namespace, name string) (host netlink.Link, mac net.HardwareAddr, err error) {
+func findPair(r *record, h *netlink.Handle, ns *namespace, name string) (host netlink.Link, mac net.HardwareAddr, err error) {
 	if host, err = find1(h, name); err != nil {
 		return nil, nil, err
 	}
@@ -238,7 +228,7 @@ func (r *record) findPair(h *netlink.Handle, ns *namespace, name string) (host n
 }
 
 // plugIn makes the host's end a port of the bridge, with the port's options, and sets it up.
-func (r *record) plugIn(h *netlink.Handle, host, bridge netlink.Link) (repairs []string, err error) {
+func plugIn(r *record, h *netlink.Handle, host, bridge netlink.Link) (repairs []string, err error) {
 	name := host.Attrs().Name
 	if host.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := h.LinkSetMaster(host, bridge); err != nil {
@@ -260,7 +250,7 @@ func (r *record) plugIn(h *netlink.Handle, host, bridge netlink.Link) (repairs [
 	return append(repairs, up...), err
 }
 
-func (r *record) makePair(h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {
+func makePair(r *record, h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {
 	mtu := r.MTU
 	if mtu == 0 {
 		mtu = nodeMTU(h)
@@ -294,7 +284,7 @@ func (r *record) makePair(h *netlink.Handle, ns *namespace, name string) (netlin
 // removeDevices removes the pair, and the rules when the bridge has lost its
 // last port.
 func (n *Network) removeDevices(r *record) error {
-	return n.locked(func() error {
+	return n.records.Locked(func() error {
 		return withHandle(func(h *netlink.Handle) error {
 			host, err := find1(h, HostDevice(r.Key))
 			if err != nil {

@@ -37,9 +37,9 @@ func find(plugin, path string) (string, error) {
 }
 
 // call runs another plugin for the attachment. Only ADD has a result.
-func (r *record) call(command, plugin string, stdin []byte) (types.Result, error) {
+func call(r *record, command, plugin string, stdin []byte) (types.Result, error) {
 	if plugin == HostLocal {
-		return r.hostLocal(command, stdin)
+		return hostLocal(r, command, stdin)
 	}
 	program, err := find(plugin, r.Path)
 	if err != nil {

@@ -35,7 +35,7 @@ func TestPluginGetsItsRequest(t *testing.T) {
 [ "$CNI_ARGS" = "IgnoreUnknown=true;NOMAD_ALLOC_ID=alloc" ] || exit 4
 [ "$CNI_PATH" = "`+"$(dirname $0 | sed s,^,/nowhere:,)"+`" ] || exit 5
 [ "$(cat)" = '{"name":"weir"}' ] || exit 6`)
-	if _, err := r.call("DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
+	if _, err := call(r, "DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
 		t.Error(err)
 	}
 }
@@ -51,7 +51,7 @@ func TestPluginsResult(t *testing.T) {
 		"of no known version":      {`{"cniVersion":"9.0.0"}`, "9.0.0"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			leased, err := script(t, "cat >/dev/null; echo '"+tt.prints+"'").call("ADD", "script", []byte(config))
+			leased, err := call(script(t, "cat >/dev/null; echo '"+tt.prints+"'"), "ADD", "script", []byte(config))
 			if tt.part != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.part) {
 					t.Errorf("%v: want %q", err, tt.part)
@@ -70,12 +70,12 @@ func TestPluginsResult(t *testing.T) {
 }
 
 func TestPluginsErrorComesThrough(t *testing.T) {
-	_, err := script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`).call("ADD", "script", nil)
+	_, err := call(script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`), "ADD", "script", nil)
 	var said *types.Error
 	if !errors.As(err, &said) || said.Code != 11 || !strings.Contains(err.Error(), "script ADD: no room") {
 		t.Errorf("%v: want the plugin's own error", err)
 	}
-	_, err = script(t, `echo gone wrong >&2; exit 1`).call("ADD", "script", nil)
+	_, err = call(script(t, `echo gone wrong >&2; exit 1`), "ADD", "script", nil)
 	if err == nil || !strings.Contains(err.Error(), "gone wrong") {
 		t.Errorf("%v: want what it wrote on stderr", err)
 	}

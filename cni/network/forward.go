@@ -27,11 +27,11 @@ const (
 // drop it: a forward chain with policy drop, as Docker leaves it, or one that
 // ends in drop or reject for all. What an allocation sends passes; what comes
 // to it passes if it answers, or came by a host port.
-func (r *record) ensureForward(conn *nftables.Conn) (repairs []string, err error) {
+func ensureForward(r *record, conn *nftables.Conn) (repairs []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
-	if err := r.refuseLegacyDrop(); err != nil {
+	if err := refuseLegacyDrop(r); err != nil {
 		return nil, err
 	}
 	chains, err := listChains(conn)
@@ -39,10 +39,10 @@ func (r *record) ensureForward(conn *nftables.Conn) (repairs []string, err error
 		return nil, err
 	}
 	for _, chain := range chains {
-		if !r.concerns(chain) {
+		if !concerns(r, chain) {
 			continue
 		}
-		did, err := r.accept(conn, chain, chains)
+		did, err := accept(r, conn, chain, chains)
 		repairs = append(repairs, did...)
 		if err != nil {
 			return repairs, err
@@ -52,7 +52,7 @@ func (r *record) ensureForward(conn *nftables.Conn) (repairs []string, err error
 }
 
 // concerns reports a chain that sees what the network forwards.
-func (r *record) concerns(chain *nftables.Chain) bool {
+func concerns(r *record, chain *nftables.Chain) bool {
 	if chain.Hooknum == nil || *chain.Hooknum != *nftables.ChainHookForward {
 		return false
 	}
@@ -68,7 +68,7 @@ func (r *record) concerns(chain *nftables.Chain) bool {
 	}
 }
 
-func (r *record) accept(conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (repairs []string, err error) {
+func accept(r *record, conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (repairs []string, err error) {
 	rules, err := rulesOf(conn, chain.Table, chain)
 	if err != nil {
 		return nil, err
@@ -152,18 +152,18 @@ func accepts(bridge string, iptables bool) []rule {
 	out := device(expr.MetaKeyIIFNAME, bridge, expr.CmpOpEq)
 	in := device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpEq)
 	verdict := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}}
-	list := []rule{{"weir: out of " + bridge, slices.Concat(out, verdict)}}
+	list := []rule{{comment: "weir: out of " + bridge, exprs: slices.Concat(out, verdict)}}
 	if iptables {
 		info := &xt.ConntrackMtinfo3{ConntrackMtinfo2: xt.ConntrackMtinfo2{
 			ConntrackMtinfoBase: xt.ConntrackMtinfoBase{MatchFlags: uint16(xt.ConntrackState | xt.ConntrackStateAlias)},
 			StateMask:           xtEstablished | xtRelated | xtStatus,
 		}}
 		known := []expr.Any{&expr.Match{Name: "conntrack", Rev: 3, Info: info}}
-		return append(list, rule{"weir: into " + bridge, slices.Concat(in, known, verdict)})
+		return append(list, rule{comment: "weir: into " + bridge, exprs: slices.Concat(in, known, verdict)})
 	}
 	return append(list,
-		rule{"weir: answers into " + bridge, slices.Concat(in, conntrack(expr.CtKeySTATE, ctEstablished|ctRelated), verdict)},
-		rule{"weir: host ports into " + bridge, slices.Concat(in, conntrack(expr.CtKeySTATUS, ctStatusDNAT), verdict)})
+		rule{comment: "weir: answers into " + bridge, exprs: slices.Concat(in, conntrack(expr.CtKeySTATE, ctEstablished|ctRelated), verdict)},
+		rule{comment: "weir: host ports into " + bridge, exprs: slices.Concat(in, conntrack(expr.CtKeySTATUS, ctStatusDNAT), verdict)})
 }
 
 // isIptables reports a chain that iptables-nft manages.
@@ -218,17 +218,17 @@ func jumpsTo(rules []*nftables.Rule, chain string) bool {
 }
 
 // probeForward reports a drop that Add would refuse, without a change.
-func (n *Network) probeForward() error {
-	r := &record{Config: n.config}
+func probeForward(config Config) error {
+	r := &record{Config: config}
 	if !r.Gateway {
 		return nil
 	}
-	return r.refuseLegacyDrop()
+	return refuseLegacyDrop(r)
 }
 
 // refuseLegacyDrop finds a FORWARD chain of the older iptables that drops. Its
 // rules cannot be changed one at a time, so this is left to the operator.
-func (r *record) refuseLegacyDrop() error {
+func refuseLegacyDrop(r *record) error {
 	for _, legacy := range []legacyTables{legacy4(), legacy6()} {
 		drops, err := legacy.dropsForward(r.Bridge)
 		if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOPROTOOPT) {

@@ -73,7 +73,7 @@ func FuzzRecordFile(f *testing.F) {
 		if got.Complete && (got.BootID != boot || got.Result == nil) {
 			t.Errorf("%q: complete, of boot %q, with result %v", data, got.BootID, got.Result)
 		}
-		if _, err := got.hostPorts(); err != nil && !strings.Contains(err.Error(), "portMappings") {
+		if _, err := hostPorts(got); err != nil && !strings.Contains(err.Error(), "portMappings") {
 			t.Errorf("%q: the error names no field: %v", data, err)
 		}
 	})

@@ -22,7 +22,7 @@ import (
 // a lease cannot be told, and each gives back what the other took.
 
 // withLeases opens the leases of a configuration, under the lock of host-local.
-func (r *record) withLeases(stdin []byte, action func(*leases.Config, *disk.Store) error) (err error) {
+func withLeases(r *record, stdin []byte, action func(*leases.Config, *disk.Store) error) (err error) {
 	conf, err := leases.Parse(stdin, plainArgs(r.Args))
 	if err != nil {
 		return err
@@ -36,9 +36,9 @@ func (r *record) withLeases(stdin []byte, action func(*leases.Config, *disk.Stor
 }
 
 // take takes an address of each set of ranges, or none at all.
-func (r *record) take(stdin []byte) (types.Result, error) {
+func take(r *record, stdin []byte) (types.Result, error) {
 	result := &current.Result{CNIVersion: current.ImplementedSpecVersion}
-	err := r.withLeases(stdin, func(conf *leases.Config, files *disk.Store) (err error) {
+	err := withLeases(r, stdin, func(conf *leases.Config, files *disk.Store) (err error) {
 		if conf.ResolvConf != "" {
 			if result.DNS, err = readResolvConf(conf.ResolvConf); err != nil {
 				return err
@@ -106,16 +106,16 @@ func readResolvConf(path string) (dns types.DNS, err error) {
 }
 
 // hostLocal does what host-local does at a command.
-func (r *record) hostLocal(command string, stdin []byte) (result types.Result, err error) {
+func hostLocal(r *record, command string, stdin []byte) (result types.Result, err error) {
 	switch command {
 	case "ADD":
-		result, err = r.take(stdin)
+		result, err = take(r, stdin)
 	case "DEL":
-		err = r.withLeases(stdin, func(_ *leases.Config, files *disk.Store) error {
+		err = withLeases(r, stdin, func(_ *leases.Config, files *disk.Store) error {
 			return leases.Free(files, r.Key.ContainerID, r.Key.IfName)
 		})
 	case "CHECK":
-		err = r.withLeases(stdin, func(_ *leases.Config, files *disk.Store) error {
+		err = withLeases(r, stdin, func(_ *leases.Config, files *disk.Store) error {
 			if !files.FindByID(r.Key.ContainerID, r.Key.IfName) {
 				return errors.New("no lease")
 			}

@@ -46,7 +46,7 @@ func ranges(subnets ...string) (sets [][]map[string]string) {
 
 func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
 	r := &record{Attachment: Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
-	result, err := r.call(command, HostLocal, b.config)
+	result, err := call(r, command, HostLocal, b.config)
 	if err != nil || result == nil {
 		return nil, err
 	}

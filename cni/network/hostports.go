@@ -26,22 +26,6 @@ type portMapping struct {
 	HostIP        string `json:"hostIP,omitempty"`
 }
 
-// hostPort is one translation: what arrives for host and port goes to the
-// allocation. An unspecified host stands for every address of the node in its family.
-type hostPort struct {
-	Protocol  uint8          `json:"protocol"`
-	Host      netip.AddrPort `json:"host"`
-	Container netip.AddrPort `json:"container"`
-}
-
-func (p hostPort) String() string {
-	return fmt.Sprintf("%s %s", protocolNames()[p.Protocol], p.Host)
-}
-
-func protocolNames() map[uint8]string {
-	return map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_SCTP: "sctp"}
-}
-
 // parsePortMappings reads what the runtime asks for.
 func parsePortMappings(raw json.RawMessage) (list []portMapping, err error) {
 	if raw == nil {
@@ -83,7 +67,7 @@ func (m portMapping) protocol() (uint8, error) {
 
 // hostPorts are the translations that the mappings ask for: in each family in
 // which the allocation has an address, to the first address of that family.
-func (r *record) hostPorts() (list []hostPort, err error) {
+func hostPorts(r *record) (list []hostPort, err error) {
 	mappings, err := parsePortMappings(r.PortMappings)
 	if err != nil || r.Result == nil {
 		return nil, err
@@ -121,21 +105,21 @@ func (r *record) hostPorts() (list []hostPort, err error) {
 // mapPorts puts the translations in force, all in one transaction. A port that
 // another attachment holds is taken over: the runtime gives a port to one
 // allocation at a time, so the other one has ended, whatever of it is left.
-func (r *record) mapPorts(n *Network) (err error) {
-	if r.Ports, err = r.hostPorts(); err != nil || len(r.Ports) == 0 {
+func mapPorts(r *record, records Records) (err error) {
+	if r.Ports, err = hostPorts(r); err != nil || len(r.Ports) == 0 {
 		return err
 	}
 	r.Mapper = mapperWeir
 	// On record before the first is in force, for whoever ends a half-made one.
-	if err := n.writeRecord(r); err != nil {
+	if err := records.Write(r); err != nil {
 		return err
 	}
-	err = n.locked(func() error {
+	err = records.Locked(func() error {
 		return withNftables(func(conn *nftables.Conn) error {
-			err := r.addElements(conn, r.Ports)
+			err := addElements(r, conn, r.Ports)
 			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) {
-				if err = r.takeOver(n, conn); err == nil {
-					err = r.addElements(conn, r.Ports)
+				if err = takeOver(r, records, conn); err == nil {
+					err = addElements(r, conn, r.Ports)
 				}
 			}
 			return err
@@ -144,10 +128,10 @@ func (r *record) mapPorts(n *Network) (err error) {
 	if err != nil {
 		return fmt.Errorf("map host ports: %w", err)
 	}
-	return r.forgetFlows()
+	return forgetFlows(r)
 }
 
-func (r *record) addElements(conn *nftables.Conn, ports []hostPort) error {
+func addElements(r *record, conn *nftables.Conn, ports []hostPort) error {
 	for _, m := range portMaps() {
 		if elements := m.elements(ports, r.Key); len(elements) > 0 {
 			if err := conn.SetAddElements(m.set, elements); err != nil {
@@ -160,7 +144,7 @@ func (r *record) addElements(conn *nftables.Conn, ports []hostPort) error {
 
 // takeOver frees the ports of this attachment that others hold, in the kernel
 // and on their records, so that their DEL does not end what is somebody else's now.
-func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
+func takeOver(r *record, records Records, conn *nftables.Conn) error {
 	held, err := heldPorts(conn)
 	if err != nil {
 		return err
@@ -176,7 +160,7 @@ func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
 		if err := deleteElements(conn, ports); err != nil {
 			return err
 		}
-		other, err := n.readRecord(owner)
+		other, err := records.Read(owner)
 		if errors.Is(err, store.ErrUnknown) {
 			continue
 		}
@@ -184,7 +168,7 @@ func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
 			return err
 		}
 		other.Ports = slices.DeleteFunc(other.Ports, func(p hostPort) bool { return slices.Contains(ports, p) })
-		if err := n.writeRecord(other); err != nil {
+		if err := records.Write(other); err != nil {
 			return err
 		}
 	}
@@ -193,18 +177,18 @@ func (r *record) takeOver(n *Network, conn *nftables.Conn) error {
 
 // unmapPorts ends the translations. Those of an attachment whose record is
 // lost are told by the name that each carries.
-func (r *record) unmapPorts(n *Network) error {
+func unmapPorts(r *record, records Records) error {
 	if r.Mapper == mapperPortmap || r.lost && r.PortMappings != nil && hasPortmapTable() {
-		if err := r.unmapByPortmap(); err != nil || r.Mapper == mapperPortmap {
+		if err := unmapByPortmap(r); err != nil || r.Mapper == mapperPortmap {
 			return err
 		}
 	}
 	if len(r.Ports) == 0 && !r.lost {
 		return nil
 	}
-	err := n.locked(func() error {
+	err := records.Locked(func() error {
 		return withNftables(func(conn *nftables.Conn) error {
-			if err := r.recallPorts(conn); err != nil {
+			if err := recallPorts(r, conn); err != nil {
 				return err
 			}
 			return deleteElements(conn, r.Ports)
@@ -213,11 +197,11 @@ func (r *record) unmapPorts(n *Network) error {
 	if err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
-	return r.forgetFlows()
+	return forgetFlows(r)
 }
 
 // recallPorts reads the ports of an attachment whose record is lost from the translations.
-func (r *record) recallPorts(conn *nftables.Conn) error {
+func recallPorts(r *record, conn *nftables.Conn) error {
 	if !r.lost {
 		return nil
 	}
@@ -273,15 +257,15 @@ func (m portMap) queueDelete(conn *nftables.Conn, ports []hostPort) error {
 }
 
 // checkPorts puts back the translations that are missing.
-func (r *record) checkPorts(n *Network) (repaired []string, err error) {
+func checkPorts(r *record, records Records) (repaired []string, err error) {
 	if r.Mapper == mapperPortmap {
-		return r.checkPortmap()
+		return checkPortmap(r)
 	}
-	err = n.locked(func() error {
+	err = records.Locked(func() error {
 		return withNftables(func(conn *nftables.Conn) error {
 			held, err := heldPorts(conn)
 			if err == nil {
-				repaired, err = r.restorePorts(conn, held)
+				repaired, err = restorePorts(r, conn, held)
 			}
 			return err
 		})
@@ -294,7 +278,7 @@ func (r *record) checkPorts(n *Network) (repaired []string, err error) {
 
 // restorePorts puts back those that nobody holds. One that another attachment
 // holds by now is that one's.
-func (r *record) restorePorts(conn *nftables.Conn, held []heldPort) (repaired []string, err error) {
+func restorePorts(r *record, conn *nftables.Conn, held []heldPort) (repaired []string, err error) {
 	missing := slices.DeleteFunc(slices.Clone(r.Ports), func(p hostPort) bool {
 		return slices.ContainsFunc(held, func(h heldPort) bool { return h.sameHost(p) })
 	})
@@ -304,13 +288,13 @@ func (r *record) restorePorts(conn *nftables.Conn, held []heldPort) (repaired []
 	for _, p := range missing {
 		repaired = append(repaired, "host port "+p.String())
 	}
-	return repaired, r.addElements(conn, missing)
+	return repaired, addElements(r, conn, missing)
 }
 
 // forgetFlows ends what the kernel knows of UDP flows to the host ports: a flow
 // that goes on would else stay with the address that it began with. TCP begins anew
 // by itself.
-func (r *record) forgetFlows() error {
+func forgetFlows(r *record) error {
 	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
 		var filters []netlink.CustomConntrackFilter
 		for _, p := range r.Ports {
@@ -356,10 +340,6 @@ func HostPorts() (list []HostPort, err error) {
 		return err
 	})
 	return list, err
-}
-
-func (p hostPort) sameHost(other hostPort) bool {
-	return p.Protocol == other.Protocol && p.Host == other.Host
 }
 
 // heldPorts reads all of the node; none where there are no maps.

@@ -156,7 +156,7 @@ func sysctl(value string, key ...string) (changed bool, err error) {
 
 // configure brings lo and the interface into the state that the result
 // describes, inside the namespace.
-func (r *record) configure(ns *namespace) (repairs []string, err error) {
+func configure(r *record, ns *namespace) (repairs []string, err error) {
 	err = ns.do(func(h *netlink.Handle) error {
 		lo, err := h.LinkByIndex(1)
 		if err != nil {
@@ -166,7 +166,7 @@ func (r *record) configure(ns *namespace) (repairs []string, err error) {
 		if err != nil {
 			return fmt.Errorf("find %s: %w", r.Key.IfName, err)
 		}
-		if err := r.setIPv6(); err != nil {
+		if err := setIPv6(r); err != nil {
 			return err
 		}
 		for _, link := range []netlink.Link{lo, device} {
@@ -182,11 +182,11 @@ func (r *record) configure(ns *namespace) (repairs []string, err error) {
 			}
 			repairs = append(repairs, fmt.Sprintf("mtu of %s was %d", r.Key.IfName, now))
 		}
-		addrs, err := r.setAddresses(h, device)
+		addrs, err := setAddresses(r, h, device)
 		if err != nil {
 			return err
 		}
-		routes, err := r.setRoutes(h, device)
+		routes, err := setRoutes(r, h, device)
 		repairs = append(append(repairs, addrs...), routes...)
 		return err
 	})
@@ -205,7 +205,7 @@ func setUp(h *netlink.Handle, link netlink.Link) (repairs []string, err error) {
 
 // setIPv6 sets what the interface does with IPv6. With hairpin on, it hears its own
 // duplicate address detection; and nobody on the bridge may announce a router.
-func (r *record) setIPv6() error {
+func setIPv6(r *record) error {
 	keys := []string{"accept_dad", "accept_ra"}
 	if r.hasFamily(netlink.FAMILY_V6) {
 		keys = append(keys, "disable_ipv6")
@@ -218,7 +218,7 @@ func (r *record) setIPv6() error {
 	return nil
 }
 
-func (r *record) setAddresses(h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
+func setAddresses(r *record, h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	present, err := h.AddrList(device, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", r.Key.IfName, err)
@@ -258,9 +258,9 @@ func addAddress(h *netlink.Handle, device netlink.Link, ip *net.IPNet) error {
 
 // setRoutes adds what is missing of the result's routes, and puts one back that
 // leads elsewhere.
-func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
+func setRoutes(r *record, h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	for _, want := range r.Result.Routes {
-		route := r.routeOf(want, device)
+		route := routeOf(r, want, device)
 		there, err := putRoute(h, route)
 		if err != nil {
 			return repairs, err
@@ -274,7 +274,7 @@ func (r *record) setRoutes(h *netlink.Handle, device netlink.Link) (repairs []st
 
 // routeOf is one of the result's routes as the kernel has it. A gateway that is in none of
 // the interface's subnets is reached on the link, as point-to-point networks have it.
-func (r *record) routeOf(want *types.Route, device netlink.Link) *netlink.Route {
+func routeOf(r *record, want *types.Route, device netlink.Link) *netlink.Route {
 	gateway := want.GW
 	if gateway == nil {
 		gateway = r.gateway(want.Dst.IP.To4() != nil)
@@ -286,7 +286,7 @@ func (r *record) routeOf(want *types.Route, device netlink.Link) *netlink.Route 
 	if want.Scope != nil {
 		route.Scope = netlink.Scope(*want.Scope)
 	}
-	if gateway != nil && !r.onLink(gateway) {
+	if gateway != nil && !onLink(r, gateway) {
 		route.Flags = int(netlink.FLAG_ONLINK)
 	}
 	return route
@@ -311,7 +311,7 @@ func putRoute(h *netlink.Handle, route *netlink.Route) (there bool, err error) {
 	return false, nil
 }
 
-func (r *record) onLink(ip net.IP) bool {
+func onLink(r *record, ip net.IP) bool {
 	for _, own := range r.Result.IPs {
 		if own.Address.Contains(ip) {
 			return true

@@ -13,12 +13,10 @@ package network
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 
-	"github.com/containernetworking/cni/pkg/types"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -26,54 +24,11 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
-var (
-	// ErrForward: the node drops what it forwards, in a way that the plugin
-	// must not change by itself.
-	ErrForward = errors.New("the node drops forwarded traffic")
-	// ErrMissing: a program that the network needs is not on the node.
-	ErrMissing = errors.New("not found")
-	// ErrInUse: a known key's tasks run in the namespace that it has.
-	ErrInUse = errors.New("still runs in its namespace")
-	// ErrTaken: a device or chain of that name exists and is somebody else's.
-	ErrTaken = errors.New("in use by another")
-)
-
-// Config is a network as its conflist describes it.
-type Config struct {
-	Name       string `json:"name"`
-	CNIVersion string `json:"cni_version"`
-
-	Bridge       string `json:"bridge"`
-	MTU          int    `json:"mtu"` // 0: that of the node's default route
-	Gateway      bool   `json:"gateway"`
-	DefaultRoute *bool  `json:"default_route"` // nil: where the IPAM plugin names no route
-	ForceAddress bool   `json:"force_address"`
-	Masquerade   bool   `json:"masquerade"`
-	Hairpin      bool   `json:"hairpin"`
-	Promiscuous  bool   `json:"promiscuous"`
-	Isolated     bool   `json:"isolated"`
-
-	IPAM         string          `json:"ipam"`      // the plugin's name
-	Delegate     json.RawMessage `json:"delegate"`  // the configuration that the IPAM plugin gets
-	LeaseDir     string          `json:"lease_dir"` // of host-local; "" where that is not known
-	DNS          types.DNS       `json:"dns"`
-	PortMappings json.RawMessage `json:"port_mappings,omitempty"` // nil: none
-}
-
-// Attachment is one allocation's place in a network, as CNI names it.
-type Attachment struct {
-	Key   workload.AttachmentID `json:"key"`
-	NetNS string                `json:"netns"`
-	Args  string                `json:"args"` // CNI_ARGS
-	Path  string                `json:"path"` // CNI_PATH, where other plugins are found
-}
-
 // Network makes and removes attachments. It holds no state of its own: what it
 // made is in the kernel and in the records below the state directory.
 type Network struct {
-	ctx      context.Context // of who waits for the lock
-	config   Config
-	stateDir string
+	config  Config
+	records Records
 }
 
 // New returns the network. Nothing is opened or changed.
@@ -81,7 +36,7 @@ func New(config Config, stateDir string) *Network {
 	if stateDir == "" {
 		stateDir = store.DefaultStateDir
 	}
-	return &Network{ctx: context.Background(), config: config, stateDir: stateDir}
+	return &Network{config: config, records: Records{StateDir: stateDir, Ctx: context.Background()}}
 }
 
 // Until returns the same network for who waits no longer than ctx lives: a change that
@@ -89,7 +44,7 @@ func New(config Config, stateDir string) *Network {
 // undone.
 func (n *Network) Until(ctx context.Context) *Network {
 	bounded := *n
-	bounded.ctx = ctx
+	bounded.records.Ctx = ctx
 	return &bounded
 }
 
@@ -99,7 +54,7 @@ func (n *Network) Until(ctx context.Context) *Network {
 // network. A call that fails leaves nothing of its own behind. undo takes back what
 // this call made, and nothing that was there before it.
 func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, err error) {
-	if err := n.config.need(a.Path); err != nil {
+	if err := need(&n.config, a.Path); err != nil {
 		return nil, nil, err
 	}
 	ns, err := openNamespace(a.NetNS)
@@ -107,14 +62,14 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 		return nil, nil, err
 	}
 	defer ns.Close()
-	old, err := n.readRecord(a.Key)
+	old, err := n.records.Read(a.Key)
 	known := err == nil
 	if known && old.Complete && old.Cookie == ns.cookie {
 		old.NetNS, old.Path = a.NetNS, a.Path
 		if _, err := n.ensure(old, ns); err != nil {
 			return nil, nil, err
 		}
-		return old.Result, func() error { return nil }, n.writeRecord(old)
+		return old.Result, func() error { return nil }, n.records.Write(old)
 	}
 	if !known && !errors.Is(err, store.ErrUnknown) {
 		return nil, nil, err
@@ -146,26 +101,26 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 }
 
 // undoing is the network for who takes back what a call made: that is not given up.
-func (n *Network) undoing() *Network { return n.Until(context.WithoutCancel(n.ctx)) }
+func (n *Network) undoing() *Network { return n.Until(context.WithoutCancel(n.records.Ctx)) }
 
 // rollBack undoes a build that failed. Another plugin that refused its ADD
 // refuses its DEL as likely, and has nothing then to be kept on record.
 func (n *Network) rollBack(r *record) error {
-	if err := r.unmapPorts(n); err != nil {
-		return errors.Join(err, n.removeDevices(r), r.release())
+	if err := unmapPorts(r, n.records); err != nil {
+		return errors.Join(err, n.removeDevices(r), release(r))
 	}
-	if err := r.release(); err != nil && r.leased {
+	if err := release(r); err != nil && r.leased {
 		return errors.Join(err, n.removeDevices(r))
 	}
-	return errors.Join(n.removeDevices(r), n.removeRecord(r.Key))
+	return errors.Join(n.removeDevices(r), n.records.Remove(r.Key))
 }
 
 // build makes everything, and writes the record before the first change.
 func (n *Network) build(r *record, ns *namespace) error {
-	if err := n.writeRecord(r); err != nil {
+	if err := n.records.Write(r); err != nil {
 		return err
 	}
-	leased, err := r.lease()
+	leased, err := lease(r)
 	if err != nil {
 		return err
 	}
@@ -176,11 +131,11 @@ func (n *Network) build(r *record, ns *namespace) error {
 	if _, err := n.ensure(r, ns); err != nil {
 		return err
 	}
-	if err := r.mapPorts(n); err != nil {
+	if err := mapPorts(r, n.records); err != nil {
 		return err
 	}
 	r.Complete = true
-	return n.writeRecord(r)
+	return n.records.Write(r)
 }
 
 // Check verifies the attachment and repairs what it can in place; the texts say
@@ -193,7 +148,7 @@ func (n *Network) Check(a Attachment, previous *current.Result) (repairs []strin
 		return nil, err
 	}
 	defer ns.Close()
-	r, err := n.readRecord(a.Key)
+	r, err := n.records.Read(a.Key)
 	if errors.Is(err, store.ErrUnknown) {
 		if r, err = n.restore(a, previous, ns); err == nil {
 			repairs = append(repairs, "the record of the network was lost; written anew from the previous result")
@@ -214,13 +169,13 @@ func (n *Network) Check(a Attachment, previous *current.Result) (repairs []strin
 	if err != nil {
 		return repairs, err
 	}
-	did, err = r.checkLease()
+	did, err = checkLease(r)
 	repairs = append(repairs, did...)
 	if err != nil {
 		return repairs, err
 	}
-	did, err = r.checkPorts(n)
-	return append(repairs, did...), errors.Join(err, n.writeRecord(r))
+	did, err = checkPorts(r, n.records)
+	return append(repairs, did...), errors.Join(err, n.records.Write(r))
 }
 
 // restore makes a record from what the runtime still knows. The interface must
@@ -240,11 +195,11 @@ func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace)
 	if r.Result, err = r.result(previous); err != nil || r.PortMappings == nil {
 		return r, err
 	}
-	if r.Mapper = mapperWeir; hasPortmapTable() && r.portmap("CHECK") == nil {
+	if r.Mapper = mapperWeir; hasPortmapTable() && runPortmap(r, "CHECK") == nil {
 		r.Mapper = mapperPortmap
 		return r, nil
 	}
-	r.Ports, err = r.hostPorts()
+	r.Ports, err = hostPorts(r)
 	return r, err
 }
 
@@ -252,7 +207,7 @@ func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace)
 // namespace nor for a record. What it could not do comes back, and stays in
 // the record for a later Collect or Add of the same key.
 func (n *Network) Remove(a Attachment) error {
-	r, unknown := n.readRecord(a.Key)
+	r, unknown := n.records.Read(a.Key)
 	if unknown != nil {
 		r = &record{Config: n.config, Attachment: a, lost: true}
 	}
@@ -262,30 +217,30 @@ func (n *Network) Remove(a Attachment) error {
 	err := n.teardown(r)
 	if err != nil && unknown == nil {
 		r.Complete = false
-		err = errors.Join(err, n.writeRecord(r))
+		err = errors.Join(err, n.records.Write(r))
 	}
 	return err
 }
 
 // teardown undoes build. The record goes last, and only when nothing is left.
 func (n *Network) teardown(r *record) error {
-	err := errors.Join(r.unmapPorts(n), n.removeDevices(r), r.release())
+	err := errors.Join(unmapPorts(r, n.records), n.removeDevices(r), release(r))
 	if err != nil {
 		return err
 	}
-	return n.removeRecord(r.Key)
+	return n.records.Remove(r.Key)
 }
 
 // Owns reports whether anything of the attachment is on the node.
 func (n *Network) Owns(key workload.AttachmentID) bool {
-	_, err := n.readRecord(key)
+	_, err := n.records.Read(key)
 	return !errors.Is(err, store.ErrUnknown) || hasDevice(HostDevice(key))
 }
 
 // Collect removes the network's attachments that are not in valid, and the
 // leases of host-local that belong to none of them.
 func (n *Network) Collect(valid []workload.AttachmentID, path string) (removed []workload.AttachmentID, err error) {
-	records, err := n.readRecords()
+	records, err := n.records.ReadAll()
 	problems := []error{err}
 	for _, r := range records {
 		if r.Name != n.config.Name || slices.Contains(valid, r.Key) {
@@ -300,13 +255,13 @@ func (n *Network) Collect(valid []workload.AttachmentID, path string) (removed [
 		}
 		removed = append(removed, r.Key)
 	}
-	return removed, errors.Join(append(problems, n.collectLeases(valid, path))...)
+	return removed, errors.Join(append(problems, collectLeases(n.config, valid, path))...)
 }
 
 // Probe reports whether an Add would find what it needs on the node.
 func (n *Network) Probe(path string) error {
-	if err := n.config.need(path); err != nil {
+	if err := need(&n.config, path); err != nil {
 		return err
 	}
-	return n.probeForward()
+	return probeForward(n.config)
 }

@@ -16,7 +16,7 @@ import (
 const portmap = "portmap"
 
 // portmapConfig is what the plugin gets. Its iptables backend is never used.
-func (r *record) portmapConfig() ([]byte, error) {
+func portmapConfig(r *record) ([]byte, error) {
 	conf := map[string]any{
 		"cniVersion": r.CNIVersion, "name": r.Name, "type": portmap, "backend": "nftables", "snat": true,
 		"runtimeConfig": map[string]any{"portMappings": r.PortMappings},
@@ -31,16 +31,16 @@ func (r *record) portmapConfig() ([]byte, error) {
 	return json.Marshal(conf)
 }
 
-func (r *record) portmap(command string) error {
-	stdin, err := r.portmapConfig()
+func runPortmap(r *record, command string) error {
+	stdin, err := portmapConfig(r)
 	if err == nil {
-		_, err = r.call(command, portmap, stdin)
+		_, err = call(r, command, portmap, stdin)
 	}
 	return err
 }
 
-func (r *record) unmapByPortmap() error {
-	if err := r.portmap("DEL"); err != nil {
+func unmapByPortmap(r *record) error {
+	if err := runPortmap(r, "DEL"); err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
 	return nil
@@ -48,11 +48,11 @@ func (r *record) unmapByPortmap() error {
 
 // checkPortmap maps anew what is not complete. The plugin adds rules without a
 // look at those that are there, so they go first.
-func (r *record) checkPortmap() (repaired []string, err error) {
-	if !atLeast(r.CNIVersion, "0.4.0") || r.portmap("CHECK") == nil {
+func checkPortmap(r *record) (repaired []string, err error) {
+	if !atLeast(r.CNIVersion, "0.4.0") || runPortmap(r, "CHECK") == nil {
 		return nil, nil
 	}
-	if err := errors.Join(r.unmapByPortmap(), r.portmap("ADD")); err != nil {
+	if err := errors.Join(unmapByPortmap(r), runPortmap(r, "ADD")); err != nil {
 		return nil, fmt.Errorf("map host ports: %w", err)
 	}
 	return []string{"host ports"}, nil

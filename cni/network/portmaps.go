@@ -4,7 +4,6 @@ package network
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -13,7 +12,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -184,44 +182,18 @@ func servesAllBridges(chain *nftables.Chain) bool {
 // loopbackRules let the node itself use its host ports by loopback: such a
 // connection leaves with the bridge's address. An allocation that forges a
 // destination in loopback, which route_localnet would let in, is stopped.
-func (r *record) loopbackRules() (masquerade, stop []rule) {
+func loopbackRules(r *record) (masquerade, stop []rule) {
 	for _, loopback := range []*net.IPNet{
 		{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)},
 		{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)},
 	} {
 		exprs := slices.Concat(family(loopback), address(loopback, source, expr.CmpOpEq),
 			device(expr.MetaKeyOIFNAME, r.Bridge, expr.CmpOpEq), conntrack(expr.CtKeySTATUS, ctStatusDNAT))
-		masquerade = append(masquerade, rule{fmt.Sprintf("weir: from %s into %s", loopback, r.Bridge), append(exprs, &expr.Counter{}, &expr.Masq{})})
+		masquerade = append(masquerade, rule{comment: fmt.Sprintf("weir: from %s into %s", loopback, r.Bridge), exprs: append(exprs, &expr.Counter{}, &expr.Masq{})})
 		exprs = slices.Concat(family(loopback), device(expr.MetaKeyIIFNAME, r.Bridge, expr.CmpOpEq), address(loopback, destination, expr.CmpOpEq))
-		stop = append(stop, rule{fmt.Sprintf("weir: to %s out of %s", loopback, r.Bridge), append(exprs, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})})
+		stop = append(stop, rule{comment: fmt.Sprintf("weir: to %s out of %s", loopback, r.Bridge), exprs: append(exprs, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})})
 	}
 	return masquerade, stop
-}
-
-// loopbackRoute brings the answers to a connection from ::1 to it: the kernel
-// takes an IPv6 route to loopback only for the device that a packet came by. It
-// drops what came to ::1 from outside before it asks for a route, so nobody else has
-// this way.
-func (r *record) loopbackRoute(h *netlink.Handle) (repaired []string, err error) {
-	if r.Mapper != mapperWeir || !r.hasFamily(netlink.FAMILY_V6) {
-		return nil, nil
-	}
-	bridge, err := find1(h, r.Bridge)
-	if err != nil {
-		return nil, err
-	}
-	route := &netlink.Route{
-		LinkIndex: bridge.Attrs().Index, Dst: &net.IPNet{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)},
-		Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Priority: 1 << 16, // lo's own comes first for what the node dials
-	}
-	err = h.RouteAdd(route)
-	if errors.Is(err, unix.EEXIST) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("add route to ::1 by %s: %w", r.Bridge, err)
-	}
-	return []string{"route to ::1 by " + r.Bridge}, nil
 }
 
 func stopChain(table *nftables.Table) *nftables.Chain {
@@ -229,14 +201,4 @@ func stopChain(table *nftables.Table) *nftables.Chain {
 		Name: "raw_prerouting", Table: table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw,
 	}
-}
-
-// withNftables runs action with one connection to nftables.
-func withNftables(action func(*nftables.Conn) error) (err error) {
-	conn, err := nftables.New(nftables.AsLasting())
-	if err != nil {
-		return fmt.Errorf("open nftables: %w", err)
-	}
-	defer func() { err = errors.Join(err, conn.CloseLasting()) }()
-	return action(conn)
 }

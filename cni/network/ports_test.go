@@ -249,7 +249,7 @@ func TestHostPortsThatPortmapMapped(t *testing.T) {
 	a, _ := n.added(t, "a")
 	test.Echo(t, a.ns, "tcp", ":80")
 	n.ns.Do(func() {
-		r, err := n.network().readRecord(a.Key)
+		r, err := n.network().records.Read(a.Key)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -257,10 +257,10 @@ func TestHostPortsThatPortmapMapped(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.Mapper, r.Ports = "", nil // as earlier versions wrote it
-		if err := r.portmap("ADD"); err != nil {
+		if err := runPortmap(r, "ADD"); err != nil {
 			t.Fatal(err)
 		}
-		if err := n.network().writeRecord(r); err != nil {
+		if err := n.network().records.Write(r); err != nil {
 			t.Fatal(err)
 		}
 	})

@@ -3,16 +3,19 @@
 package network
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sys/unix"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
@@ -41,16 +44,25 @@ type record struct {
 	lost   bool // there is no record: this one is made of what the caller knows
 }
 
-func (n *Network) records() string { return filepath.Join(n.stateDir, "networks") }
+// Records are those below a state directory.
+type Records struct {
+	StateDir string
 
-func (n *Network) recordPath(key workload.AttachmentID) string {
-	return filepath.Join(n.records(), key.String()+".json")
+	Ctx context.Context // of who waits for the lock
 }
 
-// readRecord returns redirect.ErrUnknown where there is none. One of an earlier
+// Dir is where the records are.
+func (n Records) Dir() string { return filepath.Join(n.StateDir, "networks") }
+
+// Path is that of one record.
+func (n Records) Path(key workload.AttachmentID) string {
+	return filepath.Join(n.Dir(), key.String()+".json")
+}
+
+// Read returns redirect.ErrUnknown where there is none. One of an earlier
 // boot is never complete: its namespace is gone, its lease may not be.
-func (n *Network) readRecord(key workload.AttachmentID) (*record, error) {
-	return readRecordFile(n.recordPath(key))
+func (n Records) Read(key workload.AttachmentID) (*record, error) {
+	return readRecordFile(n.Path(key))
 }
 
 func readRecordFile(path string) (*record, error) {
@@ -78,7 +90,8 @@ func readRecordFile(path string) (*record, error) {
 	return r, nil
 }
 
-func (n *Network) writeRecord(r *record) (err error) {
+// Write replaces the record in one step.
+func (n Records) Write(r *record) (err error) {
 	if r.BootID, err = bootID(); err != nil {
 		return err
 	}
@@ -86,10 +99,10 @@ func (n *Network) writeRecord(r *record) (err error) {
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
-	if err := os.MkdirAll(n.records(), 0o700); err != nil {
+	if err := os.MkdirAll(n.Dir(), 0o700); err != nil {
 		return fmt.Errorf("create record directory: %w", err)
 	}
-	path := n.recordPath(r.Key)
+	path := n.Path(r.Key)
 	if err := os.WriteFile(path+".tmp", append(data, '\n'), 0o600); err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
@@ -99,8 +112,9 @@ func (n *Network) writeRecord(r *record) (err error) {
 	return nil
 }
 
-func (n *Network) removeRecord(key workload.AttachmentID) error {
-	for _, path := range []string{n.recordPath(key) + ".tmp", n.recordPath(key)} {
+// Remove removes the record, or what a write that died left of it.
+func (n Records) Remove(key workload.AttachmentID) error {
+	for _, path := range []string{n.Path(key) + ".tmp", n.Path(key)} {
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove record: %w", err)
 		}
@@ -108,9 +122,9 @@ func (n *Network) removeRecord(key workload.AttachmentID) error {
 	return nil
 }
 
-// readRecords returns every record that can be read, and what could not be.
-func (n *Network) readRecords() ([]*record, error) {
-	entries, err := os.ReadDir(n.records())
+// ReadAll returns every record that can be read, and what could not be.
+func (n Records) ReadAll() ([]*record, error) {
+	entries, err := os.ReadDir(n.Dir())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -123,7 +137,7 @@ func (n *Network) readRecords() ([]*record, error) {
 		if !strings.HasSuffix(entry.Name(), ".json") {
 			continue
 		}
-		r, err := readRecordFile(filepath.Join(n.records(), entry.Name()))
+		r, err := readRecordFile(filepath.Join(n.Dir(), entry.Name()))
 		if err != nil {
 			problems = append(problems, err)
 			continue
@@ -133,10 +147,10 @@ func (n *Network) readRecords() ([]*record, error) {
 	return records, errors.Join(problems...)
 }
 
-// locked runs action while no other process changes what attachments share:
+// Locked runs action while no other process changes what attachments share:
 // the bridge, its ports, and the rules for it.
-func (n *Network) locked(action func() error) error {
-	return store.Locked(n.ctx, filepath.Join(n.stateDir, "network.lock"), action)
+func (n Records) Locked(action func() error) error {
+	return store.Locked(n.Ctx, filepath.Join(n.StateDir, "network.lock"), action)
 }
 
 func bootID() (string, error) {
@@ -145,4 +159,24 @@ func bootID() (string, error) {
 		return "", fmt.Errorf("read boot ID: %w", err)
 	}
 	return strings.TrimSpace(string(id)), nil
+}
+
+// hostPort is one translation: what arrives for host and port goes to the
+// allocation. An unspecified host stands for every address of the node in its family.
+type hostPort struct {
+	Protocol  uint8          `json:"protocol"`
+	Host      netip.AddrPort `json:"host"`
+	Container netip.AddrPort `json:"container"`
+}
+
+func (p hostPort) String() string {
+	return fmt.Sprintf("%s %s", protocolNames()[p.Protocol], p.Host)
+}
+
+func protocolNames() map[uint8]string {
+	return map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_SCTP: "sctp"}
+}
+
+func (p hostPort) sameHost(other hostPort) bool {
+	return p.Protocol == other.Protocol && p.Host == other.Host
 }

@@ -18,11 +18,11 @@ import (
 // other plugin.
 func Repair(ctx context.Context, stateDir string) (repaired []string, err error) {
 	n := New(Config{}, stateDir).Until(ctx)
-	if _, err := os.Stat(n.records()); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(n.records.Dir()); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // locking would make the directory above
 	}
-	err = n.locked(func() error {
-		records, problem := n.readRecords()
+	err = n.records.Locked(func() error {
+		records, problem := n.records.ReadAll()
 		return withNftables(func(conn *nftables.Conn) error {
 			repaired, err = repairAll(conn, records)
 			return errors.Join(problem, err)
@@ -44,7 +44,7 @@ func repairAll(conn *nftables.Conn, records []*record) (repaired []string, err e
 		// the first attachment that has some.
 		if name := r.Name + " " + r.Mapper; !seen[name] {
 			seen[name] = true
-			more, err := r.ensureRulesBy(conn)
+			more, err := ensureRulesBy(r, conn)
 			repaired = append(repaired, more...)
 			if err != nil {
 				problems = append(problems, fmt.Errorf("repair rules of network %s: %w", r.Name, err))
@@ -54,7 +54,7 @@ func repairAll(conn *nftables.Conn, records []*record) (repaired []string, err e
 				return repaired, err
 			}
 		}
-		more, err := r.restorePorts(conn, held)
+		more, err := restorePorts(r, conn, held)
 		repaired = append(repaired, more...)
 		if err != nil {
 			problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))

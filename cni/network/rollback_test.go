@@ -162,12 +162,12 @@ func TestFailedRepeatSparesTheRunningAllocation(t *testing.T) {
 func TestAddAfterACrash(t *testing.T) {
 	n := newNode(t)
 	a, _ := n.added(t, "a")
-	r, err := n.network().readRecord(a.Key)
+	r, err := n.network().records.Read(a.Key)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r.Complete, r.Result = false, nil
-	if err := n.network().writeRecord(r); err != nil {
+	if err := n.network().records.Write(r); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := n.add(a); err != nil {

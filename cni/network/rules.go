@@ -6,56 +6,36 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
-	"strings"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
-	"github.com/google/nftables/userdata"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// Table is the plugin's own table of nftables, of family inet.
-const Table = "weir"
-
-// ctStatusDNAT marks a connection whose destination was translated (IPS_DST_NAT).
-const ctStatusDNAT = 1 << 5
-
-// rule is a rule as the plugin wants it. Its comment names it: a rule with that
-// comment is that rule.
-type rule struct {
-	comment string
-	exprs   []expr.Any
-}
-
 // ensureRules makes the rules that the bridge needs and that are not there. One
 // set serves all attachments of a bridge; see removeRules.
-func (r *record) ensureRules() (repaired []string, err error) {
+func ensureRules(r *record) (repaired []string, err error) {
 	err = withNftables(func(conn *nftables.Conn) error {
-		repaired, err = r.ensureRulesBy(conn)
+		repaired, err = ensureRulesBy(r, conn)
 		return err
 	})
 	return repaired, err
 }
 
-func (r *record) ensureRulesBy(conn *nftables.Conn) (repaired []string, err error) {
-	steps := []func(*nftables.Conn) ([]string, error){r.ensureMasquerade, r.ensureForward}
+func ensureRulesBy(r *record, conn *nftables.Conn) (repaired []string, err error) {
+	steps := []func(*record, *nftables.Conn) ([]string, error){ensureMasquerade, ensureForward}
 	if r.Mapper == mapperWeir {
-		steps = append(steps, r.ensureLoopback, ensurePortMaps)
+		steps = append(steps, ensureLoopback, func(_ *record, conn *nftables.Conn) ([]string, error) { return ensurePortMaps(conn) })
 	}
 	for _, step := range steps {
-		more, err := step(conn)
+		more, err := step(r, conn)
 		repaired = append(repaired, more...)
 		if err != nil {
 			return repaired, err
 		}
 	}
 	return repaired, nil
-}
-
-func ownTable() *nftables.Table {
-	return &nftables.Table{Name: Table, Family: nftables.TableFamilyINet}
 }
 
 func ownChain(table *nftables.Table) *nftables.Chain {
@@ -68,7 +48,7 @@ func ownChain(table *nftables.Table) *nftables.Chain {
 // ensureMasquerade hides the allocations' addresses behind the node's. What
 // comes back over the bridge by a host port is masqueraded too: its answer
 // would else go straight to a neighbour that asked somebody else.
-func (r *record) ensureMasquerade(conn *nftables.Conn) (repaired []string, err error) {
+func ensureMasquerade(r *record, conn *nftables.Conn) (repaired []string, err error) {
 	var wanted []rule
 	for _, subnet := range r.subnets() {
 		if r.Masquerade {
@@ -79,7 +59,7 @@ func (r *record) ensureMasquerade(conn *nftables.Conn) (repaired []string, err e
 		}
 	}
 	if r.Mapper == mapperWeir {
-		masquerade, _ := r.loopbackRules()
+		masquerade, _ := loopbackRules(r)
 		wanted = append(wanted, masquerade...)
 	}
 	return ensureIn(conn, ownChain(ownTable()), wanted)
@@ -87,8 +67,8 @@ func (r *record) ensureMasquerade(conn *nftables.Conn) (repaired []string, err e
 
 // ensureLoopback lets the node's own connections by loopback reach the bridge,
 // and nobody else's come back that way.
-func (r *record) ensureLoopback(conn *nftables.Conn) (repaired []string, err error) {
-	_, stop := r.loopbackRules()
+func ensureLoopback(r *record, conn *nftables.Conn) (repaired []string, err error) {
+	_, stop := loopbackRules(r)
 	if repaired, err = ensureIn(conn, stopChain(ownTable()), stop); err != nil {
 		return repaired, err
 	}
@@ -97,28 +77,6 @@ func (r *record) ensureLoopback(conn *nftables.Conn) (repaired []string, err err
 		repaired = append(repaired, "route_localnet of "+r.Bridge)
 	}
 	return repaired, err
-}
-
-// ensureIn adds the rules that are not in the chain, and the chain with them.
-func ensureIn(conn *nftables.Conn, chain *nftables.Chain, wanted []rule) (repaired []string, err error) {
-	present, err := rulesOf(conn, chain.Table, chain)
-	if err != nil {
-		return nil, err
-	}
-	wanted = slices.DeleteFunc(wanted, func(w rule) bool { return hasRule(present, w.comment) })
-	if len(wanted) == 0 {
-		return nil, nil
-	}
-	conn.AddTable(chain.Table)
-	conn.AddChain(chain)
-	for _, w := range wanted {
-		conn.AddRule(&nftables.Rule{Table: chain.Table, Chain: chain, Exprs: w.exprs, UserData: comment(w.comment)})
-		repaired = append(repaired, "rule "+w.comment)
-	}
-	if err := conn.Flush(); err != nil {
-		return nil, fmt.Errorf("add rules to %s: %w", chainName(chain), taken(err))
-	}
-	return repaired, nil
 }
 
 // masquerade is: saddr in the subnet, not out of the bridge, no multicast.
@@ -130,7 +88,7 @@ func masquerade(bridge string, subnet *net.IPNet) rule {
 	exprs := append(family(subnet), address(subnet, source, expr.CmpOpEq)...)
 	exprs = append(exprs, device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpNeq)...)
 	exprs = append(exprs, address(multicast, destination, expr.CmpOpNeq)...)
-	return rule{fmt.Sprintf("weir: masquerade %s from %s", subnet, bridge), append(exprs, &expr.Counter{}, &expr.Masq{})}
+	return rule{comment: fmt.Sprintf("weir: masquerade %s from %s", subnet, bridge), exprs: append(exprs, &expr.Counter{}, &expr.Masq{})}
 }
 
 // hairpin is: saddr in the subnet, back out of the bridge, destination translated.
@@ -138,16 +96,7 @@ func hairpin(bridge string, subnet *net.IPNet) rule {
 	exprs := append(family(subnet), address(subnet, source, expr.CmpOpEq)...)
 	exprs = append(exprs, device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpEq)...)
 	exprs = append(exprs, conntrack(expr.CtKeySTATUS, ctStatusDNAT)...)
-	return rule{fmt.Sprintf("weir: hairpin %s on %s", subnet, bridge), append(exprs, &expr.Counter{}, &expr.Masq{})}
-}
-
-// taken says of an error of the kernel's that a chain or a map is another's: of
-// another type, on another hook, or with an owner.
-func taken(err error) error {
-	if errors.Is(err, unix.EEXIST) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EPERM) {
-		return fmt.Errorf("the chain is %w: %w", ErrTaken, err)
-	}
-	return err
+	return rule{comment: fmt.Sprintf("weir: hairpin %s on %s", subnet, bridge), exprs: append(exprs, &expr.Counter{}, &expr.Masq{})}
 }
 
 // removeRules removes every rule for the bridge, and the plugin's table when
@@ -210,102 +159,28 @@ func removeRulesOf(conn *nftables.Conn, chain *nftables.Chain, bridge string) (k
 	return kept, errors.Join(problems...)
 }
 
-// isFor reports a rule that the plugin made for the bridge.
-func isFor(rule *nftables.Rule, bridge string) bool {
-	text, ok := userdata.GetString(rule.UserData, userdata.TypeComment)
-	return ok && strings.HasPrefix(text, "weir: ") && strings.HasSuffix(strings.TrimRight(text, "\x00"), " "+bridge)
-}
-
-func listChains(conn *nftables.Conn) ([]*nftables.Chain, error) {
-	chains, err := conn.ListChains()
-	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
-		return nil, nil // a kernel without nf_tables has none
+// loopbackRoute brings the answers to a connection from ::1 to it: the kernel
+// takes an IPv6 route to loopback only for the device that a packet came by. It
+// drops what came to ::1 from outside before it asks for a route, so nobody else has
+// this way.
+func loopbackRoute(r *record, h *netlink.Handle) (repaired []string, err error) {
+	if r.Mapper != mapperWeir || !r.hasFamily(netlink.FAMILY_V6) {
+		return nil, nil
 	}
+	bridge, err := find1(h, r.Bridge)
 	if err != nil {
-		return nil, fmt.Errorf("list chains of nftables: %w", err)
+		return nil, err
 	}
-	return slices.DeleteFunc(chains, func(chain *nftables.Chain) bool { return chain.Table == nil }), nil
-}
-
-// rulesOf returns nothing where there is no such chain.
-func rulesOf(conn *nftables.Conn, table *nftables.Table, chain *nftables.Chain) ([]*nftables.Rule, error) {
-	rules, err := conn.GetRules(table, chain)
-	if errors.Is(err, unix.ENOENT) {
+	route := &netlink.Route{
+		LinkIndex: bridge.Attrs().Index, Dst: &net.IPNet{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)},
+		Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Priority: 1 << 16, // lo's own comes first for what the node dials
+	}
+	err = h.RouteAdd(route)
+	if errors.Is(err, unix.EEXIST) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list rules of %s: %w", chainName(chain), err)
+		return nil, fmt.Errorf("add route to ::1 by %s: %w", r.Bridge, err)
 	}
-	return rules, nil
-}
-
-func hasRule(rules []*nftables.Rule, want string) bool {
-	return slices.ContainsFunc(rules, func(rule *nftables.Rule) bool {
-		text, ok := userdata.GetString(rule.UserData, userdata.TypeComment)
-		return ok && strings.TrimRight(text, "\x00") == want
-	})
-}
-
-func comment(text string) []byte {
-	return userdata.AppendString(nil, userdata.TypeComment, text)
-}
-
-func chainName(chain *nftables.Chain) string {
-	families := map[nftables.TableFamily]string{
-		nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet",
-	}
-	return fmt.Sprintf("%s %s %s", families[chain.Table.Family], chain.Table.Name, chain.Name)
-}
-
-// field is an address in the header of a packet.
-type field int
-
-const (
-	source field = iota
-	destination
-)
-
-func family(subnet *net.IPNet) []expr.Any {
-	proto := byte(unix.NFPROTO_IPV4)
-	if subnet.IP.To4() == nil {
-		proto = unix.NFPROTO_IPV6
-	}
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{proto}},
-	}
-}
-
-func address(subnet *net.IPNet, f field, op expr.CmpOp) []expr.Any {
-	ip, offset := subnet.IP.To4(), uint32(12)
-	if ip == nil {
-		ip, offset = subnet.IP.To16(), 8
-	}
-	length := uint32(len(ip))
-	if f == destination {
-		offset += length
-	}
-	return []expr.Any{
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: length, Mask: subnet.Mask, Xor: make([]byte, length)},
-		&expr.Cmp{Op: op, Register: 1, Data: ip},
-	}
-}
-
-// device matches a device by its whole name, as iptables writes it: with the
-// byte that ends it and nothing after.
-func device(key expr.MetaKey, name string, op expr.CmpOp) []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: key, Register: 1},
-		&expr.Cmp{Op: op, Register: 1, Data: append([]byte(name), 0)},
-	}
-}
-
-// conntrack matches a connection that has one of the bits.
-func conntrack(key expr.CtKey, bits uint32) []expr.Any {
-	return []expr.Any{
-		&expr.Ct{Key: key, Register: 1},
-		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
-	}
+	return []string{"route to ::1 by " + r.Bridge}, nil
 }

@@ -34,7 +34,7 @@ func Attachments(stateDir string) ([]Recorded, error) {
 	if err != nil {
 		return nil, err
 	}
-	records, err := New(Config{}, stateDir).readRecords()
+	records, err := New(Config{}, stateDir).records.ReadAll()
 	list := make([]Recorded, 0, len(records))
 	for _, r := range records {
 		recorded := Recorded{Attachment: r.Attachment, Network: r.Name, Ports: r.PortMappings, Maps: r.Mapper == mapperWeir}
@@ -50,8 +50,8 @@ func Attachments(stateDir string) ([]Recorded, error) {
 // record says of its network. path is CNI_PATH; empty leaves it to the record.
 func Forget(stateDir string, key workload.AttachmentID, path string) error {
 	n := New(Config{}, stateDir)
-	if _, err := n.readRecord(key); errors.Is(err, store.ErrUnknown) {
-		return n.removeRecord(key) // one that cannot be read stands for nothing
+	if _, err := n.records.Read(key); errors.Is(err, store.ErrUnknown) {
+		return n.records.Remove(key) // one that cannot be read stands for nothing
 	}
 	return n.Remove(Attachment{Key: key, Path: path})
 }
@@ -63,10 +63,10 @@ func Forget(stateDir string, key workload.AttachmentID, path string) error {
 // stays with all records; so does one that an operator made.
 func Uninstall(ctx context.Context, stateDir string) (removed, kept []string, err error) {
 	n := New(Config{}, stateDir).Until(ctx)
-	if _, err := os.Stat(n.stateDir); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(n.records.StateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, nil // locking would make it
 	}
-	err = n.locked(func() (err error) {
+	err = n.records.Locked(func() (err error) {
 		inUse := false
 		err = withHandle(func(h *netlink.Handle) error {
 			removed, kept, inUse, err = n.removeBridges(h)
@@ -75,7 +75,7 @@ func Uninstall(ctx context.Context, stateDir string) (removed, kept []string, er
 		if err != nil || inUse || n.serves() {
 			return err
 		}
-		for _, dir := range []string{n.records(), filepath.Join(n.stateDir, "leases")} {
+		for _, dir := range []string{n.records.Dir(), filepath.Join(n.records.StateDir, "leases")} {
 			if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
@@ -84,7 +84,7 @@ func Uninstall(ctx context.Context, stateDir string) (removed, kept []string, er
 			}
 			removed = append(removed, "directory "+dir)
 		}
-		return os.Remove(filepath.Join(n.stateDir, "network.lock"))
+		return os.Remove(filepath.Join(n.records.StateDir, "network.lock"))
 	})
 	return removed, kept, err
 }
@@ -150,7 +150,7 @@ func removeUnused(h *netlink.Handle, bridge netlink.Link) (used bool, err error)
 
 // serves reports an attachment, to a bridge of whomever, whose namespace lives.
 func (n *Network) serves() bool {
-	records, _ := n.readRecords() // one that cannot be read cannot be served either
+	records, _ := n.records.ReadAll() // one that cannot be read cannot be served either
 	return slices.ContainsFunc(records, func(r *record) bool {
 		cookie, err := host.Cookie(r.NetNS)
 		return err == nil && cookie == r.Cookie
