@@ -8,7 +8,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
-	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -86,10 +86,10 @@ func (p *Plugin) collectNetwork(cmd *skel.CmdArgs, conf *netConf, valid []worklo
 func (p *Plugin) ownNetwork(cmd *skel.CmdArgs, conf *netConf) (net Network, own bool) {
 	net, err := p.network(conf)
 	if err != nil {
-		net = p.Network(network.Config{Name: conf.Name, CNIVersion: conf.CNIVersion}, conf.stateDir(p.Paths))
+		net = p.Network(attachment.Config{Name: conf.Name, CNIVersion: conf.CNIVersion}, conf.stateDir(p.Paths))
 		return net, net.Owns(keyOf(cmd))
 	}
-	return net, conf.wantsInterface() || conf.names(network.HostDevice(keyOf(cmd))) || net.Owns(keyOf(cmd))
+	return net, conf.wantsInterface() || conf.names(attachment.HostDevice(keyOf(cmd))) || net.Owns(keyOf(cmd))
 }
 
 func (p *Plugin) network(conf *netConf) (Network, error) {
@@ -101,8 +101,8 @@ func (p *Plugin) network(conf *netConf) (Network, error) {
 	return p.Network(config, stateDir), nil
 }
 
-func attachmentOf(cmd *skel.CmdArgs) network.Attachment {
-	return network.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Args: cmd.Args, Path: cmd.Path}
+func attachmentOf(cmd *skel.CmdArgs) attachment.Attachment {
+	return attachment.Attachment{Key: keyOf(cmd), NetNS: cmd.Netns, Args: cmd.Args, Path: cmd.Path}
 }
 
 // probeNetwork reports what an ADD would not find.

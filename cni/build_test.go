@@ -14,6 +14,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/host"
 	"golang.org/x/sys/unix"
 )
@@ -31,7 +32,7 @@ func wantCalls(t *testing.T, b *bench, want ...string) {
 const ownResultJSON = `{"cniVersion":"1.0.0","interfaces":[{"name":"weir0"},{"name":"HOST"},{"name":"eth0","sandbox":"NETNS"}],"ips":[{"interface":2,"address":"172.26.128.2/20"}]}`
 
 func own() string {
-	return strings.NewReplacer("HOST", network.HostDevice(key()), "NETNS", netnsDir+allocID).Replace(ownResultJSON)
+	return strings.NewReplacer("HOST", attachment.HostDevice(key()), "NETNS", netnsDir+allocID).Replace(ownResultJSON)
 }
 
 func TestAddBuildsTheNetworkAndRedirectsIt(t *testing.T) {
@@ -83,10 +84,10 @@ func TestAddThatFailsTakesItsNetworkBack(t *testing.T) {
 		code  uint
 	}{
 		"the network":         {meshArgs, func(b *bench) { b.net.addErr = errors.New("no room") }, []string{"ADD"}, CodeNetwork},
-		"a plugin is missing": {meshArgs, func(b *bench) { b.net.addErr = network.ErrMissing }, []string{"ADD"}, CodeMissing},
-		"forwarding":          {meshArgs, func(b *bench) { b.net.addErr = network.ErrForward }, []string{"ADD"}, CodeForward},
-		"tasks run elsewhere": {meshArgs, func(b *bench) { b.net.addErr = network.ErrInUse }, []string{"ADD"}, types.ErrTryAgainLater},
-		"a name is taken":     {meshArgs, func(b *bench) { b.net.addErr = network.ErrTaken }, []string{"ADD"}, CodeNetwork},
+		"a plugin is missing": {meshArgs, func(b *bench) { b.net.addErr = attachment.ErrMissing }, []string{"ADD"}, CodeMissing},
+		"forwarding":          {meshArgs, func(b *bench) { b.net.addErr = attachment.ErrForward }, []string{"ADD"}, CodeForward},
+		"tasks run elsewhere": {meshArgs, func(b *bench) { b.net.addErr = attachment.ErrInUse }, []string{"ADD"}, types.ErrTryAgainLater},
+		"a name is taken":     {meshArgs, func(b *bench) { b.net.addErr = attachment.ErrTaken }, []string{"ADD"}, CodeNetwork},
 		"the request":         {badMesh, func(*bench) {}, nil, types.ErrInvalidEnvironmentVariables},
 		"the redirect":        {meshArgs, func(b *bench) { b.fake.addErr = errors.New("no memory") }, []string{"ADD", "undo"}, CodeDatapath},
 		"the answer":          {meshArgs, func(b *bench) { b.Stdout = brokenPipe{} }, []string{"ADD", "undo"}, CodeDatapath},
@@ -211,6 +212,6 @@ func TestStatusAndGCOfTheNetwork(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantCalls(t, b, "STATUS", "GC [a-eth0]")
-	b.net.probeErr = network.ErrMissing
+	b.net.probeErr = attachment.ErrMissing
 	wantError(t, b.Status(cmd), types.ErrPluginNotAvailable, "weir")
 }

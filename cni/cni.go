@@ -39,6 +39,7 @@ import (
 	"github.com/containernetworking/cni/pkg/ns"
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/program"
@@ -46,7 +47,6 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect"
 )
@@ -64,9 +64,9 @@ type Datapath interface {
 
 // Network is what the plugin needs of *network.Network.
 type Network interface {
-	Add(network.Attachment) (result *current.Result, undo func() error, err error)
-	Check(a network.Attachment, previous *current.Result) (repairs []string, err error)
-	Remove(network.Attachment) error
+	Add(attachment.Attachment) (result *current.Result, undo func() error, err error)
+	Check(a attachment.Attachment, previous *current.Result) (repairs []string, err error)
+	Remove(attachment.Attachment) error
 	Owns(workload.AttachmentID) bool
 	Collect(valid []workload.AttachmentID, path string) (removed []workload.AttachmentID, err error)
 	Probe(path string) error
@@ -87,7 +87,7 @@ type Plugin struct {
 	RedirectedByConsul func(netns string) (bool, error)
 	// Network gives the network of a configuration, whose records lie below the
 	// state directory.
-	Network func(config network.Config, stateDir string) Network
+	Network func(config attachment.Config, stateDir string) Network
 	// AddressesIn lists the addresses that a namespace really has.
 	AddressesIn func(netns string) ([]netip.Addr, error)
 
@@ -146,18 +146,18 @@ func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, asked *wor
 		}
 		return nil
 	}
-	attachment, err := r.attachment(cmd, conf, *asked)
+	wanted, err := r.attachment(cmd, conf, *asked)
 	if err != nil {
 		return err
 	}
-	attachment.Prepared = prepared
+	wanted.Prepared = prepared
 	datapath := p.open(conf)
-	if err := datapath.Add(attachment); err != nil {
+	if err := datapath.Add(wanted); err != nil {
 		return r.stepError("redirect namespace "+cmd.Netns, err)
 	}
 	p.note(r, asked.Notes...)
 	if err := conf.previous.print(p.Stdout); err != nil {
-		return r.stepError("print result", errors.Join(err, datapath.Remove(attachment.Key)))
+		return r.stepError("print result", errors.Join(err, datapath.Remove(wanted.Key)))
 	}
 	return nil
 }
@@ -253,7 +253,7 @@ func (p *Plugin) restore(r caller, cmd *skel.CmdArgs, args request.Args, datapat
 	if err != nil {
 		return r.requestError(err)
 	}
-	attachment, err := r.attachment(cmd, conf, *asked)
+	wanted, err := r.attachment(cmd, conf, *asked)
 	if err != nil {
 		return err
 	}
@@ -261,12 +261,12 @@ func (p *Plugin) restore(r caller, cmd *skel.CmdArgs, args request.Args, datapat
 	if err != nil {
 		return r.stepError("list addresses in "+cmd.Netns, err)
 	}
-	for _, addr := range attachment.Request.Addresses {
+	for _, addr := range wanted.Request.Addresses {
 		if !slices.Contains(present, addr) {
 			return r.argError(types.ErrInvalidNetNS, fmt.Sprintf("address %s is not in %s: the namespace is not the one that ADD was given", addr, cmd.Netns))
 		}
 	}
-	if err := datapath.Add(attachment); err != nil {
+	if err := datapath.Add(wanted); err != nil {
 		return r.stepError("restore redirection", err)
 	}
 	p.note(r, "repaired: the record was lost; redirected anew from CNI_ARGS and prevResult")

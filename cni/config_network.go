@@ -9,10 +9,11 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/delegate"
 	"github.com/weirmesh/weir/redirect/store"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/cni/request"
 	"golang.org/x/sys/unix"
 )
@@ -79,8 +80,8 @@ func (c *netConf) wantsInterface() bool {
 
 // network reads what main mode needs. Keys that it cannot honour are refused by
 // name; a value that asks for nothing, such as false or 0, is none.
-func (c *netConf) network(stateDir string) (network.Config, error) {
-	none := network.Config{}
+func (c *netConf) network(stateDir string) (attachment.Config, error) {
+	none := attachment.Config{}
 	for _, key := range unsupportedKeys() {
 		if decodeKey(c.keys[key]) {
 			return none, c.refuse(types.ErrUnsupportedField, "%s: the plugin does not do this: remove the key, or chain the plugin after one that does", key)
@@ -116,7 +117,7 @@ func (c *netConf) network(stateDir string) (network.Config, error) {
 	if err := c.validate(&keys); err != nil {
 		return none, err
 	}
-	conf := network.Config{
+	conf := attachment.Config{
 		Name: c.Name, CNIVersion: c.CNIVersion,
 		Bridge:       keys.Bridge,
 		MTU:          keys.MTU,
@@ -157,10 +158,10 @@ func (c *netConf) validate(keys *networkKeys) error {
 // delegate is the configuration for the IPAM plugin: the conflist's own, with
 // host-local and its subnet where it names none. The leases of such a default
 // lie beside the records, and end with the node's namespaces at a reboot.
-func (c *netConf) delegate(conf *network.Config, ipam json.RawMessage, stateDir string) error {
+func (c *netConf) delegate(conf *attachment.Config, ipam json.RawMessage, stateDir string) error {
 	if !decodeKey(ipam) {
 		ipam, _ = json.Marshal(map[string]any{
-			"type": network.HostLocal, "dataDir": filepath.Join(stateDir, "leases"),
+			"type": delegate.HostLocal, "dataDir": filepath.Join(stateDir, "leases"),
 			"ranges": [][]map[string]string{{{"subnet": DefaultSubnet}}},
 		})
 	}
@@ -172,7 +173,7 @@ func (c *netConf) delegate(conf *network.Config, ipam json.RawMessage, stateDir 
 		return c.refuse(types.ErrInvalidNetworkConfig, "ipam.type %s: want the name of an IPAM plugin", request.Quote(named.Type))
 	}
 	conf.IPAM = named.Type
-	if named.Type == network.HostLocal {
+	if named.Type == delegate.HostLocal {
 		if conf.LeaseDir = named.DataDir; conf.LeaseDir == "" {
 			conf.LeaseDir = "/var/lib/cni/networks"
 		}

@@ -8,8 +8,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
-
-	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/network/attachment"
 )
 
 func with(keys string) string {
@@ -18,32 +17,32 @@ func with(keys string) string {
 
 func TestNetworkOfAConflist(t *testing.T) {
 	yes, no := true, false
-	base := network.Config{
+	base := attachment.Config{
 		Name: "weir", CNIVersion: "1.0.0", Bridge: DefaultBridge, Gateway: true, Masquerade: true, Hairpin: true,
 		IPAM: "host-local", LeaseDir: "/state/leases",
 	}
-	for keys, change := range map[string]func(*network.Config){
-		``: func(*network.Config) {},
-		`,"bridge":"br0","mtu":1400,"forceAddress":true,"portIsolation":true`: func(c *network.Config) {
+	for keys, change := range map[string]func(*attachment.Config){
+		``: func(*attachment.Config) {},
+		`,"bridge":"br0","mtu":1400,"forceAddress":true,"portIsolation":true`: func(c *attachment.Config) {
 			c.Bridge, c.MTU, c.ForceAddress, c.Isolated = "br0", 1400, true, true
 		},
-		`,"isGateway":false,"ipMasq":false,"hairpinMode":false`: func(c *network.Config) {
+		`,"isGateway":false,"ipMasq":false,"hairpinMode":false`: func(c *attachment.Config) {
 			c.Gateway, c.Masquerade, c.Hairpin = false, false, false
 		},
-		`,"isGateway":false,"isDefaultGateway":true`:      func(c *network.Config) { c.DefaultRoute = &yes },
-		`,"isDefaultGateway":false`:                       func(c *network.Config) { c.DefaultRoute = &no },
-		`,"promiscMode":true`:                             func(c *network.Config) { c.Promiscuous, c.Hairpin = true, false },
-		`,"promiscMode":true,"hairpinMode":false`:         func(c *network.Config) { c.Promiscuous, c.Hairpin = true, false },
-		`,"ipMasqBackend":"nftables"`:                     func(*network.Config) {},
-		`,"vlan":0,"vlanTrunk":[],"macspoofchk":false`:    func(*network.Config) {},
-		`,"preserveDefaultVlan":true,"enabledad":false`:   func(*network.Config) {},
-		`,"runtimeConfig":{"portMappings":[]}`:            func(*network.Config) {},
-		`,"runtimeConfig":{"portMappings":[{"x":1}]}`:     func(c *network.Config) { c.PortMappings = json.RawMessage(`[{"x":1}]`) },
-		`,"ipam":{"type":"host-local"}`:                   func(c *network.Config) { c.LeaseDir = "/var/lib/cni/networks" },
-		`,"ipam":{"type":"host-local","dataDir":"/lib"}`:  func(c *network.Config) { c.LeaseDir = "/lib" },
-		`,"ipam":{"type":"static","addresses":[]}`:        func(c *network.Config) { c.IPAM, c.LeaseDir = "static", "" },
-		`,"dns":{"nameservers":["10.0.0.1"]}`:             func(c *network.Config) { c.DNS = types.DNS{Nameservers: []string{"10.0.0.1"}} },
-		`,"log_level":"debug","somebodyElses":{"key":[]}`: func(*network.Config) {},
+		`,"isGateway":false,"isDefaultGateway":true`:      func(c *attachment.Config) { c.DefaultRoute = &yes },
+		`,"isDefaultGateway":false`:                       func(c *attachment.Config) { c.DefaultRoute = &no },
+		`,"promiscMode":true`:                             func(c *attachment.Config) { c.Promiscuous, c.Hairpin = true, false },
+		`,"promiscMode":true,"hairpinMode":false`:         func(c *attachment.Config) { c.Promiscuous, c.Hairpin = true, false },
+		`,"ipMasqBackend":"nftables"`:                     func(*attachment.Config) {},
+		`,"vlan":0,"vlanTrunk":[],"macspoofchk":false`:    func(*attachment.Config) {},
+		`,"preserveDefaultVlan":true,"enabledad":false`:   func(*attachment.Config) {},
+		`,"runtimeConfig":{"portMappings":[]}`:            func(*attachment.Config) {},
+		`,"runtimeConfig":{"portMappings":[{"x":1}]}`:     func(c *attachment.Config) { c.PortMappings = json.RawMessage(`[{"x":1}]`) },
+		`,"ipam":{"type":"host-local"}`:                   func(c *attachment.Config) { c.LeaseDir = "/var/lib/cni/networks" },
+		`,"ipam":{"type":"host-local","dataDir":"/lib"}`:  func(c *attachment.Config) { c.LeaseDir = "/lib" },
+		`,"ipam":{"type":"static","addresses":[]}`:        func(c *attachment.Config) { c.IPAM, c.LeaseDir = "static", "" },
+		`,"dns":{"nameservers":["10.0.0.1"]}`:             func(c *attachment.Config) { c.DNS = types.DNS{Nameservers: []string{"10.0.0.1"}} },
+		`,"log_level":"debug","somebodyElses":{"key":[]}`: func(*attachment.Config) {},
 	} {
 		want := base
 		change(&want)

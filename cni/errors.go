@@ -10,7 +10,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/utils"
-	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/cni/request"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
@@ -112,15 +112,15 @@ func codeOf(err error) uint {
 		return CodeIncompatible
 	case errors.Is(err, program.ErrOtherInstance):
 		return CodeOtherInstance
-	case errors.Is(err, network.ErrForward):
+	case errors.Is(err, attachment.ErrForward):
 		return CodeForward
-	case errors.Is(err, network.ErrMissing):
+	case errors.Is(err, attachment.ErrMissing):
 		return CodeMissing
 	case errors.Is(err, host.ErrHostNetNS), errors.Is(err, host.ErrNetNSGone):
 		return types.ErrInvalidNetNS
 	case errors.Is(err, store.ErrUnknown):
 		return types.ErrUnknownContainer
-	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY), errors.Is(err, network.ErrInUse):
+	case errors.Is(err, syscall.EAGAIN), errors.Is(err, syscall.EBUSY), errors.Is(err, attachment.ErrInUse):
 		return types.ErrTryAgainLater
 	default:
 		return CodeDatapath
@@ -141,17 +141,17 @@ func remedyFor(err error) string {
 		return "use network mode bridge or cni/*: the host's own namespace is never redirected"
 	case errors.Is(err, host.ErrNetNSGone):
 		return "the namespace ended while the plugin ran; Nomad makes a new one"
-	case errors.Is(err, network.ErrForward):
+	case errors.Is(err, attachment.ErrForward):
 		return "let the bridge through with the program that owns the chain, as by `iptables-legacy -I FORWARD -i <bridge> -j ACCEPT` and the same with -o, or `firewall-cmd --zone=trusted --add-interface=<bridge>`"
-	case errors.Is(err, network.ErrMissing):
+	case errors.Is(err, attachment.ErrMissing):
 		return "install what is named; the reference CNI plugins belong into Nomad's cni_path"
 	case errors.Is(err, syscall.EAGAIN):
 		return "try again; a process that keeps the lock must end, since nothing on the node can change meanwhile"
 	case errors.Is(err, workload.ErrFull):
 		return "the node holds no more: fewer allocations, or fewer exclusions in their jobs"
-	case errors.Is(err, network.ErrInUse):
+	case errors.Is(err, attachment.ErrInUse):
 		return "stop the allocation, where Nomad has not: its tasks stay in the old namespace, another allocation's start in a new one"
-	case errors.Is(err, network.ErrTaken):
+	case errors.Is(err, attachment.ErrTaken):
 		return "name another bridge in the conflist, or remove what has the name or the address"
 	default:
 		return "`weir status` shows the state of the node"

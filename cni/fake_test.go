@@ -13,12 +13,12 @@ import (
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
-	"github.com/weirmesh/weir/cni/network"
 	"github.com/weirmesh/weir/redirect"
 )
 
@@ -68,7 +68,7 @@ func (f *fakeDatapath) untouched() bool {
 
 // fakeNetwork records what it was asked for and answers as it was told.
 type fakeNetwork struct {
-	config   network.Config
+	config   attachment.Config
 	stateDir string
 	calls    []string
 	previous *current.Result // of CHECK
@@ -78,11 +78,11 @@ type fakeNetwork struct {
 	repaired                                       []string
 }
 
-func (f *fakeNetwork) Add(a network.Attachment) (*current.Result, func() error, error) {
+func (f *fakeNetwork) Add(a attachment.Attachment) (*current.Result, func() error, error) {
 	f.calls = append(f.calls, "ADD "+a.NetNS)
 	built := &current.Result{
 		CNIVersion: "1.1.0",
-		Interfaces: []*current.Interface{{Name: f.config.Bridge}, {Name: network.HostDevice(a.Key)}, {Name: a.Key.IfName, Sandbox: a.NetNS}},
+		Interfaces: []*current.Interface{{Name: f.config.Bridge}, {Name: attachment.HostDevice(a.Key)}, {Name: a.Key.IfName, Sandbox: a.NetNS}},
 		IPs:        []*current.IPConfig{{Interface: current.Int(2), Address: net.IPNet{IP: net.IPv4(172, 26, 128, 2), Mask: net.CIDRMask(20, 32)}}},
 	}
 	return built, func() error {
@@ -91,12 +91,12 @@ func (f *fakeNetwork) Add(a network.Attachment) (*current.Result, func() error, 
 	}, f.addErr
 }
 
-func (f *fakeNetwork) Check(_ network.Attachment, previous *current.Result) ([]string, error) {
+func (f *fakeNetwork) Check(_ attachment.Attachment, previous *current.Result) ([]string, error) {
 	f.calls, f.previous = append(f.calls, "CHECK"), previous
 	return f.repaired, f.checkErr
 }
 
-func (f *fakeNetwork) Remove(network.Attachment) error {
+func (f *fakeNetwork) Remove(attachment.Attachment) error {
 	f.calls = append(f.calls, "DEL")
 	return f.removeErr
 }
@@ -132,7 +132,7 @@ func newBench() *bench {
 		},
 		ConfigDir:          "/proc/self/no-configuration",
 		RedirectedByConsul: func(string) (bool, error) { return b.consuls, nil },
-		Network: func(config network.Config, stateDir string) Network {
+		Network: func(config attachment.Config, stateDir string) Network {
 			b.net.config, b.net.stateDir = config, stateDir
 			return b.net
 		},

@@ -5,9 +5,9 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly GO_LINES=400 C_LINES=500 PACKAGE_LINES=1650
+readonly GO_LINES=400 C_LINES=500 PACKAGE_LINES=1500
 # Packages that are larger than that, with what they may have at most. None grows unseen.
-declare -rA LARGER=([agent]=3420 [agent/catalog]=1930 [cmd/weir]=4900 [cni/network]=3450 [redirect/bpfmap]=1980 [redirect/host]=1850 [redirect/program]=1780 [test/bench]=4000 [test/demo]=1650 [test/nomad]=3100 [test/vm]=2200)
+declare -rA LARGER=([agent]=2900 [agent/catalog]=1620 [cmd/weir]=4300 [redirect/bpfmap]=1700 [redirect/program]=1700 [test/bench]=3800 [test/nomad]=2700 [test/vm]=2000)
 failed=0
 
 # check NAME COMMAND... runs a check and goes on.
@@ -44,11 +44,12 @@ budget() {
 	return $over
 }
 
-# rooms names the packages that have more lines of product code than they may.
+# rooms names the packages that have more lines of product code than they may, without
+# comments and empty lines.
 rooms() {
 	local over=0 dir lines limit
 	while read -r dir; do
-		lines=$(files "$dir/*.go" | grep -E "^$dir/[^/]+$" | grep -v '_test\.go$' | xargs --no-run-if-empty cat | wc -l)
+		lines=$(files "$dir/*.go" | grep -E "^$dir/[^/]+$" | grep -v '_test\.go$' | xargs --no-run-if-empty cat | grep -vcE '^[[:space:]]*(//.*)?$')
 		limit=${LARGER[$dir]:-$PACKAGE_LINES}
 		if ((lines > limit)); then
 			printf '%s: %d lines of product code, at most %d\n' "$dir" "$lines" "$limit"

@@ -15,6 +15,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
@@ -48,7 +49,7 @@ func main() {
 		Paths:              store.PathsFromEnv(os.Getenv),
 		ConfigDir:          os.Getenv("WEIR_CONFIG_DIR"),
 		RedirectedByConsul: host.RedirectedByConsul,
-		Network:            func(c network.Config, stateDir string) cni.Network { return network.New(c, stateDir).Until(ctx) },
+		Network:            func(c attachment.Config, stateDir string) cni.Network { return network.New(c, stateDir).Until(ctx) },
 		AddressesIn:        cni.AddressesIn,
 		Stdout:             os.Stdout,
 		Stderr:             os.Stderr,

@@ -15,7 +15,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/vishvananda/netlink"
-	"github.com/weirmesh/weir/cni/network"
+	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -101,7 +101,7 @@ func findShadows(ended []Attachment, running []*Attachment) error {
 	if len(ended) == 0 {
 		return nil
 	}
-	mapped, err := network.HostPorts()
+	mapped, err := hostport.HostPorts()
 	if err != nil {
 		return fmt.Errorf("look for host ports of ended allocations: %w", err)
 	}
@@ -138,7 +138,7 @@ func (a *Attachment) noteShadow(p hostPort, listeners []hostPort, running []*Att
 // held are the host ports that lead to the attachment. Those that the plugin maps
 // itself the kernel tells, where another may have taken one over; of the plugin
 // portmap's rules only what they were made of is known.
-func (a *Attachment) held(mapped []network.HostPort) (list []hostPort) {
+func (a *Attachment) held(mapped []hostport.HostPort) (list []hostPort) {
 	if a.portmap {
 		list = slices.Clone(a.ports)
 	}

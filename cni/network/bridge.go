@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"golang.org/x/sys/unix"
 )
 
@@ -23,7 +24,7 @@ const alias = "made by weir"
 // makeBridge makes the bridge with an address of its own: one that takes its
 // ports' would change it as they come and go. By this address, which is no other
 // bridge's, the record knows it again.
-func (n *Network) makeBridge(h *netlink.Handle, r *record) error {
+func (n *Network) makeBridge(h *netlink.Handle, r *attachment.Record) error {
 	address := make(net.HardwareAddr, 6)
 	if _, err := rand.Read(address); err != nil {
 		return err

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test"
@@ -46,7 +47,7 @@ func TestCheckRepairs(t *testing.T) {
 			n := newNode(t)
 			test.Need(t, test.Tool("iptables"))
 			a, result := n.added(t, "a")
-			n.run(t, "sh", "-ec", strings.ReplaceAll(tt.onNode, "HOST", HostDevice(a.Key)))
+			n.run(t, "sh", "-ec", strings.ReplaceAll(tt.onNode, "HOST", attachment.HostDevice(a.Key)))
 			a.ns.Do(func() { runHere(t, "sh", "-ec", tt.inside) })
 			repairs, err := n.check(a, nil)
 			if err != nil {

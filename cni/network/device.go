@@ -8,6 +8,7 @@ import (
 	"net"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"golang.org/x/sys/unix"
 )
 
@@ -22,7 +23,7 @@ func hasDevice(name string) bool {
 }
 
 // ensure makes the attachment what its result says, and tells what was missing.
-func (n *Network) ensure(r *record, ns *namespace) (repairs []string, err error) {
+func (n *Network) ensure(r *attachment.Record, ns *namespace) (repairs []string, err error) {
 	err = n.records.Locked(func() error {
 		return withHandle(func(h *netlink.Handle) error {
 			steps := []func() ([]string, error){
@@ -50,11 +51,11 @@ func (n *Network) ensure(r *record, ns *namespace) (repairs []string, err error)
 }
 
 // forwarding makes the node a router, where it is to be the gateway.
-func forwarding(r *record, h *netlink.Handle) (repairs []string, err error) {
+func forwarding(r *attachment.Record, h *netlink.Handle) (repairs []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
-	if r.hasFamily(netlink.FAMILY_V4) {
+	if r.HasFamily(netlink.FAMILY_V4) {
 		changed, err := sysctl("1", "ipv4", "ip_forward")
 		if err != nil {
 			return nil, err
@@ -63,7 +64,7 @@ func forwarding(r *record, h *netlink.Handle) (repairs []string, err error) {
 			repairs = append(repairs, "ip_forward")
 		}
 	}
-	if r.hasFamily(netlink.FAMILY_V6) {
+	if r.HasFamily(netlink.FAMILY_V6) {
 		changed, err := ensureForwarding6(h)
 		if err != nil {
 			return repairs, err
@@ -86,7 +87,7 @@ func ensureForwarding6(h *netlink.Handle) (changed bool, err error) {
 	return sysctl("1", "ipv6", "conf", "all", "forwarding")
 }
 
-func (n *Network) ensureBridge(h *netlink.Handle, r *record) (repairs []string, err error) {
+func (n *Network) ensureBridge(h *netlink.Handle, r *attachment.Record) (repairs []string, err error) {
 	link, err := find1(h, r.Bridge)
 	if err != nil {
 		return nil, err
@@ -101,7 +102,7 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *record) (repairs []string, 
 		}
 	}
 	if link.Type() != "bridge" {
-		return repairs, fmt.Errorf("bridge %s: a device of type %s has that name: %w", r.Bridge, link.Type(), ErrTaken)
+		return repairs, fmt.Errorf("bridge %s: a device of type %s has that name: %w", r.Bridge, link.Type(), attachment.ErrTaken)
 	}
 	if r.Promiscuous && link.Attrs().Promisc == 0 {
 		if err := h.SetPromiscOn(link); err != nil {
@@ -125,8 +126,8 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *record) (repairs []string, 
 	return append(repairs, did...), err
 }
 
-func ensureGateways(r *record, h *netlink.Handle, bridge netlink.Link) (repairs []string, err error) {
-	if r.hasFamily(netlink.FAMILY_V6) {
+func ensureGateways(r *attachment.Record, h *netlink.Handle, bridge netlink.Link) (repairs []string, err error) {
+	if r.HasFamily(netlink.FAMILY_V6) {
 		if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "disable_ipv6"); err != nil {
 			return nil, err
 		}
@@ -153,14 +154,14 @@ func ensureGateways(r *record, h *netlink.Handle, bridge netlink.Link) (repairs 
 
 // removeOverlapping takes those addresses off the bridge whose subnet is that of the
 // gateway, where the configuration says that it may.
-func removeOverlapping(r *record, h *netlink.Handle, bridge netlink.Link, present []netlink.Addr, gateway *net.IPNet) error {
+func removeOverlapping(r *attachment.Record, h *netlink.Handle, bridge netlink.Link, present []netlink.Addr, gateway *net.IPNet) error {
 	for _, other := range present {
 		if !other.Contains(gateway.IP) && !gateway.Contains(other.IP) {
 			continue
 		}
 		if !r.ForceAddress {
 			return fmt.Errorf("bridge %s has address %s, the gateway is to be %s: set forceAddress to replace it: %w",
-				r.Bridge, other.IPNet, gateway, ErrTaken)
+				r.Bridge, other.IPNet, gateway, attachment.ErrTaken)
 		}
 		if err := h.AddrDel(bridge, &other); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return fmt.Errorf("remove address %s from %s: %w", other.IPNet, r.Bridge, err)
@@ -171,12 +172,12 @@ func removeOverlapping(r *record, h *netlink.Handle, bridge netlink.Link, presen
 
 // ensurePair makes the pair of devices, one end in the namespace, the other a
 // port of the bridge.
-func ensurePair(r *record, h *netlink.Handle, ns *namespace) (repairs []string, err error) {
+func ensurePair(r *attachment.Record, h *netlink.Handle, ns *namespace) (repairs []string, err error) {
 	bridge, err := h.LinkByName(r.Bridge)
 	if err != nil {
 		return nil, fmt.Errorf("find bridge %s: %w", r.Bridge, err)
 	}
-	name := HostDevice(r.Key)
+	name := attachment.HostDevice(r.Key)
 	host, mac, err := findPair(r, h, ns, name)
 	if err != nil {
 		return nil, err
@@ -192,15 +193,15 @@ func ensurePair(r *record, h *netlink.Handle, ns *namespace) (repairs []string, 
 	if err != nil {
 		return repairs, err
 	}
-	r.Result.Interfaces[atHost].Mac = host.Attrs().HardwareAddr.String()
-	r.Result.Interfaces[atBridge].Mac = bridge.Attrs().HardwareAddr.String()
-	r.Result.Interfaces[atAllocation].Mac = mac.String()
+	r.Result.Interfaces[attachment.AtHost].Mac = host.Attrs().HardwareAddr.String()
+	r.Result.Interfaces[attachment.AtBridge].Mac = bridge.Attrs().HardwareAddr.String()
+	r.Result.Interfaces[attachment.AtAllocation].Mac = mac.String()
 	return repairs, nil
 }
 
 // findPair finds the host's end of the pair, nil where there is none, and the hardware
 // address of the other. A device of the name that is not of this pair goes.
-func findPair(r *record, h *netlink.Handle, ns *namespace, name string) (host netlink.Link, mac net.HardwareAddr, err error) {
+func findPair(r *attachment.Record, h *netlink.Handle, ns *namespace, name string) (host netlink.Link, mac net.HardwareAddr, err error) {
 	if host, err = find1(h, name); err != nil {
 		return nil, nil, err
 	}
@@ -222,13 +223,13 @@ func findPair(r *record, h *netlink.Handle, ns *namespace, name string) (host ne
 		host = nil
 	}
 	if host == nil && inside != 0 {
-		return nil, nil, fmt.Errorf("make %s: the namespace has a device of that name: %w", r.Key.IfName, ErrTaken)
+		return nil, nil, fmt.Errorf("make %s: the namespace has a device of that name: %w", r.Key.IfName, attachment.ErrTaken)
 	}
 	return host, mac, nil
 }
 
 // plugIn makes the host's end a port of the bridge, with the port's options, and sets it up.
-func plugIn(r *record, h *netlink.Handle, host, bridge netlink.Link) (repairs []string, err error) {
+func plugIn(r *attachment.Record, h *netlink.Handle, host, bridge netlink.Link) (repairs []string, err error) {
 	name := host.Attrs().Name
 	if host.Attrs().MasterIndex != bridge.Attrs().Index {
 		if err := h.LinkSetMaster(host, bridge); err != nil {
@@ -250,7 +251,7 @@ func plugIn(r *record, h *netlink.Handle, host, bridge netlink.Link) (repairs []
 	return append(repairs, up...), err
 }
 
-func makePair(r *record, h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {
+func makePair(r *attachment.Record, h *netlink.Handle, ns *namespace, name string) (netlink.Link, net.HardwareAddr, error) {
 	mtu := r.MTU
 	if mtu == 0 {
 		mtu = nodeMTU(h)
@@ -283,10 +284,10 @@ func makePair(r *record, h *netlink.Handle, ns *namespace, name string) (netlink
 
 // removeDevices removes the pair, and the rules when the bridge has lost its
 // last port.
-func (n *Network) removeDevices(r *record) error {
+func (n *Network) removeDevices(r *attachment.Record) error {
 	return n.records.Locked(func() error {
 		return withHandle(func(h *netlink.Handle) error {
-			host, err := find1(h, HostDevice(r.Key))
+			host, err := find1(h, attachment.HostDevice(r.Key))
 			if err != nil {
 				return err
 			}

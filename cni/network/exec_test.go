@@ -10,19 +10,21 @@ import (
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/delegate"
 	"github.com/weirmesh/weir/redirect/workload"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
 // script is another plugin, as a shell script in a CNI_PATH of its own.
-func script(t *testing.T, body string) *record {
+func script(t *testing.T, body string) *attachment.Record {
 	t.Helper()
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "script"), []byte("#!/bin/sh\n"+body+"\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	return &record{Attachment: Attachment{
+	return &attachment.Record{Attachment: attachment.Attachment{
 		Key: workload.AttachmentID{ContainerID: "alloc", IfName: "eth7"}, NetNS: "/run/netns/alloc", Path: "/nowhere:" + dir,
 		Args: "NOMAD_ALLOC_ID=alloc;CONSUL_IPTABLES_CONFIG={}",
 	}}
@@ -35,7 +37,7 @@ func TestPluginGetsItsRequest(t *testing.T) {
 [ "$CNI_ARGS" = "IgnoreUnknown=true;NOMAD_ALLOC_ID=alloc" ] || exit 4
 [ "$CNI_PATH" = "`+"$(dirname $0 | sed s,^,/nowhere:,)"+`" ] || exit 5
 [ "$(cat)" = '{"name":"weir"}' ] || exit 6`)
-	if _, err := call(r, "DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
+	if _, err := delegate.Call(r, "DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
 		t.Error(err)
 	}
 }
@@ -51,7 +53,7 @@ func TestPluginsResult(t *testing.T) {
 		"of no known version":      {`{"cniVersion":"9.0.0"}`, "9.0.0"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			leased, err := call(script(t, "cat >/dev/null; echo '"+tt.prints+"'"), "ADD", "script", []byte(config))
+			leased, err := delegate.Call(script(t, "cat >/dev/null; echo '"+tt.prints+"'"), "ADD", "script", []byte(config))
 			if tt.part != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.part) {
 					t.Errorf("%v: want %q", err, tt.part)
@@ -70,12 +72,12 @@ func TestPluginsResult(t *testing.T) {
 }
 
 func TestPluginsErrorComesThrough(t *testing.T) {
-	_, err := call(script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`), "ADD", "script", nil)
+	_, err := delegate.Call(script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`), "ADD", "script", nil)
 	var said *types.Error
 	if !errors.As(err, &said) || said.Code != 11 || !strings.Contains(err.Error(), "script ADD: no room") {
 		t.Errorf("%v: want the plugin's own error", err)
 	}
-	_, err = call(script(t, `echo gone wrong >&2; exit 1`), "ADD", "script", nil)
+	_, err = delegate.Call(script(t, `echo gone wrong >&2; exit 1`), "ADD", "script", nil)
 	if err == nil || !strings.Contains(err.Error(), "gone wrong") {
 		t.Errorf("%v: want what it wrote on stderr", err)
 	}
@@ -84,7 +86,7 @@ func TestPluginsErrorComesThrough(t *testing.T) {
 func TestPluginIsFoundByName(t *testing.T) {
 	r := script(t, "exit 0")
 	for _, name := range []string{"", "other", "../" + filepath.Base(strings.TrimPrefix(r.Path, "/nowhere:")) + "/script", "."} {
-		if program, err := find(name, r.Path); !errors.Is(err, ErrMissing) {
+		if program, err := delegate.Find(name, r.Path); !errors.Is(err, attachment.ErrMissing) {
 			t.Errorf("%q: found %q, %v: want ErrMissing", name, program, err)
 		}
 	}

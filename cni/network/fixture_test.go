@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/delegate"
 	"github.com/weirmesh/weir/redirect/workload"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -35,7 +37,7 @@ type node struct {
 	ns, outside *test.NetNS
 	stateDir    string
 	path        string // CNI_PATH
-	config      Config
+	config      attachment.Config
 }
 
 func newNode(t *testing.T) *node {
@@ -46,9 +48,9 @@ func newNode(t *testing.T) *node {
 	test.Veth(t,
 		test.VethEnd{NetNS: n.ns, Name: "uplink", DefaultRoute: true, Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.1/24"), netip.MustParsePrefix("2001:db8::1/64")}},
 		test.VethEnd{NetNS: n.outside, Addrs: []netip.Prefix{netip.MustParsePrefix("192.0.2.2/24"), netip.MustParsePrefix("2001:db8::2/64")}})
-	n.config = Config{
+	n.config = attachment.Config{
 		Name: "weir", CNIVersion: "1.0.0", Bridge: bridge, Gateway: true, Masquerade: true, Hairpin: true,
-		IPAM: HostLocal, LeaseDir: filepath.Join(dir, "leases"),
+		IPAM: delegate.HostLocal, LeaseDir: filepath.Join(dir, "leases"),
 	}
 	n.ranges(subnet4, subnet6)
 	return n
@@ -60,7 +62,7 @@ func (n *node) ranges(subnets ...string) {
 	for _, subnet := range subnets {
 		ranges = append(ranges, []map[string]string{{"subnet": subnet}})
 	}
-	n.ipam(map[string]any{"type": HostLocal, "dataDir": n.config.LeaseDir, "ranges": ranges})
+	n.ipam(map[string]any{"type": delegate.HostLocal, "dataDir": n.config.LeaseDir, "ranges": ranges})
 }
 
 func (n *node) ipam(ipam map[string]any) {
@@ -72,14 +74,14 @@ func (n *node) network() *Network { return New(n.config, n.stateDir) }
 
 // allocation is a namespace and its place in the node's network.
 type allocation struct {
-	Attachment
+	attachment.Attachment
 	ns *test.NetNS
 }
 
 func (n *node) allocation(t *testing.T, id string) *allocation {
 	t.Helper()
 	ns := test.NewBareNetNS(t)
-	return &allocation{Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Path: n.path}, ns}
+	return &allocation{attachment.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, NetNS: ns.Path, Path: n.path}, ns}
 }
 
 // added is an allocation whose network is built.

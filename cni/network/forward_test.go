@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -124,7 +125,7 @@ func TestLegacyIptablesThatDrop(t *testing.T) {
 	}
 	a := n.allocation(t, "a")
 	_, err := n.add(a)
-	if !errors.Is(err, ErrForward) || !strings.Contains(err.Error(), bridge) {
+	if !errors.Is(err, attachment.ErrForward) || !strings.Contains(err.Error(), bridge) {
 		t.Fatalf("error %v: want ErrForward that names the bridge", err)
 	}
 	if err := n.remove(a); err != nil {
@@ -132,7 +133,7 @@ func TestLegacyIptablesThatDrop(t *testing.T) {
 	}
 	n.wantNothingLeft(t)
 	n.ns.Do(func() {
-		if err := n.network().Probe(n.path); !errors.Is(err, ErrForward) {
+		if err := n.network().Probe(n.path); !errors.Is(err, attachment.ErrForward) {
 			t.Errorf("STATUS: %v: want ErrForward", err)
 		}
 	})
@@ -146,7 +147,7 @@ func TestLegacyIptablesThatDrop(t *testing.T) {
 	n.run(t, "iptables-legacy", "-F", "FORWARD")
 	n.run(t, "iptables-legacy", "-P", "FORWARD", "ACCEPT")
 	n.run(t, "ip6tables-legacy", "-P", "FORWARD", "DROP")
-	if _, err := n.add(n.allocation(t, "c")); !errors.Is(err, ErrForward) || !strings.Contains(err.Error(), "ip6tables") {
+	if _, err := n.add(n.allocation(t, "c")); !errors.Is(err, attachment.ErrForward) || !strings.Contains(err.Error(), "ip6tables") {
 		t.Errorf("error %v: want ErrForward that names ip6tables", err)
 	}
 }
@@ -185,7 +186,7 @@ func TestTableThatHasAnOwner(t *testing.T) {
 	tell("add table inet firewalld { flags owner; }\n"+
 		"add chain inet firewalld forward { type filter hook forward priority 10; policy drop; }\n", "policy drop")
 	a := n.allocation(t, "a")
-	if _, err := n.add(a); !errors.Is(err, ErrForward) || !strings.Contains(err.Error(), "inet firewalld forward") || !strings.Contains(err.Error(), bridge) {
+	if _, err := n.add(a); !errors.Is(err, attachment.ErrForward) || !strings.Contains(err.Error(), "inet firewalld forward") || !strings.Contains(err.Error(), bridge) {
 		t.Errorf("error %v: want ErrForward that names the chain and the bridge", err)
 	}
 	n.wantNothingLeft(t)

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -24,7 +26,7 @@ func FuzzPortMappings(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		list, err := parsePortMappings(raw)
+		list, err := hostport.ParsePortMappings(raw)
 		if err != nil {
 			if !strings.Contains(err.Error(), "portMappings") {
 				t.Errorf("%q: the error names no field: %v", raw, err)
@@ -32,7 +34,7 @@ func FuzzPortMappings(f *testing.F) {
 			return
 		}
 		for _, mapping := range list {
-			if _, err := mapping.protocol(); err != nil || mapping.HostPort == 0 || mapping.ContainerPort == 0 {
+			if _, err := mapping.Number(); err != nil || mapping.HostPort == 0 || mapping.ContainerPort == 0 {
 				t.Errorf("%q: %+v is taken, %v", raw, mapping, err)
 			}
 			if mapping.HostIP == "" {
@@ -55,7 +57,7 @@ func FuzzRecordFile(f *testing.F) {
 		f.Add([]byte(seed))
 	}
 	path := filepath.Join(f.TempDir(), "record.json")
-	boot, err := bootID()
+	boot, err := attachment.BootID()
 	if err != nil {
 		f.Fatal(err)
 	}
@@ -63,7 +65,7 @@ func FuzzRecordFile(f *testing.F) {
 		if err := os.WriteFile(path, data, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		got, err := readRecordFile(path)
+		got, err := attachment.ReadRecordFile(path)
 		if err != nil {
 			if got != nil || !errors.Is(err, store.ErrUnknown) || !strings.Contains(err.Error(), path) {
 				t.Errorf("%q: %+v, %v: want no record, and an error that names the file", data, got, err)
@@ -73,7 +75,7 @@ func FuzzRecordFile(f *testing.F) {
 		if got.Complete && (got.BootID != boot || got.Result == nil) {
 			t.Errorf("%q: complete, of boot %q, with result %v", data, got.BootID, got.Result)
 		}
-		if _, err := hostPorts(got); err != nil && !strings.Contains(err.Error(), "portMappings") {
+		if _, err := hostport.Wanted(got); err != nil && !strings.Contains(err.Error(), "portMappings") {
 			t.Errorf("%q: the error names no field: %v", data, err)
 		}
 	})

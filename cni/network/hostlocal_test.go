@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/delegate"
 	"github.com/weirmesh/weir/redirect/workload"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -28,7 +30,7 @@ type leaseBench struct {
 func newLeaseBench(t *testing.T, ipam map[string]any) *leaseBench {
 	t.Helper()
 	b := &leaseBench{t: t, dir: t.TempDir()}
-	ipam["type"], ipam["dataDir"] = HostLocal, b.dir
+	ipam["type"], ipam["dataDir"] = delegate.HostLocal, b.dir
 	config, err := json.Marshal(map[string]any{"cniVersion": "1.0.0", "name": "weir", "type": "weir", "ipam": ipam})
 	if err != nil {
 		t.Fatal(err)
@@ -45,8 +47,8 @@ func ranges(subnets ...string) (sets [][]map[string]string) {
 }
 
 func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
-	r := &record{Attachment: Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
-	result, err := call(r, command, HostLocal, b.config)
+	r := &attachment.Record{Attachment: attachment.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
+	result, err := delegate.Call(r, command, delegate.HostLocal, b.config)
 	if err != nil || result == nil {
 		return nil, err
 	}
@@ -54,12 +56,12 @@ func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
 }
 
 func (b *leaseBench) program(command, id, args string) (*current.Result, error) {
-	out, err := run(filepath.Join(test.CNIPath(b.t), HostLocal), b.config, "CNI_COMMAND="+command, "CNI_CONTAINERID="+id,
+	out, err := delegate.Run(filepath.Join(test.CNIPath(b.t), delegate.HostLocal), b.config, "CNI_COMMAND="+command, "CNI_CONTAINERID="+id,
 		"CNI_IFNAME=eth0", "CNI_NETNS=/nowhere", "CNI_PATH=/nowhere", "CNI_ARGS="+args)
 	if err != nil || command != "ADD" {
 		return nil, err
 	}
-	result, err := decodeResult(b.config, out)
+	result, err := delegate.DecodeResult(b.config, out)
 	if err != nil {
 		return nil, err
 	}

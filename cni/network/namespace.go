@@ -16,6 +16,7 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -94,7 +95,7 @@ func (ns *namespace) has(device string) (there bool, err error) {
 // other end of a device.
 func (ns *namespace) refuseInUse(key workload.AttachmentID) error {
 	return withHandle(func(h *netlink.Handle) error {
-		device, err := find1(h, HostDevice(key))
+		device, err := find1(h, attachment.HostDevice(key))
 		if err != nil || device == nil || device.Attrs().NetNsID < 0 {
 			return err
 		}
@@ -114,7 +115,7 @@ func (ns *namespace) refuseInUse(key workload.AttachmentID) error {
 			}
 			// One that ended meanwhile has no namespace.
 			if id, err := h.GetNetNsIdByPid(pid); err == nil && id == device.Attrs().NetNsID {
-				return fmt.Errorf("process %d %w", pid, ErrInUse)
+				return fmt.Errorf("process %d %w", pid, attachment.ErrInUse)
 			}
 		}
 		return nil
@@ -156,7 +157,7 @@ func sysctl(value string, key ...string) (changed bool, err error) {
 
 // configure brings lo and the interface into the state that the result
 // describes, inside the namespace.
-func configure(r *record, ns *namespace) (repairs []string, err error) {
+func configure(r *attachment.Record, ns *namespace) (repairs []string, err error) {
 	err = ns.do(func(h *netlink.Handle) error {
 		lo, err := h.LinkByIndex(1)
 		if err != nil {
@@ -205,9 +206,9 @@ func setUp(h *netlink.Handle, link netlink.Link) (repairs []string, err error) {
 
 // setIPv6 sets what the interface does with IPv6. With hairpin on, it hears its own
 // duplicate address detection; and nobody on the bridge may announce a router.
-func setIPv6(r *record) error {
+func setIPv6(r *attachment.Record) error {
 	keys := []string{"accept_dad", "accept_ra"}
-	if r.hasFamily(netlink.FAMILY_V6) {
+	if r.HasFamily(netlink.FAMILY_V6) {
 		keys = append(keys, "disable_ipv6")
 	}
 	for _, key := range keys {
@@ -218,7 +219,7 @@ func setIPv6(r *record) error {
 	return nil
 }
 
-func setAddresses(r *record, h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
+func setAddresses(r *attachment.Record, h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	present, err := h.AddrList(device, netlink.FAMILY_ALL)
 	if err != nil {
 		return nil, fmt.Errorf("list addresses of %s: %w", r.Key.IfName, err)
@@ -258,7 +259,7 @@ func addAddress(h *netlink.Handle, device netlink.Link, ip *net.IPNet) error {
 
 // setRoutes adds what is missing of the result's routes, and puts one back that
 // leads elsewhere.
-func setRoutes(r *record, h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
+func setRoutes(r *attachment.Record, h *netlink.Handle, device netlink.Link) (repairs []string, err error) {
 	for _, want := range r.Result.Routes {
 		route := routeOf(r, want, device)
 		there, err := putRoute(h, route)
@@ -274,10 +275,10 @@ func setRoutes(r *record, h *netlink.Handle, device netlink.Link) (repairs []str
 
 // routeOf is one of the result's routes as the kernel has it. A gateway that is in none of
 // the interface's subnets is reached on the link, as point-to-point networks have it.
-func routeOf(r *record, want *types.Route, device netlink.Link) *netlink.Route {
+func routeOf(r *attachment.Record, want *types.Route, device netlink.Link) *netlink.Route {
 	gateway := want.GW
 	if gateway == nil {
-		gateway = r.gateway(want.Dst.IP.To4() != nil)
+		gateway = r.GatewayIn(want.Dst.IP.To4() != nil)
 	}
 	route := &netlink.Route{LinkIndex: device.Attrs().Index, Dst: &want.Dst, Gw: gateway, MTU: want.MTU, AdvMSS: want.AdvMSS, Priority: want.Priority}
 	if want.Table != nil {
@@ -311,7 +312,7 @@ func putRoute(h *netlink.Handle, route *netlink.Route) (there bool, err error) {
 	return false, nil
 }
 
-func onLink(r *record, ip net.IP) bool {
+func onLink(r *attachment.Record, ip net.IP) bool {
 	for _, own := range r.Result.IPs {
 		if own.Address.Contains(ip) {
 			return true

@@ -17,6 +17,10 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/delegate"
+	"github.com/weirmesh/weir/cni/network/forward"
+	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -27,16 +31,16 @@ import (
 // Network makes and removes attachments. It holds no state of its own: what it
 // made is in the kernel and in the records below the state directory.
 type Network struct {
-	config  Config
-	records Records
+	config  attachment.Config
+	records attachment.Records
 }
 
 // New returns the network. Nothing is opened or changed.
-func New(config Config, stateDir string) *Network {
+func New(config attachment.Config, stateDir string) *Network {
 	if stateDir == "" {
 		stateDir = store.DefaultStateDir
 	}
-	return &Network{config: config, records: Records{StateDir: stateDir, Ctx: context.Background()}}
+	return &Network{config: config, records: attachment.Records{StateDir: stateDir, Ctx: context.Background()}}
 }
 
 // Until returns the same network for who waits no longer than ctx lives: a change that
@@ -53,8 +57,8 @@ func (n *Network) Until(ctx context.Context) *Network {
 // refused with ErrInUse while tasks run in that: they would be left without a
 // network. A call that fails leaves nothing of its own behind. undo takes back what
 // this call made, and nothing that was there before it.
-func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, err error) {
-	if err := need(&n.config, a.Path); err != nil {
+func (n *Network) Add(a attachment.Attachment) (result *current.Result, undo func() error, err error) {
+	if err := delegate.Need(&n.config, a.Path); err != nil {
 		return nil, nil, err
 	}
 	ns, err := openNamespace(a.NetNS)
@@ -87,10 +91,10 @@ func (n *Network) Add(a Attachment) (result *current.Result, undo func() error, 
 			return nil, nil, fmt.Errorf("give up the old network of the same ID: %w", err)
 		}
 	}
-	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie}
+	r := &attachment.Record{Config: n.config, Attachment: a, Cookie: ns.cookie}
 	if r.PortMappings != nil {
-		r.Mapper = mapperWeir
-		if _, err := parsePortMappings(r.PortMappings); err != nil {
+		r.Mapper = attachment.MapperWeir
+		if _, err := hostport.ParsePortMappings(r.PortMappings); err != nil {
 			return nil, nil, fmt.Errorf("map host ports: %w", err)
 		}
 	}
@@ -105,33 +109,33 @@ func (n *Network) undoing() *Network { return n.Until(context.WithoutCancel(n.re
 
 // rollBack undoes a build that failed. Another plugin that refused its ADD
 // refuses its DEL as likely, and has nothing then to be kept on record.
-func (n *Network) rollBack(r *record) error {
-	if err := unmapPorts(r, n.records); err != nil {
-		return errors.Join(err, n.removeDevices(r), release(r))
+func (n *Network) rollBack(r *attachment.Record) error {
+	if err := hostport.Unmap(r, n.records); err != nil {
+		return errors.Join(err, n.removeDevices(r), delegate.Release(r))
 	}
-	if err := release(r); err != nil && r.leased {
+	if err := delegate.Release(r); err != nil && r.Leased {
 		return errors.Join(err, n.removeDevices(r))
 	}
 	return errors.Join(n.removeDevices(r), n.records.Remove(r.Key))
 }
 
 // build makes everything, and writes the record before the first change.
-func (n *Network) build(r *record, ns *namespace) error {
+func (n *Network) build(r *attachment.Record, ns *namespace) error {
 	if err := n.records.Write(r); err != nil {
 		return err
 	}
-	leased, err := lease(r)
+	leased, err := delegate.Lease(r)
 	if err != nil {
 		return err
 	}
-	r.leased = true
-	if r.Result, err = r.result(leased); err != nil {
+	r.Leased = true
+	if r.Result, err = r.ResultOf(leased); err != nil {
 		return err
 	}
 	if _, err := n.ensure(r, ns); err != nil {
 		return err
 	}
-	if err := mapPorts(r, n.records); err != nil {
+	if err := hostport.Map(r, n.records); err != nil {
 		return err
 	}
 	r.Complete = true
@@ -142,7 +146,7 @@ func (n *Network) build(r *record, ns *namespace) error {
 // what. previous is the result that the runtime kept, for where the record is
 // lost; it may be nil. redirect.ErrNetNSGone says that the namespace is not the
 // one that was built.
-func (n *Network) Check(a Attachment, previous *current.Result) (repairs []string, err error) {
+func (n *Network) Check(a attachment.Attachment, previous *current.Result) (repairs []string, err error) {
 	ns, err := openNamespace(a.NetNS)
 	if err != nil {
 		return nil, err
@@ -169,18 +173,18 @@ func (n *Network) Check(a Attachment, previous *current.Result) (repairs []strin
 	if err != nil {
 		return repairs, err
 	}
-	did, err = checkLease(r)
+	did, err = delegate.CheckLease(r)
 	repairs = append(repairs, did...)
 	if err != nil {
 		return repairs, err
 	}
-	did, err = checkPorts(r, n.records)
+	did, err = hostport.Check(r, n.records)
 	return append(repairs, did...), errors.Join(err, n.records.Write(r))
 }
 
 // restore makes a record from what the runtime still knows. The interface must
 // be in the namespace: an empty namespace has nothing to restore.
-func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace) (*record, error) {
+func (n *Network) restore(a attachment.Attachment, previous *current.Result, ns *namespace) (*attachment.Record, error) {
 	if previous == nil {
 		return nil, fmt.Errorf("network of %s: its record is lost, and there is no previous result: %w", a.Key, store.ErrUnknown)
 	}
@@ -191,25 +195,25 @@ func (n *Network) restore(a Attachment, previous *current.Result, ns *namespace)
 	if !there {
 		return nil, fmt.Errorf("namespace %s has no %s: %w", a.NetNS, a.Key.IfName, host.ErrNetNSGone)
 	}
-	r := &record{Config: n.config, Attachment: a, Cookie: ns.cookie, Complete: true}
-	if r.Result, err = r.result(previous); err != nil || r.PortMappings == nil {
+	r := &attachment.Record{Config: n.config, Attachment: a, Cookie: ns.cookie, Complete: true}
+	if r.Result, err = r.ResultOf(previous); err != nil || r.PortMappings == nil {
 		return r, err
 	}
-	if r.Mapper = mapperWeir; hasPortmapTable() && runPortmap(r, "CHECK") == nil {
-		r.Mapper = mapperPortmap
+	if r.Mapper = attachment.MapperWeir; hostport.HasPortmapTable() && hostport.Portmap(r, "CHECK") == nil {
+		r.Mapper = attachment.MapperPortmap
 		return r, nil
 	}
-	r.Ports, err = hostPorts(r)
+	r.Ports, err = hostport.Wanted(r)
 	return r, err
 }
 
 // Remove takes the attachment away, as far as it gets; it asks neither for the
 // namespace nor for a record. What it could not do comes back, and stays in
 // the record for a later Collect or Add of the same key.
-func (n *Network) Remove(a Attachment) error {
+func (n *Network) Remove(a attachment.Attachment) error {
 	r, unknown := n.records.Read(a.Key)
 	if unknown != nil {
-		r = &record{Config: n.config, Attachment: a, lost: true}
+		r = &attachment.Record{Config: n.config, Attachment: a, Lost: true}
 	}
 	if a.Path != "" {
 		r.Path = a.Path
@@ -223,8 +227,8 @@ func (n *Network) Remove(a Attachment) error {
 }
 
 // teardown undoes build. The record goes last, and only when nothing is left.
-func (n *Network) teardown(r *record) error {
-	err := errors.Join(unmapPorts(r, n.records), n.removeDevices(r), release(r))
+func (n *Network) teardown(r *attachment.Record) error {
+	err := errors.Join(hostport.Unmap(r, n.records), n.removeDevices(r), delegate.Release(r))
 	if err != nil {
 		return err
 	}
@@ -234,7 +238,7 @@ func (n *Network) teardown(r *record) error {
 // Owns reports whether anything of the attachment is on the node.
 func (n *Network) Owns(key workload.AttachmentID) bool {
 	_, err := n.records.Read(key)
-	return !errors.Is(err, store.ErrUnknown) || hasDevice(HostDevice(key))
+	return !errors.Is(err, store.ErrUnknown) || hasDevice(attachment.HostDevice(key))
 }
 
 // Collect removes the network's attachments that are not in valid, and the
@@ -255,13 +259,13 @@ func (n *Network) Collect(valid []workload.AttachmentID, path string) (removed [
 		}
 		removed = append(removed, r.Key)
 	}
-	return removed, errors.Join(append(problems, collectLeases(n.config, valid, path))...)
+	return removed, errors.Join(append(problems, delegate.CollectLeases(n.config, valid, path))...)
 }
 
 // Probe reports whether an Add would find what it needs on the node.
 func (n *Network) Probe(path string) error {
-	if err := need(&n.config, path); err != nil {
+	if err := delegate.Need(&n.config, path); err != nil {
 		return err
 	}
-	return probeForward(n.config)
+	return forward.ProbeForward(n.config)
 }

@@ -16,6 +16,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -103,7 +105,7 @@ func TestResult(t *testing.T) {
 		"cniVersion": "1.1.0",
 		"interfaces": []any{
 			map[string]any{"name": bridge, "mac": mac(bridge, n.ns)},
-			map[string]any{"name": HostDevice(a.Key), "mac": mac(HostDevice(a.Key), n.ns)},
+			map[string]any{"name": attachment.HostDevice(a.Key), "mac": mac(attachment.HostDevice(a.Key), n.ns)},
 			map[string]any{"name": "eth0", "mac": mac("eth0", a.ns), "sandbox": a.NetNS},
 		},
 		"ips": []any{
@@ -148,8 +150,8 @@ func TestKnownIDWithANewNamespace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(result.Interfaces[atAllocation].Sandbox, moved.NetNS) {
-		t.Errorf("sandbox %s: want %s", result.Interfaces[atAllocation].Sandbox, moved.NetNS)
+	if !strings.Contains(result.Interfaces[attachment.AtAllocation].Sandbox, moved.NetNS) {
+		t.Errorf("sandbox %s: want %s", result.Interfaces[attachment.AtAllocation].Sandbox, moved.NetNS)
 	}
 	old.ns.Do(func() {
 		if hasDevice("eth0") {
@@ -178,7 +180,7 @@ func TestKnownIDWhoseTasksRunInTheOldNamespace(t *testing.T) {
 	refused := func() {
 		t.Helper()
 		n.wantSame(t, func() {
-			if _, err := n.add(moved); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), fmt.Sprint(task.PID)) {
+			if _, err := n.add(moved); !errors.Is(err, attachment.ErrInUse) || !strings.Contains(err.Error(), fmt.Sprint(task.PID)) {
 				t.Errorf("ADD with another namespace: %v: want ErrInhabited that names process %d", err, task.PID)
 			}
 		})
@@ -206,7 +208,7 @@ func TestAddAfterAReboot(t *testing.T) {
 	if err := os.RemoveAll(n.stateDir); err != nil {
 		t.Fatal(err)
 	}
-	n.run(t, "ip", "link", "del", HostDevice(a.Key))
+	n.run(t, "ip", "link", "del", attachment.HostDevice(a.Key))
 	n.run(t, "ip", "link", "del", bridge)
 	again, _ := n.added(t, "a")
 	if err := n.remove(again); err != nil {
@@ -234,11 +236,11 @@ func TestDelKeepsForLaterWhatItCouldNotDo(t *testing.T) {
 	a, _ := n.added(t, "a")
 	path := a.Path
 	a.Path = "/nowhere"
-	if err := n.remove(a); !errors.Is(err, ErrMissing) {
+	if err := n.remove(a); !errors.Is(err, attachment.ErrMissing) {
 		t.Errorf("DEL without the IPAM plugin: %v: want ErrMissing", err)
 	}
 	n.ns.Do(func() {
-		if hasDevice(HostDevice(a.Key)) {
+		if hasDevice(attachment.HostDevice(a.Key)) {
 			t.Error("the device is still there")
 		}
 		removed, err := n.network().Collect(nil, path)
@@ -260,7 +262,7 @@ func TestCollect(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	n.run(t, "ip", "link", "del", HostDevice(lost.Key)) // its namespace died
+	n.run(t, "ip", "link", "del", attachment.HostDevice(lost.Key)) // its namespace died
 	other := *n
 	other.config.Name = "other"
 	other.config.Bridge = "other0"
@@ -302,7 +304,7 @@ func TestManyAtOnce(t *testing.T) {
 		wg.Wait()
 	}
 	each(func(a *allocation) error { _, err := n.add(a); return err })
-	rules := strings.Count(n.run(t, "nft", "list", "table", "inet", Table), "masquerade comment")
+	rules := strings.Count(n.run(t, "nft", "list", "table", "inet", nft.Table), "masquerade comment")
 	if rules != 4 { // two of each subnet
 		t.Errorf("%d rules: want 4 for all", rules)
 	}

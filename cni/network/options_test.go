@@ -11,7 +11,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
-
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -48,7 +48,7 @@ func TestMTU(t *testing.T) {
 			n.config.MTU = tt.mtu
 			n.run(t, "sh", "-ec", tt.onNode)
 			a, _ := n.added(t, "a")
-			for device, ns := range map[string]*test.NetNS{bridge: n.ns, HostDevice(a.Key): n.ns, "eth0": a.ns} {
+			for device, ns := range map[string]*test.NetNS{bridge: n.ns, attachment.HostDevice(a.Key): n.ns, "eth0": a.ns} {
 				if got := mtuIn(t, ns, device); got != tt.want {
 					t.Errorf("mtu of %s: %d, want %d", device, got, tt.want)
 				}

@@ -13,7 +13,8 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-
+	"github.com/weirmesh/weir/cni/network/hostport"
+	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -253,11 +254,11 @@ func TestHostPortsThatPortmapMapped(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := withNftables(func(conn *nftables.Conn) error { return deleteElements(conn, r.Ports) }); err != nil {
+		if err := nft.WithNftables(func(conn *nftables.Conn) error { return hostport.DeleteElements(conn, r.Ports) }); err != nil {
 			t.Fatal(err)
 		}
 		r.Mapper, r.Ports = "", nil // as earlier versions wrote it
-		if err := runPortmap(r, "ADD"); err != nil {
+		if err := hostport.Portmap(r, "ADD"); err != nil {
 			t.Fatal(err)
 		}
 		if err := n.network().records.Write(r); err != nil {

@@ -10,6 +10,9 @@ import (
 	"os"
 
 	"github.com/google/nftables"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/hostport"
+	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/redirect/host"
 )
 
@@ -17,13 +20,13 @@ import (
 // attachment on record whose namespace lives, and says what it put back. It calls no
 // other plugin.
 func Repair(ctx context.Context, stateDir string) (repaired []string, err error) {
-	n := New(Config{}, stateDir).Until(ctx)
+	n := New(attachment.Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.records.Dir()); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // locking would make the directory above
 	}
 	err = n.records.Locked(func() error {
 		records, problem := n.records.ReadAll()
-		return withNftables(func(conn *nftables.Conn) error {
+		return nft.WithNftables(func(conn *nftables.Conn) error {
 			repaired, err = repairAll(conn, records)
 			return errors.Join(problem, err)
 		})
@@ -31,9 +34,9 @@ func Repair(ctx context.Context, stateDir string) (repaired []string, err error)
 	return repaired, err
 }
 
-func repairAll(conn *nftables.Conn, records []*record) (repaired []string, err error) {
+func repairAll(conn *nftables.Conn, records []*attachment.Record) (repaired []string, err error) {
 	var problems []error
-	var held []heldPort
+	var held []hostport.HeldPort
 	seen := make(map[string]bool) // networks whose rules are there
 	for _, r := range records {
 		cookie, err := host.Cookie(r.NetNS)
@@ -50,11 +53,11 @@ func repairAll(conn *nftables.Conn, records []*record) (repaired []string, err e
 				problems = append(problems, fmt.Errorf("repair rules of network %s: %w", r.Name, err))
 				continue
 			}
-			if held, err = heldPorts(conn); err != nil {
+			if held, err = hostport.Held(conn); err != nil {
 				return repaired, err
 			}
 		}
-		more, err := restorePorts(r, conn, held)
+		more, err := hostport.Restore(r, conn, held)
 		repaired = append(repaired, more...)
 		if err != nil {
 			problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
 )
 
 // Every step of ADD fails once, in a way that a node can really bring about.
@@ -26,7 +27,7 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 	}{
 		"the IPAM plugin is missing": {
 			spoil: func(_ *testing.T, n *node, _ *allocation) { n.ipam(map[string]any{"type": "no-such-ipam"}) },
-			is:    ErrMissing, part: "no-such-ipam",
+			is:    attachment.ErrMissing, part: "no-such-ipam",
 		},
 		"the IPAM plugin fails": {
 			spoil: func(_ *testing.T, n *node, _ *allocation) { n.ranges("10.77.0.0/32") }, part: "take an address",
@@ -52,13 +53,13 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 		},
 		"the bridge's name is another device's": {
 			spoil:  func(t *testing.T, n *node, _ *allocation) { n.run(t, "ip", "link", "add", bridge, "type", "veth") },
-			repair: "ip link del " + bridge, is: ErrTaken, part: "veth",
+			repair: "ip link del " + bridge, is: attachment.ErrTaken, part: "veth",
 		},
 		"the bridge has another address": {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.run(t, "sh", "-ec", "ip link add "+bridge+" type bridge; ip addr add 10.77.0.77/24 dev "+bridge)
 			},
-			repair: "ip link del " + bridge, is: ErrTaken, part: "forceAddress",
+			repair: "ip link del " + bridge, is: attachment.ErrTaken, part: "forceAddress",
 		},
 		"the bridge's MTU is too small for IPv6": {
 			spoil: func(_ *testing.T, n *node, _ *allocation) { n.config.MTU = 1000 }, part: "mtu 1000: IPv6 needs 1280",
@@ -67,20 +68,20 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.run(t, "sh", "-ec", "nft add table inet weir; nft 'add chain inet weir postrouting { type filter hook input priority 0; }'; nft add rule inet weir postrouting counter")
 			},
-			repair: "nft delete table inet weir", is: ErrTaken, part: "inet weir postrouting",
+			repair: "nft delete table inet weir", is: attachment.ErrTaken, part: "inet weir postrouting",
 		},
 		"the maps of host ports": {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
 				n.config.PortMappings = json.RawMessage(`[{"hostPort":8080,"containerPort":80,"protocol":"tcp"}]`)
 				n.run(t, "sh", "-ec", "nft add table inet weir; nft 'add chain inet weir prerouting { type filter hook input priority 0; }'; nft add chain inet weir others; nft add rule inet weir others counter")
 			},
-			repair: "nft delete table inet weir", is: ErrTaken, part: "maps of host ports in table inet weir",
+			repair: "nft delete table inet weir", is: attachment.ErrTaken, part: "maps of host ports in table inet weir",
 		},
 		"the interface's name is taken": {
 			spoil: func(t *testing.T, n *node, a *allocation) {
 				a.ns.Do(func() { runHere(t, "ip", "link", "add", "eth0", "type", "bridge") })
 			},
-			is: ErrTaken, part: "eth0", reused: true,
+			is: attachment.ErrTaken, part: "eth0", reused: true,
 		},
 		"a route": {
 			spoil: func(t *testing.T, n *node, _ *allocation) {
@@ -122,7 +123,7 @@ func TestAddThatFailsLeavesNothing(t *testing.T) {
 					})
 				}
 			})
-			if err := n.remove(a); err != nil && !errors.Is(err, ErrMissing) && !strings.Contains(name, "host ports") && !strings.Contains(name, "IPAM") {
+			if err := n.remove(a); err != nil && !errors.Is(err, attachment.ErrMissing) && !strings.Contains(name, "host ports") && !strings.Contains(name, "IPAM") {
 				t.Errorf("DEL after it: %v", err)
 			}
 			if tt.reused {

@@ -13,6 +13,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -20,7 +21,7 @@ import (
 
 // Recorded is an attachment on record.
 type Recorded struct {
-	Attachment
+	attachment.Attachment
 	Network string          // its name
 	Cookie  uint64          // of its namespace; 0 where the record is of an earlier boot
 	Ports   json.RawMessage // PortMappings of its configuration
@@ -30,14 +31,14 @@ type Recorded struct {
 // Attachments lists the attachments on record, those of ended namespaces too.
 // What of them cannot be read comes back in the error, beside the rest.
 func Attachments(stateDir string) ([]Recorded, error) {
-	boot, err := bootID()
+	boot, err := attachment.BootID()
 	if err != nil {
 		return nil, err
 	}
-	records, err := New(Config{}, stateDir).records.ReadAll()
+	records, err := New(attachment.Config{}, stateDir).records.ReadAll()
 	list := make([]Recorded, 0, len(records))
 	for _, r := range records {
-		recorded := Recorded{Attachment: r.Attachment, Network: r.Name, Ports: r.PortMappings, Maps: r.Mapper == mapperWeir}
+		recorded := Recorded{Attachment: r.Attachment, Network: r.Name, Ports: r.PortMappings, Maps: r.Mapper == attachment.MapperWeir}
 		if r.BootID == boot {
 			recorded.Cookie = r.Cookie
 		}
@@ -49,11 +50,11 @@ func Attachments(stateDir string) ([]Recorded, error) {
 // Forget removes an attachment that is on record, as Remove does, with what the
 // record says of its network. path is CNI_PATH; empty leaves it to the record.
 func Forget(stateDir string, key workload.AttachmentID, path string) error {
-	n := New(Config{}, stateDir)
+	n := New(attachment.Config{}, stateDir)
 	if _, err := n.records.Read(key); errors.Is(err, store.ErrUnknown) {
 		return n.records.Remove(key) // one that cannot be read stands for nothing
 	}
-	return n.Remove(Attachment{Key: key, Path: path})
+	return n.Remove(attachment.Attachment{Key: key, Path: path})
 }
 
 // Uninstall removes the bridges that were made from this state directory, with the
@@ -62,7 +63,7 @@ func Forget(stateDir string, key workload.AttachmentID, path string) error {
 // that did not record bridges. A bridge that has ports still serves allocations, and
 // stays with all records; so does one that an operator made.
 func Uninstall(ctx context.Context, stateDir string) (removed, kept []string, err error) {
-	n := New(Config{}, stateDir).Until(ctx)
+	n := New(attachment.Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.records.StateDir); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil, nil // locking would make it
 	}
@@ -151,7 +152,7 @@ func removeUnused(h *netlink.Handle, bridge netlink.Link) (used bool, err error)
 // serves reports an attachment, to a bridge of whomever, whose namespace lives.
 func (n *Network) serves() bool {
 	records, _ := n.records.ReadAll() // one that cannot be read cannot be served either
-	return slices.ContainsFunc(records, func(r *record) bool {
+	return slices.ContainsFunc(records, func(r *attachment.Record) bool {
 		cookie, err := host.Cookie(r.NetNS)
 		return err == nil && cookie == r.Cookie
 	})

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+// Package delegate asks other plugins: the IPAM plugin, of which host-local is linked
+// in, and portmap for what an earlier version had mapped by it.
+package delegate
 
 import (
 	"encoding/json"
@@ -12,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/workload"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -21,14 +24,14 @@ import (
 // another. It is the only one that is not run but linked in.
 const HostLocal = "host-local"
 
-// need reports what of the programs that the network runs is not on the node.
-func need(c *Config, path string) error {
+// Need reports what of the programs that the network runs is not on the node.
+func Need(c *attachment.Config, path string) error {
 	var plugins []string
 	if c.IPAM != HostLocal {
 		plugins = append(plugins, c.IPAM)
 	}
 	for _, plugin := range plugins {
-		if _, err := find(plugin, path); err != nil {
+		if _, err := Find(plugin, path); err != nil {
 			return err
 		}
 	}
@@ -48,14 +51,14 @@ func plainArgs(text string) string {
 	return strings.Join(kept, ";")
 }
 
-// lease takes addresses. A lease that the key still has, from before a reboot
+// Lease takes addresses. A lease that the key still has, from before a reboot
 // or a crash, is given back first.
-func lease(r *record) (*current.Result, error) {
-	leased, err := call(r, "ADD", r.IPAM, r.Delegate)
-	if err != nil && !errors.Is(err, ErrMissing) {
-		if release := release(r); release == nil {
+func Lease(r *attachment.Record) (*current.Result, error) {
+	leased, err := Call(r, "ADD", r.IPAM, r.Delegate)
+	if err != nil && !errors.Is(err, attachment.ErrMissing) {
+		if release := Release(r); release == nil {
 			var again error
-			if leased, again = call(r, "ADD", r.IPAM, r.Delegate); again == nil {
+			if leased, again = Call(r, "ADD", r.IPAM, r.Delegate); again == nil {
 				err = nil
 			}
 		}
@@ -73,24 +76,24 @@ func lease(r *record) (*current.Result, error) {
 	return result, nil
 }
 
-func release(r *record) error {
-	if _, err := call(r, "DEL", r.IPAM, r.Delegate); err != nil {
+func Release(r *attachment.Record) error {
+	if _, err := Call(r, "DEL", r.IPAM, r.Delegate); err != nil {
 		return fmt.Errorf("give the address back: %w", err)
 	}
 	return nil
 }
 
-// checkLease takes a lost lease anew: with the address free, the next ADD
+// CheckLease takes a lost lease anew: with the address free, the next ADD
 // would give it to another.
-func checkLease(r *record) (repairs []string, err error) {
-	if _, err := call(r, "CHECK", r.IPAM, r.Delegate); err == nil || !atLeast(r.CNIVersion, "0.4.0") {
+func CheckLease(r *attachment.Record) (repairs []string, err error) {
+	if _, err := Call(r, "CHECK", r.IPAM, r.Delegate); err == nil || !attachment.AtLeast(r.CNIVersion, "0.4.0") {
 		return nil, nil
 	}
 	stdin, err := withAddresses(r.Delegate, r.Result)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := call(r, "ADD", r.IPAM, stdin); err != nil {
+	if _, err := Call(r, "ADD", r.IPAM, stdin); err != nil {
 		return []string{fmt.Sprintf("the lease is lost and cannot be had again, the allocation keeps its address: %v", err)}, nil
 	}
 	return []string{"lease of " + r.Result.IPs[0].Address.IP.String()}, nil
@@ -111,9 +114,9 @@ func withAddresses(stdin json.RawMessage, result *current.Result) ([]byte, error
 	return json.Marshal(conf)
 }
 
-// collectLeases gives back the leases of host-local that belong to no valid
+// CollectLeases gives back the leases of host-local that belong to no valid
 // attachment: those whose record was lost.
-func collectLeases(config Config, valid []workload.AttachmentID, path string) error {
+func CollectLeases(config attachment.Config, valid []workload.AttachmentID, path string) error {
 	if config.IPAM != HostLocal || config.LeaseDir == "" {
 		return nil
 	}
@@ -133,8 +136,8 @@ func collectLeases(config Config, valid []workload.AttachmentID, path string) er
 		if err != nil || !ok || slices.Contains(valid, key) {
 			continue // the lock, the last address, or gone by now
 		}
-		r := &record{Config: config, Attachment: Attachment{Key: key, Path: path}}
-		problems = append(problems, release(r))
+		r := &attachment.Record{Config: config, Attachment: attachment.Attachment{Key: key, Path: path}}
+		problems = append(problems, Release(r))
 	}
 	return errors.Join(problems...)
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+// Package hostport maps host ports to allocations, as elements of maps of nftables.
+package hostport
 
 import (
 	"encoding/binary"
@@ -13,6 +14,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -26,8 +29,8 @@ type portMapping struct {
 	HostIP        string `json:"hostIP,omitempty"`
 }
 
-// parsePortMappings reads what the runtime asks for.
-func parsePortMappings(raw json.RawMessage) (list []portMapping, err error) {
+// ParsePortMappings reads what the runtime asks for.
+func ParsePortMappings(raw json.RawMessage) (list []portMapping, err error) {
 	if raw == nil {
 		return nil, nil
 	}
@@ -35,7 +38,7 @@ func parsePortMappings(raw json.RawMessage) (list []portMapping, err error) {
 		return nil, fmt.Errorf("read portMappings: %w", err)
 	}
 	for i, m := range list {
-		if _, err := m.protocol(); err != nil {
+		if _, err := m.Number(); err != nil {
 			return nil, err
 		}
 		if m.HostPort == 0 || m.ContainerPort == 0 {
@@ -53,7 +56,7 @@ func parsePortMappings(raw json.RawMessage) (list []portMapping, err error) {
 	return list, nil
 }
 
-func (m portMapping) protocol() (uint8, error) {
+func (m portMapping) Number() (uint8, error) {
 	switch strings.ToLower(m.Protocol) {
 	case "", "tcp":
 		return unix.IPPROTO_TCP, nil
@@ -65,15 +68,15 @@ func (m portMapping) protocol() (uint8, error) {
 	return 0, fmt.Errorf("portMappings: host port %d: protocol %q: want tcp, udp or sctp", m.HostPort, m.Protocol)
 }
 
-// hostPorts are the translations that the mappings ask for: in each family in
+// Wanted are the translations that the mappings ask for: in each family in
 // which the allocation has an address, to the first address of that family.
-func hostPorts(r *record) (list []hostPort, err error) {
-	mappings, err := parsePortMappings(r.PortMappings)
+func Wanted(r *attachment.Record) (list []attachment.Port, err error) {
+	mappings, err := ParsePortMappings(r.PortMappings)
 	if err != nil || r.Result == nil {
 		return nil, err
 	}
 	for _, four := range []bool{true, false} {
-		i := slices.IndexFunc(r.Result.IPs, func(ip *ipConfig) bool { return (ip.Address.IP.To4() != nil) == four })
+		i := slices.IndexFunc(r.Result.IPs, func(ip *attachment.IpConfig) bool { return (ip.Address.IP.To4() != nil) == four })
 		if i < 0 {
 			continue
 		}
@@ -89,11 +92,11 @@ func hostPorts(r *record) (list []hostPort, err error) {
 					continue
 				}
 			}
-			protocol, err := m.protocol()
+			protocol, err := m.Number()
 			if err != nil {
 				return nil, err
 			}
-			list = append(list, hostPort{
+			list = append(list, attachment.Port{
 				Protocol: protocol, Host: netip.AddrPortFrom(on, m.HostPort),
 				Container: netip.AddrPortFrom(container.Unmap(), m.ContainerPort),
 			})
@@ -102,20 +105,20 @@ func hostPorts(r *record) (list []hostPort, err error) {
 	return list, nil
 }
 
-// mapPorts puts the translations in force, all in one transaction. A port that
+// Map puts the translations in force, all in one transaction. A port that
 // another attachment holds is taken over: the runtime gives a port to one
 // allocation at a time, so the other one has ended, whatever of it is left.
-func mapPorts(r *record, records Records) (err error) {
-	if r.Ports, err = hostPorts(r); err != nil || len(r.Ports) == 0 {
+func Map(r *attachment.Record, records attachment.Records) (err error) {
+	if r.Ports, err = Wanted(r); err != nil || len(r.Ports) == 0 {
 		return err
 	}
-	r.Mapper = mapperWeir
+	r.Mapper = attachment.MapperWeir
 	// On record before the first is in force, for whoever ends a half-made one.
 	if err := records.Write(r); err != nil {
 		return err
 	}
 	err = records.Locked(func() error {
-		return withNftables(func(conn *nftables.Conn) error {
+		return nft.WithNftables(func(conn *nftables.Conn) error {
 			err := addElements(r, conn, r.Ports)
 			if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) {
 				if err = takeOver(r, records, conn); err == nil {
@@ -131,7 +134,7 @@ func mapPorts(r *record, records Records) (err error) {
 	return forgetFlows(r)
 }
 
-func addElements(r *record, conn *nftables.Conn, ports []hostPort) error {
+func addElements(r *attachment.Record, conn *nftables.Conn, ports []attachment.Port) error {
 	for _, m := range portMaps() {
 		if elements := m.elements(ports, r.Key); len(elements) > 0 {
 			if err := conn.SetAddElements(m.set, elements); err != nil {
@@ -144,20 +147,20 @@ func addElements(r *record, conn *nftables.Conn, ports []hostPort) error {
 
 // takeOver frees the ports of this attachment that others hold, in the kernel
 // and on their records, so that their DEL does not end what is somebody else's now.
-func takeOver(r *record, records Records, conn *nftables.Conn) error {
-	held, err := heldPorts(conn)
+func takeOver(r *attachment.Record, records attachment.Records, conn *nftables.Conn) error {
+	held, err := Held(conn)
 	if err != nil {
 		return err
 	}
-	lost := make(map[workload.AttachmentID][]hostPort)
+	lost := make(map[workload.AttachmentID][]attachment.Port)
 	for _, wanted := range r.Ports {
-		i := slices.IndexFunc(held, func(h heldPort) bool { return h.sameHost(wanted) && h.Container != wanted.Container })
+		i := slices.IndexFunc(held, func(h HeldPort) bool { return h.SameHost(wanted) && h.Container != wanted.Container })
 		if i >= 0 {
-			lost[held[i].owner] = append(lost[held[i].owner], held[i].hostPort)
+			lost[held[i].owner] = append(lost[held[i].owner], held[i].Port)
 		}
 	}
 	for owner, ports := range lost {
-		if err := deleteElements(conn, ports); err != nil {
+		if err := DeleteElements(conn, ports); err != nil {
 			return err
 		}
 		other, err := records.Read(owner)
@@ -167,7 +170,7 @@ func takeOver(r *record, records Records, conn *nftables.Conn) error {
 		if err != nil {
 			return err
 		}
-		other.Ports = slices.DeleteFunc(other.Ports, func(p hostPort) bool { return slices.Contains(ports, p) })
+		other.Ports = slices.DeleteFunc(other.Ports, func(p attachment.Port) bool { return slices.Contains(ports, p) })
 		if err := records.Write(other); err != nil {
 			return err
 		}
@@ -177,21 +180,21 @@ func takeOver(r *record, records Records, conn *nftables.Conn) error {
 
 // unmapPorts ends the translations. Those of an attachment whose record is
 // lost are told by the name that each carries.
-func unmapPorts(r *record, records Records) error {
-	if r.Mapper == mapperPortmap || r.lost && r.PortMappings != nil && hasPortmapTable() {
-		if err := unmapByPortmap(r); err != nil || r.Mapper == mapperPortmap {
+func Unmap(r *attachment.Record, records attachment.Records) error {
+	if r.Mapper == attachment.MapperPortmap || r.Lost && r.PortMappings != nil && HasPortmapTable() {
+		if err := unmapByPortmap(r); err != nil || r.Mapper == attachment.MapperPortmap {
 			return err
 		}
 	}
-	if len(r.Ports) == 0 && !r.lost {
+	if len(r.Ports) == 0 && !r.Lost {
 		return nil
 	}
 	err := records.Locked(func() error {
-		return withNftables(func(conn *nftables.Conn) error {
+		return nft.WithNftables(func(conn *nftables.Conn) error {
 			if err := recallPorts(r, conn); err != nil {
 				return err
 			}
-			return deleteElements(conn, r.Ports)
+			return DeleteElements(conn, r.Ports)
 		})
 	})
 	if err != nil {
@@ -201,25 +204,25 @@ func unmapPorts(r *record, records Records) error {
 }
 
 // recallPorts reads the ports of an attachment whose record is lost from the translations.
-func recallPorts(r *record, conn *nftables.Conn) error {
-	if !r.lost {
+func recallPorts(r *attachment.Record, conn *nftables.Conn) error {
+	if !r.Lost {
 		return nil
 	}
-	held, err := heldPorts(conn)
+	held, err := Held(conn)
 	if err != nil {
 		return err
 	}
 	for _, h := range held {
 		if h.owner == r.Key {
-			r.Ports = append(r.Ports, h.hostPort)
+			r.Ports = append(r.Ports, h.Port)
 		}
 	}
 	return nil
 }
 
-// deleteElements takes translations away, in one transaction; where one of them
+// DeleteElements takes translations away, in one transaction; where one of them
 // is gone already, each in its own.
-func deleteElements(conn *nftables.Conn, ports []hostPort) error {
+func DeleteElements(conn *nftables.Conn, ports []attachment.Port) error {
 	if len(ports) == 0 {
 		return nil
 	}
@@ -234,7 +237,7 @@ func deleteElements(conn *nftables.Conn, ports []hostPort) error {
 	}
 	for _, m := range portMaps() {
 		for _, port := range ports {
-			if err := m.queueDelete(conn, []hostPort{port}); err != nil {
+			if err := m.queueDelete(conn, []attachment.Port{port}); err != nil {
 				return err
 			}
 			if err := conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -245,7 +248,7 @@ func deleteElements(conn *nftables.Conn, ports []hostPort) error {
 	return nil
 }
 
-func (m portMap) queueDelete(conn *nftables.Conn, ports []hostPort) error {
+func (m portMap) queueDelete(conn *nftables.Conn, ports []attachment.Port) error {
 	elements := m.elements(ports, workload.AttachmentID{})
 	for i := range elements {
 		elements[i] = nftables.SetElement{Key: elements[i].Key}
@@ -256,16 +259,16 @@ func (m portMap) queueDelete(conn *nftables.Conn, ports []hostPort) error {
 	return conn.SetDeleteElements(m.set, elements)
 }
 
-// checkPorts puts back the translations that are missing.
-func checkPorts(r *record, records Records) (repaired []string, err error) {
-	if r.Mapper == mapperPortmap {
+// Check puts back the translations that are missing.
+func Check(r *attachment.Record, records attachment.Records) (repaired []string, err error) {
+	if r.Mapper == attachment.MapperPortmap {
 		return checkPortmap(r)
 	}
 	err = records.Locked(func() error {
-		return withNftables(func(conn *nftables.Conn) error {
-			held, err := heldPorts(conn)
+		return nft.WithNftables(func(conn *nftables.Conn) error {
+			held, err := Held(conn)
 			if err == nil {
-				repaired, err = restorePorts(r, conn, held)
+				repaired, err = Restore(r, conn, held)
 			}
 			return err
 		})
@@ -276,11 +279,11 @@ func checkPorts(r *record, records Records) (repaired []string, err error) {
 	return repaired, nil
 }
 
-// restorePorts puts back those that nobody holds. One that another attachment
+// Restore puts back those that nobody holds. One that another attachment
 // holds by now is that one's.
-func restorePorts(r *record, conn *nftables.Conn, held []heldPort) (repaired []string, err error) {
-	missing := slices.DeleteFunc(slices.Clone(r.Ports), func(p hostPort) bool {
-		return slices.ContainsFunc(held, func(h heldPort) bool { return h.sameHost(p) })
+func Restore(r *attachment.Record, conn *nftables.Conn, held []HeldPort) (repaired []string, err error) {
+	missing := slices.DeleteFunc(slices.Clone(r.Ports), func(p attachment.Port) bool {
+		return slices.ContainsFunc(held, func(h HeldPort) bool { return h.SameHost(p) })
 	})
 	if len(missing) == 0 {
 		return nil, nil
@@ -294,7 +297,7 @@ func restorePorts(r *record, conn *nftables.Conn, held []heldPort) (repaired []s
 // forgetFlows ends what the kernel knows of UDP flows to the host ports: a flow
 // that goes on would else stay with the address that it began with. TCP begins anew
 // by itself.
-func forgetFlows(r *record) error {
+func forgetFlows(r *attachment.Record) error {
 	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
 		var filters []netlink.CustomConntrackFilter
 		for _, p := range r.Ports {
@@ -317,9 +320,9 @@ func forgetFlows(r *record) error {
 	return nil
 }
 
-// heldPort is a translation as the kernel has it.
-type heldPort struct {
-	hostPort
+// HeldPort is a translation as the kernel has it.
+type HeldPort struct {
+	attachment.Port
 	owner workload.AttachmentID
 }
 
@@ -332,10 +335,10 @@ type HostPort struct {
 
 // HostPorts lists those that are mapped without the plugin portmap, of all attachments.
 func HostPorts() (list []HostPort, err error) {
-	err = withNftables(func(conn *nftables.Conn) error {
-		held, err := heldPorts(conn)
+	err = nft.WithNftables(func(conn *nftables.Conn) error {
+		held, err := Held(conn)
 		for _, h := range held {
-			list = append(list, HostPort{Key: h.owner, Protocol: protocolNames()[h.Protocol], Host: h.Host})
+			list = append(list, HostPort{Key: h.owner, Protocol: attachment.ProtocolNames()[h.Protocol], Host: h.Host})
 		}
 		return err
 	})
@@ -343,10 +346,10 @@ func HostPorts() (list []HostPort, err error) {
 }
 
 // heldPorts reads all of the node; none where there are no maps.
-func heldPorts(conn *nftables.Conn) (list []heldPort, err error) {
-	chains, err := listChains(conn) // the library does not tell a map that is not there from another error
+func Held(conn *nftables.Conn) (list []HeldPort, err error) {
+	chains, err := nft.ListChains(conn) // the library does not tell a map that is not there from another error
 	if err != nil || !slices.ContainsFunc(chains, func(c *nftables.Chain) bool {
-		return c.Name == portChain && c.Table.Name == Table && c.Table.Family == nftables.TableFamilyINet
+		return c.Name == portChain && c.Table.Name == nft.Table && c.Table.Family == nftables.TableFamilyINet
 	}) {
 		return nil, err
 	}

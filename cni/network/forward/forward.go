@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+// Package forward accepts what an allocation sends and gets where the node drops what
+// it forwards.
+package forward
 
 import (
 	"bytes"
@@ -12,6 +14,8 @@ import (
 	"github.com/google/nftables/expr"
 	"github.com/google/nftables/xt"
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/nft"
 	"golang.org/x/sys/unix"
 )
 
@@ -23,18 +27,18 @@ const (
 	xtEstablished, xtRelated, xtStatus = 1 << 1, 1 << 2, 1 << 7
 )
 
-// ensureForward lets the bridge's traffic through every chain that would else
+// EnsureForward lets the bridge's traffic through every chain that would else
 // drop it: a forward chain with policy drop, as Docker leaves it, or one that
 // ends in drop or reject for all. What an allocation sends passes; what comes
 // to it passes if it answers, or came by a host port.
-func ensureForward(r *record, conn *nftables.Conn) (repairs []string, err error) {
+func EnsureForward(r *attachment.Record, conn *nftables.Conn) (repairs []string, err error) {
 	if !r.Gateway {
 		return nil, nil
 	}
 	if err := refuseLegacyDrop(r); err != nil {
 		return nil, err
 	}
-	chains, err := listChains(conn)
+	chains, err := nft.ListChains(conn)
 	if err != nil {
 		return nil, err
 	}
@@ -52,7 +56,7 @@ func ensureForward(r *record, conn *nftables.Conn) (repairs []string, err error)
 }
 
 // concerns reports a chain that sees what the network forwards.
-func concerns(r *record, chain *nftables.Chain) bool {
+func concerns(r *attachment.Record, chain *nftables.Chain) bool {
 	if chain.Hooknum == nil || *chain.Hooknum != *nftables.ChainHookForward {
 		return false
 	}
@@ -60,16 +64,16 @@ func concerns(r *record, chain *nftables.Chain) bool {
 	case nftables.TableFamilyINet:
 		return true
 	case nftables.TableFamilyIPv4:
-		return r.hasFamily(netlink.FAMILY_V4)
+		return r.HasFamily(netlink.FAMILY_V4)
 	case nftables.TableFamilyIPv6:
-		return r.hasFamily(netlink.FAMILY_V6)
+		return r.HasFamily(netlink.FAMILY_V6)
 	default:
 		return false
 	}
 }
 
-func accept(r *record, conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (repairs []string, err error) {
-	rules, err := rulesOf(conn, chain.Table, chain)
+func accept(r *attachment.Record, conn *nftables.Conn, chain *nftables.Chain, all []*nftables.Chain) (repairs []string, err error) {
+	rules, err := nft.RulesOf(conn, chain.Table, chain)
 	if err != nil {
 		return nil, err
 	}
@@ -79,14 +83,14 @@ func accept(r *record, conn *nftables.Conn, chain *nftables.Chain, all []*nftabl
 	}
 	place := placeOfAccept(chain, rules, all)
 	if place != chain {
-		if rules, err = rulesOf(conn, place.Table, place); err != nil {
+		if rules, err = nft.RulesOf(conn, place.Table, place); err != nil {
 			return nil, err
 		}
 	}
 	wanted := accepts(r.Bridge, isIptables(chain))
-	wanted = slices.DeleteFunc(wanted, func(w rule) bool { return hasRule(rules, w.comment) })
+	wanted = slices.DeleteFunc(wanted, func(w nft.Rule) bool { return nft.HasRule(rules, w.Comment) })
 	for _, w := range wanted {
-		added := &nftables.Rule{Table: place.Table, Chain: place, Exprs: w.exprs, UserData: comment(w.comment)}
+		added := &nftables.Rule{Table: place.Table, Chain: place, Exprs: w.Exprs, UserData: nft.Comment(w.Comment)}
 		switch {
 		case place == chain:
 			conn.InsertRule(added) // before what drops
@@ -96,7 +100,7 @@ func accept(r *record, conn *nftables.Conn, chain *nftables.Chain, all []*nftabl
 		default:
 			conn.AddRule(added)
 		}
-		repairs = append(repairs, "rule "+w.comment+" in "+chainName(place))
+		repairs = append(repairs, "rule "+w.Comment+" in "+nft.ChainName(place))
 	}
 	if len(wanted) == 0 {
 		return nil, nil
@@ -105,7 +109,7 @@ func accept(r *record, conn *nftables.Conn, chain *nftables.Chain, all []*nftabl
 		if errors.Is(err, unix.EPERM) && namesDevice(place.Table, all, r.Bridge) {
 			return nil, nil
 		}
-		return nil, fmt.Errorf("let bridge %s through %s, which drops: %w: %w", r.Bridge, chainName(place), ErrForward, err)
+		return nil, fmt.Errorf("let bridge %s through %s, which drops: %w: %w", r.Bridge, nft.ChainName(place), attachment.ErrForward, err)
 	}
 	return repairs, nil
 }
@@ -137,7 +141,7 @@ func namesDevice(table *nftables.Table, all []*nftables.Chain, name string) bool
 		if chain.Table.Name != table.Name || chain.Table.Family != table.Family {
 			return false
 		}
-		rules, err := rulesOf(conn, chain.Table, chain)
+		rules, err := nft.RulesOf(conn, chain.Table, chain)
 		return err == nil && slices.ContainsFunc(rules, func(rule *nftables.Rule) bool {
 			return slices.ContainsFunc(rule.Exprs, func(e expr.Any) bool {
 				compared, ok := e.(*expr.Cmp)
@@ -148,22 +152,22 @@ func namesDevice(table *nftables.Table, all []*nftables.Chain, name string) bool
 }
 
 // accepts are the rules, in the form that iptables-nft lists or in that of nft.
-func accepts(bridge string, iptables bool) []rule {
-	out := device(expr.MetaKeyIIFNAME, bridge, expr.CmpOpEq)
-	in := device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpEq)
+func accepts(bridge string, iptables bool) []nft.Rule {
+	out := nft.Device(expr.MetaKeyIIFNAME, bridge, expr.CmpOpEq)
+	in := nft.Device(expr.MetaKeyOIFNAME, bridge, expr.CmpOpEq)
 	verdict := []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictAccept}}
-	list := []rule{{comment: "weir: out of " + bridge, exprs: slices.Concat(out, verdict)}}
+	list := []nft.Rule{{Comment: "weir: out of " + bridge, Exprs: slices.Concat(out, verdict)}}
 	if iptables {
 		info := &xt.ConntrackMtinfo3{ConntrackMtinfo2: xt.ConntrackMtinfo2{
 			ConntrackMtinfoBase: xt.ConntrackMtinfoBase{MatchFlags: uint16(xt.ConntrackState | xt.ConntrackStateAlias)},
 			StateMask:           xtEstablished | xtRelated | xtStatus,
 		}}
 		known := []expr.Any{&expr.Match{Name: "conntrack", Rev: 3, Info: info}}
-		return append(list, rule{comment: "weir: into " + bridge, exprs: slices.Concat(in, known, verdict)})
+		return append(list, nft.Rule{Comment: "weir: into " + bridge, Exprs: slices.Concat(in, known, verdict)})
 	}
 	return append(list,
-		rule{comment: "weir: answers into " + bridge, exprs: slices.Concat(in, conntrack(expr.CtKeySTATE, ctEstablished|ctRelated), verdict)},
-		rule{comment: "weir: host ports into " + bridge, exprs: slices.Concat(in, conntrack(expr.CtKeySTATUS, ctStatusDNAT), verdict)})
+		nft.Rule{Comment: "weir: answers into " + bridge, Exprs: slices.Concat(in, nft.Conntrack(expr.CtKeySTATE, ctEstablished|ctRelated), verdict)},
+		nft.Rule{Comment: "weir: host ports into " + bridge, Exprs: slices.Concat(in, nft.Conntrack(expr.CtKeySTATUS, nft.CtStatusDNAT), verdict)})
 }
 
 // isIptables reports a chain that iptables-nft manages.
@@ -171,8 +175,8 @@ func isIptables(chain *nftables.Chain) bool {
 	return chain.Table.Name == "filter" && chain.Name == "FORWARD" && chain.Table.Family != nftables.TableFamilyINet
 }
 
-// mayHoldAccept reports a chain in which accept puts rules.
-func mayHoldAccept(chain *nftables.Chain) bool {
+// MayHoldAccept reports a chain in which accept puts rules.
+func MayHoldAccept(chain *nftables.Chain) bool {
 	return chain.Name == "DOCKER-USER" || chain.Hooknum != nil && *chain.Hooknum == *nftables.ChainHookForward
 }
 
@@ -217,9 +221,9 @@ func jumpsTo(rules []*nftables.Rule, chain string) bool {
 	})
 }
 
-// probeForward reports a drop that Add would refuse, without a change.
-func probeForward(config Config) error {
-	r := &record{Config: config}
+// ProbeForward reports a drop that Add would refuse, without a change.
+func ProbeForward(config attachment.Config) error {
+	r := &attachment.Record{Config: config}
 	if !r.Gateway {
 		return nil
 	}
@@ -228,7 +232,7 @@ func probeForward(config Config) error {
 
 // refuseLegacyDrop finds a FORWARD chain of the older iptables that drops. Its
 // rules cannot be changed one at a time, so this is left to the operator.
-func refuseLegacyDrop(r *record) error {
+func refuseLegacyDrop(r *attachment.Record) error {
 	for _, legacy := range []legacyTables{legacy4(), legacy6()} {
 		drops, err := legacy.dropsForward(r.Bridge)
 		if errors.Is(err, unix.EPERM) || errors.Is(err, unix.ENOPROTOOPT) {
@@ -238,7 +242,7 @@ func refuseLegacyDrop(r *record) error {
 			return err
 		}
 		if drops {
-			return fmt.Errorf("the FORWARD chain of %s-legacy has policy DROP and no rule for bridge %s: %w", legacy.command, r.Bridge, ErrForward)
+			return fmt.Errorf("the FORWARD chain of %s-legacy has policy DROP and no rule for bridge %s: %w", legacy.command, r.Bridge, attachment.ErrForward)
 		}
 	}
 	return nil

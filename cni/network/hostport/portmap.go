@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+package hostport
 
 import (
 	"encoding/json"
@@ -8,6 +8,9 @@ import (
 	"fmt"
 
 	"github.com/google/nftables"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/delegate"
+	"github.com/weirmesh/weir/cni/network/nft"
 )
 
 // Earlier versions had host ports mapped by the reference plugin portmap. What it
@@ -16,7 +19,7 @@ import (
 const portmap = "portmap"
 
 // portmapConfig is what the plugin gets. Its iptables backend is never used.
-func portmapConfig(r *record) ([]byte, error) {
+func portmapConfig(r *attachment.Record) ([]byte, error) {
 	conf := map[string]any{
 		"cniVersion": r.CNIVersion, "name": r.Name, "type": portmap, "backend": "nftables", "snat": true,
 		"runtimeConfig": map[string]any{"portMappings": r.PortMappings},
@@ -31,16 +34,16 @@ func portmapConfig(r *record) ([]byte, error) {
 	return json.Marshal(conf)
 }
 
-func runPortmap(r *record, command string) error {
+func Portmap(r *attachment.Record, command string) error {
 	stdin, err := portmapConfig(r)
 	if err == nil {
-		_, err = call(r, command, portmap, stdin)
+		_, err = delegate.Call(r, command, portmap, stdin)
 	}
 	return err
 }
 
-func unmapByPortmap(r *record) error {
-	if err := runPortmap(r, "DEL"); err != nil {
+func unmapByPortmap(r *attachment.Record) error {
+	if err := Portmap(r, "DEL"); err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
 	return nil
@@ -48,19 +51,19 @@ func unmapByPortmap(r *record) error {
 
 // checkPortmap maps anew what is not complete. The plugin adds rules without a
 // look at those that are there, so they go first.
-func checkPortmap(r *record) (repaired []string, err error) {
-	if !atLeast(r.CNIVersion, "0.4.0") || runPortmap(r, "CHECK") == nil {
+func checkPortmap(r *attachment.Record) (repaired []string, err error) {
+	if !attachment.AtLeast(r.CNIVersion, "0.4.0") || Portmap(r, "CHECK") == nil {
 		return nil, nil
 	}
-	if err := errors.Join(unmapByPortmap(r), runPortmap(r, "ADD")); err != nil {
+	if err := errors.Join(unmapByPortmap(r), Portmap(r, "ADD")); err != nil {
 		return nil, fmt.Errorf("map host ports: %w", err)
 	}
 	return []string{"host ports"}, nil
 }
 
-// hasPortmapTable reports that the plugin has mapped ports on this node.
-func hasPortmapTable() (found bool) {
-	_ = withNftables(func(conn *nftables.Conn) error {
+// HasPortmapTable reports that the plugin has mapped ports on this node.
+func HasPortmapTable() (found bool) {
+	_ = nft.WithNftables(func(conn *nftables.Conn) error {
 		table, err := conn.ListTableOfFamily("cni_hostport", nftables.TableFamilyIPv4)
 		found = err == nil && table != nil
 		return nil

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+package attachment
 
 import (
 	"context"
@@ -22,15 +22,15 @@ import (
 
 // Who maps the host ports of an attachment.
 const (
-	mapperWeir    = "weir"
-	mapperPortmap = "portmap" // the reference plugin, for attachments of earlier versions
+	MapperWeir    = "weir"
+	MapperPortmap = "portmap" // the reference plugin, for attachments of earlier versions
 )
 
-type ipConfig = current.IPConfig
+type IpConfig = current.IPConfig
 
-// record is what the node remembers of one attachment: with what it was made,
+// Record is what the node remembers of one attachment: with what it was made,
 // so that it can be removed without any help from the runtime.
-type record struct {
+type Record struct {
 	Config
 	Attachment
 	Cookie   uint64          `json:"cookie,string"`
@@ -38,10 +38,10 @@ type record struct {
 	Complete bool            `json:"complete"`
 	Result   *current.Result `json:"result,omitempty"`
 	Mapper   string          `json:"mapper,omitempty"` // who maps host ports; empty: nobody, or not known
-	Ports    []hostPort      `json:"ports,omitempty"`  // that are mapped by Weir itself
+	Ports    []Port          `json:"ports,omitempty"`  // that are mapped by Weir itself
 
-	leased bool // by this call
-	lost   bool // there is no record: this one is made of what the caller knows
+	Leased bool // by this call
+	Lost   bool // there is no record: this one is made of what the caller knows
 }
 
 // Records are those below a state directory.
@@ -61,11 +61,11 @@ func (n Records) Path(key workload.AttachmentID) string {
 
 // Read returns redirect.ErrUnknown where there is none. One of an earlier
 // boot is never complete: its namespace is gone, its lease may not be.
-func (n Records) Read(key workload.AttachmentID) (*record, error) {
-	return readRecordFile(n.Path(key))
+func (n Records) Read(key workload.AttachmentID) (*Record, error) {
+	return ReadRecordFile(n.Path(key))
 }
 
-func readRecordFile(path string) (*record, error) {
+func ReadRecordFile(path string) (*Record, error) {
 	data, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, store.ErrUnknown
@@ -73,26 +73,26 @@ func readRecordFile(path string) (*record, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read record: %w", err)
 	}
-	r := new(record)
+	r := new(Record)
 	if err := json.Unmarshal(data, r); err != nil {
 		// Written in one step, so this is no half of one. What it stood for
 		// is found by its key.
 		return nil, fmt.Errorf("read record %s: %w: %w", path, store.ErrUnknown, err)
 	}
-	boot, err := bootID()
+	boot, err := BootID()
 	if err != nil {
 		return nil, err
 	}
 	if r.PortMappings != nil && r.Mapper == "" {
-		r.Mapper = mapperPortmap // earlier versions had no other
+		r.Mapper = MapperPortmap // earlier versions had no other
 	}
 	r.Complete = r.Complete && r.BootID == boot && r.Result != nil
 	return r, nil
 }
 
 // Write replaces the record in one step.
-func (n Records) Write(r *record) (err error) {
-	if r.BootID, err = bootID(); err != nil {
+func (n Records) Write(r *Record) (err error) {
+	if r.BootID, err = BootID(); err != nil {
 		return err
 	}
 	data, err := json.Marshal(r)
@@ -123,7 +123,7 @@ func (n Records) Remove(key workload.AttachmentID) error {
 }
 
 // ReadAll returns every record that can be read, and what could not be.
-func (n Records) ReadAll() ([]*record, error) {
+func (n Records) ReadAll() ([]*Record, error) {
 	entries, err := os.ReadDir(n.Dir())
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -131,13 +131,13 @@ func (n Records) ReadAll() ([]*record, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list records: %w", err)
 	}
-	var records []*record
+	var records []*Record
 	var problems []error
 	for _, entry := range entries {
 		if !strings.HasSuffix(entry.Name(), ".json") {
 			continue
 		}
-		r, err := readRecordFile(filepath.Join(n.Dir(), entry.Name()))
+		r, err := ReadRecordFile(filepath.Join(n.Dir(), entry.Name()))
 		if err != nil {
 			problems = append(problems, err)
 			continue
@@ -153,7 +153,7 @@ func (n Records) Locked(action func() error) error {
 	return store.Locked(n.Ctx, filepath.Join(n.StateDir, "network.lock"), action)
 }
 
-func bootID() (string, error) {
+func BootID() (string, error) {
 	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "", fmt.Errorf("read boot ID: %w", err)
@@ -161,22 +161,22 @@ func bootID() (string, error) {
 	return strings.TrimSpace(string(id)), nil
 }
 
-// hostPort is one translation: what arrives for host and port goes to the
+// Port is one translation: what arrives for host and port goes to the
 // allocation. An unspecified host stands for every address of the node in its family.
-type hostPort struct {
+type Port struct {
 	Protocol  uint8          `json:"protocol"`
 	Host      netip.AddrPort `json:"host"`
 	Container netip.AddrPort `json:"container"`
 }
 
-func (p hostPort) String() string {
-	return fmt.Sprintf("%s %s", protocolNames()[p.Protocol], p.Host)
+func (p Port) String() string {
+	return fmt.Sprintf("%s %s", ProtocolNames()[p.Protocol], p.Host)
 }
 
-func protocolNames() map[uint8]string {
+func ProtocolNames() map[uint8]string {
 	return map[uint8]string{unix.IPPROTO_TCP: "tcp", unix.IPPROTO_UDP: "udp", unix.IPPROTO_SCTP: "sctp"}
 }
 
-func (p hostPort) sameHost(other hostPort) bool {
+func (p Port) SameHost(other Port) bool {
 	return p.Protocol == other.Protocol && p.Host == other.Host
 }

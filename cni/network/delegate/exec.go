@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+package delegate
 
 import (
 	"bytes"
@@ -16,14 +16,15 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/types/create"
 	"github.com/containernetworking/cni/pkg/version"
+	"github.com/weirmesh/weir/cni/network/attachment"
 	"golang.org/x/sys/unix"
 )
 
 // This file is what package invoke of the CNI library does. That one links
 // tracing and HTTP in, whose start took a tenth of every ADD.
 
-// find looks for a plugin in the directories of CNI_PATH.
-func find(plugin, path string) (string, error) {
+// Find looks for a plugin in the directories of CNI_PATH.
+func Find(plugin, path string) (string, error) {
 	// CNI: a name is never a path.
 	if plugin != "" && plugin == filepath.Base(plugin) {
 		for _, dir := range filepath.SplitList(path) {
@@ -33,19 +34,19 @@ func find(plugin, path string) (string, error) {
 			}
 		}
 	}
-	return "", fmt.Errorf("plugin %q in CNI_PATH %q: %w", plugin, path, ErrMissing)
+	return "", fmt.Errorf("plugin %q in CNI_PATH %q: %w", plugin, path, attachment.ErrMissing)
 }
 
-// call runs another plugin for the attachment. Only ADD has a result.
-func call(r *record, command, plugin string, stdin []byte) (types.Result, error) {
+// Call runs another plugin for the attachment. Only ADD has a result.
+func Call(r *attachment.Record, command, plugin string, stdin []byte) (types.Result, error) {
 	if plugin == HostLocal {
 		return hostLocal(r, command, stdin)
 	}
-	program, err := find(plugin, r.Path)
+	program, err := Find(plugin, r.Path)
 	if err != nil {
 		return nil, err
 	}
-	stdout, err := run(program, stdin,
+	stdout, err := Run(program, stdin,
 		"CNI_COMMAND="+command, "CNI_CONTAINERID="+r.Key.ContainerID, "CNI_NETNS="+r.NetNS, "CNI_IFNAME="+r.Key.IfName,
 		"CNI_ARGS="+plainArgs(r.Args), "CNI_PATH="+r.Path)
 	if err != nil {
@@ -54,16 +55,16 @@ func call(r *record, command, plugin string, stdin []byte) (types.Result, error)
 	if command != "ADD" {
 		return nil, nil
 	}
-	result, err := decodeResult(stdin, stdout)
+	result, err := DecodeResult(stdin, stdout)
 	if err != nil {
 		return nil, fmt.Errorf("%s %s: result: %w", plugin, command, err)
 	}
 	return result, nil
 }
 
-// run runs a plugin with the environment of this one, changed by env. A plugin
+// Run runs a plugin with the environment of this one, changed by env. A plugin
 // that fails says why on stdout.
-func run(program string, stdin []byte, env ...string) ([]byte, error) {
+func Run(program string, stdin []byte, env ...string) ([]byte, error) {
 	const busy = 5 * time.Second // while a package manager writes the program
 	for deadline := time.Now().Add(busy); ; {
 		var stdout, stderr bytes.Buffer
@@ -90,9 +91,9 @@ func pluginError(err error, stdout []byte, stderr string) error {
 	return fmt.Errorf("%w: %q", err, strings.TrimSpace(string(stdout)+stderr))
 }
 
-// decodeResult reads a result, which has the version of the configuration
+// DecodeResult reads a result, which has the version of the configuration
 // where it names none.
-func decodeResult(config, stdout []byte) (types.Result, error) {
+func DecodeResult(config, stdout []byte) (types.Result, error) {
 	decoder := version.ConfigDecoder{}
 	wanted, err := decoder.Decode(config)
 	if err != nil {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+package attachment
 
 import (
 	"fmt"
@@ -15,19 +15,19 @@ import (
 
 // The places of the interfaces in a result.
 const (
-	atBridge = iota
-	atHost
-	atAllocation
+	AtBridge = iota
+	AtHost
+	AtAllocation
 )
 
-// result is what the attachment is to look like, from what the IPAM plugin gave.
-func (r *record) result(leased *current.Result) (*current.Result, error) {
+// ResultOf is what the attachment is to look like, from what the IPAM plugin gave.
+func (r *Record) ResultOf(leased *current.Result) (*current.Result, error) {
 	result := &current.Result{
 		CNIVersion: current.ImplementedSpecVersion,
 		Interfaces: []*current.Interface{
-			atBridge:     {Name: r.Bridge},
-			atHost:       {Name: HostDevice(r.Key)},
-			atAllocation: {Name: r.Key.IfName, Sandbox: r.NetNS},
+			AtBridge:     {Name: r.Bridge},
+			AtHost:       {Name: HostDevice(r.Key)},
+			AtAllocation: {Name: r.Key.IfName, Sandbox: r.NetNS},
 		},
 		Routes: slices.Clone(leased.Routes),
 		DNS:    leased.DNS,
@@ -37,7 +37,7 @@ func (r *record) result(leased *current.Result) (*current.Result, error) {
 	}
 	for _, ip := range leased.IPs {
 		own := *ip
-		own.Interface = current.Int(atAllocation)
+		own.Interface = current.Int(AtAllocation)
 		if own.Gateway == nil && r.Gateway {
 			own.Gateway = firstAddress(&own.Address)
 		}
@@ -86,7 +86,7 @@ func firstAddress(n *net.IPNet) net.IP {
 	return first
 }
 
-func (r *record) gateway(v4 bool) net.IP {
+func (r *Record) GatewayIn(v4 bool) net.IP {
 	for _, ip := range r.Result.IPs {
 		if (ip.Address.IP.To4() != nil) == v4 {
 			return ip.Gateway
@@ -95,14 +95,14 @@ func (r *record) gateway(v4 bool) net.IP {
 	return nil
 }
 
-func (r *record) hasFamily(family int) bool {
+func (r *Record) HasFamily(family int) bool {
 	return slices.ContainsFunc(r.Result.IPs, func(ip *current.IPConfig) bool {
 		return (ip.Address.IP.To4() != nil) == (family == netlink.FAMILY_V4)
 	})
 }
 
-// subnets are those of the result's addresses, each once.
-func (r *record) subnets() (list []*net.IPNet) {
+// Subnets are those of the result's addresses, each once.
+func (r *Record) Subnets() (list []*net.IPNet) {
 	for _, ip := range r.Result.IPs {
 		subnet := &net.IPNet{IP: ip.Address.IP.Mask(ip.Address.Mask), Mask: ip.Address.Mask}
 		if !slices.ContainsFunc(list, func(other *net.IPNet) bool { return other.String() == subnet.String() }) {
@@ -112,7 +112,7 @@ func (r *record) subnets() (list []*net.IPNet) {
 	return list
 }
 
-func atLeast(have, want string) bool {
+func AtLeast(have, want string) bool {
 	ok, err := version.GreaterThanOrEqualTo(have, want)
 	return err == nil && ok
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+package delegate
 
 import (
 	"errors"
@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/weirmesh/weir/cni/network/attachment"
+
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/disk"
 	"github.com/weirmesh/weir/cni/network/leases"
@@ -22,7 +24,7 @@ import (
 // a lease cannot be told, and each gives back what the other took.
 
 // withLeases opens the leases of a configuration, under the lock of host-local.
-func withLeases(r *record, stdin []byte, action func(*leases.Config, *disk.Store) error) (err error) {
+func withLeases(r *attachment.Record, stdin []byte, action func(*leases.Config, *disk.Store) error) (err error) {
 	conf, err := leases.Parse(stdin, plainArgs(r.Args))
 	if err != nil {
 		return err
@@ -36,7 +38,7 @@ func withLeases(r *record, stdin []byte, action func(*leases.Config, *disk.Store
 }
 
 // take takes an address of each set of ranges, or none at all.
-func take(r *record, stdin []byte) (types.Result, error) {
+func take(r *attachment.Record, stdin []byte) (types.Result, error) {
 	result := &current.Result{CNIVersion: current.ImplementedSpecVersion}
 	err := withLeases(r, stdin, func(conf *leases.Config, files *disk.Store) (err error) {
 		if conf.ResolvConf != "" {
@@ -106,7 +108,7 @@ func readResolvConf(path string) (dns types.DNS, err error) {
 }
 
 // hostLocal does what host-local does at a command.
-func hostLocal(r *record, command string, stdin []byte) (result types.Result, err error) {
+func hostLocal(r *attachment.Record, command string, stdin []byte) (result types.Result, err error) {
 	switch command {
 	case "ADD":
 		result, err = take(r, stdin)

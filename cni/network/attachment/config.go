@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+// Package attachment is what the node remembers of an allocation's place in a network:
+// its configuration, its result, and the record of both on disk.
+package attachment
 
 import (
 	"crypto/sha256"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package network
+package hostport
 
 import (
 	"encoding/binary"
@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -55,14 +57,14 @@ func portMaps() []portMap {
 		one := nftables.MustConcatSetType(nftables.TypeInetProto, address, nftables.TypeInetService)
 		all := nftables.MustConcatSetType(nftables.TypeInetProto, nftables.TypeInetService)
 		list = append(list,
-			portMap{four: four, set: &nftables.Set{Table: ownTable(), Name: name, IsMap: true, Concatenation: true, KeyType: one, DataType: value}},
-			portMap{four: four, any: true, set: &nftables.Set{Table: ownTable(), Name: name + "_any", IsMap: true, Concatenation: true, KeyType: all, DataType: value}})
+			portMap{four: four, set: &nftables.Set{Table: nft.OwnTable(), Name: name, IsMap: true, Concatenation: true, KeyType: one, DataType: value}},
+			portMap{four: four, any: true, set: &nftables.Set{Table: nft.OwnTable(), Name: name + "_any", IsMap: true, Concatenation: true, KeyType: all, DataType: value}})
 	}
 	return list
 }
 
 // elements are those of the ports that belong into the map, under the owner's name.
-func (m portMap) elements(ports []hostPort, owner workload.AttachmentID) (list []nftables.SetElement) {
+func (m portMap) elements(ports []attachment.Port, owner workload.AttachmentID) (list []nftables.SetElement) {
 	for _, p := range ports {
 		if p.Host.Addr().Is4() != m.four || p.Host.Addr().IsUnspecified() != m.any {
 			continue
@@ -81,7 +83,7 @@ func (m portMap) elements(ports []hostPort, owner workload.AttachmentID) (list [
 }
 
 // decode reads an element as elements writes it.
-func (m portMap) decode(element nftables.SetElement) (held heldPort, ok bool) {
+func (m portMap) decode(element nftables.SetElement) (held HeldPort, ok bool) {
 	size, host := 16, netip.IPv6Unspecified()
 	if m.four {
 		size, host = 4, netip.IPv4Unspecified()
@@ -127,21 +129,21 @@ func (m portMap) translate() []expr.Any {
 	)
 }
 
-// ensurePortMaps makes the maps and the chains that use them, where they are not.
-func ensurePortMaps(conn *nftables.Conn) (repaired []string, err error) {
-	table := ownTable()
+// EnsurePortMaps makes the maps and the chains that use them, where they are not.
+func EnsurePortMaps(conn *nftables.Conn) (repaired []string, err error) {
+	table := nft.OwnTable()
 	chain := &nftables.Chain{Name: portChain, Table: table}
 	hooks := []*nftables.Chain{
 		{Name: "prerouting", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest},
 		{Name: "output", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookOutput, Priority: nftables.ChainPriorityNATDest},
 	}
-	present, err := rulesOf(conn, table, chain)
+	present, err := nft.RulesOf(conn, table, chain)
 	if err != nil {
 		return nil, err
 	}
 	complete := len(present) == len(portMaps())
 	for _, hook := range hooks {
-		rules, err := rulesOf(conn, table, hook)
+		rules, err := nft.RulesOf(conn, table, hook)
 		if err != nil {
 			return nil, err
 		}
@@ -169,34 +171,34 @@ func ensurePortMaps(conn *nftables.Conn) (repaired []string, err error) {
 		}})
 	}
 	if err := conn.Flush(); err != nil {
-		return nil, fmt.Errorf("make the maps of host ports in table inet %s: %w", Table, taken(err))
+		return nil, fmt.Errorf("make the maps of host ports in table inet %s: %w", nft.Table, nft.Taken(err))
 	}
 	return []string{"maps of host ports"}, nil
 }
 
-// servesAllBridges reports a chain of ensurePortMaps.
-func servesAllBridges(chain *nftables.Chain) bool {
+// ServesAllBridges reports a chain of ensurePortMaps.
+func ServesAllBridges(chain *nftables.Chain) bool {
 	return slices.Contains([]string{portChain, "prerouting", "output"}, chain.Name)
 }
 
-// loopbackRules let the node itself use its host ports by loopback: such a
+// LoopbackRules let the node itself use its host ports by loopback: such a
 // connection leaves with the bridge's address. An allocation that forges a
 // destination in loopback, which route_localnet would let in, is stopped.
-func loopbackRules(r *record) (masquerade, stop []rule) {
+func LoopbackRules(r *attachment.Record) (masquerade, stop []nft.Rule) {
 	for _, loopback := range []*net.IPNet{
 		{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)},
 		{IP: net.IPv6loopback, Mask: net.CIDRMask(128, 128)},
 	} {
-		exprs := slices.Concat(family(loopback), address(loopback, source, expr.CmpOpEq),
-			device(expr.MetaKeyOIFNAME, r.Bridge, expr.CmpOpEq), conntrack(expr.CtKeySTATUS, ctStatusDNAT))
-		masquerade = append(masquerade, rule{comment: fmt.Sprintf("weir: from %s into %s", loopback, r.Bridge), exprs: append(exprs, &expr.Counter{}, &expr.Masq{})})
-		exprs = slices.Concat(family(loopback), device(expr.MetaKeyIIFNAME, r.Bridge, expr.CmpOpEq), address(loopback, destination, expr.CmpOpEq))
-		stop = append(stop, rule{comment: fmt.Sprintf("weir: to %s out of %s", loopback, r.Bridge), exprs: append(exprs, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})})
+		exprs := slices.Concat(nft.Family(loopback), nft.Address(loopback, nft.Source, expr.CmpOpEq),
+			nft.Device(expr.MetaKeyOIFNAME, r.Bridge, expr.CmpOpEq), nft.Conntrack(expr.CtKeySTATUS, nft.CtStatusDNAT))
+		masquerade = append(masquerade, nft.Rule{Comment: fmt.Sprintf("weir: from %s into %s", loopback, r.Bridge), Exprs: append(exprs, &expr.Counter{}, &expr.Masq{})})
+		exprs = slices.Concat(nft.Family(loopback), nft.Device(expr.MetaKeyIIFNAME, r.Bridge, expr.CmpOpEq), nft.Address(loopback, nft.Destination, expr.CmpOpEq))
+		stop = append(stop, nft.Rule{Comment: fmt.Sprintf("weir: to %s out of %s", loopback, r.Bridge), Exprs: append(exprs, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop})})
 	}
 	return masquerade, stop
 }
 
-func stopChain(table *nftables.Table) *nftables.Chain {
+func StopChain(table *nftables.Table) *nftables.Chain {
 	return &nftables.Chain{
 		Name: "raw_prerouting", Table: table, Type: nftables.ChainTypeFilter,
 		Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityRaw,
