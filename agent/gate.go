@@ -105,6 +105,20 @@ func (a *Agent) closeGates(stays func(workload.AttachmentID) bool) {
 	}
 }
 
+// noteHeld counts the connections that a gate holds, each once.
+func (a *Agent) noteHeld(m *allocState, state redirect.GateState) {
+	for socket, event := range state.Waiting {
+		if m.gate.seen[socket] {
+			continue
+		}
+		m.gate.seen[socket] = true
+		a.count(func(c *api.Counts) { c.Held++ })
+		if a.flows != nil {
+			a.flows.Note(event)
+		}
+	}
+}
+
 // lookAtGates closes the gates whose proxies listen or whose time is over, and
 // counts what they hold. It returns when to look again.
 func (a *Agent) lookAtGates(now time.Time) time.Duration {
@@ -125,16 +139,7 @@ func (a *Agent) lookAtGates(now time.Time) time.Duration {
 		if err != nil && !ends(err) {
 			a.note(key, m, "gate", err)
 		}
-		for socket, event := range state.Waiting {
-			if m.gate.seen[socket] {
-				continue
-			}
-			m.gate.seen[socket] = true
-			a.count(func(c *api.Counts) { c.Held++ })
-			if a.flows != nil {
-				a.flows.Note(event)
-			}
-		}
+		a.noteHeld(m, state)
 		log := func(level slog.Level, what string) {
 			a.log.Log(context.Background(), level, what, "alloc_id", key.ContainerID, "interface", key.IfName, "connections", len(m.gate.seen),
 				"after", now.Sub(m.gate.since).Round(time.Millisecond))

@@ -14,6 +14,7 @@ import (
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Consul checks who may register a name. What else a registration says is its
@@ -29,11 +30,7 @@ func (a *Agent) identify(allocations []desired.Allocation, known catalog.Data, n
 	var foreign []health.Problem
 	for i := range allocations {
 		s := &allocations[i]
-		m := a.allocations[s.Key]
-		if m == nil {
-			m = &allocState{born: now, view: api.WorkloadView{Since: now}}
-			a.allocations[s.Key] = m
-		}
+		m := a.stateOf(s.Key, now)
 		m.remember(s.Proxies, now)
 		if len(s.Proxies) > 0 && m.doubtful(now) {
 			due = append(due, s)
@@ -46,12 +43,7 @@ func (a *Agent) identify(allocations []desired.Allocation, known catalog.Data, n
 	containers := a.containers()
 	for _, s := range due {
 		m := a.allocations[s.Key]
-		m.taskNames = nil
-		for _, path := range cgroups[s.NetNS] {
-			if task := discover.TaskOf(path, s.Job.AllocID, containers); task != "" && !slices.Contains(m.taskNames, task) {
-				m.taskNames = append(m.taskNames, task)
-			}
-		}
+		m.taskNames = tasksOf(cgroups[s.NetNS], s.Job.AllocID, containers)
 		if len(m.taskNames) > 0 && m.running.IsZero() {
 			m.running = now
 		}
@@ -64,6 +56,26 @@ func (a *Agent) identify(allocations []desired.Allocation, known catalog.Data, n
 		}
 	}
 	a.tellForeign(foreign)
+}
+
+// stateOf is what the loop remembers of an attachment, from now on where it is new.
+func (a *Agent) stateOf(key workload.AttachmentID, now time.Time) *allocState {
+	m := a.allocations[key]
+	if m == nil {
+		m = &allocState{born: now, view: api.WorkloadView{Since: now}}
+		a.allocations[key] = m
+	}
+	return m
+}
+
+// tasksOf are the names of an allocation's tasks, by their cgroups.
+func tasksOf(cgroups []string, allocID string, containers discover.Containers) (names []string) {
+	for _, path := range cgroups {
+		if task := discover.TaskOf(path, allocID, containers); task != "" && !slices.Contains(names, task) {
+			names = append(names, task)
+		}
+	}
+	return names
 }
 
 // identifyOne judges the registrations of one allocation and remembers how.

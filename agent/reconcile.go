@@ -152,11 +152,7 @@ type move struct {
 // begin puts an attachment under Weir that should be, and says what else is to be done
 // for it. What goes wrong concerns it alone and is tried again.
 func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Time) *move {
-	m := a.allocations[s.Key]
-	if m == nil {
-		m = &allocState{born: now, view: api.WorkloadView{Since: now}}
-		a.allocations[s.Key] = m
-	}
+	m := a.stateOf(s.Key, now)
 	m.fresh = false
 	v := &move{s: s, m: m}
 	v.wanted = desired.For(s, consul.Facts, desired.Policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
@@ -169,10 +165,10 @@ func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Ti
 	return v
 }
 
-// conclude says how an attachment is now.
-func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
-	s, m, wanted, state, inForce := v.s, v.m, v.wanted, v.state, v.inForce
-	problems := slices.Clone(wanted.Problems)
+// problemsOf is what is wrong with an attachment.
+func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []health.Problem {
+	s, m, state := v.s, v.m, v.state
+	problems := slices.Clone(v.wanted.Problems)
 	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
 		problems = append(problems, api.StepProblem(step, m.errors[step]))
 	}
@@ -192,9 +188,14 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	if state == api.StateManaged {
 		problems = append(problems, m.refused.problems(a.refusedAgain(m, s, now))...)
 	}
-	problems = append(problems, m.unregistered(s, state, consul, now)...)
-	next := describe(s, state, wanted, problems, consul.Facts)
-	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && inForce
+	return append(problems, m.unregistered(s, state, consul, now)...)
+}
+
+// conclude says how an attachment is now.
+func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
+	s, m, state := v.s, v.m, v.state
+	next := describe(s, state, v.wanted, a.problemsOf(v, consul, now), consul.Facts)
+	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && v.inForce
 	next.Task, m.proxies = m.tasks(), s.Proxies
 	next.Since = m.view.Since
 	if next.InSync != m.view.InSync || next.State != m.view.State {
@@ -207,7 +208,7 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 		a.changes.Workload(next, api.ChangeConfig, v.difference, now)
 	}
 	if next.State != m.view.State && next.State != api.StateOutside {
-		a.log.Info("workload "+string(next.State), "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "problems", problems)
+		a.log.Info("workload "+string(next.State), "alloc_id", s.Key.ContainerID, "interface", s.Key.IfName, "namespace", s.Job.Namespace, "job", s.Job.ID, "task_group", s.Job.Group, "problems", next.Problems)
 	}
 	before := m.hook
 	m.view, m.hook = next, 0

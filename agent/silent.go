@@ -26,24 +26,16 @@ const (
 // names of their tasks: until one listens, all under its UID would be taken for
 // it. It returns when to look again.
 func (a *Agent) identifyProxies(now time.Time) time.Duration {
-	known, wait := a.containers(), tick
+	known := a.containers()
 	started := !maps.Equal(known.Tasks, a.tasks)
 	a.tasks = known.Tasks
-	due := make(map[workload.AttachmentID]*allocState)
-	var cookies []uint64
-	for key, m := range a.allocations {
-		if m.notListeningSince.IsZero() || m.hook == 0 || m.view.Mode == workload.ModeDirect || m.view.Mode == workload.ModeGateway {
-			continue // in those nothing is redirected from which the UID exempts
-		}
-		if !started && now.Before(m.sought) {
-			wait = min(wait, m.sought.Sub(now))
-			continue
-		}
-		due[key] = m
-		cookies = append(cookies, m.hook)
-	}
+	due, wait := a.dueForSearch(started, now)
 	if len(due) == 0 {
 		return wait
+	}
+	var cookies []uint64
+	for _, m := range due {
+		cookies = append(cookies, m.hook)
 	}
 	seen, err := a.datapath.ObservedProxies(cookies)
 	if err != nil {
@@ -71,18 +63,8 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 		cost = time.Since(began)
 	}
 	for key, m := range due {
-		if len(seen[m.hook]) != len(m.proxies) {
-			continue // the kernel does not know of all of them yet
-		}
-		for service, cgroup := range m.proxiesAmong(cgroups[m.view.NetNS], known) {
-			if slices.ContainsFunc(seen[m.hook], func(s redirect.ObservedProxy) bool { return s.Cgroup == cgroup }) {
-				continue
-			}
-			err := a.datapath.SetProxyCgroup(key, service, cgroup)
-			if ends(err) {
-				err = nil // it went meanwhile
-			}
-			a.note(key, m, "recognise", err)
+		if len(seen[m.hook]) == len(m.proxies) { // else the kernel does not know of all of them yet
+			a.setProxies(key, m, m.proxiesAmong(cgroups[m.view.NetNS], known), seen[m.hook])
 		}
 	}
 	for _, m := range due {
@@ -91,6 +73,37 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 		wait = min(wait, pause)
 	}
 	return wait
+}
+
+// dueForSearch are those whose proxies do not listen and are to be looked for now, and when
+// the next of the others is. started says that a task began since the last time.
+func (a *Agent) dueForSearch(started bool, now time.Time) (due map[workload.AttachmentID]*allocState, wait time.Duration) {
+	due, wait = make(map[workload.AttachmentID]*allocState), tick
+	for key, m := range a.allocations {
+		if m.notListeningSince.IsZero() || m.hook == 0 || m.view.Mode == workload.ModeDirect || m.view.Mode == workload.ModeGateway {
+			continue // in those nothing is redirected from which the UID exempts
+		}
+		if !started && now.Before(m.sought) {
+			wait = min(wait, m.sought.Sub(now))
+			continue
+		}
+		due[key] = m
+	}
+	return due, wait
+}
+
+// setProxies tells the kernel the cgroups of proxies, by service, that it does not have yet.
+func (a *Agent) setProxies(key workload.AttachmentID, m *allocState, cgroups map[string]uint64, seen []redirect.ObservedProxy) {
+	for service, cgroup := range cgroups {
+		if slices.ContainsFunc(seen, func(s redirect.ObservedProxy) bool { return s.Cgroup == cgroup }) {
+			continue
+		}
+		err := a.datapath.SetProxyCgroup(key, service, cgroup)
+		if ends(err) {
+			err = nil // it went meanwhile
+		}
+		a.note(key, m, "recognise", err)
+	}
 }
 
 // proxiesAmong tells the proxies' cgroups by the names of the tasks: by service,

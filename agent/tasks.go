@@ -14,6 +14,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -98,6 +99,16 @@ func (a *Agent) runsBeside(m *allocState) bool {
 	return len(m.proxies) > 0 && !slices.ContainsFunc(m.proxies, missing)
 }
 
+// cgroupsOf are those in which the kernel saw the proxies, each once.
+func cgroupsOf(proxies []redirect.ObservedProxy) (cgroups []uint64) {
+	for _, proxy := range proxies {
+		if proxy.Cgroup != 0 && !slices.Contains(cgroups, proxy.Cgroup) {
+			cgroups = append(cgroups, proxy.Cgroup)
+		}
+	}
+	return cgroups
+}
+
 // lookSome looks at a part of the workloads under Weir, which costs little:
 // whether somebody detached their lookup program, and who their proxy is.
 func (a *Agent) lookSome() {
@@ -120,12 +131,7 @@ func (a *Agent) lookSome() {
 		if !a.datapath.LookupAttached(m.hook) {
 			a.check(key)
 		}
-		var cgroups []uint64
-		for _, proxy := range seen[m.hook] {
-			if proxy.Cgroup != 0 && !slices.Contains(cgroups, proxy.Cgroup) {
-				cgroups = append(cgroups, proxy.Cgroup)
-			}
-		}
+		cgroups := cgroupsOf(seen[m.hook])
 		a.checkListens(key, m, seen[m.hook], now)
 		maps.DeleteFunc(m.candidates, func(cgroup uint64, _ proxyCandidate) bool { return !slices.Contains(cgroups, cgroup) })
 		for _, cgroup := range cgroups {

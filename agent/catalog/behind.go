@@ -73,26 +73,35 @@ func (c *Client) Behind(ctx context.Context, known Snapshot, workloads []api.Wor
 	return b
 }
 
+// shownProxies are those that the node shows to be a workload's.
+func shownProxies(known Snapshot, shown []api.ProxyView) (proxies []registration.Proxy) {
+	for _, list := range known.Proxies {
+		for _, p := range list {
+			if slices.ContainsFunc(shown, func(v api.ProxyView) bool { return v.ID == p.ID }) {
+				proxies = append(proxies, p)
+			}
+		}
+	}
+	return proxies
+}
+
+// leadsTo reports whether the connection is one to the upstream.
+func leadsTo(u registration.Upstream, known Data, query api.BehindQuery) bool {
+	return u.Listener == query.To || query.SentTo.IsValid() && u.Listener == query.SentTo ||
+		slices.Contains(known.VirtualIPs[u.Of], query.To.Addr()) || query.Service != "" && u.Of.Label() == query.Service
+}
+
 // ends finds whose proxy makes the connection, and to which service.
 func ends(known Snapshot, workloads []api.WorkloadView, query api.BehindQuery) (from registration.Service, to registration.Upstream) {
 	i := slices.IndexFunc(workloads, func(w api.WorkloadView) bool { return w.Key == query.Key })
 	if i < 0 {
 		return from, to
 	}
-	var proxies []registration.Proxy // that the node shows to be the workload's
-	for _, list := range known.Proxies {
-		for _, p := range list {
-			if slices.ContainsFunc(workloads[i].Proxies, func(v api.ProxyView) bool { return v.ID == p.ID }) {
-				proxies = append(proxies, p)
-			}
-		}
-	}
+	proxies := shownProxies(known, workloads[i].Proxies)
 	for _, p := range proxies {
-		for _, u := range p.Upstreams {
-			if u.Listener == query.To || query.SentTo.IsValid() && u.Listener == query.SentTo || slices.Contains(known.Facts.VirtualIPs[u.Of], query.To.Addr()) ||
-				query.Service != "" && u.Of.Label() == query.Service {
-				return p.OwnService(), u
-			}
+		meant := func(u registration.Upstream) bool { return leadsTo(u, known.Facts, query) }
+		if i := slices.IndexFunc(p.Upstreams, meant); i >= 0 {
+			return p.OwnService(), p.Upstreams[i]
 		}
 	}
 	for _, p := range proxies {

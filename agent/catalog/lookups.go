@@ -58,95 +58,127 @@ func NewQueries(consul *Client) *Queries {
 	}
 }
 
+// round is one pass of questions: how many are left, and what ended it.
+type round struct {
+	*Queries
+	left   int
+	failed health.Problem
+	moved  bool
+}
+
+func (r *round) halted() bool { return r.failed.What != "" }
+
+// due takes one of the questions that are left for what is to be asked next then.
+func (r *round) due(next time.Time) bool {
+	if r.halted() || r.left == 0 || r.Now().Before(next) {
+		return false
+	}
+	r.left--
+	return true
+}
+
+// heard notes what an answer means for the rest of the round.
+func (r *round) heard(moved bool, err error) {
+	r.moved = r.moved || moved
+	if !concernsOne(err) {
+		r.failed = ConsulProblem(err)
+	}
+}
+
 // Refresh asks what is due for these proxies, and returns what is known and
 // whether any of it moved. An error ends the pass, but for one that concerns
 // the question alone; what was known stays.
 func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registration.Proxy) (known Data, moved bool) {
-	left := LookupsAtOnce
-	var failed health.Problem
-	halted := func() bool { return failed.What != "" }
-	heard := func(err error) {
-		if !concernsOne(err) {
-			failed = ConsulProblem(err)
-		}
-	}
-	due := func(next time.Time) bool {
-		if halted() || left == 0 || l.Now().Before(next) {
-			return false
-		}
-		left--
-		return true
-	}
+	r := &round{Queries: l, left: LookupsAtOnce}
 	compete := Competing(byAllocation)
-	if compete && due(l.allowed.Next) {
+	if compete && r.due(l.allowed.Next) {
 		answer, err := l.consul.Intentions(ctx)
-		moved = l.allowed.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal)
+		moved := l.allowed.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal)
 		l.allowed.Next = earlier(l.allowed.Next, l.Now().Add(ListenerInterval))
-		heard(err)
+		r.heard(moved, err)
 	}
 	services, gateways, checks := Questions(byAllocation, l.allowed.answer)
-	maps.DeleteFunc(l.Virtual, func(of registration.Service, _ *Query[[]netip.Addr]) bool {
-		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
-		return !wanted
-	})
-	maps.DeleteFunc(l.Gateways, func(of registration.Gateway, _ *Query[[]uint16]) bool { return !slices.Contains(gateways, of) })
-	l.OnCatalogChange()
-	for _, of := range services {
-		question := l.Virtual[of]
-		if question == nil {
-			question = &Query[[]netip.Addr]{Presence: l.Names.Of(of)}
-			l.Virtual[of] = question
-		}
-		if due(question.Next) {
-			answer, err := l.consul.VirtualIPs(ctx, of)
-			moved = question.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal) || moved
-			heard(err)
-		}
-	}
-	for _, of := range gateways {
-		question := l.Gateways[of]
-		if question == nil {
-			question = new(Query[[]uint16])
-			l.Gateways[of] = question
-		}
-		if due(question.Next) {
-			answer, err := l.consul.GatewayPorts(ctx, of)
-			moved = question.settle(l.Now(), answer, err, len(answer) > 0, slices.Equal) || moved
-			heard(err)
-		}
-	}
-	if !slices.Equal(checks, l.exposed) {
-		l.exposed, l.checks.Next, l.checks.tries = checks, time.Time{}, 0
-	}
-	if len(checks) > 0 && due(l.checks.Next) {
-		answer, err := l.consul.Checks(ctx)
-		same := func(a, b map[string][]uint16) bool { return maps.EqualFunc(a, b, slices.Equal[[]uint16]) }
-		missing := func(id string) bool { return len(answer[id]) == 0 }
-		moved = l.checks.settle(l.Now(), answer, err, !slices.ContainsFunc(checks, missing), same) || moved
-		l.checks.Next = earlier(l.checks.Next, l.Now().Add(ListenerInterval))
-		heard(err)
-	}
+	r.askServices(ctx, services)
+	r.askGateways(ctx, gateways)
+	r.askChecks(ctx, checks)
 	l.ShortenDeadlines()
 	unnamed := l.Names.unknown()
-	moved = moved || failed != l.halted || unnamed != l.unnamed
-	l.halted, l.unnamed = failed, unnamed
-	l.due = time.Time{}
-	for _, question := range l.Virtual {
-		l.due = sooner(l.due, question.turn(l.Now()))
-	}
-	for _, question := range l.Gateways {
-		l.due = sooner(l.due, question.turn(l.Now()))
-	}
-	if compete {
-		l.due = sooner(l.due, l.allowed.turn(l.Now()))
-	}
-	if len(checks) > 0 {
-		l.due = sooner(l.due, l.checks.turn(l.Now()))
-	}
-	if halted() { // whoever comes next would fare no better
+	moved = r.moved || r.failed != l.halted || unnamed != l.unnamed
+	l.halted, l.unnamed = r.failed, unnamed
+	l.due = l.nextDue(compete, len(checks) > 0)
+	if r.halted() { // whoever comes next would fare no better
 		l.due = l.Now().Add(ListenerInterval)
 	}
 	return l.known(), moved
+}
+
+// askServices asks for the virtual IPs of these services, in order.
+func (r *round) askServices(ctx context.Context, services []registration.Service) {
+	maps.DeleteFunc(r.Virtual, func(of registration.Service, _ *Query[[]netip.Addr]) bool {
+		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
+		return !wanted
+	})
+	r.OnCatalogChange()
+	for _, of := range services {
+		question := r.Virtual[of]
+		if question == nil {
+			question = &Query[[]netip.Addr]{Presence: r.Names.Of(of)}
+			r.Virtual[of] = question
+		}
+		if r.due(question.Next) {
+			answer, err := r.consul.VirtualIPs(ctx, of)
+			r.heard(question.settle(r.Now(), answer, err, len(answer) > 0, slices.Equal), err)
+		}
+	}
+}
+
+// askGateways asks for the ports of these gateways.
+func (r *round) askGateways(ctx context.Context, gateways []registration.Gateway) {
+	maps.DeleteFunc(r.Gateways, func(of registration.Gateway, _ *Query[[]uint16]) bool { return !slices.Contains(gateways, of) })
+	for _, of := range gateways {
+		question := r.Gateways[of]
+		if question == nil {
+			question = new(Query[[]uint16])
+			r.Gateways[of] = question
+		}
+		if r.due(question.Next) {
+			answer, err := r.consul.GatewayPorts(ctx, of)
+			r.heard(question.settle(r.Now(), answer, err, len(answer) > 0, slices.Equal), err)
+		}
+	}
+}
+
+// askChecks asks for the ports of exposed checks, of these services.
+func (r *round) askChecks(ctx context.Context, checks []string) {
+	if !slices.Equal(checks, r.exposed) {
+		r.exposed, r.checks.Next, r.checks.tries = checks, time.Time{}, 0
+	}
+	if len(checks) == 0 || !r.due(r.checks.Next) {
+		return
+	}
+	answer, err := r.consul.Checks(ctx)
+	same := func(a, b map[string][]uint16) bool { return maps.EqualFunc(a, b, slices.Equal[[]uint16]) }
+	missing := func(id string) bool { return len(answer[id]) == 0 }
+	moved := r.checks.settle(r.Now(), answer, err, !slices.ContainsFunc(checks, missing), same)
+	r.checks.Next = earlier(r.checks.Next, r.Now().Add(ListenerInterval))
+	r.heard(moved, err)
+}
+
+// nextDue is when the next question is due; zero: none is.
+func (l *Queries) nextDue(compete, checks bool) (due time.Time) {
+	for _, question := range l.Virtual {
+		due = sooner(due, question.turn(l.Now()))
+	}
+	for _, question := range l.Gateways {
+		due = sooner(due, question.turn(l.Now()))
+	}
+	if compete {
+		due = sooner(due, l.allowed.turn(l.Now()))
+	}
+	if checks {
+		due = sooner(due, l.checks.turn(l.Now()))
+	}
+	return due
 }
 
 func earlier(a, b time.Time) time.Time {

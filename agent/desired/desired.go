@@ -43,13 +43,7 @@ func (w *Plan) problem(code health.ProblemCode, remedy, what string) {
 func For(s Allocation, known catalog.Data, node Policy) Plan {
 	var w Plan
 	if s.Withdrawn && s.Record != nil {
-		meshConfig := workload.MeshConfig{
-			Guard: workload.MaxGuard(node.Guard, s.Record.Request.Guard), Egress: workload.MaxEgress(node.Egress, s.Record.Request.Egress),
-		}
-		if s.Record.Request.Mode != workload.ModeTransparent {
-			meshConfig.ExcludeInboundPorts = s.MappedPorts()
-		}
-		w.MeshConfig = &meshConfig
+		w.MeshConfig = s.withoutProxies(node)
 	}
 	if len(s.Proxies) == 0 {
 		return w
@@ -70,11 +64,7 @@ func For(s Allocation, known catalog.Data, node Policy) Plan {
 		if why := known.Unanswered[p.Self]; why.What != "" && p.IsGateway() {
 			w.Problems = append(w.Problems, why)
 		}
-		for _, u := range p.Upstreams {
-			if why := known.Unanswered[u.Of]; why.What != "" && !u.Remote {
-				w.Problems = append(w.Problems, why)
-			}
-		}
+		w.tellUnanswered(p, known)
 	}
 	if mode == workload.ModeTransparent {
 		open = append(open, s.StaticPorts(s.Args.UnnamedPorts(), meshConfig.InboundPort)...)
@@ -91,6 +81,26 @@ func For(s Allocation, known catalog.Data, node Policy) Plan {
 		w.Problems = append(w.Problems, s.portsInMesh(meshConfig)...)
 	}
 	return w
+}
+
+// withoutProxies is what stays of the mesh configuration where no registration counts any more.
+func (s Allocation) withoutProxies(node Policy) *workload.MeshConfig {
+	meshConfig := workload.MeshConfig{
+		Guard: workload.MaxGuard(node.Guard, s.Record.Request.Guard), Egress: workload.MaxEgress(node.Egress, s.Record.Request.Egress),
+	}
+	if s.Record.Request.Mode != workload.ModeTransparent {
+		meshConfig.ExcludeInboundPorts = s.MappedPorts()
+	}
+	return &meshConfig
+}
+
+// tellUnanswered tells of the proxy's upstreams whose virtual IPs Consul did not answer.
+func (w *Plan) tellUnanswered(p registration.Proxy, known catalog.Data) {
+	for _, u := range p.Upstreams {
+		if why := known.Unanswered[u.Of]; why.What != "" && !u.Remote {
+			w.Problems = append(w.Problems, why)
+		}
+	}
 }
 
 // decideMode is the mode of the allocation, and its guards: those of its record, or what

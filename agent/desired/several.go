@@ -17,17 +17,8 @@ import (
 
 // sidecars tells the mesh configuration who the proxies of the workload are. proxies are in order.
 func sidecars(o *workload.MeshConfig, proxies []registration.Proxy, mode workload.Mode, known catalog.Data, record *inspect.Record) (problems []health.Problem) {
-	unmeshed := slices.DeleteFunc(slices.Clone(proxies), func(p registration.Proxy) bool { return p.Inbound != 0 })
-	proxies = slices.DeleteFunc(slices.Clone(proxies), func(p registration.Proxy) bool { return p.Inbound == 0 })
-	if len(proxies) == 0 { // gateways, which come in no order
-		proxies, unmeshed = unmeshed[:1], unmeshed[1:]
-	}
 	redirected := mode == workload.ModeTransparent
-	if i := slices.IndexFunc(proxies, func(p registration.Proxy) bool { return p.Transparent }); redirected && i > 0 {
-		// Without a listener for what goes out it cannot be the first.
-		first := proxies[i]
-		proxies = slices.Insert(slices.Delete(proxies, i, i+1), 0, first)
-	}
+	proxies, unmeshed := inMesh(proxies, redirected)
 	first := proxies[0]
 	problems = ownPorts(o, first, redirected, record)
 	o.ExposedPorts = exposedPorts(known, first, record)
@@ -37,18 +28,14 @@ func sidecars(o *workload.MeshConfig, proxies []registration.Proxy, mode workloa
 	o.Service = first.OwnService().Name
 	owners := ownersOf(known, proxies, record)
 	services := map[uint16]bool{first.Local: true}
-	ports := map[uint16]registration.Proxy{first.Inbound: first}
+	ports := listenerPorts{first.Inbound: first}
 	if redirected {
 		ports[first.OutboundPort()] = first
 	}
 	take := func(port uint16, p registration.Proxy, what, remedy string) bool {
-		if other, taken := ports[port]; taken {
-			problems = append(problems, health.NewProblem(health.ProblemProxyPorts, remedy, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
-				what, p.OwnService().Name, port, other.OwnService().Name)))
-			return false
-		}
-		ports[port] = p
-		return true
+		taken := ports.take(port, p, what, remedy)
+		problems = append(problems, taken...)
+		return len(taken) == 0
 	}
 	for _, p := range slices.Concat(proxies[1:], unmeshed) {
 		if len(o.Proxies) == workload.MaxProxies-1 {
@@ -72,10 +59,44 @@ func sidecars(o *workload.MeshConfig, proxies []registration.Proxy, mode workloa
 		}
 		o.Proxies = append(o.Proxies, next)
 	}
-	if known.NoIntentions.What != "" && len(registration.Transparent(proxies)) > 1 {
-		problems = append(problems, known.NoIntentions)
+	return append(problems, unknownOwners(known, proxies)...)
+}
+
+// unknownOwners tells that nobody could say which of several proxies may dial what.
+func unknownOwners(known catalog.Data, proxies []registration.Proxy) []health.Problem {
+	if known.NoIntentions.What == "" || len(registration.Transparent(proxies)) < 2 {
+		return nil
 	}
-	return problems
+	return []health.Problem{known.NoIntentions}
+}
+
+// inMesh tells the proxies that have a listener for the mesh from the others. The first is
+// that of the workload's own service.
+func inMesh(all []registration.Proxy, redirected bool) (proxies, unmeshed []registration.Proxy) {
+	unmeshed = slices.DeleteFunc(slices.Clone(all), func(p registration.Proxy) bool { return p.Inbound != 0 })
+	proxies = slices.DeleteFunc(slices.Clone(all), func(p registration.Proxy) bool { return p.Inbound == 0 })
+	if len(proxies) == 0 { // gateways, which come in no order
+		proxies, unmeshed = unmeshed[:1], unmeshed[1:]
+	}
+	if i := slices.IndexFunc(proxies, func(p registration.Proxy) bool { return p.Transparent }); redirected && i > 0 {
+		// Without a listener for what goes out it cannot be the first.
+		first := proxies[i]
+		proxies = slices.Insert(slices.Delete(proxies, i, i+1), 0, first)
+	}
+	return proxies, unmeshed
+}
+
+// listenerPorts are the ports of a workload's proxies, with whose each is.
+type listenerPorts map[uint16]registration.Proxy
+
+// take gives the port to the proxy, or tells that another has it.
+func (l listenerPorts) take(port uint16, p registration.Proxy, what, remedy string) []health.Problem {
+	if other, taken := l[port]; taken {
+		return []health.Problem{health.NewProblem(health.ProblemProxyPorts, remedy, fmt.Sprintf("%s listener of service %s: port %d is that of service %s already",
+			what, p.OwnService().Name, port, other.OwnService().Name))}
+	}
+	l[port] = p
+	return nil
 }
 
 // ownPorts takes the ports of the first proxy, unless they are one port: then those

@@ -202,20 +202,12 @@ func (d *Docker) read(ctx context.Context) error {
 		if c.State != "running" {
 			continue
 		}
-		netns, asked := d.namespaces[c.ID]
-		if !asked || IsGone(netns) { // the event of its restart may be lost
-
-			var answer struct {
-				NetworkSettings struct{ SandboxKey string }
-			}
-			err := d.ask(ctx, "/containers/"+c.ID+"/json", &answer)
-			if errors.Is(err, errNoContainer) {
-				continue // it ended
-			}
-			if err != nil {
-				return err
-			}
-			netns = answer.NetworkSettings.SandboxKey
+		netns, err := d.namespaceOf(ctx, c.ID)
+		if errors.Is(err, errNoContainer) {
+			continue // it ended
+		}
+		if err != nil {
+			return err
 		}
 		if known[c.ID] = netns; netns != "" {
 			next.NetNS[id] = netns
@@ -230,6 +222,19 @@ func (d *Docker) read(ctx context.Context) error {
 		d.changed()
 	}
 	return nil
+}
+
+// namespaceOf is the namespace of a container, as it was last told where that still lives:
+// the event of its restart may be lost.
+func (d *Docker) namespaceOf(ctx context.Context, id string) (string, error) {
+	if netns, asked := d.namespaces[id]; asked && !IsGone(netns) {
+		return netns, nil
+	}
+	var answer struct {
+		NetworkSettings struct{ SandboxKey string }
+	}
+	err := d.ask(ctx, "/containers/"+id+"/json", &answer)
+	return answer.NetworkSettings.SandboxKey, err
 }
 
 // NameOf says what the names of an allocation's container make of it: that which

@@ -88,13 +88,17 @@ func (n *flowNames) learn(facts *flowFacts) {
 			n.workloads[k.Cookie] = &w
 		}
 		for _, addr := range k.Request.Addresses {
-			if _, twice := n.addresses[addr.Unmap()]; twice {
-				n.addresses[addr.Unmap()] = nil
-			} else {
-				n.addresses[addr.Unmap()] = n.workloads[k.Cookie]
-			}
+			n.addAddress(addr.Unmap(), n.workloads[k.Cookie])
 		}
 	}
+}
+
+// addAddress notes whose an address is; one that two workloads have is nobody's.
+func (n *flowNames) addAddress(addr netip.Addr, w *Workload) {
+	if _, twice := n.addresses[addr]; twice {
+		w = nil
+	}
+	n.addresses[addr] = w
 }
 
 // services notes what the workload's proxies are the sidecars of.

@@ -237,21 +237,32 @@ func (f *Recorder) copy(ctx context.Context, out *flowWriter, query api.FlowQuer
 			continue
 		}
 		number += missed + uint64(len(records))
-		err = errors.Join(out.extend(), out.lost(missed, api.LostByReader))
-		for i := range records {
-			r := &records[i]
-			if err != nil || query.Ended(r.At) || r.At < query.SinceNano() {
-				continue
-			}
-			if value := line(r); value != nil {
-				err = out.line(value)
-			}
+		if err = errors.Join(out.extend(), out.lost(missed, api.LostByReader)); err == nil {
+			err = out.lines(records, query, line)
 		}
 		if ctx.Err() != nil {
 			return errors.Join(err, out.flush())
 		}
 	}
 	return err
+}
+
+// lines writes those of the records that are asked for.
+func (o *flowWriter) lines(records []Record, query api.FlowQuery, line func(*Record) any) error {
+	for i := range records {
+		r := &records[i]
+		if query.Ended(r.At) || r.At < query.SinceNano() {
+			continue
+		}
+		value := line(r)
+		if value == nil {
+			continue
+		}
+		if err := o.line(value); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // wait returns once there is more; false: there will be nothing more.

@@ -50,11 +50,7 @@ func (f *Recorder) Traffic(since time.Time) api.Traffic {
 		number += missed + uint64(len(records))
 		for i := range records {
 			r := &records[i]
-			at := time.Unix(0, r.At)
-			switch {
-			case t.Since.IsZero():
-				t.Since = at
-			case at.Before(t.Since) || at.After(t.Until):
+			if !within(&t, time.Unix(0, r.At)) {
 				continue
 			}
 			if r.Verdict == bpfmap.EventsLost {
@@ -64,13 +60,7 @@ func (f *Recorder) Traffic(since time.Time) api.Traffic {
 			if !r.Verdict.IsConnection() || r.Verdict == bpfmap.Held { // its connection is counted already
 				continue
 			}
-			key := edgeKey{
-				cookie: r.Workload.Cookie, peer: r.peer, task: r.Task, service: r.service, origin: r.Origin, port: r.OriginPort, verdict: r.Verdict,
-			}
-			if api.DirectionOf(r.Verdict) != api.DirectionOutbound {
-				key.source = r.Source
-			}
-			if counted := edges.entry(key, edgeCount{record: r}); counted != nil {
+			if counted := edges.entry(r.edge(), edgeCount{record: r}); counted != nil {
 				counted.count++
 			}
 		}
@@ -80,15 +70,41 @@ func (f *Recorder) Traffic(since time.Time) api.Traffic {
 	for _, counted := range edges.Entries {
 		counts[counted.record.flow(f.Node).Edge()] += counted.count
 	}
-	for edge, count := range counts {
-		t.Edges = append(t.Edges, api.CountedEdge{Edge: edge, Count: count})
+	t.Edges = append(t.Edges, byCount(counts)...)
+	t.Problem = f.Trouble()
+	return t
+}
+
+// within reports whether a record is of the time that the answer is of, which begins with the
+// first record where it has no beginning.
+func within(t *api.Traffic, at time.Time) bool {
+	if t.Since.IsZero() {
+		t.Since = at
 	}
-	slices.SortFunc(t.Edges, func(a, b api.CountedEdge) int {
+	return !at.Before(t.Since) && !at.After(t.Until)
+}
+
+// edge is what the record's connection is counted under.
+func (r *Record) edge() edgeKey {
+	key := edgeKey{
+		cookie: r.Workload.Cookie, peer: r.peer, task: r.Task, service: r.service, origin: r.Origin, port: r.OriginPort, verdict: r.Verdict,
+	}
+	if api.DirectionOf(r.Verdict) != api.DirectionOutbound {
+		key.source = r.Source
+	}
+	return key
+}
+
+// byCount lists the edges, those with the most connections first.
+func byCount(counts map[api.Edge]uint64) (edges []api.CountedEdge) {
+	for edge, count := range counts {
+		edges = append(edges, api.CountedEdge{Edge: edge, Count: count})
+	}
+	slices.SortFunc(edges, func(a, b api.CountedEdge) int {
 		return cmp.Or(cmp.Compare(b.Count, a.Count), cmp.Compare(a.Source.AllocID, b.Source.AllocID), a.Destination.IP.Compare(b.Destination.IP),
 			cmp.Compare(a.Destination.Port, b.Destination.Port), cmp.Compare(a.Verdict, b.Verdict))
 	})
-	t.Problem = f.Trouble()
-	return t
+	return edges
 }
 
 // OwnProcess is what this process has used.

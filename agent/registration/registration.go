@@ -160,7 +160,6 @@ func (r Registration) Parse(loopback netip.Addr) Proxy {
 	}
 	p.Local, _ = PortNumber(r.Proxy.LocalServicePort)
 	p.Address, _ = netip.ParseAddr(r.Address) // a name is no address of an allocation
-	problem := func(text string, args ...any) { p.Problems = append(p.Problems, fmt.Sprintf(text, args...)) }
 	own, hasOwn := PortNumber(r.Port)
 	if bind, ok := configPort(r.Proxy.Config["bind_port"]); ok {
 		own, hasOwn = bind, true
@@ -169,7 +168,7 @@ func (r Registration) Parse(loopback netip.Addr) Proxy {
 	case !p.IsGateway():
 		p.Inbound = own
 		if !hasOwn {
-			problem("its registration names no port")
+			p.problem("its registration names no port")
 		}
 	case p.Kind == KindAPI: // its listeners are those of its configuration entry alone
 	case !configTrue(r.Proxy.Config["envoy_gateway_no_default_bind"]) && hasOwn:
@@ -192,6 +191,18 @@ func (r Registration) Parse(loopback netip.Addr) Proxy {
 		}
 	}
 	p.Open = SortedPorts(p.Open)
+	r.upstreams(&p, loopback)
+	r.wishes(&p)
+	return p
+}
+
+// problem tells of what cannot be taken as it is.
+func (p *Proxy) problem(text string, args ...any) {
+	p.Problems = append(p.Problems, fmt.Sprintf(text, args...))
+}
+
+// upstreams reads the explicit ones.
+func (r Registration) upstreams(p *Proxy, loopback netip.Addr) {
 	for _, u := range r.Proxy.Upstreams {
 		port, ok := PortNumber(u.LocalBindPort)
 		if !ok {
@@ -199,7 +210,7 @@ func (r Registration) Parse(loopback netip.Addr) Proxy {
 		}
 		listener, err := listenerOf(u.LocalBindAddress, loopback, port)
 		if err != nil {
-			problem("upstream %s: %v", u.DestinationName, err)
+			p.problem("upstream %s: %v", u.DestinationName, err)
 			continue
 		}
 		p.Upstreams = append(p.Upstreams, Upstream{
@@ -208,6 +219,10 @@ func (r Registration) Parse(loopback netip.Addr) Proxy {
 			Remote:   u.Datacenter != "" && u.Datacenter != r.Datacenter || u.DestinationType == "prepared_query",
 		})
 	}
+}
+
+// wishes reads what the author of the registration wants of Weir.
+func (r Registration) wishes(p *Proxy) {
 	for key, field := range map[string]*workload.Guard{guardMeta: &p.Guard, EgressMeta: &p.Egress} {
 		asked, ok := r.Meta[key]
 		if !ok {
@@ -217,17 +232,16 @@ func (r Registration) Parse(loopback netip.Addr) Proxy {
 		if guard.Known() {
 			*field = guard
 		} else {
-			problem("meta %s = %q: want off, audit or enforce", key, asked)
+			p.problem("meta %s = %q: want off, audit or enforce", key, asked)
 		}
 	}
 	if asked, ok := r.Meta[gateMeta]; ok {
 		if timeout, ok := configfile.ParseGate(asked); ok {
 			p.Gate = &timeout
 		} else {
-			problem("meta %s = %q: want a duration from 0s to 10m", gateMeta, asked)
+			p.problem("meta %s = %q: want a duration from 0s to 10m", gateMeta, asked)
 		}
 	}
-	return p
 }
 
 // service is what the registration names by these, as Consul reads it. The free

@@ -44,17 +44,9 @@ func (s *story) joinMesh(ctx context.Context) (err error) {
 		return err
 	}
 	for _, a := range s.node.allocs {
-		if err := s.consul.register(a, inboundPort); err != nil {
+		if err := s.startSidecar(a); err != nil {
 			return err
 		}
-		bootstrap, err := s.consul.bootstrap(a)
-		if err != nil {
-			return err
-		}
-		if err := a.startSidecar(s.tools.envoy, bootstrap); err != nil {
-			return err
-		}
-		s.fact("envoy of "+a.group, "configured by Consul, as the sidecar of service %s", a.group)
 	}
 	return await(ctx, "weir agent to be in sync with Consul", s.agent, func() error {
 		status, err := s.agentStatus(ctx)
@@ -71,6 +63,22 @@ func (s *story) joinMesh(ctx context.Context) (err error) {
 		}
 		return nil
 	})
+}
+
+// startSidecar registers the allocation in Consul and runs an Envoy that Consul configures.
+func (s *story) startSidecar(a *allocation) error {
+	if err := s.consul.register(a, inboundPort); err != nil {
+		return err
+	}
+	bootstrap, err := s.consul.bootstrap(a)
+	if err != nil {
+		return err
+	}
+	if err := a.startSidecar(s.tools.envoy, bootstrap); err != nil {
+		return err
+	}
+	s.fact("envoy of "+a.group, "configured by Consul, as the sidecar of service %s", a.group)
+	return nil
 }
 
 // startAgent starts weir agent with the places of the demo alone: it must find

@@ -158,25 +158,31 @@ func (n *Node) furnish(p parts) {
 			n.tb.Fatalf("furnish the node: %v", err)
 		}
 	}
-	reference, err := filepath.Glob(filepath.Join(p.reference, "*"))
-	if err != nil || len(reference) == 0 {
-		n.tb.Fatalf("furnish the node: no reference CNI plugins: %v", err)
-	}
-	for _, file := range reference {
-		n.InstallPlugin(file, filepath.Base(file))
-	}
-	switch {
-	case n.options.Plugin != "":
-		n.InstallPlugin(n.options.Plugin, "consul-cni")
-	case !n.options.NoWeir:
-		n.Command(n.weir(), "install") // as an operator does
-	}
+	n.furnishPlugins(p.reference)
 	for _, file := range n.options.Conflists {
 		if err := copyFile(file, n.Path(filepath.Join("/opt/cni/config", filepath.Base(file))), 0o644); err != nil {
 			n.tb.Fatalf("furnish the node: %v", err)
 		}
 	}
 	n.writeConfigs()
+}
+
+// furnishPlugins installs the reference CNI plugins, and Weir's as an operator does.
+func (n *Node) furnishPlugins(reference string) {
+	n.tb.Helper()
+	plugins, err := filepath.Glob(filepath.Join(reference, "*"))
+	if err != nil || len(plugins) == 0 {
+		n.tb.Fatalf("furnish the node: no reference CNI plugins: %v", err)
+	}
+	for _, file := range plugins {
+		n.InstallPlugin(file, filepath.Base(file))
+	}
+	switch {
+	case n.options.Plugin != "":
+		n.InstallPlugin(n.options.Plugin, "consul-cni")
+	case !n.options.NoWeir:
+		n.Command(n.weir(), "install")
+	}
 }
 
 // weir is the program that the node's administrator and its agent run.

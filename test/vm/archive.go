@@ -56,39 +56,41 @@ func mirrorsFromSources(root string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, file := range stanzas {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			return nil, fmt.Errorf("read apt sources: %w", err)
-		}
-		for line := range strings.Lines(string(text)) {
-			if value, ok := strings.CutPrefix(line, "URIs:"); ok {
-				add(strings.Fields(value)...)
-			}
-		}
-	}
 	lists, err := filepath.Glob(filepath.Join(root, "sources.list.d", "*.list"))
 	if err != nil {
 		return nil, err
 	}
-	for _, file := range append([]string{filepath.Join(root, "sources.list")}, lists...) {
-		text, err := os.ReadFile(file)
-		if errors.Is(err, os.ErrNotExist) {
-			continue
+	ofStanza := func(line string) {
+		if value, ok := strings.CutPrefix(line, "URIs:"); ok {
+			add(strings.Fields(value)...)
 		}
-		if err != nil {
-			return nil, fmt.Errorf("read apt sources: %w", err)
+	}
+	ofList := func(line string) {
+		if fields := strings.Fields(line); len(fields) > 0 && fields[0] == "deb" {
+			add(fields[1:]...) // what is no URI of an archive is passed over
 		}
-		for line := range strings.Lines(string(text)) {
-			if fields := strings.Fields(line); len(fields) > 0 && fields[0] == "deb" {
-				add(fields[1:]...) // what is no URI of an archive is passed over
-			}
-		}
+	}
+	if err := errors.Join(eachLine(stanzas, ofStanza), eachLine(append([]string{filepath.Join(root, "sources.list")}, lists...), ofList)); err != nil {
+		return nil, fmt.Errorf("read apt sources: %w", err)
 	}
 	if len(uris) == 0 {
 		return nil, fmt.Errorf("find a Debian mirror: none in %s; name one in WEIR_DEBIAN_MIRROR", root)
 	}
 	return uris, nil
+}
+
+// eachLine hands over every line of the files that are there.
+func eachLine(files []string, line func(string)) error {
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		for text := range strings.Lines(string(text)) {
+			line(text)
+		}
+	}
+	return nil
 }
 
 // catalog holds every version of every package that the indexes of a suite name.

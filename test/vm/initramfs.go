@@ -79,29 +79,33 @@ func (c *cpio) tree(dir, prefix string, keep func(rel string) bool) error {
 			}
 			return nil
 		}
-		name := path.Join(prefix, filepath.ToSlash(rel))
-		switch {
-		case entry.IsDir():
-			c.dir(name, 0o755)
-		case entry.Type()&fs.ModeSymlink != 0:
-			target, err := os.Readlink(file)
-			if err != nil {
-				return err
-			}
-			c.symlink(name, target)
-		case entry.Type().IsRegular():
-			info, err := entry.Info()
-			if err != nil {
-				return err
-			}
-			data, err := os.ReadFile(file)
-			if err != nil {
-				return err
-			}
-			c.entry(name, 0o100000|uint32(info.Mode().Perm()), data)
-		}
-		return c.err
+		return c.copy(path.Join(prefix, filepath.ToSlash(rel)), file, entry)
 	})
+}
+
+// copy adds one directory, link or regular file under the name; what else there is it leaves out.
+func (c *cpio) copy(name, file string, entry fs.DirEntry) error {
+	switch {
+	case entry.IsDir():
+		c.dir(name, 0o755)
+	case entry.Type()&fs.ModeSymlink != 0:
+		target, err := os.Readlink(file)
+		if err != nil {
+			return err
+		}
+		c.symlink(name, target)
+	case entry.Type().IsRegular():
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		data, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		c.entry(name, 0o100000|uint32(info.Mode().Perm()), data)
+	}
+	return c.err
 }
 
 func (c *cpio) close() error {

@@ -36,25 +36,10 @@ type module struct {
 // resolveModules returns the modules and what they depend on, in the order in which they load.
 // The packages carry no modules.dep (depmod writes it at installation), so the modules' own notes are read.
 func resolveModules(dir string, names []string) ([]module, error) {
-	files := map[string]string{}
-	err := filepath.WalkDir(filepath.Join(dir, "kernel"), func(path string, _ fs.DirEntry, err error) error {
-		if name, _, ok := strings.Cut(filepath.Base(path), ".ko"); ok && err == nil {
-			files[moduleName(name)] = path
-		}
-		return err
-	})
+	files, builtin, err := moduleFiles(dir)
 	if err != nil {
-		return nil, fmt.Errorf("list modules: %w", err)
+		return nil, err
 	}
-	text, err := os.ReadFile(filepath.Join(dir, "modules.builtin"))
-	if err != nil {
-		return nil, fmt.Errorf("list built-in modules: %w", err)
-	}
-	builtin := map[string]bool{}
-	for line := range strings.Lines(string(text)) {
-		builtin[moduleName(strings.TrimSuffix(filepath.Base(strings.TrimSpace(line)), ".ko"))] = true
-	}
-
 	var order []module
 	seen := map[string]bool{}
 	var visit func(name string, optional bool) error
@@ -70,11 +55,7 @@ func resolveModules(dir string, names []string) ([]module, error) {
 		if !ok {
 			return fmt.Errorf("find module %s: the kernel in %s does not have it", name, filepath.Base(dir))
 		}
-		m, err := readModule(path)
-		if err != nil {
-			return fmt.Errorf("read module %s: %w", name, err)
-		}
-		depends, err := moduleDepends(m)
+		m, depends, err := readDepending(path)
 		if err != nil {
 			return fmt.Errorf("read module %s: %w", name, err)
 		}
@@ -93,6 +74,37 @@ func resolveModules(dir string, names []string) ([]module, error) {
 		}
 	}
 	return order, nil
+}
+
+// readDepending unpacks one module file, and names what the module depends on.
+func readDepending(path string) (data []byte, depends []string, err error) {
+	if data, err = readModule(path); err == nil {
+		depends, err = moduleDepends(data)
+	}
+	return data, depends, err
+}
+
+// moduleFiles lists the modules of a kernel by their names: those that have a file, and those
+// that are built in.
+func moduleFiles(dir string) (files map[string]string, builtin map[string]bool, err error) {
+	files, builtin = make(map[string]string), make(map[string]bool)
+	err = filepath.WalkDir(filepath.Join(dir, "kernel"), func(path string, _ fs.DirEntry, err error) error {
+		if name, _, ok := strings.Cut(filepath.Base(path), ".ko"); ok && err == nil {
+			files[moduleName(name)] = path
+		}
+		return err
+	})
+	if err != nil {
+		return nil, nil, fmt.Errorf("list modules: %w", err)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "modules.builtin"))
+	if err != nil {
+		return nil, nil, fmt.Errorf("list built-in modules: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		builtin[moduleName(strings.TrimSuffix(filepath.Base(strings.TrimSpace(line)), ".ko"))] = true
+	}
+	return files, builtin, nil
 }
 
 func moduleName(file string) string { return strings.ReplaceAll(file, "-", "_") }
