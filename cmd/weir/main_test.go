@@ -338,16 +338,6 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-func TestLoad(t *testing.T) {
-	const next = "no agent answers, so plain connect jobs are not guarded; " +
-		"next: 'systemctl enable --now weir-agent', or run weir.nomad.hcl, Nomad's system job for it\n"
-	want(t, try(t, &node{}, nil, "load"), outcome{stdout: "nothing to do: the data path is loaded and of this version\n" + next})
-	n := &node{load: loader.Result{Changed: true, Did: []program.Repair{{Kind: program.MapsCreated, Object: "maps"}, {Kind: program.Attached, Object: "connect4"}}}}
-	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n" + next})
-	n.agent = &api.Status{}
-	want(t, try(t, n, nil, "load"), outcome{stdout: "created maps\nattached connect4\n"})
-}
-
 // Without root a command tells that first, and nothing else: what a user may read of
 // a node is not what is there.
 func TestWithoutRoot(t *testing.T) {
@@ -404,20 +394,4 @@ invalid argument:
 	0: (b7) r0 = 0
 	R1 type=scalar
 `})
-}
-
-func TestUnload(t *testing.T) {
-	want(t, try(t, &node{}, nil, "unload"), outcome{stdout: "nothing to do: nothing is loaded\n"})
-	want(t, try(t, &node{}, nil, "unload", "-json"), outcome{stdout: "{\n  \"schema\": 1,\n  \"removed\": []\n}\n"})
-	n := &node{removed: []string{"link connect4", "map origins"}}
-	want(t, try(t, n, nil, "unload"), outcome{stdout: "removed link connect4\nremoved map origins\n"})
-}
-
-// What was removed is told also where something could not be.
-func TestUnloadInPart(t *testing.T) {
-	n := &node{removed: []string{"link connect4"}, err: errors.New("remove map origins: busy")}
-	want(t, try(t, n, nil, "unload"), outcome{code: 1, stderr: "weir unload: remove map origins: busy\n"}) // nor is it known who runs
-	want(t, try(t, n, nil, "unload", "-force"), outcome{
-		code: 1, stdout: "removed link connect4\n", stderr: "weir unload: remove map origins: busy\n",
-	})
 }

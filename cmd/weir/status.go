@@ -37,15 +37,7 @@ func newStatus(env env) *command {
 			return 1, err
 		}
 		view, running, dead := c.agent()
-		if dead.What != "" {
-			status.Problems = append(status.Problems, dead)
-		}
-		for _, problem := range view.Problems {
-			same := func(p health.Problem) bool { return p.What == problem.What && p.AllocID == problem.AllocID }
-			if !slices.ContainsFunc(status.Problems, same) { // both may have seen it
-				status.Problems = append(status.Problems, problem)
-			}
-		}
+		status.Problems = withAgents(status.Problems, view, dead)
 		leftovers, shadowed := c.leftBehind()
 		status.Problems = append(status.Problems, shadowed...)
 		code := 0
@@ -74,6 +66,21 @@ func newStatus(env env) *command {
 		return code, nil
 	}
 	return c
+}
+
+// withAgents are the problems of the data path and those that the agent sees, or that it
+// does not answer. Both may have seen one.
+func withAgents(problems []health.Problem, view api.Status, dead health.Problem) []health.Problem {
+	if dead.What != "" {
+		problems = append(problems, dead)
+	}
+	for _, problem := range view.Problems {
+		same := func(p health.Problem) bool { return p.What == problem.What && p.AllocID == problem.AllocID }
+		if !slices.ContainsFunc(problems, same) {
+			problems = append(problems, problem)
+		}
+	}
+	return problems
 }
 
 // nodeStatus is the data path with what the agent adds. Problems are those of both.
