@@ -32,6 +32,8 @@ type Queries struct {
 	unnamed  health.Problem // why nobody tells which services come and go
 	halted   health.Problem // what ended the last pass before every question had its turn
 	due      time.Time      // when the next question is; zero: there is none
+	failing  bool           // Consul did not answer the last time
+	whole    time.Time      // when it has its state again, after it had failed
 }
 
 // Query is one question.
@@ -49,6 +51,7 @@ const (
 	LookupInterval   = 5 * time.Minute
 	lookupRetry      = 2 * time.Second
 	ListenerInterval = 30 * time.Second // of what may change without a sign
+	ReplayTime       = 5 * time.Second  // for which a server that is back may answer before it has read its log
 )
 
 func NewQueries(consul *Client) *Queries {
@@ -82,13 +85,20 @@ func (r *round) heard(moved bool, err error) {
 	r.moved = r.moved || moved
 	if !concernsOne(err) {
 		r.failed = ConsulProblem(err)
+		r.Failed()
 	}
 }
+
+// Failed says that Consul does not answer.
+func (l *Queries) Failed() { l.failing = true }
 
 // Refresh asks what is due for these proxies, and returns what is known and
 // whether any of it moved. An error ends the pass, but for one that concerns
 // the question alone; what was known stays.
 func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registration.Proxy) (known Data, moved bool) {
+	if l.failing {
+		l.failing, l.whole = false, l.Now().Add(ReplayTime)
+	}
 	r := &round{Queries: l, left: LookupsAtOnce}
 	compete := Competing(byAllocation)
 	if compete && r.due(l.allowed.Next) {
@@ -127,6 +137,10 @@ func (r *round) askServices(ctx context.Context, services []registration.Service
 		}
 		if r.due(question.Next) {
 			answer, err := r.consul.VirtualIPs(ctx, of)
+			if err == nil && len(answer) == 0 && len(question.answer) > 0 && r.Now().Before(r.whole) {
+				question.Next = r.whole // it may not know yet
+				continue
+			}
 			r.heard(question.settle(r.Now(), answer, err, len(answer) > 0, slices.Equal), err)
 		}
 	}

@@ -327,6 +327,7 @@ func (f *Watcher) failed(ctx context.Context, err error) {
 		return // the agent ends
 	}
 	f.self = self{}
+	f.Lookups.Failed()
 	f.mu.Lock()
 	if f.view.InSync || f.view.Error.What == "" {
 		f.view.InSync, f.view.Since = false, time.Now()
