@@ -6,7 +6,7 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz broken e2e cluster programs test-vm kernels demo bench bench-agent tools package release clean
+.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,10 @@ e2e: ## Run real job files on a whole node (root); NOMAD=, CONSUL=, ENVOY=: thos
 
 cluster: ## Run a cluster of four machines under load while its parts fail (root); NOMAD=, CONSUL=, ENVOY=, RUN=
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/cluster test/run-e2e.sh -timeout 60m $(if $(RUN),-run '$(RUN)')
+
+soak: ## Run a node under load while all around it fails (root), and upgrades from the last release; TIME=1h SEED=n
+	test/tools/setup.sh test consul cni
+	WEIR_SOAK_TIME='$(TIME)' WEIR_SOAK_SEED='$(SEED)' CGO_ENABLED=0 go test -trimpath -count=1 -v -timeout 0 ./test/soak $(if $(RUN),-run '$(RUN)')
 
 programs: ## Run Debian's curl, JVM, node, Redis, dig, ping and NTP under the guards (root); fetches 180 MB once
 	test/tools/setup.sh programs

@@ -48,8 +48,8 @@ fi
 
 mapfile -t racy < <(go list ./agent/... ./cni/...)
 mapfile -t walks < <(go list ./test/e2e)
-# Whole nodes have targets of their own: make e2e, make cluster, make programs.
-mapfile -t nodes < <(go list ./test/e2e/nomad/... ./test/cluster ./test/programs)
+# Whole nodes have targets of their own: make e2e, make cluster, make soak, make programs.
+mapfile -t nodes < <(go list ./test/e2e/nomad/... ./test/cluster ./test/soak ./test/programs)
 mapfile -t others < <(go list ./... | grep -vxF -f <(printf '%s\n' "${racy[@]}" "${walks[@]}" "${nodes[@]}"))
 
 # The race detector costs time and needs a C compiler: it runs where goroutines are.
@@ -67,6 +67,6 @@ run "${#others[@]} packages" -trimpath -timeout 30m "${others[@]}"
 CGO_ENABLED=$cgo run "agent and plugin, ${#racy[@]} packages, ${race[0]}" "${race[@]}" -timeout 30m "${racy[@]}"
 run "test/e2e, which has the machine for itself" -trimpath -timeout 30m "${walks[@]}"
 
-notrun+=('job files on whole nodes: make e2e' 'kernels in virtual machines: make test-vm')
+notrun+=('job files on whole nodes: make e2e' 'a node under load while all around it fails, and upgrades: make soak' 'kernels in virtual machines: make test-vm')
 test/summary.sh "$log" "${notrun[@]}" || failed=1
 exit "$failed"
