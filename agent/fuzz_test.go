@@ -152,8 +152,18 @@ func FuzzConfig(f *testing.F) {
 			}
 			return
 		}
-		if err := config.Validate(); err == nil && !filepath.IsAbs(config.StateDir) {
+		err = config.Validate()
+		if err == nil && !filepath.IsAbs(config.StateDir) {
 			t.Errorf("%q: a state directory of %q is taken", text, config.StateDir)
+		}
+		if err == nil {
+			return
+		}
+		for line := range strings.Lines(strings.TrimPrefix(err.Error(), "check configuration: ")) {
+			key, _, _ := strings.Cut(line, " ")
+			if parts := strings.Split(key, "."); !strings.Contains(text, parts[len(parts)-1]) {
+				t.Errorf("%q: %q names no key of the file", text, line)
+			}
 		}
 	})
 }

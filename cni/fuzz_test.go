@@ -5,7 +5,9 @@ package cni
 import (
 	"encoding/json"
 	"errors"
+	"maps"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -30,6 +32,11 @@ func FuzzStdin(f *testing.F) {
 			var told *types.Error
 			if !errors.As(err, &told) || told.Msg == "" {
 				t.Errorf("%q: %v is no CNI error with a message", stdin, err)
+			}
+			var keys map[string]json.RawMessage
+			named := func(key string) bool { return strings.Contains(strings.ToLower(told.Msg), strings.ToLower(key)) }
+			if json.Unmarshal(stdin, &keys) == nil && told != nil && !slices.ContainsFunc(slices.Collect(maps.Keys(keys)), named) {
+				t.Errorf("%q: the error names no key: %v", stdin, err)
 			}
 			return
 		}
@@ -64,27 +71,31 @@ func FuzzConsulConfig(f *testing.F) {
 		if strings.ContainsAny(config, ";\x00") {
 			return // an argument ends there, an environment holds none
 		}
-		const argument = "CONSUL_IPTABLES_CONFIG"
-		b := newBench()
-		err := b.Add(call(argument+"="+config, conf))
-		if err != nil {
-			if !b.fake.untouched() {
-				t.Errorf("%q: refused with %q, and the data path has %+v", config, err, b.fake)
-			}
-			if json.Valid([]byte(config)) && !strings.Contains(err.Error(), argument) {
-				t.Errorf("%q: the error does not name the argument: %v", config, err)
-			}
-			return
-		}
-		if len(b.fake.added) != 1 {
-			t.Fatalf("%q: taken, and %d workloads were added", config, len(b.fake.added))
-		}
-		request := b.fake.added[0].Request
-		if err := workload.Merge(request, workload.MeshConfig{}).Validate(); err != nil {
-			t.Errorf("%q: the data path would refuse it: %v", config, err)
-		}
-		if request.Mode != workload.ModeTransparent {
-			t.Errorf("%q: the mode is %s", config, request.Mode)
+		for _, argument := range []string{"CONSUL_IPTABLES_CONFIG", "CONSUL_NFTABLES_CONFIG"} {
+			fuzzConsulConfig(t, argument, config, conf)
 		}
 	})
+}
+
+func fuzzConsulConfig(t *testing.T, argument, config, conf string) {
+	b := newBench()
+	if err := b.Add(call(argument+"="+config, conf)); err != nil {
+		if !b.fake.untouched() {
+			t.Errorf("%q: refused with %q, and the data path has %+v", config, err, b.fake)
+		}
+		if json.Valid([]byte(config)) && !strings.Contains(err.Error(), argument) {
+			t.Errorf("%q: the error does not name the argument: %v", config, err)
+		}
+		return
+	}
+	if len(b.fake.added) != 1 {
+		t.Fatalf("%q: taken, and %d workloads were added", config, len(b.fake.added))
+	}
+	request := b.fake.added[0].Request
+	if err := workload.Merge(request, workload.MeshConfig{}).Validate(); err != nil {
+		t.Errorf("%q: the data path would refuse it: %v", config, err)
+	}
+	if request.Mode != workload.ModeTransparent {
+		t.Errorf("%q: the mode is %s", config, request.Mode)
+	}
 }

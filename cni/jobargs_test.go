@@ -256,6 +256,13 @@ func FuzzJobArguments(f *testing.F) {
 			if !b.fake.untouched() || strings.Contains(err.Error(), "\n") {
 				t.Errorf("%q: error %q, data path %+v", args, err, b.fake)
 			}
+			// What two of them contradict each other in is told by the value.
+			_, given := request.ParseArgs(args)
+			told := func(a request.Arg) bool { return a.Value != "" && strings.Contains(err.Error(), a.Value) }
+			if !strings.Contains(err.Error(), "weir.") && !strings.Contains(err.Error(), "CONSUL_IPTABLES_CONFIG") &&
+				!strings.Contains(err.Error(), "CONSUL_NFTABLES_CONFIG") && !slices.ContainsFunc(given.Own, told) {
+				t.Errorf("%q: the error names no argument: %v", args, err)
+			}
 			return
 		}
 		if _, asked := request.ParseArgs(args); asked.None() {

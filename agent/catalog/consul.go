@@ -173,6 +173,9 @@ func (c *Client) Checks(ctx context.Context) (map[string][]uint16, error) {
 	}
 	ports := make(map[string][]uint16)
 	for _, check := range list {
+		if check == nil {
+			continue // null is none
+		}
 		if port, ok := registration.PortNumber(check.ExposedPort); ok {
 			ports[check.ServiceID] = append(ports[check.ServiceID], port)
 		}

@@ -356,10 +356,11 @@ func ByAllocation(proxies []registration.Proxy) map[string][]registration.Proxy 
 	return found
 }
 
-// ParseAddresses keeps what is an address.
+// ParseAddresses keeps what is an address that the data path can have: in none of its
+// maps is a zone.
 func ParseAddresses(texts []string) (list []netip.Addr) {
 	for _, text := range texts {
-		if addr, err := netip.ParseAddr(text); err == nil {
+		if addr, err := netip.ParseAddr(text); err == nil && addr.Zone() == "" {
 			list = append(list, addr.Unmap())
 		}
 	}

@@ -14,6 +14,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -233,8 +234,13 @@ func (d *Docker) namespaceOf(ctx context.Context, id string) (string, error) {
 	var answer struct {
 		NetworkSettings struct{ SandboxKey string }
 	}
-	err := d.ask(ctx, "/containers/"+id+"/json", &answer)
-	return answer.NetworkSettings.SandboxKey, err
+	path := "/containers/" + id + "/json"
+	err := d.ask(ctx, path, &answer)
+	netns := answer.NetworkSettings.SandboxKey
+	if err == nil && netns != "" && !filepath.IsAbs(netns) {
+		err = fmt.Errorf("ask Docker for %s: SandboxKey %q is no absolute path", path, netns)
+	}
+	return netns, err
 }
 
 // NameOf says what the names of an allocation's container make of it: that which

@@ -200,7 +200,7 @@ func FindCgroupRoot(path string) (string, error) {
 		return "", fmt.Errorf("find cgroup v2: %w", err)
 	}
 	for _, mount := range mounts {
-		if mount.Root == "/" {
+		if mount.Root == "/" && filepath.IsAbs(mount.Mountpoint) {
 			return mount.Mountpoint, nil
 		}
 	}
