@@ -8,10 +8,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"sync"
 
 	"github.com/cilium/ebpf/link"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -21,11 +24,41 @@ import (
 // then. No cgroup leads to it, so it is not among the programs of the root.
 const FamilyName = "weir_family"
 
-// HoldFamilies attaches the program where the workload needs it and it is not
-// attached, and reports whether it did. Not every kernel can have it, which is no
-// reason to keep the workload from its network: see FamiliesHeld.
-func HoldFamilies(p store.Paths, w workload.Workload) (changed bool) {
-	return !FamiliesHeld(p, w) && attachFamily(p) == nil
+// Families brings a node the program, and remembers a kernel that cannot have it: what
+// is refused once is refused until the node boots another one.
+type Families struct {
+	attach func(store.Paths) error
+	refuse func() error // nil: the kernel can have it
+
+	mu      sync.Mutex
+	refused bool
+}
+
+// NewFamilies returns one that asks this kernel.
+func NewFamilies() *Families {
+	return &Families{attach: attachFamily, refuse: probe.Families}
+}
+
+// Hold attaches the program where the workload needs it and it is not attached, and
+// reports whether it did. Not every kernel can have it, which is no reason to keep the
+// workload from its network: see FamiliesHeld.
+func (f *Families) Hold(p store.Paths, w workload.Workload) (changed bool) {
+	if FamiliesHeld(p, w) {
+		return false
+	}
+	if found, err := pinRunningFamily(p); found || err != nil {
+		return found
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.refused {
+		return false
+	}
+	if f.attach(p) == nil {
+		return true
+	}
+	f.refused = f.refuse() != nil // else it failed for a reason that may pass
+	return false
 }
 
 // FamiliesHeld reports whether the workload has the program, or needs none.
@@ -37,19 +70,44 @@ func FamiliesHeld(p store.Paths, w workload.Workload) bool {
 	return err == nil
 }
 
-// RenewFamilies brings this binary's program to a node that has one.
-func RenewFamilies(p store.Paths) error {
+// Renew brings this binary's program to a node that has one.
+func (f *Families) Renew(p store.Paths) error {
 	_, err := os.Lstat(p.Family())
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		var found bool
+		if found, err = pinRunningFamily(p); err == nil && !found {
+			return nil
+		}
 	}
 	if err == nil {
-		err = attachFamily(p)
+		err = f.attach(p)
 	}
 	if err != nil {
 		return fmt.Errorf("renew %s: %w", FamilyName, err)
 	}
 	return nil
+}
+
+// pinRunningFamily pins the program that reads the node's tables and runs without a pin
+// that can be seen, and reports whether there is one: another bpffs, mounted over the
+// pin, hides it. A second program beside it would count everything twice.
+func pinRunningFamily(p store.Paths) (found bool, err error) {
+	workloads, err := PinnedID(filepath.Join(p.Maps(), "workloads"))
+	if err != nil || workloads == 0 {
+		return false, err
+	}
+	err = EachLink(func(l link.Link, info *link.Info) error {
+		if found || info.Type != link.TracingType {
+			return nil
+		}
+		prog, err := describeProgram(info.Program)
+		if err != nil || prog.Name != FamilyName || !slices.Contains(prog.Maps, workloads) {
+			return nil // it ended, or is somebody else's
+		}
+		found, err = PinAgain(p.Family(), l)
+		return err
+	})
+	return found, err
 }
 
 // attachFamily attaches this binary's program. A link of its kind takes no other

@@ -108,7 +108,7 @@ func (d *Reconciler) complete(tables *bpfmap.Tables, c *change) error {
 	if filtered {
 		c.did = append(c.did, program.Repair{Kind: program.FilterSet})
 	}
-	if program.HoldFamilies(d.Paths(), c.wanted) {
+	if d.families.Hold(d.Paths(), c.wanted) {
 		c.did = append(c.did, program.Repair{Kind: program.FamilyHookSet})
 	}
 	adopted, err := RegisterExistingListeners(tables, d.Paths(), c.ns, c.wanted, c.record.RejectedCgroups, d.processes)

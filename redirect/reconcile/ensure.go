@@ -45,7 +45,7 @@ func (d *Reconciler) RenewFilters() error {
 	if err != nil && !errors.Is(err, store.ErrUnreadable) {
 		return err
 	}
-	problems := []error{program.RenewFamilies(d.Paths())}
+	problems := []error{d.families.Renew(d.Paths())}
 	for _, r := range records {
 		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
@@ -54,7 +54,7 @@ func (d *Reconciler) RenewFilters() error {
 		if err == nil {
 			_, err = program.SetFilter(d.Paths(), ns, r.Desired())
 			ns.Close()
-			program.HoldFamilies(d.Paths(), r.Desired()) // the former version may have had none
+			d.families.Hold(d.Paths(), r.Desired()) // the former version may have had none
 		}
 		if err != nil {
 			problems = append(problems, fmt.Errorf("upgrade workload %s: %w", r.Key, err))

@@ -11,6 +11,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -25,11 +26,12 @@ type Reconciler struct {
 	Wait         func()          // until no program reads rows that were replaced before
 
 	processes *host.Processes
+	families  *program.Families
 }
 
 // Of returns the reconciler of what the reader reads.
 func Of(reader inspect.Reader) Reconciler {
-	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes)}
+	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes), families: program.NewFamilies()}
 }
 
 // Locked runs action while no other process changes the state.
