@@ -72,9 +72,10 @@ demo: build ## Show a redirected allocation on this machine, in namespaces of it
 	test/tools/setup.sh rules envoy
 	$(GORUN) ./test/demo
 
-bench: build ## Measure side by side with Consul's engines and the limit, and the agent (root)
+bench: build ## Measure side by side with Consul's engines and the limit, the agent, and the egress guard (root)
 	test/tools/setup.sh test consul cni
 	test/bench/run.sh
+	go test ./redirect -run '^$$' -bench '^BenchmarkEgress$$' -count 5
 
 bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (root)
 	test/tools/setup.sh test consul

@@ -36,9 +36,13 @@ func TestEgressTable(t *testing.T) {
 	put(quiet, "agent", "udp", bpfmap.RefusedEgress, "192.0.2.1:443")
 	put(quiet, "web", "raw icmp", bpfmap.RefusedEgressSocket, "")
 	put(quiet, "web", "", bpfmap.UDP, "192.0.2.1:53")
+	kernel := flow.Record{At: now.UnixNano(), Workload: quiet, Transport: "protocol 47", Verdict: bpfmap.RefusedEgress, Uid: ^uint32(0)}
+	copy(kernel.Command[:], "kernel")
+	kernel.Origin, kernel.OriginPort, kernel.Valid[1] = flow.PackAddr(netip.MustParseAddrPort("192.0.2.7:0"))
+	e.Note(&kernel)
 	list, omitted := e.List()
-	if len(list) != flow.GuardShare+3 || omitted != 1000-flow.GuardShare {
-		t.Fatalf("%d entries, %d omitted; want %d, %d", len(list), omitted, flow.GuardShare+3, 1000-flow.GuardShare)
+	if len(list) != flow.GuardShare+4 || omitted != 1000-flow.GuardShare {
+		t.Fatalf("%d entries, %d omitted; want %d, %d", len(list), omitted, flow.GuardShare+4, 1000-flow.GuardShare)
 	}
 	at := time.Unix(0, now.UnixNano())
 	entry := func(task, transport, to string, port uint16, verdict string, count uint64, remedy string) api.EgressEntry {
@@ -47,7 +51,10 @@ func TestEgressTable(t *testing.T) {
 			Verdict: verdict, Count: count, First: at, Last: at, Remedy: remedy,
 		}
 	}
+	kernels := entry("", "protocol 47", "192.0.2.7", 0, "refused_egress", 1, "none: the kernel's own, by a tunnel or to a forged source")
+	kernels.Command, kernels.UID = "kernel", ^uint32(0)
 	want := []api.EgressEntry{
+		kernels,
 		entry("agent", "udp", "192.0.2.1", 443, "refused_egress", 1, `exclude_outbound_ports = ["443"]`),
 		entry("web", "raw icmp", "", 0, "refused_egress_socket", 1, `exclude_uids = ["1000"]`),
 		entry("web", "udp", "192.0.2.1", 443, "refused_egress", 2, `exclude_outbound_ports = ["443"]`),
@@ -56,7 +63,7 @@ func TestEgressTable(t *testing.T) {
 		t.Errorf("entries (-want +got):\n%s", diff)
 	}
 	e.Keep([]inspect.Record{{Cookie: 2}}, now.Add(2*time.Minute))
-	if list, _ := e.List(); len(list) != 3 || e.Share[1] != 0 {
-		t.Errorf("%d entries once the other workload is gone, want 3", len(list))
+	if list, _ := e.List(); len(list) != 4 || e.Share[1] != 0 {
+		t.Errorf("%d entries once the other workload is gone, want 4", len(list))
 	}
 }

@@ -16,6 +16,21 @@ static __always_inline bool is_resolver(const struct snapshot *snapshot, const s
 	       addr_equal(&dial->origin, &config->dns_addr);
 }
 
+/* What the exclusions and the answers say of a peer outside. */
+static __always_inline enum verdict decide_peer(const struct snapshot *snapshot,
+						const struct dial *dial, __u16 local_port)
+{
+	if ((snapshot->config->flags & CONFIG_PORTS_OUT) &&
+	    snapshot_excludes_port(snapshot, EXCLUSION_PORT_OUT, dial->port))
+		return VERDICT_PORT_EXCLUDED;
+	if ((snapshot->config->flags & CONFIG_CIDRS) &&
+	    snapshot_excludes_cidr(snapshot, &dial->origin))
+		return VERDICT_CIDR_EXCLUDED;
+	if (is_answer(snapshot, local_port, &dial->origin, dial->port))
+		return VERDICT_UDP;
+	return egress_refusal(snapshot->config);
+}
+
 /* The rules of a datagram, or of a socket of UDP that connects; the first that
  * matches decides. VERDICT_UDP is what needs no name. */
 static __always_inline enum verdict
@@ -36,15 +51,7 @@ decide_egress(struct bpf_sock *sk, const struct snapshot *snapshot, const struct
 	address = snapshot_address(snapshot, &dial->origin);
 	if (address && address->kind == ADDRESS_OWN)
 		return VERDICT_UDP;
-	if ((snapshot->config->flags & CONFIG_PORTS_OUT) &&
-	    snapshot_excludes_port(snapshot, EXCLUSION_PORT_OUT, dial->port))
-		return VERDICT_PORT_EXCLUDED;
-	if ((snapshot->config->flags & CONFIG_CIDRS) &&
-	    snapshot_excludes_cidr(snapshot, &dial->origin))
-		return VERDICT_CIDR_EXCLUDED;
-	if (is_answer(snapshot, sk->src_port, &dial->origin, dial->port))
-		return VERDICT_UDP;
-	return egress_refusal(snapshot->config);
+	return decide_peer(snapshot, dial, sk->src_port);
 }
 
 /* Whether connect and sendmsg see all that such a socket of IP sends. The kernel

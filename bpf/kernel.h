@@ -19,6 +19,7 @@
 #define IPPROTO_MPTCP 262
 #define SOCK_STREAM 1
 #define SOCK_DGRAM 2
+#define SOCK_RAW 3
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80 /* IP6T_SO_ORIGINAL_DST has the same number */
@@ -51,7 +52,11 @@ struct sockaddr_in6 {
 };
 
 struct sock_common {
+	__u32 skc_daddr;
+	__u16 skc_dport;
+	volatile unsigned char skc_state;
 	unsigned char skc_ipv6only : 1;
+	struct addr skc_v6_daddr;
 } __attribute__((preserve_access_index));
 
 /* IPV6_V6ONLY of a TCP socket. bpf_getsockopt does not answer it, so it is
@@ -122,8 +127,24 @@ struct socket {
 	struct file *file;
 } __attribute__((preserve_access_index));
 
+struct kernfs_node {
+	__u64 id;
+} __attribute__((preserve_access_index));
+
+struct cgroup {
+	struct kernfs_node *kn;
+} __attribute__((preserve_access_index));
+
+struct sock_cgroup_data {
+	struct cgroup *cgroup;
+} __attribute__((preserve_access_index));
+
 struct sock {
+	struct sock_common __sk_common;
+	__u16 sk_type;
+	__u16 sk_protocol;
 	struct socket *sk_socket;
+	struct sock_cgroup_data sk_cgrp_data;
 } __attribute__((preserve_access_index));
 
 /* No user has this ID: the kernel keeps it for "none". */

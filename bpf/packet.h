@@ -36,11 +36,14 @@ struct net {
 } __attribute__((preserve_access_index));
 
 struct net_device {
+	int ifindex;
 	possible_net_t nd_net;
 } __attribute__((preserve_access_index));
 
 struct sk_buff {
 	struct net_device *dev;
+	struct sock *sk;
+	unsigned long _skb_refdst;
 } __attribute__((preserve_access_index));
 
 /* The cookie of the namespace that the packet is in, for which this type of

@@ -4,31 +4,26 @@ package redirect
 
 import (
 	"encoding/binary"
-	"errors"
-	"io/fs"
 	"os"
 	"runtime"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
 // rareWays are those of TCP that choose a way, and those that need something of
-// outside the namespace or CAP_NET_ADMIN in it.
+// outside the namespace.
 func rareWays() map[string]func(attack) error {
 	option := func(level, name, value int) func(attack, int) error {
 		return func(_ attack, fd int) error { return unix.SetsockoptInt(fd, level, name, value) }
 	}
 	return map[string]func(attack) error{
-		"tcp SO_DONTROUTE":      dialled(option(unix.SOL_SOCKET, unix.SO_DONTROUTE, 1)),
-		"tcp IP_UNICAST_IF":     dialled(unicastDevice),
-		"tcp TCP_REPAIR":        dialled(option(unix.IPPROTO_TCP, unix.TCP_REPAIR, 1)),
-		"tcp by a scope":        dialled(),
-		"udp by a scope":        sentByScope,
-		"passed socket":         passedSocket,
-		"setns":                 socketElsewhere(attack.send),
-		"tun":                   tunnelled(false),
-		"tap bridged with eth0": tunnelled(true),
+		"tcp SO_DONTROUTE":  dialled(option(unix.SOL_SOCKET, unix.SO_DONTROUTE, 1)),
+		"tcp IP_UNICAST_IF": dialled(unicastDevice),
+		"tcp TCP_REPAIR":    dialled(option(unix.IPPROTO_TCP, unix.TCP_REPAIR, 1)),
+		"tcp by a scope":    dialled(option(unix.IPPROTO_TCP, unix.TCP_SYNCNT, 1)),
+		"udp by a scope":    sentByScope,
+		"passed socket":     passedSocket,
+		"setns":             socketElsewhere(attack.send),
 	}
 }
 
@@ -140,73 +135,4 @@ func passedSocket(a attack) error {
 		defer unix.Close(passed[0])
 		return a.send(passed[0])
 	})(a)
-}
-
-// tunnelled puts a packet into the namespace by a device of its own: to be forwarded by
-// IP or, with bridged, by a bridge that has the device which leads out, too.
-func tunnelled(bridged bool) func(attack) error {
-	return func(a attack) error {
-		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		defer unix.Close(fd)
-		request, err := unix.NewIfreq("attack0")
-		if err != nil {
-			return err
-		}
-		request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI)
-		if bridged {
-			request.SetUint16(unix.IFF_TAP | unix.IFF_NO_PI)
-		}
-		if err := unix.IoctlIfreq(fd, unix.TUNSETIFF, request); err != nil {
-			return err
-		}
-		device, err := netlink.LinkByName("attack0")
-		if err != nil {
-			return err
-		}
-		packet := a.ipPacket()
-		if bridged {
-			bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "attack1"}}
-			if err := netlink.LinkAdd(bridge); err != nil {
-				return err
-			}
-			defer netlink.LinkDel(bridge) //nolint:errcheck // the namespace ends with the test
-			outer, err := netlink.LinkByIndex(a.Device)
-			if err != nil {
-				return err
-			}
-			for _, port := range []netlink.Link{device, outer} {
-				if err := netlink.LinkSetMaster(port, bridge); err != nil {
-					return err
-				}
-			}
-			if err := netlink.LinkSetUp(bridge); err != nil {
-				return err
-			}
-			// With br_netfilter a bridge would ask the rules of IP; the namespace's root says whether.
-			if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-iptables", []byte("0"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
-			}
-			frame := append([]byte{255, 255, 255, 255, 255, 255, 2, 0, 0, 0, 0, 9}, 8, 0)
-			packet = append(frame, packet...)
-		} else {
-			for _, path := range []string{"ipv4/ip_forward", "ipv4/conf/attack0/forwarding"} {
-				if err := os.WriteFile("/proc/sys/net/"+path, []byte("1"), 0); err != nil {
-					return err
-				}
-			}
-			for _, path := range []string{"ipv4/conf/all/rp_filter", "ipv4/conf/attack0/rp_filter"} {
-				if err := os.WriteFile("/proc/sys/net/"+path, []byte("0"), 0); err != nil {
-					return err
-				}
-			}
-		}
-		if err := netlink.LinkSetUp(device); err != nil {
-			return err
-		}
-		_, err = unix.Write(fd, packet)
-		return err
-	}
 }

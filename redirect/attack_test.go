@@ -3,9 +3,11 @@
 package redirect
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"syscall"
 	"unsafe"
@@ -34,12 +36,15 @@ const attackPort = 7777
 // marker is in each packet that an attack sends, where it may say what.
 const marker = "weir-attack"
 
+// ipprotoL2TP is L2TP's number without UDP.
+const ipprotoL2TP = 115
+
 func serveAttacks([]string) error {
 	return test.Serve(func(a attack) (syscall.Errno, error) {
-		way, known := attackWays()[a.Way]
-		if !known {
-			way, known = rareWays()[a.Way]
-		}
+		ways := attackWays()
+		maps.Copy(ways, rareWays())
+		maps.Copy(ways, kernelWays())
+		way, known := ways[a.Way]
 		if !known {
 			return 0, fmt.Errorf("unknown way %q", a.Way)
 		}
@@ -103,7 +108,7 @@ func attackWays() map[string]func(attack) error {
 		return func(_ attack, fd int) error { return unix.SetsockoptInt(fd, level, name, value) }
 	}
 	toDevice := func(_ attack, fd int) error { return unix.BindToDevice(fd, "eth0") }
-	return map[string]func(attack) error{
+	ways := map[string]func(attack) error{
 		"udp":                     sent(unix.SOCK_DGRAM, 0),
 		"udp connected":           connected(unix.SOCK_DGRAM, 0),
 		"udp bound to a device":   sent(unix.SOCK_DGRAM, 0, toDevice),
@@ -119,6 +124,23 @@ func attackWays() map[string]func(attack) error {
 		"udp IP_TRANSPARENT": udpForeignSource(unix.IP_TRANSPARENT),
 		"udp IP_FREEBIND":    udpForeignSource(unix.IP_FREEBIND),
 		"udp sendmmsg":       udpMany,
+		"udp io_uring":       udpByRing,
+		"udp in fragments": func(a attack) error {
+			return socketOf(a.domain(), unix.SOCK_DGRAM, 0, func(fd int) error {
+				return unix.Sendto(fd, bytes.Repeat([]byte(marker), 400), 0, sockaddr(fd, a.To))
+			})
+		},
+		"udp UDP_SEGMENT": sent(unix.SOCK_DGRAM, 0, option(unix.IPPROTO_UDP, unix.UDP_SEGMENT, 1200)),
+		"udp MSG_MORE": func(a attack) error {
+			return socketOf(a.domain(), unix.SOCK_DGRAM, 0, func(fd int) error {
+				if err := unix.Sendto(fd, []byte(marker), unix.MSG_MORE, sockaddr(fd, a.To)); err != nil {
+					return err
+				}
+				return a.send(fd)
+			})
+		},
+		"udp to a group":     toGroup,
+		"udp broadcast":      sentTo(netip.MustParseAddr("255.255.255.255")),
 		"udp-lite":           sent(unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE),
 		"udp-lite connected": connected(unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE),
 		"icmp":               icmpEcho(unix.SOCK_RAW),
@@ -129,6 +151,7 @@ func attackWays() map[string]func(attack) error {
 		"sctp":               connected(unix.SOCK_STREAM, unix.IPPROTO_SCTP),
 		"sctp seqpacket":     sent(unix.SOCK_SEQPACKET, unix.IPPROTO_SCTP),
 		"dccp":               connected(unix.SOCK_DCCP, unix.IPPROTO_DCCP),
+		"l2tp":               sent(unix.SOCK_DGRAM, ipprotoL2TP),
 		"packet": func(a attack) error {
 			return socketOf(unix.AF_PACKET, unix.SOCK_DGRAM, 0, a.packet)
 		},
@@ -146,6 +169,50 @@ func attackWays() map[string]func(attack) error {
 		"smc":               onlyMade(unix.AF_SMC, unix.SOCK_STREAM),
 		"tipc":              onlyMade(unix.AF_TIPC, unix.SOCK_RDM),
 		"can":               onlyMade(unix.AF_CAN, unix.SOCK_RAW),
+	}
+	for name, family := range otherFamilies() {
+		ways[name] = onlyMade(family, unix.SOCK_DGRAM)
+	}
+	return ways
+}
+
+// otherFamilies are those that reach outside, of which hardly a kernel has all.
+func otherFamilies() map[string]int {
+	return map[string]int{
+		"rds": unix.AF_RDS, "kcm": unix.AF_KCM, "pppox": unix.AF_PPPOX, "bluetooth": unix.AF_BLUETOOTH, "rxrpc": unix.AF_RXRPC, "qipcrtr": unix.AF_QIPCRTR,
+		"phonet": unix.AF_PHONET, "ieee802154": unix.AF_IEEE802154, "nfc": unix.AF_NFC, "llc": unix.AF_LLC, "mctp": unix.AF_MCTP, "x25": unix.AF_X25,
+	}
+}
+
+// udpByRing connects by io_uring and sends.
+func udpByRing(a attack) error {
+	return socketOf(a.domain(), unix.SOCK_DGRAM, 0, func(fd int) error {
+		if err := connectByRing(fd, a.To, true); err != nil {
+			return err
+		}
+		_, err := unix.Write(fd, []byte(marker))
+		return err
+	})
+}
+
+// toGroup sends to everybody who listens to a group by the device that leads out.
+func toGroup(a attack) error {
+	group := "239.1.2.3"
+	if a.To.Addr().Is6() {
+		group = "ff15::123"
+	}
+	return sentTo(netip.MustParseAddr(group))(a)
+}
+
+func sentTo(to netip.Addr) func(attack) error {
+	return func(a attack) error {
+		a.To = netip.AddrPortFrom(to, a.To.Port())
+		return sent(unix.SOCK_DGRAM, 0, func(_ attack, fd int) error {
+			if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_BROADCAST, 1); err != nil {
+				return err
+			}
+			return unix.BindToDevice(fd, "eth0")
+		})(a)
 	}
 }
 

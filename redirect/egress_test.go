@@ -6,8 +6,10 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -36,8 +38,8 @@ func egressGuarded(t *testing.T, egress workload.Guard, change ...func(*workload
 	return a
 }
 
-// sawMarked reports whether one of the packets so far has an attack's marker, is of TCP
-// for the attack's port, or is of a protocol of IP that has none.
+// sawMarked reports whether one of the packets so far has an attack's marker, is for the
+// attack's port, or is of a protocol of IP that has neither.
 func (s packetCapture) sawMarked() (seen bool) {
 	frame := make([]byte, 1<<16)
 	for {
@@ -46,10 +48,11 @@ func (s packetCapture) sawMarked() (seen bool) {
 			return seen
 		}
 		packet := frame[:n]
-		other := len(packet) > 23 && packet[12] == 8 && packet[13] == 0 && (packet[23] == unix.IPPROTO_SCTP || packet[23] == unix.IPPROTO_DCCP)
-		four := len(packet) > 37 && packet[12] == 8 && packet[23] == unix.IPPROTO_TCP && binary.BigEndian.Uint16(packet[36:]) == attackPort
+		other := len(packet) > 23 && packet[12] == 8 && packet[13] == 0 &&
+			slices.Contains([]byte{unix.IPPROTO_SCTP, unix.IPPROTO_DCCP, unix.IPPROTO_ESP}, packet[23])
+		four := len(packet) > 37 && packet[12] == 8 && (packet[23] == unix.IPPROTO_TCP || packet[23] == unix.IPPROTO_UDP) && binary.BigEndian.Uint16(packet[36:]) == attackPort
 		six := len(packet) > 57 && packet[12] == 0x86 && packet[20] == unix.IPPROTO_TCP && binary.BigEndian.Uint16(packet[56:]) == attackPort
-		seen = seen || other || four || six || bytes.Contains(packet, []byte(marker))
+		seen = seen || other || four || six || bytes.Contains(packet, []byte(marker)) || bytes.Contains(packet, markedGroup4[:])
 	}
 }
 
@@ -87,19 +90,18 @@ func (a *alloc) neighbour(t *testing.T) {
 
 // socketsOnly are the ways whose socket is refused, or counted, when it is made.
 func isSocketWay(way string) bool {
-	return slices.Contains([]string{"udp-lite", "udp-lite connected", "icmp", "ping socket", "raw udp", "raw tcp", "raw with a header", "sctp", "sctp seqpacket", "dccp",
-		"packet", "packet without a queue", "packet of AF_INET", "vsock", "xdp", "smc", "tipc", "can"}, way)
+	return slices.Contains(append(familyWays(), "udp-lite", "udp-lite connected", "icmp", "ping socket", "raw udp", "raw tcp", "raw with a header",
+		"sctp", "sctp seqpacket", "dccp", "l2tp"), way)
 }
 
 // ipv4Ways are those that IPv4 alone has, or that have no address.
 func ipv4Ways() []string {
-	return []string{"udp IP_TRANSPARENT", "udp IP_FREEBIND", "raw with a header", "packet", "packet without a queue", "packet of AF_INET",
-		"vsock", "xdp", "smc", "tipc", "can"}
+	return append(familyWays(), "udp IP_TRANSPARENT", "udp IP_FREEBIND", "udp broadcast", "raw with a header")
 }
 
 // familyWays are those of other families than IP's.
 func familyWays() []string {
-	return []string{"packet", "packet without a queue", "packet of AF_INET", "vsock", "xdp", "smc", "tipc", "can"}
+	return slices.AppendSeq([]string{"packet", "packet without a queue", "packet of AF_INET", "vsock", "xdp", "smc", "tipc", "can"}, maps.Keys(otherFamilies()))
 }
 
 // absent reports whether this kernel has no such socket.
@@ -309,10 +311,34 @@ func TestEgressFamilyProgram(t *testing.T) {
 	if repaired, err := n.Check(a.key, a.Path); err != nil || !slices.Equal(repaired, []program.Repair{{Kind: program.FamilyHookSet}}) {
 		t.Errorf("check: %v, %q", err, repaired)
 	}
+	hidden := filepath.Join(n.Paths().PinDir, "hidden") // as below a bpffs that another is mounted over
+	if err := os.Rename(n.Paths().Family(), hidden); err != nil {
+		t.Fatal(err)
+	}
+	if repaired, err := n.Check(a.key, a.Path); err != nil || !slices.Equal(repaired, []program.Repair{{Kind: program.FamilyHookSet}}) {
+		t.Errorf("check with a pin that is hidden: %v, %q", err, repaired)
+	}
+	a.countsOneSocket(t)
+	if err := os.Remove(hidden); err != nil {
+		t.Fatal(err)
+	}
+	a.countsOneSocket(t)
 	editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Digest[0]++ })
 	if result, err := n.Load(); err != nil || len(result.Problems) > 0 {
 		t.Errorf("load over it: %v, %v", err, result.Problems)
 	}
+	a.countsOneSocket(t)
+	if _, err := n.Unload(); err != nil {
+		t.Fatal(err)
+	}
+	if left := files(t, n.Datapath); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// countsOneSocket fails the test unless the program counts a socket of XDP, once.
+func (a *alloc) countsOneSocket(t *testing.T) {
+	t.Helper()
 	p := test.Helper(t, test.Spec{NetNS: a.NetNS, Cgroup: a.taskCg}, attackFunc)
 	var errno syscall.Errno
 	verdictsAre(t, a.rose(func() {
@@ -320,12 +346,6 @@ func TestEgressFamilyProgram(t *testing.T) {
 			t.Error(err)
 		}
 	}), map[bpfmap.Verdict]uint64{bpfmap.EgressSocketAudited: 1})
-	if _, err := n.Unload(); err != nil {
-		t.Fatal(err)
-	}
-	if left := files(t, n.Datapath); len(left) != 0 {
-		t.Errorf("left: %v", left)
-	}
 }
 
 // In a plain allocation the guard has TCP, too: what is left are the upstreams.

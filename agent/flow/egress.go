@@ -35,6 +35,9 @@ type egressCount struct {
 	first  int64
 }
 
+// noUID is the user of what the kernel itself sends.
+const noUID = ^uint32(0)
+
 func NewEgressTable() *egressTable {
 	return &egressTable{newShareTable[egressKey, egressCount]()}
 }
@@ -81,7 +84,12 @@ func (e *egressTable) List() ([]api.EgressEntry, uint64) {
 			if r.peer != nil {
 				one.Destination = r.peer.Label()
 			}
-			one.Remedy = fmt.Sprintf(`exclude_outbound_ports = ["%d"]`, key.to.Port())
+			if one.Port != 0 {
+				one.Remedy = fmt.Sprintf(`exclude_outbound_ports = ["%d"]`, key.to.Port())
+			}
+		}
+		if r.Uid == noUID {
+			one.Remedy = "none: the kernel's own, by a tunnel or to a forged source"
 		}
 		list = append(list, one)
 	}

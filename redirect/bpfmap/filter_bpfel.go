@@ -36,8 +36,10 @@ const (
 	FilterMapSources      = "sources"
 	FilterMapVerdicts     = "verdicts"
 	FilterMapWorkloads    = "workloads"
+	FilterProgWeirForged  = "weir_forged"
 	FilterProgWeirForward = "weir_forward"
 	FilterProgWeirInput   = "weir_input"
+	FilterProgWeirOutput  = "weir_output"
 )
 
 // LoadFilter returns the embedded CollectionSpec for Filter.
@@ -82,8 +84,10 @@ type FilterSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type FilterProgramSpecs struct {
+	WeirForged  *ebpf.ProgramSpec `ebpf:"weir_forged"`
 	WeirForward *ebpf.ProgramSpec `ebpf:"weir_forward"`
 	WeirInput   *ebpf.ProgramSpec `ebpf:"weir_input"`
+	WeirOutput  *ebpf.ProgramSpec `ebpf:"weir_output"`
 }
 
 // FilterMapSpecs contains maps before they are loaded into the kernel.
@@ -195,14 +199,18 @@ type FilterVariables struct {
 //
 // It can be passed to LoadFilterObjects or ebpf.CollectionSpec.LoadAndAssign.
 type FilterPrograms struct {
+	WeirForged  *ebpf.Program `ebpf:"weir_forged"`
 	WeirForward *ebpf.Program `ebpf:"weir_forward"`
 	WeirInput   *ebpf.Program `ebpf:"weir_input"`
+	WeirOutput  *ebpf.Program `ebpf:"weir_output"`
 }
 
 func (p *FilterPrograms) Close() error {
 	return _FilterClose(
+		p.WeirForged,
 		p.WeirForward,
 		p.WeirInput,
+		p.WeirOutput,
 	)
 }
 

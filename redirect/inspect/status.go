@@ -272,7 +272,7 @@ func (d *Reader) inspect(tables *bpfmap.Tables, filters *program.FilterReader, r
 		return err
 	}
 	if !filtered {
-		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, and datagrams by broadcast or multicast the guard")
+		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, datagrams by broadcast or multicast the guard, and tunnels the egress guard")
 	}
 	if !program.FamiliesHeld(d.paths, w) {
 		problem(health.ProblemFamiliesOpen, "run its CNI CHECK; where 'weir doctor' says that the kernel cannot, take CAP_NET_RAW from its tasks",

@@ -3,7 +3,6 @@
 package program
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,9 +13,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"github.com/google/nftables/userdata"
-	"github.com/google/nftables/xt"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
@@ -25,16 +22,17 @@ import (
 )
 
 // What is forwarded through a namespace has no socket in it, and for broadcast,
-// multicast and UDP-Lite the kernel asks no sk_lookup. So each namespace gets a
-// table of nftables with two chains at most, whose rules ask the programs of
+// multicast and UDP-Lite the kernel asks no sk_lookup. What the kernel itself sends,
+// a tunnel or an answer, meets no hook of a socket either. So each namespace gets a
+// table of nftables with three chains at most, whose rules ask the programs of
 // ../bpf/filter.c. A rule goes with its namespace; a pinned link of netfilter
 // (Linux 6.4) would keep the namespace alive.
 
 // FilterTable is the table's name, of family inet.
 const FilterTable = "weir_filter"
 
-// chainPrograms are the programs of ../bpf/filter.c by the chain that asks
-// them, loaded once for the node and pinned under these names.
+// chainPrograms are the programs of ../bpf/filter.c by what asks them, a chain or a
+// rule of one, loaded once for the node and pinned under these names.
 type chainPrograms map[string]*ebpf.Program
 
 func (f chainPrograms) Close() {
@@ -44,7 +42,7 @@ func (f chainPrograms) Close() {
 }
 
 func FilterNames() map[string]string {
-	return map[string]string{"forward": "weir_forward", "input": "weir_input"}
+	return map[string]string{"forward": "weir_forward", "input": "weir_input", "output": "weir_output", "forged": "weir_forged"}
 }
 
 // LoadFilterPrograms loads the programs over the tables and pins them in dir,
@@ -136,76 +134,11 @@ func PinFilters(p store.Paths, s *Set) (repairs []Repair, err error) {
 	return repairs, nil
 }
 
-// chains are those that the workload's namespace should have.
-func filterChains(w workload.Workload) (names []string) {
-	guarded := w.Guard == workload.GuardAudit || w.Guard == workload.GuardEnforce
-	if guarded || w.Mode == workload.ModeTransparent {
-		names = append(names, "forward")
-	}
-	if guarded {
-		names = append(names, "input")
-	}
-	return names
-}
-
-// filterRule is a rule of the table. Its comment tells it, and the program that
-// it asks.
-type filterRule struct {
-	comment string
-	exprs   []expr.Any
-}
-
-// rules are those of the chains that the workload should have.
-func (f chainPrograms) rules(w workload.Workload) (map[string][]filterRule, error) {
-	rules := make(map[string][]filterRule)
-	for _, chain := range filterChains(w) {
-		info, err := f[chain].Info()
-		if err != nil {
-			return nil, fmt.Errorf("read filter program: %w", err)
-		}
-		id, _ := info.ID()
-		comment, prog := fmt.Sprintf("program %d refuses", id), asks(f[chain])
-		tcp, lo := []byte{unix.IPPROTO_TCP}, binary.NativeEndian.AppendUint32(nil, 1)
-		accept := &expr.Verdict{Kind: expr.VerdictAccept}
-		if chain == "forward" {
-			rules[chain] = []filterRule{
-				{comment + " TCP", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), prog, &expr.Reject{Type: unix.NFT_REJECT_TCP_RST})},
-				{comment, append(is(expr.MetaKeyL4PROTO, expr.CmpOpNeq, tcp), prog,
-					&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED})},
-			}
-			continue
-		}
-		rules[chain] = []filterRule{
-			{"TCP is for sk_lookup", append(is(expr.MetaKeyL4PROTO, expr.CmpOpEq, tcp), accept)},
-			{"what comes by lo is from inside", append(is(expr.MetaKeyIIF, expr.CmpOpEq, lo), accept)},
-			{comment, []expr.Any{prog, &expr.Verdict{Kind: expr.VerdictDrop}}},
-		}
-	}
-	return rules, nil
-}
-
-// asks is the match "bpf" of xtables (xt_bpf), by a descriptor of the program: it
-// is the one way for a rule to ask a program with tables.
-func asks(prog *ebpf.Program) expr.Any {
-	const (
-		modeFD   = 2               // XT_BPF_MODE_FD_ELF
-		infoSize = 2 + 2 + 4 + 512 // struct xt_bpf_info_v1 up to its pointer, which is the kernel's
-	)
-	info := make(xt.Unknown, infoSize+8)
-	binary.NativeEndian.PutUint16(info, modeFD)
-	binary.NativeEndian.PutUint32(info[4:], uint32(prog.FD()))
-	return &expr.Match{Name: "bpf", Rev: 1, Info: &info}
-}
-
-func is(key expr.MetaKey, op expr.CmpOp, value []byte) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: key, Register: 1}, &expr.Cmp{Op: op, Register: 1, Data: value}}
-}
-
 // SetFilter makes the namespace's table what the workload should have, in one
 // step, and reports whether it was not. A namespace that should have none keeps
 // none.
 func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed bool, err error) {
-	if len(filterChains(w)) == 0 {
+	if !filters(w) {
 		return RemoveFilter(ns)
 	}
 	programs, err := openChainPrograms(p)
@@ -229,7 +162,7 @@ func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed 
 		return replaceFilter(conn, rules)
 	})
 	if err != nil {
-		return false, fmt.Errorf("set filter of forwarded packets: the kernel needs nf_tables with nft_compat, nft_reject_inet and xt_bpf: %w", err)
+		return false, fmt.Errorf("set filter of forwarded packets: the kernel needs nf_tables with nft_compat, nft_reject_inet, nft_fib_inet and xt_bpf: %w", err)
 	}
 	return changed, nil
 }
@@ -237,8 +170,8 @@ func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed 
 // FilterReader tells of many workloads whether they have their filter. It opens the
 // programs once, and several goroutines may ask it.
 type FilterReader struct {
-	programs chainPrograms                      // nil: there are none
-	rules    map[string]map[string][]filterRule // by the names of the chains
+	programs chainPrograms // nil: there are none
+	rules    map[filterKind]map[string][]filterRule
 }
 
 // NewFilterReader opens the programs. Where there are none, no workload has its filter.
@@ -250,14 +183,15 @@ func NewFilterReader(p store.Paths) (*FilterReader, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &FilterReader{programs: programs, rules: make(map[string]map[string][]filterRule)}
-	for _, w := range []workload.Workload{{Mode: workload.ModeTransparent}, {Guard: workload.GuardAudit}} { // all that differ in their chains
-		rules, err := programs.rules(w)
-		if err != nil {
-			programs.Close()
-			return nil, err
+	f := &FilterReader{programs: programs, rules: make(map[filterKind]map[string][]filterRule)}
+	for _, egress := range []workload.Guard{workload.GuardOff, workload.GuardAudit, workload.GuardEnforce} {
+		for _, guard := range []workload.Guard{workload.GuardOff, workload.GuardAudit} {
+			w := workload.Workload{Mode: workload.ModeTransparent, Guard: guard, Egress: egress}
+			if f.rules[kindOf(w)], err = programs.rules(w); err != nil {
+				programs.Close()
+				return nil, err
+			}
 		}
-		f.rules[fmt.Sprint(filterChains(w))] = rules
 	}
 	return f, nil
 }
@@ -266,12 +200,11 @@ func (f *FilterReader) Close() { f.programs.Close() }
 
 // Filtered reports whether the namespace's table is what the workload should have.
 func (f *FilterReader) Filtered(ns *host.Namespace, w workload.Workload) (there bool, err error) {
-	chains := filterChains(w)
-	if len(chains) == 0 || f.programs == nil {
-		return len(chains) == 0, nil
+	if !filters(w) || f.programs == nil {
+		return !filters(w), nil
 	}
 	err = withNFTables(ns, func(conn *nftables.Conn) error {
-		there, err = hasFilter(conn, f.rules[fmt.Sprint(chains)])
+		there, err = hasFilter(conn, f.rules[kindOf(w)])
 		return err
 	})
 	return there, err
@@ -279,7 +212,7 @@ func (f *FilterReader) Filtered(ns *host.Namespace, w workload.Workload) (there 
 
 func hasFilter(conn *nftables.Conn, wanted map[string][]filterRule) (bool, error) {
 	table := &nftables.Table{Name: FilterTable, Family: nftables.TableFamilyINet}
-	for chain := range FilterNames() {
+	for chain := range filterHooks() {
 		present, err := conn.GetRules(table, &nftables.Chain{Name: chain})
 		if err != nil {
 			return false, fmt.Errorf("list rules: %w", err)
@@ -305,10 +238,10 @@ func replaceFilter(conn *nftables.Conn, rules map[string][]filterRule) error {
 		return fmt.Errorf("find table: %w", err)
 	}
 	conn.AddTable(table)
-	hooks := map[string]*nftables.ChainHook{"forward": nftables.ChainHookForward, "input": nftables.ChainHookInput}
+	hooks := filterHooks()
 	for name, list := range rules {
 		chain := conn.AddChain(&nftables.Chain{
-			Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hooks[name], Priority: nftables.ChainPriorityRaw,
+			Name: name, Table: table, Type: nftables.ChainTypeFilter, Hooknum: hooks[name].hook, Priority: hooks[name].priority,
 		})
 		for _, r := range list {
 			conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: r.exprs,
