@@ -4,6 +4,7 @@ package redirect
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -161,7 +162,7 @@ func TestUnloadFindsHiddenPrograms(t *testing.T) {
 	a.works()
 	n.hidePins()
 	removed, err := n.Unload()
-	if err != nil || !strings.Contains(strings.Join(removed, "\n"), "weir_connect4") || !strings.Contains(strings.Join(removed, "\n"), "weir_lookup") {
+	if err != nil || !strings.Contains(fmt.Sprint(removed), "weir_connect4") || !strings.Contains(fmt.Sprint(removed), "weir_lookup") {
 		t.Fatalf("removed %q, %v; want what is attached detached", removed, err)
 	}
 	remote := test.Echo(t, n.remote, "tcp4", "10.9.1.1:80")

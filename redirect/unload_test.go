@@ -3,8 +3,10 @@
 package redirect
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -26,13 +28,13 @@ func TestUnloadRemovesEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := strings.Join(removed, "\n")
+	text := fmt.Sprint(removed)
 	for _, pin := range pins {
 		if strings.HasPrefix(pin, n.Paths().PinDir) && !strings.Contains(text, pin) {
 			t.Errorf("unload does not say that it removed %s", pin)
 		}
 	}
-	if !strings.Contains(text, a.key.String()) {
+	if !slices.Contains(removed, program.Removal{Kind: program.WorkloadRemoved, Object: a.key.String()}) {
 		t.Errorf("unload does not name the workload: %q", removed)
 	}
 	if left := files(t, n.Datapath); len(left) != 0 {

@@ -61,7 +61,7 @@ type env struct {
 // datapath is what the commands need of redirect.Datapath.
 type datapath interface {
 	Load() (loader.Result, error)
-	Unload() (removed []string, err error)
+	Unload() (removed []program.Removal, err error)
 	Status() (inspect.Status, error)
 	Readiness() []health.Check
 	Records() ([]inspect.Record, error)

@@ -15,6 +15,7 @@ import (
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -168,7 +169,7 @@ func TestUninstallRefuses(t *testing.T) {
 		record("0b5d0c1e", alive.Path, workload.ModeTransparent),
 		record("1c6e1d2f", alive.Path, workload.ModeDirect),
 		record("2d7f2e30", filepath.Join(t.TempDir(), "gone"), workload.ModeTransparent),
-	}, removed: []string{"map origins"}, bridges: []string{"bridge weir0"}, others: []string{"bridge weir1"}, networks: []cni.Attached{
+	}, removed: []program.Removal{{Kind: program.PinRemoved, Object: "/sys/fs/bpf/weir/maps/origins"}}, bridges: []string{"bridge weir0"}, others: []string{"bridge weir1"}, networks: []cni.Attached{
 		{Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, NetNS: alive.Path},
 		{Key: workload.AttachmentID{ContainerID: "3e801f41", IfName: "eth0"}, NetNS: alive.Path, Job: workload.Job{ID: "plain", Group: "web"}},
 		{Key: workload.AttachmentID{ContainerID: "4f912052", IfName: "eth0"}, NetNS: filepath.Join(t.TempDir(), "gone")},
@@ -252,7 +253,7 @@ One that ended and left its namespace: weir gc
 	if len(report.Remarks) != 1 || !strings.HasPrefix(report.Remarks[0], "bridge weir1 has Weir's mark, but no record in "+environment["WEIR_STATE_DIR"]) {
 		t.Errorf("remarks of uninstall = %q, want one on another instance's bridge", report.Remarks)
 	}
-	if got.code != 0 || len(report.Workloads) != 3 || strings.Join(report.Kernel, ", ") != "map origins, bridge weir0" || !removed {
+	if got.code != 0 || len(report.Workloads) != 3 || strings.Join(report.Kernel, ", ") != "pin /sys/fs/bpf/weir/maps/origins, bridge weir0" || !removed {
 		t.Errorf("uninstall -force = %+v", got)
 	}
 	if _, err := os.Stat(plugin); !os.IsNotExist(err) {

@@ -34,7 +34,7 @@ import (
 type node struct {
 	paths    store.Paths
 	load     loader.Result
-	removed  []string
+	removed  []program.Removal
 	status   inspect.Status
 	list     []inspect.WorkloadStatus
 	known    []inspect.Record
@@ -85,10 +85,10 @@ type node struct {
 	named     bool                      // who holds the programs of others was asked for
 }
 
-func (n *node) Load() (loader.Result, error)    { return n.load, n.err }
-func (n *node) Unload() ([]string, error)       { return n.removed, n.err }
-func (n *node) Status() (inspect.Status, error) { return n.status, n.err }
-func (n *node) Readiness() []health.Check       { return n.ready }
+func (n *node) Load() (loader.Result, error)       { return n.load, n.err }
+func (n *node) Unload() ([]program.Removal, error) { return n.removed, n.err }
+func (n *node) Status() (inspect.Status, error)    { return n.status, n.err }
+func (n *node) Readiness() []health.Check          { return n.ready }
 func (n *node) Records() ([]inspect.Record, error) {
 	known := slices.Clone(n.known)
 	if n.known == nil {

@@ -119,7 +119,10 @@ func (c *command) uninstall(plan deploy.Removal, force bool, report *installRepo
 			return err
 		}
 	}
-	report.Kernel, err = c.datapath().Unload()
+	removed, err := c.datapath().Unload()
+	for _, what := range removed {
+		report.Kernel = append(report.Kernel, what.String())
+	}
 	if err != nil {
 		return err
 	}

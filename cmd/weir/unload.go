@@ -2,12 +2,16 @@
 
 package main
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/weirmesh/weir/redirect/program"
+)
 
 // unloadReport is what unload prints as JSON.
 type unloadReport struct {
-	Schema  int      `json:"schema"`
-	Removed []string `json:"removed"`
+	Schema  int               `json:"schema"`
+	Removed []program.Removal `json:"removed"`
 }
 
 func newUnload(env env) *command {
@@ -34,12 +38,12 @@ func newUnload(env env) *command {
 		removed, err := c.datapath().Unload()
 		if c.json {
 			if removed == nil {
-				removed = []string{}
+				removed = []program.Removal{}
 			}
 			return 0, errors.Join(c.printJSON(unloadReport{Schema: jsonSchema, Removed: removed}), err)
 		}
 		for _, what := range removed {
-			c.ui.Output("removed " + what)
+			c.ui.Output("removed " + what.String())
 		}
 		if err == nil && len(removed) == 0 {
 			c.ui.Output("nothing to do: nothing is loaded")

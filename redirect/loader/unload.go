@@ -14,19 +14,19 @@ import (
 // Unload removes programs, maps, pins and records, and returns what it
 // removed. Workloads are no longer redirected from then on. It works on what
 // any version pinned, and again on what it could not finish.
-func (d *Loader) Unload() (removed []string, err error) {
+func (d *Loader) Unload() (removed []program.Removal, err error) {
 	err = d.Locked(func() error {
 		records, err := d.Paths().ReadRecords()
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
 		if err != nil {
-			removed = append(removed, err.Error())
+			removed = append(removed, program.Removal{Kind: program.UnreadableRecord, Object: err.Error()})
 		}
 		var problems []error
 		for _, r := range records {
 			problems = append(problems, reconcile.RemoveRoutes(r), d.Paths().RemoveRecord(r.Key))
-			removed = append(removed, "workload "+r.Key.String())
+			removed = append(removed, program.Removal{Kind: program.WorkloadRemoved, Object: r.Key.String()})
 		}
 		problems = append(problems, d.dropWorkloads())
 		for _, dir := range []string{d.Paths().PinDir, d.Paths().Staging()} {
@@ -36,7 +36,7 @@ func (d *Loader) Unload() (removed []string, err error) {
 		}
 		detached, err := d.detachHidden()
 		for _, what := range detached {
-			removed = append(removed, what.String())
+			removed = append(removed, program.Removal{Kind: program.ProgramDetached, Object: what.String()})
 		}
 		problems = append(problems, err)
 		return errors.Join(append(problems, program.RemoveTree(d.Paths().Workloads()), program.RemoveTree(d.Paths().EventsLock()))...)

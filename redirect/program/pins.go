@@ -59,13 +59,13 @@ func DetachPrograms(sets []*Set) (repairs []Repair, err error) {
 }
 
 // UnpinAll removes a directory of pins and returns the pins it removed.
-func UnpinAll(dir string) (removed []string, err error) {
+func UnpinAll(dir string) (removed []Removal, err error) {
 	var problems []error
 	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
 			return err
 		}
-		removed = append(removed, "pin "+path)
+		removed = append(removed, Removal{PinRemoved, path})
 		problems = append(problems, DetachPin(path))
 		return nil
 	})
