@@ -191,10 +191,7 @@ setup_nomad() {
 	[[ -z ${NOMAD:-} ]] && is_pinned_nomad nomad && return
 	is_pinned_nomad "$binary" && return
 	say "$step: build Nomad $NOMAD_VERSION, which takes minutes"
-	# Nomad 1.10 wants packages that a later runc has given away.
-	local runc=
-	[[ ${NOMAD:-} != 1.10.* ]] || runc=github.com/opencontainers/runc@v1.2.6
-	build_tool "$binary" github.com/hashicorp/nomad ${NOMAD:+"$NOMAD"} ${runc:+"$runc"} || die "build Nomad"
+	build_tool "$binary" github.com/hashicorp/nomad ${NOMAD:+"$NOMAD"} || die "build Nomad"
 	is_pinned_nomad "$binary.new" || die "what was built is not Nomad $NOMAD_VERSION"
 	mv "$binary.new" "$binary"
 }
