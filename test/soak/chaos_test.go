@@ -220,12 +220,12 @@ func (s *soak) misbehave(t *testing.T, server *flaky) {
 
 // killConsul has Consul gone while allocations come and go.
 func (s *soak) killConsul(t *testing.T) {
-	s.node.consul.Stop()
+	s.consul.Stop()
 	s.askedOfConsul.become(passes) // connections to the former one end
 	s.misbehaved.Add(1)
 	s.churn(t)
 	s.kept(t)
-	s.node.consul.Restart()
+	s.consul.Restart()
 	s.wantHealthy(t)
 }
 
