@@ -76,13 +76,11 @@ func (c *Client) Behind(ctx context.Context, known Snapshot, workloads []api.Wor
 // shownProxies are those that the node shows to be a workload's.
 func shownProxies(known Snapshot, shown []api.ProxyView) (proxies []registration.Proxy) {
 	for _, list := range known.Proxies {
-		for _, p := range list {
-			if slices.ContainsFunc(shown, func(v api.ProxyView) bool { return v.ID == p.ID }) {
-				proxies = append(proxies, p)
-			}
-		}
+		proxies = append(proxies, list...)
 	}
-	return proxies
+	return slices.DeleteFunc(proxies, func(p registration.Proxy) bool {
+		return !slices.ContainsFunc(shown, func(v api.ProxyView) bool { return v.ID == p.ID })
+	})
 }
 
 // leadsTo reports whether the connection is one to the upstream.

@@ -92,9 +92,8 @@ func (r *round) heard(moved bool, err error) {
 // Failed says that Consul does not answer.
 func (l *Queries) Failed() { l.failing = true }
 
-// Refresh asks what is due for these proxies, and returns what is known and
-// whether any of it moved. An error ends the pass, but for one that concerns
-// the question alone; what was known stays.
+// Refresh asks what is due for these proxies, and returns what is known and whether any of it
+// moved. An error ends the pass, but for one that concerns one question; what was known stays.
 func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registration.Proxy) (known Data, moved bool) {
 	if l.failing {
 		l.failing, l.whole = false, l.Now().Add(ReplayTime)
@@ -122,7 +121,7 @@ func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registr
 	return l.known(), moved
 }
 
-// askServices asks for the virtual IPs of these services, in order.
+// askServices asks for virtual IPs; services are sorted.
 func (r *round) askServices(ctx context.Context, services []registration.Service) {
 	maps.DeleteFunc(r.Virtual, func(of registration.Service, _ *Query[[]netip.Addr]) bool {
 		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
