@@ -54,6 +54,7 @@ func (b *bench) parts() []part {
 		{"bench", comparisonNote, append(all, b.memory(), b.unrelated())},
 		{"bench-storm", stormNote, []measurement{b.storm(0), b.storm(mappedPorts)}},
 		{"bench-agent", agentNote, []measurement{b.agent()}},
+		{"bench-recorded", recordedNote, []measurement{b.recording()}},
 		{"bench-commands", commandsNote, []measurement{b.commands()}},
 	}
 }
@@ -76,7 +77,7 @@ func main() {
 	var o options
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 21, with -quick 2)")
 	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
-	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign storm storm-ports agent commands")
+	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign storm storm-ports agent recorded commands")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
 	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
 	flag.StringVar(&o.nftables, "nftables", "", "the program of ./nftables")

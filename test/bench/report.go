@@ -130,7 +130,7 @@ foreign sockets "direct" means that Weir is not loaded, "Weir" that it is.
 // A variant that no row has is left out.
 func (r report) markdown(w io.Writer) error {
 	var out strings.Builder
-	columns := slices.DeleteFunc([]string{direct, directAgain, least, weir, former, consul, nftables}, func(column string) bool {
+	columns := slices.DeleteFunc([]string{direct, directAgain, least, weir, recorded, former, consul, nftables}, func(column string) bool {
 		return !slices.ContainsFunc(r.Rows, func(row reportedRow) bool { return row.cell(column) != "" })
 	})
 	fmt.Fprintf(&out, "| | %s | to reach | reached |\n", strings.Join(columns, " | "))

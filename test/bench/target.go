@@ -63,6 +63,19 @@ func atMost(limit float64, unit string) func(row) verdict {
 	}
 }
 
+// atMostTimes: one variant takes at most so many times as much as another, by the median
+// of the ratios of the rounds.
+func atMostTimes(limit float64, variant, other string) func(row) verdict {
+	return func(r row) verdict {
+		ratio := summarize(ratios(r.Samples[variant], r.Samples[other])).Median
+		return verdict{
+			Goal:    fmt.Sprintf("at most %g of %s", limit, other),
+			Figure:  fmt.Sprintf("x%.3f", ratio),
+			Reached: ratio <= limit,
+		}
+	}
+}
+
 // shareOf: Weir takes at most a share of what another variant takes.
 func shareOf(share float64, other string) func(row) verdict {
 	return func(r row) verdict {

@@ -66,6 +66,14 @@ func TestTargets(t *testing.T) {
 			map[string][]float64{weir: {1.6}}, false, "1.60 ms",
 		},
 		{
+			"three percent more, by the rounds' own ratios", atMostTimes(1.03, recorded, weir),
+			map[string][]float64{weir: {10, 20, 40}, recorded: {10.3, 20.6, 80}}, true, "x1.030",
+		},
+		{
+			"four percent more", atMostTimes(1.03, recorded, weir),
+			map[string][]float64{weir: {10}, recorded: {10.4}}, false, "x1.040",
+		},
+		{
 			"a share of the other", shareOf(0.4, inProcess),
 			map[string][]float64{weir: {4}, inProcess: {10}, nftables: {5}},
 			true, "0.40",
