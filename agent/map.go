@@ -164,7 +164,8 @@ func endID(source bool, kind web.Kind, name string) string {
 }
 
 // endsOf are the allocation of an edge and its other end; no end where the map shows
-// none: a proxy's own connection stands for one of a task.
+// none: a proxy's own connection stands for one of a task. A forwarded one is shown from
+// the allocation that it passes, past its proxy.
 func endsOf(edge api.Edge, nodes map[string]*web.Node) (*web.Node, web.End) {
 	s, d := edge.Source, edge.Destination
 	var node *web.Node
@@ -178,21 +179,30 @@ func endsOf(edge api.Edge, nodes map[string]*web.Node) (*web.Node, web.End) {
 		}
 	case edge.Direction == api.DirectionOutbound && edge.Verdict != bpfmap.Proxy.String():
 		node = nodes[s.AllocID]
-		end.Name = netip.AddrPortFrom(d.IP, d.Port).String()
-		switch {
-		case d.Service != "":
-			end.Kind, end.Name = web.KindService, d.Service
-		case edge.Verdict == bpfmap.Local.String() || d.AllocID == s.AllocID && d.AllocID != "":
-			end.Kind, end.Name = web.KindLoopback, ""
-		case d.AllocID != "":
-			end.Kind, end.Name, end.AllocID = web.KindAllocation, ofAllocation(d.AllocID, d.Job, d.TaskGroup), d.AllocID
-		}
+		end = destinationOf(edge)
+	case edge.Direction == api.DirectionForwarded:
+		node = nodes[edge.Through.AllocID] // whatever is inside of it has no place of its own
+		end = destinationOf(edge)
 	}
 	if node == nil {
 		return nil, web.End{}
 	}
 	end.ID = endID(end.Source, end.Kind, end.Name)
 	return node, end
+}
+
+// destinationOf is where a connection goes.
+func destinationOf(edge api.Edge) web.End {
+	s, d := edge.Source, edge.Destination
+	switch {
+	case d.Service != "":
+		return web.End{Kind: web.KindService, Name: d.Service}
+	case edge.Verdict == bpfmap.Local.String() || d.AllocID == s.AllocID && d.AllocID != "":
+		return web.End{Kind: web.KindLoopback}
+	case d.AllocID != "":
+		return web.End{Kind: web.KindAllocation, Name: ofAllocation(d.AllocID, d.Job, d.TaskGroup), AllocID: d.AllocID}
+	}
+	return web.End{Kind: web.KindAddress, Name: netip.AddrPortFrom(d.IP, d.Port).String()}
 }
 
 func ofAllocation(id, job, group string) string {

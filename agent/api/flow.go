@@ -28,8 +28,9 @@ type Flow struct {
 	Refused     bool            `json:"refused"`
 	Source      FlowSource      `json:"source,omitzero"`
 	Destination FlowDestination `json:"destination,omitzero"`
-	Lost        uint64          `json:"lost,omitempty"`  // how many flows this line stands for
-	Cause       LossCause       `json:"cause,omitempty"` // ... and why they are lost
+	Through     FlowThrough     `json:"through,omitzero"` // of a forwarded one
+	Lost        uint64          `json:"lost,omitempty"`   // how many flows this line stands for
+	Cause       LossCause       `json:"cause,omitempty"`  // ... and why they are lost
 }
 
 // Direction is how a connection passes a workload.
@@ -78,6 +79,15 @@ type FlowDestination struct {
 	Port      uint16     `json:"port,omitempty"`
 }
 
+// FlowThrough is the workload through whose namespace a connection is forwarded. What
+// forwards it, a container or a machine inside of it, has no name on this node.
+type FlowThrough struct {
+	AllocID   string `json:"alloc_id,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
+	Job       string `json:"job,omitempty"`
+	TaskGroup string `json:"task_group,omitempty"`
+}
+
 // DirectionOf tells how a connection with the verdict passed the workload.
 func DirectionOf(verdict bpfmap.Verdict) Direction {
 	switch verdict { //nolint:exhaustive // all others are outbound
@@ -98,8 +108,8 @@ type FlowQuery struct {
 	Since, Until time.Time // zero: no bound
 
 	From, To string   // an end: allocation (four letters of its ID or more), job, task, service, address or CIDR
-	Alloc    string   // either end's allocation: any prefix of its ID
-	Job      string   // either end's
+	Alloc    string   // either end's allocation, or what forwards it: any prefix of its ID
+	Job      string   // likewise
 	Task     string   // the source's
 	Service  string   // either end's
 	Port     uint16   // of the destination
@@ -208,11 +218,11 @@ func (q *FlowQuery) Matches(flow *Flow) bool {
 		q.Port == 0 && len(q.Verdicts) == 0 && !q.Refused {
 		return true
 	}
-	s, d := &flow.Source, &flow.Destination
+	s, d, through := &flow.Source, &flow.Destination, &flow.Through
 	all := (q.From == "" || isEnd(q.From, s.AllocID, s.Job, s.Task, s.Service, s.IP)) &&
 		(q.To == "" || isEnd(q.To, d.AllocID, d.Job, "", d.Service, d.IP)) &&
-		(q.Alloc == "" || strings.HasPrefix(s.AllocID, q.Alloc) || strings.HasPrefix(d.AllocID, q.Alloc)) &&
-		(q.Job == "" || s.Job == q.Job || d.Job == q.Job) &&
+		(q.Alloc == "" || strings.HasPrefix(s.AllocID, q.Alloc) || strings.HasPrefix(d.AllocID, q.Alloc) || strings.HasPrefix(through.AllocID, q.Alloc)) &&
+		(q.Job == "" || s.Job == q.Job || d.Job == q.Job || through.Job == q.Job) &&
 		(q.Task == "" || s.Task == q.Task) &&
 		(q.Service == "" || s.Service == q.Service || d.Service == q.Service) &&
 		(q.Port == 0 || d.Port == q.Port) &&

@@ -25,6 +25,7 @@ type Edge struct {
 	Direction   Direction       `json:"direction"`
 	Source      FlowSource      `json:"source,omitzero"`
 	Destination FlowDestination `json:"destination,omitzero"`
+	Through     FlowThrough     `json:"through,omitzero"`
 	Verdict     string          `json:"verdict"`
 	Refused     bool            `json:"refused"`
 }
@@ -46,7 +47,7 @@ type Process struct {
 func (f Flow) Edge() Edge {
 	s := f.Source
 	s.PID, s.UID, s.Command, s.Port = 0, nil, "", 0
-	return Edge{Direction: f.Direction, Source: s, Destination: f.Destination, Verdict: f.Verdict, Refused: f.Refused}
+	return Edge{Direction: f.Direction, Source: s, Destination: f.Destination, Through: f.Through, Verdict: f.Verdict, Refused: f.Refused}
 }
 
 // ReadTraffic asks the agent whose state is in stateDir who talked to what since a

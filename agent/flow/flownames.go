@@ -214,6 +214,7 @@ func (r *Record) flow(node string) api.Flow {
 		source, destination = r.peer, r.Workload
 	case api.DirectionForwarded: // either end may be any other
 		source, destination = nil, r.peer
+		flow.Through = api.FlowThrough{AllocID: r.Workload.AllocID, Namespace: r.Workload.namespace, Job: r.Workload.Job, TaskGroup: r.Workload.Group}
 	}
 	fillSource(&flow.Source, source)
 	if destination != nil {
