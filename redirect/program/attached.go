@@ -140,28 +140,49 @@ func (s *Set) Reads(id ebpf.MapID) bool {
 	return false
 }
 
+// seenTables are tables that were described already: the programs of a set share them.
+type seenTables map[ebpf.MapID]seenTable
+
+type seenTable struct {
+	name             string
+	layout, instance uint32 // of the node's row, where it is the table that has it
+}
+
+// describe is what a table is; an error that is fs.ErrNotExist where it is gone.
+func (seen seenTables) describe(id ebpf.MapID) (found seenTable, err error) {
+	if found, known := seen[id]; known {
+		return found, nil
+	}
+	if found.name, err = mapName(id); err != nil {
+		return found, err
+	}
+	if found.name == "control" {
+		control, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			return found, fmt.Errorf("open map %d: %w", id, err)
+		}
+		found.layout, found.instance = signatureOf(control)
+		control.Close()
+	}
+	seen[id] = found
+	return found, nil
+}
+
 // setOf reads the tables of a program of Weir.
-func setOf(prog AttachedProgram) (*Set, error) {
+func setOf(prog AttachedProgram, seen seenTables) (*Set, error) {
 	s := &Set{Tables: make(map[string]ebpf.MapID), Programs: make(map[string][]ebpf.ProgramID)}
 	for _, id := range prog.Maps {
-		table, err := ebpf.NewMapFromID(id)
+		table, err := seen.describe(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			s.ending = true
 			continue
 		}
 		if err != nil {
-			return nil, fmt.Errorf("open map %d: %w", id, err)
+			return nil, err
 		}
-		info, err := table.Info()
-		if err == nil {
-			s.Tables[info.Name] = id
-			if info.Name == "control" {
-				s.layout, s.Instance = signatureOf(table)
-			}
-		}
-		table.Close()
-		if err != nil {
-			return nil, fmt.Errorf("read map %d: %w", id, err)
+		s.Tables[table.name] = id
+		if table.name == "control" {
+			s.layout, s.Instance = table.layout, table.instance
 		}
 	}
 	return s, nil
@@ -186,6 +207,7 @@ func (s *Set) Ends() bool {
 
 // SetsAt returns the instances of Weir at a cgroup root.
 func SetsAt(root *os.File) (sets []*Set, err error) {
+	seen := make(seenTables)
 	for _, h := range Hooks() {
 		list, err := AttachedTo(root, h.Attach)
 		if err != nil {
@@ -195,7 +217,7 @@ func SetsAt(root *os.File) (sets []*Set, err error) {
 			if prog.Name != h.Program {
 				continue
 			}
-			if sets, err = joinSets(sets, prog); err != nil {
+			if sets, err = joinSets(sets, prog, seen); err != nil {
 				return nil, err
 			}
 		}
@@ -204,8 +226,8 @@ func SetsAt(root *os.File) (sets []*Set, err error) {
 }
 
 // joinSets adds a program to the set that it shares a table with.
-func joinSets(sets []*Set, prog AttachedProgram) ([]*Set, error) {
-	one, err := setOf(prog)
+func joinSets(sets []*Set, prog AttachedProgram, seen seenTables) ([]*Set, error) {
+	one, err := setOf(prog, seen)
 	if err != nil {
 		return nil, err
 	}

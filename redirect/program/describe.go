@@ -44,6 +44,24 @@ type programInfo struct {
 	name                          [unix.BPF_OBJ_NAME_LEN]byte
 }
 
+// mapName is that of a map, of which the library would read more, twice.
+func mapName(id ebpf.MapID) (string, error) {
+	get := struct{ id, next, flags uint32 }{id: uint32(id)}
+	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_GET_FD_BY_ID, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
+	if errno != 0 {
+		return "", fmt.Errorf("open map %d: %w", id, errno)
+	}
+	defer unix.Close(int(fd))
+	var info struct { // the beginning of struct bpf_map_info
+		kind, id, keySize, valueSize, entries, flags uint32
+		name                                         [unix.BPF_OBJ_NAME_LEN]byte
+	}
+	if err := objectInfo(int(fd), &info); err != nil {
+		return "", fmt.Errorf("read map %d: %w", id, err)
+	}
+	return unix.ByteSliceToString(info.name[:]), nil
+}
+
 // objectInfo asks the kernel for what it tells of a program, a link or a map.
 func objectInfo[T any](fd int, info *T) error {
 	var pinner runtime.Pinner

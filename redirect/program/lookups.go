@@ -47,7 +47,7 @@ func LookupsIn(m *bpfmap.Tables, ns *host.Namespace) (found namespaceLookups, er
 		if _, err := m.Get("control", uint32(0), &node); err != nil {
 			return found, err
 		}
-		set, err := setOf(prog)
+		set, err := setOf(prog, make(seenTables))
 		if err != nil {
 			return found, err
 		}
