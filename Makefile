@@ -6,10 +6,10 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent tools package release clean
+.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent bench-commands tools package release clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: ## Build bin/weir and bin/weir-cni, both static
 	@test/tools/setup.sh go
@@ -80,6 +80,10 @@ bench: build ## Measure side by side with Consul's engines and the limit, the ag
 bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (root)
 	test/tools/setup.sh test consul
 	test/bench/run.sh -only agent
+
+bench-commands: build ## Measure what the commands take on a node of 1,000 proxies (root)
+	test/tools/setup.sh test consul
+	test/bench/run.sh -only commands
 
 package: build ## Make deb, rpm and tarball in dist/; GOARCH=arm64: for that architecture
 	VERSION='$(VERSION)' deploy/package.sh $(BIN) dist

@@ -7,6 +7,7 @@
 #   test/bench/run.sh -quick                 # under a minute: does everything work?
 #   test/bench/run.sh -only connect,setup    # some measurements, all their rounds
 #   test/bench/run.sh -only agent            # the agent beside 1,000 proxies, eight minutes
+#   test/bench/run.sh -only commands         # the commands on a node of 1,000 proxies
 #   test/bench/run.sh -json samples.json     # keep every sample
 #   test/bench/run.sh -readme docs/benchmarks.md # write the tables into it
 #
