@@ -3,6 +3,7 @@
 package cluster
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -14,9 +15,12 @@ import (
 
 // client asks from the allocation of a group.
 type client struct {
-	group     string
+	group     string // or how it asks, where one group asks in several ways
 	target    netip.AddrPort
+	host      string // that it asks for; the target where empty
 	alloc     *nomad.Alloc
+	job       string // of the instances
+	caller    string // the client's service
 	loop      *nomad.Loop
 	instances map[string]bool // that have answered
 }
@@ -54,30 +58,36 @@ func startClients(t *testing.T, job *nomad.Job) (list []*client) {
 		"plain":       netip.MustParseAddrPort("127.0.0.1:9400"),
 	}
 	for _, group := range groups() {
-		c := &client{group: group, target: targets[group], alloc: job.Alloc(group), instances: make(map[string]bool)}
-		c.alloc.EventuallyGet("client", c.url(), func(got wire.Outcome) error {
-			if !c.right(got) {
-				return fmt.Errorf("got %s", got)
-			}
-			return nil
-		})
-		c.loop = c.alloc.Loop("client", c.url())
+		c := &client{group: group, target: targets[group], alloc: job.Alloc(group), job: "cluster", caller: "cluster-" + group}
+		c.start()
 		list = append(list, c)
 	}
 	return list
 }
 
-func (c *client) url() string { return "http://" + c.target.String() + "/" }
+// start asks until an instance answers, and then on and on.
+func (c *client) start() {
+	c.instances = make(map[string]bool)
+	c.alloc.EventuallyGet("client", c.url(), func(got wire.Outcome) error {
+		if !c.right(got) {
+			return fmt.Errorf("got %s", got)
+		}
+		return nil
+	})
+	c.loop = c.alloc.Loop("client", c.url())
+}
+
+func (c *client) url() string { return "http://" + cmp.Or(c.host, c.target.String()) + "/" }
 
 // right tells an answer of an instance, through both proxies, to who has dialled
 // and still sees the target.
 func (c *client) right(got wire.Outcome) bool {
-	if !got.OK() || got.Reply == nil || got.Reply.Job != "cluster" || got.Reply.Task != "server" {
+	if !got.OK() || got.Reply == nil || got.Reply.Job != c.job || got.Reply.Task != "server" {
 		return false
 	}
 	c.instances[got.Reply.Alloc] = true
 	return got.To == c.target.String() && strings.HasPrefix(got.Reply.Remote, "127.0.0.1:") &&
-		strings.Contains(got.Reply.ClientCert, "/svc/cluster-"+c.group)
+		strings.Contains(got.Reply.ClientCert, "/svc/"+c.caller)
 }
 
 // wrong tells an answer of somebody else, and a peer that is not the one dialled even

@@ -177,10 +177,13 @@ func (c *cluster) wantSpread(t *testing.T) {
 }
 
 // servers are the instances that Nomad wants to run, with their nodes.
-func (c *cluster) servers() map[string]string {
+func (c *cluster) servers() map[string]string { return instances(c.job, "server") }
+
+// instances are the allocations of a group that Nomad wants to run, with their nodes.
+func instances(job *nomad.Job, group string) map[string]string {
 	list := make(map[string]string)
-	for _, a := range c.job.Allocs() {
-		if a.Group == "server" {
+	for _, a := range job.Allocs() {
+		if a.Group == group {
 			list[a.ID] = a.NodeName
 		}
 	}
@@ -196,8 +199,13 @@ func (c *cluster) update(count, canaries int, more ...string) {
 // settled waits until so many instances run, none of them one of the old, and no other.
 func (c *cluster) settled(t *testing.T, count int, old map[string]string) {
 	t.Helper()
+	settled(t, c.job, "server", count, old)
+}
+
+func settled(t *testing.T, job *nomad.Job, group string, count int, old map[string]string) {
+	t.Helper()
 	test.EventuallyIn(t, patience, func() error {
-		now := c.servers()
+		now := instances(job, group)
 		for id := range now {
 			if _, ok := old[id]; ok {
 				return fmt.Errorf("instance %s is still wanted", id)
@@ -208,6 +216,6 @@ func (c *cluster) settled(t *testing.T, count int, old map[string]string) {
 		}
 		return nil
 	}, "other instances")
-	c.job.Await()
-	test.EventuallyIn(t, patience, c.job.Ended, "the end of the old ones")
+	job.Await()
+	test.EventuallyIn(t, patience, job.Ended, "the end of the old ones")
 }

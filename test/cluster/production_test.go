@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/health"
@@ -23,12 +24,10 @@ import (
 // and the agents have the policy of docs/install.md and nothing else. Tokens and
 // certificates are replaced under load, and nothing is lost.
 func TestProduction(t *testing.T) {
-	p := &production{t: t, accessors: make(map[*nomad.Node]string)}
+	p := newProduction(t, nomad.Start(t, secure()))
 	c := &p.cluster
-	options := nomad.Options{NoDocker: true, Secure: true, Agent: gate + nomad.SecureAgent + "guard {\n  default = \"enforce\"\n}\n"}
-	c.leader = nomad.Start(t, options)
 	for range 3 {
-		c.members = append(c.members, c.leader.Join(options))
+		c.members = append(c.members, c.leader.Join(secure()))
 	}
 	for _, n := range c.nodes() {
 		p.giveToken(n)
@@ -50,28 +49,39 @@ func TestProduction(t *testing.T) {
 
 	consulOf := func(n *nomad.Node) *nomad.Daemon { return n.Consul }
 	clientOf := func(n *nomad.Node) *nomad.Daemon { return n.Nomad }
-	for _, s := range []scene{
+	p.play([]scene{
 		{name: "rolling update", run: rollingUpdate},
 		{name: "tokens replaced", run: func(*testing.T, *cluster) { p.replaceTokens() }},
 		{name: "certificates replaced", run: func(*testing.T, *cluster) { p.replaceCertificates() }},
 		{name: "node drain", run: drain},
 		{name: "Consul's clients", run: func(t *testing.T, c *cluster) { c.each(t, c.members, consulOf) }},
 		{name: "Nomad's clients", run: func(t *testing.T, c *cluster) { c.each(t, c.nodes(), clientOf) }},
-	} {
-		before := c.counts()
-		s.run(t, c)
-		c.answered()
-		for i, each := range c.clients {
+	})
+	p.content()
+	p.guarded()
+}
+
+// secure are nodes as production runs them.
+func secure() nomad.Options {
+	return nomad.Options{NoDocker: true, Secure: true, Agent: gate + nomad.SecureAgent + "guard {\n  default = \"enforce\"\n}\n"}
+}
+
+// play plays scenes in which no request may be lost, but where they say why.
+func (p *production) play(scenes []scene) {
+	p.t.Helper()
+	for _, s := range scenes {
+		began, before := time.Now(), p.counts()
+		s.run(p.t, &p.cluster)
+		p.answered()
+		for i, each := range p.clients {
 			told := each.tally(before[i])
-			t.Logf("%s: %s: %d requests, %d lost", s.name, each.group, told.asked, told.lost)
-			if told.lost+told.wrong > 0 {
-				t.Errorf("%s: %s: %d of %d requests lost, %d wrong; the first: %s, the last: %s",
+			p.t.Logf("%s: %s: %s: %d requests, %d lost", time.Since(began).Round(time.Second), s.name, each.group, told.asked, told.lost)
+			if told.wrong > 0 || told.lost > 0 && s.lossy == "" || told.lost > told.asked/2 {
+				p.t.Errorf("%s: %s: %d of %d requests lost, %d wrong; the first: %s, the last: %s",
 					s.name, each.group, told.lost, told.asked, told.wrong, told.first, told.last)
 			}
 		}
 	}
-	p.content()
-	p.guarded()
 }
 
 // production is a cluster whose agents have tokens.
@@ -81,6 +91,11 @@ type production struct {
 	t         *testing.T
 	accessors map[*nomad.Node]string // of the tokens that the agents have
 	tokens    int                    // made so far
+	peers     bool                   // its jobs have upstreams of a peer
+}
+
+func newProduction(t *testing.T, leader *nomad.Node) *production {
+	return &production{t: t, cluster: cluster{leader: leader}, accessors: make(map[*nomad.Node]string)}
 }
 
 // giveToken gives a node's agent a new token with the documented policy.
@@ -89,6 +104,9 @@ func (p *production) giveToken(n *nomad.Node) {
 	p.tokens++
 	secret := fmt.Sprintf("8e3b0b4c-7d0a-4a52-9d3e-2f3a6f4c9b%02d", p.tokens)
 	rules := strings.ReplaceAll(consul.DocumentedPolicy(p.t), `"node"`, `"`+n.Name()+`"`)
+	if p.peers { // as docs/install.md says
+		rules = strings.ReplaceAll(rules, `node "`+n.Name()+`"`, `node_prefix ""`)
+	}
 	p.accessors[n] = p.leader.NewConsulToken(fmt.Sprintf("weir-%d", p.tokens), rules, secret)
 	n.Write("/etc/weir.d/token", secret, 0o600)
 }

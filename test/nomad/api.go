@@ -35,12 +35,13 @@ func newClients(n *Node) *clients {
 			DisableKeepAlives: true, DialContext: inside, TLSClientConfig: n.clientTLS(),
 		}}}
 	}
-	consul := "http://127.0.0.1:8500"
+	scheme, consul := "http", "8500"
 	if n.options.Secure {
-		consul = "https://127.0.0.1:8501"
+		scheme, consul = "https", "8501"
 	}
+	at := func(port, token string) api { return client(scheme+"://127.0.0.1:"+port, token) }
 	return &clients{
-		nomad: client("http://127.0.0.1:4646", "X-Nomad-Token"), server: client("http://127.0.0.1:14646", "X-Nomad-Token"), consul: client(consul, "X-Consul-Token"),
+		nomad: at("4646", "X-Nomad-Token"), server: at("14646", "X-Nomad-Token"), consul: at(consul, "X-Consul-Token"),
 		docker: &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return new(net.Dialer).DialContext(ctx, "unix", n.Path("/run/docker.sock"))
 		}}},

@@ -16,14 +16,19 @@ import (
 // there, and an [Alloc] is worked on where it runs.
 func (n *Node) Join(options Options) *Node {
 	n.tb.Helper()
-	m := newNode(n.tb, options, n.parts)
+	m := newNode(n.tb, options, n.parts, n.datacenter)
 	m.leader = n
 	number := len(n.members) + 1
-	m.machine.name, m.machine.joined = fmt.Sprintf("node-%d", number), n.machine
-	m.machine.address, m.machine.address6 = fmt.Sprintf("10.99.0.%d", number+1), fmt.Sprintf("fd00:99::%d", number+1)
+	m.machine.join(n.machine, fmt.Sprintf("node-%d", number), number+1)
 	m.run()
 	n.members[m.machine.name] = m
 	return m
+}
+
+// join puts a machine that is to be started on the network of another, at a number there.
+func (m *machine) join(other *machine, name string, number int) {
+	m.name, m.joined = name, other
+	m.address, m.address6 = fmt.Sprintf("10.99.0.%d", number), fmt.Sprintf("fd00:99::%d", number)
 }
 
 // Name is the node's, for Nomad, Consul and the kernel.

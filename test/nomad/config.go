@@ -14,6 +14,7 @@ import (
 
 const consulConfig = `
 node_name            = %q
+datacenter           = %q
 data_dir             = "/var/lib/consul"
 bind_addr            = %q
 client_addr          = "127.0.0.1"
@@ -123,11 +124,11 @@ func (n *Node) writeConfigs() {
 	if dns == "" {
 		dns = n.machine.address
 	}
-	n.Write("/etc/consul.d/consul.hcl", fmt.Sprintf(consulConfig, n.machine.name, n.machine.address, dns, n.consulRole()+n.options.Consul), 0o600)
+	n.Write("/etc/consul.d/consul.hcl", fmt.Sprintf(consulConfig, n.machine.name, n.datacenter, n.machine.address, dns, n.consulRole()+n.options.Consul), 0o600)
 	if n.leader == nil {
-		n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, NodeAddress, n.options.Server), 0o600)
+		n.Write("/etc/nomad.d/server.hcl", fmt.Sprintf(serverConfig, n.machine.address, n.options.Server), 0o600)
 	}
-	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, n.machine.name, n.machine.address, NodeAddress+":14647", n.options.Client), 0o600)
+	n.Write("/etc/nomad.d/client.hcl", fmt.Sprintf(clientConfig, n.machine.name, n.machine.address, n.serverAddress()+":14647", n.options.Client), 0o600)
 	if n.options.Secure {
 		n.writeSecurity()
 	}
@@ -146,7 +147,15 @@ func (n *Node) consulRole() string {
 	if n.leader == nil {
 		return "server = true\nbootstrap_expect = 1\n"
 	}
-	return fmt.Sprintf("server = false\nretry_join = [%q]\nretry_interval = \"1s\"\n", NodeAddress)
+	return fmt.Sprintf("server = false\nretry_join = [%q]\nretry_interval = \"1s\"\n", n.serverAddress())
+}
+
+// serverAddress is where the servers of the node's cluster are.
+func (n *Node) serverAddress() string {
+	if n.leader != nil {
+		return n.leader.machine.address
+	}
+	return n.machine.address
 }
 
 func (n *Node) defineDaemons() {

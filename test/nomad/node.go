@@ -59,8 +59,10 @@ type Node struct {
 	options Options
 	machine *machine
 	parts   parts
-	leader  *Node            // whose servers it uses; nil: it has its own
-	members map[string]*Node // those of the cluster, by name; the leader is one
+	leader  *Node // whose servers it uses; nil: it has its own
+	// datacenter is Consul's.
+	datacenter string
+	members    map[string]*Node // those of the cluster, by name; the leader is one
 	// authority is the directory of what signs a secure cluster's certificates.
 	authority string
 	api       *clients
@@ -79,15 +81,15 @@ func Start(tb testing.TB, options Options) *Node {
 	if !options.NoDocker {
 		test.Need(tb, test.Tool("dockerd"))
 	}
-	n := newNode(tb, options, findParts(tb))
+	n := newNode(tb, options, findParts(tb), "dc1")
 	n.members["node"] = n
 	n.run()
 	return n
 }
 
-func newNode(tb testing.TB, options Options, parts parts) *Node {
+func newNode(tb testing.TB, options Options, parts parts, datacenter string) *Node {
 	n := &Node{
-		tb: tb, options: options, parts: parts, members: make(map[string]*Node),
+		tb: tb, options: options, parts: parts, datacenter: datacenter, members: make(map[string]*Node),
 		ids: &identities{allocs: make(map[string]bool), containers: make(map[string]bool)},
 	}
 	tb.Cleanup(func() { n.removeCgroups() })
@@ -249,7 +251,8 @@ func (n *Node) Command(name string, args ...string) string {
 func (n *Node) Try(name string, args ...string) (string, error) {
 	cmd := n.machine.command(n.tb.Context(), name, args...)
 	if n.options.Secure {
-		cmd.Env = append(cmd.Env, "NOMAD_TOKEN="+managementToken)
+		cmd.Env = append(cmd.Env, "NOMAD_TOKEN="+managementToken, "NOMAD_ADDR=https://127.0.0.1:4646", "NOMAD_CACERT="+authorityFile,
+			"NOMAD_CLIENT_CERT="+ClientCert, "NOMAD_CLIENT_KEY="+clientKey)
 	}
 	return n.output(cmd)
 }

@@ -9,7 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
+	"strings"
 	"testing"
 	"time"
 )
@@ -23,8 +23,8 @@ const (
 	nomadToken      = "8e3b0b4c-7d0a-4a52-9d3e-2f3a6f4c9a04"
 )
 
-// Files of a secure node: what signed all certificates, that of Consul itself, and
-// what its clients on the node show to it.
+// Files of a secure node: what signed all certificates, those of Consul and Nomad
+// themselves, and what clients on the node show to both.
 const (
 	authorityFile = "/etc/tls/ca.pem"
 	ClientCert    = "/etc/tls/client.pem"
@@ -77,9 +77,20 @@ acl {
 }
 `
 
+// Consul asks Nomad's servers for the keys of identities, and has no certificate to
+// show there: they ask nobody for one, as clients do.
 const secureNomad = `
 acl {
   enabled = true
+}
+tls {
+  http                   = true
+  rpc                    = true
+  ca_file                = "` + authorityFile + `"
+  cert_file              = "/etc/tls/nomad.pem"
+  key_file               = "/etc/tls/nomad-key.pem"
+  verify_server_hostname = true
+  verify_https_client    = %t
 }
 consul {
   address      = "127.0.0.1:8501"
@@ -111,27 +122,36 @@ func (n *Node) writeSecurity() {
 	n.tb.Helper()
 	if n.leader == nil {
 		n.authority = n.tb.TempDir()
-		consulTLS(n.tb, n.parts.consul, n.authority, "ca", "create")
+		runIn(n.tb, n.authority, n.parts.consul, "tls", "ca", "create")
 	} else {
 		n.authority = n.leader.authority
 	}
 	n.IssueCertificates()
-	n.Write("/etc/consul.d/secure.hcl", secureConsul, 0o600)
-	n.Write("/etc/nomad.d/server-secure.hcl", fmt.Sprintf(secureNomad, identitiesBlock), 0o600)
-	n.Write("/etc/nomad.d/client-secure.hcl", fmt.Sprintf(secureNomad, ""), 0o600)
+	config := secureConsul
+	if n.leader == nil { // where servers of peers ask for it
+		config += fmt.Sprintf("addresses {\n  grpc_tls = \"127.0.0.1 %s\"\n}\n", n.machine.address)
+	}
+	n.Write("/etc/consul.d/secure.hcl", config, 0o600)
+	n.Write("/etc/nomad.d/server-secure.hcl", fmt.Sprintf(secureNomad, false, identitiesBlock), 0o600)
+	n.Write("/etc/nomad.d/client-secure.hcl", fmt.Sprintf(secureNomad, true, ""), 0o600)
 }
 
 // IssueCertificates gives a secure node new certificates. Consul takes its own up when
 // it is told to reload.
 func (n *Node) IssueCertificates() {
 	n.tb.Helper()
-	own := []string{"cert", "create", "-client", "-dc", "dc1"}
+	kind := "-client"
 	if n.leader == nil {
-		own = []string{"cert", "create", "-server", "-dc", "dc1"}
+		kind = "-server" // of Nomad one certificate serves both
 	}
-	files := map[string]string{authorityFile: filepath.Join(n.authority, "consul-agent-ca.pem")}
-	for name, args := range map[string][]string{"consul": own, "client": {"cert", "create", "-client", "-dc", "dc1"}} {
-		cert, key := n.issue(args)
+	authority := filepath.Join(n.authority, "consul-agent-ca")
+	files := map[string]string{authorityFile: authority + ".pem"}
+	for name, command := range map[string][]string{
+		"consul": {n.parts.consul, kind, "-dc", n.datacenter},
+		"client": {n.parts.consul, "-client", "-dc", n.datacenter},
+		"nomad":  {n.parts.nomad, kind, "-additional-dnsname", "client.global.nomad", "-additional-ipaddress", n.machine.address},
+	} {
+		cert, key := n.issue(authority, command[0], command[1:]...)
 		files["/etc/tls/"+name+".pem"], files["/etc/tls/"+name+"-key.pem"] = cert, key
 	}
 	for target, source := range files {
@@ -146,28 +166,26 @@ func (n *Node) IssueCertificates() {
 	}
 }
 
-// issue has Consul make a certificate, which it names by a number that is free.
-func (n *Node) issue(args []string) (cert, key string) {
+// issue has Consul or Nomad make a certificate, in a directory of its own: they choose
+// the name.
+func (n *Node) issue(authority, program string, args ...string) (cert, key string) {
 	n.tb.Helper()
-	pattern := filepath.Join(n.authority, "dc1-*-consul-*[0-9].pem")
-	before, _ := filepath.Glob(pattern) // the pattern is well formed
-	consulTLS(n.tb, n.parts.consul, n.authority, args...)
-	after, _ := filepath.Glob(pattern)
-	for _, file := range after {
-		if !slices.Contains(before, file) {
-			return file, file[:len(file)-len(".pem")] + "-key.pem"
-		}
+	dir := n.tb.TempDir()
+	runIn(n.tb, dir, append([]string{program, "tls", "cert", "create", "-ca", authority + ".pem", "-key", authority + "-key.pem"}, args...)...)
+	keys, _ := filepath.Glob(filepath.Join(dir, "*-key.pem")) // the pattern is well formed
+	if len(keys) != 1 {
+		n.tb.Fatalf("issue certificate: %s has made %q", program, keys)
 	}
-	n.tb.Fatalf("issue certificate: consul tls %q has made none", args)
-	panic("unreachable")
+	return strings.TrimSuffix(keys[0], "-key.pem") + ".pem", keys[0]
 }
 
-func consulTLS(tb testing.TB, consul, dir string, args ...string) {
+// runIn runs a program of this machine in a directory.
+func runIn(tb testing.TB, dir string, command ...string) {
 	tb.Helper()
-	cmd := exec.Command(consul, append([]string{"tls"}, args...)...)
+	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Dir = dir
 	if out, err := cmd.CombinedOutput(); err != nil {
-		tb.Fatalf("consul tls %q: %v: %s", args, err, out)
+		tb.Fatalf("run %q: %v: %s", command, err, out)
 	}
 }
 
@@ -210,7 +228,8 @@ func (n *Node) setUpACLs() {
 	eventually(n.tb, 30*time.Second, func() error {
 		return n.api.server.call(http.MethodPut, "/v1/acl/bootstrap", map[string]string{"BootstrapSecret": managementToken}, nil)
 	}, "Nomad's first token")
-	n.Command("env", append(n.manager(), "nomad", "setup", "consul", "-y", "-jwks-url", "http://"+NodeAddress+":14646/.well-known/jwks.json")...)
+	n.Command("env", append(n.manager(), "nomad", "setup", "consul", "-y",
+		"-jwks-url", "https://"+n.machine.address+":14646/.well-known/jwks.json", "-jwks-ca-file", authorityFile)...)
 }
 
 // NewConsulToken makes a token with those rules and no others, and returns its accessor.
