@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/preflight"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -91,7 +91,7 @@ func TestReadinessOfTheToken(t *testing.T) {
 			}
 			config := *configfile.DefaultConfig().Consul
 			config.Address, config.Token = server.Address, token.SecretID
-			checks, services := catalog.ConsulReadiness(t.Context(), config)
+			checks, services := preflight.Consul(t.Context(), config)
 			want := good()
 			c.change(want)
 			got, says := readiness(t, checks)
@@ -146,7 +146,7 @@ func TestReadinessOfConsulsAddress(t *testing.T) {
 			config := *configfile.DefaultConfig().Consul
 			config.Address = server.Address
 			c.change(&config)
-			checks, _ := catalog.ConsulReadiness(t.Context(), config)
+			checks, _ := preflight.Consul(t.Context(), config)
 			if got, says := readiness(t, checks); got[c.code] != c.want || !strings.Contains(says, c.says) || c.want == health.ResultOK && says != "" {
 				t.Errorf("%s = %s, want %s that says %q; all: %v\n%s", c.code, got[c.code], c.want, c.says, got, says)
 			}
@@ -169,7 +169,7 @@ func TestReadinessOfTheClock(t *testing.T) {
 		{now.Add(2 * time.Minute).Format(http.TimeFormat), []health.Result{health.ResultFault}},
 	} {
 		checks := &health.Checks{Group: "consul"}
-		catalog.CheckClock(checks, c.date, now, now.Add(time.Millisecond))
+		preflight.CheckClock(checks, c.date, now, now.Add(time.Millisecond))
 		var got []health.Result
 		for _, check := range checks.List {
 			got = append(got, check.Result)
@@ -224,7 +224,7 @@ func TestTestedVersionOfConsul(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(string(text), "github.com/hashicorp/consul "+catalog.TestedConsul+" ") {
-		t.Errorf("test/tools/consul/go.mod does not have Consul %s", catalog.TestedConsul)
+	if !strings.Contains(string(text), "github.com/hashicorp/consul "+preflight.TestedConsul+" ") {
+		t.Errorf("test/tools/consul/go.mod does not have Consul %s", preflight.TestedConsul)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/runstats"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -54,13 +55,13 @@ func TestRunTimes(t *testing.T) {
 	}
 }
 
-func runTimes(t *testing.T, d *Datapath) map[string]program.RunTime {
+func runTimes(t *testing.T, d *Datapath) map[string]runstats.RunTime {
 	t.Helper()
 	list, err := d.RunTimes()
 	if err != nil {
 		t.Fatal(err)
 	}
-	of := make(map[string]program.RunTime, len(list))
+	of := make(map[string]runstats.RunTime, len(list))
 	for _, counted := range list {
 		of[counted.Name] = counted
 	}

@@ -117,19 +117,19 @@ func ends(known Snapshot, workloads []api.WorkloadView, query api.BehindQuery) (
 
 // Instances counts those of a service in the mesh.
 func (c *Client) Instances(ctx context.Context, of registration.Service) (*api.Instances, error) {
-	var seen headers
-	ctx, cancel := context.WithTimeout(seen.watch(ctx), c.Read)
+	var seen Headers
+	ctx, cancel := context.WithTimeout(seen.Watch(ctx), c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return nil, err
 	}
 	options.Namespace, options.Partition, options.Peer = of.Namespace, of.Partition, of.Peer
-	list, _, err := c.client.Health().Connect(of.Name, "", false, options)
+	list, _, err := c.Client.Health().Connect(of.Name, "", false, options)
 	if err != nil {
-		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), brief(err))
+		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), Brief(err))
 	}
-	if seen.filtered || options.Token == "" && seen.policy == "deny" && len(list) == 0 {
+	if seen.Filtered || options.Token == "" && seen.policy == "deny" && len(list) == 0 {
 		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), errHidden)
 	}
 	found := api.Instances{Total: len(list)}
@@ -150,20 +150,20 @@ func (c *Client) Intention(ctx context.Context, from, to registration.Service) (
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
 	fail := func(err error) (api.Intention, error) {
-		return "", fmt.Errorf("read intention from %s to %s from Consul: %w", from.Label(), to.Label(), brief(err))
+		return "", fmt.Errorf("read intention from %s to %s from Consul: %w", from.Label(), to.Label(), Brief(err))
 	}
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return "", err
 	}
-	allowed, _, err := c.client.Connect().IntentionCheck(&consulapi.IntentionCheck{Source: qualified(from), Destination: qualified(to)}, options)
+	allowed, _, err := c.Client.Connect().IntentionCheck(&consulapi.IntentionCheck{Source: qualified(from), Destination: qualified(to)}, options)
 	if err != nil {
 		return fail(err)
 	}
 	if allowed {
 		return api.IntentionAllow, nil
 	}
-	matches, _, err := c.client.Connect().IntentionMatch(&consulapi.IntentionMatch{By: consulapi.IntentionMatchDestination, Names: []string{qualified(to)}}, options)
+	matches, _, err := c.Client.Connect().IntentionMatch(&consulapi.IntentionMatch{By: consulapi.IntentionMatchDestination, Names: []string{qualified(to)}}, options)
 	if err != nil {
 		return fail(err)
 	}

@@ -11,15 +11,15 @@ import (
 
 // headers are what the library does not hand on of an answer without the
 // usual ones.
-type headers struct {
-	filtered bool
+type Headers struct {
+	Filtered bool
 	policy   string // on what no rule of a token names
-	date     string // of the answer, by Consul's clock
+	Date     string // of the answer, by Consul's clock
 }
 
 type headersKey struct{}
 
-func (h *headers) watch(ctx context.Context) context.Context {
+func (h *Headers) Watch(ctx context.Context) context.Context {
 	return context.WithValue(ctx, headersKey{}, h)
 }
 
@@ -32,9 +32,9 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 	if err != nil {
 		return nil, err
 	}
-	if seen, ok := request.Context().Value(headersKey{}).(*headers); ok {
-		seen.filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
-		seen.date = response.Header.Get("Date")
+	if seen, ok := request.Context().Value(headersKey{}).(*Headers); ok {
+		seen.Filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+		seen.Date = response.Header.Get("Date")
 		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
 	}
 	response.Body = &bounded.Reader{From: response.Body, Limit: answerLimit}

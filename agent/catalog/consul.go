@@ -42,7 +42,7 @@ func DefaultTimeouts() Timeouts { return Timeouts{Read: 10 * time.Second, Block:
 // connections, and reads the token's file anew for each request, the files of
 // TLS for each connection.
 type Client struct {
-	client *api.Client
+	Client *api.Client
 	Config configfile.ConsulConfig
 	Timeouts
 }
@@ -88,7 +88,7 @@ func NewClient(config configfile.ConsulConfig, timeouts Timeouts) (*Client, erro
 	if host, prefix, found := strings.Cut(conf.Address, "/"); found {
 		conf.Address, conf.PathPrefix = host, "/"+prefix
 	}
-	if c.client, err = api.NewClient(conf); err != nil {
+	if c.Client, err = api.NewClient(conf); err != nil {
 		return nil, fmt.Errorf("configure Consul: %w", err)
 	}
 	return c, nil
@@ -113,8 +113,8 @@ func clientTLS(config configfile.ConsulConfig, address string) (*tls.Config, err
 
 // options are those of every request. The token is read anew: whoever
 // replaces the file needs to tell nobody.
-func (c *Client) options(ctx context.Context) (*api.QueryOptions, error) {
-	token, err := c.token()
+func (c *Client) Options(ctx context.Context) (*api.QueryOptions, error) {
+	token, err := c.Token()
 	if err != nil {
 		return nil, err
 	}
@@ -137,21 +137,21 @@ const proxyFilter = `Kind != ""`
 // the local agent has them, merged with the central configuration. It costs
 // the servers nothing.
 func (c *Client) Services(ctx context.Context) (answer, error) {
-	var seen headers
-	ctx, cancel := context.WithTimeout(seen.watch(ctx), c.Read)
+	var seen Headers
+	ctx, cancel := context.WithTimeout(seen.Watch(ctx), c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return answer{}, err
 	}
 	options.Filter = proxyFilter
 	var body json.RawMessage
-	if _, err := c.client.Raw().Query("/v1/agent/services", &body, options); err != nil {
-		return answer{}, fmt.Errorf("read services from Consul: %w", brief(err))
+	if _, err := c.Client.Raw().Query("/v1/agent/services", &body, options); err != nil {
+		return answer{}, fmt.Errorf("read services from Consul: %w", Brief(err))
 	}
 	// Consul says so to no anonymous token, which sees nothing where the
 	// policy is to deny.
-	hidden := seen.filtered || options.Token == "" && seen.policy == "deny" && len(body) <= len("{}\n")
+	hidden := seen.Filtered || options.Token == "" && seen.policy == "deny" && len(body) <= len("{}\n")
 	return answer{Body: body, Hidden: hidden}, nil
 }
 
@@ -160,13 +160,13 @@ func (c *Client) Services(ctx context.Context) (answer, error) {
 func (c *Client) Checks(ctx context.Context) (map[string][]uint16, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return nil, err
 	}
-	list, err := c.client.Agent().ChecksWithFilterOpts("", options)
+	list, err := c.Client.Agent().ChecksWithFilterOpts("", options)
 	if err != nil {
-		return nil, fmt.Errorf("read checks from Consul: %w", brief(err))
+		return nil, fmt.Errorf("read checks from Consul: %w", Brief(err))
 	}
 	if list == nil {
 		return nil, fmt.Errorf("read checks from Consul: %w", registration.ErrEmpty)
@@ -194,15 +194,15 @@ type self struct {
 func (c *Client) Self(ctx context.Context) (self, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return self{}, err
 	}
 	var answer struct {
 		Config struct{ NodeName, BindAddr string }
 	}
-	if _, err := c.client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
-		return self{}, fmt.Errorf("read node name from Consul: %w", brief(err))
+	if _, err := c.Client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
+		return self{}, fmt.Errorf("read node name from Consul: %w", Brief(err))
 	}
 	if answer.Config.NodeName == "" {
 		return self{}, errors.New("read node name from Consul: the answer has none")
@@ -223,16 +223,16 @@ func (c *Client) Changed(ctx context.Context, node string, index uint64) (uint64
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeouts)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return 0, err
 	}
 	options.WaitIndex, options.WaitTime = index, c.Block
 	options.Filter = `Service == ""` // only the index is wanted
 	var ignored json.RawMessage
-	meta, err := c.client.Raw().Query("/v1/catalog/node-services/"+url.PathEscape(node), &ignored, options)
+	meta, err := c.Client.Raw().Query("/v1/catalog/node-services/"+url.PathEscape(node), &ignored, options)
 	if err != nil {
-		return 0, fmt.Errorf("wait for changes in Consul: %w", brief(err))
+		return 0, fmt.Errorf("wait for changes in Consul: %w", Brief(err))
 	}
 	if meta.LastIndex == 0 {
 		return 0, errors.New("wait for changes in Consul: the answer has no index")
@@ -247,7 +247,7 @@ func (c *Client) Changed(ctx context.Context, node string, index uint64) (uint64
 func (c *Client) VirtualIPs(ctx context.Context, of registration.Service) ([]netip.Addr, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -258,8 +258,8 @@ func (c *Client) VirtualIPs(ctx context.Context, of registration.Service) ([]net
 	var chain struct {
 		Chain *struct{ AutoVirtualIPs, ManualVirtualIPs []string }
 	}
-	if _, err := c.client.Raw().Query("/v1/discovery-chain/"+url.PathEscape(of.Name), &chain, options); err != nil {
-		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, brief(err))
+	if _, err := c.Client.Raw().Query("/v1/discovery-chain/"+url.PathEscape(of.Name), &chain, options); err != nil {
+		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, Brief(err))
 	}
 	if chain.Chain == nil {
 		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, registration.ErrEmpty)
@@ -277,8 +277,8 @@ func (c *Client) peerVirtualIPs(of registration.Service, options *api.QueryOptio
 			TaggedAddresses map[string]struct{ Address string }
 		}
 	}
-	if _, err := c.client.Raw().Query("/v1/health/connect/"+url.PathEscape(of.Name), &instances, options); err != nil {
-		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, brief(err))
+	if _, err := c.Client.Raw().Query("/v1/health/connect/"+url.PathEscape(of.Name), &instances, options); err != nil {
+		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, Brief(err))
 	}
 	if instances == nil {
 		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, registration.ErrEmpty)
@@ -297,7 +297,7 @@ func (c *Client) peerVirtualIPs(of registration.Service, options *api.QueryOptio
 func (c *Client) Intentions(ctx context.Context) (allowed []registration.Intention, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -307,8 +307,8 @@ func (c *Client) Intentions(ctx context.Context) (allowed []registration.Intenti
 		DestinationPartition, Action                      string
 		Permissions                                       []struct{ Action string }
 	}
-	if _, err := c.client.Raw().Query("/v1/connect/intentions", &list, options); err != nil {
-		return nil, fmt.Errorf("read intentions from Consul: %w", brief(err))
+	if _, err := c.Client.Raw().Query("/v1/connect/intentions", &list, options); err != nil {
+		return nil, fmt.Errorf("read intentions from Consul: %w", Brief(err))
 	}
 	const wildcard = "*"
 	for _, i := range list {
@@ -331,7 +331,7 @@ func (c *Client) Intentions(ctx context.Context) (allowed []registration.Intenti
 func (c *Client) GatewayPorts(ctx context.Context, of registration.Gateway) ([]uint16, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -340,8 +340,8 @@ func (c *Client) GatewayPorts(ctx context.Context, of registration.Gateway) ([]u
 		Kind      string
 		Listeners []struct{ Port int }
 	}
-	if _, err := c.client.Raw().Query("/v1/config/"+of.Kind+"/"+url.PathEscape(of.Name), &entry, options); err != nil {
-		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, brief(err))
+	if _, err := c.Client.Raw().Query("/v1/config/"+of.Kind+"/"+url.PathEscape(of.Name), &entry, options); err != nil {
+		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, Brief(err))
 	}
 	if entry.Kind == "" {
 		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, registration.ErrEmpty)
@@ -357,7 +357,7 @@ func (c *Client) GatewayPorts(ctx context.Context, of registration.Gateway) ([]u
 
 // brief keeps what somebody else's server wrote into its error out of the log
 // but for its beginning.
-func brief(err error) error {
+func Brief(err error) error {
 	var status api.StatusError
 	if errors.As(err, &status) {
 		const most = 120

@@ -41,7 +41,7 @@ func FuzzConsulAnswers(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.client, err = api.NewClient(&api.Config{Address: "consul", HttpClient: &http.Client{Transport: &boundedTransport{next: oneAnswer(body)}}}); err != nil {
+		if c.Client, err = api.NewClient(&api.Config{Address: "consul", HttpClient: &http.Client{Transport: &boundedTransport{next: oneAnswer(body)}}}); err != nil {
 			t.Fatal(err)
 		}
 		ctx := t.Context()

@@ -166,7 +166,7 @@ func (c *Client) Names(ctx context.Context, index uint64) (found map[string]Igno
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeouts)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -174,12 +174,12 @@ func (c *Client) Names(ctx context.Context, index uint64) (found map[string]Igno
 	if c.Config.Watch {
 		options.WaitIndex, options.WaitTime = index, c.Block
 	}
-	meta, err := c.client.Raw().Query("/v1/catalog/services", &found, options)
+	meta, err := c.Client.Raw().Query("/v1/catalog/services", &found, options)
 	if err == nil && (found == nil || meta.LastIndex == 0) {
 		err = errors.New("the answer is empty, or has no index")
 	}
 	if err != nil {
-		return nil, 0, fmt.Errorf("read names of services from Consul: %w", brief(err))
+		return nil, 0, fmt.Errorf("read names of services from Consul: %w", Brief(err))
 	}
 	return found, meta.LastIndex, nil
 }

@@ -23,7 +23,7 @@ const (
 )
 
 // token is that of every request.
-func (c *Client) token() (string, error) {
+func (c *Client) Token() (string, error) {
 	if c.Config.TokenFile == "" {
 		return c.Config.Token, nil
 	}
@@ -39,12 +39,12 @@ func (c *Client) token() (string, error) {
 func (c *Client) Revoked(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return false
 	}
 	var ignored struct{}
-	_, err = c.client.Raw().Query("/v1/acl/token/self", &ignored, options)
+	_, err = c.Client.Raw().Query("/v1/acl/token/self", &ignored, options)
 	var status api.StatusError
 	return errors.As(err, &status) && status.Code == http.StatusForbidden
 }
@@ -52,13 +52,13 @@ func (c *Client) Revoked(ctx context.Context) bool {
 // watchToken has Consul read as soon as the token is another one, or none that
 // Consul knows, until ctx ends.
 func (f *Watcher) watchToken(ctx context.Context) {
-	before, _ := f.Client.token()
+	before, _ := f.Client.Token()
 	revoked, asked := false, time.Now()
 	for {
 		if _, alive := wait.Pause(ctx, tokenFileInterval, nil); !alive {
 			return
 		}
-		token, _ := f.Client.token() // what cannot be read is the read's to tell
+		token, _ := f.Client.Token() // what cannot be read is the read's to tell
 		turned := token != before
 		if turned {
 			before, revoked = token, false

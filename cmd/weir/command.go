@@ -28,6 +28,7 @@ import (
 	"github.com/weirmesh/weir/redirect/loader"
 	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/runstats"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -73,7 +74,7 @@ type datapath interface {
 	Dump(workload.AttachmentID) ([]dump.Row, error)
 	Events(ctx context.Context, deliver func(monitor.Event) error) error
 	CountRunTime() (io.Closer, error)
-	RunTimes() ([]program.RunTime, error)
+	RunTimes() ([]runstats.RunTime, error)
 }
 
 // command is one command of the CLI. Its own part is what it does; flags,

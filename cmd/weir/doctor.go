@@ -12,7 +12,7 @@ import (
 	"github.com/mitchellh/go-wordwrap"
 	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/preflight"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect/health"
@@ -90,7 +90,7 @@ func (d *doctor) examine(path string) {
 	var services []byte
 	if d.valid {
 		var checks []health.Check
-		checks, services = catalog.ConsulReadiness(d.ctx, *d.config.Consul)
+		checks, services = preflight.Consul(d.ctx, *d.config.Consul)
 		d.checks = append(d.checks, checks...)
 	}
 	if running {

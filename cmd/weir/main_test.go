@@ -26,6 +26,7 @@ import (
 	"github.com/weirmesh/weir/redirect/loader"
 	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/runstats"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -71,7 +72,7 @@ type node struct {
 	changes     *api.ChangeList
 	since       time.Time // that the last list of them was asked from
 	noTimes     error     // why the kernel does not count the time of programs
-	times       []program.RunTime
+	times       []runstats.RunTime
 	cleared     int    // how often the terminal was
 	log         string // of the agent
 	noLog       error  // why there is none
@@ -123,7 +124,7 @@ func (n *node) Settings(workload.AttachmentID) ([]explain.Setting, bool, error) 
 	return n.settings, n.silent, n.err
 }
 func (n *node) CountRunTime() (io.Closer, error)               { return io.NopCloser(nil), n.noTimes }
-func (n *node) RunTimes() ([]program.RunTime, error)           { return n.times, nil }
+func (n *node) RunTimes() ([]runstats.RunTime, error)          { return n.times, nil }
 func (n *node) Dump(workload.AttachmentID) ([]dump.Row, error) { return n.rows, n.err }
 func (n *node) Find() ([]ended.Attachment, error)              { return n.left, n.err }
 func (n *node) Remove(_ context.Context, a ended.Attachment) error {

@@ -76,7 +76,7 @@ func TestReferenceOfTheRunbook(t *testing.T) {
 // codesOfChecks are all codes that "weir doctor" may show.
 func codesOfChecks(t *testing.T) (codes []string) {
 	t.Helper()
-	for _, path := range []string{"../../redirect/inspect/readiness.go", "../../agent/readiness.go", "../../agent/catalog/consulreadiness.go", "../../deploy/readiness.go", "doctor.go"} {
+	for _, path := range []string{"../../redirect/inspect/readiness.go", "../../agent/readiness.go", "../../agent/catalog/preflight/preflight.go", "../../deploy/readiness.go", "doctor.go"} {
 		source, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)

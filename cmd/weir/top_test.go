@@ -16,7 +16,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/cmd/weir/top"
 	"github.com/weirmesh/weir/redirect/inspect"
-	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/runstats"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -35,7 +35,7 @@ func busy() *node {
 			{Key: workload.AttachmentID{ContainerID: "1c6e1d2f-8d10", IfName: "eth0"}, ID: "1c6e1d2f-8d10", Job: "a-job-with-a-name-that-is-longer-than-a-terminal-is-wide", Group: "g", Cookie: 2, Counts: counts(10, 40)},
 			{Key: workload.AttachmentID{ContainerID: "2d7f2e30-9e21", IfName: "eth0"}, ID: "2d7f2e30-9e21", Job: "idle", Cookie: 3, Counts: counts(0, 0)},
 		}
-		n.times = []program.RunTime{
+		n.times = []runstats.RunTime{
 			{Name: "weir_connect4", Programs: 1, Runs: 2000 * looks, Time: time.Duration(looks) * time.Millisecond},
 			{Name: "weir_lookup", Programs: 3, Runs: 0},
 		}

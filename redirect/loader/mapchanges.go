@@ -12,6 +12,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/bpfmap/layout"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
@@ -53,7 +54,7 @@ func (d *Loader) changedMaps(spec *ebpf.CollectionSpec) (changes *mapChanges, er
 		case err != nil:
 			return changes, err
 		}
-		same, err := bpfmap.SameShape(mapSpec, table)
+		same, err := layout.SameShape(mapSpec, table)
 		if err != nil {
 			return changes, fmt.Errorf("compare map %s: %w", name, err)
 		}
@@ -176,7 +177,7 @@ func (c *mapChanges) copyRows() error {
 }
 
 func (c *mapChanges) copyMap(name string, table *ebpf.Map) error {
-	convert, err := bpfmap.NewConversion(table, c.all.Maps[name])
+	convert, err := layout.NewConversion(table, c.all.Maps[name])
 	if err != nil {
 		return err
 	}

@@ -85,7 +85,7 @@ func PinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainProg
 func openChainPrograms(p store.Paths) (chainPrograms, error) {
 	programs := make(chainPrograms)
 	for chain, name := range FilterNames() {
-		prog, err := openProgram(filepath.Join(p.Filters(), name))
+		prog, err := OpenProgram(filepath.Join(p.Filters(), name))
 		if err != nil {
 			programs.Close()
 			return nil, fmt.Errorf("open %s: %w", name, err)

@@ -146,7 +146,7 @@ func (load *progLoad) do() (fd int, err error) {
 // openProgram opens a pinned program to read. The library's way asks the kernel whether
 // programs have names, and before that for a token of every bpffs in mountinfo, which
 // has several lines for each allocation of the node.
-func openProgram(path string) (*ebpf.Program, error) {
+func OpenProgram(path string) (*ebpf.Program, error) {
 	zeroed := append([]byte(path), 0)
 	get := struct {
 		path      unsafe.Pointer

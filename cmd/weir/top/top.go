@@ -14,16 +14,16 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/inspect"
-	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/runstats"
 )
 
 // Sample is what was counted by a moment.
 type Sample struct {
 	At       time.Time
 	Verdicts []inspect.WorkloadVerdicts
-	Programs []program.RunTime // nil: their time is not counted
-	Traffic  api.Traffic       // since the sample before; Agent.PID is 0 where none answers
-	Notes    []string          // what is not known, and why
+	Programs []runstats.RunTime // nil: their time is not counted
+	Traffic  api.Traffic        // since the sample before; Agent.PID is 0 where none answers
+	Notes    []string           // what is not known, and why
 }
 
 // Report is what happened between two samples, as the rate of each second.
@@ -185,8 +185,8 @@ func destinations(traffic api.Traffic) []Destination {
 	return list
 }
 
-func programs(before, after []program.RunTime, seconds float64) []Program {
-	counted := make(map[string]program.RunTime, len(before))
+func programs(before, after []runstats.RunTime, seconds float64) []Program {
+	counted := make(map[string]runstats.RunTime, len(before))
 	for _, p := range before {
 		counted[p.Name] = p
 	}
@@ -194,7 +194,7 @@ func programs(before, after []program.RunTime, seconds float64) []Program {
 	for _, p := range after {
 		from := counted[p.Name]
 		if p.Runs < from.Runs || p.Time < from.Time {
-			from = program.RunTime{} // they were replaced, or some of them ended
+			from = runstats.RunTime{} // they were replaced, or some of them ended
 		}
 		rate := Program{Name: p.Name, Programs: p.Programs, Runs: float64(p.Runs-from.Runs) / seconds, Cores: (p.Time - from.Time).Seconds() / seconds}
 		if runs := p.Runs - from.Runs; runs > 0 {

@@ -9,7 +9,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/inspect"
-	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/runstats"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -21,7 +21,7 @@ func TestBetween(t *testing.T) {
 	before := Sample{
 		At:       at,
 		Verdicts: []inspect.WorkloadVerdicts{{Key: key("a"), ID: "a", Job: "old", Cookie: 1, Counts: map[string]uint64{"redirected": 100, "inbound": 10}}},
-		Programs: []program.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 10, Time: time.Second}, {Name: "weir_lookup", Programs: 2, Runs: 900, Time: time.Second}},
+		Programs: []runstats.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 10, Time: time.Second}, {Name: "weir_lookup", Programs: 2, Runs: 900, Time: time.Second}},
 		Traffic:  api.Traffic{Agent: api.Process{PID: 7, CPU: 1.5}},
 	}
 	after := Sample{
@@ -30,7 +30,7 @@ func TestBetween(t *testing.T) {
 			{Key: key("a"), ID: "a", Job: "old", Cookie: 1, Counts: map[string]uint64{"redirected": 104, "inbound": 12, "proxy": 50, "listener": 3, "refused_listener_identity": 1, "refused_guard": 6}},
 			{Key: key("b"), Job: "new", Cookie: 2, Counts: map[string]uint64{"direct": 20}},
 		},
-		Programs: []program.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 30, Time: time.Second + 20*time.Microsecond}, {Name: "weir_lookup", Programs: 1, Runs: 100, Time: time.Millisecond}},
+		Programs: []runstats.RunTime{{Name: "weir_connect4", Programs: 1, Runs: 30, Time: time.Second + 20*time.Microsecond}, {Name: "weir_lookup", Programs: 1, Runs: 100, Time: time.Millisecond}},
 		Traffic:  api.Traffic{Agent: api.Process{PID: 7, CPU: 1.6, Memory: 5}, Lost: 2},
 		Notes:    []string{"n"},
 	}

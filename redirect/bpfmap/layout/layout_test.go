@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package bpfmap
+package layout
 
 import (
 	"bytes"
@@ -9,12 +9,13 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // Counts of the released layout 2 come to the verdict of the same name, and back
 // again on a downgrade; what only one version has is left out.
 func TestCountsKeepTheirVerdict(t *testing.T) {
-	now, err := LoadBpf()
+	now, err := bpfmap.LoadBpf()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -37,15 +38,15 @@ func TestCountsKeepTheirVerdict(t *testing.T) {
 	}
 	converted := there.Value(counts)
 	for _, c := range []struct {
-		verdict Verdict
+		verdict bpfmap.Verdict
 		place   int // in layout 2
-	}{{Redirected, 0}, {UDP, 9}, {RefusedEncoded, 10}, {RefusedNoProxy, 15}, {Inbound, 16}, {RefusedGuard, 22}, {Listener, 23}, {RefusedListenerTable, 26}} {
+	}{{bpfmap.Redirected, 0}, {bpfmap.UDP, 9}, {bpfmap.RefusedEncoded, 10}, {bpfmap.RefusedNoProxy, 15}, {bpfmap.Inbound, 16}, {bpfmap.RefusedGuard, 22}, {bpfmap.Listener, 23}, {bpfmap.RefusedListenerTable, 26}} {
 		if got, want := binary.NativeEndian.Uint64(converted[8*int(c.verdict):]), uint64(100+c.place); got != want {
 			t.Errorf("%s is %d after the migration, want %d", c.verdict, got, want)
 		}
 	}
-	if got := binary.NativeEndian.Uint64(converted[8*int(RefusedOption):]); got != 0 {
-		t.Errorf("%s, which layout 2 does not have, is %d", RefusedOption, got)
+	if got := binary.NativeEndian.Uint64(converted[8*int(bpfmap.RefusedOption):]); got != 0 {
+		t.Errorf("%s, which layout 2 does not have, is %d", bpfmap.RefusedOption, got)
 	}
 	if got := back.Value(converted); !bytes.Equal(got, counts) {
 		t.Errorf("back again the counts are %v, want %v", got, counts)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package program
+// Package runstats counts the time that programs run, where the kernel is asked to.
+package runstats
 
 import (
 	"cmp"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
@@ -51,7 +53,7 @@ func RunTimes(paths store.Paths) (list []RunTime, err error) {
 		for _, entry := range entries {
 			name := entry.Name()
 			if dir == paths.Lookups() {
-				name = LookupName // the entry is the namespace's cookie
+				name = program.LookupName // the entry is the namespace's cookie
 			}
 			stats, err := statsOf(filepath.Join(dir, entry.Name()), dir != paths.Filters())
 			if errors.Is(err, fs.ErrNotExist) {
@@ -74,7 +76,7 @@ func RunTimes(paths store.Paths) (list []RunTime, err error) {
 // statsOf are the counters of the program behind a pin, which is its link's or its own.
 func statsOf(pin string, linked bool) (*ebpf.ProgramStats, error) {
 	if !linked {
-		prog, err := openProgram(pin)
+		prog, err := program.OpenProgram(pin)
 		if err != nil {
 			return nil, err
 		}

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package catalog
+// Package preflight asks whether Consul would answer what the agent asks, and what its
+// token lacks for that.
+package preflight
 
 import (
 	"context"
@@ -14,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
+	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
@@ -36,47 +39,49 @@ const (
 // leastRights is the remedy where the token lacks one; docs/install.md has it too.
 const leastRights = `give the agent's token node "NODE", agent "NODE" and service_prefix "", each { policy = "read" }; NODE is the name of its Consul node`
 
-// ConsulReadiness asks Consul what the agent asks, and says what of it is answered.
+// Consul asks Consul what the agent asks, and says what of it is answered.
 // services is what Consul has registered on this node; nil where it did not say.
-func ConsulReadiness(ctx context.Context, config configfile.ConsulConfig) (checks []health.Check, services []byte) {
+func Consul(ctx context.Context, config configfile.ConsulConfig) (checks []health.Check, services []byte) {
 	c := &health.Checks{Group: "consul"}
 	if !config.Enabled {
 		c.Warn("consul-address", "consul { enabled = true } in the configuration", "Consul is not asked: nothing keeps ports in sync, and no job without transparent_proxy is guarded")
 		return c.List, nil
 	}
 	const timeout = 5 * time.Second
-	consul, err := NewClient(config, timeoutsOf(timeout))
+	consul, err := catalog.NewClient(config, timeoutsOf(timeout))
 	if err != nil {
 		c.Fault("consul-tls", "correct ca_file, ca_path, cert_file and key_file of consul { }", "%v", err)
 		return c.List, nil
 	}
-	if !consul.reachable(ctx, c) {
+	if !reachable(ctx, consul, c) {
 		return c.List, nil
 	}
-	return c.List, consul.rights(ctx, c)
+	return c.List, rights(ctx, consul, c)
 }
 
-func timeoutsOf(read time.Duration) Timeouts { return Timeouts{Read: read, Block: read} }
+func timeoutsOf(read time.Duration) catalog.Timeouts {
+	return catalog.Timeouts{Read: read, Block: read}
+}
 
 // reachable checks address, TLS, leader and clock by the one question that needs
 // no token.
-func (c *Client) reachable(ctx context.Context, checks *health.Checks) bool {
-	var seen headers
-	ctx, cancel := context.WithTimeout(seen.watch(ctx), c.Read)
+func reachable(ctx context.Context, c *catalog.Client, checks *health.Checks) bool {
+	var seen catalog.Headers
+	ctx, cancel := context.WithTimeout(seen.Watch(ctx), c.Read)
 	defer cancel()
 	before, leader := time.Now(), ""
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		checks.Fault("consul-token", "let consul { token_file } name a file that the agent can read", "%v", err)
 		return false
 	}
 	options.Token, options.AllowStale = "", false
-	_, err = c.client.Raw().Query("/v1/status/leader", &leader, options)
+	_, err = c.Client.Raw().Query("/v1/status/leader", &leader, options)
 	after := time.Now()
 	var status api.StatusError
 	switch {
 	case err != nil && isTLS(err):
-		checks.Fault("consul-tls", "set ssl, ca_file, cert_file, key_file and tls_server_name of consul { } to what Consul's agent has", "TLS with Consul at %s: %v", c.Config.Address, brief(err))
+		checks.Fault("consul-tls", "set ssl, ca_file, cert_file, key_file and tls_server_name of consul { } to what Consul's agent has", "TLS with Consul at %s: %v", c.Config.Address, catalog.Brief(err))
 		return false
 	case err != nil && !errors.As(err, &status):
 		checks.Fault("consul-address", "see whether Consul's agent runs, and whether consul { address } is where it listens", "Consul at %s does not answer: %v", c.Config.Address, err)
@@ -95,7 +100,7 @@ func (c *Client) reachable(ctx context.Context, checks *health.Checks) bool {
 	} else {
 		checks.OK("consul-leader", "Consul's servers have a leader")
 	}
-	CheckClock(checks, seen.date, before, after)
+	CheckClock(checks, seen.Date, before, after)
 	return true
 }
 
@@ -103,7 +108,7 @@ func orNothing(err error) string {
 	if err == nil {
 		return ""
 	}
-	return fmt.Sprintf(": %v", brief(err))
+	return fmt.Sprintf(": %v", catalog.Brief(err))
 }
 
 // isTLS reports an error of the handshake or of its certificates.
@@ -152,8 +157,8 @@ func CheckClock(checks *health.Checks, date string, before, after time.Time) {
 }
 
 // rights asks what the agent asks, a question for each right of its token.
-func (c *Client) rights(ctx context.Context, checks *health.Checks) (services []byte) {
-	if token, err := c.token(); err == nil && token != "" && c.Revoked(ctx) {
+func rights(ctx context.Context, c *catalog.Client, checks *health.Checks) (services []byte) {
+	if token, err := c.Token(); err == nil && token != "" && c.Revoked(ctx) {
 		checks.Fault("consul-token", "make a token and put it into the file of consul { token_file }: "+leastRights, "Consul does not know the agent's token")
 		return nil
 	}
@@ -162,7 +167,7 @@ func (c *Client) rights(ctx context.Context, checks *health.Checks) (services []
 		checks.Fault("consul-token-agent", remedyFor(err), "what Consul's agent says of itself, for agent:read: %v", err)
 	} else {
 		checks.OK("consul-token-agent", "the token may read Consul's agent, whose node is %s", self.Node)
-		version, err := c.version(ctx)
+		version, err := version(ctx, c)
 		checks.Version("consul-version", "Consul", version, err, TestedConsul, leastConsul)
 	}
 	got, err := c.Services(ctx)
@@ -178,12 +183,12 @@ func (c *Client) rights(ctx context.Context, checks *health.Checks) (services []
 	if self.Node == "" {
 		return services // without its name the node cannot be asked for
 	}
-	var seen headers
-	switch _, err := c.Changed(seen.watch(ctx), self.Node, 0); {
+	var seen catalog.Headers
+	switch _, err := c.Changed(seen.Watch(ctx), self.Node, 0); {
 	case err != nil:
 		checks.Fault("consul-token-node", remedyFor(err), "the changes of node %s, for node:read: %v", self.Node, err)
-	case seen.filtered && got.Hidden: // the services are what was left out; the remedy names the node's right as well
-	case seen.filtered:
+	case seen.Filtered && got.Hidden: // the services are what was left out; the remedy names the node's right as well
+	case seen.Filtered:
 		checks.Fault("consul-token-node", leastRights, "Consul hides node %s from the token: changes are found within seconds, not at once", self.Node)
 	default:
 		checks.OK("consul-token-node", "the token may follow the changes of node %s", self.Node)
@@ -197,20 +202,20 @@ func remedyFor(err error) string {
 	if errors.As(err, &status) && status.Code == http.StatusForbidden {
 		return leastRights
 	}
-	return ConsulProblem(err).Remedy
+	return catalog.ConsulProblem(err).Remedy
 }
 
 // version is that of the local agent, as v1.22.2.
-func (c *Client) version(ctx context.Context) (string, error) {
+func version(ctx context.Context, c *catalog.Client) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
-	options, err := c.options(ctx)
+	options, err := c.Options(ctx)
 	if err != nil {
 		return "", err
 	}
 	var answer struct{ Config struct{ Version string } }
-	if _, err := c.client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
-		return "", brief(err)
+	if _, err := c.Client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
+		return "", catalog.Brief(err)
 	}
 	if answer.Config.Version == "" {
 		return "", registration.ErrEmpty

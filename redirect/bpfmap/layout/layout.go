@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package bpfmap
+// Package layout compares the shapes of a map in two versions, and converts rows from
+// one to the other.
+package layout
 
 import (
 	"errors"
@@ -9,6 +11,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
+	"github.com/weirmesh/weir/redirect/bpfmap"
 )
 
 // A map carries the types of its keys and values in the kernel (BTF), so that
@@ -102,7 +105,7 @@ func NewConversion(table *ebpf.Map, spec *ebpf.MapSpec) (c conversion, err error
 		return c, err
 	}
 	if c.from.key == nil || c.from.value == nil {
-		return c, fmt.Errorf("%w: the kernel does not know the types of its rows", ErrIncompatible)
+		return c, fmt.Errorf("%w: the kernel does not know the types of its rows", bpfmap.ErrIncompatible)
 	}
 	return c, nil
 }
