@@ -102,27 +102,33 @@ func (d *Reader) NameOthers(list []Other) {
 		}
 	}
 	for _, mount := range bpffsMounts() {
-		_ = filepath.WalkDir(mount, func(path string, entry fs.DirEntry, err error) error {
-			if err == nil && path == d.paths.Lookups() {
-				return fs.SkipDir // one for each workload, and none of them at the root
-			}
-			if err != nil || entry.IsDir() {
-				return nil
-			}
-			pinned, err := link.LoadPinnedLink(path, nil)
-			if err != nil {
-				return nil // a map, a program
-			}
-			defer pinned.Close()
-			if info, err := pinned.Info(); err == nil {
-				note(uint32(info.Program), func(o *Other) { o.Pinned = path })
-			}
-			return nil
-		})
+		d.eachPinnedLink(mount, func(path string, id uint32) { note(id, func(o *Other) { o.Pinned = path }) })
 	}
 	for id, process := range linkHolders(programs) {
 		note(id, func(o *Other) { o.Owner = process })
 	}
+}
+
+// eachPinnedLink visits the links that are pinned below a directory, with their programs,
+// but for those of this instance's lookup programs: none of them is at the root.
+func (d *Reader) eachPinnedLink(dir string, visit func(path string, program uint32)) {
+	_ = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err == nil && path == d.paths.Lookups() {
+			return fs.SkipDir
+		}
+		if err != nil || entry.IsDir() {
+			return nil
+		}
+		pinned, err := link.LoadPinnedLink(path, nil)
+		if err != nil {
+			return nil // a map, a program
+		}
+		defer pinned.Close()
+		if info, err := pinned.Info(); err == nil {
+			visit(path, uint32(info.Program))
+		}
+		return nil
+	})
 }
 
 // bpffsMounts are where a bpffs is mounted.

@@ -35,13 +35,13 @@ func describeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
 
 // programInfo is the beginning of struct bpf_prog_info.
 type programInfo struct {
-	kind, id                      uint32
-	tag                           [8]byte
-	jitedLength, translatedLength uint32
-	jited, translated, loaded     uint64
-	uid, tables                   uint32
-	tableIDs                      unsafe.Pointer
-	name                          [unix.BPF_OBJ_NAME_LEN]byte
+	_, _        uint32 // type, ID
+	_           [8]byte
+	_, _        uint32 // lengths of its code
+	_, _, _     uint64
+	uid, tables uint32
+	tableIDs    unsafe.Pointer
+	name        [unix.BPF_OBJ_NAME_LEN]byte
 }
 
 // mapName is that of a map, of which the library would read more, twice.
