@@ -111,7 +111,7 @@ func (d *Reader) NameOthers(list []Other) {
 
 // eachPinnedLink visits the links that are pinned below a directory, with their programs,
 // but for those of this instance's lookup programs: none of them is at the root.
-func (d *Reader) eachPinnedLink(dir string, visit func(path string, program uint32)) {
+func (d *Reader) eachPinnedLink(dir string, visit func(path string, id uint32)) {
 	_ = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err == nil && path == d.paths.Lookups() {
 			return fs.SkipDir
