@@ -16,7 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
-	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
@@ -29,7 +29,7 @@ func (a *alloc) nftables(change func(*nftables.Conn, *nftables.Table)) {
 	var err error
 	a.Do(func() {
 		conn := &nftables.Conn{}
-		change(conn, &nftables.Table{Name: program.FilterTable, Family: nftables.TableFamilyINet})
+		change(conn, &nftables.Table{Name: filter.FilterTable, Family: nftables.TableFamilyINet})
 		err = conn.Flush()
 	})
 	if err != nil {
@@ -49,7 +49,7 @@ func (a *alloc) filterRules() map[string][]string {
 			t.Errorf("list chains: %v", err)
 		}
 		for _, chain := range chains {
-			if chain.Table.Name != program.FilterTable {
+			if chain.Table.Name != filter.FilterTable {
 				continue
 			}
 			rules, err := conn.GetRules(chain.Table, chain)

@@ -20,6 +20,7 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
@@ -69,7 +70,7 @@ func (n *node) loadFormer(number uint32, edit func(name string, spec *ebpf.MapSp
 	for name, mapSpec := range filters.Maps {
 		edit(name, mapSpec)
 	}
-	programs, err := program.PinFilterPrograms(filters, n.Paths().Maps(), n.Paths().Filters())
+	programs, err := filter.PinFilterPrograms(filters, n.Paths().Maps(), n.Paths().Filters())
 	fail(err)
 	programs.Close()
 }
@@ -245,7 +246,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 		t.Errorf("the next load did %q, %v; want nothing", again.Did, err)
 	}
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(bpfmap.MapNames()), len(program.ProgramNames()) + len(program.FilterNames()) + 2, len(program.ProgramNames()) + 2})
+	held.settle(t, [3]int{len(bpfmap.MapNames()), len(program.ProgramNames()) + len(filter.FilterNames()) + 2, len(program.ProgramNames()) + 2})
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)
 	}

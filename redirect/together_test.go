@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -198,7 +199,7 @@ func TestNoFilterNoWait(t *testing.T) {
 			if err != nil {
 				return err
 			}
-			conn.DelTable(&nftables.Table{Name: program.FilterTable, Family: nftables.TableFamilyINet})
+			conn.DelTable(&nftables.Table{Name: filter.FilterTable, Family: nftables.TableFamilyINet})
 			if conn.Flush() == nil {
 				t.Error("a table was deleted that is not there")
 			}
@@ -206,7 +207,7 @@ func TestNoFilterNoWait(t *testing.T) {
 		})
 	})
 	removed := least(func() error {
-		there, err := program.RemoveFilter(ns)
+		there, err := filter.RemoveFilter(ns)
 		if there {
 			t.Error("a table was removed that is not there")
 		}

@@ -19,6 +19,7 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -136,7 +137,7 @@ func (d *Reader) workloads(tables *bpfmap.Tables, sound soundWorkloads, keys []w
 			return nil, err
 		}
 	}
-	filters, err := program.NewFilterReader(d.paths)
+	filters, err := filter.NewFilterReader(d.paths)
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +196,7 @@ func (d *Reader) records(keys []workload.AttachmentID) (list []*store.Record, er
 	return list, errors.Join(problems...)
 }
 
-func (d *Reader) workload(tables *bpfmap.Tables, filters *program.FilterReader, r *store.Record) (WorkloadStatus, error) {
+func (d *Reader) workload(tables *bpfmap.Tables, filters *filter.FilterReader, r *store.Record) (WorkloadStatus, error) {
 	w := r.Desired()
 	status := WorkloadStatus{
 		Key: r.Key, ID: r.Request.Job.AllocID, Job: r.Request.Job.ID, Group: r.Request.Job.Group,
@@ -228,7 +229,7 @@ func (d *Reader) workload(tables *bpfmap.Tables, filters *program.FilterReader, 
 }
 
 // inspect compares the kernel with the record.
-func (d *Reader) inspect(tables *bpfmap.Tables, filters *program.FilterReader, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
+func (d *Reader) inspect(tables *bpfmap.Tables, filters *filter.FilterReader, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
 	const anew = "restart the allocation, or run its CNI CHECK"
 	served, err := tables.Served(r.Cookie, w)
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 )
 
 // Result says what Load did.
@@ -154,7 +155,7 @@ func (d *Loader) LoadFresh(root *os.File) (result Result, err error) {
 	if err != nil {
 		return result, err
 	}
-	filters, err := program.LoadFilterPrograms(filepath.Join(staging, "maps"), filepath.Join(staging, "filters"))
+	filters, err := filter.LoadFilterPrograms(filepath.Join(staging, "maps"), filepath.Join(staging, "filters"))
 	if err != nil {
 		return result, err
 	}

@@ -19,6 +19,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -66,7 +67,7 @@ func (d *Loader) reclaim(root *os.File) (repairs []program.Repair, err error) {
 	if err != nil {
 		return repairs, err
 	}
-	filters, err := program.PinFilters(d.Paths(), own)
+	filters, err := filter.PinFilters(d.Paths(), own)
 	return append(repairs, filters...), err
 }
 
@@ -127,7 +128,7 @@ func (d *Loader) halfRestored() bool {
 		lookups = append(lookups, filepath.Base(d.Paths().Lookup(r.Cookie)))
 	}
 	return anyMissing(d.Paths().Lookups(), slices.Values(lookups)) ||
-		len(records) > 0 && anyMissing(d.Paths().Filters(), maps.Values(program.FilterNames()))
+		len(records) > 0 && anyMissing(d.Paths().Filters(), maps.Values(filter.FilterNames()))
 }
 
 // errEnding: the programs ended while they were looked at.

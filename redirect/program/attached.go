@@ -109,7 +109,7 @@ func AttachedTo(target *os.File, attach ebpf.AttachType) (list []AttachedProgram
 		return nil, fmt.Errorf("list programs at %s: %w", attach, err)
 	}
 	for _, found := range result.Programs {
-		prog, err := describeProgram(found.ID)
+		prog, err := DescribeProgram(found.ID)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
@@ -338,7 +338,7 @@ func (s *Set) digest() [2]uint64 {
 // 0 where the program is not of the set. known is what the records say of it.
 // Without a record the program says so itself: the cookie is one of its constants.
 func (s *Set) CookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
-	found, err := describeProgram(id)
+	found, err := DescribeProgram(id)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && (found.Name != LookupName || !slices.ContainsFunc(found.Maps, s.Reads)) {
 		return 0, nil
 	}

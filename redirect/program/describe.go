@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// describeProgram asks for what is told of a program and no more: the library reads
+// DescribeProgram asks for what is told of a program and no more: the library reads
 // its code, too, and every workload has a program of its own.
-func describeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
+func DescribeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
 	get := struct{ id, next, flags uint32 }{id: uint32(id)}
 	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_GET_FD_BY_ID, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
 	if errno != 0 {

@@ -100,7 +100,7 @@ func pinRunningFamily(p store.Paths) (found bool, err error) {
 		if found || info.Type != link.TracingType {
 			return nil
 		}
-		prog, err := describeProgram(info.Program)
+		prog, err := DescribeProgram(info.Program)
 		if err != nil || prog.Name != FamilyName || !slices.Contains(prog.Maps, workloads) {
 			return nil // it ended, or is somebody else's
 		}

@@ -39,7 +39,7 @@ func DetachPrograms(sets []*Set) (repairs []Repair, err error) {
 		if info.Cgroup() == nil && info.NetNs() == nil {
 			return nil
 		}
-		prog, err := describeProgram(info.Program)
+		prog, err := DescribeProgram(info.Program)
 		if err != nil || prog.Name != LookupName && !slices.Contains(ProgramNames(), prog.Name) {
 			return nil // it ended, or is somebody else's
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -101,7 +102,7 @@ func (d *Reconciler) complete(tables *bpfmap.Tables, c *change) error {
 	if attached {
 		c.did = append(c.did, program.Repair{Kind: program.LookupAttached})
 	}
-	filtered, err := program.SetFilter(d.Paths(), c.ns, c.wanted)
+	filtered, err := filter.SetFilter(d.Paths(), c.ns, c.wanted)
 	if err != nil {
 		return err
 	}

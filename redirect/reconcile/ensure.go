@@ -8,7 +8,7 @@ import (
 
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
-	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -36,7 +36,7 @@ func (d *Reconciler) MarkIncomplete(r *store.Record) error {
 // renewFilters brings this binary's programs to every workload. One that it cannot
 // reach goes on with those that it has, and the next look at it repairs that.
 func (d *Reconciler) RenewFilters() error {
-	programs, err := program.RenewFilterPrograms(d.Paths())
+	programs, err := filter.RenewFilterPrograms(d.Paths())
 	if err != nil {
 		return err
 	}
@@ -52,7 +52,7 @@ func (d *Reconciler) RenewFilters() error {
 			continue
 		}
 		if err == nil {
-			_, err = program.SetFilter(d.Paths(), ns, r.Desired())
+			_, err = filter.SetFilter(d.Paths(), ns, r.Desired())
 			ns.Close()
 			d.families.Hold(d.Paths(), r.Desired()) // the former version may have had none
 		}
@@ -74,6 +74,6 @@ func RemoveRoutes(r *store.Record) error {
 		return err
 	}
 	defer ns.Close()
-	_, err = program.RemoveFilter(ns)
+	_, err = filter.RemoveFilter(ns)
 	return errors.Join(err, ns.RemoveRoutes())
 }

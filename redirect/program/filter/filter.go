@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package program
+// Package filter keeps the rules of nftables in a namespace that ask a program about what
+// leaves it by another way than a socket.
+package filter
 
 import (
 	"errors"
@@ -16,6 +18,7 @@ import (
 	"github.com/google/nftables/userdata"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -61,7 +64,7 @@ func PinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainProg
 	if err != nil {
 		return nil, err
 	}
-	collection, err := NewCollection(spec, pins)
+	collection, err := program.NewCollection(spec, pins)
 	if err != nil {
 		return nil, err
 	}
@@ -85,7 +88,7 @@ func PinFilterPrograms(spec *ebpf.CollectionSpec, tables, dir string) (chainProg
 func openChainPrograms(p store.Paths) (chainPrograms, error) {
 	programs := make(chainPrograms)
 	for chain, name := range FilterNames() {
-		prog, err := OpenProgram(filepath.Join(p.Filters(), name))
+		prog, err := program.OpenProgram(filepath.Join(p.Filters(), name))
 		if err != nil {
 			programs.Close()
 			return nil, fmt.Errorf("open %s: %w", name, err)
@@ -98,7 +101,7 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 // RenewFilterPrograms replaces the node's programs by this binary's. Namespaces
 // whose rules ask the former ones get the new by setFilter.
 func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
-	if err := RemoveTree(p.Filters()); err != nil {
+	if err := program.RemoveTree(p.Filters()); err != nil {
 		return nil, err
 	}
 	return LoadFilterPrograms(p.Maps(), p.Filters())
@@ -106,9 +109,9 @@ func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
 
 // PinFilters pins the programs again that read the set's tables. Rules of
 // namespaces ask them, or a pin that cannot be seen leads to them.
-func PinFilters(p store.Paths, s *Set) (repairs []Repair, err error) {
+func PinFilters(p store.Paths, s *program.Set) (repairs []program.Repair, err error) {
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
-		found, err := describeProgram(id)
+		found, err := program.DescribeProgram(id)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // it ended
 		}
@@ -122,13 +125,13 @@ func PinFilters(p store.Paths, s *Set) (repairs []Repair, err error) {
 		if err != nil {
 			continue
 		}
-		pinned, err := PinAgain(filepath.Join(p.Filters(), found.Name), prog)
+		pinned, err := program.PinAgain(filepath.Join(p.Filters(), found.Name), prog)
 		prog.Close()
 		if err != nil {
 			return repairs, err
 		}
 		if pinned {
-			repairs = append(repairs, Repair{PinPutBack, found.Name})
+			repairs = append(repairs, program.Repair{Kind: program.PinPutBack, Object: found.Name})
 		}
 	}
 	return repairs, nil
