@@ -78,7 +78,7 @@ func TestAllocationsOfConsulsOwnRules(t *testing.T) {
 		Key: workload.AttachmentID{ContainerID: "1c6e1d2f", IfName: "eth0"}, ID: "1c6e1d2f", Job: "demo", State: api.StateConsul, Since: time.Now(),
 	}}}
 	n := &node{agent: view}
-	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad starts a new one in the place of each\n"
+	const summary = "agent: 1 allocation redirected by Consul's own rules, as before, until Nomad\n  starts a new one in the place of each\n"
 	if got := try(t, n, nil, "status"); !strings.Contains(got.stdout+"\n", summary) {
 		t.Errorf("status lacks %q:\n%s", summary, got.stdout)
 	}

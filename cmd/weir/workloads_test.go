@@ -107,7 +107,7 @@ func TestProtected(t *testing.T) {
 		{workload.ModeTransparent, workload.GuardAudit, nil, "", "yes redirect", ""},
 		{workload.ModeTransparent, workload.GuardEnforce, wrong, api.StateManaged, "no redirect", "\n  rows are missing\n"},
 		{workload.ModeDirect, workload.GuardEnforce, nil, api.StateManaged, "yes guard", ""},
-		{workload.ModeDirect, workload.GuardAudit, nil, api.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them; guard \"enforce\" refuses them\n  1c6e1d2f\n"},
+		{workload.ModeDirect, workload.GuardAudit, nil, api.StateManaged, "audit guard", "\naudit: connections past the proxy are let in, and 'weir guard' lists them;\n  guard \"enforce\" refuses them\n  1c6e1d2f\n"},
 		{workload.ModeGateway, workload.GuardAudit, nil, api.StateManaged, "audit guard", "\naudit: "},
 		{workload.ModeDirect, "", nil, "", "no -", "\nno: the guard is off: connections past the proxy are let in\n"},
 		{"", "", nil, api.StateConsul, "no consul", "\nno: Consul's own rules redirect it"},
