@@ -14,8 +14,8 @@ import (
 	"github.com/containernetworking/plugins/plugins/ipam/host-local/backend/disk"
 )
 
-// ErrFull: all addresses of a set of ranges are taken.
-var ErrFull = errors.New("no addresses are left")
+// ErrFull: all addresses of a set of ranges are taken. Its text is that of the reference plugin.
+var ErrFull = errors.New("no IP addresses available")
 
 // Take takes an address of the n-th set of ranges: the wanted one, or where that is not
 // valid the next one after that which was taken last, so that an address rests for long.
