@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/weirmesh/weir/cmd/weir/maintain"
 )
 
 // writeConfig makes a directory of configuration files and returns its path.
@@ -57,7 +58,7 @@ pin_dir = "weir": want an absolute path.
 DIR: not valid: 3 errors
 `
 	want(t, outcome{got.code, strings.ReplaceAll(got.stdout, dir, "DIR"), got.stderr}, outcome{code: 1, stdout: text})
-	var report configReport
+	var report maintain.ConfigReport
 	asJSON := try(t, &node{}, nil, "config", "validate", "-json", dir)
 	if err := json.Unmarshal([]byte(asJSON.stdout), &report); err != nil || asJSON.code != 1 {
 		t.Fatalf("-json: code %d, %v in %s", asJSON.code, err, asJSON.stdout)

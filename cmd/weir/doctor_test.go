@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/maintain"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -104,7 +105,7 @@ func TestDoctorWithFaults(t *testing.T) {
 		{Key: workload.AttachmentID{ContainerID: "2b5d0c1e", IfName: "eth0"}, Job: "good", Group: "web", State: api.StateManaged},
 	}}, status: inspect.Status{Problems: []health.Problem{{What: "the data path is not loaded", Remedy: "run 'weir load'"}}}}
 	got := try(t, n, nil, doctorArgs(t, "-json")...)
-	var report doctorReport
+	var report maintain.DoctorReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || got.code != 2 || report.Schema != 1 {
 		t.Fatalf("code %d, schema %d, %v; want code 2 and schema 1:\n%s", got.code, report.Schema, err, got.stdout)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/look"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
@@ -275,7 +276,7 @@ func TestExplainOnAKernel(t *testing.T) {
 				t.Errorf("explain %s: a line has more than 80 columns: %s", tc.args, line)
 			}
 		}
-		var answer explained
+		var answer look.Explained
 		asJSON := weir(append([]string{"explain", "-json"}, strings.Fields(tc.args)...)...)
 		if err := json.Unmarshal([]byte(asJSON.stdout), &answer); err != nil || asJSON.code != tc.code || answer.Schema != 1 {
 			t.Errorf("explain -json %s: code %d, %v: %s", tc.args, asJSON.code, err, asJSON.stdout)

@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/traffic"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -84,8 +85,8 @@ func TestFlows(t *testing.T) {
 			t.Errorf("%q has %d columns", line, width)
 		}
 	}
-	if n.query.Last != fewFlows || n.query.Follow {
-		t.Errorf("the agent is asked for %+v, want the last %d", n.query, fewFlows)
+	if n.query.Last != traffic.FewFlows || n.query.Follow {
+		t.Errorf("the agent is asked for %+v, want the last %d", n.query, traffic.FewFlows)
 	}
 	n.flows = slices.Delete(n.flows, 1, 2)
 	want(t, try(t, n, nil, "flows", "-numeric"), outcome{stdout: flowHeading +
@@ -118,7 +119,7 @@ func TestFlowsSummary(t *testing.T) {
 	if n.query.Last != 0 {
 		t.Errorf("the agent is asked for %+v, want all", n.query)
 	}
-	var summary flowSummary
+	var summary traffic.FlowSummary
 	if err := json.Unmarshal([]byte(try(t, n, nil, "flows", "-summary", "-json").stdout), &summary); err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
+	"github.com/weirmesh/weir/cmd/weir/maintain"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -65,7 +67,7 @@ func TestInstallCommand(t *testing.T) {
 	}
 
 	got = try(t, n, nil, "install", "-root", root, "-replace", "-unit-dir", "", "-json")
-	var report installReport
+	var report maintain.InstallReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || report.Schema != 1 || !report.Steps.Changes() || report.DryRun {
 		t.Errorf("install -json = %+v, %v", got, err)
 	}
@@ -97,7 +99,7 @@ func TestInstallFromAPackage(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := try(t, n, nil, "install", "-root", root, "-json")
-	var report installReport
+	var report maintain.InstallReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
 		t.Fatal(err, got)
 	}
@@ -132,22 +134,22 @@ func TestNextStepAfterInstall(t *testing.T) {
 	for _, each := range []struct {
 		name   string
 		layout deploy.Layout
-		report installReport
+		report maintain.InstallReport
 		unit   bool // is enabled
 		want   []string
 	}{
-		{"from a tarball", deploy.DefaultLayout(), installReport{Steps: some}, false, []string{nomad, own, "weir status"}},
-		{"again", deploy.DefaultLayout(), installReport{Steps: none}, false, []string{own, "weir status"}},
-		{"again, where systemd runs it", deploy.DefaultLayout(), installReport{Steps: none}, true, []string{"weir status"}},
-		{"another version", deploy.DefaultLayout(), installReport{Steps: some}, true, []string{nomad, own, "weir status"}},
-		{"from the package", packaged, installReport{Steps: some}, false, []string{nomad, installed, "weir status"}},
-		{"from the package again", packaged, installReport{Steps: none}, false, []string{installed, "weir status"}},
-		{"another version of the package", packaged, installReport{Steps: some}, true, []string{nomad, "systemctl restart weir-agent", "weir status"}},
-		{"only said", packaged, installReport{Steps: some, DryRun: true}, false, []string{"the same command without -dry-run"}},
+		{"from a tarball", deploy.DefaultLayout(), maintain.InstallReport{Steps: some}, false, []string{nomad, own, "weir status"}},
+		{"again", deploy.DefaultLayout(), maintain.InstallReport{Steps: none}, false, []string{own, "weir status"}},
+		{"again, where systemd runs it", deploy.DefaultLayout(), maintain.InstallReport{Steps: none}, true, []string{"weir status"}},
+		{"another version", deploy.DefaultLayout(), maintain.InstallReport{Steps: some}, true, []string{nomad, own, "weir status"}},
+		{"from the package", packaged, maintain.InstallReport{Steps: some}, false, []string{nomad, installed, "weir status"}},
+		{"from the package again", packaged, maintain.InstallReport{Steps: none}, false, []string{installed, "weir status"}},
+		{"another version of the package", packaged, maintain.InstallReport{Steps: some}, true, []string{nomad, "systemctl restart weir-agent", "weir status"}},
+		{"only said", packaged, maintain.InstallReport{Steps: some, DryRun: true}, false, []string{"the same command without -dry-run"}},
 	} {
 		t.Run(each.name, func(t *testing.T) {
-			c := &command{env: env{unit: func() bool { return each.unit }}}
-			got := c.afterInstall(&deploy.Node{Layout: each.layout}, each.report, each.layout == packaged)
+			c := &base.Command{Env: base.Env{Unit: func() bool { return each.unit }}}
+			got := maintain.AfterInstall(c, &deploy.Node{Layout: each.layout}, each.report, each.layout == packaged)
 			if diff := cmp.Diff(each.want, got); diff != "" {
 				t.Errorf("next (-want +got):\n%s", diff)
 			}
@@ -192,20 +194,20 @@ func TestUninstallRefuses(t *testing.T) {
   0b5d0c1e (job demo, group web)
   1c6e1d2f (job demo, group web)
   3e801f41 (job plain, group web)
-With -force they run on, but of a transparent one ` + loseTransparent + `.
-With -force they run on, but of one that is guarded alone ` + loseGuard + `.
-With -force they run on, but of one whose network Weir is called for ` + loseNetwork + `.
+With -force they run on, but of a transparent one ` + maintain.LoseTransparent + `.
+With -force they run on, but of one that is guarded alone ` + maintain.LoseGuard + `.
+With -force they run on, but of one whose network Weir is called for ` + maintain.LoseNetwork + `.
 Drain the node instead: nomad node drain -enable -self
 One that ended and left its namespace: weir gc
 `})
 	got = try(t, n, environment, "uninstall", "-root", root, "-dry-run", "-json")
-	var report installReport
+	var report maintain.InstallReport
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil || len(report.Workloads) != 3 || !report.DryRun {
 		t.Errorf("uninstall -dry-run -json = %+v, %v", got, err)
 	}
 	losses := func() map[string][]string {
 		got := try(t, n, environment, "uninstall", "-root", root, "-dry-run", "-json")
-		var report installReport
+		var report maintain.InstallReport
 		if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
 			t.Fatal(err, got)
 		}
@@ -216,7 +218,7 @@ One that ended and left its namespace: weir gc
 		return list
 	}
 	wantLosses := map[string][]string{
-		"0b5d0c1e": {loseTransparent, loseNetwork}, "1c6e1d2f": {loseGuard}, "3e801f41": {loseNetwork},
+		"0b5d0c1e": {maintain.LoseTransparent, maintain.LoseNetwork}, "1c6e1d2f": {maintain.LoseGuard}, "3e801f41": {maintain.LoseNetwork},
 	}
 	if diff := cmp.Diff(wantLosses, losses()); diff != "" {
 		t.Errorf("who loses what (-want +got):\n%s", diff)
@@ -228,7 +230,7 @@ One that ended and left its namespace: weir gc
 		t.Fatal(err)
 	}
 	n.known[0].Request.Network, n.networks[0].Key.ContainerID = "nomad", "1c6e1d2f"
-	wantLosses["0b5d0c1e"], wantLosses["1c6e1d2f"] = []string{loseTransparent}, []string{loseGuard, loseNetwork}
+	wantLosses["0b5d0c1e"], wantLosses["1c6e1d2f"] = []string{maintain.LoseTransparent}, []string{maintain.LoseGuard, maintain.LoseNetwork}
 	if diff := cmp.Diff(wantLosses, losses()); diff != "" {
 		t.Errorf("who loses what beside Consul's plugin (-want +got):\n%s", diff)
 	}
@@ -242,7 +244,7 @@ One that ended and left its namespace: weir gc
 
 	n.agent = nil
 	got = try(t, n, environment, "uninstall", "-root", root, "-force", "-json")
-	report = installReport{}
+	report = maintain.InstallReport{}
 	if err := json.Unmarshal([]byte(got.stdout), &report); err != nil {
 		t.Fatal(err, got)
 	}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -120,12 +121,12 @@ func TestOnAKernel(t *testing.T) {
 
 // weirTo runs the program on the kernel and shows what it says on ui.
 func weirTo(ctx context.Context, ui cli.Ui, environment map[string]string, args ...string) int {
-	return run(args, env{
-		ctx:    ctx,
-		ui:     ui,
-		getenv: func(name string) string { return environment[name] },
-		open:   func(paths store.Paths) datapath { return redirect.New(paths) }, ask: api.ReadStatus, askEvents: api.ReadEvents, askFlows: api.ReadFlows, askBehind: api.ReadBehind, askTraffic: api.ReadTraffic, askChanges: api.ReadChanges, askGuard: api.ReadGuard,
-		journal:   func(context.Context, int) (string, error) { return "", nil },
-		leftovers: func(ended.Node) leftovers { return &node{} },
+	return run(args, base.Env{
+		Ctx:    ctx,
+		UI:     ui,
+		Getenv: func(name string) string { return environment[name] },
+		Open:   func(paths store.Paths) base.Datapath { return redirect.New(paths) }, Ask: api.ReadStatus, AskEvents: api.ReadEvents, AskFlows: api.ReadFlows, AskBehind: api.ReadBehind, AskTraffic: api.ReadTraffic, AskChanges: api.ReadChanges, AskGuard: api.ReadGuard,
+		Journal:   func(context.Context, int) (string, error) { return "", nil },
+		Leftovers: func(ended.Node) base.Leftovers { return &node{} },
 	})
 }

@@ -17,6 +17,10 @@ import (
 
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
+	"github.com/weirmesh/weir/cmd/weir/look"
+	"github.com/weirmesh/weir/cmd/weir/maintain"
+	"github.com/weirmesh/weir/cmd/weir/traffic"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect"
@@ -27,28 +31,28 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	_, notTerminal := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS)
-	code := run(os.Args[1:], env{
-		ctx:        ctx,
-		ui:         &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
-		getenv:     os.Getenv,
-		terminal:   notTerminal == nil,
-		uid:        os.Geteuid(),
-		open:       func(paths store.Paths) datapath { return redirect.New(paths).Until(ctx) },
-		ask:        api.ReadStatus,
-		askEvents:  api.ReadEvents,
-		askFlows:   api.ReadFlows,
-		askGuard:   api.ReadGuard,
-		askBehind:  api.ReadBehind,
-		askChanges: api.ReadChanges,
-		askTraffic: api.ReadTraffic,
-		clear:      clearTerminal(os.Stdout),
-		journal:    journal,
-		unit:       unitEnabled,
-		executable: os.Executable,
+	code := run(os.Args[1:], base.Env{
+		Ctx:        ctx,
+		UI:         &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
+		Getenv:     os.Getenv,
+		Terminal:   notTerminal == nil,
+		Uid:        os.Geteuid(),
+		Open:       func(paths store.Paths) base.Datapath { return redirect.New(paths).Until(ctx) },
+		Ask:        api.ReadStatus,
+		AskEvents:  api.ReadEvents,
+		AskFlows:   api.ReadFlows,
+		AskGuard:   api.ReadGuard,
+		AskBehind:  api.ReadBehind,
+		AskChanges: api.ReadChanges,
+		AskTraffic: api.ReadTraffic,
+		Clear:      traffic.ClearTerminal(os.Stdout),
+		Journal:    maintain.Journal,
+		Unit:       base.UnitEnabled,
+		Executable: os.Executable,
 
-		networks:       cni.Networks,
-		removeNetworks: cni.RemoveNetworks,
-		leftovers: func(node ended.Node) leftovers {
+		Networks:       cni.Networks,
+		RemoveNetworks: cni.RemoveNetworks,
+		Leftovers: func(node ended.Node) base.Leftovers {
 			node.Notes = os.Stderr
 			return node
 		},
@@ -60,10 +64,10 @@ func main() {
 // run is the whole program. It returns the exit code: 0; 1 when a command could
 // not do its work or when status has found something wrong; 127 where there is no
 // such command.
-func run(args []string, world env) int {
-	world.ui = printable{world.ui}
-	if command := world.getenv("CNI_COMMAND"); command != "" {
-		world.ui.Output(cniError(command, world.getenv("CNI_CONTAINERID")))
+func run(args []string, world base.Env) int {
+	world.UI, world.Version, world.Run = base.Printable{Ui: world.UI}, version, run
+	if command := world.Getenv("CNI_COMMAND"); command != "" {
+		world.UI.Output(cniError(command, world.Getenv("CNI_CONTAINERID")))
 		return 1
 	}
 	// "weir version" is a command; the flag is the habit of other tools.
@@ -78,12 +82,12 @@ func run(args []string, world env) int {
 		Commands:     list,
 		Autocomplete: true,
 		HelpFunc:     cli.BasicHelpFunc("weir"),
-		HelpWriter:   &cli.UiWriter{Ui: world.ui},
+		HelpWriter:   &cli.UiWriter{Ui: world.UI},
 		ErrorWriter:  &usage,
 	}
 	code, err := program.Run()
 	if err != nil {
-		world.ui.Error(fmt.Sprintf("weir: %v", err))
+		world.UI.Error(fmt.Sprintf("weir: %v", err))
 		return 1
 	}
 	name, operands := program.Subcommand(), program.SubcommandArgs()
@@ -92,9 +96,9 @@ func run(args []string, world env) int {
 	}
 	switch {
 	case code == noSuchCommand && name != "":
-		world.ui.Error(unknownCommand(name, slices.Collect(maps.Keys(list))))
+		world.UI.Error(unknownCommand(name, slices.Collect(maps.Keys(list))))
 	case usage.Len() > 0:
-		world.ui.Error(strings.TrimRight(usage.String(), "\n"))
+		world.UI.Error(strings.TrimRight(usage.String(), "\n"))
 	}
 	return code
 }
@@ -105,21 +109,24 @@ const noSuchCommand = 127
 
 func unknownCommand(name string, names []string) string {
 	text := fmt.Sprintf("weir: no command is named %q", name)
-	if guess := closest(name, names); guess != "" {
+	if guess := base.Closest(name, names); guess != "" {
 		text += fmt.Sprintf(": did you mean %q?", guess)
 	}
 	return text + "\nFor the list of commands: weir -help"
 }
 
 // commands is the grammar: nouns read, verbs change.
-func commands(world env) map[string]cli.CommandFactory {
+func commands(world base.Env) map[string]cli.CommandFactory {
 	factories := map[string]cli.CommandFactory{}
-	for _, build := range []func(env) *command{
-		newAgent, newInstall, newUninstall, newLoad, newUnload, newGC, newStatus, newWorkloads,
-		newVerdicts, newExplain, newDump, newEvents, newFlows, newChanges, newTop, newDebug, newConfigValidate, newGuard, newDoctor, newVersion,
+	for _, build := range []func(base.Env) *base.Command{
+		maintain.NewAgent, maintain.NewInstall, maintain.NewUninstall, maintain.NewLoad, maintain.NewUnload, maintain.NewGC, look.NewStatus, look.NewWorkloads,
+		traffic.NewVerdicts, look.NewExplain, look.NewDump, traffic.NewEvents, traffic.NewFlows, traffic.NewChanges, traffic.NewTop, maintain.NewDebug, maintain.NewConfigValidate, traffic.NewGuard, maintain.NewDoctor, maintain.NewVersion,
 	} {
 		command := build(world)
-		factories[command.name] = func() (cli.Command, error) { return command, nil }
+		factories[command.WorkloadName] = func() (cli.Command, error) { return command, nil }
 	}
 	return factories
 }
+
+// version is set by the linker; see VERSION in the Makefile.
+var version = "v0.0.0-unknown"

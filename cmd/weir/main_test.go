@@ -17,6 +17,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
+	"github.com/weirmesh/weir/cmd/weir/maintain"
 	"github.com/weirmesh/weir/cni"
 	"github.com/weirmesh/weir/cni/ended"
 	"github.com/weirmesh/weir/redirect/dump"
@@ -164,17 +166,17 @@ func try(t *testing.T, n *node, environment map[string]string, args ...string) o
 func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, args ...string) outcome {
 	t.Helper()
 	ui := cli.NewMockUi()
-	code := run(args, env{
-		ctx:      t.Context(),
-		ui:       ui,
-		getenv:   func(name string) string { return environment[name] },
-		terminal: terminal,
-		uid:      n.uid,
-		open: func(paths store.Paths) datapath {
+	code := run(args, base.Env{
+		Ctx:      t.Context(),
+		UI:       ui,
+		Getenv:   func(name string) string { return environment[name] },
+		Terminal: terminal,
+		Uid:      n.uid,
+		Open: func(paths store.Paths) base.Datapath {
 			n.paths = paths
 			return n
 		},
-		ask: func(context.Context, string) (api.Status, error) {
+		Ask: func(context.Context, string) (api.Status, error) {
 			switch {
 			case n.agent != nil:
 				return *n.agent, nil
@@ -183,13 +185,13 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return api.Status{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
-		askEvents: func(_ context.Context, _ string, deliver func(monitor.Event) error) error {
+		AskEvents: func(_ context.Context, _ string, deliver func(monitor.Event) error) error {
 			return n.agentEvents(deliver)
 		},
-		askFlows: func(_ context.Context, _ string, query api.FlowQuery, deliver func(api.Flow) error) error {
+		AskFlows: func(_ context.Context, _ string, query api.FlowQuery, deliver func(api.Flow) error) error {
 			return n.agentFlows(query, deliver)
 		},
-		askGuard: func(context.Context, string) (api.GuardList, error) {
+		AskGuard: func(context.Context, string) (api.GuardList, error) {
 			switch {
 			case n.guard != nil:
 				list := *n.guard
@@ -200,22 +202,22 @@ func tryOn(t *testing.T, n *node, terminal bool, environment map[string]string, 
 			}
 			return api.GuardList{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 		},
-		askChanges: n.agentChanges, askBehind: n.agentBehind,
-		askTraffic: func(context.Context, string, time.Time) (api.Traffic, error) {
+		AskChanges: n.agentChanges, AskBehind: n.agentBehind,
+		AskTraffic: func(context.Context, string, time.Time) (api.Traffic, error) {
 			if n.traffic == nil {
 				return api.Traffic{}, fmt.Errorf("%w: %w", api.ErrNotRunning, fs.ErrNotExist)
 			}
 			return *n.traffic, nil
 		},
-		clear:      func() { n.cleared++ },
-		journal:    func(context.Context, int) (string, error) { return n.log, n.noLog },
-		unit:       func() bool { return n.unit },
-		executable: func() (string, error) { return n.program, nil },
-		proc:       n.proc,
+		Clear:      func() { n.cleared++ },
+		Journal:    func(context.Context, int) (string, error) { return n.log, n.noLog },
+		Unit:       func() bool { return n.unit },
+		Executable: func() (string, error) { return n.program, nil },
+		Proc:       n.proc,
 
-		networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
-		removeNetworks: func(context.Context, string) (removed, kept []string, err error) { return n.bridges, n.others, n.err },
-		leftovers: func(where ended.Node) leftovers {
+		Networks:       func(string) ([]cni.Attached, error) { return n.networks, n.err },
+		RemoveNetworks: func(context.Context, string) (removed, kept []string, err error) { return n.bridges, n.others, n.err },
+		Leftovers: func(where ended.Node) base.Leftovers {
 			n.lookedAt = where
 			return n
 		},
@@ -272,7 +274,7 @@ Options:
 }
 
 func TestEveryHelpHasAnExample(t *testing.T) {
-	for name := range commands(env{}) {
+	for name := range commands(base.Env{}) {
 		got := try(t, &node{}, nil, append(strings.Fields(name), "-help")...)
 		if example := "\n\n      $ weir " + name; got.code != 0 || !strings.Contains(got.stdout, example) {
 			t.Errorf("weir %s -help has no line %q:\n%s", name, strings.TrimSpace(example), got.stdout)
@@ -333,7 +335,7 @@ func TestVersion(t *testing.T) {
 	if !strings.HasPrefix(got.stdout, "weir v") || got.code != 0 {
 		t.Errorf("outcome = %+v, want a version", got)
 	}
-	var info versionInfo
+	var info maintain.VersionInfo
 	if err := json.Unmarshal([]byte(try(t, &node{}, nil, "version", "-json").stdout), &info); err != nil || info.Version != version {
 		t.Errorf("version -json = %+v, %v; want version %s", info, err, version)
 	}
@@ -344,7 +346,7 @@ func TestVersion(t *testing.T) {
 func TestWithoutRoot(t *testing.T) {
 	n := leftBehind()
 	n.uid, n.status, n.program = 1000, healthy(), "/nowhere/weir"
-	for name := range commands(env{}) {
+	for name := range commands(base.Env{}) {
 		variants := [][]string{strings.Fields(name)}
 		switch name {
 		case "version", "config validate":

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/hashicorp/cli"
+	"github.com/weirmesh/weir/cmd/weir/base"
 )
 
 // A task may be called anything; what it is called must not write over the screen.
@@ -19,16 +20,16 @@ func TestOnlyPrintableTextIsPrinted(t *testing.T) {
 		"c1 \u009b2J, bidi \u202e":           `c1 \u009b2J, bidi \u202e`,
 	} {
 		ui := cli.NewMockUi()
-		printable{ui}.Output(text)
+		base.Printable{Ui: ui}.Output(text)
 		if got := ui.OutputWriter.String(); got != want+"\n" {
 			t.Errorf("%q is printed as %q, want %q", text, got, want)
 		}
-		printable{ui}.Error(text)
+		base.Printable{Ui: ui}.Error(text)
 		if got := ui.ErrorWriter.String(); got != want+"\n" {
 			t.Errorf("%q is an error printed as %q, want %q", text, got, want)
 		}
 	}
-	if got, want := table("", [][]string{{"A", "B"}, {"x\ny", "z\t"}}), "A     B\nx\\ny  z\\t"; got != want {
+	if got, want := base.Table("", [][]string{{"A", "B"}, {"x\ny", "z\t"}}), "A     B\nx\\ny  z\\t"; got != want {
 		t.Errorf("the table is %q, want %q", got, want)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/hashicorp/cli"
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/test/reference"
@@ -20,7 +21,7 @@ import (
 
 // TestReferenceOfCommands holds docs/cli.md to what each command says of itself.
 func TestReferenceOfCommands(t *testing.T) {
-	list := commands(env{ctx: context.Background(), ui: cli.NewMockUi(), getenv: func(string) string { return "" }})
+	list := commands(base.Env{Ctx: context.Background(), UI: cli.NewMockUi(), Getenv: func(string) string { return "" }})
 	var text strings.Builder
 	rows := [][]string{{"command", "what it does"}}
 	for _, name := range slices.Sorted(maps.Keys(list)) {
@@ -76,7 +77,7 @@ func TestReferenceOfTheRunbook(t *testing.T) {
 // codesOfChecks are all codes that "weir doctor" may show.
 func codesOfChecks(t *testing.T) (codes []string) {
 	t.Helper()
-	for _, path := range []string{"../../redirect/inspect/readiness.go", "../../agent/readiness.go", "../../agent/catalog/preflight/preflight.go", "../../deploy/readiness.go", "doctor.go"} {
+	for _, path := range []string{"../../redirect/inspect/readiness.go", "../../agent/readiness.go", "../../agent/catalog/preflight/preflight.go", "../../deploy/readiness.go", "maintain/doctor.go"} {
 		source, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)

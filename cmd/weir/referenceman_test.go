@@ -12,14 +12,14 @@ import (
 	"testing"
 
 	"github.com/hashicorp/cli"
-
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/test/reference"
 )
 
 // TestReferenceOfTheManual holds dist/man to what each command says of itself, and to the
 // pages of docs/ about what is configured.
 func TestReferenceOfTheManual(t *testing.T) {
-	list := commands(env{ctx: context.Background(), ui: cli.NewMockUi(), getenv: func(string) string { return "" }})
+	list := commands(base.Env{Ctx: context.Background(), UI: cli.NewMockUi(), Getenv: func(string) string { return "" }})
 	var pages []reference.ManPage
 	var all strings.Builder
 	for _, name := range slices.Sorted(maps.Keys(list)) {
@@ -27,9 +27,9 @@ func TestReferenceOfTheManual(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		command := made.(*command)
+		command := made.(*base.Command)
 		page := "weir-" + strings.ReplaceAll(name, " ", "-")
-		fmt.Fprintf(&all, "**%s**(1)\n\n:   %s\n\n", page, plain(command.synopsis))
+		fmt.Fprintf(&all, "**%s**(1)\n\n:   %s\n\n", page, plain(command.Line))
 		pages = append(pages, reference.ManPage{Name: page, Section: 1, Text: manOf(command, page)})
 	}
 	pages = append(pages, reference.ManPage{Name: "weir", Section: 1, Text: `# NAME
@@ -115,11 +115,11 @@ error has a code, which is a heading of docs/runbook.md.
 }
 
 // manOf is the page of a command, of the parts of its help.
-func manOf(c *command, page string) string {
+func manOf(c *base.Command, page string) string {
 	var text strings.Builder
 	fmt.Fprintf(&text, "# NAME\n\n%s - %s\n\n# SYNOPSIS\n\n**weir %s** %s\n\n# DESCRIPTION\n\n",
-		page, plain(c.synopsis), c.name, plain(strings.TrimSpace("[options] "+c.usage)))
-	for line := range strings.Lines(c.about) {
+		page, plain(c.Line), c.WorkloadName, plain(strings.TrimSpace("[options] "+c.Usage)))
+	for line := range strings.Lines(c.About) {
 		line = strings.TrimPrefix(line, "  ")
 		if !strings.HasPrefix(line, "    ") { // that is an example
 			line = plain(line)
@@ -127,7 +127,7 @@ func manOf(c *command, page string) string {
 		text.WriteString(line)
 	}
 	text.WriteString("\n\n# OPTIONS\n\n")
-	c.flags.VisitAll(func(f *flag.Flag) {
+	c.Flags.VisitAll(func(f *flag.Flag) {
 		value, usage := flag.UnquoteUsage(f)
 		if value != "" {
 			value = " *" + plain(value) + "*"

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/monitor"
@@ -17,24 +18,24 @@ import (
 )
 
 func TestSelectWorkloads(t *testing.T) {
-	list := []named{
-		{"0b5d0c1e-7c0f", "demo", "web"},
-		{"0b5d0c1e-7c0f", "demo", "web"}, // on a second network
-		{"0b77aa01-1111", "demo", "db"},
-		{"1c6e1d2f-8d1a", "0b", "odd"},
-		{"fab00000-0000", "shop", "api"},
-		{"c0ffee00-0000", "", ""},
+	list := []base.Named{
+		{ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web"},
+		{ID: "0b5d0c1e-7c0f", Job: "demo", Group: "web"}, // on a second network
+		{ID: "0b77aa01-1111", Job: "demo", Group: "db"},
+		{ID: "1c6e1d2f-8d1a", Job: "0b", Group: "odd"},
+		{ID: "fab00000-0000", Job: "shop", Group: "api"},
+		{ID: "c0ffee00-0000", Job: "", Group: ""},
 	}
 	for _, c := range []struct {
 		text string
-		want selection
+		want base.Selection
 		err  string
 	}{
-		{text: "demo", want: selection{job: "demo"}},
-		{text: "0b5d0c1e-7c0f", want: selection{id: "0b5d0c1e-7c0f"}},
-		{text: "0b5", want: selection{id: "0b5d0c1e-7c0f"}},
-		{text: "f", want: selection{id: "fab00000-0000"}},
-		{text: "0b", want: selection{job: "0b"}}, // a job wins over a beginning
+		{text: "demo", want: base.Selection{Job: "demo"}},
+		{text: "0b5d0c1e-7c0f", want: base.Selection{ID: "0b5d0c1e-7c0f"}},
+		{text: "0b5", want: base.Selection{ID: "0b5d0c1e-7c0f"}},
+		{text: "f", want: base.Selection{ID: "fab00000-0000"}},
+		{text: "0b", want: base.Selection{Job: "0b"}}, // a job wins over a beginning
 		{text: "0", err: `"0" is the beginning of 2 allocations' IDs, so give more of it:
   0b5d0c1e-7c0f  demo/web
   0b77aa01-1111  demo/db`},
@@ -42,7 +43,7 @@ func TestSelectWorkloads(t *testing.T) {
 		{text: "9", err: `"9" is no job and no beginning of an allocation's ID on this node: 'weir workloads' lists all`},
 		{text: "dmeo", err: `"dmeo" is no job and no beginning of an allocation's ID on this node: did you mean job "demo"?`},
 	} {
-		got, err := selectWorkloads(c.text, list)
+		got, err := base.SelectWorkloads(c.text, list)
 		said := ""
 		if err != nil {
 			said = err.Error()
@@ -55,11 +56,11 @@ func TestSelectWorkloads(t *testing.T) {
 
 // A list of matches stays one that somebody reads.
 func TestAmbiguousSelectionIsShort(t *testing.T) {
-	var list []named
+	var list []base.Named
 	for i := range 50 {
-		list = append(list, named{id: fmt.Sprintf("a%03d", i)})
+		list = append(list, base.Named{ID: fmt.Sprintf("a%03d", i)})
 	}
-	_, err := selectWorkloads("a", list)
+	_, err := base.SelectWorkloads("a", list)
 	if err == nil || strings.Count(err.Error(), "\n") != 21 || !strings.HasSuffix(err.Error(), "\n  a019\n  and 30 more") {
 		t.Errorf("error is %v, want twenty allocations and how many more", err)
 	}

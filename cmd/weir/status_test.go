@@ -15,6 +15,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -126,7 +127,7 @@ func TestStatusAndWorkloadsFitATerminal(t *testing.T) {
 	for _, command := range []string{"status", "workloads"} {
 		plain := try(t, n, nil, command).stdout
 		for line := range strings.Lines(plain) {
-			if width := utf8.RuneCountInString(strings.TrimRight(line, "\n")); width > columns {
+			if width := utf8.RuneCountInString(strings.TrimRight(line, "\n")); width > base.Columns {
 				t.Errorf("weir %s: a line of %d columns: %s", command, width, line)
 			}
 		}

@@ -14,7 +14,9 @@ import (
 
 	"github.com/hashicorp/cli"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/cmd/weir/top"
+	"github.com/weirmesh/weir/cmd/weir/traffic"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program/runstats"
 	"github.com/weirmesh/weir/redirect/store"
@@ -142,9 +144,9 @@ func TestTopGoesOn(t *testing.T) {
 		}
 	}
 	ui := cli.NewMockUi()
-	code := run([]string{"top", "-interval", "100ms"}, env{
-		ctx: ctx, ui: ui, getenv: func(string) string { return "" }, terminal: true, open: func(store.Paths) datapath { return n },
-		askTraffic: func(context.Context, string, time.Time) (api.Traffic, error) { return *n.traffic, nil }, clear: func() { n.cleared++ },
+	code := run([]string{"top", "-interval", "100ms"}, base.Env{
+		Ctx: ctx, UI: ui, Getenv: func(string) string { return "" }, Terminal: true, Open: func(store.Paths) base.Datapath { return n },
+		AskTraffic: func(context.Context, string, time.Time) (api.Traffic, error) { return *n.traffic, nil }, Clear: func() { n.cleared++ },
 	})
 	if code != 0 || n.cleared != 3 || strings.Count(ui.OutputWriter.String(), "REFUSED/S  MOSTLY") != 3 {
 		t.Errorf("code %d, %d views cleared, %s", code, n.cleared, ui.OutputWriter.String())
@@ -196,7 +198,7 @@ func TestMostly(t *testing.T) {
 		"refused_no_proxy": {"redirected": 3, "proxy": 3.1, "refused_no_proxy": 0.1},
 		"proxy":            {"proxy": 3.1},
 	} {
-		if got := mostly(top.Allocation{Verdicts: rates}); got != want {
+		if got := traffic.Mostly(top.Allocation{Verdicts: rates}); got != want {
 			t.Errorf("mostly of %v = %q, want %q", rates, got, want)
 		}
 	}

@@ -12,6 +12,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/cmd/weir/base"
+	"github.com/weirmesh/weir/cmd/weir/look"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -129,8 +131,8 @@ func TestConsulLine(t *testing.T) {
 		{api.ConsulStatus{Enabled: true, Address: "a:1", InSync: true, Hidden: true}, "agent: Consul at a:1 hides services of this node from the token"},
 		{api.ConsulStatus{Enabled: true, Address: "a:1", Error: "hang", Since: now.Add(-time.Second)}, "agent: not in sync with Consul at a:1 for 1s: hang"},
 	} {
-		command := &command{env: env{getenv: func(string) string { return "" }}}
-		if got := command.consulLine(c.consul, now); got != c.want {
+		command := &base.Command{Env: base.Env{Getenv: func(string) string { return "" }}}
+		if got := look.ConsulLine(command, c.consul, now); got != c.want {
 			t.Errorf("line = %q, want %q", got, c.want)
 		}
 	}
