@@ -11,8 +11,8 @@ import (
 	"github.com/weirmesh/weir/agent/registration"
 )
 
-// A server that is back answers as a leader before it has read its log: for that moment
-// it has no virtual IP. What make soak found: connections to an upstream's went to the
+// A server that is back has answered for a moment without any virtual IP, probably as a
+// leader that has not read its log. What make soak found: connections to an upstream's went to the
 // outbound listener until the next answer.
 func TestVirtualIPsOutliveTheRestartOfConsul(t *testing.T) {
 	fake := newFakeConsul(t)

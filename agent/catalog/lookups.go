@@ -51,7 +51,7 @@ const (
 	LookupInterval   = 5 * time.Minute
 	lookupRetry      = 2 * time.Second
 	ListenerInterval = 30 * time.Second // of what may change without a sign
-	ReplayTime       = 5 * time.Second  // for which a server that is back may answer before it has read its log
+	ReplayTime       = 5 * time.Second  // after a failure, for which an answer may lack what the server has not read yet
 )
 
 func NewQueries(consul *Client) *Queries {
