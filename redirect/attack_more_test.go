@@ -57,7 +57,7 @@ func dialled(setUp ...func(a attack, fd int) error) func(attack) error {
 			if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit); err != nil {
 				return err
 			}
-			if err := unix.Connect(fd, a.to(fd)); err != nil {
+			if err := finishConnect(fd, unix.Connect(fd, a.to(fd)), unix.EINTR); err != nil {
 				return err
 			}
 			if repair, err := unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_REPAIR); err == nil && repair == 1 {

@@ -93,7 +93,7 @@ func sent(kind, protocol int, setUp ...func(a attack, fd int) error) func(attack
 func connected(kind, protocol int) func(attack) error {
 	return func(a attack) error {
 		return socketOf(a.domain(), kind, protocol, func(fd int) error {
-			if err := unix.Connect(fd, sockaddr(fd, a.To)); err != nil {
+			if err := finishConnect(fd, unix.Connect(fd, sockaddr(fd, a.To)), unix.EINTR); err != nil {
 				return err
 			}
 			_, err := unix.Write(fd, []byte(marker))
