@@ -157,7 +157,7 @@ func TestBehindByTheSocket(t *testing.T) {
 	n.run()
 	var got api.Behind
 	test.Eventually(t, func() (err error) {
-		got, err = api.ReadBehind(t.Context(), n.agent.datapath.Paths().StateDir, api.BehindQuery{Key: behindKey(), To: netip.MustParseAddrPort("240.0.0.5:80")})
+		got, err = api.ReadBehind(t.Context(), n.config.StateDir, api.BehindQuery{Key: behindKey(), To: netip.MustParseAddrPort("240.0.0.5:80")})
 		return err
 	}, "an answer")
 	if got.Schema != 1 || len(got.Unknown) != 1 || got.Unknown[0].What != "consul" || got.Intention != "" {

@@ -25,8 +25,7 @@ func TestAgentFollowsAReplacedAddress(t *testing.T) {
 	n.fake.answers(registered(id))
 	n.run()
 	n.eventually(id, api.StateManaged)
-	test.Veth(t, test.VethEnd{NetNS: ns, Addrs: []netip.Prefix{netip.MustParsePrefix("10.8.0.2/24")}}, test.VethEnd{NetNS: test.NewNetNS(t)})
-	n.own(key, "10.8.0.2")
+	n.own(key, "172.26.64.2")
 	before := n.agent.Status().Counts.Repaired
 	var err error
 	ns.Do(func() {
@@ -34,16 +33,16 @@ func TestAgentFollowsAReplacedAddress(t *testing.T) {
 		if link, err = netlink.LinkByName("eth0"); err != nil {
 			return
 		}
-		mask := net.CIDRMask(24, 32)
+		mask := net.CIDRMask(20, 32)
 		err = errors.Join(
-			netlink.AddrDel(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 8, 0, 2), Mask: mask}}),
-			netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(10, 8, 0, 3), Mask: mask}}),
+			netlink.AddrDel(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(172, 26, 64, 2), Mask: mask}}),
+			netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.IPv4(172, 26, 64, 3), Mask: mask}}),
 		)
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.own(key, "10.8.0.3")
+	n.own(key, "172.26.64.3")
 	if now := n.agent.Status().Counts.Repaired; now == before {
 		t.Errorf("%d repairs are counted, want more than %d", now, before)
 	}

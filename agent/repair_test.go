@@ -25,13 +25,15 @@ const transparentMesh = `{"ProxyUserID":"101","ProxyInboundPort":20001,"ProxyOut
 func (n *node) transparent(id string) (ns *test.NetNS, key workload.AttachmentID) {
 	n.t.Helper()
 	ns, key = test.NewNetNS(n.t), workload.AttachmentID{ContainerID: id, IfName: "eth0"}
+	inside := addressed(n.t, ns)
 	err := n.Add(redirect.Attachment{Key: key, NetNS: ns.Path, Request: workload.Request{
 		Network: "nomad", Job: workload.Job{AllocID: id}, Mode: workload.ModeTransparent, ProxyUID: 101, InboundPort: 20001, OutboundPort: 15001,
+		Addresses: []netip.Addr{netip.MustParsePrefix(inside).Addr()},
 	}})
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.result(id, ns.Path, transparentMesh, addressed(n.t, ns))
+	n.result(id, ns.Path, transparentMesh, inside)
 	return ns, key
 }
 
