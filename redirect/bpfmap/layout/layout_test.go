@@ -19,7 +19,7 @@ func TestCountsKeepTheirVerdict(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	object, err := os.ReadFile("../testdata/layout2/bpf.o")
+	object, err := os.ReadFile("../../testdata/layout2/bpf.o")
 	if err != nil {
 		t.Fatal(err)
 	}
