@@ -10,7 +10,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
-	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -147,11 +146,7 @@ func (d *Datapath) ObservedProxies(cookies []uint64) (map[uint64][]ObservedProxy
 // the state.
 func (d *Datapath) onRecord(key workload.AttachmentID, action func(*bpfmap.Tables, *store.Record, *host.Namespace) error) error {
 	return d.Locked(func() error {
-		r, err := d.Paths().ReadRecord(key)
-		if err != nil {
-			return err
-		}
-		ns, err := inspect.OpenNamespaceOf(r)
+		r, ns, err := d.OpenWorkload(key)
 		if err != nil {
 			return err
 		}
