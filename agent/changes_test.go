@@ -70,3 +70,46 @@ func TestAgentListsWhatChanged(t *testing.T) {
 		t.Errorf("of what is to come the list has %+v, %v", list, err)
 	}
 }
+
+// What an agent's first pass puts under Weir is a change, although it knew nothing before.
+func TestFirstPassIsAChange(t *testing.T) {
+	n := newNode(t)
+	n.cached(numbered(1), test.NewNetNS(t).Path, "")
+	n.transparent(numbered(2))
+	n.fake.answers(registered(numbered(1), numbered(2)))
+	a := n.newStepwise()
+	a.status.Started = time.Now()
+	a.asks(t.Context())
+	var added []string
+	for _, c := range a.changes.List(time.Time{}).Changes {
+		if c.Kind == api.ChangeAdded {
+			added = append(added, c.AllocID+" "+c.What)
+		}
+	}
+	if want := []string{numbered(1) + " under Weir, mode direct, guard audit"}; !slices.Equal(added, want) {
+		t.Errorf("the first pass added %q, want %q: the other was on record", added, want)
+	}
+}
+
+// A check of one allocation may find what the whole node lacks: that is no change of the
+// allocation.
+func TestRepairOfTheNodeIsItsChange(t *testing.T) {
+	n := newNode(t)
+	_, key := n.transparent(numbered(1))
+	n.fake.answers(registered(numbered(1)))
+	a := n.newStepwise()
+	a.asks(t.Context())
+	if err := os.Remove(filepath.Join(n.config.PinDir, "links", "weir_getsockopt")); err != nil {
+		t.Fatal(err)
+	}
+	a.check(key)
+	var repaired []api.Change
+	for _, c := range a.changes.List(time.Time{}).Changes {
+		if c.Kind == api.ChangeRepaired {
+			repaired = append(repaired, c)
+		}
+	}
+	if len(repaired) != 1 || repaired[0].AllocID != "" || repaired[0].What != "attached weir_getsockopt" {
+		t.Errorf("the changes are %+v, want a repair of the node", repaired)
+	}
+}

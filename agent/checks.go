@@ -59,6 +59,10 @@ func (a *Agent) check(key workload.AttachmentID) {
 func (a *Agent) checked(key workload.AttachmentID, repairs []program.Repair, err error) {
 	a.count(func(c *api.Counts) { c.Repaired += uint64(len(repairs)) })
 	for _, what := range repairs {
+		if what.Kind.OfNode() {
+			a.noteRepaired(what)
+			continue
+		}
 		a.log.Warn("workload repaired", "alloc_id", key.ContainerID, "interface", key.IfName, "what", what)
 		a.changes.Workload(a.allocations[key].view, api.ChangeRepaired, what.String(), time.Now())
 	}

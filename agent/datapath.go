@@ -10,6 +10,7 @@ import (
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/program"
 	"golang.org/x/sys/unix"
 )
 
@@ -59,6 +60,12 @@ func (a *Agent) load() error {
 	return nil
 }
 
+// noteRepaired tells what of the node was put back.
+func (a *Agent) noteRepaired(what program.Repair) {
+	a.log.Warn("data path repaired", "what", what)
+	a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeRepaired, What: what.String()})
+}
+
 // repair puts back what somebody took off the node, and says so.
 // It reports whether the node could be changed at all.
 func (a *Agent) repair() bool {
@@ -77,8 +84,7 @@ func (a *Agent) repair() bool {
 	}
 	a.mu.Unlock()
 	for _, what := range did {
-		a.log.Warn("data path repaired", "what", what)
-		a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeRepaired, What: what.String()})
+		a.noteRepaired(what)
 	}
 	if text := errorText(err); text != a.broken {
 		a.broken = text

@@ -37,6 +37,9 @@ const (
 	repairKinds
 )
 
+// OfNode reports whether it concerns what all workloads of a node share.
+func (k RepairKind) OfNode() bool { return k < RoutesSet }
+
 // text is the sentence of a kind, in which the object stands for %s.
 func (k RepairKind) text() string {
 	return [repairKinds]string{
