@@ -67,29 +67,45 @@ func TestConflistsMakeNetworks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			n := emptyNode(t)
 			n.install(t, source, false)
-			paths := store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}
-			t.Setenv("WEIR_PIN_DIR", paths.PinDir)
-			t.Setenv("WEIR_STATE_DIR", paths.StateDir)
-			t.Cleanup(func() {
-				if _, err := redirect.New(paths).Unload(); err != nil {
-					t.Errorf("unload: %v", err)
-				}
-			})
-			useConflist(t, n, paths, name, reference)
+			useConflist(t, n, privatePaths(t), name, reference)
 		})
 	}
 }
 
-func useConflist(t *testing.T, n Node, paths store.Paths, name, reference string) {
+// privatePaths are those of a data path of the test's own, which plugins find in the
+// environment.
+func privatePaths(t *testing.T) store.Paths {
+	t.Helper()
+	paths := store.Paths{PinDir: filepath.Join(test.BPFFS(t), "weir"), StateDir: t.TempDir()}
+	t.Setenv("WEIR_PIN_DIR", paths.PinDir)
+	t.Setenv("WEIR_STATE_DIR", paths.StateDir)
+	t.Cleanup(func() {
+		if _, err := redirect.New(paths).Unload(); err != nil {
+			t.Errorf("unload: %v", err)
+		}
+	})
+	return paths
+}
+
+// conflist is an installed one. Nothing is changed in it but where leases go: this
+// machine may have its own.
+func (n Node) conflist(t *testing.T, name string) []byte {
+	t.Helper()
 	content, err := os.ReadFile(n.on("/opt/cni/config/" + name + ".conflist"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Nothing is changed but where leases go: this machine may have its own.
 	for _, leases := range []string{"/var/run/cni", "/run/weir/leases"} {
 		content = bytes.ReplaceAll(content, []byte(`"`+leases+`"`), []byte(`"`+t.TempDir()+`"`))
 	}
-	list, err := libcni.ConfListFromBytes(content)
+	return content
+}
+
+// consulArgument is what Nomad hands to a plugin for a transparent_proxy block.
+const consulArgument = `{"ProxyUserID":"101","ProxyInboundPort":20000,"ProxyOutboundPort":15001,"ExcludeInboundPorts":["8080"]}`
+
+func useConflist(t *testing.T, n Node, paths store.Paths, name, reference string) {
+	list, err := libcni.ConfListFromBytes(n.conflist(t, name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +116,7 @@ func useConflist(t *testing.T, n Node, paths store.Paths, name, reference string
 		ContainerID: id, NetNS: allocation.Path, IfName: "eth0",
 		Args: [][2]string{
 			{"IgnoreUnknown", "true"}, {"NOMAD_ALLOC_ID", id}, {"NOMAD_JOB_ID", "demo"},
-			{"CONSUL_IPTABLES_CONFIG", `{"ProxyUserID":"101","ProxyInboundPort":20000,"ProxyOutboundPort":15001,"ExcludeInboundPorts":["8080"]}`},
+			{"CONSUL_IPTABLES_CONFIG", consulArgument},
 		},
 		CapabilityArgs: map[string]any{"portMappings": []map[string]any{{"hostPort": 18080, "containerPort": 8080, "protocol": "tcp"}}},
 	}
@@ -126,13 +142,7 @@ func useConflist(t *testing.T, n Node, paths store.Paths, name, reference string
 		return nil
 	})
 	onHost(func() error { return network.CheckNetworkList(t.Context(), list, runtime) })
-	known, err := redirect.New(paths).Records()
-	if err != nil || len(known) != 1 || !slices.Contains(known[0].Request.Addresses, address.Unmap()) {
-		t.Errorf("on record: %+v, %v; want the allocation with address %s", known, err, address)
-	}
-	if _, err := test.Ask(allocation, "tcp4", "192.0.2.1:80"); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("dial without a proxy = %v, want ECONNREFUSED", err)
-	}
+	wantRedirected(t, paths, allocation, address)
 	test.Echo(t, allocation, "tcp4", "0.0.0.0:8080")
 	gateway := firstOf(address)
 	if _, err := test.Ask(host, "tcp4", netip.AddrPortFrom(gateway, 18080).String()); err != nil {
@@ -140,8 +150,27 @@ func useConflist(t *testing.T, n Node, paths store.Paths, name, reference string
 	}
 
 	onHost(func() error { return network.DelNetworkList(t.Context(), list, runtime) })
+	wantNothingLeft(t, paths, host)
+}
+
+// wantRedirected wants the one allocation on record, with its address, and its
+// connections refused as there is no proxy.
+func wantRedirected(t *testing.T, paths store.Paths, allocation *test.NetNS, address netip.Addr) {
+	t.Helper()
+	known, err := redirect.New(paths).Records()
+	if err != nil || len(known) != 1 || !slices.Contains(known[0].Request.Addresses, address.Unmap()) {
+		t.Errorf("on record: %+v, %v; want the allocation with address %s", known, err, address)
+	}
+	if _, err := test.Ask(allocation, "tcp4", "192.0.2.1:80"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dial without a proxy = %v, want ECONNREFUSED", err)
+	}
+}
+
+// wantNothingLeft wants no allocation on record, and no device of one on the host.
+func wantNothingLeft(t *testing.T, paths store.Paths, host *test.NetNS) {
+	t.Helper()
 	if known, err := redirect.New(paths).Records(); err != nil || len(known) > 0 {
-		t.Errorf("on record after DEL: %+v, %v", known, err)
+		t.Errorf("still on record: %+v, %v", known, err)
 	}
 	host.Do(func() {
 		links, err := netlink.LinkList()

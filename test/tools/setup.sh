@@ -16,7 +16,7 @@
 #	envoy  Envoy                                      -> .tools/envoy/envoy
 #	consul Consul, built from test/tools/consul       -> .tools/bin/consul
 #	nomad  Nomad, built from test/tools/nomad         -> .tools/bin/nomad
-#	cni    the reference CNI plugins                  -> .tools/cni
+#	cni    the reference CNI plugins, and cnitool     -> .tools/cni, .tools/bin
 #	docker Docker's engine and a static busybox, from Debian
 #	browser  Chromium, in which the tests open the agent's page
 #	package  nfpm -> .tools/bin, and what reads what it packs: groff, zsh, fish
@@ -35,6 +35,7 @@ readonly ENVOY_VERSION=${ENVOY:-1.36.4}
 readonly CONSUL_VERSION=${CONSUL:-1.22.2}
 readonly NOMAD_VERSION=${NOMAD:-1.11.1}
 readonly CNI_PLUGINS_VERSION=1.9.1
+readonly CNITOOL_VERSION=1.3.1
 readonly GOLANGCI_VERSION=2.15.0
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -196,6 +197,11 @@ setup_nomad() {
 	mv "$binary.new" "$binary"
 }
 
+# is_pinned_cnitool asks what it was built of: it prints no version.
+is_pinned_cnitool() {
+	[[ -x $tools/bin/cnitool && $(go version -m "$tools/bin/cnitool") == *"github.com/containernetworking/cni"$'\t'"v$CNITOOL_VERSION"* ]]
+}
+
 setup_cni() {
 	local directory=$tools/cni-$CNI_PLUGINS_VERSION name missing=()
 	for name in main/bridge main/loopback ipam/host-local meta/portmap meta/firewall; do
@@ -210,6 +216,9 @@ setup_cni() {
 			"${missing[@]}" || die "build the reference CNI plugins"
 	fi
 	ln -sfn "${directory##*/}" "$tools/cni"
+	is_pinned_cnitool && return
+	say "$step: build cnitool $CNITOOL_VERSION"
+	GOBIN=$tools/bin CGO_ENABLED=0 nice go install "github.com/containernetworking/cni/cnitool@v$CNITOOL_VERSION" || die "build cnitool"
 }
 
 setup_docker() {
