@@ -27,7 +27,8 @@ const (
 
 // TestPeering has clients of one datacenter ask for a service of another one, each by its
 // name, by its virtual IP and by its upstream's listener, through mesh gateways of both,
-// while instances are replaced and agents fail. Both are as in [TestProduction].
+// while instances, agents and the roots of both meshes are replaced. Both are as in
+// [TestProduction].
 func TestPeering(t *testing.T) {
 	leader := nomad.Start(t, secure())
 	p := &peering{t: t, here: newProduction(t, leader), there: newProduction(t, leader.Abroad(secure(), "dc2"))}
@@ -55,6 +56,9 @@ func TestPeering(t *testing.T) {
 	p.content()
 
 	agent := func(n *nomad.Node) *nomad.Daemon { return n.Agent }
+	ours := func() []proxy {
+		return []proxy{{p.clients.Alloc("transparent"), "peering-transparent"}, {p.clients.Alloc("plain"), "peering-plain"}}
+	}
 	p.here.play([]scene{
 		{name: "rolling update", run: func(t *testing.T, _ *cluster) {
 			old := instances(p.servers, "server")
@@ -62,8 +66,21 @@ func TestPeering(t *testing.T) {
 			settled(t, p.servers, "server", len(old), old)
 		}},
 		{name: "Weir's agents", run: func(t *testing.T, c *cluster) { c.each(t, []*nomad.Node{leader, there}, agent) }},
+		{name: "the clients' CA replaced", run: func(t *testing.T, _ *cluster) { replaceMeshCA(t, leader, ours()) }},
+		{name: "the servers' CA replaced", run: func(t *testing.T, _ *cluster) {
+			replaceMeshCA(t, there, proxies(p.servers, "server", "peered-server"))
+		}},
 	})
 	p.content()
+	for _, c := range p.here.clients {
+		list := c.loop.Stop()
+		t.Logf("%s: %d requests in all, answered by %d instances", c.group, len(list), len(c.instances))
+	}
+	p.clients.Stop()
+	p.servers.Stop()
+	for _, n := range []*nomad.Node{leader, there} {
+		test.EventuallyIn(t, patience, n.Leftovers, "nothing to be left on "+n.Name())
+	}
 }
 
 // start starts a client for each way to ask.

@@ -53,6 +53,11 @@ func TestProduction(t *testing.T) {
 		{name: "rolling update", run: rollingUpdate},
 		{name: "tokens replaced", run: func(*testing.T, *cluster) { p.replaceTokens() }},
 		{name: "certificates replaced", run: func(*testing.T, *cluster) { p.replaceCertificates() }},
+		{name: "the mesh's CA replaced", run: func(t *testing.T, c *cluster) {
+			replaceMeshCA(t, c.leader, append(proxies(c.job, "server", "cluster-server"),
+				proxy{c.job.Alloc("transparent"), services[1]}, proxy{c.job.Alloc("plain"), services[2]}))
+		}},
+		{name: "a foreign registration", run: func(*testing.T, *cluster) { p.claimed() }},
 		{name: "node drain", run: drain},
 		{name: "Consul's clients", run: func(t *testing.T, c *cluster) { c.each(t, c.members, consulOf) }},
 		{name: "Nomad's clients", run: func(t *testing.T, c *cluster) { c.each(t, c.nodes(), clientOf) }},
@@ -163,6 +168,38 @@ func (p *production) guarded() {
 			}
 		}
 	}
+}
+
+// claimed: who registers a proxy of his own in the name of an instance changes nothing
+// there, and is told.
+func (p *production) claimed() {
+	p.t.Helper()
+	n := p.fill(p.t, p.members[0])
+	var id string
+	for alloc, node := range p.servers() {
+		if node == n.Name() {
+			id = fmt.Sprintf("_nomad-task-%s-group-server-evil-8080-sidecar-proxy", alloc)
+		}
+	}
+	n.ConsulPut("/v1/agent/service/register", map[string]any{
+		"Kind": "connect-proxy", "ID": id, "Name": "evil-sidecar-proxy", "Port": 8080, "Proxy": map[string]any{
+			"DestinationServiceName": "evil", "Expose": map[string]any{"Paths": []any{map[string]any{"ListenerPort": 8080, "LocalPathPort": 8080, "Path": "/"}}},
+		}})
+	test.EventuallyIn(p.t, patience, func() error {
+		var status struct{ Problems []health.Problem }
+		if err := n.Weir(&status, "status", "-json"); err != nil {
+			return err
+		}
+		for _, problem := range status.Problems {
+			if problem.Code == health.ProblemForeignRegistration.String() && strings.Contains(problem.Subject, id) {
+				return nil
+			}
+		}
+		return fmt.Errorf("problems are %+v", status.Problems)
+	}, "the registration to be told as foreign")
+	p.guarded()
+	n.ConsulPut("/v1/agent/service/deregister/"+id, nil)
+	p.content()
 }
 
 // replaceTokens gives each agent another token and revokes the one that it had. What

@@ -59,3 +59,35 @@ func (n *Node) AllowMeshGateway(service string) {
 		"AuthMethod": "nomad-workloads", "BindType": "role", "BindName": name, "Selector": fmt.Sprintf("\"nomad_service\" in value and value.nomad_service == %q", service),
 	})
 }
+
+// ReplaceMeshCA gives Consul's mesh another root, with another key, and returns when it
+// signs with it.
+func (n *Node) ReplaceMeshCA() {
+	n.tb.Helper()
+	before := n.meshRoot()
+	bits := 384
+	var now struct {
+		Config struct{ PrivateKeyBits int }
+	}
+	n.ConsulGet("/v1/connect/ca/configuration", &now)
+	if now.Config.PrivateKeyBits == bits {
+		bits = 256
+	}
+	n.ConsulPut("/v1/connect/ca/configuration", map[string]any{
+		"Provider": "consul", "Config": map[string]any{"PrivateKeyType": "ec", "PrivateKeyBits": bits},
+	})
+	eventually(n.tb, 30*time.Second, func() error {
+		if n.meshRoot() == before {
+			return fmt.Errorf("it is still %s", before)
+		}
+		return nil
+	}, "another root of the mesh")
+}
+
+// meshRoot is the ID of the root that Consul signs with.
+func (n *Node) meshRoot() string {
+	n.tb.Helper()
+	var roots struct{ ActiveRootID string }
+	n.ConsulGet("/v1/agent/connect/ca/roots", &roots)
+	return roots.ActiveRootID
+}
