@@ -22,6 +22,7 @@ import (
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/flow"
+	"github.com/weirmesh/weir/agent/server"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
@@ -94,8 +95,7 @@ type Agent struct {
 	unseen         unseen
 	foreign        []health.Problem // registrations that do not count, as of the last pass
 
-	servers     servers
-	socketError string // why there is no local API, as last told
+	server *server.Server
 
 	// The loop's own memory.
 	seen           bool // a pass has found the node's allocations
@@ -138,7 +138,7 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		inSync:         true,
 		budget:         defaultPassBudget(),
 		networks:       newNetworks(),
-		consulApply:    newConsulApply(),
+		consulApply:    server.NewConsulApply(),
 		changes:        options.Changes,
 	}
 	if a.changes == nil {
@@ -164,6 +164,7 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 	if a.flows, err = flow.New(*config.Flows, a.datapath, a.containers, a.log); err != nil {
 		return nil, err
 	}
+	a.server = server.New(a.shown())
 	if config.Docker.Socket != "" {
 		a.docker = discover.NewDocker(config.Docker.Socket, a.allocationArrived)
 	}
@@ -195,10 +196,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.mu.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
-	if err := a.listen(); err != nil {
+	if err := a.server.Listen(); err != nil {
 		cancel()
 		return errors.Join(err, a.watcher.Close())
 	}
+	a.mu.Lock()
+	a.status.Telemetry = a.server.Telemetry()
+	a.mu.Unlock()
 	a.watchNetworks(&background)
 	background.Go(func() {
 		a.watcher.Run(func(dir string) {
@@ -227,7 +231,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	cancel()
 	a.closeGates(func(workload.AttachmentID) bool { return false })
 	a.notify("STOPPING=1")
-	err = errors.Join(a.watcher.Close(), a.networks.Close(), a.servers.close())
+	err = errors.Join(a.watcher.Close(), a.networks.Close(), a.server.Close())
 	background.Wait()
 	return err
 }
@@ -272,7 +276,7 @@ func (a *Agent) pass(changed bool) {
 	if err != nil {
 		a.warnOnce("watch directories", err)
 	}
-	a.keepSocket()
+	a.server.KeepSocket()
 	now := time.Now()
 	if !a.repair() {
 		a.noteProblems(now)

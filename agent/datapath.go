@@ -99,10 +99,3 @@ func (a *Agent) repair() bool {
 	}
 	return !errors.Is(err, unix.EAGAIN)
 }
-
-// unseenReasons is for the metrics.
-func (a *Agent) unseenReasons() map[string]int {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.unseen.reasons()
-}

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -30,12 +32,12 @@ func TestFlowsSlowReader(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.flows.Ring = flow.NewRing(640*flow.RecordSize, time.Hour)
-	listener, err := listenLocal(a.socketPath())
+	listener, err := net.Listen("unix", filepath.Join(config.StateDir, api.SocketName))
 	if err != nil {
 		t.Fatal(err)
 	}
 	const timeout = 100 * time.Millisecond
-	server := &http.Server{Handler: a.localAPI(), ReadTimeout: timeout, WriteTimeout: timeout}
+	server := &http.Server{Handler: a.server.LocalAPI(), ReadTimeout: timeout, WriteTimeout: timeout}
 	go func() { _ = server.Serve(listener) }() // until it is closed
 	t.Cleanup(func() {
 		close(a.flows.Done)

@@ -53,7 +53,7 @@ func TestForwardedConnectionsAreOnTheMap(t *testing.T) {
 	if list := n.history(api.FlowQuery{Alloc: id[:8], Verdicts: []string{"refused_forwarded"}}); len(list) == 0 {
 		t.Error("it is no flow of the allocation")
 	}
-	graph := mapSource{n.agent}.Graph()
+	graph := n.agent.server.Map().Graph()
 	i := slices.IndexFunc(graph.Edges, func(e web.Edge) bool { return e.From == id && e.To == "to address 198.51.100.7:443" })
 	if i < 0 || graph.Edges[i].Refused == 0 {
 		t.Errorf("edges = %+v, want a refused one from %s to 198.51.100.7:443", graph.Edges, id)

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/server"
 	"github.com/weirmesh/weir/test/reference"
 )
 
@@ -78,7 +79,7 @@ func TestReferenceOfMetrics(t *testing.T) {
 	// The library tells of a description nothing but its text.
 	parts := regexp.MustCompile(`^Desc\{fqName: "(.*)", help: "(.*?)"(?:, unit: ".*")?, constLabels: \{.*\}, variableLabels: \{(.*)\}\}$`)
 	rows := [][]string{{"metric", "type", "labels", "meaning"}}
-	for _, description := range newCollector(&Agent{}).all {
+	for _, description := range server.Metrics() {
 		found := parts.FindStringSubmatch(description.String())
 		if found == nil {
 			t.Fatalf("%s: not what the library used to say of a description", description)

@@ -11,6 +11,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/server"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -32,6 +33,40 @@ func (a *Agent) Status() api.Status {
 	status.Problems = append(a.nodeProblems(consul, docker), status.ProblemsAt(time.Now())...)
 	return status
 }
+
+// source is the agent as its server sees it.
+type source struct{ *Agent }
+
+// shown is what the agent's server shows.
+func (a *Agent) shown() server.Options {
+	options := server.Options{
+		Source: source{a}, Config: a.config, Version: a.version, Log: a.log, Datapath: a.datapath, Flows: a.flows, Changes: a.changes, ConsulApply: a.consulApply,
+	}
+	if a.consul != nil {
+		options.Catalog = a.consul.Client
+	}
+	return options
+}
+
+// Workloads is that of server.Source: a pass replaces the list and never writes to it.
+func (s source) Workloads() []api.WorkloadView {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status.Workloads
+}
+
+// Consul is that of server.Source.
+func (s source) Consul() catalog.Snapshot { return s.consulNow() }
+
+// Unseen is that of server.Source.
+func (s source) Unseen() map[string]int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.unseen.reasons()
+}
+
+// Failed is that of server.Source.
+func (s source) Failed(what string, err error) { s.warnOnce(what, err) }
 
 // consulNow is what is known of Consul; nothing where it is not asked.
 func (a *Agent) consulNow() catalog.Snapshot {

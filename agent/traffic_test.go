@@ -4,7 +4,6 @@ package agent
 
 import (
 	"log/slog"
-	"net/http"
 	"net/netip"
 	"os"
 	"testing"
@@ -29,14 +28,11 @@ func apiOnly(t *testing.T, change ...func(*configfile.Config)) *Agent {
 	if err != nil {
 		t.Fatal(err)
 	}
-	listener, err := listenLocal(a.socketPath())
-	if err != nil {
+	if err := a.server.Listen(); err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: a.localAPI()}
-	go func() { _ = server.Serve(listener) }() // until it is closed
 	t.Cleanup(func() {
-		if err := server.Close(); err != nil {
+		if err := a.server.Close(); err != nil {
 			t.Error(err)
 		}
 	})

@@ -143,7 +143,7 @@ func TestAgentStartsBesideAStoppedHolderOfTheLock(t *testing.T) {
 	release()
 	n.eventually(id, api.StateManaged)
 	test.Eventually(t, func() error {
-		if reasons := n.agent.unseenReasons(); len(reasons) > 0 {
+		if reasons := (source{n.agent}).Unseen(); len(reasons) > 0 {
 			return fmt.Errorf("reasons %v", reasons)
 		}
 		return nil

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+package server
 
 import (
 	"errors"
@@ -19,17 +19,17 @@ import (
 )
 
 // metrics is the handler of Prometheus' requests, with a registry of its own.
-func (a *Agent) metrics() http.Handler {
+func (s *Server) metrics() http.Handler {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(newCollector(a), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(newCollector(s), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return promhttp.HandlerFor(registry, promhttp.HandlerOpts{MaxRequestsInFlight: 2})
 }
 
 // collector reads everything when it is asked, so that nothing is counted
 // twice and a workload that is gone leaves no series behind.
 type collector struct {
-	agent *Agent
-	all   []*prometheus.Desc // in the order of docs/metrics.md
+	server *Server
+	all    []*prometheus.Desc // in the order of docs/metrics.md
 
 	build, verdicts, workloads, inSync    *prometheus.Desc
 	eventsLost, tableRows, tableLimit     *prometheus.Desc
@@ -51,14 +51,14 @@ func labelsOf(key workload.AttachmentID, job string, names workload.NomadNames) 
 	return []string{names.AllocID, names.Namespace, job, names.TaskGroup, key.IfName}
 }
 
-func newCollector(agent *Agent) *collector {
+func newCollector(s *Server) *collector {
 	var all []*prometheus.Desc
 	desc := func(name, help string, labels ...string) *prometheus.Desc {
 		all = append(all, prometheus.NewDesc("weir_"+name, help, labels, nil))
 		return all[len(all)-1]
 	}
 	c := &collector{
-		agent:          agent,
+		server:         s,
 		build:          desc("build_info", "Always 1; what the agent is.", "version", "goversion"),
 		verdicts:       desc("verdicts_total", "Connections by what was decided about them.", append(workloadLabels(), "verdict", "refused")...),
 		eventsLost:     desc("events_lost_total", "Events that a reader of 'weir events' did not get.", workloadLabels()...),
@@ -79,19 +79,22 @@ func newCollector(agent *Agent) *collector {
 		actions:        desc("actions_total", "What the agent did.", "action"),
 		healthy:        desc("healthy", "Whether the data path is whole and the reconcile loop runs."),
 	}
-	c.consulApply = newConsulApply().Desc()
+	c.consulApply = NewConsulApply().Desc()
 	c.all = append(all, c.consulApply)
 	return c
 }
 
-// newConsulApply counts how long Consul's changes take to reach the kernel. An agent that
+// NewConsulApply counts how long Consul's changes take to reach the kernel. An agent that
 // has a blocking query open notices one when that returns, else when it reads.
-func newConsulApply() prometheus.Histogram {
+func NewConsulApply() prometheus.Histogram {
 	return prometheus.NewHistogram(prometheus.HistogramOpts{
 		Name: "weir_consul_apply_seconds", Help: "From when a change in Consul was noticed until the kernel has it, of each allocation that it concerns.",
 		Buckets: []float64{0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60},
 	})
 }
+
+// Metrics describes all that are exported, in the order of docs/metrics.md.
+func Metrics() []*prometheus.Desc { return newCollector(&Server{}).all }
 
 // Describe is that of prometheus.Collector.
 func (c *collector) Describe(out chan<- *prometheus.Desc) {
@@ -102,7 +105,7 @@ func (c *collector) Describe(out chan<- *prometheus.Desc) {
 
 // Collect is that of prometheus.Collector.
 func (c *collector) Collect(out chan<- prometheus.Metric) {
-	status := c.agent.Status()
+	status := c.server.Source.Status()
 	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
 		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
 	}
@@ -113,18 +116,18 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	gauge(c.healthy, oneIf(healthy))
 	gauge(c.consulInSync, oneIf(status.Consul.InSync))
 	gauge(c.consulHidden, oneIf(status.Consul.Hidden))
-	if consul := c.agent.config.Consul; consul.Enabled && consul.Watch {
+	if consul := c.server.Config.Consul; consul.Enabled && consul.Watch {
 		gauge(c.consulWatch, oneIf(status.Consul.Watch == ""))
 	}
-	gauge(c.build, 1, c.agent.version, runtime.Version())
-	if c.agent.config.Consul.Enabled {
+	gauge(c.build, 1, c.server.Version, runtime.Version())
+	if c.server.Config.Consul.Enabled {
 		gauge(c.consulSince, float64(status.Consul.Since.UnixMilli())/1000)
 	}
-	for reason, count := range c.agent.unseenReasons() {
+	for reason, count := range c.server.Source.Unseen() {
 		gauge(c.unseen, float64(count), reason)
 	}
 	gauge(c.proxies, float64(status.Consul.Proxies))
-	out <- c.agent.consulApply
+	out <- c.server.ConsulApply
 	counter(c.consulReads, status.Consul.Counts.Reads)
 	counter(c.consulFailures, status.Consul.Counts.Failures)
 	counter(c.consulIn, status.Consul.Counts.Bytes)
@@ -147,9 +150,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		gauge(c.workloads, float64(count), k.state, k.mode, k.guard, k.egress)
 	}
 	c.collectVerdicts(counter)
-	tables, err := c.agent.datapath.Maps()
+	tables, err := c.server.Datapath.Maps()
 	if err != nil {
-		c.agent.warnOnce("read tables", err)
+		c.server.Source.Failed("read tables", err)
 	}
 	c.collectTables(tables, gauge)
 	for code, count := range countProblems(status.Problems, tables) {
@@ -188,9 +191,9 @@ func (c *collector) collectTables(tables []bpfmap.MapInfo, gauge func(*prometheu
 }
 
 func (c *collector) collectVerdicts(counter func(*prometheus.Desc, uint64, ...string)) {
-	list, err := c.agent.datapath.Verdicts()
+	list, err := c.server.Datapath.Verdicts()
 	if err != nil && !errors.Is(err, store.ErrUnreadable) { // the reconcile pass tells of those
-		c.agent.warnOnce("read verdicts", err)
+		c.server.Source.Failed("read verdicts", err)
 	}
 	refused := make(map[string]string)
 	for _, verdict := range bpfmap.AllVerdicts() {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+package server
 
 import (
 	"cmp"
@@ -24,19 +24,22 @@ const (
 	mapFlows  = 50          // of one allocation
 )
 
+// Map is what the map shows.
+func (s *Server) Map() web.Source { return mapSource{s} }
+
 // mapSource is the agent as its page sees it.
-type mapSource struct{ *Agent }
+type mapSource struct{ *Server }
 
 // Graph puts the allocations of the last pass together with who talked to what since.
 func (m mapSource) Graph() web.Graph {
-	status, traffic := m.Status(), m.trafficSince(time.Now().Add(-mapWindow))
+	status, traffic := m.Source.Status(), m.trafficSince(time.Now().Add(-mapWindow))
 	g := web.Graph{
-		Schema: 1, Version: m.version, Time: traffic.Until, Seconds: max(traffic.Until.Sub(traffic.Since).Seconds(), 1),
+		Schema: 1, Version: m.Version, Time: traffic.Until, Seconds: max(traffic.Until.Sub(traffic.Since).Seconds(), 1),
 		Problems: append([]health.Problem{}, status.Problems...), Unrecorded: traffic.Problem, Missed: traffic.Lost + traffic.Omitted,
 		Allocations: []web.Node{},
 	}
-	if m.flows != nil {
-		g.Node = m.flows.Node
+	if m.Flows != nil {
+		g.Node = m.Flows.Node
 	}
 	nodes := make(map[string]*web.Node, len(status.Workloads))
 	for _, w := range status.Workloads {
@@ -212,7 +215,7 @@ func ofAllocation(id, job, group string) string {
 // Allocation is what decides about an allocation's connections, from the rows in the
 // kernel, and the last of them.
 func (m mapSource) Allocation(id string) (web.Allocation, bool) {
-	list := m.Status().Workloads
+	list := m.Source.Status().Workloads
 	i := slices.IndexFunc(list, func(w api.WorkloadView) bool { return w.ID == id })
 	if i < 0 {
 		return web.Allocation{}, false
@@ -223,19 +226,19 @@ func (m mapSource) Allocation(id string) (web.Allocation, bool) {
 	}
 	if w.State != api.StateManaged {
 		found.Unknown = "it is not under Weir, so nothing decides about its connections"
-	} else if settings, _, err := m.datapath.Settings(w.Key); err != nil {
+	} else if settings, _, err := m.Datapath.Settings(w.Key); err != nil {
 		found.Unknown = err.Error()
 	} else {
 		found.Settings = settings
 	}
-	if m.flows == nil {
+	if m.Flows == nil {
 		found.Unrecorded = api.ErrFlowsOff.Error()
 		return found, true
 	}
-	for _, one := range m.flows.LastOf(id, mapFlows) {
+	for _, one := range m.Flows.LastOf(id, mapFlows) {
 		found.Flows = append(found.Flows, mapFlow(id, one))
 	}
-	found.Unrecorded = m.flows.Trouble()
+	found.Unrecorded = m.Flows.Trouble()
 	return found, true
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+package server
 
 import (
 	"fmt"
@@ -12,7 +12,7 @@ import (
 )
 
 // serveBehind answers a api.BehindQuery.
-func (a *Agent) serveBehind(w http.ResponseWriter, r *http.Request) {
+func (s *Server) serveBehind(w http.ResponseWriter, r *http.Request) {
 	values := r.URL.Query()
 	query := api.BehindQuery{
 		Key:     workload.AttachmentID{ContainerID: values.Get("container_id"), IfName: values.Get("interface")},
@@ -29,13 +29,10 @@ func (a *Agent) serveBehind(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if a.consul == nil {
+	if s.Catalog == nil {
 		off := api.Unknown{What: "consul", Why: "the agent does not ask Consul", Remedy: "consul { enabled = true } in its configuration"}
-		a.writeJSON(w, http.StatusOK, api.Behind{Schema: 1, VirtualIPs: []netip.Addr{}, Unknown: []api.Unknown{off}})
+		s.writeJSON(w, http.StatusOK, api.Behind{Schema: 1, VirtualIPs: []netip.Addr{}, Unknown: []api.Unknown{off}})
 		return
 	}
-	a.mu.Lock()
-	workloads := a.status.Workloads // replaced by a pass, never written again
-	a.mu.Unlock()
-	a.writeJSON(w, http.StatusOK, a.consul.Client.Behind(r.Context(), a.consulNow(), workloads, query))
+	s.writeJSON(w, http.StatusOK, s.Catalog.Behind(r.Context(), s.Source.Consul(), s.Source.Workloads(), query))
 }

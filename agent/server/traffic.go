@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+package server
 
 import (
 	"net/http"
@@ -11,38 +11,38 @@ import (
 )
 
 // serveGuard answers with a GuardList.
-func (a *Agent) serveGuard(w http.ResponseWriter, _ *http.Request) {
-	if a.flows == nil {
+func (s *Server) serveGuard(w http.ResponseWriter, _ *http.Request) {
+	if s.Flows == nil {
 		http.Error(w, api.ErrFlowsOff.Error(), http.StatusNotImplemented)
 		return
 	}
-	known, err := a.datapath.Records()
+	known, err := s.Datapath.Records()
 	if err != nil && known == nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
-	a.writeJSON(w, http.StatusOK, a.flows.ListGuards(known))
+	s.writeJSON(w, http.StatusOK, s.Flows.ListGuards(known))
 }
 
 // trafficSince is Traffic; without what is not recorded, where that is so.
-func (a *Agent) trafficSince(since time.Time) api.Traffic {
-	if a.flows == nil {
+func (s *Server) trafficSince(since time.Time) api.Traffic {
+	if s.Flows == nil {
 		return api.Traffic{Schema: 1, Since: since, Until: time.Now(), Edges: []api.CountedEdge{}, Problem: api.ErrFlowsOff.Error()}
 	}
-	return a.flows.Traffic(since)
+	return s.Flows.Traffic(since)
 }
 
 // serveTraffic answers with Traffic since the moment that is asked for.
-func (a *Agent) serveTraffic(w http.ResponseWriter, r *http.Request) {
+func (s *Server) serveTraffic(w http.ResponseWriter, r *http.Request) {
 	since, err := api.ParseMoment(r.URL.Query().Get("since"), time.Now())
 	if err != nil {
 		http.Error(w, "parameter since: "+err.Error(), http.StatusBadRequest)
 		return
 	}
-	traffic := a.trafficSince(since)
+	traffic := s.trafficSince(since)
 	if traffic.Agent, err = flow.OwnProcess(); err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 		return
 	}
-	a.writeJSON(w, http.StatusOK, traffic)
+	s.writeJSON(w, http.StatusOK, traffic)
 }
