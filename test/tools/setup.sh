@@ -23,7 +23,7 @@
 #	lintian  Debian's check of packages
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
 #	programs  the ordinary programs of "make programs" from Debian, 180 MB -> .tools/programs
-#	vm     qemu, and what reads and verifies packages of the archive
+#	vm     qemu, for the guests of ARCH, and what reads and verifies packages of the archive
 #
 # ENVOY, CONSUL and NOMAD in the environment are other versions of those than the
 # pinned ones. Each goes to a directory of its own, .tools/NAME-VERSION; the tests take
@@ -157,13 +157,22 @@ setup_envoy() {
 }
 
 # build_tool BINARY PACKAGE [VERSION [MODULE@VERSION...]] builds the version that go.mod
-# pins, or that one with those modules.
+# pins, or that one with those modules. One that is older than the pinned one does not
+# build with the modules of that: it takes those that it names itself, but for what go.mod
+# replaces, and for those.
 build_tool() (
 	module=$root/test/tools/${2##*/}
 	mkdir -p "${1%/*}" || exit
 	if [[ -n ${3:-} ]]; then
 		trap 'rm -rf "$1.module"' EXIT
-		cp -r "$module" "$1.module" && cd "$1.module" && go get "$2@v$3" "${@:4}" || exit
+		wanted=("$2@v$3" "${@:4}")
+		cp -r "$module" "$1.module" && cd "$1.module" && pinned=$(go list -m -f '{{.Version}}' "$2") || exit
+		if ! printf '%s\n' "$pinned" "v$3" | sort -CV; then
+			sed -i '/^require (/,/^)/d; /^require /d' go.mod || exit
+			for name in "${@:4}"; do go mod edit -replace="${name%@*}=$name" || exit; done
+			wanted=("$2@v$3")
+		fi
+		told=$(go get "${wanted[@]}" 2>&1) || { printf '%s\n' "$told" >&2; exit 1; }
 	else
 		cd "$module" || exit
 	fi
@@ -178,8 +187,10 @@ setup_consul() {
 	[[ -z ${CONSUL:-} ]] && is_pinned_consul consul && return
 	is_pinned_consul "$binary" && return
 	say "$step: build Consul $CONSUL_VERSION, which takes minutes"
-	# A release replaces its API's module by a directory of its own: go.mod names an older one.
-	build_tool "$binary" github.com/hashicorp/consul ${CONSUL:+"$CONSUL" github.com/hashicorp/consul/api@v1.34.1} || die "build Consul"
+	# A release replaces modules by directories of its own, of which its go.mod names other versions.
+	local module=github.com/hashicorp/consul/api@v1.34.1
+	[[ ${CONSUL:-} != 1.21.* ]] || module=github.com/hashicorp/consul/sdk@v0.16.3
+	build_tool "$binary" github.com/hashicorp/consul ${CONSUL:+"$CONSUL" "$module"} || die "build Consul"
 	is_pinned_consul "$binary.new" || die "what was built is not Consul $CONSUL_VERSION"
 	mv "$binary.new" "$binary"
 }
@@ -287,7 +298,9 @@ setup_programs() {
 }
 
 setup_vm() {
-	packages qemu-system-x86 xz-utils zstd gpgv debian-archive-keyring
+	local emulator=qemu-system-x86
+	[[ ${ARCH:-$(uname -m)} != @(arm64|aarch64) ]] || emulator=qemu-system-arm
+	packages "$emulator" xz-utils zstd gpgv debian-archive-keyring
 }
 
 main() {
