@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"reflect"
 	"testing"
 
 	"github.com/weirmesh/weir/redirect/host"
@@ -79,4 +80,49 @@ func BenchmarkLook(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/count, "ns/workload")
+}
+
+// Several looks at a namespace enter it once, and see what one by one see.
+func TestLooksWithinANamespaceEnterItOnce(t *testing.T) {
+	d := newDatapath(t)
+	record, ns, err := d.OpenWorkload(plainWorkloads(t, d, 1)[0].Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	type seen struct {
+		routed    bool
+		listening []host.Socket
+		changed   int
+	}
+	look := func(ns *host.Namespace) (s seen) {
+		t.Helper()
+		copied := *record
+		changed, err := inspect.ObserveSources(&copied, ns)
+		s.changed = len(changed)
+		if err == nil {
+			s.routed, err = ns.HasRoutes(record.Desired(), record.IPv6)
+		}
+		if err == nil {
+			s.listening, err = ns.Listening()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	want := look(ns)
+	err = ns.Within(func(in *host.Namespace) error {
+		in.File = nil // nobody can enter it any more
+		if got := look(in); !reflect.DeepEqual(got, want) || !got.routed {
+			t.Errorf("within it: %+v, one by one: %+v", got, want)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cookie, err := host.Cookie(ns.File.Name()); err != nil || cookie != record.Cookie {
+		t.Errorf("afterwards the namespace is %d, %v; want %d", cookie, err, record.Cookie)
+	}
 }

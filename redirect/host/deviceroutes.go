@@ -24,12 +24,12 @@ const deviceMetric = 1 << 20
 
 // deviceRoutes are what each device of the namespace needs beside the routes that
 // are there.
-func deviceRoutes(ipv6 bool) (routes []*netlink.Route, err error) {
-	links, err := dump(netlink.LinkList)
+func deviceRoutes(kernel *netlink.Handle, ipv6 bool) (routes []*netlink.Route, err error) {
+	links, err := dump(kernel.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
-	assigned, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	assigned, err := dump(func() ([]netlink.Addr, error) { return kernel.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -75,7 +75,7 @@ func localRoute(device int, prefix netip.Prefix, metric int) *netlink.Route {
 
 // DeviceRoutesIn are those that the namespace has, by device and destination.
 func DeviceRoutesIn() (map[deviceRoute]*netlink.Route, error) {
-	list, err := localRoutes()
+	list, err := localRoutes(new(netlink.Handle))
 	return deviceRoutesAmong(list), err
 }
 
@@ -105,7 +105,7 @@ func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	missing, surplus, err := diffDeviceRoutes(there, wanted, ipv6)
+	missing, surplus, err := diffDeviceRoutes(new(netlink.Handle), there, wanted, ipv6)
 	if err != nil {
 		return false, err
 	}
@@ -122,9 +122,9 @@ func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
 	return len(missing)+len(surplus) > 0, nil
 }
 
-func diffDeviceRoutes(there map[deviceRoute]*netlink.Route, wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
+func diffDeviceRoutes(kernel *netlink.Handle, there map[deviceRoute]*netlink.Route, wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
 	if wanted {
-		routes, err := deviceRoutes(ipv6)
+		routes, err := deviceRoutes(kernel, ipv6)
 		if err != nil {
 			return nil, nil, err
 		}

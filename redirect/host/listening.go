@@ -9,6 +9,7 @@ import (
 	"unsafe"
 
 	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -54,8 +55,15 @@ func (ns *Namespace) Listening() (found []Socket, err error) {
 // namespace in one of the states, a bit mask of 1<<state.
 func (ns *Namespace) sockets(states uint32, visit func(message []byte) error) error {
 	return ns.Do(func() error {
+		socket, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_INET_DIAG)
+		if err != nil {
+			return fmt.Errorf("list sockets: %w", err)
+		}
+		defer socket.Close()
+		shared := map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: socket}}
 		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 			request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
+			request.Sockets = shared
 			request.AddData(&inetDiagRequest{family: family, protocol: unix.IPPROTO_TCP, states: states})
 			messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
 			if err != nil {

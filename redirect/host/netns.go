@@ -28,6 +28,8 @@ type Namespace struct {
 	File   *os.File
 	Cookie uint64
 	Inode  uint64
+
+	inside *inside // nil: each look enters it anew
 }
 
 // OpenNamespace opens the namespace at path and learns its cookie. The host's
@@ -78,6 +80,9 @@ func (ns *Namespace) Close() error { return ns.File.Close() }
 // thread that cannot find its way back stays with the goroutine and ends with
 // it, so that no other goroutine ever runs in the wrong namespace.
 func (ns *Namespace) Do(action func() error) error {
+	if ns.inside != nil {
+		return action()
+	}
 	runtime.LockOSThread()
 	home, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
@@ -95,6 +100,33 @@ func (ns *Namespace) Do(action func() error) error {
 	}
 	runtime.UnlockOSThread()
 	return err
+}
+
+// inside is what several looks at a namespace share whose thread stays in it.
+type inside struct{ sockets *netlink.Handle }
+
+// Within hands action the namespace with the calling goroutine's thread inside, for several
+// looks by that goroutine: entering it, and a socket for each question, would cost more
+// than the answers.
+func (ns *Namespace) Within(action func(in *Namespace) error) error {
+	return ns.Do(func() error {
+		sockets, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open netlink in namespace %s: %w", ns.File.Name(), err)
+		}
+		defer sockets.Close()
+		in := *ns
+		in.inside = &inside{sockets: sockets}
+		return action(&in)
+	})
+}
+
+// netlink asks the kernel in the calling thread's namespace, which is this one.
+func (ns *Namespace) netlink() *netlink.Handle {
+	if ns.inside != nil {
+		return ns.inside.sockets
+	}
+	return new(netlink.Handle) // a socket for each question
 }
 
 // ownCookie is the cookie of the calling thread's namespace (SO_NETNS_COOKIE,
@@ -157,7 +189,7 @@ func (ns *Namespace) Ephemeral() (ports workload.PortRange, err error) {
 // addresses returns what is assigned to the namespace's devices, but for lo.
 func (ns *Namespace) addresses() (found []netip.Addr, err error) {
 	err = ns.Do(func() error {
-		own, err := OwnAddresses()
+		own, err := ns.OwnAddresses()
 		for _, addr := range own {
 			found = append(found, addr.Addr)
 		}
@@ -270,10 +302,10 @@ func deleteOtherRoutes(wanted []*netlink.Route) error {
 
 // localRoutes are those of the local table of the calling thread's namespace, of both
 // families where it has them.
-func localRoutes() (found []netlink.Route, err error) {
+func localRoutes(kernel *netlink.Handle) (found []netlink.Route, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		list, err := dump(func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+			return kernel.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
 		})
 		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
 			continue
@@ -289,7 +321,7 @@ func localRoutes() (found []netlink.Route, err error) {
 // PresentRoutes are the routes of the encoded ranges that the calling thread's
 // namespace has.
 func PresentRoutes() (found []netlink.Route, err error) {
-	list, err := localRoutes()
+	list, err := localRoutes(new(netlink.Handle))
 	return encodedAmong(list), err
 }
 
@@ -323,7 +355,7 @@ func dump[T any](list func() ([]T, error)) (found []T, err error) {
 // the sources that they should have.
 func (ns *Namespace) HasRoutes(w workload.Workload, ipv6 bool) (there bool, err error) {
 	err = ns.Do(func() error {
-		all, err := localRoutes() // once for both kinds
+		all, err := localRoutes(ns.netlink()) // once for both kinds
 		if err != nil {
 			return err
 		}
@@ -336,7 +368,7 @@ func (ns *Namespace) HasRoutes(w workload.Workload, ipv6 bool) (there bool, err 
 				return r.Dst.String() == wanted.Dst.String() && r.Src.Equal(wanted.Src)
 			})
 		})
-		missing, surplus, err := diffDeviceRoutes(deviceRoutesAmong(all), w.Mode == workload.ModeTransparent, ipv6)
+		missing, surplus, err := diffDeviceRoutes(ns.netlink(), deviceRoutesAmong(all), w.Mode == workload.ModeTransparent, ipv6)
 		there = there && len(missing)+len(surplus) == 0
 		return err
 	})

@@ -41,10 +41,10 @@ func Routable(addresses []netip.Addr) []netip.Addr {
 	return slices.DeleteFunc(slices.Clone(addresses), netip.Addr.IsLinkLocalUnicast)
 }
 
-// OwnAddresses returns what is assigned to the devices of the calling thread's
-// namespace, but for lo, sorted.
-func OwnAddresses() (own []ownAddress, err error) {
-	list, err := dump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+// OwnAddresses returns what is assigned to the devices of the namespace, which the
+// calling thread is in, but for lo, sorted.
+func (ns *Namespace) OwnAddresses() (own []ownAddress, err error) {
+	list, err := dump(func() ([]netlink.Addr, error) { return ns.netlink().AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}

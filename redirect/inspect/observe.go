@@ -35,7 +35,7 @@ func ObserveSources(r *store.Record, ns *host.Namespace) (changed []program.Repa
 	var found, broadcast []netip.Addr
 	var sources workload.Sources
 	err = ns.Do(func() error {
-		own, err := host.OwnAddresses()
+		own, err := ns.OwnAddresses()
 		if err != nil {
 			return err
 		}

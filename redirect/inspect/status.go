@@ -228,9 +228,14 @@ func (d *Reader) workload(tables *bpfmap.Tables, filters *filter.FilterReader, r
 	return status, nil
 }
 
+// problemNoter notes what is wrong with a workload.
+type problemNoter func(code health.ProblemCode, remedy, what string, args ...any)
+
+// anew is the remedy for most of it.
+const anew = "restart the allocation, or run its CNI CHECK"
+
 // inspect compares the kernel with the record.
-func (d *Reader) inspect(tables *bpfmap.Tables, filters *filter.FilterReader, r *store.Record, w workload.Workload, status *WorkloadStatus, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
-	const anew = "restart the allocation, or run its CNI CHECK"
+func (d *Reader) inspect(tables *bpfmap.Tables, filters *filter.FilterReader, r *store.Record, w workload.Workload, status *WorkloadStatus, problem problemNoter) error {
 	served, err := tables.Served(r.Cookie, w)
 	if err != nil {
 		return err
@@ -244,6 +249,13 @@ func (d *Reader) inspect(tables *bpfmap.Tables, filters *filter.FilterReader, r 
 		return err
 	}
 	defer ns.Close()
+	return ns.Within(func(ns *host.Namespace) error {
+		return d.inspectWithin(tables, filters, r, w, ns, served, status, problem)
+	})
+}
+
+// inspectWithin is inspect, in the workload's namespace.
+func (d *Reader) inspectWithin(tables *bpfmap.Tables, filters *filter.FilterReader, r *store.Record, w workload.Workload, ns *host.Namespace, served map[bpfmap.BpfListenerKey]bool, status *WorkloadStatus, problem problemNoter) error {
 	if r.State != store.Complete {
 		problem(health.ProblemIncomplete, anew, "its ADD, CHECK or change did not finish")
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
+	"github.com/vishvananda/netlink/nl"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/program"
@@ -157,7 +158,7 @@ func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed 
 		return false, err
 	}
 	err = withNFTables(ns, func(conn *nftables.Conn) error {
-		there, err := hasFilter(conn, rules)
+		there, err := hasFilter(rules)
 		if err != nil || there {
 			return err
 		}
@@ -206,29 +207,58 @@ func (f *FilterReader) Filtered(ns *host.Namespace, w workload.Workload) (there 
 	if !filters(w) || f.programs == nil {
 		return !filters(w), nil
 	}
-	err = withNFTables(ns, func(conn *nftables.Conn) error {
-		there, err = hasFilter(conn, f.rules[kindOf(w)])
+	err = ns.Do(func() error {
+		there, err = hasFilter(f.rules[kindOf(w)])
 		return err
 	})
 	return there, err
 }
 
-func hasFilter(conn *nftables.Conn, wanted map[string][]filterRule) (bool, error) {
-	table := &nftables.Table{Name: FilterTable, Family: nftables.TableFamilyINet}
+func hasFilter(wanted map[string][]filterRule) (bool, error) {
+	present, err := presentComments()
+	if err != nil {
+		return false, fmt.Errorf("list rules: %w", err)
+	}
 	for chain := range filterHooks() {
-		present, err := conn.GetRules(table, &nftables.Chain{Name: chain})
-		if err != nil {
-			return false, fmt.Errorf("list rules: %w", err)
-		}
-		same := slices.EqualFunc(wanted[chain], present, func(want filterRule, is *nftables.Rule) bool {
-			comment, ok := userdata.GetString(is.UserData, userdata.TypeComment)
-			return ok && comment == want.comment
-		})
-		if !same {
+		same := func(want filterRule, is string) bool { return is == want.comment }
+		if !slices.EqualFunc(wanted[chain], present[chain], same) {
 			return false, nil
 		}
 	}
 	return true, nil
+}
+
+// presentComments are those of the table's rules in the calling thread's namespace, by
+// chain. Package nftables asks chain by chain, and takes apart what nobody reads.
+func presentComments() (map[string][]string, error) {
+	request := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
+	request.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(nftables.TableFamilyINet)})
+	request.AddData(nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(FilterTable)))
+	messages, err := request.Execute(unix.NETLINK_NETFILTER, 0)
+	if err != nil {
+		return nil, err
+	}
+	found := make(map[string][]string)
+	for _, message := range messages {
+		if len(message) < nl.SizeofNfgenmsg {
+			return nil, fmt.Errorf("message of %d bytes", len(message))
+		}
+		attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
+		if err != nil {
+			return nil, err
+		}
+		var chain, comment string
+		for _, attribute := range attributes {
+			switch attribute.Attr.Type {
+			case unix.NFTA_RULE_CHAIN:
+				chain = unix.ByteSliceToString(attribute.Value)
+			case unix.NFTA_RULE_USERDATA:
+				comment, _ = userdata.GetString(attribute.Value, userdata.TypeComment)
+			}
+		}
+		found[chain] = append(found[chain], comment)
+	}
+	return found, nil
 }
 
 // replaceFilter makes the table anew in one step. A new namespace has none to
