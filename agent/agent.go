@@ -222,7 +222,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		background.Go(func() { a.docker.Run(ctx) })
 	}
 	if a.flows != nil {
-		background.Go(func() { a.flows.Run(ctx) })
+		background.Go(func() { a.flows.Run(ctx, a.consul) })
 	}
 	if a.repairNetworks != nil {
 		background.Go(func() { a.keepNetworks(ctx) })

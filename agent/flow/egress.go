@@ -19,6 +19,7 @@ import (
 // egressTable counts what left past the proxies, with the bounds of guardTable.
 type egressTable struct {
 	shareTable[egressKey, egressCount]
+	services *virtualServices
 }
 
 type egressKey struct {
@@ -39,7 +40,7 @@ type egressCount struct {
 const noUID = ^uint32(0)
 
 func NewEgressTable() *egressTable {
-	return &egressTable{newShareTable[egressKey, egressCount]()}
+	return &egressTable{shareTable: newShareTable[egressKey, egressCount]()}
 }
 
 func (e *egressTable) Note(r *Record) {
@@ -80,7 +81,7 @@ func (e *egressTable) List() ([]api.EgressEntry, uint64) {
 			Remedy: fmt.Sprintf(`exclude_uids = ["%d"]`, r.Uid),
 		}
 		if key.to.IsValid() {
-			one.Port, one.Destination = key.to.Port(), cmp.Or(r.service, key.to.Addr().String())
+			one.Port, one.Destination = key.to.Port(), cmp.Or(e.services.of(r), key.to.Addr().String())
 			if r.peer != nil {
 				one.Destination = r.peer.Label()
 			}

@@ -28,7 +28,8 @@ type flowNames struct {
 	cgroupPath func(uint64) (string, error)
 	containers func() discover.Containers
 
-	facts     *flowFacts // that the rest was made from
+	services  *virtualServices // that are no upstream of anybody
+	facts     *flowFacts       // that the rest was made from
 	workloads map[uint64]*Workload
 	addresses map[netip.Addr]*Workload // of workloads; nil: more than one has it
 	virtual   map[netip.Addr]string    // services by virtual IP
@@ -74,7 +75,7 @@ func (n *flowNames) learn(facts *flowFacts) {
 		if w.AllocID == "" {
 			w.AllocID = k.Key.ContainerID
 		}
-		n.services(&w, facts.consul.Proxies[w.AllocID])
+		n.ownServices(&w, facts.consul.Proxies[w.AllocID])
 		for _, upstream := range k.MeshConfig.Upstreams {
 			n.listeners[flowListener{k.Cookie, upstream.Listener}] = upstream.Name
 			for _, addr := range upstream.Addresses {
@@ -101,8 +102,8 @@ func (n *flowNames) addAddress(addr netip.Addr, w *Workload) {
 	n.addresses[addr] = w
 }
 
-// services notes what the workload's proxies are the sidecars of.
-func (n *flowNames) services(w *Workload, proxies []registration.Proxy) {
+// ownServices notes what the workload's proxies are the sidecars of.
+func (n *flowNames) ownServices(w *Workload, proxies []registration.Proxy) {
 	for i, p := range proxies {
 		name := p.Service
 		if p.IsGateway() {
@@ -196,12 +197,15 @@ func (n *flowNames) record(event monitor.Event) Record {
 	if r.service == "" && r.peer != nil {
 		r.service = n.listeners[flowListener{r.peer.Cookie, netip.AddrPortFrom(netip.Addr{}, event.Origin.Port())}]
 	}
+	if r.service == "" {
+		r.service = n.services.name(&r, dialled)
+	}
 	return r
 }
 
 // flow is what readers see of a record.
-func (r *Record) flow(node string) api.Flow {
-	flow := api.Flow{Schema: 1, Time: time.Unix(0, r.At), Node: node, Verdict: r.Verdict.String(), Refused: r.Verdict.Refused()}
+func (f *Recorder) flow(r *Record) api.Flow {
+	flow := api.Flow{Schema: 1, Time: time.Unix(0, r.At), Node: f.Node, Verdict: r.Verdict.String(), Refused: r.Verdict.Refused()}
 	source, destination := r.Workload, r.peer
 	if r.Verdict == bpfmap.EventsLost {
 		flow.Lost, flow.Cause = uint64(r.Lost), api.LostInKernel
@@ -222,7 +226,7 @@ func (r *Record) flow(node string) api.Flow {
 			AllocID: destination.AllocID, Namespace: destination.namespace, Job: destination.Job, TaskGroup: destination.Group,
 		}
 	}
-	flow.Destination.Service = r.service
+	flow.Destination.Service = f.services.of(r)
 	origin := unpackAddr(r.Origin, r.OriginPort, r.Valid[1])
 	flow.Destination.IP, flow.Destination.Port = origin.Addr(), origin.Port()
 	from := unpackAddr(r.Source, r.SourcePort, r.Valid[0])

@@ -41,6 +41,7 @@ type Recorder struct {
 	Ring     *flowRing
 	noting   sync.Mutex
 	names    flowNames // under noting
+	services *virtualServices
 	guard    *guardTable
 	egress   *egressTable
 	facts    atomic.Pointer[flowFacts] // of the newest pass
@@ -66,10 +67,12 @@ func New(config configfile.FlowsConfig, datapath *redirect.Datapath, containers 
 		return nil, fmt.Errorf("read host name: %w", err)
 	}
 	f := &Recorder{
-		Ring: NewRing(config.Bytes(), config.Length()), guard: NewGuardTable(time.Now()), egress: NewEgressTable(), datapath: datapath, Node: node, log: log,
+		Ring: NewRing(config.Bytes(), config.Length()), guard: NewGuardTable(time.Now()), egress: NewEgressTable(), services: NewVirtualServices(),
+		datapath: datapath, Node: node, log: log,
 		pin: filepath.Join(datapath.Paths().PinDir, "maps", "events"), Done: make(chan struct{}),
 		names: flowNames{known: datapath.Records, cgroupPath: host.CgroupPath, containers: containers},
 	}
+	f.names.services, f.egress.services = f.services, f.services
 	f.names.learn(&flowFacts{})
 	return f, nil
 }
@@ -83,9 +86,15 @@ func (f *Recorder) Learn(known []inspect.Record, consul catalog.Snapshot) {
 	}
 }
 
-// Run records until ctx ends. What cannot be read now is tried again.
-func (f *Recorder) Run(ctx context.Context) {
+// Run records until ctx ends. What cannot be read now is tried again. consul, where it is
+// asked, names the services of the mesh.
+func (f *Recorder) Run(ctx context.Context, consul *catalog.Watcher) {
 	defer close(f.Done)
+	if consul != nil {
+		var naming sync.WaitGroup
+		defer naming.Wait()
+		naming.Go(func() { f.nameServices(ctx, consul.Client) })
+	}
 	for {
 		err := f.read(ctx)
 		if ctx.Err() != nil {
@@ -293,7 +302,7 @@ func (f *Recorder) LastOf(allocID string, count int) (list []api.Flow) {
 		number += missed + uint64(len(records))
 		for i := range records {
 			if ours(&records[i]) {
-				list = append(list, records[i].flow(f.Node))
+				list = append(list, f.flow(&records[i]))
 			}
 		}
 	}

@@ -22,7 +22,7 @@ func (f *Recorder) ServeFlows(w http.ResponseWriter, r *http.Request) {
 		if !record.Verdict.IsConnection() {
 			return nil
 		}
-		flow := record.flow(f.Node)
+		flow := f.flow(record)
 		if record.Verdict != bpfmap.EventsLost && !query.Matches(&flow) {
 			return nil
 		}

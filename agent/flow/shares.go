@@ -63,9 +63,15 @@ func (t *shareTable[K, V]) forget(known []inspect.Record, now time.Time, last fu
 		if there[cookie] || now.Sub(time.Unix(0, last(entry))) < time.Minute {
 			continue
 		}
-		delete(t.Entries, key)
-		if t.Share[cookie]--; t.Share[cookie] == 0 {
-			delete(t.Share, cookie)
-		}
+		t.delete(key)
+	}
+}
+
+// delete makes room. The caller holds mu.
+func (t *shareTable[K, V]) delete(key K) {
+	delete(t.Entries, key)
+	cookie := key.workload()
+	if t.Share[cookie]--; t.Share[cookie] == 0 {
+		delete(t.Share, cookie)
 	}
 }

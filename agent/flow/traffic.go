@@ -68,7 +68,7 @@ func (f *Recorder) Traffic(since time.Time) api.Traffic {
 	t.Omitted = edges.omitted
 	counts := make(map[api.Edge]uint64, len(edges.Entries))
 	for _, counted := range edges.Entries {
-		counts[counted.record.flow(f.Node).Edge()] += counted.count
+		counts[f.flow(counted.record).Edge()] += counted.count
 	}
 	t.Edges = append(t.Edges, byCount(counts)...)
 	t.Problem = f.Trouble()
