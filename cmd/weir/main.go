@@ -81,7 +81,7 @@ func run(args []string, world base.Env) int {
 		Args:         args,
 		Commands:     list,
 		Autocomplete: true,
-		HelpFunc:     cli.BasicHelpFunc("weir"),
+		HelpFunc:     help,
 		HelpWriter:   &cli.UiWriter{Ui: world.UI},
 		ErrorWriter:  &usage,
 	}
@@ -106,6 +106,15 @@ func run(args []string, world base.Env) int {
 // noSuchCommand is the exit code where no command was named, or none of that name is there. A shell
 // and the library have the same.
 const noSuchCommand = 127
+
+// help is the list of commands. The library has no line for one that only has others below it.
+func help(list map[string]cli.CommandFactory) string {
+	list = maps.Clone(list)
+	list["config"] = func() (cli.Command, error) {
+		return &cli.MockCommand{SynopsisText: "Check configuration files: config validate"}, nil
+	}
+	return cli.BasicHelpFunc("weir")(list)
+}
 
 func unknownCommand(name string, names []string) string {
 	text := fmt.Sprintf("weir: no command is named %q", name)

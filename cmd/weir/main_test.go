@@ -250,6 +250,11 @@ func TestHelp(t *testing.T) {
 			t.Errorf("help does not list %s:\n%s", name, got.stdout)
 		}
 	}
+	for line := range strings.Lines(got.stdout) {
+		if fields := strings.Fields(line); strings.HasPrefix(line, "    ") && (len(fields) < 3 || len([]rune(strings.TrimRight(line, "\n"))) > base.Columns) {
+			t.Errorf("help says nothing of a command, or too much: %q", line)
+		}
+	}
 	if got.code != 0 {
 		t.Errorf("code = %d, want 0", got.code)
 	}
@@ -258,8 +263,8 @@ func TestHelp(t *testing.T) {
 func TestHelpOfCommand(t *testing.T) {
 	want(t, try(t, &node{}, nil, "version", "-help"), outcome{stdout: `Usage: weir version [options]
 
-  Prints the version of this program and what it was built with. It asks
-  nothing of the node.
+  Prints the version of this program and what it was built with. It asks nothing
+  of the node.
 
   Compare the programs of two nodes:
 
@@ -280,7 +285,7 @@ func TestEveryHelpHasAnExample(t *testing.T) {
 			t.Errorf("weir %s -help has no line %q:\n%s", name, strings.TrimSpace(example), got.stdout)
 		}
 		for line := range strings.Lines(got.stdout) {
-			if text := strings.TrimRight(line, "\n"); len([]rune(text)) > 100 && !strings.HasPrefix(text, "      ") {
+			if text := strings.TrimRight(line, "\n"); len([]rune(text)) > base.Columns {
 				t.Errorf("weir %s -help: a line is too long:\n%s", name, text)
 			}
 		}

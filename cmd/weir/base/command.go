@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -139,18 +140,39 @@ func (c *Command) Operand() string {
 	return c.Operands[0]
 }
 
+// The indents of a help.
+const (
+	aboutIndent = 2
+	usageIndent = 6
+)
+
 // Synopsis is the command's line in the list of commands.
 func (c *Command) Synopsis() string { return c.Line }
 
 // Help is the command's help, flags included.
 func (c *Command) Help() string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "Usage: weir %s [options]%s\n\n%s\n\nOptions:\n", c.WorkloadName, strings.TrimRight(" "+c.Usage, " "), c.About)
+	fmt.Fprintf(&text, "Usage: weir %s [options]%s\n\n%s\n\nOptions:\n", c.WorkloadName, strings.TrimRight(" "+c.Usage, " "), c.fitted())
 	c.Flags.VisitAll(func(f *flag.Flag) {
 		value, usage := flag.UnquoteUsage(f)
-		fmt.Fprintf(&text, "\n  -%s\n      %s\n", strings.TrimSpace(f.Name+" "+value), usage)
+		fmt.Fprintf(&text, "\n  -%s\n      %s\n", strings.TrimSpace(f.Name+" "+value), Indented(usage, usageIndent))
 	})
 	return strings.TrimRight(text.String(), "\n")
+}
+
+// fitted is About in the columns of a terminal. What is indented deeper, as an example is,
+// stays as it is.
+func (c *Command) fitted() string {
+	paragraphs := strings.Split(c.About, "\n\n")
+	for i, paragraph := range paragraphs {
+		prose := !slices.ContainsFunc(strings.Split(paragraph, "\n"), func(line string) bool {
+			return !strings.HasPrefix(line, "  ") || strings.HasPrefix(line, "   ")
+		})
+		if prose {
+			paragraphs[i] = "  " + Indented(strings.Join(strings.Fields(paragraph), " "), aboutIndent)
+		}
+	}
+	return strings.Join(paragraphs, "\n\n")
 }
 
 // Run parses the flags, does the command's work and tells its error.
