@@ -145,7 +145,7 @@ func TestFlowsNameEveryServiceOfTheMesh(t *testing.T) {
 		}
 	}
 	var ends []string
-	for _, end := range (mapSource{n.agent}).Graph().Ends {
+	for _, end := range n.agent.server.Map().Graph().Ends {
 		ends = append(ends, string(end.Kind)+" "+end.Name)
 	}
 	for _, want := range []string{"service api", "service native", "service billing", "address " + nobody + ":80"} {
