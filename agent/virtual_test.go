@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 
 	realconsul "github.com/weirmesh/weir/test/consul"
@@ -152,6 +153,13 @@ func TestFlowsNameEveryServiceOfTheMesh(t *testing.T) {
 		if !slices.Contains(ends, want) {
 			t.Errorf("the map has %q, want %q too", ends, want)
 		}
+	}
+	// And so does what explain asks of the address.
+	behind, err := api.ReadBehind(t.Context(), n.config.StateDir, api.BehindQuery{
+		Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, To: netip.AddrPortFrom(addresses["api"], 80), SentTo: netip.MustParseAddrPort("127.0.0.1:15001"),
+	})
+	if err != nil || behind.Service != "api" || behind.Source != "web" || behind.Intention != api.IntentionDeny || behind.Instances == nil {
+		t.Errorf("behind %s is %+v, %v; want service api, which web may not dial", addresses["api"], behind, err)
 	}
 	// The next one has the name from the start, without a question.
 	if _, err := task.Ask("tcp4", netip.AddrPortFrom(addresses["api"], 81).String()); err != nil {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog/virtual"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -33,6 +34,9 @@ func (s *Server) serveBehind(w http.ResponseWriter, r *http.Request) {
 		off := api.Unknown{What: "consul", Why: "the agent does not ask Consul", Remedy: "consul { enabled = true } in its configuration"}
 		s.writeJSON(w, http.StatusOK, api.Behind{Schema: 1, VirtualIPs: []netip.Addr{}, Unknown: []api.Unknown{off}})
 		return
+	}
+	if query.Service == "" {
+		query.Service = virtual.ServiceAt(r.Context(), s.Catalog, query.To.Addr())
 	}
 	s.writeJSON(w, http.StatusOK, s.Catalog.Behind(r.Context(), s.Source.Consul(), s.Source.Workloads(), query))
 }

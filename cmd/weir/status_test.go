@@ -19,6 +19,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -115,7 +116,7 @@ func TestStatusAndWorkloadsFitATerminal(t *testing.T) {
 	long := health.NewProblem(health.ProblemProxyNotListening, "see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul",
 		"its proxy does not listen on port 15001 and 20005: nothing does").Of("allocation 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01 (demo/web)", "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01")
 	status := healthy()
-	status.Problems = []health.Problem{long}
+	status.Problems, status.Links = []health.Problem{long}, program.ProgramNames()
 	n := &node{status: status, list: []inspect.WorkloadStatus{{
 		Key: workload.AttachmentID{ContainerID: "0b5d0c1e", IfName: "eth0"}, ID: "0b5d0c1e", Mode: workload.ModeDirect, Guard: workload.GuardAudit,
 		Problems: []health.Problem{long}, Notes: []string{strings.Repeat("a note that says much ", 9)},
@@ -124,18 +125,18 @@ func TestStatusAndWorkloadsFitATerminal(t *testing.T) {
 		Docker:    strings.Repeat("no answer since long ", 9),
 		Workloads: []api.WorkloadView{{State: api.StateHost}, {State: api.StateConsul}, {State: api.StateUnclaimed}, {State: api.StateUnprotected}},
 	}}
-	for _, command := range []string{"status", "workloads"} {
-		plain := try(t, n, nil, command).stdout
+	for _, command := range []string{"status", "status -verbose", "workloads"} {
+		plain := try(t, n, nil, strings.Fields(command)...).stdout
 		for line := range strings.Lines(plain) {
 			if width := utf8.RuneCountInString(strings.TrimRight(line, "\n")); width > base.Columns {
 				t.Errorf("weir %s: a line of %d columns: %s", command, width, line)
 			}
 		}
-		coloured := tryOn(t, n, true, nil, command).stdout
+		coloured := tryOn(t, n, true, nil, strings.Fields(command)...).stdout
 		if got := regexp.MustCompile("\x1b\\[[0-9]*m").ReplaceAllString(coloured, ""); got != plain {
 			t.Errorf("weir %s in colour is\n%s\nand without\n%s", command, got, plain)
 		}
-		if coloured == plain || tryOn(t, n, true, map[string]string{"NO_COLOR": "1"}, command).stdout != plain {
+		if coloured == plain || tryOn(t, n, true, map[string]string{"NO_COLOR": "1"}, strings.Fields(command)...).stdout != plain {
 			t.Errorf("weir %s: %q; want colour on a terminal, and none with NO_COLOR", command, coloured)
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -40,6 +41,14 @@ func TestAllVerdicts(t *testing.T) {
 	for _, verdict := range bpfmap.AllVerdicts() {
 		if count := strings.Count(got.stdout, "\n  "+verdict.String()+" "); count != 2 {
 			t.Errorf("%s is listed %d times, want once per workload", verdict, count)
+		}
+		if meaning := strings.Join(strings.Fields(got.stdout), " "); !strings.Contains(meaning, verdict.Describe()) {
+			t.Errorf("the meaning of %s is not whole, or is cut by another's", verdict)
+		}
+	}
+	for line := range strings.Lines(got.stdout) {
+		if text := strings.TrimRight(line, "\n"); len([]rune(text)) > base.Columns {
+			t.Errorf("a line is longer than %d columns: %s", base.Columns, text)
 		}
 	}
 }

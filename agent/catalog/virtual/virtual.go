@@ -71,6 +71,19 @@ func Services(ctx context.Context, c *catalog.Client, addresses []netip.Addr) (m
 	return found, nil
 }
 
+// ServiceAt names the service that has a virtual IP; nothing where none has, or Consul does
+// not tell.
+func ServiceAt(ctx context.Context, c *catalog.Client, addr netip.Addr) string {
+	if !slices.ContainsFunc(DefaultRanges(), func(p netip.Prefix) bool { return p.Contains(addr) }) {
+		return ""
+	}
+	found, err := Services(ctx, c, []netip.Addr{addr})
+	if err != nil {
+		return ""
+	}
+	return found[addr].Label()
+}
+
 // claimsOf are the services that instances of the name say to have one of the addresses.
 func claimsOf(ctx context.Context, c *catalog.Client, name, carried string) (claims []registration.Service, err error) {
 	var instances []struct {

@@ -148,4 +148,29 @@ func Table(indent string, rows [][]string) string {
 	return strings.Join(lines, "\n")
 }
 
+// WrapLast breaks the cells of the last column into rows of their own, until the table is no
+// wider than asked.
+func WrapLast(rows [][]string, width int) (wrapped [][]string) {
+	const gap, least = 2, 20
+	last := len(rows[0]) - 1
+	for column := range last {
+		widest := 0
+		for _, row := range rows {
+			widest = max(widest, len([]rune(row[column])))
+		}
+		width -= widest + gap
+	}
+	for _, row := range rows {
+		for i, line := range strings.Split(wordwrap.WrapString(row[last], uint(max(width, least))), "\n") {
+			cells := make([]string, len(row))
+			if i == 0 {
+				copy(cells, row)
+			}
+			cells[last] = line
+			wrapped = append(wrapped, cells)
+		}
+	}
+	return wrapped
+}
+
 func AttachmentName(a ended.Attachment) string { return WorkloadName(a.Job.ID, a.Job.Group, a.Key) }

@@ -138,13 +138,13 @@ func renderStatus(c *base.Command, status inspect.Status, withAgent bool) string
 // renderMechanics is what few ask for: where the state is, and what is loaded.
 func renderMechanics(status inspect.Status) string {
 	var text strings.Builder
-	fmt.Fprintf(&text, "\n%s\n", base.Table("", [][]string{
+	fmt.Fprintf(&text, "\n%s\n", base.Table("", base.WrapLast([][]string{
 		{"pins", status.Paths.PinDir},
 		{"records", status.Paths.StateDir},
 		{"attached to", status.CgroupRoot},
 		{"programs", base.OrDash(strings.ReplaceAll(strings.Join(status.Links, " "), "weir_", ""))},
 		{"changes", "wait for running programs by " + string(status.Barrier)},
-	}))
+	}, base.Columns)))
 	rows := [][]string{{"MAP", "ROWS", "MOST ENTRIES", "MEMORY"}}
 	for _, info := range status.Maps {
 		used := "-"

@@ -18,7 +18,7 @@ import (
 func renderEgress(c *base.Command, list api.GuardList, now time.Time) string {
 	since := "since the agent began to record, " + base.Ago(now, list.Since) + " ago"
 	if len(list.Egress) == 0 {
-		return "nothing that an egress guard sees went out past a proxy " + since + incomplete(list)
+		return base.Hang("nothing that an egress guard sees went out past a proxy "+since) + incomplete(list)
 	}
 	rows := [][]string{{"ALLOC", "JOB", "TASK", "COMMAND", "BY", "TO", "PORT", "COUNT", "LAST"}}
 	for _, e := range list.Egress {

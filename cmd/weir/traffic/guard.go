@@ -80,7 +80,7 @@ func NewGuard(env base.Env) *base.Command {
 func renderGuard(c *base.Command, list api.GuardList, now time.Time) string {
 	since := "since the agent began to record, " + base.Ago(now, list.Since) + " ago"
 	if len(list.Entries) == 0 {
-		return "nothing came in past a proxy " + since + incomplete(list)
+		return base.Hang("nothing came in past a proxy "+since) + incomplete(list)
 	}
 	rows := [][]string{{"ALLOC", "JOB", "PROTO", "PORT", "SOURCE", "COUNT", "FIRST", "LAST"}}
 	for _, e := range list.Entries {

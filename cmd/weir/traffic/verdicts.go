@@ -77,7 +77,7 @@ func renderVerdicts(c *base.Command, list []inspect.WorkloadVerdicts, all bool) 
 			blocks = append(blocks, title+"\n  no connection yet")
 			continue
 		}
-		blocks = append(blocks, title+"\n"+base.Table("  ", rows))
+		blocks = append(blocks, title+"\n"+base.Table("  ", base.WrapLast(rows, base.Columns-len("  "))))
 	}
 	return strings.Join(blocks, "\n\n")
 }
