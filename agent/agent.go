@@ -22,6 +22,7 @@ import (
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/flow"
+	"github.com/weirmesh/weir/agent/netwatch"
 	"github.com/weirmesh/weir/agent/server"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
@@ -73,7 +74,7 @@ type Agent struct {
 	docker          *discover.Docker // nil: Docker is not to be asked
 	cache           *discover.Cache
 	watcher         *discover.Watcher
-	networks        *networks
+	networks        *netwatch.Watch
 	flows           *flow.Recorder // nil: they are not to be recorded
 	changes         *change.Log
 	resting         time.Duration // between two runs of origins
@@ -93,6 +94,7 @@ type Agent struct {
 	discoveryError string     // why allocations cannot be found; empty: they can
 	unreadable     []string   // what of the node could not be read in the last pass
 	unseen         unseen
+	networkProblem string           // why the networks of workloads are not watched; empty: they are
 	foreign        []health.Problem // registrations that do not count, as of the last pass
 
 	server *server.Server
@@ -137,7 +139,7 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		unmatchedSince: make(map[string]unmatchedProxy),
 		inSync:         true,
 		budget:         defaultPassBudget(),
-		networks:       newNetworks(),
+		networks:       netwatch.New(),
 		consulApply:    server.NewConsulApply(),
 		changes:        options.Changes,
 	}
@@ -260,7 +262,7 @@ func (a *Agent) loop(ctx context.Context) {
 			}
 		case <-clock.C:
 			a.pass(false)
-		case <-a.networks.wake:
+		case <-a.networks.Changed():
 			a.checkMoved()
 		case <-search.C:
 		}

@@ -34,10 +34,10 @@ func (a *Agent) nodeProblems(consul catalog.Snapshot, docker string) []health.Pr
 			`see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
 			"Docker's containers may be other ones by now: "+docker))
 	}
-	if a.networks.problem != "" {
+	if a.networkProblem != "" {
 		list = append(list, health.NewProblem(health.ProblemNetworkWatch,
 			"give the agent CAP_NET_BROADCAST, as its systemd unit does",
-			"an address or route that changes after ADD is found within minutes, not at once: "+a.networks.problem))
+			"an address or route that changes after ADD is found within minutes, not at once: "+a.networkProblem))
 	}
 	list = append(list, a.foreign...)
 	for _, what := range a.unreadable {
