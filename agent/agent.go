@@ -23,6 +23,7 @@ import (
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/flow"
 	"github.com/weirmesh/weir/agent/netwatch"
+	"github.com/weirmesh/weir/agent/refusal"
 	"github.com/weirmesh/weir/agent/server"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
@@ -132,7 +133,7 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		datapath:       redirect.New(config.Paths()).Sized(config.Tables.Sizes()).Within(lockTimeout),
 		cache:          &discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")},
 		resting:        freeInterval,
-		counting:       refusalInterval,
+		counting:       refusal.Interval,
 		wake:           make(chan struct{}, 1),
 		allocations:    make(map[workload.AttachmentID]*allocState),
 		reported:       make(map[string]bool),

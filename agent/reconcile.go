@@ -13,6 +13,7 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/identity"
+	"github.com/weirmesh/weir/agent/refusal"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
@@ -48,7 +49,7 @@ type allocState struct {
 	listened          bool                      // all of them did at some time
 	mute              health.Problem            // that one does not listen; none where they do, or may still start
 	heard             time.Time                 // when that was last looked at
-	refused           refusals                  // for a fault
+	refused           refusal.Refusals          // for a fault
 	gate              gate
 	missing           time.Time // since when its record is missing; zero: it is not
 	absent            time.Time // since when Consul has no registration of its proxy; zero: it has
@@ -186,7 +187,7 @@ func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []he
 		problems = append(problems, m.mute)
 	}
 	if state == api.StateManaged {
-		problems = append(problems, m.refused.problems(a.refusedAgain(m, s, now))...)
+		problems = append(problems, m.refused.Problems(a.refusedAgain(m, s, now))...)
 	}
 	return append(problems, m.unregistered(s, state, consul, now)...)
 }
@@ -218,7 +219,7 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	}
 	if m.hook != before {
 		m.notListeningSince, m.sought = now, time.Time{}
-		m.listened, m.mute, m.heard, m.refused = false, health.Problem{}, time.Time{}, refusals{}
+		m.listened, m.mute, m.heard, m.refused = false, health.Problem{}, time.Time{}, refusal.Refusals{}
 		a.closeGate(s.Key, m)
 		m.gate = gate{}
 	}
