@@ -25,6 +25,7 @@ import (
 	"github.com/weirmesh/weir/agent/netwatch"
 	"github.com/weirmesh/weir/agent/refusal"
 	"github.com/weirmesh/weir/agent/server"
+	"github.com/weirmesh/weir/agent/view"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
@@ -101,26 +102,26 @@ type Agent struct {
 	server *server.Server
 
 	// The loop's own memory.
-	seen           bool // a pass has found the node's allocations
-	behind         bool // the data path may be another version's: nobody could look yet
-	allocations    map[workload.AttachmentID]*allocState
-	noticed        time.Time // when Consul's last change was
-	inSync         bool      // as last told
-	aclFiltered    bool      // ... too
-	watchFailing   bool      // the Consul watch is failing, as last told
-	broken         string
-	managed        []workload.AttachmentID // under Weir as of the last pass, sorted
-	tasks          map[string]string       // containers.Tasks as of the last search for tasks of proxies
-	nextTurn       int                     // of the round of checks
-	nextLook       int                     // of the round of looks
-	resynced       time.Time
-	pruned         time.Time
-	freed          time.Time
-	counted        time.Time                 // the verdicts were
-	reported       map[string]bool           // files and registrations that could not be read, as told
-	unmatchedSince map[string]unmatchedProxy // proxies without a namespace, by allocation or proxy ID
-	unproven       time.Time                 // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
-	budget         passBudget
+	seen         bool // a pass has found the node's allocations
+	behind       bool // the data path may be another version's: nobody could look yet
+	allocations  map[workload.AttachmentID]*allocState
+	noticed      time.Time // when Consul's last change was
+	inSync       bool      // as last told
+	aclFiltered  bool      // ... too
+	watchFailing bool      // the Consul watch is failing, as last told
+	broken       string
+	managed      []workload.AttachmentID // under Weir as of the last pass, sorted
+	tasks        map[string]string       // containers.Tasks as of the last search for tasks of proxies
+	nextTurn     int                     // of the round of checks
+	nextLook     int                     // of the round of looks
+	resynced     time.Time
+	pruned       time.Time
+	freed        time.Time
+	counted      time.Time       // the verdicts were
+	reported     map[string]bool // files and registrations that could not be read, as told
+	unmatched    view.Unmatched
+	unproven     time.Time // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
+	budget       passBudget
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.
@@ -130,19 +131,19 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 	}
 	a := &Agent{
 		config: config, log: options.Log, notify: options.Notify, repairNetworks: options.RepairNetworks, version: options.Version, policyDir: options.PolicyDir, networkInterval: networkInterval,
-		datapath:       redirect.New(config.Paths()).Sized(config.Tables.Sizes()).Within(lockTimeout),
-		cache:          &discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")},
-		resting:        freeInterval,
-		counting:       refusal.Interval,
-		wake:           make(chan struct{}, 1),
-		allocations:    make(map[workload.AttachmentID]*allocState),
-		reported:       make(map[string]bool),
-		unmatchedSince: make(map[string]unmatchedProxy),
-		inSync:         true,
-		budget:         defaultPassBudget(),
-		networks:       netwatch.New(),
-		consulApply:    server.NewConsulApply(),
-		changes:        options.Changes,
+		datapath:    redirect.New(config.Paths()).Sized(config.Tables.Sizes()).Within(lockTimeout),
+		cache:       &discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")},
+		resting:     freeInterval,
+		counting:    refusal.Interval,
+		wake:        make(chan struct{}, 1),
+		allocations: make(map[workload.AttachmentID]*allocState),
+		reported:    make(map[string]bool),
+		unmatched:   make(view.Unmatched),
+		inSync:      true,
+		budget:      defaultPassBudget(),
+		networks:    netwatch.New(),
+		consulApply: server.NewConsulApply(),
+		changes:     options.Changes,
 	}
 	if a.changes == nil {
 		a.changes = change.NewLog(time.Now())

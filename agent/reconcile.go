@@ -15,6 +15,7 @@ import (
 	"github.com/weirmesh/weir/agent/identity"
 	"github.com/weirmesh/weir/agent/refusal"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/agent/view"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
@@ -118,7 +119,7 @@ func (a *Agent) reconcile(now time.Time) {
 		a.trigger()
 	}
 	a.awaitRegistration(allocations, now)
-	a.publish(a.unmatched(allocations, consul, now))
+	a.publish(a.unmatched.Lines(allocations, consul, a.containers(), now))
 	a.seen = true
 }
 
@@ -195,7 +196,7 @@ func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []he
 // conclude says how an attachment is now.
 func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	s, m, state := v.s, v.m, v.state
-	next := describe(s, state, v.wanted, a.problemsOf(v, consul, now), consul.Facts)
+	next := view.Of(s, state, v.wanted, a.problemsOf(v, consul, now), consul.Facts)
 	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && v.inForce
 	next.Task, m.proxies = m.tasks(), s.Proxies
 	next.Since = m.view.Since

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+package view
 
 import (
 	"maps"
@@ -19,17 +19,23 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// unmatchedProxy is what the loop remembers of a registration without a namespace.
-type unmatchedProxy struct {
+// seen is what is remembered of a registration without a namespace.
+type seen struct {
 	state  api.State
 	since  time.Time // of state
 	onNode bool      // its proxy was seen in the node's own network
 	looked time.Time // for its proxy
 }
 
-// unmatched are the proxies of this node that belong to no namespace here: a line
+// again is how long until a gateway is looked for on the node once more.
+const again = 30 * time.Second
+
+// Unmatched remembers registrations without a namespace, by allocation or proxy ID.
+type Unmatched map[string]seen
+
+// Lines are the proxies of this node that belong to no namespace here: a line
 // for each allocation, and for each proxy that is no allocation's.
-func (a *Agent) unmatched(allocations []desired.Allocation, consul catalog.Snapshot, now time.Time) (lines []api.WorkloadView) {
+func (u Unmatched) Lines(allocations []desired.Allocation, consul catalog.Snapshot, known discover.Containers, now time.Time) (lines []api.WorkloadView) {
 	found, claimed := make(map[string]bool), make(map[string]bool)
 	for _, s := range allocations {
 		found[s.Job.AllocID] = true
@@ -48,21 +54,21 @@ func (a *Agent) unmatched(allocations []desired.Allocation, consul catalog.Snaps
 			lists[p.ID] = []registration.Proxy{p}
 		}
 	}
-	maps.DeleteFunc(a.unmatchedSince, func(id string, _ unmatchedProxy) bool { return lists[id] == nil })
+	maps.DeleteFunc(u, func(id string, _ seen) bool { return lists[id] == nil })
 	for _, id := range slices.Sorted(maps.Keys(lists)) {
-		before := a.unmatchedSince[id]
+		before := u[id]
 		next := before
-		if again := 15 * tick; !next.onNode && mayBeOnNode(lists[id]) && now.Sub(next.looked) > again {
-			next.looked, next.onNode = now, a.seenOnNode(id, lists[id])
+		if !next.onNode && mayBeOnNode(lists[id]) && now.Sub(next.looked) > again {
+			next.looked, next.onNode = now, seenOnNode(id, lists[id], known)
 		}
 		var problems []health.Problem
 		next.state, problems = judgeUnmatched(lists[id], next.onNode)
 		if next.state != before.state {
 			next.since = now
 		}
-		a.unmatchedSince[id] = next
+		u[id] = next
 		s := desired.Allocation{Attachment: discover.Attachment{Key: workload.AttachmentID{ContainerID: id}, Job: workload.Job{AllocID: id}}, Proxies: lists[id]}
-		line := describe(s, next.state, desired.Plan{}, problems, consul.Facts)
+		line := Of(s, next.state, desired.Plan{}, problems, consul.Facts)
 		line.Since = next.since
 		lines = append(lines, line)
 	}
@@ -94,12 +100,11 @@ func mayBeOnNode(proxies []registration.Proxy) bool {
 
 // seenOnNode reports whether the task that Nomad injected for a gateway of the
 // allocation runs in the node's own network. It walks all processes of the node.
-func (a *Agent) seenOnNode(alloc string, proxies []registration.Proxy) bool {
+func seenOnNode(alloc string, proxies []registration.Proxy, known discover.Containers) bool {
 	own, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		return false
 	}
-	known := a.containers()
 	processes, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return false
