@@ -68,7 +68,7 @@ const registrationGrace = 5 * time.Minute
 // though the allocation has one: nothing that changes in Consul reaches it.
 func (m *allocState) unregistered(s desired.Allocation, state api.State, consul catalog.Snapshot, now time.Time) (list []health.Problem) {
 	transparent := s.Record != nil && s.Record.Request.Mode == workload.ModeTransparent
-	if state != api.StateManaged || !transparent || !s.Cached || len(s.Proxies)+len(m.claims) > 0 || !consul.InSync || consul.Hidden {
+	if state != api.StateManaged || !transparent || !s.Cached || len(s.Proxies) > 0 || m.identity.Claimed() || !consul.InSync || consul.Hidden {
 		m.absent = time.Time{}
 		return nil
 	}

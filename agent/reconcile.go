@@ -39,12 +39,7 @@ type allocState struct {
 	rejected          string                    // what was said of the last one that was none
 	settled           time.Time                 // when what is wanted of it was last seen to be in force; zero: not yet
 	proxies           []registration.Proxy      // as Consul had them in the last pass
-	claims            map[string]identity.Claim // registrations that name it, by ID
-	taskNames         []string                  // of what runs in it, as far as they can be told; as of the last look
-	listens           []uint16                  // where sockets under the proxy's UID listen; nil: not looked
-	running           time.Time                 // since when its tasks are seen to run
-	lookAgain         time.Time                 // for its tasks
-	looks             int                       // that were made for the registrations that there are
+	identity          identity.Memory           // of its registrations and tasks
 	notListeningSince time.Time                 // since when one of them does not listen; zero: all do
 	sought            time.Time                 // when its task is looked for next
 	listened          bool                      // all of them did at some time

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package identity
+
+import (
+	"slices"
+	"time"
+
+	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/redirect/health"
+	"github.com/weirmesh/weir/redirect/host"
+)
+
+// Memory is what is remembered of an allocation's registrations, and of what runs in it.
+type Memory struct {
+	claims    map[string]Claim // by ID of the registration
+	tasks     []string         // names of what runs, as far as they can be told; as of the last look
+	listens   []uint16         // where sockets under the proxy's UID listen; nil: not looked
+	running   time.Time        // since when its tasks are seen to run
+	lookAgain time.Time        // for its tasks
+	looks     int              // that were made for the registrations that there are
+}
+
+// Remember keeps the claims of the registrations that there are.
+func (m *Memory) Remember(proxies []registration.Proxy, now time.Time) {
+	next := make(map[string]Claim, len(proxies))
+	for _, p := range proxies {
+		c, seen := m.claims[p.ID]
+		if !seen {
+			c.Since, m.lookAgain, m.looks = now, time.Time{}, 0
+		}
+		next[p.ID] = c
+	}
+	m.claims = next
+}
+
+// Claimed reports whether some registration names the allocation.
+func (m *Memory) Claimed() bool { return len(m.claims) > 0 }
+
+// Due reports whether it is time to look at the allocation's tasks, at first
+// often, then ever more seldom.
+func (m *Memory) Due(now time.Time) bool {
+	const first, soon, last = 200 * time.Millisecond, 5 * time.Second, 5 * time.Minute
+	if !m.doubts() || now.Before(m.lookAgain) {
+		return false
+	}
+	longest := last
+	for _, c := range m.claims {
+		if !c.Counted {
+			longest = soon // its task may come at any time
+		}
+	}
+	m.lookAgain = now.Add(min(first<<min(m.looks, 12), longest))
+	m.looks++
+	return true
+}
+
+// doubts reports whether the task of some registration was not seen yet.
+func (m *Memory) doubts() bool {
+	for _, c := range m.claims {
+		if !c.Shown {
+			return true
+		}
+	}
+	return false
+}
+
+// Saw takes in the names of the tasks that run.
+func (m *Memory) Saw(tasks []string, now time.Time) {
+	m.tasks, m.listens = tasks, nil
+	if len(tasks) > 0 && m.running.IsZero() {
+		m.running = now
+	}
+}
+
+// Next is when to look at the tasks again; zero where each registration's was seen.
+func (m *Memory) Next() (at time.Time, doubtful bool) { return m.lookAgain, m.doubts() }
+
+// Judge leaves an allocation the registrations that count, remembers how it was judged, and
+// tells those that do not count for longer than they may take. defaultUID is the proxy's
+// where the job names none.
+func (m *Memory) Judge(s *desired.Allocation, known catalog.Data, defaultUID uint32, now time.Time) (foreign []health.Problem) {
+	listens := func() []uint16 {
+		if m.listens == nil { // a namespace that cannot be asked shows nothing
+			ports, _ := host.ListeningAs(s.NetNS, s.ProxyUID(defaultUID))
+			m.listens = append([]uint16{}, ports...)
+		}
+		return m.listens
+	}
+	e := Evidence{Tasks: m.tasks, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > api.SettleTime}
+	counted, others := e.Judge(*s, known)
+	for _, p := range s.Proxies {
+		c := m.claims[p.ID]
+		why, refused := others[p.ID]
+		s.Withdrawn = s.Withdrawn || refused && c.Counted
+		if c.Counted = !refused; refused && now.Sub(c.Since) > api.SettleTime {
+			foreign = append(foreign, why)
+		}
+		c.Shown = c.Shown || slices.ContainsFunc(m.tasks, func(task string) bool { return registration.Injected(task, []registration.Proxy{p}) })
+		m.claims[p.ID] = c
+	}
+	s.Withdrawn = s.Withdrawn && len(counted) == 0
+	s.Proxies = counted
+	return foreign
+}
+
+// TasksOf are the names of an allocation's tasks, by their cgroups.
+func TasksOf(cgroups []string, allocID string, containers discover.Containers) (names []string) {
+	for _, path := range cgroups {
+		if task := discover.TaskOf(path, allocID, containers); task != "" && !slices.Contains(names, task) {
+			names = append(names, task)
+		}
+	}
+	return names
+}
+
+// CgroupsIn is host.CgroupsIn for those that can be looked at.
+func CgroupsIn(namespaces []string) map[string][]string {
+	if len(namespaces) == 0 {
+		return nil
+	}
+	found, err := host.CgroupsIn(namespaces...)
+	if err == nil {
+		return found
+	}
+	found = make(map[string][]string)
+	for _, path := range namespaces {
+		if one, err := host.CgroupsIn(path); err == nil {
+			found[path] = one[path]
+		}
+	}
+	return found
+}
