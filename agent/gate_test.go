@@ -12,10 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
@@ -171,20 +169,6 @@ func TestNoGate(t *testing.T) {
 	n.eventually(g.id, api.StateManaged)
 	if err := <-g.dial(); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("dial without a gate: %v, want it refused", err)
-	}
-	second, zero := 1*time.Second, time.Duration(0)
-	a := &Agent{config: configfile.DefaultConfig()}
-	for _, c := range []struct {
-		proxies []registration.Proxy
-		want    time.Duration
-	}{
-		{nil, 30 * time.Second},
-		{[]registration.Proxy{{}, {Gate: &second}}, time.Second},
-		{[]registration.Proxy{{Gate: &zero}, {Gate: &second}}, 0},
-	} {
-		if got := a.gateTimeout(c.proxies); got != c.want {
-			t.Errorf("timeout = %s, want %s", got, c.want)
-		}
 	}
 }
 

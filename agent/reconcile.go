@@ -12,6 +12,7 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/gate"
 	"github.com/weirmesh/weir/agent/identity"
 	"github.com/weirmesh/weir/agent/refusal"
 	"github.com/weirmesh/weir/agent/registration"
@@ -46,7 +47,7 @@ type allocState struct {
 	mute              health.Problem            // that one does not listen; none where they do, or may still start
 	heard             time.Time                 // when that was last looked at
 	refused           refusal.Refusals          // for a fault
-	gate              gate
+	gate              gate.Gate
 	missing           time.Time // since when its record is missing; zero: it is not
 	absent            time.Time // since when Consul has no registration of its proxy; zero: it has
 	retry             time.Time // when to try again what went wrong; zero: nothing did
@@ -217,11 +218,11 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 		m.notListeningSince, m.sought = now, time.Time{}
 		m.listened, m.mute, m.heard, m.refused = false, health.Problem{}, time.Time{}, refusal.Refusals{}
 		a.closeGate(s.Key, m)
-		m.gate = gate{}
+		m.gate = gate.Gate{}
 	}
 	a.keepGate(s, m, now)
-	if m.gate.held != nil {
-		m.view.HeldSince = m.gate.since
+	if m.gate.Held() != nil {
+		m.view.HeldSince = m.gate.Since()
 	}
 }
 
