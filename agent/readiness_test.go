@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/catalog/preflight"
 	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/readiness"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -22,8 +23,8 @@ import (
 	realconsul "github.com/weirmesh/weir/test/consul"
 )
 
-// readiness are the results by code, and all that is said of what is not ok.
-func readiness(t *testing.T, checks []health.Check) (results map[string]health.Result, says string) {
+// results are those by code, and all that is said of what is not ok.
+func results(t *testing.T, checks []health.Check) (results map[string]health.Result, says string) {
 	t.Helper()
 	results = make(map[string]health.Result)
 	for _, check := range checks {
@@ -94,7 +95,7 @@ func TestReadinessOfTheToken(t *testing.T) {
 			checks, services := preflight.Consul(t.Context(), config)
 			want := good()
 			c.change(want)
-			got, says := readiness(t, checks)
+			got, says := results(t, checks)
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("results (-want +got):\n%s%s", diff, says)
 			}
@@ -147,7 +148,7 @@ func TestReadinessOfConsulsAddress(t *testing.T) {
 			config.Address = server.Address
 			c.change(&config)
 			checks, _ := preflight.Consul(t.Context(), config)
-			if got, says := readiness(t, checks); got[c.code] != c.want || !strings.Contains(says, c.says) || c.want == health.ResultOK && says != "" {
+			if got, says := results(t, checks); got[c.code] != c.want || !strings.Contains(says, c.says) || c.want == health.ResultOK && says != "" {
 				t.Errorf("%s = %s, want %s that says %q; all: %v\n%s", c.code, got[c.code], c.want, c.says, got, says)
 			}
 		})
@@ -196,7 +197,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 	known := []inspect.Record{{Key: workload.AttachmentID{ContainerID: numbered(5), IfName: "eth0"}}}
 	for before, plain := range map[bool]health.Result{false: health.ResultFault, true: health.ResultOK} {
 		got := make(map[string]health.Result)
-		checks := AllocationReadiness(n.config, known, answer.Body.Bytes(), before)
+		checks := readiness.Allocations(n.config, known, answer.Body.Bytes(), before)
 		for _, check := range checks {
 			for i := 1; i <= 6; i++ {
 				if strings.Contains(check.What, numbered(i)) {
@@ -212,7 +213,7 @@ func TestReadinessOfAllocations(t *testing.T) {
 		}
 	}
 	n.config.CNI.CacheDir = t.TempDir()
-	checks := AllocationReadiness(n.config, nil, nil, false)
+	checks := readiness.Allocations(n.config, nil, nil, false)
 	if len(checks) != 1 || checks[0].Result != health.ResultOK {
 		t.Errorf("a node without allocations: %+v", checks)
 	}

@@ -8,10 +8,10 @@ import (
 	"os"
 	"strings"
 
-	"github.com/weirmesh/weir/agent"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/catalog/preflight"
 	"github.com/weirmesh/weir/agent/configfile"
+	"github.com/weirmesh/weir/agent/readiness"
 	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/deploy"
 	"github.com/weirmesh/weir/redirect/health"
@@ -97,7 +97,7 @@ func (d *doctor) examine(path string) {
 		return
 	}
 	known, _ := datapath.Records() // what cannot be read of them is told of the data path
-	d.checks = append(d.checks, agent.AllocationReadiness(d.config, known, services, d.before)...)
+	d.checks = append(d.checks, readiness.Allocations(d.config, known, services, d.before)...)
 }
 
 // readConfig reads the agent's configuration; the defaults where it is not valid.

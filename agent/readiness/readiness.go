@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package agent
+// Package readiness tells which allocations of the mesh on a node nothing guards, without an
+// agent.
+package readiness
 
 import (
 	"errors"
@@ -16,10 +18,10 @@ import (
 	"github.com/weirmesh/weir/redirect/inspect"
 )
 
-// AllocationReadiness names the allocations of the mesh on this node that have no
+// Allocations names the allocations of the mesh on this node that have no
 // record: those of libcni's results that asked for it, or that Consul has proxies
 // of. before says that Weir is not installed yet: it takes none of them over.
-func AllocationReadiness(config configfile.Config, known []inspect.Record, services []byte, before bool) []health.Check {
+func Allocations(config configfile.Config, known []inspect.Record, services []byte, before bool) []health.Check {
 	c := &health.Checks{Group: "allocations"}
 	cached, unreadable, err := (&discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")}).Read()
 	spaces, spacesErr := discover.FindNamespaces(config.CNI.NetNSDir, discover.Containers{})
