@@ -25,6 +25,7 @@ import (
 	"github.com/weirmesh/weir/agent/netwatch"
 	"github.com/weirmesh/weir/agent/refusal"
 	"github.com/weirmesh/weir/agent/server"
+	"github.com/weirmesh/weir/agent/told"
 	"github.com/weirmesh/weir/agent/view"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
@@ -102,26 +103,23 @@ type Agent struct {
 	server *server.Server
 
 	// The loop's own memory.
-	seen         bool // a pass has found the node's allocations
-	behind       bool // the data path may be another version's: nobody could look yet
-	allocations  map[workload.AttachmentID]*allocState
-	noticed      time.Time // when Consul's last change was
-	inSync       bool      // as last told
-	aclFiltered  bool      // ... too
-	watchFailing bool      // the Consul watch is failing, as last told
-	broken       string
-	managed      []workload.AttachmentID // under Weir as of the last pass, sorted
-	tasks        map[string]string       // containers.Tasks as of the last search for tasks of proxies
-	nextTurn     int                     // of the round of checks
-	nextLook     int                     // of the round of looks
-	resynced     time.Time
-	pruned       time.Time
-	freed        time.Time
-	counted      time.Time       // the verdicts were
-	reported     map[string]bool // files and registrations that could not be read, as told
-	unmatched    view.Unmatched
-	unproven     time.Time // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
-	budget       passBudget
+	seen        bool // a pass has found the node's allocations
+	behind      bool // the data path may be another version's: nobody could look yet
+	allocations map[workload.AttachmentID]*allocState
+	noticed     time.Time // when Consul's last change was
+	broken      string
+	managed     []workload.AttachmentID // under Weir as of the last pass, sorted
+	tasks       map[string]string       // containers.Tasks as of the last search for tasks of proxies
+	nextTurn    int                     // of the round of checks
+	nextLook    int                     // of the round of looks
+	resynced    time.Time
+	pruned      time.Time
+	freed       time.Time
+	counted     time.Time // the verdicts were
+	told        *told.Once
+	unmatched   view.Unmatched
+	unproven    time.Time // when to look again whether an allocation runs a proxy that is registered for it; zero: all do
+	budget      wait.Budget
 }
 
 // New checks the configuration. Nothing on the node is touched before Run.
@@ -137,10 +135,9 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		counting:    refusal.Interval,
 		wake:        make(chan struct{}, 1),
 		allocations: make(map[workload.AttachmentID]*allocState),
-		reported:    make(map[string]bool),
 		unmatched:   make(view.Unmatched),
-		inSync:      true,
-		budget:      defaultPassBudget(),
+		told:        told.NewOnce(options.Log),
+		budget:      defaultBudget(),
 		networks:    netwatch.New(),
 		consulApply: server.NewConsulApply(),
 		changes:     options.Changes,
@@ -255,7 +252,7 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-a.wake:
 			a.pass(true)
 			rest := storm
-			if a.cache.Halfway || a.budget.left > 0 {
+			if a.cache.Halfway || a.budget.Left() > 0 {
 				rest = moment
 				a.trigger()
 			}

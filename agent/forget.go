@@ -34,7 +34,7 @@ func (a *Agent) forget(allocations []desired.Allocation, now time.Time) {
 			m.cached, a.pruned = false, time.Time{}
 			continue
 		}
-		if !a.budget.allows(1, time.Now(), a.arrived.Load()) {
+		if !a.budget.Allows(1, time.Now(), a.arrived.Load()) {
 			continue
 		}
 		err := a.datapath.Remove(s.Key)

@@ -82,7 +82,7 @@ func (a *Agent) reconcile(now time.Time) {
 	a.noticed = consul.Noticed
 	a.flows.Learn(known, consul)
 	if a.consul != nil {
-		a.tellConsul(consul)
+		a.told.Consul(consul)
 	}
 	spaces, err := discover.FindNamespaces(a.config.CNI.NetNSDir, a.containers())
 	if err != nil {
@@ -95,12 +95,12 @@ func (a *Agent) reconcile(now time.Time) {
 	if problem := a.containers().Error; problem != "" {
 		skipped = append(skipped, problem)
 	}
-	a.tellUnreadable(skipped)
+	a.told.Unreadable(skipped)
 	allocations := desired.Gather(cached, known, spaces, consul)
 	a.watcher.More = desired.DirectoriesOf(allocations)
 	a.identify(allocations, consul.Facts, now)
 	a.byUrgency(allocations)
-	a.budget.begin(time.Now())
+	a.budget.Begin(time.Now())
 	moves := make([]*move, 0, len(allocations))
 	for _, s := range allocations {
 		moves = append(moves, a.begin(s, consul, now))
@@ -111,7 +111,7 @@ func (a *Agent) reconcile(now time.Time) {
 	}
 	a.forget(allocations, now)
 	a.followNetworks(known)
-	if a.budget.left > 0 {
+	if a.budget.Left() > 0 {
 		a.trigger()
 	}
 	a.awaitRegistration(allocations, now)

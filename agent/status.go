@@ -103,47 +103,6 @@ func (a *Agent) publish(more []api.WorkloadView) {
 	a.status.Workloads = list
 }
 
-// tellConsul logs when the agent falls out of sync with Consul and when it is
-// back.
-func (a *Agent) tellConsul(consul catalog.Snapshot) {
-	if a.inSync && !consul.InSync && consul.Error.What != "" {
-		a.inSync = false
-		a.log.Warn("Consul does not answer: the last known state stays", "error", consul.Error.What)
-	}
-	if !a.inSync && consul.InSync {
-		a.inSync = true
-		a.log.Info("Consul answers again")
-	}
-	if failing := consul.Watch.What != ""; failing != a.watchFailing {
-		a.watchFailing = failing
-		if failing {
-			a.log.Warn("the Consul watch is failing: it is read at short intervals", "error", consul.Watch.What)
-		} else {
-			a.log.Info("the Consul watch works again")
-		}
-	}
-	if consul.Hidden != a.aclFiltered {
-		a.aclFiltered = consul.Hidden
-		if consul.Hidden {
-			a.log.Warn("Consul hides services of this node: the token needs service_prefix \"\" { policy = \"read\" }")
-		} else {
-			a.log.Info("Consul shows all services of this node")
-		}
-	}
-}
-
-// tellUnreadable logs what cannot be read, files, registrations or Docker, once.
-func (a *Agent) tellUnreadable(problems []string) {
-	now := make(map[string]bool)
-	for _, problem := range problems {
-		now[problem] = true
-		if !a.reported[problem] {
-			a.log.Warn("cannot be read", "why", problem)
-		}
-	}
-	a.reported = now
-}
-
 // awaitRegistration tells the watcher since when the newest allocation that
 // may be in the mesh waits for its registration.
 func (a *Agent) awaitRegistration(allocations []desired.Allocation, now time.Time) {

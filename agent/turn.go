@@ -11,42 +11,13 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/change"
 	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// passBudget bounds what one pass changes, so that nobody waits for a change that
-// concerns all workloads: neither an allocation that arrives meanwhile nor what
-// the loop does by the clock. What puts a workload under Weir is never put off.
-type passBudget struct {
-	least, most time.Duration // of changing, with and without an arrival
-	together    int           // changes at once, which nothing interrupts
-
-	began time.Time
-	done  int // changes
-	left  int // ... that are the next pass's
-}
-
-func defaultPassBudget() passBudget {
-	return passBudget{least: 200 * time.Millisecond, most: 2 * time.Second, together: reconcile.MaxChanges}
-}
-
-// begin begins a pass.
-func (t *passBudget) begin(now time.Time) { t.began, t.done, t.left = now, 0, 0 }
-
-// allows reports whether this pass makes so many more changes. The first are always
-// made, so that there is an end.
-func (t *passBudget) allows(changes int, now time.Time, arrival bool) bool {
-	limit := t.most
-	if arrival {
-		limit = t.least
-	}
-	if t.done > 0 && now.Sub(t.began) >= limit {
-		t.left += changes
-		return false
-	}
-	t.done += changes
-	return true
+func defaultBudget() wait.Budget {
+	return wait.Budget{Least: 200 * time.Millisecond, Most: 2 * time.Second, Together: reconcile.MaxChanges}
 }
 
 // allocationArrived tells that an allocation may have come that no pass has seen.
@@ -99,11 +70,11 @@ const lockPause = 2 * time.Millisecond
 // once. Where this pass has changed enough, the rest is the next one's.
 func (a *Agent) applyAll(moves []*move) {
 	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.changes })
-	for together := range slices.Chunk(due, max(a.budget.together, 1)) {
-		if a.budget.done > 0 {
+	for together := range slices.Chunk(due, max(a.budget.Together, 1)) {
+		if a.budget.Started() {
 			time.Sleep(lockPause)
 		}
-		if !a.budget.allows(len(together), time.Now(), a.arrived.Load()) {
+		if !a.budget.Allows(len(together), time.Now(), a.arrived.Load()) {
 			continue
 		}
 		var list []reconcile.MeshChange

@@ -15,36 +15,11 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 )
-
-func TestTurn(t *testing.T) {
-	began := time.Unix(1000, 0)
-	for _, c := range []struct {
-		name    string
-		after   time.Duration
-		done    int
-		arrival bool
-		want    bool
-	}{
-		{"the first, however late", time.Hour, 0, true, true},
-		{"early", time.Second, 5, false, true},
-		{"late", 2 * time.Second, 5, false, false},
-		{"early, with an arrival", 100 * time.Millisecond, 5, true, true},
-		{"no longer early, with an arrival", 200 * time.Millisecond, 5, true, false},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			turn := defaultPassBudget()
-			turn.begin(began)
-			turn.done = c.done
-			if got := turn.allows(3, began.Add(c.after), c.arrival); got != c.want || (turn.left == 3) == got {
-				t.Errorf("another change is allowed: %v, %d left over; want %v", got, turn.left, c.want)
-			}
-		})
-	}
-}
 
 // full is a node with so many allocations, all of them in sync.
 func (n *node) full(count int, change ...func(*Agent)) (ids []string) {
@@ -98,7 +73,7 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 	}), sync.OnceFunc(func() { close(seen) })
 	defer goOn()
 	ids := n.full(12, func(a *Agent) {
-		a.budget.least, a.budget.together = 0, 1
+		a.budget.Least, a.budget.Together = 0, 1
 		a.notify = func(string) {
 			list, err := n.Records()
 			if err == nil && slices.ContainsFunc(list, func(k inspect.Record) bool { return k.MeshConfig.InboundPort == 20002 }) {
@@ -153,7 +128,7 @@ func TestLoopIsAliveThroughoutAPass(t *testing.T) {
 	var alive []time.Time
 	n := newNode(t)
 	ids := n.full(8, func(a *Agent) {
-		a.budget = passBudget{least: time.Hour, most: time.Hour, together: 2} // all in one pass
+		a.budget = wait.Budget{Least: time.Hour, Most: time.Hour, Together: 2} // all in one pass
 		a.notify = func(state string) {
 			mu.Lock()
 			defer mu.Unlock()

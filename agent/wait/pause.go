@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Package wait pauses a loop until its time has come, somebody wakes it, or its
-// context ends.
+// context ends, and bounds what one pass of it changes.
 package wait
 
 import (
