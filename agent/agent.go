@@ -96,7 +96,7 @@ type Agent struct {
 	status         api.Status // what the loop knows; Status adds what others know
 	discoveryError string     // why allocations cannot be found; empty: they can
 	unreadable     []string   // what of the node could not be read in the last pass
-	unseen         unseen
+	unseen         told.Unseen
 	networkProblem string           // why the networks of workloads are not watched; empty: they are
 	foreign        []health.Problem // registrations that do not count, as of the last pass
 
@@ -312,7 +312,7 @@ func (a *Agent) pass(changed bool) {
 	}
 	if !changed {
 		a.checkSome()
-		a.lookSome()
+		a.lookSome(time.Now())
 	}
 	a.noteProblems(now)
 	a.turned()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -154,27 +155,34 @@ func (n *node) workload(key workload.AttachmentID) (found inspect.WorkloadStatus
 func TestDoubtAboutAProxyIsNoNews(t *testing.T) {
 	n := newNode(t)
 	mesh, key := n.transparent(numbered(1))
-	test.EchoProcess(t, test.Spec{NetNS: mesh, Cgroup: test.NewCgroup(t), UID: 101, GID: 101}, "tcp4", "127.0.0.1:15001")
+	cgroup := test.NewCgroup(t)
+	for _, port := range []int{15001, 20001} {
+		test.EchoProcess(t, test.Spec{NetNS: mesh, Cgroup: cgroup, UID: 101, GID: 101}, "tcp4", fmt.Sprintf("127.0.0.1:%d", port))
+	}
 	n.fake.answers(registered(numbered(1)))
 	a := n.newStepwise()
 	a.asks(t.Context())
-	a.lookSome()
+	first := time.Now()
+	a.lookSome(first)
 	m := a.allocations[key]
-	if len(m.candidates) != 1 {
-		t.Fatalf("candidates are %+v, want the process of no task", m.candidates)
+	id, err := host.CgroupID(cgroup.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := m.proxies.Tries(id); got != 1 {
+		t.Fatalf("the process of no task was looked at %d times, want once", got)
 	}
 	select {
 	case <-a.wake: // it was listed for the first time
 	default:
 	}
-	for cgroup, c := range m.candidates {
-		before := c.tries
-		c.next = time.Now().Add(-time.Second)
-		m.candidates[cgroup] = c
-		a.lookSome()
-		if got := m.candidates[cgroup].tries; got != before+1 {
-			t.Errorf("it was looked at %d times, want %d", got, before+1)
-		}
+	a.lookSome(first.Add(time.Second))
+	if got := m.proxies.Tries(id); got != 1 {
+		t.Errorf("a second later it was looked at %d times, want once", got)
+	}
+	a.lookSome(first.Add(time.Minute))
+	if got := m.proxies.Tries(id); got != 2 {
+		t.Errorf("a minute later it was looked at %d times, want twice", got)
 	}
 	select {
 	case <-a.wake:

@@ -5,7 +5,6 @@ package agent
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
@@ -17,25 +16,6 @@ import (
 // lockTimeout is how long a step waits for another process's change: the loop
 // has to turn, and to tell of it, where that does not end.
 const lockTimeout = 10 * time.Second
-
-// unseen counts why the node's state could not be looked at or written, by the
-// reason that redirect.CouldNotLook gives.
-type unseen struct {
-	records map[string]int // of the last reading of records
-	node    string         // of the last look at the data path; empty: nothing
-}
-
-// reasons are all of them, with how many objects each concerns.
-func (u unseen) reasons() map[string]int {
-	all := maps.Clone(u.records)
-	if all == nil {
-		all = make(map[string]int)
-	}
-	if u.node != "" {
-		all[u.node]++
-	}
-	return all
-}
 
 // load brings the data path to this version. Where nobody could look at it, or
 // change it, what is in force stays, and it is tried again.
@@ -78,7 +58,7 @@ func (a *Agent) repair() bool {
 	reason, _ := inspect.CouldNotLook(err)
 	a.mu.Lock()
 	a.status.Counts.Repaired += uint64(len(did))
-	a.status.DataPath, a.unseen.node = "", reason
+	a.status.DataPath, a.unseen.Node = "", reason
 	if err != nil {
 		a.status.DataPath = err.Error()
 	}

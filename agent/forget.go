@@ -7,9 +7,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/desired"
-	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -58,27 +56,4 @@ func (a *Agent) forget(allocations []desired.Allocation, now time.Time) {
 		}
 		return !there[key]
 	})
-}
-
-// registrationGrace is how long a transparent allocation may be without a registration:
-// one that is stopped loses it first, and goes on for its shutdown_delay.
-const registrationGrace = 5 * time.Minute
-
-// unregistered is a problem where Consul has had no registration of a proxy for long,
-// though the allocation has one: nothing that changes in Consul reaches it.
-func (m *allocState) unregistered(s desired.Allocation, state api.State, consul catalog.Snapshot, now time.Time) (list []health.Problem) {
-	transparent := s.Record != nil && s.Record.Request.Mode == workload.ModeTransparent
-	if state != api.StateManaged || !transparent || !s.Cached || len(s.Proxies) > 0 || m.identity.Claimed() || !consul.InSync || consul.Hidden {
-		m.absent = time.Time{}
-		return nil
-	}
-	if m.absent.IsZero() {
-		m.absent = now
-	}
-	if now.Sub(m.absent) < registrationGrace {
-		return nil
-	}
-	return []health.Problem{health.NewProblem(health.ProblemNotRegistered,
-		"see in the log of Nomad's client whether it reaches Consul: it registers the services anew; nothing where the job is being stopped",
-		"Consul has had no registration of its proxy for minutes: the last configuration stays, and no change in Consul reaches it")}
 }

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect/health"
-	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // A transparent allocation that Consul does not know is a problem, but not at once, and not
@@ -16,12 +15,15 @@ import (
 func TestAllocationThatConsulDoesNotKnow(t *testing.T) {
 	n := newNode(t)
 	_, key := n.transparent(numbered(1))
+	began := time.Now()
 	n.cached(numbered(2), "/nowhere", "") // not in the mesh
 	n.fake.answers(registered(numbered(1)))
 	a := n.newStepwise()
-	wants := func(want bool) {
+	wants := func(want bool, after time.Duration) {
 		t.Helper()
-		a.asks(t.Context())
+		a.consul.Read(t.Context())
+		a.consul.Look(t.Context())
+		a.reconcile(began.Add(after))
 		code := health.ProblemNotRegistered.String()
 		for _, w := range a.Status().Workloads {
 			if got := slices.ContainsFunc(w.Problems, func(p health.Problem) bool { return p.Code == code }); w.Key == key && got != want {
@@ -29,18 +31,14 @@ func TestAllocationThatConsulDoesNotKnow(t *testing.T) {
 			}
 		}
 	}
-	wants(false)
+	wants(false, 0)
 	n.fake.answers(registered())
-	wants(false)
-	m := a.allocations[workload.AttachmentID{ContainerID: numbered(1), IfName: "eth0"}]
-	if m == nil || m.absent.IsZero() {
-		t.Fatalf("the agent has not seen it go: %+v", m)
-	}
-	m.absent = m.absent.Add(-registrationGrace)
-	wants(true)
+	wants(false, time.Minute)
+	wants(true, 7*time.Minute)
 	n.fake.answers(registered(numbered(1)))
-	wants(false)
-	if !m.absent.IsZero() {
-		t.Errorf("absent since %s, though it is registered", time.Since(m.absent))
-	}
+	wants(false, 8*time.Minute)
+	n.fake.answers(registered())
+	wants(false, 9*time.Minute)
+	wants(false, 10*time.Minute) // of the time before it was registered again, none counts
+	wants(true, 15*time.Minute)
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/identity"
+	"github.com/weirmesh/weir/agent/listening"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -87,5 +88,5 @@ func (a *Agent) untilProven(now time.Time) time.Duration {
 	if !now.Before(a.unproven) {
 		a.trigger()
 	}
-	return max(a.unproven.Sub(now), firstSearch)
+	return max(a.unproven.Sub(now), listening.FirstSearch)
 }

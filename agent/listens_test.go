@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/listening"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/test"
 )
@@ -23,7 +24,7 @@ func TestProxyThatNeverListensIsAProblem(t *testing.T) {
 	n.Datapath = redirect.New(n.config.Paths())
 	nothing, _ := n.transparent(numbered(1))
 	remapped, _ := n.transparent(numbered(2))
-	listening, _ := n.transparent(numbered(3))
+	heard, _ := n.transparent(numbered(3))
 	n.cached(numbered(4), test.NewNetNS(t).Path, "") // plain
 	n.fake.answers(registered(numbered(1), numbered(2), numbered(3), numbered(4)))
 	envoys := cgroup.Child(t, "envoy")
@@ -34,7 +35,7 @@ func TestProxyThatNeverListensIsAProblem(t *testing.T) {
 	n.run()
 	began := time.Now()
 	foreign := serve(remapped, 100101)
-	serve(listening, 101)
+	serve(heard, 101)
 	pid := foreign.PID
 	wants := map[string][]string{
 		numbered(1): {"does not listen on port 15001", "20001: nothing does", "nomad alloc logs"},
@@ -51,8 +52,8 @@ func TestProxyThatNeverListensIsAProblem(t *testing.T) {
 		}
 		return nil
 	}, "each to be told")
-	if took := time.Since(began); took < proxyStart || took > 2*proxyStart {
-		t.Errorf("told after %s, want soon after %s", took, proxyStart)
+	if took := time.Since(began); took < listening.ProxyStart || took > 2*listening.ProxyStart {
+		t.Errorf("told after %s, want soon after %s", took, listening.ProxyStart)
 	}
 	if problems := told(numbered(3)); strings.Contains(problems, "does not listen") {
 		t.Errorf("problems of a proxy that listens: %s", problems)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/listening"
 	"github.com/weirmesh/weir/redirect/health"
 )
 
@@ -18,7 +19,7 @@ func (a *Agent) noteProblems(now time.Time) {
 		node = append(node, a.status.RepairProblem())
 	}
 	a.mu.Unlock()
-	a.changes.Problems(node, workloads, now, now.Sub(a.status.Started) > 2*proxyStart)
+	a.changes.Problems(node, workloads, now, now.Sub(a.status.Started) > 2*listening.ProxyStart)
 }
 
 // nodeProblems are what is wrong with what the agent learns from others. The

@@ -60,7 +60,7 @@ func TestEndOfAnAllocationIsNoWarning(t *testing.T) {
 				do   func(s desired.Allocation)
 			}{
 				{"a pass", func(desired.Allocation) { a.pass(true) }},
-				{"a look", func(desired.Allocation) { a.checkSome(); a.lookSome() }},
+				{"a look", func(desired.Allocation) { a.checkSome(); a.lookSome(time.Now()) }},
 				{"a change", func(s desired.Allocation) {
 					meshConfig := s.Record.MeshConfig
 					meshConfig.InboundPort++

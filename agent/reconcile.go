@@ -4,7 +4,6 @@ package agent
 
 import (
 	"errors"
-	"maps"
 	"slices"
 	"time"
 
@@ -14,8 +13,9 @@ import (
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/gate"
 	"github.com/weirmesh/weir/agent/identity"
+	"github.com/weirmesh/weir/agent/listening"
 	"github.com/weirmesh/weir/agent/refusal"
-	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/agent/retry"
 	"github.com/weirmesh/weir/agent/view"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
@@ -27,32 +27,22 @@ import (
 
 // allocState is what the loop remembers of an attachment.
 type allocState struct {
-	view              api.WorkloadView
-	born              time.Time                 // when it was first seen
-	cached            bool                      // libcni knew it in the last pass
-	ended             time.Time                 // when libcni forgot it; zero: it did not
-	fresh             bool                      // this pass made its record, and the next one reads it
-	inode             uint64                    // of its namespace when last seen to be the one of cookie; 0: not seen
-	cookie            uint64                    // ... on record
-	hook              uint64                    // cookie of the namespace whose lookup program should be in force; 0: none
-	looked            time.Time                 // for Consul's own rules
-	candidates        map[uint64]proxyCandidate // whom the kernel took for its proxies when that was last looked at, by cgroup
-	rejected          string                    // what was said of the last one that was none
-	settled           time.Time                 // when what is wanted of it was last seen to be in force; zero: not yet
-	proxies           []registration.Proxy      // as Consul had them in the last pass
-	identity          identity.Memory           // of its registrations and tasks
-	notListeningSince time.Time                 // since when one of them does not listen; zero: all do
-	sought            time.Time                 // when its task is looked for next
-	listened          bool                      // all of them did at some time
-	mute              health.Problem            // that one does not listen; none where they do, or may still start
-	heard             time.Time                 // when that was last looked at
-	refused           refusal.Refusals          // for a fault
-	gate              gate.Gate
-	missing           time.Time // since when its record is missing; zero: it is not
-	absent            time.Time // since when Consul has no registration of its proxy; zero: it has
-	retry             time.Time // when to try again what went wrong; zero: nothing did
-	failures          int
-	errors            map[string]string // by step
+	view     api.WorkloadView
+	born     time.Time // when it was first seen
+	cached   bool      // libcni knew it in the last pass
+	ended    time.Time // when libcni forgot it; zero: it did not
+	fresh    bool      // this pass made its record, and the next one reads it
+	inode    uint64    // of its namespace when last seen to be the one of cookie; 0: not seen
+	cookie   uint64    // ... on record
+	hook     uint64    // cookie of the namespace whose lookup program should be in force; 0: none
+	looked   time.Time // for Consul's own rules
+	settled  time.Time // when what is wanted of it was last seen to be in force; zero: not yet
+	proxies  listening.Proxies
+	identity identity.Memory  // of its registrations and tasks
+	refused  refusal.Refusals // for a fault
+	gate     gate.Gate
+	missing  time.Time // since when its record is missing; zero: it is not
+	steps    retry.Steps
 }
 
 // recordGrace is how long a record may be missing before it counts as lost:
@@ -89,7 +79,7 @@ func (a *Agent) reconcile(now time.Time) {
 		unreadable = append(unreadable, err.Error())
 	}
 	a.mu.Lock()
-	a.discoveryError, a.unreadable, a.unseen.records = "", unreadable, inspect.UnreadableRecords(noRecords)
+	a.discoveryError, a.unreadable, a.unseen.Records = "", unreadable, inspect.UnreadableRecords(noRecords)
 	a.mu.Unlock()
 	skipped := slices.Concat(unreadable, consul.Problems)
 	if problem := a.containers().Error; problem != "" {
@@ -167,9 +157,7 @@ func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Ti
 func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []health.Problem {
 	s, m, state := v.s, v.m, v.state
 	problems := slices.Clone(v.wanted.Problems)
-	for _, step := range slices.Sorted(maps.Keys(m.errors)) {
-		problems = append(problems, api.StepProblem(step, m.errors[step]))
-	}
+	problems = append(problems, m.steps.Problems()...)
 	if s.Live && !s.Cached && state == api.StateManaged && len(s.Proxies) > 0 {
 		problems = append(problems, health.NewProblem(health.ProblemResultMissing,
 			"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known"))
@@ -177,24 +165,24 @@ func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []he
 	if state == api.StateEnded {
 		problems = []health.Problem{discover.LeftBehind()}
 	}
-	if m.rejected != "" {
-		problems = append(problems, health.NewProblem(health.ProblemTaskAsProxy, "give that task a user of its own in the job", m.rejected))
+	if m.proxies.Rejected() != "" {
+		problems = append(problems, health.NewProblem(health.ProblemTaskAsProxy, "give that task a user of its own in the job", m.proxies.Rejected()))
 	}
-	if m.mute.What != "" && state == api.StateManaged {
-		problems = append(problems, m.mute)
+	if mute := m.proxies.Mute(); mute.What != "" && state == api.StateManaged {
+		problems = append(problems, mute)
 	}
 	if state == api.StateManaged {
 		problems = append(problems, m.refused.Problems(a.refusedAgain(m, s, now))...)
 	}
-	return append(problems, m.unregistered(s, state, consul, now)...)
+	return append(problems, m.identity.Missing(s, state, consul, now)...)
 }
 
 // conclude says how an attachment is now.
 func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	s, m, state := v.s, v.m, v.state
 	next := view.Of(s, state, v.wanted, a.problemsOf(v, consul, now), consul.Facts)
-	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.retry.IsZero() && v.inForce
-	next.Task, m.proxies = m.tasks(), s.Proxies
+	next.InSync = state == api.StateManaged && len(s.Proxies) > 0 && consul.InSync && m.steps.Well() && v.inForce
+	next.Task, m.proxies.Registered = m.proxies.Tasks(), s.Proxies
 	next.Since = m.view.Since
 	if next.InSync != m.view.InSync || next.State != m.view.State {
 		next.Since = now
@@ -215,8 +203,8 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 		m.hook = s.Record.Cookie
 	}
 	if m.hook != before {
-		m.notListeningSince, m.sought = now, time.Time{}
-		m.listened, m.mute, m.heard, m.refused = false, health.Problem{}, time.Time{}, refusal.Refusals{}
+		m.proxies.Renew(now)
+		m.refused = refusal.Refusals{}
 		a.closeGate(s.Key, m)
 		m.gate = gate.Gate{}
 	}
@@ -235,7 +223,8 @@ func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.
 		a.note(s.Key, m, "record", nil)
 		return a.followNamespace(s, m, now)
 	case s.Over() && (s.Asked() || wanted.Add != nil):
-		m.errors, m.retry, m.missing = nil, time.Time{}, time.Time{}
+		m.steps.Clear()
+		m.missing = time.Time{}
 		return api.StateEnded
 	case s.Asked():
 		if m.view.State == api.StateConsul && now.Sub(m.looked) < resync {
@@ -254,7 +243,7 @@ func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.
 			m.missing = now
 		}
 		if now.Sub(m.missing) < recordGrace {
-			m.errors, m.retry = map[string]string{"record": errRecordMissing.Error()}, m.missing.Add(recordGrace)
+			m.steps.Await("record", errRecordMissing, m.missing.Add(recordGrace))
 			if m.view.State != "" {
 				return m.view.State // it may be on its way out
 			}

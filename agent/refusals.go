@@ -33,8 +33,7 @@ func (a *Agent) readRefusals(now time.Time) {
 	changed := false
 	for _, m := range a.allocations {
 		if m.hook != 0 {
-			listens := m.notListeningSince.IsZero() && len(m.proxies) > 0
-			changed = m.refused.Note(counts[m.hook], listens, now) || changed
+			changed = m.refused.Note(counts[m.hook], m.proxies.AllListen(), now) || changed
 		}
 	}
 	if changed {

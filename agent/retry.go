@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -21,29 +20,15 @@ func (a *Agent) note(key workload.AttachmentID, m *allocState, step string, err 
 	if m == nil {
 		return
 	}
-	text, level := errorText(err), slog.LevelWarn
+	level := slog.LevelWarn
 	if ends(err) {
 		level = slog.LevelDebug
 	}
-	if text != m.errors[step] {
-		if err != nil {
-			a.log.Log(context.Background(), level, "workload "+step+" failed", "alloc_id", key.ContainerID, "interface", key.IfName, "error", err)
-		}
-		if m.errors == nil {
-			m.errors = make(map[string]string)
-		}
-		if m.errors[step] = text; text == "" {
-			delete(m.errors, step)
-		}
+	if m.steps.Note(step, err, time.Now()) && err != nil {
+		a.log.Log(context.Background(), level, "workload "+step+" failed", "alloc_id", key.ContainerID, "interface", key.IfName, "error", err)
 	}
-	if err != nil {
-		m.failures++
-		m.retry = time.Now().Add(catalog.PollInterval{Failures: m.failures}.Pause(0.5))
-		if level != slog.LevelDebug {
-			a.count(func(c *api.Counts) { c.Failures++ })
-		}
-	} else if len(m.errors) == 0 {
-		m.failures, m.retry = 0, time.Time{}
+	if err != nil && level != slog.LevelDebug {
+		a.count(func(c *api.Counts) { c.Failures++ })
 	}
 }
 
@@ -57,7 +42,7 @@ func ends(err error) bool {
 
 func (a *Agent) retryDue(now time.Time) bool {
 	for _, m := range a.allocations {
-		if !m.retry.IsZero() && now.After(m.retry) {
+		if m.steps.Due(now) {
 			return true
 		}
 	}

@@ -24,7 +24,7 @@ func TestFailureNamesItsAllocation(t *testing.T) {
 	if strings.Count(log.String(), want) != 1 || strings.Count(log.String(), "\n") != 1 {
 		t.Errorf("log = %s, want one line with %s", &log, want)
 	}
-	if m.failures != 2 || m.retry.IsZero() {
-		t.Errorf("%d failures, retry at %s; want 2 and a time", m.failures, m.retry)
+	if m.steps.Failures() != 2 || m.steps.Well() {
+		t.Errorf("%d failures, nothing to try again: %t; want 2 and another try", m.steps.Failures(), m.steps.Well())
 	}
 }

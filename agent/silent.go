@@ -5,21 +5,12 @@ package agent
 import (
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
-	"github.com/weirmesh/weir/agent/discover"
-	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/agent/listening"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
-)
-
-// How often the task of a proxy that does not listen is looked for: at first
-// often, and never so often that it costs more than a part of a core.
-const (
-	firstSearch = 100 * time.Millisecond
-	searchShare = 20 // of the time that a search takes, until the next one
 )
 
 // identifyProxies tells the kernel who the proxies are that do not listen, by the
@@ -43,10 +34,10 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 	}
 	var namespaces []string
 	for key, m := range due {
-		if !slices.ContainsFunc(seen[m.hook], func(s redirect.ObservedProxy) bool { return !s.Listens }) {
-			m.notListeningSince = time.Time{}
+		if !listening.OneIsSilent(seen[m.hook]) {
+			m.proxies.Heard()
 			delete(due, key)
-		} else if len(m.proxies) > 0 {
+		} else if len(m.proxies.Registered) > 0 {
 			namespaces = append(namespaces, m.view.NetNS)
 		}
 	}
@@ -63,14 +54,12 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 		cost = time.Since(began)
 	}
 	for key, m := range due {
-		if len(seen[m.hook]) == len(m.proxies) { // else the kernel does not know of all of them yet
-			a.setProxies(key, m, m.proxiesAmong(cgroups[m.view.NetNS], known), seen[m.hook])
+		if len(seen[m.hook]) == len(m.proxies.Registered) { // else the kernel does not know of all of them yet
+			a.setProxies(key, m, m.proxies.Among(cgroups[m.view.NetNS], m.view.ID, known), seen[m.hook])
 		}
 	}
 	for _, m := range due {
-		pause := max(min(max(now.Sub(m.notListeningSince)/16, firstSearch), tick), cost*searchShare)
-		m.sought = now.Add(pause)
-		wait = min(wait, pause)
+		wait = min(wait, m.proxies.Sought(now, cost))
 	}
 	return wait
 }
@@ -80,11 +69,12 @@ func (a *Agent) identifyProxies(now time.Time) time.Duration {
 func (a *Agent) dueForSearch(started bool, now time.Time) (due map[workload.AttachmentID]*allocState, wait time.Duration) {
 	due, wait = make(map[workload.AttachmentID]*allocState), tick
 	for key, m := range a.allocations {
-		if m.notListeningSince.IsZero() || m.hook == 0 || m.view.Mode == workload.ModeDirect || m.view.Mode == workload.ModeGateway {
+		next, silent := m.proxies.Due(started, now)
+		if !silent || m.hook == 0 || m.view.Mode == workload.ModeDirect || m.view.Mode == workload.ModeGateway {
 			continue // in those nothing is redirected from which the UID exempts
 		}
-		if !started && now.Before(m.sought) {
-			wait = min(wait, m.sought.Sub(now))
+		if next > 0 {
+			wait = min(wait, next)
 			continue
 		}
 		due[key] = m
@@ -104,36 +94,4 @@ func (a *Agent) setProxies(key workload.AttachmentID, m *allocState, cgroups map
 		}
 		a.note(key, m, "recognise", err)
 	}
-}
-
-// proxiesAmong tells the proxies' cgroups by the names of the tasks: by service,
-// those for which there is one cgroup and no other.
-func (m *allocState) proxiesAmong(paths []string, known discover.Containers) map[string]uint64 {
-	tasks := make(map[string][]string)
-	for _, path := range paths {
-		if of, ok := nearest(discover.TaskOf(path, m.view.ID, known), m.proxies); ok {
-			tasks[of.OwnService().Name] = append(tasks[of.OwnService().Name], path)
-		}
-	}
-	found := make(map[string]uint64)
-	for service, paths := range tasks {
-		if len(paths) > 1 {
-			continue
-		}
-		if id, err := host.CgroupID(paths[0]); err == nil { // else it ended
-			found[service] = id
-		}
-	}
-	return found
-}
-
-// nearest is the proxy that Nomad injected the task for: where the name of one
-// service begins with another's, the longer one's.
-func nearest(task string, proxies []registration.Proxy) (found registration.Proxy, ok bool) {
-	for _, p := range proxies {
-		if registration.Injected(task, []registration.Proxy{p}) && (!ok || strings.HasPrefix(p.Task(), found.Task())) {
-			found, ok = p, true
-		}
-	}
-	return found, ok
 }

@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -78,24 +77,4 @@ func (n *node) verdictsOf(key workload.AttachmentID) map[string]uint64 {
 	}
 	n.t.Fatalf("no workload %s", key)
 	return nil
-}
-
-func TestNearestProxyOfATask(t *testing.T) {
-	sidecar := func(name string) registration.Proxy {
-		return registration.Proxy{Kind: registration.KindSidecar, Self: registration.Service{Name: name + "-sidecar-proxy"}, Service: name}
-	}
-	proxies := []registration.Proxy{sidecar("web-api"), sidecar("web"), sidecar("web-api-v2"), {Kind: registration.KindAPI, Self: registration.Service{Name: "edge"}}}
-	for task, want := range map[string]string{
-		"connect-proxy-web": "web", "connect-proxy-web-1a2b3c": "web", "connect-proxy-web-api": "web-api",
-		"connect-proxy-web-api-1a2b3c": "web-api", "connect-proxy-web-api-v2": "web-api-v2",
-		"connect-proxy-website": "", "edge": "", "": "",
-	} {
-		for range proxies {
-			proxies = append(proxies[1:], proxies[0])
-			found, ok := nearest(task, proxies)
-			if ok != (want != "") || found.Service != want {
-				t.Errorf("task %q is that of %q, %t; want %q", task, found.Service, ok, want)
-			}
-		}
-	}
 }

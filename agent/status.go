@@ -59,7 +59,7 @@ func (s source) Consul() catalog.Snapshot { return s.consulNow() }
 func (s source) Unseen() map[string]int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.unseen.reasons()
+	return s.unseen.Reasons()
 }
 
 // Failed is that of server.Source.

@@ -41,7 +41,7 @@ func (a *Agent) byUrgency(allocations []desired.Allocation) {
 	urgency := func(s desired.Allocation) int {
 		m := a.allocations[s.Key]
 		switch {
-		case m != nil && m.failures > 0:
+		case m != nil && m.steps.Failures() > 0:
 			return 3
 		case s.Record == nil:
 			return 0

@@ -165,7 +165,8 @@ func TestUrgency(t *testing.T) {
 		{Attachment: discover.Attachment{Key: key("added")}, Record: known("")},
 		{Attachment: discover.Attachment{Key: key("new")}},
 	}
-	a := &Agent{allocations: map[workload.AttachmentID]*allocState{key("broken"): {failures: 1}, key("configured"): {}, key("added"): {}}}
+	a := &Agent{allocations: map[workload.AttachmentID]*allocState{key("broken"): {}, key("configured"): {}, key("added"): {}}}
+	a.allocations[key("broken")].steps.Note("add", errors.New("denied"), time.Now())
 	a.byUrgency(allocations)
 	var got []string
 	for _, s := range allocations {

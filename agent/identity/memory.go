@@ -23,6 +23,7 @@ type Memory struct {
 	running   time.Time        // since when its tasks are seen to run
 	lookAgain time.Time        // for its tasks
 	looks     int              // that were made for the registrations that there are
+	absent    time.Time        // since when Consul has no registration of its proxy; zero: it has
 }
 
 // Remember keeps the claims of the registrations that there are.
@@ -37,9 +38,6 @@ func (m *Memory) Remember(proxies []registration.Proxy, now time.Time) {
 	}
 	m.claims = next
 }
-
-// Claimed reports whether some registration names the allocation.
-func (m *Memory) Claimed() bool { return len(m.claims) > 0 }
 
 // Due reports whether it is time to look at the allocation's tasks, at first
 // often, then ever more seldom.
