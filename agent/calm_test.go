@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/discover"
-	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -165,11 +164,7 @@ func TestDoubtAboutAProxyIsNoNews(t *testing.T) {
 	first := time.Now()
 	a.lookSome(first)
 	m := a.allocations[key]
-	id, err := host.CgroupID(cgroup.Path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if got := m.proxies.Tries(id); got != 1 {
+	if got := m.proxies.Tries(cgroup.ID); got != 1 {
 		t.Fatalf("the process of no task was looked at %d times, want once", got)
 	}
 	select {
@@ -177,11 +172,11 @@ func TestDoubtAboutAProxyIsNoNews(t *testing.T) {
 	default:
 	}
 	a.lookSome(first.Add(time.Second))
-	if got := m.proxies.Tries(id); got != 1 {
+	if got := m.proxies.Tries(cgroup.ID); got != 1 {
 		t.Errorf("a second later it was looked at %d times, want once", got)
 	}
 	a.lookSome(first.Add(time.Minute))
-	if got := m.proxies.Tries(id); got != 2 {
+	if got := m.proxies.Tries(cgroup.ID); got != 2 {
 		t.Errorf("a minute later it was looked at %d times, want twice", got)
 	}
 	select {
