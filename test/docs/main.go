@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command docs checks that each link between the pages of the documentation leads to a page, and
-// to a heading of it, that exist. Its arguments are the pages.
+// to a heading of it, that exist, and that each test which a page names is there. Its arguments are
+// the pages; the tests are those of the working directory and below.
 package main
 
 import (
@@ -15,7 +16,12 @@ import (
 )
 
 func main() {
-	problems := check(os.Args[1:])
+	tests, err := testsBelow(".")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "test/docs:", err)
+		os.Exit(1)
+	}
+	problems := check(os.Args[1:], tests)
 	for _, problem := range problems {
 		fmt.Println(problem)
 	}
@@ -24,8 +30,9 @@ func main() {
 	}
 }
 
-// check returns a line for each link of the pages that leads nowhere.
-func check(pages []string) (problems []string) {
+// check returns a line for each link of the pages that leads nowhere, and for each test that is
+// named and not there.
+func check(pages []string, tests map[string]bool) (problems []string) {
 	anchorsOf := make(map[string]map[string]bool) // by path; nil where the file is no page
 	for _, page := range pages {
 		text, err := os.ReadFile(page)
@@ -36,6 +43,11 @@ func check(pages []string) (problems []string) {
 		for _, link := range links(string(text)) {
 			if err := resolve(page, link, anchorsOf); err != nil {
 				problems = append(problems, fmt.Sprintf("%s: link %s: %v", page, link, err))
+			}
+		}
+		for _, name := range namedTests(string(text)) {
+			if !tests[name] {
+				problems = append(problems, fmt.Sprintf("%s: %s: no such test", page, name))
 			}
 		}
 	}
@@ -88,6 +100,37 @@ func links(text string) (targets []string) {
 		targets = append(targets, found[1])
 	}
 	return targets
+}
+
+// namedTests are the tests and benchmarks that the page names, without their parts.
+func namedTests(text string) (names []string) {
+	named := regexp.MustCompile("`((?:Test|Benchmark|Fuzz)[A-Z]\\w*)[`/]")
+	for _, found := range named.FindAllStringSubmatch(strings.Join(prose(text), "\n"), -1) {
+		names = append(names, found[1])
+	}
+	return names
+}
+
+// testsBelow are the tests and benchmarks of a directory and those below it that are not hidden.
+func testsBelow(root string) (map[string]bool, error) {
+	declared := regexp.MustCompile(`(?m)^func ((?:Test|Benchmark|Fuzz)\w+)\(`)
+	tests := make(map[string]bool)
+	err := filepath.WalkDir(root, func(path string, entry fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case entry.IsDir() && path != root && strings.HasPrefix(entry.Name(), "."):
+			return filepath.SkipDir
+		case entry.IsDir() || !strings.HasSuffix(path, "_test.go"):
+			return nil
+		}
+		text, err := os.ReadFile(path)
+		for _, found := range declared.FindAllSubmatch(text, -1) {
+			tests[string(found[1])] = true
+		}
+		return err
+	})
+	return tests, err
 }
 
 // anchorsIn are the anchors that GitHub gives to a page's headings: lower case,

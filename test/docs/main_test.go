@@ -31,7 +31,34 @@ func TestLinksThatLeadNowhereAreFound(t *testing.T) {
 		from + ": link other.md#what-x-does: no such heading",
 		from + ": link other.md#no-heading: no such heading",
 	}
-	if diff := cmp.Diff(want, check([]string{from})); diff != "" {
+	if diff := cmp.Diff(want, check([]string{from}, nil)); diff != "" {
+		t.Error(diff)
+	}
+}
+
+func TestTestsThatAreNotThereAreFound(t *testing.T) {
+	dir := t.TempDir()
+	from := filepath.Join(dir, "page.md")
+	for path, text := range map[string]string{
+		"page.md":           "`TestHere`, `TestHere/a part`, `BenchmarkHere`, `TestGone`, `TestHidden`, Testing, `TestHer`\n\n```\n`TestInCode`\n```\n",
+		"below/a_test.go":   "package a\n\nfunc TestHere(t *testing.T) {}\n\nfunc BenchmarkHere(b *testing.B) {}\n",
+		"below/a.go":        "package a\n\nfunc TestGone(t *testing.T) {}\n",
+		".hidden/a_test.go": "package a\n\nfunc TestHidden(t *testing.T) {}\n",
+	} {
+		path = filepath.Join(dir, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tests, err := testsBelow(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{from + ": TestGone: no such test", from + ": TestHidden: no such test", from + ": TestHer: no such test"}
+	if diff := cmp.Diff(want, check([]string{from}, tests)); diff != "" {
 		t.Error(diff)
 	}
 }
