@@ -23,8 +23,15 @@ func rareWays() map[string]func(attack) error {
 		"tcp by a scope":    dialled(option(unix.IPPROTO_TCP, unix.TCP_SYNCNT, 1)),
 		"udp by a scope":    sentByScope,
 		"passed socket":     passedSocket,
+		"packet, kept":      keptPacketSocket,
 		"setns":             socketElsewhere(attack.send),
 	}
+}
+
+// keptPacketSocket opens a packet socket that ends with the process.
+func keptPacketSocket(attack) error {
+	_, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	return err
 }
 
 func unicastDevice(a attack, fd int) error {

@@ -111,6 +111,7 @@ const (
 	ProblemRoutesMissing
 	ProblemFilterMissing
 	ProblemFamiliesOpen
+	ProblemPacketSocketOpen
 	ProblemLookupMissing
 	ProblemOtherInstance
 	ProblemListenerMissing
@@ -189,6 +190,7 @@ func (c ProblemCode) row() problemRow {
 		ProblemRoutesMissing:        {"routes-missing", failure, "routes to the proxy are missing"},
 		ProblemFilterMissing:        {"filter-missing", failure, "the filter of forwarded packets is missing"},
 		ProblemFamiliesOpen:         {"families-open", warning, "the egress guard does not see sockets of other families than IP"},
+		ProblemPacketSocketOpen:     {"packet-socket-open", failure, "a packet socket is older than the egress guard"},
 		ProblemLookupMissing:        {"lookup-missing", failure, "the lookup program is not attached or not pinned"},
 		ProblemOtherInstance:        {"other-instance", failure, "another instance of Weir is attached to the namespace"},
 		ProblemListenerMissing:      {"listener-missing", failure, "a listener of the proxy is not registered"},

@@ -287,9 +287,8 @@ func (d *Reader) inspectWithin(tables *bpfmap.Tables, filters *filter.FilterRead
 	if !filtered {
 		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, datagrams by broadcast or multicast the guard, and tunnels the egress guard")
 	}
-	if !program.FamiliesHeld(d.paths, w) {
-		problem(health.ProblemFamiliesOpen, "run its CNI CHECK; where 'weir doctor' says that the kernel cannot, take CAP_NET_RAW from its tasks",
-			"its egress guard does not see sockets of other families than IP: packet, vsock, XDP")
+	if err := inspectFamilies(d.paths, ns, w, problem); err != nil {
+		return err
 	}
 	lookups, err := program.LookupsIn(tables, ns)
 	if err != nil {
