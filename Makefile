@@ -57,7 +57,7 @@ programs: ## Run Debian's curl, JVM, node, Redis, dig, ping and NTP under the gu
 	test/tools/setup.sh programs
 	NOMAD='$(NOMAD)' CONSUL='$(CONSUL)' ENVOY='$(ENVOY)' PKG=./test/programs test/run-e2e.sh $(if $(RUN),-run '$(RUN)')
 
-test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP: only those
+test-vm: build ## Run the kernel tests in VMs with Debian's kernels; RUN=REGEXP, KERNEL=, ARCH=arm64: only those
 	test/tools/setup.sh vm
 	$(GORUN) ./test/vm $(if $(RUN),-run '$(RUN)')
 
