@@ -240,6 +240,14 @@ func TestSceneOfSevenQuestions(t *testing.T) {
 	if _, err := test.Ask(s.shop.ns, "tcp4", s.api.at(8080).String()); err != nil {
 		t.Fatalf("dial api past its proxy: %v", err)
 	}
+	// The agent asks Consul which services have the addresses that were dialled.
+	test.Eventually(t, func() error {
+		summary, stderr, _ := s.weir.run("flows", "-summary", "-since", began.Format(time.RFC3339Nano))
+		if !strings.Contains(summary, "secret:80") || !strings.Contains(summary, "api:80") || strings.Contains(summary, "240.0.0.") {
+			return fmt.Errorf("flows -summary says %s%s", summary, stderr)
+		}
+		return nil
+	}, "the services to have their names")
 	for _, q := range []struct {
 		name, question string
 		args, hidden   []string // the command, and what it is told of this test
