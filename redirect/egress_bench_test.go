@@ -13,8 +13,10 @@ import (
 )
 
 // BenchmarkEgress is what UDP costs a task in each mode of the egress guard: connect to
-// a port that is excluded, send there, and send and receive by loopback. "none" is a
-// namespace that is not under Weir.
+// a port that is excluded, send there, and send and receive by loopback; and what a TCP
+// connection to the proxy costs, from socket to close. "none" is a namespace that is not
+// under Weir, where the same listener is dialled by its own address. "cpu-ns/op" is the
+// CPU time of who sends, which a busy machine leaves as it is.
 func BenchmarkEgress(b *testing.B) {
 	for _, mode := range []workload.Guard{"none", workload.GuardOff, workload.GuardAudit, workload.GuardEnforce} {
 		b.Run(string(mode), func(b *testing.B) {
@@ -32,7 +34,12 @@ func BenchmarkEgress(b *testing.B) {
 				b.Fatal(err)
 			}
 			defer handle.Close()
+			listenAsProxy(b, handle)
 			excluded := excludedPeer()
+			var mesh unix.Sockaddr = &unix.SockaddrInet4{Addr: [4]byte{10, 210, 0, 8}, Port: 80}
+			if mode == "none" {
+				mesh = &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: outboundPort}
+			}
 			for name, action := range map[string]func(fd int, own unix.Sockaddr) error{
 				"connect": func(fd int, _ unix.Sockaddr) error { return unix.Connect(fd, excluded) },
 				"send":    func(fd int, _ unix.Sockaddr) error { return unix.Sendto(fd, []byte(marker), 0, excluded) },
@@ -42,6 +49,17 @@ func BenchmarkEgress(b *testing.B) {
 					}
 					_, _, err := unix.Recvfrom(fd, make([]byte, len(marker)), 0)
 					return err
+				},
+				"tcp": func(int, unix.Sockaddr) error {
+					return socketOf(unix.AF_INET, unix.SOCK_STREAM, 0, func(fd int) error {
+						if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &unix.Timeval{Sec: scriptPatience}); err != nil {
+							return err
+						}
+						if err := unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1}); err != nil {
+							return err // else the ports of connections that are over run out
+						}
+						return finishConnect(fd, unix.Connect(fd, mesh), unix.EINTR)
+					})
 				},
 			} {
 				b.Run(name, func(b *testing.B) { benchmarkSocket(b, handle, name == "receive", action) })
@@ -57,6 +75,45 @@ func BenchmarkEgress(b *testing.B) {
 
 func excludedPeer() *unix.SockaddrInet4 {
 	return &unix.SockaddrInet4{Addr: [4]byte{10, 210, 0, 9}, Port: 9}
+}
+
+// listenAsProxy accepts connections in the namespace as the proxy would, and closes them.
+func listenAsProxy(b *testing.B, handle netns.NsHandle) {
+	b.Helper()
+	fd := make(chan int)
+	go func() {
+		runtime.LockOSThread() // and the thread ends with it
+		defer close(fd)
+		if netns.Set(handle) != nil {
+			return
+		}
+		if err := unix.Setfsuid(proxyUID); err != nil {
+			return
+		}
+		listener, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err == nil && unix.Bind(listener, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}, Port: outboundPort}) == nil && unix.Listen(listener, 128) == nil {
+			fd <- listener
+			for {
+				accepted, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+				if err == unix.EINVAL || err == unix.EBADF { // the listener is shut down
+					return
+				}
+				if err == nil {
+					unix.Close(accepted)
+				}
+			}
+		}
+	}()
+	listener, listens := <-fd
+	if !listens {
+		b.Fatal("the proxy does not listen")
+	}
+	b.Cleanup(func() {
+		if err := unix.Shutdown(listener, unix.SHUT_RDWR); err != nil { // ends the accept
+			b.Error(err)
+		}
+		unix.Close(listener)
+	})
 }
 
 // benchmarkSocket does something again and again with one socket of UDP of a namespace.
@@ -86,9 +143,21 @@ func benchmarkSocket(b *testing.B, handle netns.NsHandle, bound bool, action fun
 	if own, err = unix.Getsockname(fd); err != nil {
 		b.Fatal(err)
 	}
+	before := threadTime(b)
 	for b.Loop() {
 		if err := action(fd, own); err != nil {
 			b.Fatal(err)
 		}
 	}
+	b.ReportMetric(float64(threadTime(b)-before)/float64(b.N), "cpu-ns/op")
+}
+
+// threadTime is the CPU time of the calling thread so far, in nanoseconds.
+func threadTime(b *testing.B) int64 {
+	b.Helper()
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_THREAD_CPUTIME_ID, &now); err != nil {
+		b.Fatal(err)
+	}
+	return now.Nano()
 }
