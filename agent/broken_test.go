@@ -105,7 +105,7 @@ func TestWatcherTellsThatNothingTriggersIt(t *testing.T) {
 			t.Run(question.name+", "+c.name, func(t *testing.T) {
 				t.Parallel()
 				fake := newFakeConsul(t)
-				fake.set(&fake.names, allNames)
+				fake.set(&fake.instances, oneInstance)
 				fake.answers(say(200, oneProxy))
 				field := question.field(fake)
 				works := *field
@@ -161,7 +161,7 @@ func TestWatcherReadsWhenItsTriggerDies(t *testing.T) {
 // Of the virtual IPs' own trigger the same is told.
 func TestWatcherTellsThatServicesComeAndGoUnseen(t *testing.T) {
 	fake := newFakeConsul(t)
-	fake.set(&fake.names, allNames)
+	fake.set(&fake.instances, oneInstance)
 	fake.set(&fake.chain, say(200, `{"Chain": {"AutoVirtualIPs": ["240.0.0.1"]}}`))
 	fake.answers(say(200, oneProxy))
 	watcher := fake.follow(t)
@@ -170,15 +170,15 @@ func TestWatcherTellsThatServicesComeAndGoUnseen(t *testing.T) {
 		t.Errorf("problems = %q, want none", list)
 	}
 	broken := newFakeConsul(t)
-	broken.set(&broken.names, say(500, "No known Consul servers"))
+	broken.set(&broken.instances, say(500, "No known Consul servers"))
 	broken.answers(say(200, oneProxy))
 	watcher = broken.follow(t)
 	bad := eventuallyKnown(t, watcher, "the failure to be told", func(v catalog.Snapshot) bool { return inSync(v) && v.Facts.NoNames.What != "" })
 	if told := fmt.Sprint(bad.ProblemsOf("")); !strings.Contains(told, "virtual IP") || !strings.Contains(told, "No known Consul servers") {
 		t.Errorf("problems = %s, want what it means and why", told)
 	}
-	broken.set(&broken.names, allNames)
-	eventuallyKnown(t, watcher, "the names to be known", func(v catalog.Snapshot) bool { return inSync(v) && len(v.ProblemsOf("")) == 0 })
+	broken.set(&broken.instances, oneInstance)
+	eventuallyKnown(t, watcher, "the instances to be known", func(v catalog.Snapshot) bool { return inSync(v) && len(v.ProblemsOf("")) == 0 })
 }
 
 // Where no trigger is wanted, a token that may not read the agent still costs

@@ -58,13 +58,14 @@ func TestWatcherNamesPartitionAndNamespace(t *testing.T) {
 	eventuallyKnown(t, runWatcher(t, config), "all questions", func(catalog.Snapshot) bool {
 		enterprise.mu.Lock()
 		defer enterprise.mu.Unlock()
-		return len(enterprise.asked) == 7
+		return len(enterprise.asked) == 8
 	})
 	want := map[string]string{
 		"/v1/agent/services":              "* in red",
 		"/v1/agent/self":                  "* in red",
 		"/v1/catalog/node-services/node":  "* in red",
-		"/v1/catalog/services":            "default in red",
+		"/v1/health/service/near":         "shop in red",
+		"/v1/health/service/far":          "billing in blue",
 		"/v1/discovery-chain/near":        "shop in red",
 		"/v1/discovery-chain/far":         "billing in blue",
 		"/v1/config/ingress-gateway/edge": "doors in red",

@@ -33,7 +33,7 @@ type fakeConsul struct {
 	chain       http.HandlerFunc
 	checks      http.HandlerFunc
 	catalog     fakeCatalog
-	names       http.HandlerFunc // of all services; nil: the catalog's
+	instances   http.HandlerFunc // of each service; nil: the catalog's
 	entry       http.HandlerFunc // of a gateway
 	intentions  http.HandlerFunc
 	tokens      []string // of the bulk reads
@@ -81,8 +81,8 @@ func (f *fakeConsul) serve(w http.ResponseWriter, r *http.Request) {
 		answer = f.changes
 	case strings.HasPrefix(path, "/v1/discovery-chain/"):
 		answer = f.chain
-	case path == "/v1/catalog/services":
-		if answer = f.names; answer == nil {
+	case strings.HasPrefix(path, "/v1/health/service/"):
+		if answer = f.instances; answer == nil {
 			answer = f.catalog.serve
 		}
 	case path == "/v1/agent/checks":
@@ -129,14 +129,14 @@ func nothingChanges(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprint(w, "{}")
 }
 
-// allNames is the answer to who asks for all services of the catalog.
-func allNames(w http.ResponseWriter, r *http.Request) {
+// oneInstance is the answer to who asks for those of a service.
+func oneInstance(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("X-Consul-Index", "1")
 	if index := r.URL.Query().Get("index"); index != "" && index != "0" {
 		untilGone(w, r)
 		return
 	}
-	fmt.Fprint(w, `{"api": []}`)
+	fmt.Fprint(w, `[{"Service": {"CreateIndex": 1}}]`)
 }
 
 // consul is what the agent asks the fake by.

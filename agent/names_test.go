@@ -3,12 +3,12 @@
 package agent
 
 import (
-	"context"
-	"encoding/json"
+	"cmp"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/netip"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,27 +22,24 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// fakeCatalog is no catalog. It answers a blocking query for the names of
-// services, and fails it when told to.
+// fakeCatalog is no catalog. It answers blocking queries for the instances of a
+// service, of which each has one.
 type fakeCatalog struct {
 	mu      sync.Mutex
-	index   uint64 // 0: there is no such page
-	names   []string
-	failing bool
+	index   uint64            // 0: there is no such page
+	names   map[string]uint64 // ... and the index at which the instance came
 	changed chan struct{}
 }
 
 func (c *fakeCatalog) set(names ...string) {
-	c.change(func() { c.names, c.failing = names, false })
-}
-
-func (c *fakeCatalog) fail() { c.change(func() { c.failing = true }) }
-
-func (c *fakeCatalog) change(edit func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	edit()
 	c.index++
+	before := c.names
+	c.names = make(map[string]uint64)
+	for _, name := range names {
+		c.names[name] = cmp.Or(before[name], c.index)
+	}
 	if c.changed != nil {
 		close(c.changed)
 	}
@@ -50,26 +47,21 @@ func (c *fakeCatalog) change(edit func()) {
 }
 
 func (c *fakeCatalog) serve(w http.ResponseWriter, r *http.Request) {
+	seen, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
 	for {
 		c.mu.Lock()
-		index, names, failing, changed := c.index, c.names, c.failing, c.changed
+		index, came, changed := c.index, c.names[path.Base(r.URL.Path)], c.changed
 		c.mu.Unlock()
-		seen, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 64)
 		switch {
 		case index == 0:
 			say(404, "no such page")(w, r)
 			return
-		case failing:
-			say(500, "no cluster leader")(w, r)
-			return
 		case index > seen:
 			w.Header().Set("X-Consul-Index", strconv.FormatUint(index, 10))
-			answer := make(map[string][]string)
-			for _, name := range names {
-				answer[name] = []string{"a-tag", "another"}
-			}
-			if err := json.NewEncoder(w).Encode(answer); err != nil {
-				panic(http.ErrAbortHandler)
+			if came == 0 {
+				fmt.Fprint(w, "[]")
+			} else {
+				fmt.Fprintf(w, `[{"Service": {"CreateIndex": %d}}]`, came)
 			}
 			return
 		}
@@ -114,11 +106,11 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 	eventuallyKnown(t, watcher, "the virtual IP of api", virtualIPOf("api", "240.0.0.1"))
 	before := eventuallyKnown(t, watcher, "that of db", virtualIPOf("db", "240.0.0.1"))
 	test.Eventually(t, func() error {
-		if fake.times("/v1/catalog/services") < 2 {
+		if fake.times("/v1/health/service/api") < 2 {
 			return errors.New("not yet")
 		}
 		return nil
-	}, "the names to be waited for")
+	}, "changes of api to be waited for")
 
 	fake.chains(chainOf())
 	fake.catalog.set("db", "web")
@@ -142,53 +134,8 @@ func TestVirtualIPsFollowTheCatalog(t *testing.T) {
 	}
 }
 
-// What happened while the names could not be read is not missed.
-func TestVirtualIPsAreAskedAnewAfterAGap(t *testing.T) {
-	fake := newFakeConsul(t)
-	l := fake.lookups(t)
-	l.Virtual[registration.Service{Name: "api"}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Present, Next: l.Now().Add(catalog.LookupInterval)}
-	l.Names.Set(map[string]catalog.Ignored{"api": {}}, true)
-	l.OnCatalogChange()
-	if next := l.Virtual[registration.Service{Name: "api"}].Next; next.After(l.Now().Add(catalog.LookupInterval / 5)) {
-		t.Errorf("asked again in %s, want soon", next.Sub(l.Now()))
-	}
-}
-
-// Names that could not be read for a while are no names, and may have come and
-// gone meanwhile.
-func TestNamesTellOfAGap(t *testing.T) {
-	fake := newFakeConsul(t)
-	fake.catalog.set("api")
-	n := catalog.NewServiceList(fake.client(t))
-	n.Need()
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() { n.Follow(ctx) })
-	defer running.Wait()
-	defer cancel()
-	want := func(presence catalog.Presence, missed int) {
-		t.Helper()
-		test.Eventually(t, func() error {
-			got := n.Of(registration.Service{Name: "api"})
-			n.Mu.Lock()
-			defer n.Mu.Unlock()
-			if got != presence || n.Missed != missed {
-				return fmt.Errorf("presence %d, %d gaps", got, n.Missed)
-			}
-			return nil
-		}, fmt.Sprintf("presence %d and %d gaps", presence, missed))
-	}
-	want(catalog.Present, 0)
-	fake.catalog.set("db")
-	want(catalog.Absent, 0)
-	fake.catalog.fail()
-	want(catalog.PresenceUnknown, 0)
-	fake.catalog.set("api")
-	want(catalog.Present, 1)
-}
-
 // A node that has nothing to ask of the catalog does not ask it.
-func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
+func TestCatalogIsNotAskedWithoutUpstreams(t *testing.T) {
 	fake := newFakeConsul(t)
 	fake.catalog.set("web")
 	fake.answers(registered(exampleAlloc))
@@ -196,33 +143,12 @@ func TestNamesAreNotAskedForWithoutUpstreams(t *testing.T) {
 	eventuallyKnown(t, watcher, "the proxy", inSync)
 	watcher.Wake()
 	eventuallyKnown(t, watcher, "another read", func(v catalog.Snapshot) bool { return v.Counts.Reads > 1 })
-	if times := fake.times("/v1/catalog/services"); times > 0 {
-		t.Errorf("asked %d times, want never", times)
-	}
-}
-
-func TestWatcherNames(t *testing.T) {
-	fake := newFakeConsul(t)
-	consul := fake.client(t)
-	consul.Config.Namespace = "default"
-	n := catalog.NewServiceList(consul)
-	if got := n.Of(registration.Service{Name: "api"}); got != catalog.PresenceUnknown {
-		t.Errorf("before an answer: %v", got)
-	}
-	n.Set(map[string]catalog.Ignored{"api": {}}, false)
-	for of, want := range map[registration.Service]catalog.Presence{
-		{Name: "api"}: catalog.Present, {Name: "api", Namespace: "default", Partition: "default"}: catalog.Present,
-		{Name: "db"}: catalog.Absent, {Name: "api", Namespace: "other"}: catalog.PresenceUnknown, {Name: "db", Partition: "other"}: catalog.PresenceUnknown,
-	} {
-		if got := n.Of(of); got != want {
-			t.Errorf("presence of %+v = %v, want %v", of, got, want)
+	fake.mu.Lock()
+	defer fake.mu.Unlock()
+	for path := range fake.asked {
+		if path != "/v1/agent/services" && path != "/v1/agent/self" && path != "/v1/catalog/node-services/node" {
+			t.Errorf("asked for %s, want what the node itself is alone", path)
 		}
-	}
-	if rest := n.Rest(20000, 0); rest < 10*time.Second || rest > 30*time.Second {
-		t.Errorf("rest with 20,000 services = %s, want about 20 s", rest)
-	}
-	if rest := n.Rest(10, 0); rest < 500*time.Millisecond || rest > 1500*time.Millisecond {
-		t.Errorf("rest with 10 services = %s, want about a second", rest)
 	}
 }
 
@@ -235,10 +161,10 @@ func TestHasten(t *testing.T) {
 	l.Now = func() time.Time { return now }
 	later := now.Add(catalog.LookupInterval)
 	for i := range 60 {
-		l.Virtual[registration.Service{Name: fmt.Sprint(i)}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Absent, Next: later}
+		l.Virtual[registration.Service{Name: fmt.Sprint(i)}] = &catalog.Query[[]netip.Addr]{Seen: catalog.Seen{Presence: catalog.Absent}, Next: later}
 	}
-	l.Virtual[registration.Service{Name: "api"}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Present, Next: later}
-	l.Virtual[registration.Service{Name: "never asked"}] = &catalog.Query[[]netip.Addr]{Presence: catalog.Absent}
+	l.Virtual[registration.Service{Name: "api"}] = &catalog.Query[[]netip.Addr]{Seen: catalog.Seen{Presence: catalog.Present}, Next: later}
+	l.Virtual[registration.Service{Name: "never asked"}] = &catalog.Query[[]netip.Addr]{Seen: catalog.Seen{Presence: catalog.Absent}}
 	l.Gateways[registration.Gateway{Service: registration.Service{Name: "in"}}] = &catalog.Query[[]uint16]{Next: later}
 	l.ShortenDeadlines()
 	for name, want := range map[string]time.Time{"0": now.Add(61 * time.Second), "api": later, "never asked": {}} {

@@ -81,11 +81,6 @@ func TestLeastPolicyOfTheToken(t *testing.T) {
 		},
 		"its name":               func() (bool, error) { got, err := consul.Self(ctx); return got.Node == "node", err },
 		"that something changed": func() (bool, error) { got, err := consul.Changed(ctx, "node", 0); return got > 0, err },
-		"the names of services": func() (bool, error) {
-			got, _, err := consul.Names(ctx, 0)
-			_, found := got["web"]
-			return found, err
-		},
 		"virtual IPs": func() (bool, error) {
 			got, err := consul.VirtualIPs(ctx, registration.Service{Name: "web"})
 			return len(got) == 1, err

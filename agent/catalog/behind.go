@@ -129,7 +129,7 @@ func (c *Client) Instances(ctx context.Context, of registration.Service) (*api.I
 	if err != nil {
 		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), Brief(err))
 	}
-	if seen.Filtered || options.Token == "" && seen.policy == "deny" && len(list) == 0 {
+	if seen.Filtered || seen.hidesFromAnonymous(options.Token, len(list)) {
 		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), errHidden)
 	}
 	found := api.Instances{Total: len(list)}

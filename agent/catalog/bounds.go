@@ -15,6 +15,13 @@ type Headers struct {
 	Filtered bool
 	policy   string // on what no rule of a token names
 	Date     string // of the answer, by Consul's clock
+	index    string // of the answer, as it came
+}
+
+// hidesFromAnonymous reports whether an answer with nothing in it may only look so:
+// Consul tells no anonymous token that it left something out.
+func (h *Headers) hidesFromAnonymous(token string, found int) bool {
+	return token == "" && h.policy == "deny" && found == 0
 }
 
 type headersKey struct{}
@@ -34,6 +41,7 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 	}
 	if seen, ok := request.Context().Value(headersKey{}).(*Headers); ok {
 		seen.Filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
+		seen.index = response.Header.Get("X-Consul-Index")
 		seen.Date = response.Header.Get("Date")
 		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
 	}

@@ -26,8 +26,8 @@ import (
 
 // The bounds of what Consul may cost the agent.
 const (
-	answerLimit = 8_000_000 // bytes; a proxy's registration has one to two thousand
-	Connections = 3         // two may block, the other asks
+	answerLimit = 8_000_000   // bytes; a proxy's registration has one to two thousand
+	Connections = Watches + 2 // of the node itself one waits, the other asks
 )
 
 // Timeouts is how long Consul may take to answer.

@@ -31,7 +31,7 @@ func FuzzConsulAnswers(f *testing.F) {
 		`[{"Service":{"TaggedAddresses":{"consul-virtual":{"Address":"240.0.0.7","Port":80}}}},{"Service":null}]`,
 		`[{"SourceName":"web","DestinationName":"api","Action":"allow"},{"SourceName":"*","DestinationName":"api","Action":"deny"},{"SourceName":"","Permissions":[{}]}]`,
 		`{"Kind":"ingress-gateway","Listeners":[{"Port":8080},{"Port":70000},{"Port":-1},{"Port":8080}]}`,
-		`{"a":{"ServiceID":"web","ExposedPort":21500},"b":{"ExposedPort":-1},"c":null}`, `{"web":["a"],"":null}`, `{"Config":{"NodeName":"node","BindAddr":"::"}}`,
+		`{"a":{"ServiceID":"web","ExposedPort":21500},"b":{"ExposedPort":-1},"c":null}`, `[{"Service":{"CreateIndex":7}},{"Service":{"CreateIndex":5}},null]`, `{"Config":{"NodeName":"node","BindAddr":"::"}}`,
 	} {
 		f.Add([]byte(seed))
 	}
@@ -82,8 +82,11 @@ func FuzzConsulAnswers(f *testing.F) {
 				ports("a check", list)
 			}
 		}
-		if names, _, err := c.Names(ctx, 0); !refused("read names of services", err) && names == nil {
-			t.Errorf("%q: no names and no error", body)
+		for _, unseen := range []bool{false, true} {
+			got, err := c.watchService(ctx, question{of: registration.Service{Name: "api"}, unseen: unseen})
+			if !refused("watch instances of api", err) && (got.index == 0 || got.count == 0 && got.oldest > 0) {
+				t.Errorf("%q: %+v", body, got)
+			}
 		}
 		if found, err := c.Self(ctx); !refused("read node name", err) && (found.Node == "" || !found.Loopback.IsLoopback()) {
 			t.Errorf("%q: node %+v", body, found)

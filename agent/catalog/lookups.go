@@ -19,10 +19,9 @@ import (
 // proxies, seldom while it has an answer, ever more seldom while not, and at once
 // where there is a sign that the answer is another.
 type Queries struct {
-	consul *Client
-	Now    func() time.Time
-	Names  *serviceList
-	missed int // of names, as heeded
+	consul   *Client
+	Now      func() time.Time
+	Services *serviceWatches
 
 	Virtual  map[registration.Service]*Query[[]netip.Addr]
 	Gateways map[registration.Gateway]*Query[[]uint16]
@@ -43,7 +42,7 @@ type Query[T any] struct {
 	why      health.Problem // there is no answer
 	Next     time.Time      // when to ask again
 	tries    int            // in a row without an answer
-	Presence Presence       // of the service, as heeded
+	Seen     Seen           // of the service, as heeded
 }
 
 const (
@@ -56,7 +55,7 @@ const (
 
 func NewQueries(consul *Client) *Queries {
 	return &Queries{
-		consul: consul, Now: time.Now, Names: NewServiceList(consul),
+		consul: consul, Now: time.Now, Services: newServiceWatches(consul),
 		Virtual: make(map[registration.Service]*Query[[]netip.Addr]), Gateways: make(map[registration.Gateway]*Query[[]uint16]),
 	}
 }
@@ -111,7 +110,7 @@ func (l *Queries) Refresh(ctx context.Context, byAllocation map[string][]registr
 	r.askGateways(ctx, gateways)
 	r.askChecks(ctx, checks)
 	l.ShortenDeadlines()
-	unnamed := l.Names.unknown()
+	unnamed := l.Services.unknown()
 	moved = r.moved || r.failed != l.halted || unnamed != l.unnamed
 	l.halted, l.unnamed = r.failed, unnamed
 	l.due = l.nextDue(compete, len(checks) > 0)
@@ -127,11 +126,12 @@ func (r *round) askServices(ctx context.Context, services []registration.Service
 		_, wanted := slices.BinarySearchFunc(services, of, compareServices)
 		return !wanted
 	})
+	r.Services.Want(services)
 	r.OnCatalogChange()
 	for _, of := range services {
 		question := r.Virtual[of]
 		if question == nil {
-			question = &Query[[]netip.Addr]{Presence: r.Names.Of(of)}
+			question = &Query[[]netip.Addr]{Seen: r.Services.Of(of)}
 			r.Virtual[of] = question
 		}
 		if r.due(question.Next) {

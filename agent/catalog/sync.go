@@ -99,7 +99,7 @@ func (f *Watcher) Run(ctx context.Context) {
 	if f.Client.Config.Watch {
 		watcher.Go(func() { f.watch(ctx) })
 	}
-	watcher.Go(func() { f.Lookups.Names.Follow(ctx) })
+	watcher.Go(func() { f.Lookups.Services.Follow(ctx) })
 	watcher.Go(func() { f.watchToken(ctx) })
 	failures := 0
 	for {
@@ -130,7 +130,7 @@ func (f *Watcher) PollInterval(failures int) PollInterval {
 func (f *Watcher) rest(ctx context.Context, until time.Time, failing bool) bool {
 	const atOnce = 100 * time.Millisecond // between two rounds of questions
 	for {
-		length, trigger, moved, asks := time.Until(until), f.trigger, f.Lookups.Names.moved, false
+		length, trigger, moved, asks := time.Until(until), f.trigger, f.Lookups.Services.moved, false
 		if failing {
 			trigger, moved = nil, nil // nothing but another token shortens the back-off
 		} else if due := f.Lookups.due; !due.IsZero() && due.Before(until) {
