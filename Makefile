@@ -6,7 +6,7 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent bench-commands tools package release clean
+.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent bench-commands bench-consul tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,10 @@ bench-agent: build ## Measure the agent beside 1,000 proxies and a real Consul (
 bench-commands: build ## Measure what the commands take on a node of 1,000 proxies (root)
 	test/tools/setup.sh test consul
 	test/bench/run.sh -only commands
+
+bench-consul: ## Measure what nodes cost a Consul of 5,000 services; BEFORE=REVISION: beside that one
+	test/tools/setup.sh test consul
+	BEFORE='$(BEFORE)' test/consulcost/run.sh
 
 package: build ## Make deb, rpm and tarball in dist/; GOARCH=arm64: for that architecture
 	VERSION='$(VERSION)' deploy/package.sh $(BIN) dist

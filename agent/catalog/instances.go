@@ -14,6 +14,12 @@ import (
 	"github.com/weirmesh/weir/agent/registration"
 )
 
+// Ignored takes what an answer says of a name, and keeps nothing of it.
+type Ignored struct{}
+
+// UnmarshalJSON is that of json.Unmarshaler.
+func (*Ignored) UnmarshalJSON([]byte) error { return nil }
+
 // A question is what is asked of one service.
 type question struct {
 	of     registration.Service

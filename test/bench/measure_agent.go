@@ -38,7 +38,7 @@ func (b *bench) agent() measurement {
 		name: "agent", about: fmt.Sprintf("the agent beside %d proxies", b.size.proxies), rounds: 1,
 		variants: variants,
 		rows: []row{
-			{ID: "agent.connections", Name: proxies + "connections to Consul, at most", target: atMost(3, "")},
+			{ID: "agent.connections", Name: proxies + "connections to Consul, at most", target: atMost(18, "")},
 			{ID: "agent.read", Name: proxies + "read from Consul when calm, a minute", Unit: "KiB"},
 			{ID: "agent.cpu", Name: proxies + "CPU when calm, of a core", Unit: "%", target: fifth},
 			{ID: "agent.busiest", Name: proxies + "CPU in the busiest minute of it", Unit: "%"},
