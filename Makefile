@@ -6,7 +6,7 @@ BIN     := bin
 GORUN   := CGO_ENABLED=0 go run -trimpath
 
 .DEFAULT_GOAL := help
-.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent bench-commands bench-consul tools package release clean
+.PHONY: help build generate lint check test fuzz broken e2e cluster soak programs test-vm kernels demo bench bench-agent bench-commands bench-consul bench-scale tools package release clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,10 @@ bench-commands: build ## Measure what the commands take on a node of 1,000 proxi
 bench-consul: ## Measure what nodes cost a Consul of 5,000 services; BEFORE=REVISION: beside that one
 	test/tools/setup.sh test consul
 	BEFORE='$(BEFORE)' test/consulcost/run.sh
+
+bench-scale: build ## Measure connect, ADD and DEL on a node of 1 to 5,000 workloads (root); WORKLOADS=n: up to that many
+	test/tools/setup.sh test
+	test/bench/run.sh -only scale $(if $(WORKLOADS),-workloads $(WORKLOADS))
 
 package: build ## Make deb, rpm and tarball in dist/; GOARCH=arm64: for that architecture
 	VERSION='$(VERSION)' deploy/package.sh $(BIN) dist

@@ -24,21 +24,22 @@ import (
 )
 
 type options struct {
-	rounds   int
-	quick    bool
-	only     string
-	json     string
-	engine   string
-	nftables string
-	plugin   string
-	weir     string
-	consul   string
-	plugins  string
-	readme   string
-	revision string
-	before   string
-	proxies  int
-	minutes  int
+	rounds    int
+	quick     bool
+	only      string
+	json      string
+	engine    string
+	nftables  string
+	plugin    string
+	weir      string
+	consul    string
+	plugins   string
+	readme    string
+	revision  string
+	before    string
+	proxies   int
+	workloads int
+	minutes   int
 }
 
 // A part is the measurements of one table.
@@ -55,6 +56,7 @@ func (b *bench) parts() []part {
 		{"bench-storm", stormNote, []measurement{b.storm(0), b.storm(mappedPorts)}},
 		{"bench-agent", agentNote, []measurement{b.agent()}},
 		{"bench-recorded", recordedNote, []measurement{b.recording()}},
+		{"bench-scale", scaleNote, []measurement{b.scale()}},
 		{"bench-commands", commandsNote, []measurement{b.commands()}},
 	}
 }
@@ -77,7 +79,7 @@ func main() {
 	var o options
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds of each comparison (default 21, with -quick 2)")
 	flag.BoolVar(&o.quick, "quick", false, "measure as little as shows that everything can be measured")
-	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign storm storm-ports agent recorded commands")
+	flag.StringVar(&o.only, "only", "", "only these, separated by commas: connect connect2 rate churn stream requests\nrequests16 inbound setup process first memory foreign storm storm-ports agent recorded scale commands")
 	flag.StringVar(&o.json, "json", "", "write all samples to this file too")
 	flag.StringVar(&o.engine, "engine", "", "the program of ./engine")
 	flag.StringVar(&o.nftables, "nftables", "", "the program of ./nftables")
@@ -88,6 +90,7 @@ func main() {
 	flag.StringVar(&o.readme, "readme", "", "write the tables between their marks in this file too")
 	flag.StringVar(&o.before, "before", "", "a directory with weir and weir-cni of an earlier revision, for the agent beside it")
 	flag.IntVar(&o.proxies, "proxies", 0, "proxies beside the agent (default 1000, with -quick 20)")
+	flag.IntVar(&o.workloads, "workloads", 0, "workloads of the fullest node that scale measures (default 5000, with -quick 5)")
 	flag.IntVar(&o.minutes, "minutes", 0, "minutes that the agent is watched for when calm (default 5)")
 	flag.StringVar(&o.revision, "revision", "unknown", "what is measured, for the table")
 	flag.Parse()
@@ -119,6 +122,9 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	b.before = o.before
 	if o.proxies > 0 {
 		b.size.proxies = o.proxies
+	}
+	if o.workloads > 0 {
+		b.size.scale = slices.DeleteFunc(b.size.scale, func(count int) bool { return count > o.workloads })
 	}
 	if o.minutes > 0 {
 		b.size.minutes = o.minutes

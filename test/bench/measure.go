@@ -81,6 +81,9 @@ type sizes struct {
 	minute      time.Duration // how long each of those is
 	changes     int           // in Consul
 	asked       int           // how often each command is run
+	scale       []int         // workloads on the node, for the table of how it grows
+	trials      int           // of connect in each sample of it
+	adds        int           // likewise
 }
 
 func fullSizes(rounds int) sizes {
@@ -91,6 +94,7 @@ func fullSizes(rounds int) sizes {
 		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
 		settle: 500 * time.Millisecond,
 		storm:  100, proxies: 1000, rest: 10 * time.Second, minutes: 5, minute: time.Minute, changes: 25, asked: 15,
+		scale: []int{1, 100, 1000, 5000}, trials: 5, adds: 20,
 	}
 }
 
@@ -103,6 +107,7 @@ func quickSizes(rounds int) sizes {
 		flow: 100 * time.Millisecond, workloads: 20, engines: 5, calls: 20000,
 		settle: 50 * time.Millisecond,
 		storm:  3, proxies: 20, rest: time.Second, minutes: 2, minute: 2 * time.Second, changes: 3, asked: 2,
+		scale: []int{1, 5}, trials: 1, adds: 2,
 	}
 }
 

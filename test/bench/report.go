@@ -3,9 +3,11 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"slices"
@@ -130,7 +132,12 @@ foreign sockets "direct" means that Weir is not loaded, "Weir" that it is.
 // A variant that no row has is left out.
 func (r report) markdown(w io.Writer) error {
 	var out strings.Builder
-	columns := slices.DeleteFunc([]string{direct, directAgain, least, weir, recorded, former, consul, nftables}, func(column string) bool {
+	var sizes []string
+	if len(r.Rows) > 0 {
+		sizes = slices.DeleteFunc(slices.Collect(maps.Keys(r.Rows[0].Samples)), func(column string) bool { return !isScale(column) })
+		slices.SortFunc(sizes, func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) })
+	}
+	columns := slices.DeleteFunc(append(sizes, []string{direct, directAgain, least, weir, recorded, former, consul, nftables}...), func(column string) bool {
 		return !slices.ContainsFunc(r.Rows, func(row reportedRow) bool { return row.cell(column) != "" })
 	})
 	fmt.Fprintf(&out, "| | %s | to reach | reached |\n", strings.Join(columns, " | "))
