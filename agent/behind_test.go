@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/behind"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -37,7 +38,7 @@ func lookBehind(t *testing.T, server *realconsul.Server, token string, query api
 			{Of: registration.Service{Name: "far"}, Listener: netip.MustParseAddrPort("127.0.0.1:9192"), Remote: true}}}}}}
 	known.Facts.VirtualIPs = map[registration.Service][]netip.Addr{db: test.Addrs("240.0.0.5")}
 	workloads := []api.WorkloadView{{Key: behindKey(), State: api.StateManaged, Proxies: []api.ProxyView{{ID: "web-proxy", Kind: registration.KindSidecar}}}}
-	return consul.Behind(t.Context(), known, workloads, query)
+	return behind.Ask(t.Context(), consul, known, workloads, query)
 }
 
 func behindKey() workload.AttachmentID {

@@ -18,9 +18,9 @@ type Headers struct {
 	index    string // of the answer, as it came
 }
 
-// hidesFromAnonymous reports whether an answer with nothing in it may only look so:
+// HidesFromAnonymous reports whether an answer with nothing in it may only look so:
 // Consul tells no anonymous token that it left something out.
-func (h *Headers) hidesFromAnonymous(token string, found int) bool {
+func (h *Headers) HidesFromAnonymous(token string, found int) bool {
 	return token == "" && h.policy == "deny" && found == 0
 }
 

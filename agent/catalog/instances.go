@@ -75,7 +75,7 @@ func (c *Client) watchService(ctx context.Context, q question) (instances, error
 	if err != nil && !tooMany {
 		return instances{}, fmt.Errorf("watch instances of %s in Consul: %w", q.of.Label(), Brief(err))
 	}
-	answer := instances{index: index, count: len(list), unseen: seen.Filtered || tooMany || seen.hidesFromAnonymous(options.Token, len(list))}
+	answer := instances{index: index, count: len(list), unseen: seen.Filtered || tooMany || seen.HidesFromAnonymous(options.Token, len(list))}
 	for i, instance := range list {
 		if i == 0 || instance.Service.CreateIndex < answer.oldest {
 			answer.oldest = instance.Service.CreateIndex

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog/behind"
 	"github.com/weirmesh/weir/agent/catalog/virtual"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -38,5 +39,5 @@ func (s *Server) serveBehind(w http.ResponseWriter, r *http.Request) {
 	if query.Service == "" {
 		query.Service = virtual.ServiceAt(r.Context(), s.Catalog, query.To.Addr())
 	}
-	s.writeJSON(w, http.StatusOK, s.Catalog.Behind(r.Context(), s.Source.Consul(), s.Source.Workloads(), query))
+	s.writeJSON(w, http.StatusOK, behind.Ask(r.Context(), s.Catalog, s.Source.Consul(), s.Source.Workloads(), query))
 }

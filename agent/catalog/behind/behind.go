@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package catalog
+// Package behind asks Consul what is behind a connection of one of the node's
+// workloads: the service, its instances, and whether an intention lets it through.
+package behind
 
 import (
 	"context"
@@ -13,6 +15,7 @@ import (
 
 	consulapi "github.com/hashicorp/consul/api"
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/registration"
 )
 
@@ -28,15 +31,15 @@ func notLookedAt(what, right string, err error) api.Unknown {
 	remedy := right
 	var status consulapi.StatusError
 	if denied := errors.As(err, &status) && status.Code == http.StatusForbidden; !denied && !errors.Is(err, errHidden) {
-		remedy = ConsulProblem(err).Remedy
+		remedy = catalog.ConsulProblem(err).Remedy
 	}
 	return api.Unknown{What: what, Why: err.Error(), Remedy: remedy}
 }
 
 var errHidden = errors.New("some are hidden from the agent's token")
 
-// Behind asks Consul what is behind a connection of one of the workloads.
-func (c *Client) Behind(ctx context.Context, known Snapshot, workloads []api.WorkloadView, query api.BehindQuery) api.Behind {
+// Ask asks what is behind a connection of one of the workloads.
+func Ask(ctx context.Context, c *catalog.Client, known catalog.Snapshot, workloads []api.WorkloadView, query api.BehindQuery) api.Behind {
 	const timeout = 5 * time.Second
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -59,14 +62,14 @@ func (c *Client) Behind(ctx context.Context, known Snapshot, workloads []api.Wor
 		return b
 	}
 	var err error
-	if b.Instances, err = c.Instances(ctx, to.Of); err != nil {
+	if b.Instances, err = countInstances(ctx, c, to.Of); err != nil {
 		b.Unknown = append(b.Unknown, notLookedAt("instances", instancesRight, err))
 	}
 	switch {
 	case to.Of.Peer != "":
 		b.Unknown = append(b.Unknown, api.Unknown{What: "intention", Why: "the intentions are those of peer " + to.Of.Peer, Remedy: "ask there"})
 	case from.Name != "":
-		if b.Intention, err = c.Intention(ctx, from, to.Of); err != nil {
+		if b.Intention, err = intention(ctx, c, from, to.Of); err != nil {
 			b.Unknown = append(b.Unknown, notLookedAt("intention", serviceRight, err))
 		}
 	}
@@ -74,7 +77,7 @@ func (c *Client) Behind(ctx context.Context, known Snapshot, workloads []api.Wor
 }
 
 // shownProxies are those that the node shows to be a workload's.
-func shownProxies(known Snapshot, shown []api.ProxyView) (proxies []registration.Proxy) {
+func shownProxies(known catalog.Snapshot, shown []api.ProxyView) (proxies []registration.Proxy) {
 	for _, list := range known.Proxies {
 		proxies = append(proxies, list...)
 	}
@@ -84,13 +87,13 @@ func shownProxies(known Snapshot, shown []api.ProxyView) (proxies []registration
 }
 
 // leadsTo reports whether the connection is one to the upstream.
-func leadsTo(u registration.Upstream, known Data, query api.BehindQuery) bool {
+func leadsTo(u registration.Upstream, known catalog.Data, query api.BehindQuery) bool {
 	return u.Listener == query.To || query.SentTo.IsValid() && u.Listener == query.SentTo ||
 		slices.Contains(known.VirtualIPs[u.Of], query.To.Addr()) || query.Service != "" && u.Of.Label() == query.Service
 }
 
 // ends finds whose proxy makes the connection, and to which service.
-func ends(known Snapshot, workloads []api.WorkloadView, query api.BehindQuery) (from registration.Service, to registration.Upstream) {
+func ends(known catalog.Snapshot, workloads []api.WorkloadView, query api.BehindQuery) (from registration.Service, to registration.Upstream) {
 	i := slices.IndexFunc(workloads, func(w api.WorkloadView) bool { return w.Key == query.Key })
 	if i < 0 {
 		return from, to
@@ -115,9 +118,9 @@ func ends(known Snapshot, workloads []api.WorkloadView, query api.BehindQuery) (
 	return from, registration.Upstream{Of: registration.Service{Name: query.Service, Namespace: from.Namespace, Partition: from.Partition}}
 }
 
-// Instances counts those of a service in the mesh.
-func (c *Client) Instances(ctx context.Context, of registration.Service) (*api.Instances, error) {
-	var seen Headers
+// countInstances counts those of a service in the mesh.
+func countInstances(ctx context.Context, c *catalog.Client, of registration.Service) (*api.Instances, error) {
+	var seen catalog.Headers
 	ctx, cancel := context.WithTimeout(seen.Watch(ctx), c.Read)
 	defer cancel()
 	options, err := c.Options(ctx)
@@ -127,9 +130,9 @@ func (c *Client) Instances(ctx context.Context, of registration.Service) (*api.I
 	options.Namespace, options.Partition, options.Peer = of.Namespace, of.Partition, of.Peer
 	list, _, err := c.Client.Health().Connect(of.Name, "", false, options)
 	if err != nil {
-		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), Brief(err))
+		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), catalog.Brief(err))
 	}
-	if seen.Filtered || seen.hidesFromAnonymous(options.Token, len(list)) {
+	if seen.Filtered || seen.HidesFromAnonymous(options.Token, len(list)) {
 		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), errHidden)
 	}
 	found := api.Instances{Total: len(list)}
@@ -144,13 +147,13 @@ func (c *Client) Instances(ctx context.Context, of registration.Service) (*api.I
 	return &found, nil
 }
 
-// Intention asks whether a service may dial another. Consul answers "no" also where an
+// intention asks whether a service may dial another. Consul answers "no" also where an
 // intention has permissions, so the one that decides is looked for then.
-func (c *Client) Intention(ctx context.Context, from, to registration.Service) (api.Intention, error) {
+func intention(ctx context.Context, c *catalog.Client, from, to registration.Service) (api.Intention, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
 	fail := func(err error) (api.Intention, error) {
-		return "", fmt.Errorf("read intention from %s to %s from Consul: %w", from.Label(), to.Label(), Brief(err))
+		return "", fmt.Errorf("read intention from %s to %s from Consul: %w", from.Label(), to.Label(), catalog.Brief(err))
 	}
 	options, err := c.Options(ctx)
 	if err != nil {
