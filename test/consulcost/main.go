@@ -80,7 +80,7 @@ func run(ctx context.Context, o options) (err error) {
 		if err != nil {
 			return err
 		}
-		defer client.stop()
+		defer func() { err = errors.Join(err, client.stop()) }()
 		c.clients, addresses = append(c.clients, client), append(addresses, client.http)
 	}
 	if err := c.fill(ctx); err != nil {
