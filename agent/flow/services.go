@@ -146,23 +146,7 @@ func (v *virtualServices) Due(now time.Time, history time.Duration) (list []neti
 func (v *virtualServices) Settle(addresses []netip.Addr, found map[netip.Addr]registration.Service, err error, began time.Time) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	since := make(map[netip.Addr]time.Time)
-	for key, question := range v.asked.Entries {
-		if !slices.Contains(addresses, key.addr) {
-			continue
-		}
-		if _, ok := found[key.addr]; !ok {
-			question.next = began.Add(virtualAbsent)
-			if err == nil {
-				question.since = began // before that it was nobody's
-			}
-			continue
-		}
-		if first, ok := since[key.addr]; !ok || question.since.Before(first) {
-			since[key.addr] = question.since
-		}
-		v.asked.delete(key)
-	}
+	since := v.answered(addresses, found, err, began)
 	for _, addr := range addresses {
 		known, of := v.named[addr], found[addr]
 		switch {
@@ -184,6 +168,29 @@ func (v *virtualServices) Settle(addresses []netip.Addr, found map[netip.Addr]re
 			known.next = began.Add(virtualAgain)
 		}
 	}
+}
+
+// answered takes the answers out of what is asked, and says since when each was dialled. The
+// caller holds mu.
+func (v *virtualServices) answered(addresses []netip.Addr, found map[netip.Addr]registration.Service, err error, began time.Time) map[netip.Addr]time.Time {
+	since := make(map[netip.Addr]time.Time)
+	for key, question := range v.asked.Entries {
+		if !slices.Contains(addresses, key.addr) {
+			continue
+		}
+		if _, ok := found[key.addr]; !ok {
+			question.next = began.Add(virtualAbsent)
+			if err == nil {
+				question.since = began // before that it was nobody's
+			}
+			continue
+		}
+		if first, ok := since[key.addr]; !ok || question.since.Before(first) {
+			since[key.addr] = question.since
+		}
+		v.asked.delete(key)
+	}
+	return since
 }
 
 // nameServices asks Consul for the services behind the virtual IPs that tasks dial, until

@@ -8,6 +8,7 @@ package virtual
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"net/url"
 	"slices"
@@ -62,12 +63,11 @@ func Services(ctx context.Context, c *catalog.Client, addresses []netip.Addr) (m
 				return nil, err
 			}
 			for _, addr := range own {
-				if slices.Contains(addresses, addr) {
-					found[addr] = of
-				}
+				found[addr] = of
 			}
 		}
 	}
+	maps.DeleteFunc(found, func(addr netip.Addr, _ registration.Service) bool { return !slices.Contains(addresses, addr) })
 	return found, nil
 }
 
