@@ -77,7 +77,7 @@ func TestReferenceOfTheRunbook(t *testing.T) {
 // codesOfChecks are all codes that "weir doctor" may show.
 func codesOfChecks(t *testing.T) (codes []string) {
 	t.Helper()
-	for _, path := range []string{"../../redirect/inspect/readiness.go", "../../agent/readiness.go", "../../agent/catalog/preflight/preflight.go", "../../deploy/readiness.go", "maintain/doctor.go"} {
+	for _, path := range []string{"../../redirect/inspect/readiness.go", "../../agent/readiness/readiness.go", "../../agent/catalog/preflight/preflight.go", "../../deploy/readiness.go", "maintain/doctor.go"} {
 		source, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
