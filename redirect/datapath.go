@@ -64,8 +64,11 @@ type Attachment struct {
 	NetNS   string // path of the namespace
 	Request workload.Request
 
-	MeshConfig *workload.MeshConfig // what is known of it in Consul already; only for a namespace that is not under Weir
-	Prepared   *program.Preloaded   // by Prepare of that namespace; nil: nothing
+	// For a namespace that has no record, so that it is whole from its first moment:
+	MeshConfig      *workload.MeshConfig // what is known of it in Consul already; nil: nothing
+	RejectedCgroups []uint64             // known not to be the proxy's
+
+	Prepared *program.Preloaded // by Prepare of that namespace; nil: nothing
 }
 
 // Add puts a namespace under Weir: when it returns nil, every connection of
@@ -114,11 +117,15 @@ func (d *Datapath) add(a Attachment) error {
 	if err != nil {
 		return err
 	}
+	unrecorded := r.Cookie == 0 // rows that it has nevertheless are in force until the new ones are
 	r.Dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
 	fresh := r.State == store.New
 	if fresh {
 		r.Added = time.Now()
+	}
+	if unrecorded {
+		r.RejectedCgroups = a.RejectedCgroups
 		if mesh := a.MeshConfig; mesh != nil && workload.Merge(a.Request, *mesh).Validate() == nil {
 			r.MeshConfig = *mesh
 			r.Seats = workload.Merge(a.Request, workload.MeshConfig{}).NextProxyIDs(workload.Merge(a.Request, *mesh))

@@ -25,6 +25,8 @@ type Record struct {
 	MeshConfig workload.MeshConfig
 	Complete   bool      // its last ADD, CHECK or change did not stop half way
 	Added      time.Time // when it was put under Weir; zero: nobody knows
+
+	RejectedCgroups []uint64 // known not to be the proxy's
 }
 
 // Records returns every workload on record, sorted by key, without a look at the
@@ -48,6 +50,7 @@ func (r *RecordReader) Records() (list []Record, err error) {
 	for _, r := range records {
 		list = append(list, Record{
 			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.State == store.Complete, Added: r.Added,
+			RejectedCgroups: r.RejectedCgroups,
 		})
 	}
 	slices.SortFunc(list, func(a, b Record) int { return strings.Compare(a.Key.String(), b.Key.String()) })
