@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"time"
@@ -28,15 +29,16 @@ import (
 // allocState is what the loop remembers of an attachment.
 type allocState struct {
 	view     api.WorkloadView
-	born     time.Time // when it was first seen
-	cached   bool      // libcni knew it in the last pass
-	ended    time.Time // when libcni forgot it; zero: it did not
-	fresh    bool      // this pass made its record, and the next one reads it
-	inode    uint64    // of its namespace when last seen to be the one of cookie; 0: not seen
-	cookie   uint64    // ... on record
-	hook     uint64    // cookie of the namespace whose lookup program should be in force; 0: none
-	looked   time.Time // for Consul's own rules
-	settled  time.Time // when what is wanted of it was last seen to be in force; zero: not yet
+	born     time.Time       // when it was first seen
+	cached   bool            // libcni knew it in the last pass
+	ended    time.Time       // when libcni forgot it; zero: it did not
+	record   *inspect.Record // the last that it had; nil: none was seen
+	fresh    bool            // this pass made its record, and the next one reads it
+	inode    uint64          // of its namespace when last seen to be the one of cookie; 0: not seen
+	cookie   uint64          // ... on record
+	hook     uint64          // cookie of the namespace whose lookup program should be in force; 0: none
+	looked   time.Time       // for Consul's own rules
+	settled  time.Time       // when what is wanted of it was last seen to be in force; zero: not yet
 	proxies  listening.Proxies
 	identity identity.Memory  // of its registrations and tasks
 	refused  refusal.Refusals // for a fault
@@ -143,14 +145,21 @@ func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Ti
 	m := a.stateOf(s.Key, now)
 	m.fresh = false
 	v := &move{s: s, m: m}
-	v.wanted = desired.For(s, consul.Facts, desired.Policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID})
-	v.state = a.ensureAdded(s, m, v.wanted, now)
+	v.wanted = desired.For(s, consul.Facts, a.policy())
+	v.state = a.ensureAdded(s, m, v.wanted, consul.Facts, now)
 	v.changes = v.state == api.StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
 	v.inForce = !m.fresh && !v.changes
 	if v.state == api.StateManaged && v.inForce {
 		a.settle(m, false)
 	}
 	return v
+}
+
+// policy is the operator's part of what is desired.
+func (a *Agent) policy() desired.Policy {
+	return desired.Policy{
+		Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID,
+	}
 }
 
 // problemsOf is what is wrong with an attachment.
@@ -216,12 +225,12 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 
 // ensureAdded sees to it that a mesh allocation is under Weir and under the right
 // namespace, and says where it is.
-func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.Plan, now time.Time) api.State {
+func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.Plan, known catalog.Data, now time.Time) api.State {
 	switch {
 	case s.Record != nil:
-		m.missing = time.Time{}
+		m.record, m.missing = s.Record, time.Time{}
 		a.note(s.Key, m, "record", nil)
-		return a.followNamespace(s, m, now)
+		return a.followNamespace(s, m, wanted, now)
 	case s.Over() && (s.Asked() || wanted.Add != nil):
 		m.steps.Clear()
 		m.missing = time.Time{}
@@ -249,7 +258,7 @@ func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.
 			}
 			return api.StateUnprotected
 		}
-		return a.restore(s, m)
+		return a.restore(s, m, known)
 	case wanted.Add != nil && !s.Cached && now.Sub(m.ended) < recordGrace:
 		return m.view.State // it is on its way out
 	case wanted.Add != nil:
@@ -259,7 +268,7 @@ func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.
 }
 
 // restore makes anew the record of an allocation that has lost it.
-func (a *Agent) restore(s desired.Allocation, m *allocState) api.State {
+func (a *Agent) restore(s desired.Allocation, m *allocState, known catalog.Data) api.State {
 	assigned, err := host.Addresses(s.NetNS)
 	if err != nil {
 		a.note(s.Key, m, "namespace", err)
@@ -271,12 +280,17 @@ func (a *Agent) restore(s desired.Allocation, m *allocState) api.State {
 		return api.StateUnprotected
 	}
 	m.fresh = true
-	return a.add(s, m, redirect.Attachment{Request: *asked}, "record was lost: made anew")
+	meshConfig := desired.Restored(s, asked, m.record, known, a.policy())
+	attachment := redirect.Attachment{Request: *asked, MeshConfig: &meshConfig}
+	if m.record != nil {
+		attachment.RejectedCgroups = m.record.RejectedCgroups
+	}
+	return a.add(s, m, attachment, "record was lost: made anew")
 }
 
 // followNamespace keeps a workload on record in sync with its namespace: another one
 // under the same ID is guarded at once, with the addresses that it has by then.
-func (a *Agent) followNamespace(s desired.Allocation, m *allocState, now time.Time) api.State {
+func (a *Agent) followNamespace(s desired.Allocation, m *allocState, wanted desired.Plan, now time.Time) api.State {
 	request := s.Record.Request
 	replaced := (s.Cached || s.Live) && a.replaced(s, m)
 	unnamed := s.Cached && len(request.Addresses) == 0 && len(s.Addresses) > 0
@@ -298,7 +312,8 @@ func (a *Agent) followNamespace(s desired.Allocation, m *allocState, now time.Ti
 	}
 	m.fresh = true
 	if replaced {
-		return a.add(s, m, redirect.Attachment{Request: request}, "namespace was replaced: taken over")
+		meshConfig := cmp.Or(wanted.MeshConfig, &s.Record.MeshConfig)
+		return a.add(s, m, redirect.Attachment{Request: request, MeshConfig: meshConfig}, "namespace was replaced: taken over")
 	}
 	return a.add(s, m, redirect.Attachment{Request: request}, "its addresses are known now")
 }

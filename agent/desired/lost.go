@@ -8,8 +8,10 @@ import (
 	"net/netip"
 	"slices"
 
+	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/cni/request"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -46,4 +48,22 @@ func lostRequest(a discover.Attachment, assigned []netip.Addr, policyDir string)
 	}
 	asked.Addresses = a.Addresses
 	return asked, nil
+}
+
+// Restored is what Consul adds to a workload whose record is made anew, so that it is whole
+// from its first moment: what is desired now; without a registration what was last on
+// record; and where nobody knows that either the guards, which were in force all the same.
+func Restored(s Allocation, asked *workload.Request, last *inspect.Record, known catalog.Data, node Policy) workload.MeshConfig {
+	record := inspect.Record{Key: s.Key, NetNS: s.NetNS, Request: *asked}
+	if last != nil {
+		record.MeshConfig = last.MeshConfig
+	}
+	s.Record = &record
+	switch wanted := For(s, known, node).MeshConfig; {
+	case wanted != nil:
+		return *wanted
+	case last != nil:
+		return last.MeshConfig
+	}
+	return *s.withoutProxies(node)
 }
