@@ -20,15 +20,16 @@ import (
 // Other is a program of somebody else on one of Weir's hooks. Each of them may
 // refuse a socket's call, and rewrite where it goes.
 type Other struct {
-	ID     uint32 `json:"id"`
-	Name   string `json:"name"`
-	Hook   string `json:"hook"`  // as libbpf names it
-	Order  string `json:"order"` // "before" or "after" Weir's program; empty where that is not attached
-	Effect string `json:"effect"`
-	UID    uint32 `json:"uid"`              // who loaded it
-	Weir   bool   `json:"weir"`             // of another instance of Weir
-	Pinned string `json:"pinned,omitempty"` // where its link is pinned, as far as that can be seen; see NameOthers
-	Owner  string `json:"owner,omitempty"`  // a process that holds its link; likewise
+	ID        uint32 `json:"id"`
+	Name      string `json:"name"`
+	Hook      string `json:"hook"`  // as libbpf names it
+	Order     string `json:"order"` // "before" or "after" Weir's program; empty where that is not attached
+	Effect    string `json:"effect"`
+	UID       uint32 `json:"uid"`              // who loaded it
+	Weir      bool   `json:"weir"`             // of another instance of Weir
+	Exclusive bool   `json:"exclusive"`        // it has the hook for itself: Weir cannot be attached beside it
+	Pinned    string `json:"pinned,omitempty"` // where its link is pinned, as far as that can be seen; see NameOthers
+	Owner     string `json:"owner,omitempty"`  // a process that holds its link; likewise
 }
 
 // others lists the programs at the root that are not of these sets.
@@ -42,12 +43,16 @@ func (d *Reader) others(root *os.File, own []*program.Set) (list []Other, err er
 		mine := func(p program.AttachedProgram) bool {
 			return slices.ContainsFunc(own, func(s *program.Set) bool { return slices.Contains(s.Programs[h.Program], p.ID) })
 		}
+		exclusive, err := program.Exclusive(root, h.Attach)
+		if err != nil {
+			return list, err
+		}
 		at := slices.IndexFunc(programs, mine)
 		for i, p := range programs {
 			if mine(p) {
 				continue
 			}
-			other := Other{ID: uint32(p.ID), Name: p.Name, UID: p.UID, Hook: h.Attach.String(), Weir: p.Name == h.Program, Effect: effectAt(h.Attach)}
+			other := Other{ID: uint32(p.ID), Name: p.Name, UID: p.UID, Hook: h.Attach.String(), Weir: p.Name == h.Program, Exclusive: exclusive, Effect: effectAt(h.Attach)}
 			switch {
 			case at >= 0 && i < at:
 				other.Order = "before"

@@ -161,6 +161,9 @@ func (d *Reader) HookReadiness() []health.Check {
 	for _, other := range others {
 		what := other.String()
 		switch {
+		case other.Exclusive:
+			c.Fault("exclusive-program", fmt.Sprintf("have its owner attach it with BPF_F_ALLOW_MULTI, or detach it by '%s'", other.detach(root.Name())),
+				"%s has this hook for itself: Weir's cannot be attached", what)
 		case other.Weir:
 			c.OK("other-program", "%s is of another instance of Weir and serves its own namespaces", what)
 		case other.decidesConnections():
@@ -189,6 +192,16 @@ func (o Other) String() string {
 		return text + " of " + o.Owner
 	}
 	return fmt.Sprintf("%s loaded by UID %d", text, o.UID)
+}
+
+// detach is the command that takes it off its hook of the root.
+func (o Other) detach(root string) string {
+	for _, h := range program.Hooks() {
+		if h.Attach.String() == o.Hook {
+			return program.Detach(root, h.Attach, ebpf.ProgramID(o.ID))
+		}
+	}
+	return "bpftool cgroup show " + root
 }
 
 // decidesConnections reports a program that can refuse a connection, or send it

@@ -70,7 +70,7 @@ func attachOne(prog *ebpf.Program, hook ebpf.AttachType, root *os.File, rootID u
 	}
 	fresh, err := link.AttachRawLink(link.RawLinkOptions{Target: int(root.Fd()), Program: prog, Attach: hook})
 	if errors.Is(err, unix.EPERM) {
-		return 0, fmt.Errorf("%w: another program holds this hook exclusively, see 'bpftool cgroup show %s'", err, root.Name())
+		return 0, exclusiveError(root, hook, err)
 	}
 	if err != nil {
 		return 0, err
