@@ -29,16 +29,16 @@ import (
 // allocState is what the loop remembers of an attachment.
 type allocState struct {
 	view     api.WorkloadView
-	born     time.Time       // when it was first seen
-	cached   bool            // libcni knew it in the last pass
-	ended    time.Time       // when libcni forgot it; zero: it did not
-	record   *inspect.Record // the last that it had; nil: none was seen
-	fresh    bool            // this pass made its record, and the next one reads it
-	inode    uint64          // of its namespace when last seen to be the one of cookie; 0: not seen
-	cookie   uint64          // ... on record
-	hook     uint64          // cookie of the namespace whose lookup program should be in force; 0: none
-	looked   time.Time       // for Consul's own rules
-	settled  time.Time       // when what is wanted of it was last seen to be in force; zero: not yet
+	born     time.Time      // when it was first seen
+	cached   bool           // libcni knew it in the last pass
+	ended    time.Time      // when libcni forgot it; zero: it did not
+	record   inspect.Record // the last that it had; none: of no key
+	fresh    bool           // this pass made its record, and the next one reads it
+	inode    uint64         // of its namespace when last seen to be the one of cookie; 0: not seen
+	cookie   uint64         // ... on record
+	hook     uint64         // cookie of the namespace whose lookup program should be in force; 0: none
+	looked   time.Time      // for Consul's own rules
+	settled  time.Time      // when what is wanted of it was last seen to be in force; zero: not yet
 	proxies  listening.Proxies
 	identity identity.Memory  // of its registrations and tasks
 	refused  refusal.Refusals // for a fault
@@ -157,9 +157,7 @@ func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Ti
 
 // policy is the operator's part of what is desired.
 func (a *Agent) policy() desired.Policy {
-	return desired.Policy{
-		Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID,
-	}
+	return desired.Policy{Guard: workload.Guard(a.config.Guard.Default), Egress: workload.Guard(a.config.Guard.Egress), Forward: a.config.Guard.Forward, ProxyUID: a.config.Proxy.DefaultUID}
 }
 
 // problemsOf is what is wrong with an attachment.
@@ -228,7 +226,7 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.Plan, known catalog.Data, now time.Time) api.State {
 	switch {
 	case s.Record != nil:
-		m.record, m.missing = s.Record, time.Time{}
+		m.record, m.missing = *s.Record, time.Time{}
 		a.note(s.Key, m, "record", nil)
 		return a.followNamespace(s, m, wanted, now)
 	case s.Over() && (s.Asked() || wanted.Add != nil):
@@ -281,11 +279,7 @@ func (a *Agent) restore(s desired.Allocation, m *allocState, known catalog.Data)
 	}
 	m.fresh = true
 	meshConfig := desired.Restored(s, asked, m.record, known, a.policy())
-	attachment := redirect.Attachment{Request: *asked, MeshConfig: &meshConfig}
-	if m.record != nil {
-		attachment.RejectedCgroups = m.record.RejectedCgroups
-	}
-	return a.add(s, m, attachment, "record was lost: made anew")
+	return a.add(s, m, redirect.Attachment{Request: *asked, MeshConfig: &meshConfig, RejectedCgroups: m.record.RejectedCgroups}, "record was lost: made anew")
 }
 
 // followNamespace keeps a workload on record in sync with its namespace: another one
@@ -312,8 +306,7 @@ func (a *Agent) followNamespace(s desired.Allocation, m *allocState, wanted desi
 	}
 	m.fresh = true
 	if replaced {
-		meshConfig := cmp.Or(wanted.MeshConfig, &s.Record.MeshConfig)
-		return a.add(s, m, redirect.Attachment{Request: request, MeshConfig: meshConfig}, "namespace was replaced: taken over")
+		return a.add(s, m, redirect.Attachment{Request: request, MeshConfig: cmp.Or(wanted.MeshConfig, &s.Record.MeshConfig)}, "namespace was replaced: taken over")
 	}
 	return a.add(s, m, redirect.Attachment{Request: request}, "its addresses are known now")
 }

@@ -151,7 +151,7 @@ func TestRestoredGuards(t *testing.T) {
 		{workload.GuardEnforce, workload.GuardAudit, workload.GuardEnforce},
 	} {
 		asked := workload.Request{Mode: workload.ModeTransparent, Guard: c.job, Egress: c.job}
-		got := desired.Restored(desired.Allocation{Attachment: found()}, &asked, nil, catalog.Data{}, desired.Policy{Guard: c.node, Egress: c.node})
+		got := desired.Restored(desired.Allocation{Attachment: found()}, &asked, inspect.Record{}, catalog.Data{}, desired.Policy{Guard: c.node, Egress: c.node})
 		if got.Guard != c.want || got.Egress != c.want {
 			t.Errorf("node %s, job %s: guards %s and %s, want %s", c.node, c.job, got.Guard, got.Egress, c.want)
 		}

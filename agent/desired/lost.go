@@ -53,16 +53,12 @@ func lostRequest(a discover.Attachment, assigned []netip.Addr, policyDir string)
 // Restored is what Consul adds to a workload whose record is made anew, so that it is whole
 // from its first moment: what is desired now; without a registration what was last on
 // record; and where nobody knows that either the guards, which were in force all the same.
-func Restored(s Allocation, asked *workload.Request, last *inspect.Record, known catalog.Data, node Policy) workload.MeshConfig {
-	record := inspect.Record{Key: s.Key, NetNS: s.NetNS, Request: *asked}
-	if last != nil {
-		record.MeshConfig = last.MeshConfig
-	}
-	s.Record = &record
+func Restored(s Allocation, asked *workload.Request, last inspect.Record, known catalog.Data, node Policy) workload.MeshConfig {
+	s.Record = &inspect.Record{Key: s.Key, NetNS: s.NetNS, Request: *asked, MeshConfig: last.MeshConfig}
 	switch wanted := For(s, known, node).MeshConfig; {
 	case wanted != nil:
 		return *wanted
-	case last != nil:
+	case last.Key == s.Key:
 		return last.MeshConfig
 	}
 	return *s.withoutProxies(node)
