@@ -17,6 +17,7 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/inspect/families"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/program/filter"
@@ -287,7 +288,7 @@ func (d *Reader) inspectWithin(tables *bpfmap.Tables, filters *filter.FilterRead
 	if !filtered {
 		problem(health.ProblemFilterMissing, anew, "its filter of forwarded packets is missing or changed: they pass the mesh, datagrams by broadcast or multicast the guard, and tunnels the egress guard")
 	}
-	if err := inspectFamilies(d.paths, ns, w, problem); err != nil {
+	if err := families.Inspect(d.paths, ns, w, problem); err != nil {
 		return err
 	}
 	lookups, err := program.LookupsIn(tables, ns)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MPL-2.0
 
-package inspect
+// Package families tells which sockets of an allocation its egress guard does not see.
+package families
 
 import (
 	"fmt"
@@ -13,9 +14,9 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// inspectFamilies tells what the egress guard does not see: sockets of other families
+// Inspect tells what the egress guard does not see: sockets of other families
 // where the program for them is not attached, and packet sockets that are older than it.
-func inspectFamilies(paths store.Paths, ns *host.Namespace, w workload.Workload, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
+func Inspect(paths store.Paths, ns *host.Namespace, w workload.Workload, problem func(code health.ProblemCode, remedy, what string, args ...any)) error {
 	if !program.FamiliesHeld(paths, w) {
 		problem(health.ProblemFamiliesOpen, "run its CNI CHECK; where 'weir doctor' says that the kernel cannot, take CAP_NET_RAW from its tasks",
 			"its egress guard does not see sockets of other families than IP: packet, vsock, XDP")
