@@ -109,6 +109,44 @@ func TestFlowsJSON(t *testing.T) {
 }
 
 // Who talks to what does not tell one process of a task from the next.
+// A flow as a dictionary has all keys of its JSON, each in full.
+func TestFlowsOutput(t *testing.T) {
+	n := fourFlows()
+	n.flows = n.flows[1:3]
+	for i := range n.flows {
+		n.flows[i].Time = time.Date(2026, 11, 23, 12, 30, i, 0, time.UTC)
+	}
+	want(t, try(t, n, nil, "flows", "-o", "dict"), outcome{stdout: `                  time: 2026-11-23T12:30:00Z
+                  node: n1
+               verdict: lost
+               refused: false
+                  lost: 7
+                 cause: reader
+
+                  time: 2026-11-23T12:30:01Z
+                  node: n1
+             direction: inbound
+               verdict: refused_inbound_no_proxy
+               refused: true
+             source.ip: 2001:db8::1234:5678:9abc:def0
+           source.port: 40000
+  destination.alloc_id: 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01
+        destination.ip: 2001:db8::ffff:ffff:ffff:1
+      destination.port: 8080
+
+`})
+	for _, same := range [][2]string{{"-o json", "-json"}, {"-o table", ""}, {"-o json -summary", "-json -summary"}} {
+		got := try(t, n, nil, append([]string{"flows"}, strings.Fields(same[0])...)...)
+		want(t, got, try(t, n, nil, append([]string{"flows"}, strings.Fields(same[1])...)...))
+	}
+	for args, why := range map[string]string{
+		"-o yaml": `read -o: "yaml" is none of table, dict and json`, "-o dict -json": "-json beside -o dict: give one of them",
+		"-o dict -summary": "-summary is a table or JSON, and no -o dict",
+	} {
+		want(t, try(t, n, nil, append([]string{"flows"}, strings.Fields(args)...)...), outcome{code: 1, stderr: "weir flows: " + why + "\n"})
+	}
+}
+
 func TestFlowsSummary(t *testing.T) {
 	n := fourFlows()
 	want(t, try(t, n, nil, "flows", "-summary"), outcome{stdout: "" +

@@ -40,7 +40,8 @@ func NewFlows(env base.Env) *base.Command {
   configuration say. What was lost is a line of its own, with the verdict "lost".
   A connection that waits in a start gate has a second line, with the verdict
   "held", from when it is first seen to wait.
-  With -json each line is a JSON object; -summary is one object.
+  With -json each line is a JSON object; -summary is one object. -o dict has a
+  line for each key of a flow, and cuts nothing off.
 
   See what was refused in the last ten minutes:
 
@@ -62,15 +63,19 @@ func NewFlows(env base.Env) *base.Command {
 	c.Flags.BoolVar(&query.Not, "not", false, "what does not match the filters")
 	summary := c.Flags.Bool("summary", false, "who talks to what, with counts")
 	numeric := c.Flags.Bool("numeric", false, "addresses and IDs in the place of names")
+	output := c.Flags.String("o", "", "`format`: table, dict with a line for each key, or json (default table)")
 	c.Do = func() (int, error) {
 		asked, err := flowQuery(c, query, *since, *until, *port, *verdicts, *summary)
 		if err != nil {
 			return 1, err
 		}
+		if err := chooseOutput(c, *output, *summary); err != nil {
+			return 1, err
+		}
 		if *summary {
 			return 0, summariseFlows(c, asked, *numeric)
 		}
-		return 0, listFlows(c, asked, *numeric)
+		return 0, listFlows(c, asked, *numeric, *output == outputDict)
 	}
 	return c
 }
@@ -130,8 +135,8 @@ func readFlows(c *base.Command, query api.FlowQuery, deliver func(api.Flow) erro
 	return err
 }
 
-func listFlows(c *base.Command, query api.FlowQuery, numeric bool) error {
-	if !c.JSON {
+func listFlows(c *base.Command, query api.FlowQuery, numeric, dict bool) error {
+	if !c.JSON && !dict {
 		c.UI.Output(c.Paint(base.Bold, flowColumns("TIME", "SOURCE", "DESTINATION", "VERDICT")))
 	}
 	return readFlows(c, query, func(flow api.Flow) error {
@@ -142,6 +147,11 @@ func listFlows(c *base.Command, query api.FlowQuery, numeric bool) error {
 			}
 			c.UI.Output(string(line))
 			return nil
+		}
+		if dict {
+			text, err := flowDict(flow)
+			c.UI.Output(text) // with an empty line after it
+			return err
 		}
 		at := flow.Time.Local().Format("15:04:05")
 		if flow.Lost > 0 {
