@@ -18,18 +18,24 @@ import (
 // every two seconds.
 const Stuck = 30 * time.Second
 
-// State says what the agent makes of an attachment.
+// State says what the agent makes of an attachment. Each pass finds it anew from what there
+// is: a record, the namespace, Consul's rules, a registration. It is no step after another:
+// what somebody removes, puts back or starts makes any of the first five follow any other,
+// and what the agent does to get on (add, restore, remove) it decides by what it sees.
+// Host and unclaimed are of proxies without a namespace here, and
+// become none of the others: what has a namespace has a line of its own.
 type State string
 
-// The states of an attachment.
+// The states of an attachment, and of proxies without one.
 const (
-	StateManaged     State = "managed"     // under Weir
+	StateOutside     State = "outside"     // not in the mesh as far as is known; not shown
 	StateUnprotected State = "unprotected" // in the mesh, but not under Weir: Problems say why
+	StateManaged     State = "managed"     // under Weir
 	StateConsul      State = "consul"      // redirected by Consul's own rules, and left alone
 	StateEnded       State = "ended"       // over, and nobody ended its network: Problems say what to do
-	StateHost        State = "host"        // a gateway on the node's own network, where there is nothing to redirect or guard
-	StateUnclaimed   State = "unclaimed"   // a proxy that no allocation of this node is known to run
-	StateOutside     State = "outside"     // not in the mesh as far as is known; not shown
+
+	StateHost      State = "host"      // a gateway on the node's own network, where there is nothing to redirect or guard
+	StateUnclaimed State = "unclaimed" // a proxy that no allocation of this node is known to run
 )
 
 // Status is the agent's view of the node.
