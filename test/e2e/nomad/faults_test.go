@@ -124,7 +124,7 @@ func ownFaults(cgroup string) []fault {
 			name: "hook", keys: paths(map[string]any{"cgroupRoot": cgroup}),
 			inject: mountBPF + lender + "load; bpftool cgroup attach " + cgroup + " connect4 id " + lent,
 			repair: "bpftool cgroup detach " + cgroup + " connect4 id " + lent + "; " + lender + "unload",
-			want:   []string{"attach weir_connect4", "another program holds this hook exclusively", cgroup},
+			want:   []string{"attach weir_connect4", "has this hook for itself", "bpftool cgroup detach " + cgroup + " connect4 id "},
 		},
 		{
 			name: "records", keys: paths(nil), inject: mountBPF + "mkdir -p $own/state/workloads; mount -t tmpfs -o ro none $own/state/workloads",
