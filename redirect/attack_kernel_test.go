@@ -16,6 +16,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,6 +40,8 @@ func kernelWays() map[string]func(attack) error {
 		"tap, vxlan":             bridged("link add attack2 type vxlan id 7 remote TO dstport 4789 dev DEVICE"),
 		"tap, geneve":            bridged("link add attack2 type geneve id 7 remote TO"),
 		"tap, gretap":            bridged("link add attack2 type gretap remote TO"),
+		"ipip":                   routed("link add attack2 type ipip remote TO"),
+		"wireguard":              routed("link add attack2 type wireguard", keyed),
 		"nat, tcp":               rewritten("tcp", dialled()),
 		"nat, udp":               rewritten("udp", sent(unix.SOCK_DGRAM, 0)),
 		"macvlan in a namespace": elsewhere("link add attack2 link DEVICE type macvlan"),
@@ -208,6 +211,63 @@ func bridged(make string) func(attack) error {
 			return err
 		})
 	}
+}
+
+// sendBeyond sends what the guard lets out to where a tunnel leads.
+func (a attack) sendBeyond() error {
+	return socketOf(unix.AF_INET, unix.SOCK_DGRAM, 0, func(fd int) error {
+		return unix.Sendto(fd, []byte(marker), 0, &unix.SockaddrInet4{Port: excludedPort, Addr: [4]byte(net.ParseIP(beyond).To4())})
+	})
+}
+
+// routed sends by a tunnel of IP. It stays until the next attack, for what the kernel
+// sends later.
+func routed(make string, setUp ...func(attack) error) func(attack) error {
+	return func(a attack) error {
+		_ = a.ip("link del attack2") // of the attack before
+		if err := setSysctls(map[string]string{"ipv6/conf/default/disable_ipv6": "1"}); err != nil {
+			return err
+		}
+		if err := a.ip(make); err != nil {
+			return err
+		}
+		for _, step := range setUp {
+			if err := step(a); err != nil {
+				return err
+			}
+		}
+		if err := a.ip("link set attack2 up", "route replace "+beyond+" dev attack2"); err != nil {
+			return err
+		}
+		return a.sendBeyond()
+	}
+}
+
+// keyed gives a device of WireGuard a key and a peer.
+func keyed(a attack) error {
+	const setDevice, ifName, privateKey, peers, publicKey, endpoint, allowedIPs, family, ipAddr, mask = 1, 2, 3, 8, 1, 4, 9, 1, 2, 3
+	genl, err := netlink.GenlFamilyGet("wireguard")
+	if err != nil {
+		return err
+	}
+	to := a.To.Addr().As4()
+	at := binary.BigEndian.AppendUint16(binary.NativeEndian.AppendUint16(nil, unix.AF_INET), a.To.Port())
+	at = append(append(at, to[:]...), make([]byte, 8)...)
+	request := nl.NewNetlinkRequest(int(genl.ID), unix.NLM_F_ACK)
+	request.AddData(&nl.Genlmsg{Command: setDevice, Version: 1})
+	request.AddData(nl.NewRtAttr(ifName, nl.ZeroTerminated("attack2")))
+	request.AddData(nl.NewRtAttr(privateKey, append([]byte(marker), make([]byte, 32-len(marker))...)))
+	all := nl.NewRtAttr(peers|unix.NLA_F_NESTED, nil)
+	peer := all.AddRtAttr(unix.NLA_F_NESTED, nil)
+	peer.AddRtAttr(publicKey, append(make([]byte, 31), 9))
+	peer.AddRtAttr(endpoint, at)
+	address := peer.AddRtAttr(allowedIPs|unix.NLA_F_NESTED, nil).AddRtAttr(unix.NLA_F_NESTED, nil)
+	address.AddRtAttr(family, binary.NativeEndian.AppendUint16(nil, unix.AF_INET))
+	address.AddRtAttr(ipAddr, net.ParseIP(beyond).To4())
+	address.AddRtAttr(mask, []byte{32})
+	request.AddData(all)
+	_, err = request.Execute(unix.NETLINK_GENERIC, 0)
+	return err
 }
 
 // rewritten sends to an own address, which a rule of the namespace makes another one.

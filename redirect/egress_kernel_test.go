@@ -111,6 +111,18 @@ func TestNATPastTheEgressGuard(t *testing.T) {
 	})
 }
 
+// A tunnel of IP takes what the guard lets out for its own reason to where nothing lets
+// it: the packet of the tunnel is judged, whatever socket the one inside is of.
+func TestTunnelsPastTheEgressGuard(t *testing.T) {
+	excluded := map[workload.Guard]counted{
+		workload.GuardOff:     {},
+		workload.GuardAudit:   {bpfmap.PortExcluded: 1, bpfmap.EgressAudited: 1},
+		workload.GuardEnforce: {bpfmap.PortExcluded: 1, bpfmap.RefusedEgress: 1},
+	}
+	kernelSends(t, []kernelWay{{"ipip", excluded, 0}, {"wireguard", excluded, 0}},
+		func(r *workload.Request) { r.ExcludeOutboundPorts = []uint16{excludedPort} })
+}
+
 // kernelWay is a way with what it counts by the guard, and its errno in enforce.
 type kernelWay struct {
 	way      string
@@ -118,7 +130,7 @@ type kernelWay struct {
 	enforced syscall.Errno
 }
 
-func kernelSends(t *testing.T, ways []kernelWay) {
+func kernelSends(t *testing.T, ways []kernelWay, change ...func(*workload.Request)) {
 	t.Helper()
 	eachEgress(t, func(t *testing.T, a *alloc, egress workload.Guard) {
 		a.neighbour(t)
@@ -137,7 +149,7 @@ func kernelSends(t *testing.T, ways []kernelWay) {
 				a.comesTo(t, p, wire, attack{Way: tc.way, To: to, Device: deviceIndex(t, a.NetNS, "eth0")}, want)
 			})
 		}
-	})
+	}, change...)
 }
 
 // What never meets IP in the namespace is open to a task with CAP_NET_ADMIN: a bridge

@@ -19,10 +19,10 @@ import (
 )
 
 // eachEgress runs action with an allocation for each mode of the egress guard.
-func eachEgress(t *testing.T, action func(t *testing.T, a *alloc, egress workload.Guard)) {
+func eachEgress(t *testing.T, action func(t *testing.T, a *alloc, egress workload.Guard), change ...func(*workload.Request)) {
 	t.Helper()
 	for _, egress := range []workload.Guard{workload.GuardOff, workload.GuardAudit, workload.GuardEnforce} {
-		t.Run(string(egress), func(t *testing.T) { action(t, egressGuarded(t, egress), egress) })
+		t.Run(string(egress), func(t *testing.T) { action(t, egressGuarded(t, egress, change...), egress) })
 	}
 }
 

@@ -26,7 +26,7 @@ var guestModules = strings.Fields(`
 	xt_REDIRECT xt_MASQUERADE xt_nat xt_owner xt_comment xt_conntrack xt_addrtype xt_tcpudp xt_multiport xt_mark xt_bpf
 	ipt_REJECT ip6t_REJECT nf_conntrack
 	tls? mptcp_diag? xfrm_user
-	vxlan geneve? ip_gre?`)
+	vxlan geneve? wireguard? ipip? ip_gre?`)
 
 // module is one kernel module, unpacked.
 type module struct {
