@@ -9,7 +9,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -104,40 +103,21 @@ func TestAgentStartsBesideABadRecord(t *testing.T) {
 // Somebody stopped has the lock when the agent starts. It tells so, and goes on
 // once that is over.
 func TestAgentStartsBesideAStoppedHolderOfTheLock(t *testing.T) {
-	test.Need(t, test.Tool("flock"))
 	n := newNode(t)
 	id := numbered(1)
 	n.transparent(id)
 	n.fake.answers(registered(id))
 	lock := filepath.Join(n.config.StateDir, "lock")
-	holder := exec.Command("flock", "--no-fork", lock, "cat")
-	input, err := holder.StdinPipe()
-	if err == nil {
-		err = holder.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	release := func() {
-		input.Close()
-		_ = holder.Wait()
-	}
-	t.Cleanup(release)
-	test.Eventually(t, func() error {
-		if exec.Command("flock", "--nonblock", lock, "true").Run() == nil {
-			return errors.New("nobody holds the lock")
-		}
-		return nil
-	}, "the lock's holder")
-	if err := holder.Process.Signal(unix.SIGSTOP); err != nil {
+	holder, release := test.HoldLock(t, lock)
+	if err := holder.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
 	n.run(func(a *Agent) { a.datapath = redirect.New(n.config.Paths()).Within(50 * time.Millisecond) })
 	test.Eventually(t, n.answers, "the agent to answer")
 	test.Eventually(t, func() error {
-		return errors.Join(n.problem(fmt.Sprintf("process %d (cat)", holder.Process.Pid)), n.metric(`weir_state_unseen{reason="locked"} 1`))
+		return errors.Join(n.problem(fmt.Sprintf("process %d (cat)", holder.Pid)), n.metric(`weir_state_unseen{reason="locked"} 1`))
 	}, "the agent to tell of it")
-	if err := holder.Process.Signal(unix.SIGCONT); err != nil {
+	if err := holder.Signal(unix.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
 	release()

@@ -71,12 +71,12 @@ func TestWhatCannotBeLookedAtIsInForce(t *testing.T) {
 			})
 		}, "read_only", "is read-only"},
 		{"stopped holder of the lock", func(t *testing.T, a *alloc) {
-			pid, _ := holder(t, a.node.Paths().Lock())
-			if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+			holder, _ := test.HoldLock(t, a.node.Paths().Lock())
+			if err := holder.Signal(unix.SIGSTOP); err != nil {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() {
-				if err := unix.Kill(pid, unix.SIGCONT); err != nil {
+				if err := holder.Signal(unix.SIGCONT); err != nil {
 					t.Error(err)
 				}
 			})

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -17,32 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// holder is a process that holds the lock until its input ends.
-func holder(t *testing.T, path string) (pid int, release func()) {
-	t.Helper()
-	test.Need(t, test.Tool("flock"))
-	cmd := exec.Command("flock", "--no-fork", path, "cat")
-	input, err := cmd.StdinPipe()
-	if err == nil {
-		err = cmd.Start()
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	release = func() {
-		input.Close()
-		_ = cmd.Wait()
-	}
-	t.Cleanup(release)
-	test.Eventually(t, func() error {
-		if err := exec.Command("flock", "--nonblock", path, "true").Run(); err == nil {
-			return errors.New("nobody holds the lock")
-		}
-		return nil
-	}, "the lock's holder")
-	return cmd.Process.Pid, release
-}
-
 func TestLockThatIsNotGivenUp(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state", "lock")
 	ran := 0
@@ -50,10 +23,10 @@ func TestLockThatIsNotGivenUp(t *testing.T) {
 	if err := store.Locked(t.Context(), path, count); err != nil {
 		t.Fatal(err)
 	}
-	pid, release := holder(t, path)
+	holder, release := test.HoldLock(t, path)
 	err := store.LockedWithin(t.Context(), path, 50*time.Millisecond, count)
-	if !errors.Is(err, unix.EAGAIN) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), fmt.Sprintf("process %d (cat)", pid)) {
-		t.Errorf("error %v: want EAGAIN that names the lock and process %d", err, pid)
+	if !errors.Is(err, unix.EAGAIN) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), fmt.Sprintf("process %d (cat)", holder.Pid)) {
+		t.Errorf("error %v: want EAGAIN that names the lock and process %d", err, holder.Pid)
 	}
 	waited := make(chan error, 1)
 	go func() { waited <- store.Locked(t.Context(), path, count) }()
@@ -80,13 +53,13 @@ func TestLockThatNobodyWaitsForAnyMore(t *testing.T) {
 	if err := store.Locked(ctx, path, count); err != nil {
 		t.Fatal(err)
 	}
-	pid, release := holder(t, path)
+	holder, release := test.HoldLock(t, path)
 	waited := make(chan error, 1)
 	go func() { waited <- store.Locked(ctx, path, count) }()
 	cancel()
 	err := <-waited
-	if !errors.Is(err, context.Canceled) || errors.Is(err, unix.EAGAIN) || !strings.Contains(err.Error(), fmt.Sprintf("process %d (cat)", pid)) {
-		t.Errorf("error %v: want %v that names process %d", err, context.Canceled, pid)
+	if !errors.Is(err, context.Canceled) || errors.Is(err, unix.EAGAIN) || !strings.Contains(err.Error(), fmt.Sprintf("process %d (cat)", holder.Pid)) {
+		t.Errorf("error %v: want %v that names process %d", err, context.Canceled, holder.Pid)
 	}
 	release()
 	// The wait that was given up gets the lock, and gives it back.
@@ -102,7 +75,7 @@ func TestLockThatNobodyWaitsForAnyMore(t *testing.T) {
 func TestChangeIsGivenUpWithItsContext(t *testing.T) {
 	test.Need(t, test.Root)
 	paths := store.Paths{PinDir: filepath.Join(t.TempDir(), "pins"), StateDir: t.TempDir()}
-	holder(t, paths.Lock())
+	test.HoldLock(t, paths.Lock())
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() {
