@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MPL-2.0
 
 // Command docs checks that each link between the pages of the documentation leads to a page, and
-// to a heading of it, that exist, and that each test which a page names is there. Its arguments are
-// the pages; the tests are those of the working directory and below.
+// to a heading of it, that exist, and that each test, each file and each function of a file which a
+// page names is there. Its arguments are the pages; the tests and files are those of the working
+// directory and below.
 package main
 
 import (
@@ -30,8 +31,8 @@ func main() {
 	}
 }
 
-// check returns a line for each link of the pages that leads nowhere, and for each test that is
-// named and not there.
+// check returns a line for each link of the pages that leads nowhere, and for each test, file and
+// function that is named and not there.
 func check(pages []string, tests map[string]bool) (problems []string) {
 	anchorsOf := make(map[string]map[string]bool) // by path; nil where the file is no page
 	for _, page := range pages {
@@ -48,6 +49,11 @@ func check(pages []string, tests map[string]bool) (problems []string) {
 		for _, name := range namedTests(string(text)) {
 			if !tests[name] {
 				problems = append(problems, fmt.Sprintf("%s: %s: no such test", page, name))
+			}
+		}
+		for _, named := range namedSources(string(text)) {
+			if err := named.find(filepath.Dir(page)); err != nil {
+				problems = append(problems, fmt.Sprintf("%s: %v", page, err))
 			}
 		}
 	}
@@ -109,6 +115,37 @@ func namedTests(text string) (names []string) {
 		names = append(names, found[1])
 	}
 	return names
+}
+
+// source is a file that a page names, from the root of the repository or from beside the page, and
+// the function of it that the page names behind it, if any.
+type source struct{ file, function string }
+
+func namedSources(text string) (list []source) {
+	named := regexp.MustCompile("`([\\w-][\\w./-]*\\.(?:go|c|h|sh|txtar|md))`(?:\\s`(\\w+)`)?")
+	for _, found := range named.FindAllStringSubmatch(strings.Join(prose(text), "\n"), -1) {
+		list = append(list, source{found[1], found[2]})
+	}
+	return list
+}
+
+// find tells whether the function is declared, in Go or in C, in the file.
+func (s source) find(beside string) error {
+	text, err := os.ReadFile(s.file)
+	if errors.Is(err, fs.ErrNotExist) {
+		text, err = os.ReadFile(filepath.Join(beside, s.file))
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%s: no such file", s.file)
+	case err != nil || s.function == "":
+		return err
+	}
+	declared := regexp.MustCompile(`(?m)^(?:func (?:\([^)]*\) )?|[a-z_][\w *]* \*?)` + s.function + `[(\[]`)
+	if !declared.Match(text) {
+		return fmt.Errorf("%s: no function %s", s.file, s.function)
+	}
+	return nil
 }
 
 // testsBelow are the tests and benchmarks of a directory and those below it that are not hidden.

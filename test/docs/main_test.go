@@ -62,3 +62,31 @@ func TestTestsThatAreNotThereAreFound(t *testing.T) {
 		t.Error(diff)
 	}
 }
+
+func TestSourcesThatAreNotThereAreFound(t *testing.T) {
+	dir := t.TempDir()
+	from := filepath.Join(dir, "docs", "page.md")
+	for path, text := range map[string]string{
+		"docs/page.md": "`a/a.go` `Run`, `a/a.go` `helper` and `a/a.go`\n`Made`: `b.c` `weir_x`, `b.c` `inner`; `beside.sh`, `/etc/x.sh`, `*.go`, `of.json`\n" +
+			"`a/a.go` `Called`, `b.c` `called`, `gone.h`, `a/gone.go` `Run`\n\n```\n`gone.c`\n```\n",
+		"docs/beside.sh": "",
+		"a/a.go":         "package a\n\nfunc (r *Runner) Run() { Called() }\n\nfunc helper() {}\n\nfunc Made[T any]() {}\n",
+		"b.c":            "int weir_x(int y)\n{\n\treturn called(y);\n}\nstatic __always_inline struct y *inner(void)\n{\n}\n",
+	} {
+		path = filepath.Join(dir, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Chdir(dir)
+	want := []string{
+		from + ": a/a.go: no function Called", from + ": b.c: no function called",
+		from + ": gone.h: no such file", from + ": a/gone.go: no such file",
+	}
+	if diff := cmp.Diff(want, check([]string{from}, nil)); diff != "" {
+		t.Error(diff)
+	}
+}
