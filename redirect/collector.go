@@ -36,7 +36,7 @@ const (
 // so the one that rested longest is used first.
 //
 // What is between the two steps can be read off the tables (an index whose
-// origin has another one, or none), so a Collector that dies leaves nothing
+// origin has another one, or none), so an IndexReclaimer that dies leaves nothing
 // behind but a new grace period. Nothing is read under the node's lock, and rows
 // go in slices, so that an ADD does not wait; what is remembered is bounded. One
 // IndexReclaimer per node; not safe for concurrent use.

@@ -9,7 +9,7 @@ import (
 	"github.com/weirmesh/weir/agent/bounded"
 )
 
-// headers are what the library does not hand on of an answer without the
+// Headers are what the library does not hand on of an answer without the
 // usual ones.
 type Headers struct {
 	Filtered bool

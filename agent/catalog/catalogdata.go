@@ -23,7 +23,7 @@ type Data struct {
 	NoIntentions health.Problem                          // why there is no answer, or none newer
 }
 
-// listeners are the ports on which the proxy is for others: that of the mesh, or
+// ListenersOf are the ports on which the proxy is for others: that of the mesh, or
 // a gateway's.
 func ListenersOf(p registration.Proxy, known Data) []uint16 {
 	if !p.IsGateway() {

@@ -111,7 +111,7 @@ func clientTLS(config configfile.ConsulConfig, address string) (*tls.Config, err
 	return conf, nil
 }
 
-// options are those of every request. The token is read anew: whoever
+// Options are those of every request. The token is read anew: whoever
 // replaces the file needs to tell nobody.
 func (c *Client) Options(ctx context.Context) (*api.QueryOptions, error) {
 	token, err := c.Token()
@@ -355,7 +355,7 @@ func (c *Client) GatewayPorts(ctx context.Context, of registration.Gateway) ([]u
 	return registration.SortedPorts(ports), nil
 }
 
-// brief keeps what somebody else's server wrote into its error out of the log
+// Brief keeps what somebody else's server wrote into its error out of the log
 // but for its beginning.
 func Brief(err error) error {
 	var status api.StatusError

@@ -22,7 +22,7 @@ const (
 	tokenInterval     = 4 * time.Second
 )
 
-// token is that of every request.
+// Token is that of every request.
 func (c *Client) Token() (string, error) {
 	if c.Config.TokenFile == "" {
 		return c.Config.Token, nil

@@ -55,7 +55,7 @@ func CompareKeys(a, b workload.AttachmentID) int {
 	return cmp.Or(strings.Compare(a.ContainerID, b.ContainerID), strings.Compare(a.IfName, b.IfName))
 }
 
-// of returns the proxies of an allocation: those whose ID names it, and of the
+// ProxiesOf returns the proxies of an allocation: those whose ID names it, and of the
 // others those that are registered under one of its addresses or, gateways that
 // register themselves without an address, as what its job is for.
 func ProxiesOf(v catalog.Snapshot, a discover.Attachment) []registration.Proxy {
@@ -71,7 +71,7 @@ func ProxiesOf(v catalog.Snapshot, a discover.Attachment) []registration.Proxy {
 	return list
 }
 
-// runs reports whether an allocation runs the gateway that "consul connect
+// RunsGateway reports whether an allocation runs the gateway that "consul connect
 // envoy -gateway -register" registered for it: without -address, as jobs for API
 // gateways have it, nothing tells but that it has the job's name and that the job
 // maps a port of its listeners. Neither alone is enough.

@@ -13,8 +13,7 @@ import (
 // This file is the only one that knows the layout of the rows. An address is
 // 16 bytes in network order, IPv4 mapped; a port is in host order.
 
-// encodedPrefix4 and encodedPrefix6 are the ranges that carry an index, as
-// ../bpf/addr.h has them. Both are routed to lo in every workload.
+// Each as the header in bpf/ has it that defines the name behind it.
 const (
 	ListenerSlots = 64            // LISTENER_SLOTS
 	GateSlot      = ListenerSlots // GATE_SLOT: of no proxy, see redirect.Gate

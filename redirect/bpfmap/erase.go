@@ -35,7 +35,7 @@ func (m *Tables) DeleteWorkload(cookie uint64, applied *workload.Workload) error
 	if err := m.deleteListeners(cookie, applied); err != nil {
 		return err
 	}
-	if applied != nil && generation != 0 { // else deleteStale has
+	if applied != nil && generation != 0 { // else DeleteStale has
 		if err := m.DeleteProxies(cookie, applied.TakenProxyIDs()); err != nil {
 			return err
 		}

@@ -304,7 +304,7 @@ func (m *Tables) ListenersOf(cookie uint64, proxyID uint8, w workload.Workload) 
 	return found, nil
 }
 
-// roles are those of a listener on the port, by family.
+// ListenerRoles are those of a listener on the port, by family.
 func ListenerRoles(p workload.ProxyPort) (four, six BpfListenerRole) {
 	if p.Outbound {
 		return BpfListenerRoleLISTENER_OUTBOUND4, BpfListenerRoleLISTENER_OUTBOUND6

@@ -46,7 +46,7 @@ func KeepSize(spec *ebpf.MapSpec, table *ebpf.Map) {
 	}
 }
 
-// highWaterMarker is the immediate in ../../bpf/origin.h that stands for the high water
+// highWaterMarker is the immediate in bpf/origin.h that stands for the high water
 // of the table of origins.
 const highWaterMarker = 0x5745495248494748
 

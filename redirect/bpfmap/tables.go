@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Layout numbers the structs in ../bpf/maps.h. It changes whenever one of them
+// Layout numbers the structs in bpf/maps.h and bpf/config.h. It changes whenever one of them
 // does; a node that runs another layout is refused, not guessed at.
 const Layout = 7
 
@@ -41,7 +41,7 @@ type Tables struct {
 // ErrIncompatible.
 func OpenTables(dir string) (*Tables, error) { return openTablesFor(dir, false) }
 
-// OpenTablesToRead is openTables for who writes nothing.
+// OpenTablesToRead is OpenTables for who writes nothing.
 func OpenTablesToRead(dir string) (*Tables, error) { return openTablesFor(dir, true) }
 
 func openTablesFor(dir string, readOnly bool) (*Tables, error) {

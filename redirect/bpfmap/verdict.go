@@ -7,7 +7,7 @@ import (
 )
 
 // Verdict is what a program decided about one socket. The names are those of
-// enum verdict in ../bpf/maps.h, in lower case.
+// enum verdict in bpf/maps.h, in lower case.
 type Verdict uint32
 
 // The verdicts: what lets a connection go on, in the order of the rules, what

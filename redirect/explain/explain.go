@@ -87,7 +87,7 @@ func (c Connection) Unmapped() Connection {
 	return c
 }
 
-// snapshot reads the rows that decide about a connection, all of one generation.
+// ReadSnapshot reads the rows that decide about a connection, all of one generation.
 func ReadSnapshot(m *bpfmap.Tables, cookie uint64, c Connection) (*Snapshot, error) {
 	const tries = 4 // GENERATION_TRIES
 	for range tries {
@@ -170,7 +170,7 @@ func portRow(m *bpfmap.Tables, cookie, generation uint64, kind bpfmap.BpfExclusi
 	return row.Bits[port%bpfmap.PortsPerRow/64]>>(port%64)&1 != 0, err
 }
 
-// originRows reads what origin_intern in ../bpf/origin.h does.
+// originRows reads what origin_intern in bpf/origin.h does.
 func readOriginRows(m *bpfmap.Tables, cookie, generation uint64, s *Snapshot, addr netip.Addr) (rows originRows, err error) {
 	origins, err := m.Table("origins")
 	if err != nil {

@@ -4,7 +4,7 @@ package explain
 
 import "github.com/weirmesh/weir/redirect/bpfmap"
 
-// inboundRules are those of decide() in ../bpf/lookup.c, for a TCP connection from outside.
+// inboundRules are those of decide() in bpf/lookup.c, for a TCP connection from outside.
 func inboundRules() []rule {
 	return []rule{
 		{RuleEncoded, askEncoded},

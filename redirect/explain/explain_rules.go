@@ -109,8 +109,8 @@ func askRows(s *Snapshot, _ Connection) finding {
 	return passes("the rows of the workload are in force")
 }
 
-// outboundRules are those of decide() in ../bpf/rules.h, for a socket that is bound to nothing,
-// and then those that a redirected connection meets on lo, in ../bpf/lookup.c.
+// outboundRules are those of decide() in bpf/rules.h, for a socket that is bound to nothing,
+// and then those that a redirected connection meets on lo, in bpf/lookup.c.
 func outboundRules() []rule {
 	return []rule{
 		{RuleRows, askRows},
@@ -255,7 +255,7 @@ func askBroadcast(s *Snapshot, c Connection) finding {
 }
 
 // encoded is the family in which the destination is carried to the proxy: encode() in
-// ../bpf/rules.h, for a socket that is bound to nothing and takes both families where it is IPv6.
+// bpf/rules.h, for a socket that is bound to nothing and takes both families where it is IPv6.
 func (s *Snapshot) encoded(c Connection) (use4, use6 bool) {
 	const both = bpfmap.BpfProxyFlagPROXY_LISTENS4 | bpfmap.BpfProxyFlagPROXY_LISTENS6
 	proxy, port := s.outboundProxy()
@@ -319,7 +319,7 @@ func askListener(s *Snapshot, c Connection) finding {
 	return decides(bpfmap.Redirected, "the proxy listens on its outbound port %d: it gets the connection", port)
 }
 
-// isLocal is addr_is_local of ../bpf/addr.h.
+// isLocal is addr_is_local of bpf/addr.h.
 func isLocal(addr netip.Addr) bool { return addr.IsLoopback() || addr.IsUnspecified() }
 
 // isMulticast is addr_is_multicast there.

@@ -20,7 +20,7 @@ const (
 	SourceNode    = "node"    // read from the namespace or learned from its sockets
 )
 
-// source says where the value comes from that a rule looked at. It adds to the step what the
+// SourceOf says where the value comes from that a rule looked at. It adds to the step what the
 // rows do not say.
 func SourceOf(r *store.Record, step *Step, c Connection) string {
 	matches := step.Result == ResultMatch

@@ -40,7 +40,7 @@ func (ns *Namespace) CopySocket(inode uint32, cgroupRoot string, processes *Proc
 }
 
 // EachOwner calls visit with the processes of the namespace that hold a socket,
-// and the descriptors by which they do, until it is done; errNoOwner where it
+// and the descriptors by which they do, until it is done; ErrNoOwner where it
 // never is.
 func (ns *Namespace) EachOwner(inode uint32, visit func(pid, number int) (done bool, err error)) error {
 	return new(Processes).eachOwner(ns, inode, visit)

@@ -14,7 +14,7 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// open opens the namespace that the record was made for. ErrNetNSGone says
+// OpenNamespaceOf opens the namespace that the record was made for. ErrNetNSGone says
 // that it died, or that its path leads to another one by now.
 func OpenNamespaceOf(r *store.Record) (*host.Namespace, error) {
 	ns, err := host.OpenNamespace(r.NetNS)
@@ -27,7 +27,7 @@ func OpenNamespaceOf(r *store.Record) (*host.Namespace, error) {
 	return ns, nil
 }
 
-// observe brings the record's own addresses up to date with the namespace's, and
+// ObserveSources brings the record's own addresses up to date with the namespace's, and
 // says what changed. An address that was taken off the namespace is not the
 // workload's any more. A link-local one comes by itself some time after the
 // device, so it is registered without a word.
@@ -62,7 +62,7 @@ func ObserveSources(r *store.Record, ns *host.Namespace) (changed []program.Repa
 	return changed, nil
 }
 
-// openWorkload reads a record and opens its namespace, which the caller closes. It
+// OpenWorkload reads a record and opens its namespace, which the caller closes. It
 // takes no lock.
 func (d *Reader) OpenWorkload(key workload.AttachmentID) (*store.Record, *host.Namespace, error) {
 	r, err := d.paths.ReadRecord(key)

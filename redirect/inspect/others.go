@@ -194,7 +194,7 @@ func openLinks(pid string) (list []link.ID) {
 	return list
 }
 
-// ownSets returns this instance's sets among sets, the one first that serves most
+// OwnSets returns this instance's sets among sets, the one first that serves most
 // of the workloads on record. One that does not say for sure whose it is belongs to
 // whose workloads it serves.
 func (d *Reader) OwnSets(sets []*program.Set) (own []*program.Set) {

@@ -22,7 +22,7 @@ func (d *Reader) Readiness() []health.Check {
 	return append(append(KernelReadiness("/"), d.MountReadiness()...), d.HookReadiness()...)
 }
 
-// kernelReadiness asks the kernel for each feature, and reads below root what
+// KernelReadiness asks the kernel for each feature, and reads below root what
 // says how it is set up.
 func KernelReadiness(root string) []health.Check {
 	c := &health.Checks{Group: "kernel"}
@@ -96,7 +96,7 @@ func lockdown(path string) string {
 	return mode
 }
 
-// mountReadiness checks the root of cgroup v2 and the bpffs.
+// MountReadiness checks the root of cgroup v2 and the bpffs.
 func (d *Reader) MountReadiness() []health.Check {
 	c := &health.Checks{Group: "mounts"}
 	if root, err := d.paths.OpenCgroupRoot(); err != nil {
@@ -139,7 +139,7 @@ func knowsBPFFS(path string) bool {
 	return false
 }
 
-// hookReadiness names the programs of others where Weir's are attached. What
+// HookReadiness names the programs of others where Weir's are attached. What
 // each of them does only its owner knows.
 func (d *Reader) HookReadiness() []health.Check {
 	c := &health.Checks{Group: "hooks"}

@@ -116,7 +116,7 @@ func rejectedIn(ns *host.Namespace, w workload.Workload, registered map[uint64]b
 	return list, nil
 }
 
-// roles is the test that weir_sockops makes on a new listener: which roles of
+// SocketRoles is the test that weir_sockops makes on a new listener: which roles of
 // the workload's proxies it can serve, and on which port of theirs.
 func SocketRoles(s host.Socket, w workload.Workload) (port workload.ProxyPort, roles []bpfmap.BpfListenerRole) {
 	port, ok := w.PortOf(s.Port)

@@ -52,7 +52,7 @@ func (d *Loader) Load() (result Result, err error) {
 	return result, err
 }
 
-// load is Load for a caller who holds the lock. Without renew, programs of
+// LoadLocked is Load for a caller who holds the lock. Without renew, programs of
 // another version stay: a plugin must not fight over versions with the agent.
 func (d *Loader) LoadLocked(renew bool) (result Result, err error) {
 	if err := d.Paths().EnsureBPFFS(); err != nil {
@@ -123,7 +123,7 @@ func (d *Loader) sign(pinned *bpfmap.Tables) error {
 	return pinned.Put("control", uint32(0), row, ebpf.UpdateAny)
 }
 
-// loadFresh builds everything beside the live directory, the workloads on
+// LoadFresh builds everything beside the live directory, the workloads on
 // record included, and renames it into place, so that a load that dies leaves
 // nothing that looks complete.
 func (d *Loader) LoadFresh(root *os.File) (result Result, err error) {

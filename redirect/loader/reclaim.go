@@ -87,7 +87,7 @@ func (d *Loader) ends(root *os.File, own *program.Set) bool {
 	return false
 }
 
-// openOrReclaim is openTables for who must not take a node without pins for one
+// OpenOrReclaim is OpenTables for who must not take a node without pins for one
 // without programs.
 func (d *Loader) OpenOrReclaim() (*bpfmap.Tables, error) {
 	pinned, err := bpfmap.OpenTables(d.Paths().Maps())

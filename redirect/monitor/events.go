@@ -24,7 +24,7 @@ import (
 // ErrBusy: somebody else reads the events; the ring has one reader.
 var ErrBusy = errors.New("events have another reader")
 
-// eventLease is how far ahead a reader asks for events. Programs stop by
+// EventLease is how far ahead a reader asks for events. Programs stop by
 // themselves when a reader died without a word.
 const EventLease = 5 * time.Second
 
@@ -48,7 +48,7 @@ type Event struct {
 	Lost        uint64         `json:"lost,omitempty"`      // with EventsLost: how many, since the last such event
 }
 
-// readEvents delivers every connection of every workload from now on, until ctx
+// Read delivers every connection of every workload from now on, until ctx
 // ends, which is no error, or deliver returns one. One reader at a time:
 // ErrBusy otherwise. A workload has its share of the ring, which no other takes
 // from it; what a reader is too slow for is lost, and an event with the verdict
@@ -163,7 +163,7 @@ func decodeRecord(record ringbuf.Record) (row bpfmap.BpfEvent, err error) {
 	return row, nil
 }
 
-// withOrigin puts the origin in the place of an encoded address, where the
+// WithOrigin puts the origin in the place of an encoded address, where the
 // program that reported left it to the reader.
 func WithOrigin(t *bpfmap.Tables, event Event) Event {
 	switch event.Verdict { //nolint:exhaustive // of a connection that waited for the proxy, or of its packets

@@ -8,7 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// transportOf names what a socket sends by. Without a family it is one of IP that
+// TransportOf names what a socket sends by. Without a family it is one of IP that
 // sends or connects.
 func TransportOf(family, socketType, protocol uint16) string {
 	switch family {

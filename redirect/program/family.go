@@ -19,7 +19,7 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// FamilyName is the program of ../../bpf/family.c. The kernel asks it for each socket
+// FamilyName is the program of bpf/family.c. The kernel asks it for each socket
 // of the node, so it is attached only once a workload has an egress guard, and stays
 // then. No cgroup leads to it, so it is not among the programs of the root.
 const FamilyName = "weir_family"

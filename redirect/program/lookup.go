@@ -15,7 +15,7 @@ import (
 	"github.com/weirmesh/weir/redirect/store"
 )
 
-// cookieMarker is the immediate in ../bpf/lookup.c that stands for the cookie.
+// cookieMarker is the immediate in bpf/lookup.c that stands for the cookie.
 const cookieMarker = 0x574549524e53434b
 
 // NewLookup loads the sk_lookup program of one namespace. The cookie becomes

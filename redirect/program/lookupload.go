@@ -30,7 +30,7 @@ const (
 	relocLoad64 = 1 // R_BPF_64_64
 )
 
-// lookupCode is the program of the object ../bpf/lookup.c with the tables of the
+// lookupCode is the program of the object bpf/lookup.c with the tables of the
 // node and the cookie in the places where it has their names and a marker.
 func lookupCode(m *bpfmap.Tables, cookie uint64) (code []byte, license string, err error) {
 	object, err := elf.NewFile(bytes.NewReader(bpfmap.LookupObject()))
@@ -143,7 +143,7 @@ func (load *progLoad) do() (fd int, err error) {
 	return -1, err
 }
 
-// openProgram opens a pinned program to read. The library's way asks the kernel whether
+// OpenProgram opens a pinned program to read. The library's way asks the kernel whether
 // programs have names, and before that for a token of every bpffs in mountinfo, which
 // has several lines for each allocation of the node.
 func OpenProgram(path string) (*ebpf.Program, error) {

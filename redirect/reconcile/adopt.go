@@ -23,7 +23,7 @@ import (
 // identity test, by a copy of the socket's descriptor (pidfd_getfd, Linux 5.6):
 // observe, decide, apply.
 
-// existingListener is a listener under the proxy's UID on one of a proxy's ports.
+// ExistingListener is a listener under the proxy's UID on one of a proxy's ports.
 type ExistingListener struct {
 	host.Socket
 	at      workload.ProxyPort
@@ -31,7 +31,7 @@ type ExistingListener struct {
 	Missing []bpfmap.BpfListenerRole // ... of which it is not registered for
 }
 
-// registerExistingListeners registers what is there already, and says what it did.
+// RegisterExistingListeners registers what is there already, and says what it did.
 // processes may be nil.
 func RegisterExistingListeners(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace, w workload.Workload, rejected []uint64, processes *host.Processes) (adopted []program.Repair, err error) {
 	listeners, err := observeListeners(tables, ns, w)
@@ -118,7 +118,7 @@ func (l ExistingListener) settled(proxy bpfmap.BpfProxy) bool {
 	return len(l.Missing) == 0 && proxy != (bpfmap.BpfProxy{})
 }
 
-// decide reports whether a listener that lives in the cgroup is the proxy's, and what
+// Decide reports whether a listener that lives in the cgroup is the proxy's, and what
 // is known of the proxy then. It is the test of weir_sockops: the first one shows
 // who the proxy is, and a second candidate waits.
 func (l ExistingListener) Decide(proxy bpfmap.BpfProxy, cgroup uint64, rejected []uint64) (next bpfmap.BpfProxy, admitted bool) {

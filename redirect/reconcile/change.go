@@ -16,7 +16,7 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-// ensure brings the kernel to what the record asks for and says what it had to
+// Ensure brings the kernel to what the record asks for and says what it had to
 // change. It is the one way to a redirected namespace: ADD, CHECK, a change
 // from Consul and the return of lost maps all end here, so what one of them
 // makes another can finish. The record is marked incomplete before the first

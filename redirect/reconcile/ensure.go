@@ -27,13 +27,13 @@ func (d *Reconciler) ensureRoutes(r, before *store.Record, ns *host.Namespace, w
 	return err == nil, err
 }
 
-// markIncomplete marks the record incomplete on disk.
+// MarkIncomplete marks the record incomplete on disk.
 func (d *Reconciler) MarkIncomplete(r *store.Record) error {
 	r.Begin()
 	return d.Paths().WriteRecord(r)
 }
 
-// renewFilters brings this binary's programs to every workload. One that it cannot
+// RenewFilters brings this binary's programs to every workload. One that it cannot
 // reach goes on with those that it has, and the next look at it repairs that.
 func (d *Reconciler) RenewFilters() error {
 	programs, err := filter.RenewFilterPrograms(d.Paths())
@@ -63,7 +63,7 @@ func (d *Reconciler) RenewFilters() error {
 	return errors.Join(problems...)
 }
 
-// removeRoutes removes the routes and the filter of a workload whose namespace
+// RemoveRoutes removes the routes and the filter of a workload whose namespace
 // still lives.
 func RemoveRoutes(r *store.Record) error {
 	ns, err := inspect.OpenNamespaceOf(r)

@@ -8,6 +8,8 @@ import (
 	"slices"
 )
 
+// EncodedPrefix4 and EncodedPrefix6 are the ranges that carry an index, as
+// bpf/addr.h has them. Both are routed to lo in every workload.
 var EncodedPrefix4 = netip.MustParsePrefix("127.128.0.0/9")
 
 var EncodedPrefix6 = netip.MustParsePrefix("fd77:6569:7200::/96")

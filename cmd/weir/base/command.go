@@ -263,7 +263,7 @@ func (c *Command) StateDir() string {
 	return c.Paths.Or(store.PathsFromEnv(c.Getenv)).Or(store.Paths{StateDir: store.DefaultStateDir}).StateDir
 }
 
-// jsonSchema is the form of what commands print as JSON, told in the key "schema"
+// Schema is the form of what commands print as JSON, told in the key "schema"
 // of each object. Keys may be added to it, without another number.
 const Schema = 1
 

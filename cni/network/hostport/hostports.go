@@ -178,7 +178,7 @@ func takeOver(r *attachment.Record, records attachment.Records, conn *nftables.C
 	return nil
 }
 
-// unmapPorts ends the translations. Those of an attachment whose record is
+// Unmap ends the translations. Those of an attachment whose record is
 // lost are told by the name that each carries.
 func Unmap(r *attachment.Record, records attachment.Records) error {
 	if r.Mapper == attachment.MapperPortmap || r.Lost && r.PortMappings != nil && HasPortmapTable() {
@@ -345,7 +345,7 @@ func HostPorts() (list []HostPort, err error) {
 	return list, err
 }
 
-// heldPorts reads all of the node; none where there are no maps.
+// Held reads all of the node; none where there are no maps.
 func Held(conn *nftables.Conn) (list []HeldPort, err error) {
 	chains, err := nft.ListChains(conn) // the library does not tell a map that is not there from another error
 	if err != nil || !slices.ContainsFunc(chains, func(c *nftables.Chain) bool {

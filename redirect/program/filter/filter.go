@@ -29,13 +29,13 @@ import (
 // multicast and UDP-Lite the kernel asks no sk_lookup. What the kernel itself sends,
 // a tunnel or an answer, meets no hook of a socket either. So each namespace gets a
 // table of nftables with three chains at most, whose rules ask the programs of
-// ../bpf/filter.c. A rule goes with its namespace; a pinned link of netfilter
+// bpf/filter.c. A rule goes with its namespace; a pinned link of netfilter
 // (Linux 6.4) would keep the namespace alive.
 
 // FilterTable is the table's name, of family inet.
 const FilterTable = "weir_filter"
 
-// chainPrograms are the programs of ../bpf/filter.c by what asks them, a chain or a
+// chainPrograms are the programs of bpf/filter.c by what asks them, a chain or a
 // rule of one, loaded once for the node and pinned under these names.
 type chainPrograms map[string]*ebpf.Program
 
@@ -100,7 +100,7 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 }
 
 // RenewFilterPrograms replaces the node's programs by this binary's. Namespaces
-// whose rules ask the former ones get the new by setFilter.
+// whose rules ask the former ones get the new by SetFilter.
 func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
 	if err := program.RemoveTree(p.Filters()); err != nil {
 		return nil, err
