@@ -23,7 +23,8 @@ type netInterface struct{ name, mac string }
 
 // namespaceUsers are the network namespaces in which processes are.
 type namespaceUsers struct {
-	threads map[uint64][]string // ways to each, by inode
+	leaders map[uint64][]string // ways to each by the first thread of a process, by inode
+	threads map[uint64][]string // ... by any thread; nil as long as nobody asked
 	spaces  []space
 	looked  bool // spaces are known
 }
@@ -35,33 +36,98 @@ type space struct {
 	addresses  []netip.Addr
 }
 
-// findNamespaceUsers looks at every thread of the machine. One that it may not look at is
-// an error, as it may be where it matters; but for init, which is no task.
+// findNamespaceUsers looks at every process of the machine. Where a process has several
+// threads they are looked at only for a namespace in which no process is by its first one:
+// there are many of them on a full node, and hardly ever is one elsewhere.
 func findNamespaceUsers() (*namespaceUsers, error) {
-	threads, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/net")
+	processes, err := numbersIn("/proc")
 	if err != nil {
 		return nil, err
 	}
-	u := &namespaceUsers{threads: make(map[uint64][]string)}
+	leaders, err := namespacesOf(processes)
+	return &namespaceUsers{leaders: leaders}, err
+}
+
+// numbersIn are the directories of processes or threads in one of /proc. Where a process
+// has ended there is none.
+func numbersIn(dir string) (paths []string, err error) {
+	file, err := os.Open(dir)
+	if gone(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look at process: %w", err)
+	}
+	defer file.Close()
+	names, err := file.Readdirnames(-1)
+	if err != nil && !gone(err) {
+		return nil, fmt.Errorf("look at process: %w", err)
+	}
+	for _, name := range names {
+		if name[0] >= '0' && name[0] <= '9' {
+			paths = append(paths, filepath.Join(dir, name))
+		}
+	}
+	return paths, nil
+}
+
+// namespacesOf are the namespaces of processes or threads, by inode. One that may not be
+// looked at is an error, as it may be where it matters; but for init, which is no task.
+func namespacesOf(threads []string) (map[uint64][]string, error) {
+	list := make(map[uint64][]string)
 	for _, thread := range threads {
-		inode, found, err := inodeOf(thread)
-		if errors.Is(err, fs.ErrPermission) && strings.HasPrefix(thread, "/proc/1/") {
+		path := filepath.Join(thread, "ns/net")
+		inode, found, err := inodeOf(path)
+		if errors.Is(err, fs.ErrPermission) && strings.HasPrefix(path, "/proc/1/") {
 			continue
 		}
 		if err != nil {
 			return nil, fmt.Errorf("look at process: %w", err)
 		}
 		if found { // else it has ended
-			u.threads[inode] = append(u.threads[inode], thread)
+			list[inode] = append(list[inode], path)
 		}
 	}
-	return u, nil
+	return list, nil
+}
+
+// in reports whether a thread is in the namespace of an inode.
+func (u *namespaceUsers) in(inode uint64) (bool, error) {
+	if len(u.leaders[inode]) > 0 {
+		return true, nil
+	}
+	err := u.findThreads()
+	return len(u.threads[inode]) > 0, err
+}
+
+// findThreads looks at every thread of the machine, once.
+func (u *namespaceUsers) findThreads() error {
+	if u.threads != nil {
+		return nil
+	}
+	processes, err := numbersIn("/proc")
+	if err != nil {
+		return err
+	}
+	var threads []string
+	for _, process := range processes {
+		own, err := numbersIn(filepath.Join(process, "task"))
+		if err != nil {
+			return err
+		}
+		threads = append(threads, own...)
+	}
+	u.threads, err = namespacesOf(threads)
+	return err
 }
 
 // look enters each namespace, once.
 func (u *namespaceUsers) look() error {
 	if u.looked {
 		return nil
+	}
+	if err := u.findThreads(); err != nil {
+		return err
 	}
 	for _, threads := range u.threads {
 		s, err := lookAtOne(threads)
@@ -82,14 +148,20 @@ func (u *namespaceUsers) of(a *Attachment) (State, error) {
 	state := Gone
 	for _, path := range a.paths {
 		inode, found, err := inodeOf(path)
-		switch {
-		case err != nil:
+		if err != nil {
 			return "", err
-		case found && len(u.threads[inode]) > 0:
-			return "", fmt.Errorf("namespace %s: %w", path, ErrInUse)
-		case found:
-			state = Empty
 		}
+		if !found {
+			continue
+		}
+		used, err := u.in(inode)
+		if err != nil {
+			return "", err
+		}
+		if used {
+			return "", fmt.Errorf("namespace %s: %w", path, ErrInUse)
+		}
+		state = Empty
 	}
 	if a.mount != "" {
 		state = Empty // also where the mount is to be seen from elsewhere alone
@@ -169,7 +241,7 @@ func inodeOf(path string) (inode uint64, found bool, err error) {
 		func() error { return unix.Statfs(path, &disk) }, func() error { return unix.Stat(path, &file) },
 	} {
 		err := look()
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ESRCH) {
+		if gone(err) {
 			return 0, false, nil
 		}
 		if err != nil {
@@ -177,4 +249,9 @@ func inodeOf(path string) (inode uint64, found bool, err error) {
 		}
 	}
 	return file.Ino, disk.Type == unix.NSFS_MAGIC, nil
+}
+
+// gone reports whether an error says that what a path led to is not there.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ESRCH)
 }
