@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
@@ -35,13 +36,17 @@ func NewStatus(env base.Env) *base.Command {
       $ weir status -json > status.json || exit 1`).WithPaths().WithJSON()
 	c.Flags.Lookup("verbose").Usage = "print pins, programs, maps and the programs of others; and errors in full, with the kernel's verifier log"
 	c.Do = func() (int, error) {
+		var leftovers string
+		var shadowed []health.Problem
+		var beside sync.WaitGroup // a full node has much to look at, and each look waits for the disk and the kernel
+		beside.Go(func() { leftovers, shadowed = listLeftBehind(c) })
 		status, err := c.Datapath().Status()
+		view, running, dead := c.Agent()
+		beside.Wait()
 		if err != nil {
 			return 1, err
 		}
-		view, running, dead := c.Agent()
 		status.Problems = withAgents(status.Problems, view, dead)
-		leftovers, shadowed := listLeftBehind(c)
 		status.Problems = append(status.Problems, shadowed...)
 		code := 0
 		if !status.Healthy() {
