@@ -198,6 +198,9 @@ func (s *soak) lose(t *testing.T, choices [][]string) {
 		}
 		return err
 	}, "records of all allocations")
+	if s.running.name == firstRelease { // makes a record anew of what the job asked for, and adds what Consul says after
+		s.wantUpstreams(t)
+	}
 	s.wantHealthy(t)
 	for _, a := range s.stable {
 		// Before the agent's next look CHECK may find what is still to be repaired.

@@ -78,6 +78,16 @@ func (s *soak) populate(t *testing.T, seed uint64) {
 		a.register("far")
 		s.stable = append(s.stable, a)
 	}
+	s.wantUpstreams(t)
+	for i, a := range s.stable {
+		s.keep(seed+uint64(i), func(random *rand.Rand) { s.dials(a, s.virtual, random) })
+		s.transfers(a, test.Helper(t, a.spec(taskUID), transferFunc), seed+uint64(i))
+	}
+}
+
+// wantUpstreams waits until all allocations have on record what Consul adds.
+func (s *soak) wantUpstreams(t *testing.T) {
+	t.Helper()
 	test.Eventually(t, func() error {
 		list, err := redirect.New(s.paths).Records()
 		for _, record := range list {
@@ -87,8 +97,4 @@ func (s *soak) populate(t *testing.T, seed uint64) {
 		}
 		return err
 	}, "the upstreams of all allocations")
-	for i, a := range s.stable {
-		s.keep(seed+uint64(i), func(random *rand.Rand) { s.dials(a, s.virtual, random) })
-		s.transfers(a, test.Helper(t, a.spec(taskUID), transferFunc), seed+uint64(i))
-	}
 }
