@@ -161,23 +161,24 @@ func (s *soak) roll(t *testing.T) {
 
 // losePins takes pins away, which ends redirects, until the agent has put them back.
 func (s *soak) losePins(t *testing.T) {
-	s.lost.Add(1)
-	defer s.lost.Add(1)
-	s.lose(t, [][]string{{s.paths.Links()}, {s.paths.Lookups()}, {s.paths.Maps()}, {s.paths.PinDir}, {s.paths.PinDir, s.paths.Workloads()}})
+	s.lose(t, &s.lost, [][]string{{s.paths.Links()}, {s.paths.Lookups()}, {s.paths.Maps()}, {s.paths.PinDir}, {s.paths.PinDir, s.paths.Workloads()}})
 }
 
 // loseRecords takes the records of workloads away, which the agent makes anew from
 // libcni's cache.
 func (s *soak) loseRecords(t *testing.T) {
-	s.lose(t, [][]string{{s.paths.Workloads()}})
+	s.lose(t, new(atomic.Int64), [][]string{{s.paths.Workloads()}})
 }
 
 // lose empties one of the sets of directories. What is open must stay so; what is dialled
-// waits for the repair, as nothing redirects meanwhile.
-func (s *soak) lose(t *testing.T, choices [][]string) {
+// waits for the repair, as nothing redirects meanwhile. The loss is counted when it begins
+// and when it ends.
+func (s *soak) lose(t *testing.T, count *atomic.Int64, choices [][]string) {
 	choice := choices[s.random.IntN(len(choices))]
 	s.pause.Lock()
 	defer s.pause.Unlock()
+	count.Add(1)
+	defer count.Add(1)
 	for _, dir := range choice {
 		t.Logf("empty %s", dir)
 		entries, err := os.ReadDir(dir)

@@ -60,7 +60,7 @@ func (f *figures) problem(err error, what string) {
 type load struct {
 	*figures
 	pause sync.RWMutex
-	lost  atomic.Int64 // how often what the kernel knows of open connections began or ended to be lost: odd while it is
+	lost  atomic.Int64 // how often what the kernel knows of open connections began or ended to be lost: odd while it is, and paused
 	stop  chan struct{}
 	done  sync.WaitGroup
 }
@@ -133,7 +133,6 @@ func (l *load) dials(a *alloc, virtual netip.Addr, random *rand.Rand) {
 func (l *load) transfers(a *alloc, process *test.Process, seed uint64) {
 	target := netip.AddrPortFrom(netip.AddrFrom4([4]byte{203, 0, 113, byte(a.number)}), 443)
 	l.done.Go(func() {
-		var request transferRequest
 		opened := int64(-1)
 		random := rand.New(rand.NewPCG(seed, 2))
 		ticker := time.NewTicker(10 * interval)
@@ -144,13 +143,9 @@ func (l *load) transfers(a *alloc, process *test.Process, seed uint64) {
 				return
 			case <-ticker.C:
 			}
-			request.Bytes, request.Seed = 1+random.IntN(256<<10), random.Uint64()
-			request.Target = ""
-			if lost := l.lost.Load(); lost%2 == 0 && lost != opened {
-				request.Target, opened = target.String(), lost
-			}
-			var got transferred
-			if err := process.Call(request, &got); err != nil {
+			request := transferRequest{Bytes: 1 + random.IntN(256<<10), Seed: random.Uint64()}
+			got, err := l.transfer(process, request, target, &opened)
+			if err != nil {
 				l.problem(err, "transfer to "+target.String())
 				return // the connection is gone
 			}
@@ -161,4 +156,16 @@ func (l *load) transfers(a *alloc, process *test.Process, seed uint64) {
 			}
 		}
 	})
+}
+
+// transfer is one round of them. A connection is dialled when nothing is lost, and then
+// nothing is taken away before it is open.
+func (l *load) transfer(process *test.Process, request transferRequest, target netip.AddrPort, opened *int64) (got transferred, err error) {
+	if lost := l.lost.Load(); *opened < 0 || lost != *opened && lost%2 == 0 {
+		l.pause.RLock()
+		defer l.pause.RUnlock()
+		request.Target, *opened = target.String(), l.lost.Load()
+	}
+	err = process.Call(request, &got)
+	return got, err
 }
