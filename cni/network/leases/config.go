@@ -33,10 +33,58 @@ type Set []Range
 
 // Range is where addresses are taken from, both ends included.
 type Range struct {
-	Subnet  netip.Prefix `json:"subnet"`
-	First   netip.Addr   `json:"rangeStart"`
-	Last    netip.Addr   `json:"rangeEnd"`
-	Gateway netip.Addr   `json:"gateway"` // never taken
+	Subnet      netip.Prefix
+	First, Last netip.Addr
+	Gateway     netip.Addr // never taken
+}
+
+// rangeKeys is a range as it is written. Its values are read here, as encoding/json
+// does not tell of which key one is that a type of its own refuses.
+type rangeKeys struct {
+	Subnet  string `json:"subnet"`
+	First   string `json:"rangeStart"`
+	Last    string `json:"rangeEnd"`
+	Gateway string `json:"gateway"`
+}
+
+func (k rangeKeys) parse() (r Range, err error) {
+	if k.Subnet != "" {
+		if r.Subnet, err = netip.ParsePrefix(k.Subnet); err != nil {
+			return r, fmt.Errorf("subnet: %w", err)
+		}
+	}
+	for _, key := range []struct {
+		name, text string
+		into       *netip.Addr
+	}{{"rangeStart", k.First, &r.First}, {"rangeEnd", k.Last, &r.Last}, {"gateway", k.Gateway, &r.Gateway}} {
+		if key.text == "" {
+			continue
+		}
+		if *key.into, err = netip.ParseAddr(key.text); err != nil {
+			return r, fmt.Errorf("%s: %w", key.name, err)
+		}
+		if key.into.Zone() != "" {
+			return r, fmt.Errorf("%s: address %s has a zone", key.name, key.text)
+		}
+		*key.into = key.into.Unmap()
+	}
+	return r, nil
+}
+
+func parseSets(texts [][]rangeKeys) ([]Set, error) {
+	sets := make([]Set, 0, len(texts))
+	for i, text := range texts {
+		set := make(Set, 0, len(text))
+		for _, keys := range text {
+			r, err := keys.parse()
+			if err != nil {
+				return nil, fmt.Errorf("set of ranges %d: %w", i, err)
+			}
+			set = append(set, r)
+		}
+		sets = append(sets, set)
+	}
+	return sets, nil
 }
 
 // asked is an address with or without the length of its prefix.
@@ -51,11 +99,11 @@ func (a *asked) UnmarshalText(text []byte) error {
 	parsed := net.ParseIP(addr)
 	if prefixed {
 		if _, _, err := net.ParseCIDR(string(text)); err != nil {
-			return err
+			return fmt.Errorf("ips: %w", err)
 		}
 	}
 	if parsed == nil {
-		return fmt.Errorf("invalid address %q", text)
+		return fmt.Errorf("ips: invalid address %q", text)
 	}
 	a.addr = addrOf(parsed)
 	return nil
@@ -72,15 +120,15 @@ func Parse(text []byte, args string) (*Config, error) {
 	var network struct {
 		Name string `json:"name"`
 		IPAM *struct {
-			Range
-			Routes     []*types.Route `json:"routes"`
-			DataDir    string         `json:"dataDir"`
-			ResolvConf string         `json:"resolvConf"`
-			Ranges     []Set          `json:"ranges"`
+			rangeKeys
+			Routes     json.RawMessage `json:"routes"`
+			DataDir    string          `json:"dataDir"`
+			ResolvConf string          `json:"resolvConf"`
+			Ranges     [][]rangeKeys   `json:"ranges"`
 		} `json:"ipam"`
 		RuntimeConfig struct {
-			IPRanges []Set   `json:"ipRanges"`
-			IPs      []asked `json:"ips"`
+			IPRanges [][]rangeKeys `json:"ipRanges"`
+			IPs      []asked       `json:"ips"`
 		} `json:"runtimeConfig"`
 		Args struct {
 			CNI struct {
@@ -102,22 +150,30 @@ func Parse(text []byte, args string) (*Config, error) {
 		return nil, err
 	}
 	conf := &Config{
-		Name: network.Name, DataDir: network.IPAM.DataDir, ResolvConf: network.IPAM.ResolvConf, Routes: network.IPAM.Routes,
-		Sets: network.RuntimeConfig.IPRanges,
+		Name: network.Name, DataDir: network.IPAM.DataDir, ResolvConf: network.IPAM.ResolvConf,
+	}
+	if len(network.IPAM.Routes) > 0 {
+		if err := json.Unmarshal(network.IPAM.Routes, &conf.Routes); err != nil {
+			return nil, fmt.Errorf("routes: %w", err)
+		}
 	}
 	if environment.IP.addr.IsValid() {
 		conf.Asked = append(conf.Asked, environment.IP.addr)
 	}
 	for _, each := range append(network.Args.CNI.IPs, network.RuntimeConfig.IPs...) {
 		if !each.addr.IsValid() {
-			return nil, errors.New("an address that was asked for is empty")
+			return nil, errors.New("ips: an address that was asked for is empty")
 		}
 		conf.Asked = append(conf.Asked, each.addr)
 	}
-	if network.IPAM.Subnet.IsValid() { // the first versions had one range, beside the other keys
-		conf.Sets = append(conf.Sets, Set{network.IPAM.Range})
+	texts := network.RuntimeConfig.IPRanges
+	if network.IPAM.Subnet != "" { // the first versions had one range, beside the other keys
+		texts = append(texts, []rangeKeys{network.IPAM.rangeKeys})
 	}
-	conf.Sets = append(conf.Sets, network.IPAM.Ranges...)
+	var err error
+	if conf.Sets, err = parseSets(append(texts, network.IPAM.Ranges...)); err != nil {
+		return nil, err
+	}
 	return conf, conf.complete()
 }
 
@@ -169,13 +225,7 @@ func (r *Range) complete() error {
 	case subnet != subnet.Masked():
 		return fmt.Errorf("subnet %s is the address of a host, want %s", subnet, subnet.Masked())
 	}
-	for _, addr := range []netip.Addr{r.First, r.Last, r.Gateway} {
-		if addr.Zone() != "" {
-			return fmt.Errorf("address %s has a zone", addr)
-		}
-	}
 	first, last := subnet.Addr().Next(), lastOf(subnet)
-	r.First, r.Last, r.Gateway = r.First.Unmap(), r.Last.Unmap(), r.Gateway.Unmap()
 	if !r.First.IsValid() {
 		r.First = first
 	}
