@@ -4,6 +4,8 @@ package agent
 
 import (
 	"bytes"
+	"encoding/base64"
+	"fmt"
 	"io"
 	"net/http"
 	"net/netip"
@@ -102,15 +104,24 @@ func FuzzServices(f *testing.F) {
 }
 
 // FuzzCache holds files of libcni's cache to theirs: one is an allocation of Nomad's
-// with a key and plain addresses, or none, or an error.
+// with a key and plain addresses, or none, or an error. What a lost record is made of
+// is refused by the name of a key, or is a request that the data path takes.
 func FuzzCache(f *testing.F) {
 	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"` + exampleAlloc + `","ifName":"eth0","networkName":"nomad","netns":"/var/run/netns/x",
 		"cniArgs":[["IgnoreUnknown","true"],["NOMAD_JOB_ID","j1"],["NOMAD_ALLOC_ID","` + exampleAlloc + `"],["CONSUL_IPTABLES_CONFIG","{}"],["weir.mode","direct"]],
 		"capabilityArgs":{"portMappings":[{"hostPort":1,"containerPort":2,"protocol":"tcp"}]},
 		"result":{"interfaces":[{"name":"eth0","sandbox":"/var/run/netns/x"}],"ips":[{"address":"172.26.64.2/20","interface":0},{"address":"::ffff:1.2.3.4/128","interface":-1}]}}`))
+	lost := func(args, config string) {
+		f.Add(fmt.Appendf(nil, `{"kind":"cniCacheV1","containerId":"c","ifName":"eth0","networkName":"weir","config":%q,"cniArgs":[["NOMAD_ALLOC_ID","x"],%s],`+
+			`"result":{"ips":[{"address":"172.26.64.2/20"}]}}`, base64.StdEncoding.EncodeToString([]byte(config)), args))
+	}
+	lost(`["CONSUL_IPTABLES_CONFIG","{\"ProxyUserID\":\"101\",\"ProxyInboundPort\":20000,\"ProxyOutboundPort\":15001}"]`, `{"name":"weir","plugins":[{"type":"bridge"},{"type":"weir"}]}`)
+	lost(`["weir.mode","transparent"],["weir.inbound-port","20000"]`, `{"name":"weir","type":"consul-cni","jobArgs":["mode","inbound-port"],"consulExclusions":true}`)
+	lost(`["weir.mode","direct"],["weir.guard","off"]`, `{"plugins":[{"type":"weir","jobArgs":"x","forward":7,"configDir":"y"}]}`)
 	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"c","ifName":"i","cniArgs":[["a"],["NOMAD_ALLOC_ID","x","y"]]}`))
 	f.Add([]byte(`{"kind":"cniCacheV1","containerId":"../../etc","ifName":"/","cniArgs":[["NOMAD_ALLOC_ID","x"]],"result":{"ips":[{"address":"fe80::1%eth0/64","interface":9}]}}`))
 	f.Add([]byte(`[]`))
+	policy := f.TempDir()
 	f.Fuzz(func(t *testing.T, data []byte) {
 		a, ok, err := discover.ParseCache(data)
 		if err != nil || !ok {
@@ -127,7 +138,29 @@ func FuzzCache(f *testing.F) {
 				t.Errorf("address %s is not as the data path has it", addr)
 			}
 		}
+		asked, err := desired.LostRequest(a, a.Addresses, policy)
+		if err == nil {
+			err = workload.Merge(*asked, workload.MeshConfig{}).Validate()
+		} else if namesWhatIsWrong(err, a) {
+			return
+		}
+		if err != nil {
+			t.Errorf("%q: the data path would refuse it, or the error names no key: %v", data, err)
+		}
 	})
+}
+
+// namesWhatIsWrong reports an error that says which argument, which key of the network,
+// or which part of libcni's result an allocation cannot be restored of. Where arguments
+// contradict each other they are told by their values.
+func namesWhatIsWrong(err error, a discover.Attachment) bool {
+	names := []string{"weir.", "CONSUL_IPTABLES_CONFIG", "CONSUL_NFTABLES_CONFIG", "libcni's result", "jobArgs", "consulExclusions", "configDir", "forward"}
+	for _, arg := range a.Args.Own {
+		if arg.Value != "" {
+			names = append(names, arg.Value)
+		}
+	}
+	return slices.ContainsFunc(names, func(name string) bool { return strings.Contains(err.Error(), name) })
 }
 
 // FuzzConfig holds the agent's HCL to theirs: a file is refused with its name, or

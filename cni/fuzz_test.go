@@ -23,6 +23,9 @@ func FuzzStdin(f *testing.F) {
 		`{"name":"n","cniVersion":"1.0.0","prevResult":{"cniVersion":"1.0.0","ips":[{"address":"172.26.64.2/20","interface":0}],"interfaces":[{"name":"eth0","sandbox":"/x"}]}}`,
 		`{"name":"n\n","cniVersion":"9.9.9","prevResult":{"ips":7},"cni.dev/valid-attachments":[{"containerID":"","ifname":"eth0"}]}`,
 		`{"name":"n","prevResult":{"cniVersion":"0.2.0"},"cni.dev/attachments":null,"ipam":{}}`,
+		`{"name":"n","bridge":"a/b","mtu":1,"ipMasq":"x","dns":7}`, `{"name":"n","ipam":{"type":"../host-local","dataDir":7},"promiscMode":true,"hairpinMode":false}`,
+		`{"name":"n","vlan":3}`, `{"name":"n","mtu":1500,"bridge":"weir0","runtimeConfig":{"portMappings":[{"hostPort":1}],"mac":"x"}}`,
+		`{"name":"n","cniVersion":"1.0.0","prevResult":{"cniVersion":"1.0.0","ips":[{"address":"127.0.0.1/8"},null,{"address":"::ffff:224.0.0.1/128","interface":-1}]}}`,
 	} {
 		f.Add([]byte(seed))
 	}
@@ -51,7 +54,49 @@ func FuzzStdin(f *testing.F) {
 				t.Errorf("%q: valid is %v, %v", stdin, valid, err)
 			}
 		}
+		if conf.previous != nil {
+			wantAddresses(t, stdin, conf.previous)
+		}
+		wantNetwork(t, stdin, conf)
 	})
+}
+
+// wantAddresses holds a previous result that can be read.
+func wantAddresses(t *testing.T, stdin []byte, previous *result) {
+	t.Helper()
+	list, err := previous.addresses()
+	if err != nil && !strings.Contains(err.Error(), "ips") {
+		t.Errorf("%q: the error names no field: %v", stdin, err)
+	}
+	for _, addr := range list {
+		if !addr.IsValid() || addr.Is4In6() || addr.IsLoopback() || addr.IsUnspecified() || addr.IsMulticast() {
+			t.Errorf("%q: an allocation has the address %s", stdin, addr)
+		}
+	}
+}
+
+// wantNetwork holds the keys of a network that the plugin builds: they are refused by
+// the name of one, or make devices and an IPAM plugin that there can be.
+func wantNetwork(t *testing.T, stdin []byte, conf *netConf) {
+	t.Helper()
+	got, err := conf.network("/state")
+	if err != nil {
+		var told *types.Error
+		named := func(key string) bool { return strings.Contains(strings.ToLower(err.Error()), strings.ToLower(key)) }
+		if !errors.As(err, &told) || !slices.ContainsFunc(append(interfaceKeys(), "dns", "runtimeConfig"), named) {
+			t.Errorf("%q: the error names no key of a network: %v", stdin, err)
+		}
+		return
+	}
+	if got.Bridge == "" || len(got.Bridge) > 15 || strings.ContainsAny(got.Bridge, "/ \n") || got.MTU != 0 && (got.MTU < 68 || got.MTU > 65535) {
+		t.Errorf("%q: bridge %q with MTU %d", stdin, got.Bridge, got.MTU)
+	}
+	if got.IPAM == "" || strings.Contains(got.IPAM, "/") || !json.Valid(got.Delegate) || got.Hairpin && got.Promiscuous {
+		t.Errorf("%q: %+v", stdin, got)
+	}
+	if got.PortMappings != nil && !json.Valid(got.PortMappings) {
+		t.Errorf("%q: port mappings %q", stdin, got.PortMappings)
+	}
 }
 
 // FuzzConsulConfig holds what Nomad hands over of Consul's: it is refused with the
