@@ -46,6 +46,7 @@ func kernelWays() map[string]func(attack) error {
 		"nat, udp":               rewritten("udp", sent(unix.SOCK_DGRAM, 0)),
 		"macvlan in a namespace": elsewhere("link add attack2 link DEVICE type macvlan"),
 		"eth0 in a namespace":    elsewhere("link set DEVICE name attack2"),
+		"an address":             markedAddress,
 	}
 }
 
@@ -211,6 +212,13 @@ func bridged(make string) func(attack) error {
 			return err
 		})
 	}
+}
+
+// markedAddress takes an address with the marker in it, which the kernel asks the link for.
+func markedAddress(a attack) error {
+	address := [16]byte{0xfd}
+	copy(address[1:], marker)
+	return a.ip("addr add " + netip.AddrFrom16(address).String() + "/64 dev DEVICE")
 }
 
 // sendBeyond sends what the guard lets out to where a tunnel leads.

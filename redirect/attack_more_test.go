@@ -3,9 +3,14 @@
 package redirect
 
 import (
+	"bytes"
 	"encoding/binary"
+	"encoding/json"
+	"fmt"
 	"os"
+	"os/exec"
 	"runtime"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +29,20 @@ func rareWays() map[string]func(attack) error {
 		"udp by a scope":    sentByScope,
 		"passed socket":     passedSocket,
 		"packet, kept":      keptPacketSocket,
-		"setns":             socketElsewhere(attack.send),
+		"fetched socket":    fetchedSocket,
+		"netlink":           onlyMade(unix.AF_NETLINK, unix.SOCK_RAW),
+		"key":               func(attack) error { return socketOf(unix.AF_KEY, unix.SOCK_RAW, 2, func(int) error { return nil }) }, // PF_KEY_V2
+		"alg":               onlyMade(unix.AF_ALG, unix.SOCK_SEQPACKET),
+		"unix": func(a attack) error {
+			return socketOf(unix.AF_UNIX, unix.SOCK_STREAM, 0, func(fd int) error {
+				return unix.Connect(fd, &unix.SockaddrUnix{Name: a.Elsewhere})
+			})
+		},
+		"setns": socketElsewhere(attack.send),
+
+		"udp in new namespaces": inNewNamespaces("udp"),
+		"tcp in new namespaces": inNewNamespaces("tcp SO_DONTROUTE"),
+		"raw in new namespaces": inNewNamespaces("raw with a header"),
 	}
 }
 
@@ -112,6 +130,58 @@ func socketElsewhere(action func(attack, int) error) func(attack) error {
 		}
 		defer unix.Close(fd)
 		return action(a, fd)
+	}
+}
+
+// fetchedSocket sends by a socket that pidfd_getfd takes from who made it elsewhere.
+func fetchedSocket(a attack) error {
+	return socketElsewhere(func(a attack, fd int) error {
+		maker, err := unix.PidfdOpen(os.Getpid(), 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(maker)
+		fetched, err := unix.PidfdGetfd(maker, fd, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fetched)
+		return a.send(fetched)
+	})(a)
+}
+
+// inNewNamespaces goes another way in a user and a network namespace of its own.
+func inNewNamespaces(way string) func(attack) error {
+	return func(a attack) error {
+		a.Way = way
+		request, err := json.Marshal(a)
+		if err != nil {
+			return err
+		}
+		cmd := exec.Command("/proc/self/exe", "-test.run=^$", "--") // in the role that this process has
+		cmd.Stdin = bytes.NewReader(request)
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags:  unix.CLONE_NEWUSER | unix.CLONE_NEWNET,
+			UidMappings: []syscall.SysProcIDMap{{HostID: os.Getuid(), Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{HostID: os.Getgid(), Size: 1}},
+		}
+		output, err := cmd.Output()
+		if err != nil {
+			return err
+		}
+		var answer struct {
+			Value syscall.Errno
+			Error any
+		}
+		switch err := json.Unmarshal(output, &answer); {
+		case err != nil:
+			return err
+		case answer.Error != nil:
+			return fmt.Errorf("%s: %v", way, answer.Error)
+		case answer.Value != 0:
+			return answer.Value
+		}
+		return nil
 	}
 }
 

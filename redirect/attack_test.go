@@ -187,7 +187,7 @@ func otherFamilies() map[string]int {
 // udpByRing connects by io_uring and sends.
 func udpByRing(a attack) error {
 	return socketOf(a.domain(), unix.SOCK_DGRAM, 0, func(fd int) error {
-		if err := connectByRing(fd, a.To, true); err != nil {
+		if err := connectByRing(fd, a.To, ringAsync); err != nil {
 			return err
 		}
 		_, err := unix.Write(fd, []byte(marker))
@@ -323,6 +323,21 @@ func (a attack) ipPacket() []byte {
 		sum += uint32(binary.BigEndian.Uint16(packet[i:]))
 	}
 	binary.BigEndian.PutUint16(packet[10:], ^uint16(sum+sum>>16))
+	return append(packet, marker...)
+}
+
+const (
+	tcpSYN = 0x02
+	tcpACK = 0x10
+)
+
+// tcpPacket is a segment of TCP with its header of IPv4.
+func (a attack) tcpPacket(flags byte) []byte {
+	packet := append(a.ipPacket()[:20], make([]byte, 20)...)
+	packet[9] = unix.IPPROTO_TCP // the kernel counts the header's length and sum itself
+	binary.BigEndian.PutUint16(packet[20:], 4001)
+	binary.BigEndian.PutUint16(packet[22:], a.To.Port())
+	packet[32], packet[33] = 5<<4, flags
 	return append(packet, marker...)
 }
 

@@ -154,9 +154,10 @@ func kernelSends(t *testing.T, ways []kernelWay, change ...func(*workload.Reques
 
 // What never meets IP in the namespace is open to a task with CAP_NET_ADMIN: a bridge
 // with the device that leads out, a device upon it in a namespace of the task's own, and
-// the device itself there.
+// the device itself there. Neither is what the kernel asks the link for: the neighbours of
+// an address that the task takes.
 func TestWaysBesideTheEgressGuard(t *testing.T) {
-	for _, way := range []string{"tap bridged with eth0", "macvlan in a namespace", "eth0 in a namespace"} {
+	for _, way := range []string{"tap bridged with eth0", "macvlan in a namespace", "eth0 in a namespace", "an address"} {
 		t.Run(way, func(t *testing.T) {
 			eachEgress(t, func(t *testing.T, a *alloc, _ workload.Guard) {
 				a.neighbour(t)
@@ -170,7 +171,8 @@ func TestWaysBesideTheEgressGuard(t *testing.T) {
 }
 
 // A socket that is older than the guard is judged by each packet that it sends, but a
-// packet socket, whose packets no rule sees. In audit it is not counted.
+// packet socket, whose packets no rule sees, and a raw one whose packets look as if they
+// were of a connection. In audit it is not counted.
 func TestEgressOfOlderSockets(t *testing.T) {
 	a := egressGuarded(t, workload.GuardOff, func(r *workload.Request) { r.ExcludeOutboundPorts = []uint16{excludedPort} })
 	a.neighbour(t)
@@ -211,6 +213,12 @@ func TestEgressOfOlderSockets(t *testing.T) {
 			"udp":               {func() error { _, err := unix.Write(udp, []byte(marker)); return err }, false},
 			"udp, excluded":     {func() error { _, err := unix.Write(excluded, []byte(marker)); return err }, true},
 			"raw with a header": {func() error { return unix.Sendto(raw, try.ipPacket(), 0, sockaddr(raw, try.To)) }, false},
+			"raw, that begins TCP": {func() error {
+				return unix.Sendto(raw, try.tcpPacket(tcpSYN), 0, sockaddr(raw, try.To))
+			}, false},
+			"raw, like TCP that goes on": {func() error {
+				return unix.Sendto(raw, try.tcpPacket(tcpACK), 0, sockaddr(raw, try.To))
+			}, true},
 			"icmp": {func() error {
 				return unix.Sendto(ping, append([]byte{8, 0, 0, 0, 0, 1, 0, 1}, marker...), 0, sockaddr(ping, netip.AddrPortFrom(remote4(1), 0)))
 			}, false},

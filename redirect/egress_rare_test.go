@@ -5,6 +5,7 @@ package redirect
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -148,10 +149,53 @@ func TestEgressOfSocketsMadeElsewhere(t *testing.T) {
 		test.Ask(a.node.remote, "tcp", addrPort(other.v4, 9)) //nolint:errcheck // it asks for the way
 		wire := capturePackets(t, a.node.remote, "veth2")
 		p := a.attacker(t)
-		for _, way := range []string{"setns", "passed socket"} {
+		for _, way := range []string{"setns", "passed socket", "fetched socket"} {
 			t.Run(way, func(t *testing.T) {
 				a.attack(t, p, wire, attack{Way: way, To: netip.AddrPortFrom(other.v4, 9), Elsewhere: a.node.remote.Path}).
 					ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{}, left: true})
+			})
+		}
+	})
+}
+
+// A namespace that a task makes, with all rights over it, has no way out: what is sent
+// there does not come by the allocation, and nowhere else.
+func TestEgressOfNewNamespaces(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, _ workload.Guard) {
+		a.neighbour(t)
+		wire := capturePackets(t, a.node.remote, "veth1")
+		p := a.attacker(t)
+		for _, way := range []string{"udp in new namespaces", "tcp in new namespaces", "raw in new namespaces"} {
+			t.Run(way, func(t *testing.T) {
+				a.attack(t, p, wire, attack{Way: way, To: netip.AddrPortFrom(remote4(1), attackPort)}).
+					ends(t, attacked{errno: unix.ENETUNREACH, verdicts: map[bpfmap.Verdict]uint64{}})
+			})
+		}
+	})
+}
+
+// Families that stay on the machine are nobody's business. A Unix socket is reached by its
+// file, whatever namespace it was made in: who sees the file has that way.
+func TestEgressLeavesWhatStays(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, _ workload.Guard) {
+		path := filepath.Join(t.TempDir(), "socket")
+		var listener net.Listener
+		var err error
+		a.node.remote.Do(func() { listener, err = net.Listen("unix", path) })
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { listener.Close() })
+		p := a.attacker(t)
+		wire := capturePackets(t, a.node.remote, "veth1")
+		for _, way := range []string{"netlink", "key", "alg", "unix"} {
+			t.Run(way, func(t *testing.T) {
+				got := a.attack(t, p, wire, attack{Way: way, Elsewhere: path})
+				if absent(got.errno) {
+					t.Logf("this kernel has none: %s", errnoName(got.errno))
+					got.errno = 0
+				}
+				got.ends(t, attacked{verdicts: map[bpfmap.Verdict]uint64{}})
 			})
 		}
 	})

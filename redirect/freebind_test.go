@@ -26,7 +26,7 @@ func TestFreebindIsRefused(t *testing.T) {
 	for _, dial := range []string{far4, far6} {
 		known.run(t, stream(unix.AF_INET6).connect(dial).ask(""))
 	}
-	p := a.task(t)
+	p := a.actor(t, 0, a.taskCg) // IP_TRANSPARENT needs CAP_NET_ADMIN
 	before := segments(t, n.remote)
 	wire := capturePackets(t, n.remote, "veth1")
 	for _, tc := range []struct {
@@ -44,6 +44,12 @@ func TestFreebindIsRefused(t *testing.T) {
 		{"IPv6 of the own network", stream(unix.AF_INET6).set(unix.SOL_IPV6, unix.IPV6_FREEBIND, 1).bind("[fd09:1::77]:0").
 			to("connectStart", addrPort(a.v6, 9000)).fails(unix.ENETUNREACH)},
 		{"mapped", stream(unix.AF_INET6).set(unix.SOL_IP, unix.IP_FREEBIND, 1).bind("[::ffff:198.51.100.7]:0").
+			to("connectStart", "[::ffff:192.0.2.77]:8080").fails(unix.ENETUNREACH)},
+		{"IPv4, transparent", stream(unix.AF_INET).set(unix.SOL_IP, unix.IP_TRANSPARENT, 1).bind("198.51.100.7:0").
+			to("connectStart", somewhere).fails(unix.ENETUNREACH)},
+		{"IPv6, transparent", stream(unix.AF_INET6).set(unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1).bind("[2001:db8:66::1]:0").
+			to("connectStart", elsewhere6).fails(unix.ENETUNREACH)},
+		{"mapped, transparent", stream(unix.AF_INET6).set(unix.SOL_IP, unix.IP_TRANSPARENT, 1).bind("[::ffff:198.51.100.7]:0").
 			to("connectStart", "[::ffff:192.0.2.77]:8080").fails(unix.ENETUNREACH)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

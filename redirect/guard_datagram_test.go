@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -220,4 +221,52 @@ func TestGuardLeavesDatagramsInsideAlone(t *testing.T) {
 			}
 		}
 	}), map[bpfmap.Verdict]uint64{bpfmap.UDP: 2})
+}
+
+// An echo from outside is answered by the kernel, whatever the guards, and counted by none.
+func TestGuardLeavesEchoesAlone(t *testing.T) {
+	eachEgress(t, func(t *testing.T, a *alloc, egress workload.Guard) {
+		if err := a.node.SetMeshConfig(a.key, workload.MeshConfig{Guard: egress, Egress: egress}); err != nil {
+			t.Fatal(err)
+		}
+		for _, to := range []netip.Addr{a.v4, a.v6} {
+			domain, protocol, asks, answers, header := unix.AF_INET, unix.IPPROTO_ICMP, byte(8), byte(0), 20
+			if to.Is6() {
+				domain, protocol, asks, answers, header = unix.AF_INET6, unix.IPPROTO_ICMPV6, 128, 129, 0
+			}
+			var fd int
+			var err error
+			a.node.remote.Do(func() { fd, err = unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, protocol) })
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { unix.Close(fd) })
+			request := append([]byte{asks, 0, 0, 0, 0, 1, 0, 1}, marker...)
+			if to.Is4() { // of IPv6 the kernel counts the sum
+				var sum uint32
+				for i := 0; i < len(request); i++ {
+					sum += uint32(request[i]) << (8 * (1 - i%2))
+				}
+				sum = sum&0xffff + sum>>16
+				binary.BigEndian.PutUint16(request[2:], ^uint16(sum+sum>>16))
+			}
+			verdictsAre(t, a.rose(func() {
+				test.Eventually(t, func() error {
+					if err := unix.Sendto(fd, request, 0, sockaddr(fd, netip.AddrPortFrom(to, 0))); err != nil {
+						return err
+					}
+					packet := make([]byte, 1500)
+					for {
+						n, _, err := unix.Recvfrom(fd, packet, 0)
+						if err != nil {
+							return err
+						}
+						if n > header && packet[header] == answers && bytes.Contains(packet[:n], []byte(marker)) {
+							return nil
+						}
+					}
+				}, "an answer of "+to.String())
+			}), map[bpfmap.Verdict]uint64{})
+		}
+	})
 }

@@ -19,7 +19,9 @@ const (
 	ringOffsetSQEs  = 0x10000000 // IORING_OFF_SQES
 	ringOpConnect   = 16         // IORING_OP_CONNECT
 	ringAsync       = 1 << 4     // IOSQE_ASYNC: a worker does it, not the caller
+	ringThread      = 1 << 1     // IORING_SETUP_SQPOLL: a thread of the kernel takes it, no call
 	ringGetEvents   = 1          // IORING_ENTER_GETEVENTS
+	ringWakeUp      = 1 << 1     // IORING_ENTER_SQ_WAKEUP
 	ringEntries     = 1
 	ringSubmission  = 64 // bytes of an io_uring_sqe
 	ringCompletion  = 16 // bytes of an io_uring_cqe
@@ -43,9 +45,9 @@ type ringEntry struct {
 	_             [40]byte
 }
 
-// connectByRing connects by io_uring, and by a worker of the kernel if told to.
-func connectByRing(fd int, addr netip.AddrPort, worker bool) (err error) {
-	var params ringParams
+// connectByRing connects by io_uring: how is 0, ringAsync or ringThread.
+func connectByRing(fd int, addr netip.AddrPort, how uint8) (err error) {
+	params := ringParams{Flags: uint32(how & ringThread), ThreadIdle: 1000}
 	ring, _, errno := unix.Syscall(unix.SYS_IO_URING_SETUP, ringEntries, uintptr(unsafe.Pointer(&params)), 0)
 	if errno != 0 {
 		return errno
@@ -67,14 +69,16 @@ func connectByRing(fd int, addr netip.AddrPort, worker bool) (err error) {
 	raw, length := ringSockaddr(fd, addr)
 	entry := (*ringEntry)(unsafe.Pointer(&entries[0]))
 	*entry = ringEntry{Opcode: ringOpConnect, FD: int32(fd), Offset: uint64(length), Address: uint64(uintptr(unsafe.Pointer(raw)))}
-	if worker {
-		entry.Flags = ringAsync
+	entry.Flags = how & ringAsync
+	flags := uintptr(ringGetEvents)
+	if how == ringThread {
+		flags |= ringWakeUp
 	}
 	*word(params.SQ.Array) = 0
 	atomic.StoreUint32(word(params.SQ.Tail), 1)
 	for atomic.LoadUint32(word(params.CQ.Tail)) == 0 {
 		submit := 1 - atomic.LoadUint32(word(params.SQ.Head))
-		_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, ring, uintptr(submit), 1, ringGetEvents, 0, 0)
+		_, _, errno := unix.Syscall6(unix.SYS_IO_URING_ENTER, ring, uintptr(submit), 1, flags, 0, 0)
 		if errno != 0 && !errors.Is(errno, unix.EINTR) {
 			return errno
 		}

@@ -223,8 +223,8 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 		return o, connectLater(fd, s.Addr)
 	case "connectStart": // and no look at what becomes of it
 		return o, errors.Join(unix.SetNonblock(fd, true), unix.Connect(fd, sockaddr(fd, s.Addr)))
-	case "connectByRing", "connectByWorker":
-		return o, connectByRing(fd, s.Addr, s.Do == "connectByWorker")
+	case "connectByRing", "connectByWorker", "connectByThread":
+		return o, connectByRing(fd, s.Addr, map[string]uint8{"connectByWorker": ringAsync, "connectByThread": ringThread}[s.Do])
 	case "connectByData":
 		_, err := unix.SendmsgN(fd, []byte(s.Text), nil, sockaddr(fd, s.Addr), unix.MSG_FASTOPEN)
 		return o, err

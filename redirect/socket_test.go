@@ -127,7 +127,7 @@ func TestSocketIOUring(t *testing.T) {
 	test.Need(t, test.IOUring)
 	a := proxiedAlloc(t)
 	p := a.task(t)
-	for _, how := range []string{"connectByRing", "connectByWorker"} {
+	for _, how := range []string{"connectByRing", "connectByWorker", "connectByThread"} {
 		t.Run(how, func(t *testing.T) {
 			a.proxied(t, p, stream(unix.AF_INET).to(how, somewhere).ask(""), somewhere, a.v4)
 			a.proxied(t, p, stream(unix.AF_INET6).to(how, "[2001:db8::1]:443").ask(""), "[2001:db8::1]:443", a.v4)

@@ -101,7 +101,7 @@ func TestUIDByIOUring(t *testing.T) {
 	a.add(func(r *workload.Request) { r.ExcludeUIDs = []uint32{excluded} })
 	test.Echo(t, n.remote, "tcp", "[::]:8080")
 	a.startProxy()
-	for _, how := range []string{"connectByRing", "connectByWorker"} {
+	for _, how := range []string{"connectByRing", "connectByWorker", "connectByThread"} {
 		p := a.actor(t, 0, a.taskCg)
 		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.UIDExcluded: 1}, func() {
 			p.run(t, script(nil).users(taskUID, excluded, 0).open(unix.AF_INET, unix.IPPROTO_TCP).to(how, addrPort(remote4(a.number), 8080)))
