@@ -66,7 +66,7 @@ kernels: ## Measure the programs on each kernel and write the table of docs/comp
 	$(GORUN) ./test/vm -report
 
 tools: ## Install and build what tests and demo run: Envoy, Consul, Nomad, CNI plugins, Docker, Chromium
-	test/tools/setup.sh build lint test race envoy consul nomad cni docker browser package lintian promtool
+	test/tools/setup.sh build lint test race envoy consul nomad cni docker browser package lintian promtool firewalld
 
 demo: build ## Show a redirected allocation on this machine, in namespaces of its own (root)
 	test/tools/setup.sh rules envoy

@@ -3,6 +3,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -28,15 +29,8 @@ func CNIPath(tb testing.TB) string {
 
 func findPlugins() (string, error) {
 	places := []string{"/opt/cni/bin", "/usr/lib/cni"}
-	dir, err := os.Getwd()
-	if err != nil {
-		return "", err
-	}
-	for ; dir != filepath.Dir(dir); dir = filepath.Dir(dir) {
-		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
-			places = append([]string{filepath.Join(dir, ".tools", "cni")}, places...)
-			break
-		}
+	if tools, err := toolsDir(); err == nil {
+		places = append([]string{filepath.Join(tools, "cni")}, places...)
 	}
 	for _, place := range places {
 		if _, err := os.Stat(filepath.Join(place, "host-local")); err == nil {
@@ -44,4 +38,19 @@ func findPlugins() (string, error) {
 		}
 	}
 	return "", fmt.Errorf("no host-local in %q: run test/tools/setup.sh cni", places)
+}
+
+// toolsDir is where test/tools/setup.sh puts what it does not install: .tools of the
+// module that the working directory is in.
+func toolsDir() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; dir != filepath.Dir(dir); dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return filepath.Join(dir, ".tools"), nil
+		}
+	}
+	return "", errors.New("the working directory is in no module")
 }

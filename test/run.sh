@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 test/tools/setup.sh go
 if ((EUID == 0)); then
-	test/tools/setup.sh test envoy consul cni docker browser package lintian promtool ${CI:+race}
+	test/tools/setup.sh test envoy consul cni docker browser package lintian promtool firewalld ${CI:+race}
 	mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
 fi
 export PATH=$PWD/.tools/envoy:$PWD/.tools/bin:$PATH

@@ -56,6 +56,9 @@ func (r Requirement) Missing() error {
 	case CNIPlugins:
 		_, err := findPlugins()
 		return err
+	case DebiansFirewalld:
+		_, err := findFirewalld()
+		return err
 	}
 	if name, ok := strings.CutPrefix(string(r), "tool "); ok {
 		_, err := exec.LookPath(name)

@@ -22,6 +22,7 @@
 #	package  nfpm -> .tools/bin, and what reads what it packs: groff, zsh, fish
 #	lintian  Debian's check of packages
 #	promtool  promtool alone out of Debian's prometheus, whose service is not wanted -> .tools/bin
+#	firewalld  Debian's firewalld, which would rule the machine if it were installed -> .tools/firewalld
 #	programs  the ordinary programs of "make programs" from Debian, 180 MB -> .tools/programs
 #	vm     qemu, for the guests of ARCH, and what reads and verifies packages of the archive
 #
@@ -274,6 +275,24 @@ setup_promtool() {
 	mv "$binary.new" "$binary"
 }
 
+setup_firewalld() {
+	local directory=$tools/firewalld file
+	packages dbus-daemon python3-dbus python3-gi nftables
+	[[ -x $directory/usr/sbin/firewalld ]] && return
+	say "$step: fetch firewalld from Debian"
+	rm -rf "$directory" "$directory.new"
+	mkdir -p "$directory.new/fetch"
+	(
+		cd "$directory.new/fetch"
+		apt-get -qq update && apt-get -qq -o APT::Sandbox::User=root download firewalld python3-firewall python3-nftables python3-cap-ng
+	) || die "fetch Debian's packages"
+	for file in "$directory.new"/fetch/*.deb; do
+		dpkg-deb --extract "$file" "$directory.new" || die "unpack ${file##*/}"
+	done
+	rm -r "$directory.new/fetch"
+	mv "$directory.new" "$directory"
+}
+
 # setup_programs unpacks packages, and all that they need, into a directory of their own.
 # No script of theirs runs, so nothing is installed and no service starts.
 setup_programs() {
@@ -305,7 +324,7 @@ setup_vm() {
 
 main() {
 	unset GOOS GOARCH # the tools run here, whatever is built with them
-	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package lintian promtool programs vm"
+	(($#)) || die "name the groups to set up: go build lint test rules race envoy consul nomad cni docker browser package lintian promtool firewalld programs vm"
 	local group start
 	for group in go "$@"; do
 		step=$group busy= start=$SECONDS
