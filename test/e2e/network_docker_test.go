@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -17,8 +18,8 @@ import (
 )
 
 // startDocker runs a Docker engine of its own in the node's namespace, with its
-// rules on, and waits until it answers.
-func (n *networkNode) startDocker(t *testing.T) {
+// rules on, and waits until it answers. restart ends it and starts it again.
+func (n *networkNode) startDocker(t *testing.T) (restart func()) {
 	t.Helper()
 	test.Need(t, test.Tool("dockerd"), test.Tool("docker"), test.Tool("iptables"))
 	dir, err := os.MkdirTemp("", "weir-docker-") // short: it holds sockets
@@ -30,16 +31,31 @@ func (n *networkNode) startDocker(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	engine := exec.Command("dockerd", "--data-root", dir+"/data", "--exec-root", dir+"/exec", "--pidfile", dir+"/pid",
-		"-H", socket, "--bip", "172.31.255.1/24")
-	engine.Stdout, engine.Stderr = log, log
-	n.host.Do(func() { err = engine.Start() })
-	if err != nil {
-		t.Fatalf("start dockerd: %v", err)
+	var engine *exec.Cmd
+	start := func() {
+		t.Helper()
+		engine = exec.Command("dockerd", "--data-root", dir+"/data", "--exec-root", dir+"/exec", "--pidfile", dir+"/pid",
+			"-H", socket, "--bip", "172.31.255.1/24")
+		engine.Stdout, engine.Stderr = log, log
+		n.host.Do(func() { err = engine.Start() })
+		if err != nil {
+			t.Fatalf("start dockerd: %v", err)
+		}
+		test.Eventually(t, func() error {
+			if out, err := exec.Command("docker", "-H", socket, "version").CombinedOutput(); err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+			return nil
+		}, "Docker to answer")
+	}
+	stop := func() {
+		if engine.Process != nil {
+			_ = engine.Process.Signal(unix.SIGTERM)
+			_ = engine.Wait()
+		}
 	}
 	t.Cleanup(func() {
-		_ = engine.Process.Signal(unix.SIGTERM)
-		_ = engine.Wait()
+		stop()
 		if t.Failed() {
 			text, _ := os.ReadFile(log.Name())
 			t.Logf("dockerd said:\n%s", text)
@@ -52,15 +68,12 @@ func (n *networkNode) startDocker(t *testing.T) {
 			t.Errorf("remove what Docker left: %v", err)
 		}
 	})
-	test.Eventually(t, func() error {
-		if out, err := exec.Command("docker", "-H", socket, "version").CombinedOutput(); err != nil {
-			return fmt.Errorf("%w: %s", err, out)
-		}
-		return nil
-	}, "Docker to answer")
+	start()
+	return func() { stop(); start() }
 }
 
-// Docker makes the node drop what it forwards when it finds it not forwarding.
+// Docker makes the node drop what it forwards when it finds it not forwarding. It starts
+// anew while allocations run: what goes on goes on, and everybody is reached at once.
 func TestOwnNetworkBesideDocker(t *testing.T) {
 	n := newNetworkNode(t)
 	outside := test.NewNetNS(t)
@@ -75,7 +88,7 @@ func TestOwnNetworkBesideDocker(t *testing.T) {
 		return string(out)
 	}
 	run("sysctl", "-qw", "net.ipv4.ip_forward=0")
-	n.startDocker(t)
+	restart := n.startDocker(t)
 	before := run("iptables", "-S")
 	if !strings.Contains(before, "-P FORWARD DROP") || !strings.Contains(before, "DOCKER-USER") {
 		t.Fatalf("Docker's rules do not drop what the node forwards:\n%s", before)
@@ -93,7 +106,7 @@ func TestOwnNetworkBesideDocker(t *testing.T) {
 	}
 	test.Echo(t, server, "tcp", ":80")
 	test.Echo(t, outside, "tcp", "192.0.2.2:81")
-	for who, dial := range map[string]struct {
+	ways := map[string]struct {
 		ns   *test.NetNS
 		addr string
 	}{
@@ -102,9 +115,28 @@ func TestOwnNetworkBesideDocker(t *testing.T) {
 		"an allocation to a neighbour's host port": {client, "192.0.2.1:8080"},
 		"an allocation to its own host port":       {server, "192.0.2.1:8080"},
 		"the node to a host port":                  {n.host, "192.0.2.1:8080"},
-	} {
-		if err := test.DialErr(t, dial.ns, dial.addr); err != nil {
-			t.Errorf("%s, %s: %v", who, dial.addr, err)
+	}
+	kept := make(map[string]*net.TCPConn)
+	for who, way := range ways {
+		if err := test.DialErr(t, way.ns, way.addr); err != nil {
+			t.Fatalf("%s, %s: %v", who, way.addr, err)
+		}
+		way.ns.Do(func() {
+			conn, err := net.Dial("tcp", way.addr)
+			if err != nil {
+				t.Fatalf("%s, %s: %v", who, way.addr, err)
+			}
+			kept[who] = conn.(*net.TCPConn)
+		})
+		t.Cleanup(func() { kept[who].Close() })
+	}
+	restart()
+	for who, way := range ways {
+		if _, err := test.AskAgain(kept[who]); err != nil {
+			t.Errorf("%s, connected before Docker's restart: %v", who, err)
+		}
+		if err := test.DialErr(t, way.ns, way.addr); err != nil {
+			t.Errorf("%s after Docker's restart, %s: %v", who, way.addr, err)
 		}
 	}
 	wantSilence(t, n.call(t, "DEL", "server", server.Path, "", ports))
