@@ -3,6 +3,7 @@
 package network
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/cni/network/delegate"
 	"github.com/weirmesh/weir/redirect/workload"
+	"github.com/weirmesh/weir/test"
 
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
@@ -37,7 +39,7 @@ func TestPluginGetsItsRequest(t *testing.T) {
 [ "$CNI_ARGS" = "IgnoreUnknown=true;NOMAD_ALLOC_ID=alloc" ] || exit 4
 [ "$CNI_PATH" = "`+"$(dirname $0 | sed s,^,/nowhere:,)"+`" ] || exit 5
 [ "$(cat)" = '{"name":"weir"}' ] || exit 6`)
-	if _, err := delegate.Call(r, "DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
+	if _, err := delegate.Call(t.Context(), r, "DEL", "script", []byte(`{"name":"weir"}`)); err != nil {
 		t.Error(err)
 	}
 }
@@ -53,7 +55,7 @@ func TestPluginsResult(t *testing.T) {
 		"of no known version":      {`{"cniVersion":"9.0.0"}`, "9.0.0"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			leased, err := delegate.Call(script(t, "cat >/dev/null; echo '"+tt.prints+"'"), "ADD", "script", []byte(config))
+			leased, err := delegate.Call(t.Context(), script(t, "cat >/dev/null; echo '"+tt.prints+"'"), "ADD", "script", []byte(config))
 			if tt.part != "" {
 				if err == nil || !strings.Contains(err.Error(), tt.part) {
 					t.Errorf("%v: want %q", err, tt.part)
@@ -72,12 +74,12 @@ func TestPluginsResult(t *testing.T) {
 }
 
 func TestPluginsErrorComesThrough(t *testing.T) {
-	_, err := delegate.Call(script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`), "ADD", "script", nil)
+	_, err := delegate.Call(t.Context(), script(t, `echo '{"code":11,"msg":"no room"}'; exit 1`), "ADD", "script", nil)
 	var said *types.Error
 	if !errors.As(err, &said) || said.Code != 11 || !strings.Contains(err.Error(), "script ADD: no room") {
 		t.Errorf("%v: want the plugin's own error", err)
 	}
-	_, err = delegate.Call(script(t, `echo gone wrong >&2; exit 1`), "ADD", "script", nil)
+	_, err = delegate.Call(t.Context(), script(t, `echo gone wrong >&2; exit 1`), "ADD", "script", nil)
 	if err == nil || !strings.Contains(err.Error(), "gone wrong") {
 		t.Errorf("%v: want what it wrote on stderr", err)
 	}
@@ -90,4 +92,35 @@ func TestPluginIsFoundByName(t *testing.T) {
 			t.Errorf("%q: found %q, %v: want ErrMissing", name, program, err)
 		}
 	}
+}
+
+// Another plugin that hangs ends with the call that waits for it, and what the call made
+// is taken back.
+func TestPluginThatHangsEndsWithItsCall(t *testing.T) {
+	n := newNode(t)
+	dir := t.TempDir()
+	body := "#!/bin/sh\n>" + dir + "/$CNI_COMMAND; [ $CNI_COMMAND != ADD ] || exec sleep 1000\n"
+	if err := os.WriteFile(filepath.Join(dir, "hangs"), []byte(body), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n.path = dir + ":" + n.path
+	n.ipam(map[string]any{"type": "hangs"})
+	a := n.allocation(t, "a")
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() {
+		n.ns.Do(func() {
+			_, _, err := n.network().Until(ctx).Add(a.Attachment)
+			done <- err
+		})
+	}()
+	test.Eventually(t, func() error { _, err := os.Stat(filepath.Join(dir, "ADD")); return err }, "the plugin to run")
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "hangs ADD") {
+		t.Errorf("error %v: want that of the context, and the plugin's name", err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "DEL")); err != nil {
+		t.Errorf("its address is not given back: %v", err)
+	}
+	n.wantNothingLeft(t)
 }

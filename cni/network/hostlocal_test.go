@@ -48,7 +48,7 @@ func ranges(subnets ...string) (sets [][]map[string]string) {
 
 func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
 	r := &attachment.Record{Attachment: attachment.Attachment{Key: workload.AttachmentID{ContainerID: id, IfName: "eth0"}, Args: args}}
-	result, err := delegate.Call(r, command, delegate.HostLocal, b.config)
+	result, err := delegate.Call(b.t.Context(), r, command, delegate.HostLocal, b.config)
 	if err != nil || result == nil {
 		return nil, err
 	}
@@ -56,7 +56,7 @@ func (b *leaseBench) linked(command, id, args string) (*current.Result, error) {
 }
 
 func (b *leaseBench) program(command, id, args string) (*current.Result, error) {
-	out, err := delegate.Run(filepath.Join(test.CNIPath(b.t), delegate.HostLocal), b.config, "CNI_COMMAND="+command, "CNI_CONTAINERID="+id,
+	out, err := delegate.Run(b.t.Context(), filepath.Join(test.CNIPath(b.t), delegate.HostLocal), b.config, "CNI_COMMAND="+command, "CNI_CONTAINERID="+id,
 		"CNI_IFNAME=eth0", "CNI_NETNS=/nowhere", "CNI_PATH=/nowhere", "CNI_ARGS="+args)
 	if err != nil || command != "ADD" {
 		return nil, err

@@ -111,9 +111,9 @@ func (n *Network) undoing() *Network { return n.Until(context.WithoutCancel(n.re
 // refuses its DEL as likely, and has nothing then to be kept on record.
 func (n *Network) rollBack(r *attachment.Record) error {
 	if err := hostport.Unmap(r, n.records); err != nil {
-		return errors.Join(err, n.removeDevices(r), delegate.Release(r))
+		return errors.Join(err, n.removeDevices(r), delegate.Release(n.records.Ctx, r))
 	}
-	if err := delegate.Release(r); err != nil && r.Leased {
+	if err := delegate.Release(n.records.Ctx, r); err != nil && r.Leased {
 		return errors.Join(err, n.removeDevices(r))
 	}
 	return errors.Join(n.removeDevices(r), n.records.Remove(r.Key))
@@ -124,7 +124,7 @@ func (n *Network) build(r *attachment.Record, ns *namespace) error {
 	if err := n.records.Write(r); err != nil {
 		return err
 	}
-	leased, err := delegate.Lease(r)
+	leased, err := delegate.Lease(n.records.Ctx, r)
 	if err != nil {
 		return err
 	}
@@ -173,7 +173,7 @@ func (n *Network) Check(a attachment.Attachment, previous *current.Result) (repa
 	if err != nil {
 		return repairs, err
 	}
-	did, err = delegate.CheckLease(r)
+	did, err = delegate.CheckLease(n.records.Ctx, r)
 	repairs = append(repairs, did...)
 	if err != nil {
 		return repairs, err
@@ -199,7 +199,7 @@ func (n *Network) restore(a attachment.Attachment, previous *current.Result, ns 
 	if r.Result, err = r.ResultOf(previous); err != nil || r.PortMappings == nil {
 		return r, err
 	}
-	if r.Mapper = attachment.MapperWeir; hostport.HasPortmapTable() && hostport.Portmap(r, "CHECK") == nil {
+	if r.Mapper = attachment.MapperWeir; hostport.HasPortmapTable() && hostport.Portmap(n.records.Ctx, r, "CHECK") == nil {
 		r.Mapper = attachment.MapperPortmap
 		return r, nil
 	}
@@ -228,7 +228,7 @@ func (n *Network) Remove(a attachment.Attachment) error {
 
 // teardown undoes build. The record goes last, and only when nothing is left.
 func (n *Network) teardown(r *attachment.Record) error {
-	err := errors.Join(hostport.Unmap(r, n.records), n.removeDevices(r), delegate.Release(r))
+	err := errors.Join(hostport.Unmap(r, n.records), n.removeDevices(r), delegate.Release(n.records.Ctx, r))
 	if err != nil {
 		return err
 	}
@@ -259,7 +259,7 @@ func (n *Network) Collect(valid []workload.AttachmentID, path string) (removed [
 		}
 		removed = append(removed, r.Key)
 	}
-	return removed, errors.Join(append(problems, delegate.CollectLeases(n.config, valid, path))...)
+	return removed, errors.Join(append(problems, delegate.CollectLeases(n.records.Ctx, n.config, valid, path))...)
 }
 
 // Probe reports whether an Add would find what it needs on the node.

@@ -258,7 +258,7 @@ func TestHostPortsThatPortmapMapped(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.Mapper, r.Ports = "", nil // as earlier versions wrote it
-		if err := hostport.Portmap(r, "ADD"); err != nil {
+		if err := hostport.Portmap(t.Context(), r, "ADD"); err != nil {
 			t.Fatal(err)
 		}
 		if err := n.network().records.Write(r); err != nil {

@@ -5,6 +5,7 @@
 package delegate
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -53,12 +54,12 @@ func plainArgs(text string) string {
 
 // Lease takes addresses. A lease that the key still has, from before a reboot
 // or a crash, is given back first.
-func Lease(r *attachment.Record) (*current.Result, error) {
-	leased, err := Call(r, "ADD", r.IPAM, r.Delegate)
+func Lease(ctx context.Context, r *attachment.Record) (*current.Result, error) {
+	leased, err := Call(ctx, r, "ADD", r.IPAM, r.Delegate)
 	if err != nil && !errors.Is(err, attachment.ErrMissing) {
-		if release := Release(r); release == nil {
+		if release := Release(ctx, r); release == nil {
 			var again error
-			if leased, again = Call(r, "ADD", r.IPAM, r.Delegate); again == nil {
+			if leased, again = Call(ctx, r, "ADD", r.IPAM, r.Delegate); again == nil {
 				err = nil
 			}
 		}
@@ -76,8 +77,8 @@ func Lease(r *attachment.Record) (*current.Result, error) {
 	return result, nil
 }
 
-func Release(r *attachment.Record) error {
-	if _, err := Call(r, "DEL", r.IPAM, r.Delegate); err != nil {
+func Release(ctx context.Context, r *attachment.Record) error {
+	if _, err := Call(ctx, r, "DEL", r.IPAM, r.Delegate); err != nil {
 		return fmt.Errorf("give the address back: %w", err)
 	}
 	return nil
@@ -85,15 +86,15 @@ func Release(r *attachment.Record) error {
 
 // CheckLease takes a lost lease anew: with the address free, the next ADD
 // would give it to another.
-func CheckLease(r *attachment.Record) (repairs []string, err error) {
-	if _, err := Call(r, "CHECK", r.IPAM, r.Delegate); err == nil || !attachment.AtLeast(r.CNIVersion, "0.4.0") {
+func CheckLease(ctx context.Context, r *attachment.Record) (repairs []string, err error) {
+	if _, err := Call(ctx, r, "CHECK", r.IPAM, r.Delegate); err == nil || !attachment.AtLeast(r.CNIVersion, "0.4.0") {
 		return nil, nil
 	}
 	stdin, err := withAddresses(r.Delegate, r.Result)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := Call(r, "ADD", r.IPAM, stdin); err != nil {
+	if _, err := Call(ctx, r, "ADD", r.IPAM, stdin); err != nil {
 		return []string{fmt.Sprintf("the lease is lost and cannot be had again, the allocation keeps its address: %v", err)}, nil
 	}
 	return []string{"lease of " + r.Result.IPs[0].Address.IP.String()}, nil
@@ -116,7 +117,7 @@ func withAddresses(stdin json.RawMessage, result *current.Result) ([]byte, error
 
 // CollectLeases gives back the leases of host-local that belong to no valid
 // attachment: those whose record was lost.
-func CollectLeases(config attachment.Config, valid []workload.AttachmentID, path string) error {
+func CollectLeases(ctx context.Context, config attachment.Config, valid []workload.AttachmentID, path string) error {
 	if config.IPAM != HostLocal || config.LeaseDir == "" {
 		return nil
 	}
@@ -137,7 +138,7 @@ func CollectLeases(config attachment.Config, valid []workload.AttachmentID, path
 			continue // the lock, the last address, or gone by now
 		}
 		r := &attachment.Record{Config: config, Attachment: attachment.Attachment{Key: key, Path: path}}
-		problems = append(problems, Release(r))
+		problems = append(problems, Release(ctx, r))
 	}
 	return errors.Join(problems...)
 }

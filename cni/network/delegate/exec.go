@@ -4,6 +4,7 @@ package delegate
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,7 +39,7 @@ func Find(plugin, path string) (string, error) {
 }
 
 // Call runs another plugin for the attachment. Only ADD has a result.
-func Call(r *attachment.Record, command, plugin string, stdin []byte) (types.Result, error) {
+func Call(ctx context.Context, r *attachment.Record, command, plugin string, stdin []byte) (types.Result, error) {
 	if plugin == HostLocal {
 		return hostLocal(r, command, stdin)
 	}
@@ -46,7 +47,7 @@ func Call(r *attachment.Record, command, plugin string, stdin []byte) (types.Res
 	if err != nil {
 		return nil, err
 	}
-	stdout, err := Run(program, stdin,
+	stdout, err := Run(ctx, program, stdin,
 		"CNI_COMMAND="+command, "CNI_CONTAINERID="+r.Key.ContainerID, "CNI_NETNS="+r.NetNS, "CNI_IFNAME="+r.Key.IfName,
 		"CNI_ARGS="+plainArgs(r.Args), "CNI_PATH="+r.Path)
 	if err != nil {
@@ -62,19 +63,39 @@ func Call(r *attachment.Record, command, plugin string, stdin []byte) (types.Res
 	return result, nil
 }
 
-// Run runs a plugin with the environment of this one, changed by env. A plugin
-// that fails says why on stdout.
-func Run(program string, stdin []byte, env ...string) ([]byte, error) {
-	const busy = 5 * time.Second // while a package manager writes the program
+// undoTimeout is how long another plugin may take for who takes back what a call made:
+// that is not given up with the call, and not kept waiting for ever.
+const undoTimeout = 30 * time.Second
+
+// Run runs a plugin with the environment of this one, changed by env, until the context
+// ends: then the plugin is asked to end, and soon killed. A plugin that fails says why on
+// stdout.
+func Run(ctx context.Context, program string, stdin []byte, env ...string) ([]byte, error) {
+	const (
+		busy = 5 * time.Second // while a package manager writes the program
+		soon = 5 * time.Second
+	)
+	if ctx.Done() == nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, undoTimeout)
+		defer cancel()
+	}
 	for deadline := time.Now().Add(busy); ; {
 		var stdout, stderr bytes.Buffer
-		command := exec.Command(program)
+		command := exec.CommandContext(ctx, program)
+		command.Cancel, command.WaitDelay = func() error { return command.Process.Signal(unix.SIGTERM) }, soon
 		command.Env = append(os.Environ(), env...) // of a name that is there twice the last one counts
 		command.Stdin, command.Stdout, command.Stderr = bytes.NewReader(stdin), &stdout, &stderr
 		err := command.Run()
 		if errors.Is(err, unix.ETXTBSY) && time.Now().Before(deadline) {
-			time.Sleep(100 * time.Millisecond)
+			select {
+			case <-ctx.Done():
+			case <-time.After(100 * time.Millisecond):
+			}
 			continue
+		}
+		if err != nil && ctx.Err() != nil {
+			return nil, fmt.Errorf("it did not end in time: %w", ctx.Err())
 		}
 		if err != nil {
 			return nil, pluginError(err, stdout.Bytes(), stderr.String())

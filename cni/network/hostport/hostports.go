@@ -182,7 +182,7 @@ func takeOver(r *attachment.Record, records attachment.Records, conn *nftables.C
 // lost are told by the name that each carries.
 func Unmap(r *attachment.Record, records attachment.Records) error {
 	if r.Mapper == attachment.MapperPortmap || r.Lost && r.PortMappings != nil && HasPortmapTable() {
-		if err := unmapByPortmap(r); err != nil || r.Mapper == attachment.MapperPortmap {
+		if err := unmapByPortmap(records.Ctx, r); err != nil || r.Mapper == attachment.MapperPortmap {
 			return err
 		}
 	}
@@ -262,7 +262,7 @@ func (m portMap) queueDelete(conn *nftables.Conn, ports []attachment.Port) error
 // Check puts back the translations that are missing.
 func Check(r *attachment.Record, records attachment.Records) (repaired []string, err error) {
 	if r.Mapper == attachment.MapperPortmap {
-		return checkPortmap(r)
+		return checkPortmap(records.Ctx, r)
 	}
 	err = records.Locked(func() error {
 		return nft.WithNftables(func(conn *nftables.Conn) error {

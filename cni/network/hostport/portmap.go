@@ -3,6 +3,7 @@
 package hostport
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -34,16 +35,16 @@ func portmapConfig(r *attachment.Record) ([]byte, error) {
 	return json.Marshal(conf)
 }
 
-func Portmap(r *attachment.Record, command string) error {
+func Portmap(ctx context.Context, r *attachment.Record, command string) error {
 	stdin, err := portmapConfig(r)
 	if err == nil {
-		_, err = delegate.Call(r, command, portmap, stdin)
+		_, err = delegate.Call(ctx, r, command, portmap, stdin)
 	}
 	return err
 }
 
-func unmapByPortmap(r *attachment.Record) error {
-	if err := Portmap(r, "DEL"); err != nil {
+func unmapByPortmap(ctx context.Context, r *attachment.Record) error {
+	if err := Portmap(ctx, r, "DEL"); err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
 	return nil
@@ -51,11 +52,11 @@ func unmapByPortmap(r *attachment.Record) error {
 
 // checkPortmap maps anew what is not complete. The plugin adds rules without a
 // look at those that are there, so they go first.
-func checkPortmap(r *attachment.Record) (repaired []string, err error) {
-	if !attachment.AtLeast(r.CNIVersion, "0.4.0") || Portmap(r, "CHECK") == nil {
+func checkPortmap(ctx context.Context, r *attachment.Record) (repaired []string, err error) {
+	if !attachment.AtLeast(r.CNIVersion, "0.4.0") || Portmap(ctx, r, "CHECK") == nil {
 		return nil, nil
 	}
-	if err := errors.Join(unmapByPortmap(r), Portmap(r, "ADD")); err != nil {
+	if err := errors.Join(unmapByPortmap(ctx, r), Portmap(ctx, r, "ADD")); err != nil {
 		return nil, fmt.Errorf("map host ports: %w", err)
 	}
 	return []string{"host ports"}, nil
