@@ -49,12 +49,12 @@ type IndexReclaimer struct {
 	searched    map[uint64]time.Time             // when a workload's indexes were searched for more of them
 }
 
-// searchAgain is how long after a search there may be indexes again that nobody
-// condemned: an origin gets another one when the network that leads to it changes.
+// searchAgain is how long after a search there may be indexes again without an origin:
+// one gets another index when the network that leads to it changes.
 const searchAgain = 10 * time.Minute
 
-// maxCondemned is how many indexes may be between the two steps: some 10 MiB.
-const maxCondemned = 1 << 17
+// maxPending is how many indexes may be between the two steps: some 10 MiB.
+const maxPending = 1 << 17
 
 // NewIndexReclaimer returns a collector with the default times.
 func (d *Datapath) NewIndexReclaimer() *IndexReclaimer {
@@ -93,15 +93,15 @@ func (c *IndexReclaimer) run() (freed int, err error) {
 	if err := c.search(tables, excess); err != nil {
 		return 0, err
 	}
-	condemned := make(map[uint64][]bpfmap.BpfIndexKey)
+	pending := make(map[uint64][]bpfmap.BpfIndexKey)
 	for key := range c.pendingFree {
-		condemned[key.Cookie] = append(condemned[key.Cookie], key)
+		pending[key.Cookie] = append(pending[key.Cookie], key)
 		excess[key.Cookie]--
 	}
 	quota := make(map[uint64]int)
 	for cookie, count := range excess {
 		// At least one each, if there is room at all: the others' turn comes.
-		if most := min(count, max((maxCondemned-len(c.pendingFree))/len(excess), 1)); most > 0 {
+		if most := min(count, max((maxPending-len(c.pendingFree))/len(excess), 1)); most > 0 {
 			quota[cookie] = most
 		}
 	}
@@ -111,14 +111,14 @@ func (c *IndexReclaimer) run() (freed int, err error) {
 	}
 	var problems []error
 	for _, r := range records {
-		n, err := c.collect(tables, r, condemned[r.Cookie], rested[r.Cookie], quota[r.Cookie])
+		n, err := c.collect(tables, r, pending[r.Cookie], rested[r.Cookie], quota[r.Cookie])
 		freed += n
 		if err != nil && !errors.Is(err, host.ErrNetNSGone) {
 			problems = append(problems, fmt.Errorf("workload %s: %w", r.Key, err))
 		}
-		delete(condemned, r.Cookie)
+		delete(pending, r.Cookie)
 	}
-	for _, keys := range condemned { // of workloads that are gone
+	for _, keys := range pending { // of workloads that are gone
 		for _, key := range keys {
 			delete(c.pendingFree, key)
 		}
@@ -199,16 +199,16 @@ func (c *IndexReclaimer) search(tables *bpfmap.Tables, excess map[uint64]int) er
 		return nil
 	}
 	err := bpfmap.Walk(tables, "indexes", func(key bpfmap.BpfIndexKey, addr bpfmap.BpfAddr) error {
-		if !wanted[key.Cookie] || len(c.pendingFree) >= maxCondemned {
+		if !wanted[key.Cookie] || len(c.pendingFree) >= maxPending {
 			return nil
 		}
-		condemned, err := tables.IsCondemned(key, addr)
-		if _, known := c.pendingFree[key]; condemned && !known {
+		pending, err := tables.IsPendingFree(key, addr)
+		if _, known := c.pendingFree[key]; pending && !known {
 			c.pendingFree[key] = now
 		}
 		return err
 	})
-	if err == nil && len(c.pendingFree) < maxCondemned {
+	if err == nil && len(c.pendingFree) < maxPending {
 		for cookie := range wanted {
 			c.searched[cookie] = now
 		}
@@ -253,10 +253,10 @@ func (c *IndexReclaimer) rested(tables *bpfmap.Tables, quota map[uint64]int) (ma
 	return rested, err
 }
 
-// collect makes both steps for one workload: it frees condemned indexes, and
-// condemns up to quota of those of rested origins.
-func (c *IndexReclaimer) collect(tables *bpfmap.Tables, r *store.Record, condemned []bpfmap.BpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
-	if len(condemned)+len(rested) == 0 {
+// collect makes both steps for one workload: it frees pending indexes, and
+// makes up to quota of those of rested origins pending.
+func (c *IndexReclaimer) collect(tables *bpfmap.Tables, r *store.Record, pending []bpfmap.BpfIndexKey, rested []restedOrigin, quota int) (freed int, err error) {
+	if len(pending)+len(rested) == 0 {
 		return 0, nil
 	}
 	ns, err := inspect.OpenNamespaceOf(r)
@@ -269,17 +269,17 @@ func (c *IndexReclaimer) collect(tables *bpfmap.Tables, r *store.Record, condemn
 	if err != nil {
 		return 0, err
 	}
-	condemned = slices.DeleteFunc(condemned, func(key bpfmap.BpfIndexKey) bool {
+	pending = slices.DeleteFunc(pending, func(key bpfmap.BpfIndexKey) bool {
 		return inUse[key.Index] || now.Sub(c.pendingFree[key]) < c.FreeAfter
 	})
 	rested = slices.DeleteFunc(rested, func(origin restedOrigin) bool { return inUse[origin.index] })
 	rested = rested[:min(len(rested), quota)]
 	err = c.datapath.inSlices(func() (more bool, err error) {
-		slice := condemned[:min(len(condemned), bpfmap.SliceRows)]
-		condemned = condemned[len(slice):]
+		slice := pending[:min(len(pending), bpfmap.SliceRows)]
+		pending = pending[len(slice):]
 		n, err := c.free(tables, r.Cookie, slice)
 		freed += n
-		return len(condemned) > 0, err
+		return len(pending) > 0, err
 	})
 	if err != nil {
 		return freed, err
@@ -291,15 +291,15 @@ func (c *IndexReclaimer) collect(tables *bpfmap.Tables, r *store.Record, condemn
 	})
 }
 
-// free gives condemned indexes back. Each is looked at again: the workload may
+// free gives pending indexes back. Each is looked at again: the workload may
 // have been removed and added again since, and the index be another origin's.
-func (c *IndexReclaimer) free(tables *bpfmap.Tables, cookie uint64, condemned []bpfmap.BpfIndexKey) (freed int, err error) {
+func (c *IndexReclaimer) free(tables *bpfmap.Tables, cookie uint64, pending []bpfmap.BpfIndexKey) (freed int, err error) {
 	var free []bpfmap.BpfIndexKey
-	for _, key := range condemned {
+	for _, key := range pending {
 		var addr bpfmap.BpfAddr
 		found, err := tables.Get("indexes", key, &addr)
 		if err == nil && found {
-			found, err = tables.IsCondemned(key, addr)
+			found, err = tables.IsPendingFree(key, addr)
 		}
 		if err != nil {
 			return 0, err

@@ -311,7 +311,7 @@ func TestCollectorGoesOn(t *testing.T) {
 		t.Fatalf("first run: %d freed, %v", freed, err)
 	}
 	if got := len(first.pendingFree); got != many/2 {
-		t.Errorf("%d indexes are condemned, want half of %d", got, many)
+		t.Errorf("%d indexes are pending, want half of %d", got, many)
 	}
 	second := n.NewIndexReclaimer() // the first one died
 	second.IdleAfter, second.FreeAfter = 0, 0

@@ -67,8 +67,8 @@ func (m *Tables) CorrectTotal() error {
 	return m.freeForNode(by)
 }
 
-// IsCondemned reports whether no connect can pick the index any more.
-func (m *Tables) IsCondemned(key BpfIndexKey, addr BpfAddr) (bool, error) {
+// IsPendingFree reports whether no connect can pick the index any more.
+func (m *Tables) IsPendingFree(key BpfIndexKey, addr BpfAddr) (bool, error) {
 	var row BpfOrigin
 	found, err := m.Get("origins", BpfOriginKey{Cookie: key.Cookie, Addr: addr}, &row)
 	return err == nil && (!found || row.Index != key.Index), err
