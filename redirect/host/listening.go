@@ -25,12 +25,18 @@ type Socket struct {
 	V6Only bool
 }
 
-// inetDiagRequest is struct inet_diag_req_v2 of linux/inet_diag.h.
+// inetDiagRequest is struct inet_diag_req of linux/inet_diag.h. The newer one, inet_diag_req_v2,
+// is answered for one family alone, and each answer takes a walk along the listeners of
+// all namespaces of the node.
 type inetDiagRequest struct {
-	family, protocol, extensions, pad uint8
-	states                            uint32
-	id                                [48]byte
+	_      uint8 // family: both, whatever it is
+	_      [3]uint8
+	_      [48]byte // socket: any
+	states uint32
+	_      uint32
 }
+
+const tcpdiagGetsock = 18 // TCPDIAG_GETSOCK
 
 // Len and Serialize make it a message of package nl.
 func (r *inetDiagRequest) Len() int { return int(unsafe.Sizeof(*r)) }
@@ -61,18 +67,16 @@ func (ns *Namespace) sockets(states uint32, visit func(message []byte) error) er
 		}
 		defer socket.Close()
 		shared := map[int]*nl.SocketHandle{unix.NETLINK_INET_DIAG: {Socket: socket}}
-		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
-			request := nl.NewNetlinkRequest(nl.SOCK_DIAG_BY_FAMILY, unix.NLM_F_DUMP)
-			request.Sockets = shared
-			request.AddData(&inetDiagRequest{family: family, protocol: unix.IPPROTO_TCP, states: states})
-			messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
-			if err != nil {
-				return fmt.Errorf("list sockets: %w", err)
-			}
-			for _, message := range messages {
-				if err := visit(message); err != nil {
-					return err
-				}
+		request := nl.NewNetlinkRequest(tcpdiagGetsock, unix.NLM_F_DUMP)
+		request.Sockets = shared
+		request.AddData(&inetDiagRequest{states: states})
+		messages, err := request.Execute(unix.NETLINK_INET_DIAG, 0)
+		if err != nil {
+			return fmt.Errorf("list sockets: %w", err)
+		}
+		for _, message := range messages {
+			if err := visit(message); err != nil {
+				return err
 			}
 		}
 		return nil
