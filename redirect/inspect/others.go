@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -198,19 +199,20 @@ func openLinks(pid string) (list []link.ID) {
 // of the workloads on record. One that does not say for sure whose it is belongs to
 // whose workloads it serves.
 func (d *Reader) OwnSets(sets []*program.Set) (own []*program.Set) {
-	var cookies []uint64
-	records, _ := d.paths.ReadRecords() // those that cannot be read are not asked for
-	for _, r := range records {
-		cookies = append(cookies, r.Cookie)
-	}
+	cookies := sync.OnceValue(d.cookies) // most nodes have one set, which says whose it is
 	served := make(map[*program.Set]int)
+	serves := func(s *program.Set) int {
+		if _, counted := served[s]; !counted {
+			served[s] = s.Serves(cookies())
+		}
+		return served[s]
+	}
 	for _, s := range sets {
-		served[s] = s.Serves(cookies)
 		unnamed := s.Instance == 0 || s.Instance == program.FormerInstanceOf(d.paths)
-		if s.Instance == program.InstanceOf(d.paths) || unnamed && served[s] > 0 {
+		if s.Instance == program.InstanceOf(d.paths) || unnamed && serves(s) > 0 {
 			own = append(own, s)
 		}
 	}
-	slices.SortStableFunc(own, func(a, b *program.Set) int { return served[b] - served[a] })
+	slices.SortStableFunc(own, func(a, b *program.Set) int { return serves(b) - serves(a) })
 	return own
 }
