@@ -112,7 +112,7 @@ func TestLooksWithinANamespaceEnterItOnce(t *testing.T) {
 		return s
 	}
 	want := look(ns)
-	err = ns.Within(func(in *host.Namespace) error {
+	err = host.Within(record.NetNS, func(in *host.Namespace) error {
 		in.File = nil // nobody can enter it any more
 		if got := look(in); !reflect.DeepEqual(got, want) || !got.routed {
 			t.Errorf("within it: %+v, one by one: %+v", got, want)

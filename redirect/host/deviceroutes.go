@@ -24,14 +24,14 @@ const deviceMetric = 1 << 20
 
 // deviceRoutes are what each device of the namespace needs beside the routes that
 // are there.
-func deviceRoutes(kernel *netlink.Handle, ipv6 bool) (routes []*netlink.Route, err error) {
-	links, err := dump(kernel.LinkList)
+func (ns *Namespace) deviceRoutes(ipv6 bool) (routes []*netlink.Route, err error) {
+	links, err := dump(ns.netlink().LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}
-	assigned, err := dump(func() ([]netlink.Addr, error) { return kernel.AddrList(nil, netlink.FAMILY_ALL) })
+	assigned, err := ns.assigned()
 	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
+		return nil, err
 	}
 	for _, device := range links {
 		index := device.Attrs().Index
@@ -100,12 +100,12 @@ func keyOf(route *netlink.Route) deviceRoute {
 
 // setDeviceRoutes makes the routes of all devices what they should be; none where
 // they are not wanted. It reports whether it had to change something.
-func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
+func (ns *Namespace) setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
 	there, err := DeviceRoutesIn()
 	if err != nil {
 		return false, err
 	}
-	missing, surplus, err := diffDeviceRoutes(new(netlink.Handle), there, wanted, ipv6)
+	missing, surplus, err := ns.diffDeviceRoutes(there, wanted, ipv6)
 	if err != nil {
 		return false, err
 	}
@@ -122,9 +122,9 @@ func setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
 	return len(missing)+len(surplus) > 0, nil
 }
 
-func diffDeviceRoutes(kernel *netlink.Handle, there map[deviceRoute]*netlink.Route, wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
+func (ns *Namespace) diffDeviceRoutes(there map[deviceRoute]*netlink.Route, wanted, ipv6 bool) (missing, surplus []*netlink.Route, err error) {
 	if wanted {
-		routes, err := deviceRoutes(kernel, ipv6)
+		routes, err := ns.deviceRoutes(ipv6)
 		if err != nil {
 			return nil, nil, err
 		}

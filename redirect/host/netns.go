@@ -36,6 +36,18 @@ type Namespace struct {
 // namespace and the caller's own are refused: redirecting them would take the
 // node off the network.
 func OpenNamespace(path string) (*Namespace, error) {
+	ns, err := openFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := ns.Do(ns.learnCookie); err != nil {
+		return nil, errors.Join(err, ns.Close())
+	}
+	return ns, nil
+}
+
+// openFile is OpenNamespace without the cookie, which only who is inside can learn.
+func openFile(path string) (*Namespace, error) {
 	file, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("open namespace %s: %w", path, ErrNetNSGone)
@@ -63,13 +75,6 @@ func OpenNamespace(path string) (*Namespace, error) {
 		if err := unix.Stat(foreign, &other); err == nil && other.Dev == stat.Dev && other.Ino == stat.Ino {
 			return nil, errors.Join(fmt.Errorf("open namespace %s: %w", path, ErrHostNetNS), file.Close())
 		}
-	}
-	err = ns.Do(func() (err error) {
-		ns.Cookie, err = ownCookie()
-		return err
-	})
-	if err != nil {
-		return nil, errors.Join(err, file.Close())
 	}
 	return ns, nil
 }
@@ -231,7 +236,7 @@ func (ns *Namespace) SetRoutes(w workload.Workload) (ipv6 bool, err error) {
 				return err
 			}
 		}
-		_, err = setDeviceRoutes(w.Mode == workload.ModeTransparent, ipv6)
+		_, err = ns.setDeviceRoutes(w.Mode == workload.ModeTransparent, ipv6)
 		return err
 	})
 	return ipv6, err
@@ -341,7 +346,7 @@ func (ns *Namespace) HasRoutes(w workload.Workload, ipv6 bool) (there bool, err 
 				return r.Dst.String() == wanted.Dst.String() && r.Src.Equal(wanted.Src)
 			})
 		})
-		missing, surplus, err := diffDeviceRoutes(ns.netlink(), deviceRoutesAmong(all), w.Mode == workload.ModeTransparent, ipv6)
+		missing, surplus, err := ns.diffDeviceRoutes(deviceRoutesAmong(all), w.Mode == workload.ModeTransparent, ipv6)
 		there = there && len(missing)+len(surplus) == 0
 		return err
 	})
@@ -359,7 +364,7 @@ func (ns *Namespace) RemoveRoutes() error {
 				return err
 			}
 		}
-		_, err = setDeviceRoutes(false, false)
+		_, err = ns.setDeviceRoutes(false, false)
 		return err
 	})
 }

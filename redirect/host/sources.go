@@ -44,9 +44,9 @@ func Routable(addresses []netip.Addr) []netip.Addr {
 // OwnAddresses returns what is assigned to the devices of the namespace, which the
 // calling thread is in, but for lo, sorted.
 func (ns *Namespace) OwnAddresses() (own []ownAddress, err error) {
-	list, err := dump(func() ([]netlink.Addr, error) { return ns.netlink().AddrList(nil, netlink.FAMILY_ALL) })
+	list, err := ns.assigned()
 	if err != nil {
-		return nil, fmt.Errorf("list addresses: %w", err)
+		return nil, err
 	}
 	const unready = unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
 	for _, entry := range list {

@@ -3,6 +3,7 @@
 package host
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/vishvananda/netlink"
@@ -10,13 +11,24 @@ import (
 )
 
 // inside is what several looks at a namespace share whose thread stays in it.
-type inside struct{ sockets *netlink.Handle }
+type inside struct {
+	sockets   *netlink.Handle
+	addresses []netlink.Addr // of the devices; nil: nobody asked yet
+}
 
-// Within hands action the namespace with the calling goroutine's thread inside, for several
-// looks by that goroutine: entering it, and a socket for each question, would cost more
-// than the answers.
-func (ns *Namespace) Within(action func(in *Namespace) error) error {
+// Within opens the namespace at path and hands it to action with the calling goroutine's
+// thread inside, for several looks by that goroutine: entering it, and a socket for each
+// question, would cost more than the answers. What they see is of one moment.
+func Within(path string, action func(in *Namespace) error) (err error) {
+	ns, err := openFile(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, ns.Close()) }()
 	return ns.Do(func() error {
+		if err := ns.learnCookie(); err != nil {
+			return err
+		}
 		sockets, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
 			return fmt.Errorf("open netlink in namespace %s: %w", ns.File.Name(), err)
@@ -34,4 +46,26 @@ func (ns *Namespace) netlink() *netlink.Handle {
 		return ns.inside.sockets
 	}
 	return new(netlink.Handle) // a socket for each question
+}
+
+// assigned are the addresses of the namespace's devices, lo among them. The calling thread
+// is inside.
+func (ns *Namespace) assigned() ([]netlink.Addr, error) {
+	if ns.inside != nil && ns.inside.addresses != nil {
+		return ns.inside.addresses, nil
+	}
+	list, err := dump(func() ([]netlink.Addr, error) { return ns.netlink().AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	if ns.inside != nil {
+		ns.inside.addresses = list
+	}
+	return list, nil
+}
+
+// learnCookie reads the cookie with the calling thread inside.
+func (ns *Namespace) learnCookie() (err error) {
+	ns.Cookie, err = ownCookie()
+	return err
 }

@@ -21,10 +21,17 @@ func OpenNamespaceOf(r *store.Record) (*host.Namespace, error) {
 	if err != nil {
 		return nil, err
 	}
-	if ns.Cookie != r.Cookie {
-		return nil, errors.Join(fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, host.ErrNetNSGone), ns.Close())
+	if err := isOf(ns, r); err != nil {
+		return nil, errors.Join(err, ns.Close())
 	}
 	return ns, nil
+}
+
+func isOf(ns *host.Namespace, r *store.Record) error {
+	if ns.Cookie != r.Cookie {
+		return fmt.Errorf("namespace %s was replaced since ADD: %w", r.NetNS, host.ErrNetNSGone)
+	}
+	return nil
 }
 
 // ObserveSources brings the record's own addresses up to date with the namespace's, and

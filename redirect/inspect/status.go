@@ -241,18 +241,17 @@ func (d *Reader) inspect(tables *bpfmap.Tables, filters *filter.FilterReader, r 
 	if err != nil {
 		return err
 	}
-	ns, err := OpenNamespaceOf(r)
+	err = host.Within(r.NetNS, func(ns *host.Namespace) error {
+		if err := isOf(ns, r); err != nil {
+			return err
+		}
+		return d.inspectWithin(tables, filters, r, w, ns, served, status, problem)
+	})
 	if errors.Is(err, host.ErrNetNSGone) {
 		problem(health.ProblemNamespaceGone, "run CNI DEL or GC; nothing of it is in use", "its namespace is gone")
 		return nil
 	}
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	return ns.Within(func(ns *host.Namespace) error {
-		return d.inspectWithin(tables, filters, r, w, ns, served, status, problem)
-	})
+	return err
 }
 
 // inspectWithin is inspect, in the workload's namespace.
