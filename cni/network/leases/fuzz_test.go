@@ -49,7 +49,7 @@ func FuzzConfig(f *testing.F) {
 
 // namesAKey reports an error that says which key, or that it is CNI_ARGS.
 func namesAKey(err error) bool {
-	for _, key := range []string{"ipam", "range", "subnet", "gateway", "ips", "routes", "network configuration", "ARGS"} {
+	for _, key := range []string{"ipam", "range", "subnet", "gateway", "ips", "routes", "network configuration", "ARGS", "Go struct field"} {
 		if strings.Contains(err.Error(), key) {
 			return true
 		}
