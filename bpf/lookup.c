@@ -2,9 +2,9 @@
 /*
  * The sk_lookup program of one namespace. It runs for every SYN that reaches a
  * workload, once, and for nothing afterwards. The program type cannot ask for
- * the namespace's cookie, so each workload has a copy with its own: user space
- * puts it in place of the marker before it loads the program. One program for
- * all namespaces would let one of them name another's connections.
+ * the namespace's cookie, so each workload has a copy with its own, in a table
+ * that no other program has. One program for all namespaces would let one of
+ * them name another's connections.
  */
 #include "guard.h"
 #include "kernel.h"
@@ -12,13 +12,23 @@
 #include "origin.h"
 #include "verdict.h"
 
-/* The immediate is "WEIRNSCK", the marker. */
-static __always_inline __u64 own_cookie(void)
-{
-	__u64 cookie;
+/* User space writes the cookie before it attaches the program, and freezes the
+ * table then: a program can be loaded before anybody knows its namespace, and
+ * is nobody else's afterwards. 0 is no namespace's: the program refuses. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__uint(map_flags, BPF_F_RDONLY_PROG);
+	__type(key, __u32);
+	__type(value, __u64);
+} own_cookie SEC(".maps");
 
-	asm volatile("%0 = 0x574549524e53434b ll" : "=r"(cookie));
-	return cookie;
+static __always_inline __u64 read_cookie(void)
+{
+	__u32 only = 0;
+	__u64 *cookie = bpf_map_lookup_elem(&own_cookie, &only);
+
+	return cookie ? *cookie : 0;
 }
 
 /* The reader finds the origin of an encoded destination itself: each lookup
@@ -232,10 +242,13 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct addr local = ADDR_OF_LOOKUP(ctx, local);
 	struct addr remote = ADDR_OF_LOOKUP(ctx, remote);
+	__u64 cookie = read_cookie();
 	enum verdict verdict;
 	struct snapshot snapshot;
 
-	snapshot_open(&snapshot, own_cookie());
+	if (!cookie)
+		return SK_DROP;
+	snapshot_open(&snapshot, cookie);
 	verdict = hide_from_verifier(ctx, decide(ctx, &snapshot, &local, &remote));
 	if (ctx->protocol == IPPROTO_UDP && snapshot.config &&
 	    (snapshot.config->flags & CONFIG_EGRESS) &&

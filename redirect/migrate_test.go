@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
@@ -118,10 +119,42 @@ func (a *alloc) addToLayout2() {
 	fail(tables.Put("proxies", bpfmap.ProxyKey(ns.Cookie, 0), make([]byte, 16), ebpf.UpdateNoExist))
 	tables.Only = slices.DeleteFunc(bpfmap.MapNames(), func(name string) bool { return name == "verdicts" || name == "proxies" })
 	fail(tables.WriteRows(ns.Cookie, r.Desired(), r.IPv6))
-	_, err = program.AttachLookup(tables, a.node.Paths(), ns, false)
-	fail(err)
+	fail(attachLookupOfLayout2(tables, a.node.Paths(), ns))
 	r.Finish(r.Desired())
 	fail(a.node.Paths().WriteRecord(r))
+}
+
+// attachLookupOfLayout2 loads and attaches the namespace's program as that version did,
+// with the cookie among its instructions.
+func attachLookupOfLayout2(tables *bpfmap.Tables, paths store.Paths, ns *host.Namespace) error {
+	const marker = 0x574549524e53434b
+	spec, err := bpfmap.LoadLookup()
+	if err != nil {
+		return err
+	}
+	replacements := make(map[string]*ebpf.Map)
+	for name := range spec.Maps {
+		if replacements[name], err = tables.Table(name); err != nil {
+			return err
+		}
+	}
+	code := spec.Programs[program.LookupName].Instructions
+	for i := range code {
+		if code[i].OpCode.IsDWordLoad() && code[i].Constant == marker {
+			code[i].Constant = int64(ns.Cookie)
+		}
+	}
+	collection, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: replacements})
+	if err != nil {
+		return err
+	}
+	defer collection.Close()
+	attached, err := link.AttachNetNs(int(ns.File.Fd()), collection.Programs[program.LookupName])
+	if err != nil {
+		return err
+	}
+	defer attached.Close()
+	return errors.Join(os.MkdirAll(paths.Lookups(), 0o700), attached.Pin(paths.Lookup(ns.Cookie)))
 }
 
 // Connections to ever new origins run all the time while the node is brought from

@@ -30,6 +30,7 @@ const (
 	LookupMapIndexes     = "indexes"
 	LookupMapListeners   = "listeners"
 	LookupMapOrigins     = "origins"
+	LookupMapOwnCookie   = "own_cookie"
 	LookupMapPorts       = "ports"
 	LookupMapProxies     = "proxies"
 	LookupMapReleases    = "releases"
@@ -102,6 +103,7 @@ type LookupMapSpecs struct {
 	Indexes     *ebpf.MapSpec `ebpf:"indexes"`
 	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
 	Origins     *ebpf.MapSpec `ebpf:"origins"`
+	OwnCookie   *ebpf.MapSpec `ebpf:"own_cookie"`
 	Ports       *ebpf.MapSpec `ebpf:"ports"`
 	Proxies     *ebpf.MapSpec `ebpf:"proxies"`
 	Releases    *ebpf.MapSpec `ebpf:"releases"`
@@ -150,6 +152,7 @@ type LookupMaps struct {
 	Indexes     *ebpf.Map `ebpf:"indexes"`
 	Listeners   *ebpf.Map `ebpf:"listeners"`
 	Origins     *ebpf.Map `ebpf:"origins"`
+	OwnCookie   *ebpf.Map `ebpf:"own_cookie"`
 	Ports       *ebpf.Map `ebpf:"ports"`
 	Proxies     *ebpf.Map `ebpf:"proxies"`
 	Releases    *ebpf.Map `ebpf:"releases"`
@@ -174,6 +177,7 @@ func (m *LookupMaps) Close() error {
 		m.Indexes,
 		m.Listeners,
 		m.Origins,
+		m.OwnCookie,
 		m.Ports,
 		m.Proxies,
 		m.Releases,

@@ -93,6 +93,9 @@ type AttachedProgram struct {
 	Name string
 	UID  uint32 // who loaded it
 	Maps []ebpf.MapID
+
+	kind uint32
+	tag  [8]byte // the kernel's sum of its instructions
 }
 
 // AttachedTo returns what is attached to a cgroup or a namespace itself, in the
@@ -336,7 +339,8 @@ func (s *Set) digest() [2]uint64 {
 
 // CookieOf is the cookie of the namespace that a lookup program of the set is for;
 // 0 where the program is not of the set. known is what the records say of it.
-// Without a record the program says so itself: the cookie is one of its constants.
+// Without a record the program says so itself: it has the cookie in its cell or, from
+// a version before, among its constants.
 func (s *Set) CookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
 	found, err := DescribeProgram(id)
 	if errors.Is(err, fs.ErrNotExist) || err == nil && (found.Name != LookupName || !slices.ContainsFunc(found.Maps, s.Reads)) {
@@ -344,6 +348,18 @@ func (s *Set) CookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
 	}
 	if err != nil || known != 0 {
 		return known, err
+	}
+	for _, table := range found.Maps {
+		cell, err := openCell(uint32(table))
+		if err != nil {
+			continue
+		}
+		defer unix.Close(cell)
+		cookie, err := readCell(cell)
+		if err != nil || s.Serves([]uint64{cookie}) == 0 {
+			return 0, err
+		}
+		return cookie, nil
 	}
 	prog, err := ebpf.NewProgramFromID(id)
 	if err != nil {

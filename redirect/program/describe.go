@@ -3,6 +3,7 @@
 package program
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"unsafe"
@@ -14,29 +15,35 @@ import (
 // DescribeProgram asks for what is told of a program and no more: the library reads
 // its code, too, and every workload has a program of its own.
 func DescribeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
-	get := struct{ id, next, flags uint32 }{id: uint32(id)}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_GET_FD_BY_ID, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
-	if errno != 0 {
-		return found, fmt.Errorf("open program %d: %w", id, errno)
+	fd, err := openID(unix.BPF_PROG_GET_FD_BY_ID, uint32(id))
+	if err != nil {
+		return found, fmt.Errorf("open program %d: %w", id, err)
 	}
-	defer unix.Close(int(fd))
+	defer unix.Close(fd)
+	if found, err = describeFD(fd); err != nil {
+		return found, fmt.Errorf("read program %d: %w", id, err)
+	}
+	return found, nil
+}
+
+func describeFD(fd int) (found AttachedProgram, err error) {
 	var tables [64]ebpf.MapID // the most that the verifier lets a program have
 	var pinner runtime.Pinner // the kernel follows the pointers
 	defer pinner.Unpin()
 	pinner.Pin(&tables[0])
 	info := programInfo{tables: uint32(len(tables)), tableIDs: unsafe.Pointer(&tables[0])}
-	if err := objectInfo(int(fd), &info); err != nil {
-		return found, fmt.Errorf("read program %d: %w", id, err)
+	if err := objectInfo(fd, &info); err != nil {
+		return found, err
 	}
-	found = AttachedProgram{ID: id, Name: unix.ByteSliceToString(info.name[:]), UID: info.uid}
+	found = AttachedProgram{ID: ebpf.ProgramID(info.id), Name: unix.ByteSliceToString(info.name[:]), UID: info.uid, kind: info.kind, tag: info.tag}
 	found.Maps = append(found.Maps, tables[:min(int(info.tables), len(tables))]...)
 	return found, nil
 }
 
 // programInfo is the beginning of struct bpf_prog_info.
 type programInfo struct {
-	_, _        uint32 // type, ID
-	_           [8]byte
+	kind, id    uint32
+	tag         [8]byte
 	_, _        uint32 // lengths of its code
 	_, _, _     uint64
 	uid, tables uint32
@@ -46,20 +53,22 @@ type programInfo struct {
 
 // mapName is that of a map, of which the library would read more, twice.
 func mapName(id ebpf.MapID) (string, error) {
-	get := struct{ id, next, flags uint32 }{id: uint32(id)}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_GET_FD_BY_ID, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
-	if errno != 0 {
-		return "", fmt.Errorf("open map %d: %w", id, errno)
+	fd, err := openID(unix.BPF_MAP_GET_FD_BY_ID, uint32(id))
+	if err != nil {
+		return "", fmt.Errorf("open map %d: %w", id, err)
 	}
-	defer unix.Close(int(fd))
-	var info struct { // the beginning of struct bpf_map_info
-		kind, id, keySize, valueSize, entries, flags uint32
-		name                                         [unix.BPF_OBJ_NAME_LEN]byte
-	}
-	if err := objectInfo(int(fd), &info); err != nil {
+	defer unix.Close(fd)
+	var info mapInfo
+	if err := objectInfo(fd, &info); err != nil {
 		return "", fmt.Errorf("read map %d: %w", id, err)
 	}
 	return unix.ByteSliceToString(info.name[:]), nil
+}
+
+// mapInfo is the beginning of struct bpf_map_info.
+type mapInfo struct {
+	kind, id, keySize, valueSize, entries, flags uint32
+	name                                         [unix.BPF_OBJ_NAME_LEN]byte
 }
 
 // objectInfo asks the kernel for what it tells of a program, a link or a map.
@@ -71,8 +80,27 @@ func objectInfo[T any](fd int, info *T) error {
 		fd, size uint32
 		info     unsafe.Pointer
 	}{uint32(fd), uint32(unsafe.Sizeof(*info)), unsafe.Pointer(info)}
-	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET_INFO_BY_FD, uintptr(unsafe.Pointer(&about)), unsafe.Sizeof(about)); errno != 0 {
-		return errno
+	_, err := bpfCall(unix.BPF_OBJ_GET_INFO_BY_FD, &about)
+	return err
+}
+
+// openID opens a program or a map by its ID.
+func openID(command uintptr, id uint32) (fd int, err error) {
+	get := struct{ id, next, flags uint32 }{id: id}
+	return bpfCall(command, &get)
+}
+
+// bpfCall calls bpf(2). The caller has pinned what the attributes point to.
+func bpfCall[T any](command uintptr, attributes *T) (result int, err error) {
+	for range 10 {
+		r, _, errno := unix.Syscall(unix.SYS_BPF, command, uintptr(unsafe.Pointer(attributes)), unsafe.Sizeof(*attributes))
+		if errno == 0 {
+			return int(r), nil
+		}
+		err = errno
+		if !errors.Is(err, unix.EAGAIN) { // a signal came; the runtime sends itself some
+			break
+		}
 	}
-	return nil
+	return -1, err
 }

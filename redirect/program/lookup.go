@@ -13,29 +13,26 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/store"
+	"golang.org/x/sys/unix"
 )
 
-// cookieMarker is the immediate in bpf/lookup.c that stands for the cookie.
-const cookieMarker = 0x574549524e53434b
-
-// NewLookup loads the sk_lookup program of one namespace. The cookie becomes
-// an immediate of the instructions, so there is no map for it, and no BTF is
-// loaded: both would cost every workload memory and its ADD time.
+// NewLookup loads the sk_lookup program of one namespace. No BTF is loaded: it would
+// cost every workload memory and its ADD time.
 func NewLookup(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
 	if m.Preloaded != nil {
 		if prog := m.Preloaded(cookie); prog != nil {
 			return prog, nil
 		}
 	}
-	code, license, err := lookupCode(m, cookie)
+	prog, cell, err := loadLookup(m)
 	if err != nil {
-		return nil, fmt.Errorf("read lookup program: %w", err)
+		return nil, err
 	}
-	loaded, err := loadCode(code, license)
-	if err != nil {
-		return nil, fmt.Errorf("load lookup program: %w", err)
+	defer unix.Close(cell)
+	if err := fillCell(cell, cookie); err != nil {
+		return nil, errors.Join(err, prog.Close())
 	}
-	return loaded, nil
+	return prog, nil
 }
 
 // AttachLookup gives the namespace its sk_lookup program, unless the one that

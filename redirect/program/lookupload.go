@@ -4,12 +4,15 @@ package program
 
 import (
 	"bytes"
+	"crypto/sha1" //nolint:gosec // the kernel's choice, not ours
+	"crypto/sha256"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -30,12 +33,23 @@ const (
 	relocLoad64 = 1 // R_BPF_64_64
 )
 
-// lookupCode is the program of the object bpf/lookup.c with the tables of the
-// node and the cookie in the places where it has their names and a marker.
-func lookupCode(m *bpfmap.Tables, cookie uint64) (code []byte, license string, err error) {
+// lookupObject is the program of the object bpf/lookup.c, whose references to
+// tables are empty.
+type lookupObject struct {
+	code    []byte
+	license string
+	tables  []tableReference // in the order of the code
+}
+
+type tableReference struct {
+	name string
+	at   uint64 // in the code
+}
+
+func readLookup() (*lookupObject, error) {
 	object, err := elf.NewFile(bytes.NewReader(bpfmap.LookupObject()))
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	section := func(name string) []byte {
 		data := []byte(nil)
@@ -44,45 +58,78 @@ func lookupCode(m *bpfmap.Tables, cookie uint64) (code []byte, license string, e
 		}
 		return data
 	}
-	code, relocations, license := section("sk_lookup"), section(".relsk_lookup"), string(bytes.TrimRight(section("license"), "\x00"))
+	o := &lookupObject{code: section("sk_lookup"), license: string(bytes.TrimRight(section("license"), "\x00"))}
+	relocations := section(".relsk_lookup")
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	symbols, err := object.Symbols() // without the first one, which is empty
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	for ; len(relocations) >= insnSymSize; relocations = relocations[insnSymSize:] {
 		at, what := binary.LittleEndian.Uint64(relocations), binary.LittleEndian.Uint64(relocations[8:])
 		symbol := int(what>>32) - 1
-		if uint32(what) != relocLoad64 || symbol < 0 || symbol >= len(symbols) || at+2*insnSize > uint64(len(code)) || code[at] != insnLoad64 {
-			return nil, "", fmt.Errorf("relocation at %#x is not that of a table", at)
+		if uint32(what) != relocLoad64 || symbol < 0 || symbol >= len(symbols) || at+2*insnSize > uint64(len(o.code)) || o.code[at] != insnLoad64 {
+			return nil, fmt.Errorf("relocation at %#x is not that of a table", at)
 		}
-		table, err := m.Table(symbols[symbol].Name)
-		if err != nil {
-			return nil, "", err
-		}
-		code[at+1] = code[at+1]&0xf | pseudoMapFD
-		binary.LittleEndian.PutUint32(code[at+4:], uint32(table.FD()))
-		binary.LittleEndian.PutUint32(code[at+insnSize+4:], 0)
+		o.code[at+1] = o.code[at+1]&0xf | pseudoMapFD
+		o.setTable(at, 0)
+		o.tables = append(o.tables, tableReference{symbols[symbol].Name, at})
 	}
-	marked := 0
-	for at := 0; at+2*insnSize <= len(code); at += insnSize {
-		if code[at] != insnLoad64 {
+	if !slices.ContainsFunc(o.tables, tableReference.isCell) {
+		return nil, fmt.Errorf("the program does not refer to %s", cellName)
+	}
+	return o, nil
+}
+
+func (r tableReference) isCell() bool { return r.name == cellName }
+
+func (o *lookupObject) setTable(at uint64, fd uint32) {
+	binary.LittleEndian.PutUint32(o.code[at+4:], fd)
+	binary.LittleEndian.PutUint32(o.code[at+insnSize+4:], 0)
+}
+
+// hasTag reports whether this is the kernel's sum of the program: SHA-1 of the
+// instructions without the tables, from Linux 6.18 on SHA-256.
+func (o *lookupObject) hasTag(tag [8]byte) bool {
+	former, sum := sha1.Sum(o.code), sha256.Sum256(o.code)
+	return bytes.Equal(tag[:], sum[:8]) || bytes.Equal(tag[:], former[:8])
+}
+
+// loadLookup loads the program over the tables of the node, with a cell of its own, in
+// which no cookie is yet.
+func loadLookup(m *bpfmap.Tables) (prog *ebpf.Program, cell int, err error) {
+	o, err := readLookup()
+	if err != nil {
+		return nil, -1, fmt.Errorf("read lookup program: %w", err)
+	}
+	if cell, err = createCell(); err != nil {
+		return nil, -1, err
+	}
+	if prog, err = o.load(m, cell); err != nil {
+		return nil, -1, errors.Join(err, unix.Close(cell))
+	}
+	return prog, cell, nil
+}
+
+func (o *lookupObject) load(m *bpfmap.Tables, cell int) (*ebpf.Program, error) {
+	for _, reference := range o.tables {
+		if reference.isCell() {
+			o.setTable(reference.at, uint32(cell))
 			continue
 		}
-		low, high := code[at+4:at+8], code[at+insnSize+4:at+insnSize+8]
-		if uint64(binary.LittleEndian.Uint32(high))<<32|uint64(binary.LittleEndian.Uint32(low)) == cookieMarker {
-			binary.LittleEndian.PutUint32(low, uint32(cookie))
-			binary.LittleEndian.PutUint32(high, uint32(cookie>>32))
-			marked++
+		table, err := m.Table(reference.name)
+		if err != nil {
+			return nil, err
 		}
-		at += insnSize // its second half is data
+		o.setTable(reference.at, uint32(table.FD()))
 	}
-	if marked != 1 {
-		return nil, "", fmt.Errorf("marker of the cookie found %d times", marked)
+	prog, err := loadCode(o.code, o.license)
+	if err != nil {
+		return nil, fmt.Errorf("load lookup program: %w", err)
 	}
-	return code, license, nil
+	return prog, nil
 }
 
 // progLoad is what bpf(2) takes for BPF_PROG_LOAD, as far as it is needed here.
@@ -130,17 +177,7 @@ func (load *progLoad) do() (fd int, err error) {
 			pinner.Pin((*byte)(pointer))
 		}
 	}
-	for range 10 {
-		result, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_PROG_LOAD, uintptr(unsafe.Pointer(load)), unsafe.Sizeof(*load))
-		if errno == 0 {
-			return int(result), nil
-		}
-		err = errno
-		if !errors.Is(err, unix.EAGAIN) { // a signal came; the runtime sends itself some
-			break
-		}
-	}
-	return -1, err
+	return bpfCall(unix.BPF_PROG_LOAD, load)
 }
 
 // OpenProgram opens a pinned program to read. The library's way asks the kernel whether
@@ -155,11 +192,11 @@ func OpenProgram(path string) (*ebpf.Program, error) {
 	var pinner runtime.Pinner // the kernel follows the pointer
 	defer pinner.Unpin()
 	pinner.Pin(&zeroed[0])
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
-	if errno != 0 {
-		return nil, &os.PathError{Op: "open pin", Path: path, Err: errno}
+	fd, err := bpfCall(unix.BPF_OBJ_GET, &get)
+	if err != nil {
+		return nil, &os.PathError{Op: "open pin", Path: path, Err: err}
 	}
-	return ebpf.NewProgramFromFD(int(fd))
+	return ebpf.NewProgramFromFD(fd)
 }
 
 // NewCollection loads the programs over the tables.
