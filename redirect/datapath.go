@@ -346,11 +346,11 @@ func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []
 
 // Preload begins with what an Add of the namespace takes longest for, the
 // verifier, while the caller does something else. The result belongs into the
-// Attachment, and is closed in any case. An error shows up at the Add. Without a
-// processor to spare it is nil: two threads that wait for each other finish later
-// than one then.
+// Attachment, and is closed in any case. An error shows up at the Add. It is nil where a
+// spare program waits, and without a processor to spare: two threads that wait for
+// each other finish later than one then.
 func (d *Datapath) Preload(netns string) *program.Preloaded {
-	if !program.ProcessorToSpare() {
+	if program.HasSpare(d.Paths()) || !program.ProcessorToSpare() {
 		return nil
 	}
 	return d.preload(netns)

@@ -221,7 +221,7 @@ func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (resu
 	}
 	repairs, problems := d.renewLookups(pinned)
 	result.Did = append(result.Did, repairs...)
-	result.left(append(problems, d.RenewFilters()))
+	result.left(append(problems, program.RemoveSpares(d.Paths()), d.RenewFilters()))
 	if repairs, err = d.detachFormer(spec); err != nil {
 		return result, err
 	}

@@ -98,6 +98,7 @@ func (d *Loader) migrate(root *os.File) (result Result, err error) {
 	if err := d.publish(staging, changes); err != nil {
 		return result, err
 	}
+	result.left([]error{program.RemoveSpares(d.Paths())}) // they hold the old tables
 	renewed := d.RenewFilters()
 	repairs, problems := d.ensureAll(records)
 	result.Did = append(result.Did, repairs...)

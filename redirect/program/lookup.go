@@ -91,7 +91,10 @@ func renewLookup(m *bpfmap.Tables, pinned link.Link, cookie uint64) error {
 
 // attachNewLookup attaches a program by a link of its own, and pins that.
 func attachNewLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace) error {
-	prog, err := NewLookup(m, ns.Cookie)
+	prog, err := takeSpare(paths, m, ns.Cookie), error(nil)
+	if prog == nil {
+		prog, err = NewLookup(m, ns.Cookie)
+	}
 	if err != nil {
 		return err
 	}
