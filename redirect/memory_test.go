@@ -10,6 +10,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -55,6 +56,12 @@ func programMemory(t *testing.T, pin string) uint64 {
 		t.Fatal(err)
 	}
 	defer prog.Close()
+	return memoryOf(t, prog)
+}
+
+// memoryOf is that of a program, with the table that it has for itself.
+func memoryOf(t *testing.T, prog *ebpf.Program) uint64 {
+	t.Helper()
 	info, err := prog.Info()
 	if err != nil {
 		t.Fatal(err)
@@ -62,6 +69,22 @@ func programMemory(t *testing.T, pin string) uint64 {
 	bytes, known := info.Memlock()
 	if !known {
 		t.Fatal("the kernel does not say what a program takes")
+	}
+	tables, _ := info.MapIDs()
+	for _, id := range tables {
+		table, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		info, err := table.Info()
+		table.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Name == "own_cookie" {
+			own, _ := info.Memlock()
+			bytes += own
+		}
 	}
 	return bytes
 }
@@ -97,6 +120,17 @@ func TestMemory(t *testing.T) {
 	for _, entry := range links {
 		node += programMemory(t, d.Paths().Link(entry.Name()))
 	}
+	ahead := uint64(0)
+	for path := range fillSpares(t, d) {
+		spare, err := program.OpenProgram(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ahead += memoryOf(t, spare)
+		spare.Close()
+	}
+	t.Logf("%d KiB in programs that are loaded ahead", ahead>>10)
+	node += ahead
 	t.Logf("%d KiB before the first workload", node>>10)
 	if node > nodeMemory {
 		t.Errorf("maps and programs take %d KiB before the first workload, want at most %d", node>>10, nodeMemory>>10)

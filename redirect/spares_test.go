@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
@@ -188,8 +189,14 @@ func TestOnlyASpareIsTaken(t *testing.T) {
 			return prog
 		},
 		"with other instructions": func(t *testing.T, n *node) interface{ Pin(string) error } {
-			object := compileChanged(t, "lookup.c", "return VERDICT_INBOUND_EXCLUDED;", "return VERDICT_DIRECT;")
-			defer bpfmap.SwapObjects(bpfmap.LookupObject(), object)() // the first is not read here
+			// w4 = VERDICT_REFUSED_TABLE becomes VERDICT_DIRECT.
+			refused := []byte{0xb4, 4, 0, 0, byte(bpfmap.RefusedTable), 0, 0, 0}
+			direct := []byte{0xb4, 4, 0, 0, byte(bpfmap.Direct), 0, 0, 0}
+			edited := bytes.Replace(bpfmap.LookupObject(), refused, direct, 1)
+			if bytes.Equal(edited, bpfmap.LookupObject()) {
+				t.Fatal("the program has no such instruction")
+			}
+			defer bpfmap.SwapObjects(nil, edited)() // the others are loaded already
 			return loadSpare(t, n.Datapath)
 		},
 		"a program that lets all in": func(t *testing.T, _ *node) interface{ Pin(string) error } {
