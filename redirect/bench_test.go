@@ -47,6 +47,27 @@ func BenchmarkAdd(b *testing.B) {
 	}
 }
 
+// BenchmarkAddAhead is BenchmarkAdd where a program was loaded ahead.
+func BenchmarkAddAhead(b *testing.B) {
+	d := newDatapath(b)
+	a := benchmarkWorkload(b)
+	for b.Loop() {
+		b.StopTimer()
+		if _, err := d.FillSpares(); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+		if err := d.Add(a); err != nil {
+			b.Fatal(err)
+		}
+		b.StopTimer()
+		if err := d.Remove(a.Key); err != nil {
+			b.Fatal(err)
+		}
+		b.StartTimer()
+	}
+}
+
 // BenchmarkAddAgain is an ADD that finds everything as it should be, as CHECK does.
 func BenchmarkAddAgain(b *testing.B) {
 	d := newDatapath(b)

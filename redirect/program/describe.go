@@ -67,8 +67,8 @@ func mapName(id ebpf.MapID) (string, error) {
 
 // mapInfo is the beginning of struct bpf_map_info.
 type mapInfo struct {
-	kind, id, keySize, valueSize, entries, flags uint32
-	name                                         [unix.BPF_OBJ_NAME_LEN]byte
+	kind, _, keySize, valueSize, entries, flags uint32
+	name                                        [unix.BPF_OBJ_NAME_LEN]byte
 }
 
 // objectInfo asks the kernel for what it tells of a program, a link or a map.

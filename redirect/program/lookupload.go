@@ -139,10 +139,9 @@ type progLoad struct {
 	logLevel       uint32
 	logSize        uint32
 	log            unsafe.Pointer
-	kernelVersion  uint32
-	flags          uint32
+	_, _           uint32 // the kernel's version, flags
 	name           [16]byte
-	device         uint32
+	_              uint32 // a device
 	expectedAttach uint32
 }
 
