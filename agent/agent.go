@@ -108,7 +108,6 @@ type Agent struct {
 	allocations map[workload.AttachmentID]*allocState
 	noticed     time.Time // when Consul's last change was
 	broken      string
-	slow        string                  // why no programs can be loaded ahead
 	managed     []workload.AttachmentID // under Weir as of the last pass, sorted
 	tasks       map[string]string       // containers.Tasks as of the last search for tasks of proxies
 	nextTurn    int                     // of the round of checks
@@ -315,7 +314,6 @@ func (a *Agent) pass(changed bool) {
 		a.checkSome()
 		a.lookSome(time.Now())
 	}
-	a.loadAhead()
 	a.noteProblems(now)
 	a.turned()
 }

@@ -79,18 +79,3 @@ func (a *Agent) repair() bool {
 	}
 	return !errors.Is(err, unix.EAGAIN)
 }
-
-// loadAhead makes up for the programs that ADDs took since the last pass. Without them an
-// ADD loads its own.
-func (a *Agent) loadAhead() {
-	loaded, err := a.datapath.FillSpares()
-	if text := errorText(err); text != a.slow {
-		a.slow = text
-		if err != nil {
-			a.log.Warn("each ADD loads its own program", "error", err)
-		}
-	}
-	if loaded > 0 {
-		a.log.Debug("programs for the next allocations loaded", "count", loaded)
-	}
-}

@@ -75,13 +75,15 @@ func files(t *testing.T, d *Datapath) (list []string) {
 // that use them, and the links of those programs.
 type objects struct {
 	maps, programs, links []uint32
+
+	datapath *Datapath // whose spares are not counted: they may come at any time
 }
 
 // kernelObjects asks the kernel, not the pins. Maps are the instance's own
 // where they are pinned now; others on the machine have other IDs.
 func kernelObjects(t *testing.T, d *Datapath) objects {
 	t.Helper()
-	var o objects
+	o := objects{datapath: d}
 	entries, err := os.ReadDir(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
@@ -107,6 +109,12 @@ func kernelObjects(t *testing.T, d *Datapath) objects {
 func (o *objects) users(t *testing.T) {
 	t.Helper()
 	o.programs, o.links = nil, nil
+	spares := make(map[uint32]bool)
+	if o.datapath != nil {
+		for _, id := range spareIDs(t, o.datapath) {
+			spares[id] = true
+		}
+	}
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
 		prog, err := ebpf.NewProgramFromID(id)
 		if err != nil {
@@ -118,7 +126,7 @@ func (o *objects) users(t *testing.T) {
 			continue
 		}
 		ids, _ := info.MapIDs()
-		if slices.ContainsFunc(ids, func(id ebpf.MapID) bool { return slices.Contains(o.maps, uint32(id)) }) {
+		if !spares[uint32(id)] && slices.ContainsFunc(ids, func(id ebpf.MapID) bool { return slices.Contains(o.maps, uint32(id)) }) {
 			o.programs = append(o.programs, uint32(id))
 		}
 	}
