@@ -111,8 +111,10 @@ static __always_inline int redirect(struct bpf_sock_addr *ctx, struct dial *dial
 		     verdict == VERDICT_DNS;
 	if (datagram && !*rewritten)
 		return 1;
-	/* An encoded destination says itself what was dialled. */
-	save_original_peer(sk, dial, *rewritten && verdict != VERDICT_REDIRECTED);
+	/* An encoded destination says itself what was dialled, and is resolved before a row
+	 * is looked at: what a former connect left need not go, and shows nothing. */
+	if (verdict != VERDICT_REDIRECTED)
+		save_original_peer(sk, dial, *rewritten);
 	return 1;
 }
 

@@ -8,6 +8,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -176,6 +177,15 @@ func TestOutboundUpstream(t *testing.T) {
 			direct(t, got.Answer, listener4.Name, listener4.Addr)
 		})
 	})
+	t.Run("redirected and localhost by the socket of an upstream", func(t *testing.T) {
+		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.ToUpstream: 1, bpfmap.Redirected: 1, bpfmap.Local: 1}, func() {
+			got := p.run(t, stream(unix.AF_INET).connect("240.0.0.5:80").ask("").
+				disconnect().connect(somewhere).ask("").
+				disconnect().connect(listener4.Addr.String()).ask(""))
+			a.answered(got[5].Answer, nil, netip.MustParseAddrPort(somewhere), a.v4)
+			direct(t, got[8].Answer, listener4.Name, listener4.Addr)
+		})
+	})
 	t.Run("bound to lo", func(t *testing.T) {
 		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.ToUpstream: 1}, func() {
 			got := p.last(t, stream(unix.AF_INET).device("lo").connect("240.0.0.5:80").ask("")).Answer
@@ -209,6 +219,58 @@ func TestOutboundUpstream(t *testing.T) {
 		a.moves(t, map[bpfmap.Verdict]uint64{bpfmap.RefusedDevice: 1}, func() {
 			p.run(t, stream(unix.AF_INET).device("eth0").connect("240.0.0.5:80").fails(unix.ENETUNREACH))
 		})
+	})
+}
+
+// The name of an upstream stays in a socket that is redirected next, where it shows
+// nothing: a redirect has nothing to take away. A direct connect takes it away.
+func TestOutboundKeepsWhatARedirectDoesNotShow(t *testing.T) {
+	a := proxiedAlloc(t)
+	listener := a.serve(proxyUID, a.proxyCg, "tcp4", "127.0.0.1:9191")
+	err := a.node.SetMeshConfig(a.key, workload.MeshConfig{Upstreams: []workload.Upstream{
+		{Name: "db", Addresses: []netip.Addr{netip.MustParseAddr("240.0.0.5")}, Listener: listener.Addr},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := bpfmap.OpenTablesToRead(a.node.Paths().Maps())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tables.Close() })
+	dials, err := tables.Table("dials")
+	if err != nil {
+		t.Fatal(err)
+	}
+	host := &socketHost{}
+	a.NetNS.Do(func() {
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer unix.Close(fd)
+		for _, tc := range []struct {
+			addr string
+			row  bool
+		}{{"240.0.0.5:80", true}, {somewhere, true}, {listener.Addr.String(), false}, {somewhere, false}} {
+			to := netip.MustParseAddrPort(tc.addr)
+			if err := unix.Connect(fd, sockaddr(fd, to)); err != nil {
+				t.Errorf("connect %s: %v", to, err)
+				return
+			}
+			if peer, err := host.socketName(fd, true); err != nil || peer != to {
+				t.Errorf("getpeername = %s, %v; want %s", peer, err, to)
+			}
+			var row bpfmap.BpfDialled
+			err := dials.Lookup(int32(fd), &row)
+			if got := !errors.Is(err, ebpf.ErrKeyNotExist); got != tc.row || got && err != nil {
+				t.Errorf("connected to %s: socket has a row: %t (%v), want %t", to, got, err, tc.row)
+			}
+			if err := host.disconnect(fd); err != nil {
+				t.Errorf("disconnect: %v", err)
+			}
+		}
 	})
 }
 
