@@ -52,6 +52,7 @@ type transcript struct {
 var (
 	errNotReady = errors.New("the guest did not get ready")
 	errTimeout  = errors.New("the guest did not finish")
+	errDied     = errors.New("the guest died before its tests were done")
 )
 
 func (b guestBoot) command(ctx context.Context) *exec.Cmd {
@@ -133,7 +134,7 @@ func (b guestBoot) run(ctx context.Context, hear func(message)) (transcript, err
 	case err != nil:
 		return t, fmt.Errorf("run guest: %w: %s", err, strings.TrimSpace(complaint.String()))
 	case !t.done:
-		return t, errors.New("the guest died before its tests were done")
+		return t, errDied
 	}
 	return t, nil
 }

@@ -244,6 +244,10 @@ func (r *run) all(ctx context.Context, chosen []kernel, images []image, tests []
 			slots <- struct{}{}
 			defer func() { <-slots }()
 			results[i], errs[i] = r.one(ctx, k, images[i], tests)
+			if errs[i] == nil && r.accel == "tcg" && diedOfPatching(results[i].err) {
+				r.note("kernel %s: the emulator ran code that the guest had patched away; its guest is started once more", k.name)
+				results[i], errs[i] = r.one(ctx, k, images[i], tests)
+			}
 			if errs[i] == nil {
 				errs[i] = r.again(ctx, k, images[i], tests, &results[i])
 			}
