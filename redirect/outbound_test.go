@@ -243,7 +243,7 @@ func TestOutboundKeepsWhatARedirectDoesNotShow(t *testing.T) {
 		t.Fatal(err)
 	}
 	host := &socketHost{}
-	a.NetNS.Do(func() {
+	a.Do(func() {
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
 		if err != nil {
 			t.Error(err)
