@@ -242,7 +242,8 @@ func waits(t *testing.T, n *nomad.Node) {
 
 // again repairs a fault while Nomad waits to try the same allocation again. In a network
 // of Weir's the second ADD serves it. On Nomad's own bridge it does not come so far:
-// the reference plugin refuses an allocation that has a lease, and Nomad places another.
+// the reference plugin refuses an allocation that has a lease, and Nomad places another;
+// a third where the repair comes after the second has begun.
 func again(t *testing.T, n *nomad.Node) {
 	for _, mode := range []string{"cni/weir", "bridge"} {
 		f := fault{name: "again-" + filepath.Base(mode), mode: mode, inject: "mount -o remount,ro /sys/fs/bpf", repair: "mount -o remount,rw /sys/fs/bpf"}
@@ -261,9 +262,8 @@ func again(t *testing.T, n *nomad.Node) {
 		wantRedirected(t, n, a)
 		var all []struct{ ID string }
 		n.NomadGet("/v1/job/"+job.ID+"/allocations", &all)
-		want := map[string]int{"cni/weir": 1, "bridge": 2}[mode]
-		if len(all) != want {
-			t.Errorf("%s: the job had %d allocations, want %d", mode, len(all), want)
+		if mode == "cni/weir" && len(all) != 1 || mode == "bridge" && len(all) < 2 {
+			t.Errorf("%s: the job had %d allocations, want 1 with cni/weir and more with bridge", mode, len(all))
 		}
 		wantOnly(t, n, a)
 		job.Stop()
