@@ -7,10 +7,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/weirmesh/weir/agent/discover"
+	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -71,6 +74,13 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 		n.fake.answers(say(200, string(data)))
 	}
 	upstream(9191)
+	test.Eventually(t, func() error {
+		addrs, err := host.Addresses(mesh.Path)
+		if err == nil && !slices.ContainsFunc(addrs, netip.Addr.IsLinkLocalUnicast) {
+			err = fmt.Errorf("it has %v", addrs)
+		}
+		return err
+	}, "the kernel to give the device its own address, which is written when it comes")
 	a := n.newStepwise()
 	inSync := func(port uint16) error {
 		list, err := n.Records()
@@ -78,7 +88,8 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 			err = fmt.Errorf("%d workloads are on record, want 2", len(list))
 		}
 		for _, known := range list {
-			if len(known.MeshConfig.Upstreams) != 1 || known.MeshConfig.Upstreams[0].Listener.Port() != port {
+			// The virtual IP is asked for beside the registrations, and may come a pass later.
+			if list := known.MeshConfig.Upstreams; len(list) != 1 || list[0].Listener.Port() != port || len(list[0].Addresses) != 1 {
 				err = fmt.Errorf("mesh configuration of %s is %+v", known.Key, known.MeshConfig)
 			}
 		}
@@ -91,6 +102,8 @@ func TestCalmAgentWritesNothing(t *testing.T) {
 	}
 	test.Eventually(t, func() error {
 		a.asks(t.Context())
+		a.resynced = time.Time{}
+		a.pass(false)
 		return inSync(9191)
 	}, "both allocations to be in sync")
 	if w, err := n.workload(key); err != nil || w.Proxy.Identity == inspect.IdentityNone {
