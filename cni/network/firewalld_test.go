@@ -36,15 +36,6 @@ func TestFirewalldRestarts(t *testing.T) {
 		})
 		t.Cleanup(func() { kept[addr].Close() })
 	}
-	repair := func() (repaired []string) {
-		t.Helper()
-		var err error
-		n.ns.Do(func() { repaired, err = Repair(t.Context(), n.stateDir) })
-		if err != nil {
-			t.Fatal(err)
-		}
-		return repaired
-	}
 	own := n.run(t, "nft", "-s", "list", "table", "inet", "weir")
 	for _, step := range []struct {
 		name   string
@@ -82,7 +73,7 @@ func TestFirewalldRestarts(t *testing.T) {
 		if open := test.CanDial(t, client.ns, "192.0.2.1:8600"); open != step.node {
 			t.Errorf("%s: an allocation reaches the node: %t", step.name, open)
 		}
-		repaired := repair()
+		repaired := n.repair(t)
 		if told := slices.ContainsFunc(repaired, func(what string) bool { return strings.Contains(what, "inet firewalld filter_FORWARD") }); told != step.lost {
 			t.Errorf("%s: repaired %q, want firewalld's chain: %t", step.name, repaired, step.lost)
 		}
@@ -91,7 +82,7 @@ func TestFirewalldRestarts(t *testing.T) {
 				t.Errorf("%s: an allocation to the world, %s: %v", step.name, addr, err)
 			}
 		}
-		if again := repair(); len(again) > 0 {
+		if again := n.repair(t); len(again) > 0 {
 			t.Errorf("%s: a second time: repaired %q", step.name, again)
 		}
 	}

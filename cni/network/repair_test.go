@@ -11,16 +11,7 @@ import (
 // What somebody flushed comes back without a CHECK of each allocation.
 func TestRepairOfAllNetworks(t *testing.T) {
 	n := newNode(t)
-	repair := func() (repaired []string) {
-		t.Helper()
-		var err error
-		n.ns.Do(func() { repaired, err = Repair(t.Context(), n.stateDir) })
-		if err != nil {
-			t.Fatal(err)
-		}
-		return repaired
-	}
-	if repaired := repair(); repaired != nil {
+	if repaired := n.repair(t); repaired != nil {
 		t.Errorf("without a network: %q", repaired)
 	}
 	first, _ := n.added(t, "without")
@@ -30,14 +21,14 @@ func TestRepairOfAllNetworks(t *testing.T) {
 		test.Echo(t, with.ns, "tcp", ":80")
 	}
 	before := n.run(t, "nft", "-s", "list", "ruleset")
-	if repaired := repair(); len(repaired) > 0 {
+	if repaired := n.repair(t); len(repaired) > 0 {
 		t.Errorf("nothing is missing: repaired %q", repaired)
 	}
 	if after := n.run(t, "nft", "-s", "list", "ruleset"); after != before {
 		t.Errorf("nothing is missing, rules changed:\n%s\nbefore:\n%s", after, before)
 	}
 	n.run(t, "nft", "flush", "ruleset")
-	if repaired := repair(); len(repaired) == 0 {
+	if repaired := n.repair(t); len(repaired) == 0 {
 		t.Error("all was flushed: nothing repaired")
 	}
 	for _, address := range []string{"192.0.2.1:8080", "[2001:db8::1]:9090"} {
@@ -50,7 +41,18 @@ func TestRepairOfAllNetworks(t *testing.T) {
 	if err != nil || answer.Peer.Addr().String() != "192.0.2.1" {
 		t.Errorf("out of an allocation: %+v, %v: want the node's address as the source", answer, err)
 	}
-	if repaired := repair(); len(repaired) > 0 {
+	if repaired := n.repair(t); len(repaired) > 0 {
 		t.Errorf("a second time: repaired %q", repaired)
 	}
+}
+
+// repair is what the agent does of its own accord.
+func (n *node) repair(t *testing.T) (repaired []string) {
+	t.Helper()
+	var err error
+	n.ns.Do(func() { repaired, err = Repair(t.Context(), n.stateDir) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return repaired
 }
