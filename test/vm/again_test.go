@@ -35,7 +35,7 @@ func TestDiedOfPatching(t *testing.T) {
 		failure error
 		want    bool
 	}{
-		"a stray breakpoint":              {errors.Join(errDied, complains("[  301.1] Oops: int3: 0000 [#1] PREEMPT SMP")), true},
+		"a breakpoint of nobody's":        {errors.Join(errDied, complains("[  301.1] Oops: int3: 0000 [#1] PREEMPT SMP")), true},
 		"another fault":                   {errors.Join(errDied, complains("[  301.1] Oops: general protection fault")), false},
 		"one that it lived through":       {complains("[  301.1] Oops: int3: 0000 [#1] PREEMPT SMP"), false},
 		"an end of which nothing is told": {errDied, false},
