@@ -24,7 +24,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func TestMain(m *testing.M) { test.Main(m, nil) }
+func TestMain(m *testing.M) {
+	test.Main(m, map[string]func(args []string) error{threadInsideFunc: stayInsideByThread})
+}
 
 const allocationID = "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01"
 

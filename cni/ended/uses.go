@@ -100,7 +100,9 @@ func (u *namespaceUsers) in(inode uint64) (bool, error) {
 	return len(u.threads[inode]) > 0, err
 }
 
-// findThreads looks at every thread of the machine, once.
+// findThreads looks at every thread of the machine, once; but for those that this
+// program, as a command or as the agent, sends into a namespace to look at it: they are
+// out again in a moment, and no task's.
 func (u *namespaceUsers) findThreads() error {
 	if u.threads != nil {
 		return nil
@@ -109,16 +111,31 @@ func (u *namespaceUsers) findThreads() error {
 	if err != nil {
 		return err
 	}
+	own, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return fmt.Errorf("look at process: %w", err)
+	}
 	var threads []string
 	for _, process := range processes {
-		own, err := numbersIn(filepath.Join(process, "task"))
+		if isProgram(process, own) {
+			threads = append(threads, process)
+			continue
+		}
+		each, err := numbersIn(filepath.Join(process, "task"))
 		if err != nil {
 			return err
 		}
-		threads = append(threads, own...)
+		threads = append(threads, each...)
 	}
 	u.threads, err = namespacesOf(threads)
 	return err
+}
+
+// isProgram reports whether a process runs a program. A kernel thread runs none, and one
+// that may not be asked is taken for another's.
+func isProgram(process string, program os.FileInfo) bool {
+	file, err := os.Stat(filepath.Join(process, "exe"))
+	return err == nil && os.SameFile(file, program)
 }
 
 // look enters each namespace, once.

@@ -3,10 +3,14 @@
 package ended
 
 import (
+	"io"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"runtime"
 	"testing"
 
+	"github.com/vishvananda/netns"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -36,18 +40,86 @@ func TestThreadsAreLookedAtWhereTheyMatter(t *testing.T) {
 		t.Fatalf("nothing is in %s yet: %t, %v", alloc.Path, used, err)
 	}
 
+	inside := func() bool {
+		t.Helper()
+		u, err := findNamespaceUsers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		used, err := u.in(inode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return used
+	}
 	notTheFirst(func() {
 		alloc.Do(func() {
-			u, err := findNamespaceUsers()
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			if used, err := u.in(inode); !used || err != nil {
-				t.Errorf("thread %d of process %d is in %s: %t, %v", unix.Gettid(), os.Getpid(), alloc.Path, used, err)
+			if inside() {
+				t.Error("a thread of this program that looks at a namespace is taken for a task's")
 			}
 		})
 	})
+	startThreadInside(t, alloc)
+	if !inside() {
+		t.Error("a thread of another program is in the namespace, and is not seen")
+	}
+}
+
+const threadInsideFunc = "ended.threadInside"
+
+// startThreadInside starts another program: a copy of this one, of which a thread that is
+// not its first is in a namespace until the test ends.
+func startThreadInside(t *testing.T, ns *test.NetNS) {
+	t.Helper()
+	self, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := filepath.Join(t.TempDir(), "program")
+	if err := os.WriteFile(program, self, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "-test.run=^$", "--", ns.Path)
+	cmd.Env = append(os.Environ(), "WEIR_TEST_HELPER="+threadInsideFunc)
+	cmd.Stderr = os.Stderr
+	input, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		input.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("end the program with a thread inside: %v", err)
+		}
+	})
+	if _, err := output.Read(make([]byte, 1)); err != nil {
+		t.Fatalf("wait for a thread inside: %v", err)
+	}
+}
+
+// stayInsideByThread writes a byte when it is in the namespace, and ends with its input.
+func stayInsideByThread(args []string) (err error) {
+	notTheFirst(func() {
+		var ns netns.NsHandle
+		if ns, err = netns.GetFromPath(args[0]); err != nil {
+			return
+		}
+		if err = netns.Set(ns); err != nil {
+			return
+		}
+		if _, err = os.Stdout.Write([]byte{1}); err == nil {
+			_, err = io.Copy(io.Discard, os.Stdin)
+		}
+		runtime.LockOSThread() // once more: the thread ends with its function
+	})
+	return err
 }
 
 // notTheFirst runs a function on a thread that is not the process's first.
