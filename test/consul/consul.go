@@ -11,17 +11,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // ErrNotInstalled says that no Consul is on this machine yet.
@@ -303,39 +306,50 @@ func openDir(tb testing.TB) string {
 	return dir
 }
 
-// freePorts are ports that nobody had a moment ago, for TCP and UDP.
+// Ports of Consul are above those that the kernel gives to whoever asks for any, so that
+// no connection takes one while a Consul restarts.
+const firstPort, lastPort = 61000, 65535
+
+// freePorts are ports that nobody has, for TCP and UDP, and that no other test is given
+// until this one ends: tests run beside each other, also of several packages.
 func freePorts(tb testing.TB, count int) []int {
 	tb.Helper()
+	locks := filepath.Join(os.TempDir(), fmt.Sprintf("weir-test-ports-%d", os.Getuid()))
+	if err := os.MkdirAll(locks, 0o700); err != nil {
+		tb.Fatalf("find free port: %v", err)
+	}
 	var ports []int
-	for len(ports) < count {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
+	for _, offset := range rand.Perm(lastPort - firstPort + 1) {
+		if len(ports) == count {
+			return ports
+		}
+		port := firstPort + offset
+		lock, err := os.OpenFile(filepath.Join(locks, strconv.Itoa(port)), os.O_CREATE|os.O_RDWR, 0o600)
 		if err != nil {
 			tb.Fatalf("find free port: %v", err)
 		}
-		defer listener.Close()
-		port := listener.Addr().(*net.TCPAddr).Port
-		packets, err := net.ListenPacket("udp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err != nil {
+		if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil || !isFree(port) {
+			lock.Close()
 			continue
 		}
-		defer packets.Close()
+		tb.Cleanup(func() { lock.Close() })
 		ports = append(ports, port)
 	}
-	return ports
+	tb.Fatalf("find free port: %d of %d are free in %d-%d", len(ports), count, firstPort, lastPort)
+	return nil
 }
 
-// freePortBeside is one that is none of the ports: those are free as well until the
-// server has them.
-func freePortBeside(tb testing.TB, ports settings) int {
-	tb.Helper()
-	for {
-		port := freePorts(tb, 1)[0]
-		taken := false
-		for _, other := range ports {
-			taken = taken || other == port
-		}
-		if !taken {
-			return port
-		}
+// isFree reports whether nobody listens on a port, for TCP or UDP.
+func isFree(port int) bool {
+	address := fmt.Sprintf("127.0.0.1:%d", port)
+	listener, err := net.Listen("tcp", address)
+	if err != nil {
+		return false
 	}
+	defer listener.Close()
+	packets, err := net.ListenPacket("udp", address)
+	if err != nil {
+		return false
+	}
+	return packets.Close() == nil
 }

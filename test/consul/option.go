@@ -50,7 +50,7 @@ func WithTLS() Option {
 		s.authority(s.dir)
 		file := func(name string) string { return filepath.Join(s.dir, name) }
 		ports := config["ports"].(settings)
-		port := freePortBeside(s.tb, ports)
+		port := freePorts(s.tb, 1)[0]
 		s.TLS = TLS{
 			Address: fmt.Sprintf("127.0.0.1:%d", port), CA: file("consul-agent-ca.pem"),
 			Cert: file("dc1-client-consul-0.pem"), Key: file("dc1-client-consul-0-key.pem"),
@@ -107,7 +107,7 @@ func WithPeering(datacenter string) Option {
 		config["datacenter"], config["node_name"] = datacenter, "node-"+datacenter
 		config["peering"] = settings{"enabled": true}
 		ports := config["ports"].(settings)
-		ports["grpc_tls"] = freePortBeside(s.tb, ports)
+		ports["grpc_tls"] = freePorts(s.tb, 1)[0]
 	}
 }
 
