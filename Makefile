@@ -33,7 +33,7 @@ test: ## Run all tests; as root those that need the kernel too; PKG=./agent RUN=
 
 check: ## Lint, and every test that needs neither root nor a build: about a minute
 	test/lint.sh
-	@env -u CI WEIR_TEST_QUICK=1 PATH="$$PWD/.tools/envoy:$$PWD/.tools/bin:$$PATH" CGO_ENABLED=0 go test -trimpath -count=1 ./...
+	@env -u CI WEIR_TEST_QUICK=1 PATH="$$PWD/.tools/envoy:$$PWD/.tools/bin:$$PATH" CGO_ENABLED=0 go test -trimpath -count=1 -parallel 4 ./...
 
 fuzz: ## Fuzz every target in turn, FUZZTIME=10m each; what is found stays in testdata/fuzz
 	test/tools/setup.sh go

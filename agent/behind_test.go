@@ -48,6 +48,7 @@ func behindKey() workload.AttachmentID {
 // What Consul says of a service is told as Consul has it: its intentions by precedence, and its
 // instances by their checks.
 func TestBehindIsConsulsOwnAnswer(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, true)
 	for i, status := range []string{"passing", "warning", "critical"} {
 		server.Register(object{"Name": "db", "ID": fmt.Sprint("db", i), "Port": 5432 + i, "Check": object{"CheckID": fmt.Sprint("db", i), "TTL": "1h", "Status": status},
@@ -112,6 +113,7 @@ func TestBehindIsConsulsOwnAnswer(t *testing.T) {
 // What the token may not read is told as not looked at, with the right that it lacks, and is no
 // denial and no absence.
 func TestBehindWhatTheTokenMayNotRead(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, true)
 	server.Register(object{"Name": "db", "ID": "db", "Port": 5432, "Connect": object{"SidecarService": object{"Port": 21000}}})
 	server.Put("/v1/config", object{"Kind": "service-intentions", "Name": "db", "Sources": []object{{"Name": "web", "Action": "allow"}}})

@@ -24,6 +24,7 @@ func checked(allocation, service string) string {
 // Consul is asked as soon as a service appears whose checks are exposed, and
 // again soon while it has not opened their ports.
 func TestWatcherAsksForExposedChecksOfANewService(t *testing.T) {
+	t.Parallel()
 	fake := newFakeConsul(t)
 	var checks atomic.Value
 	checks.Store(`{"a:1": {"ServiceID": "a", "ExposedPort": 21500}}`)

@@ -93,6 +93,7 @@ func virtualIPOf(name, addr string) func(catalog.Snapshot) bool {
 // and one that comes back may have another: it is asked for then, and only its
 // own. No bulk read is made for it, and as few connections as ever.
 func TestVirtualIPsFollowTheCatalog(t *testing.T) {
+	t.Parallel()
 	fake := newFakeConsul(t)
 	fake.catalog.set("api", "db", "web")
 	fake.chains(chainOf(`"240.0.0.1"`))

@@ -24,6 +24,7 @@ import (
 // The virtual IP of another cluster's service is known from a real Consul, and in
 // a plain connect job it goes to the upstream's listener like any other.
 func TestVirtualIPOfAPeersService(t *testing.T) {
+	t.Parallel()
 	here, there := realconsul.Start(t, true, realconsul.WithPeering("dc1")), realconsul.Start(t, false, realconsul.WithPeering("dc2"))
 	here.Peer(there, "dc1", "dc2")
 	there.Register(object{"Kind": "mesh-gateway", "Name": "mesh-gateway", "ID": "mesh-gateway", "Port": 8443, "Address": "127.0.0.1",

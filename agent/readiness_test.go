@@ -41,6 +41,7 @@ func results(t *testing.T, checks []health.Check) (results map[string]health.Res
 
 // Each right of the token is asked for with the question that needs it.
 func TestReadinessOfTheToken(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, true)
 	server.Register(object{"Name": "web", "ID": "web", "Port": 8080, "Connect": object{"SidecarService": object{"Port": 20001}}})
 	rules := realconsul.DocumentedPolicy(t)
@@ -108,6 +109,7 @@ func TestReadinessOfTheToken(t *testing.T) {
 
 // What keeps Consul from answering at all is named for what it is.
 func TestReadinessOfConsulsAddress(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, false, realconsul.WithTLS())
 	other := filepath.Join(t.TempDir(), "ca.pem")
 	certificate, _ := selfSigned(t)

@@ -221,6 +221,7 @@ func readRecorded(t *testing.T) map[string]json.RawMessage {
 
 // What is recorded is what the Consul on this machine answers.
 func TestRecordedAnswersAreARealConsuls(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, false)
 	answers := make(map[string]any)
 	for _, r := range recordings(t) {

@@ -114,6 +114,7 @@ func TestWatcherAsksForVirtualIPsOnce(t *testing.T) {
 
 // An upstream's first instance comes later, on another node: nothing here tells.
 func TestWatcherFindsAVirtualIPThatComesLater(t *testing.T) {
+	t.Parallel()
 	fake := newFakeConsul(t)
 	fake.answers(say(200, oneProxy))
 	watcher := fake.follow(t, unwatched)

@@ -24,6 +24,7 @@ import (
 // file is used at once, whatever blocking query is open or however long Consul was
 // not answering.
 func TestTokenIsRevokedAndReplaced(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, true)
 	server.Put("/v1/acl/policy", object{"Name": "weir", "Rules": realconsul.DocumentedPolicy(t)})
 	type token struct{ AccessorID, SecretID string }
@@ -58,6 +59,7 @@ func TestTokenIsRevokedAndReplaced(t *testing.T) {
 // Everything that the agent asks is answered to a token of the documented policy,
 // and the remedies and the configuration name no other one.
 func TestLeastPolicyOfTheToken(t *testing.T) {
+	t.Parallel()
 	server := realconsul.Start(t, true)
 	rules := realconsul.DocumentedPolicy(t)
 	server.Put("/v1/acl/policy", object{"Name": "weir", "Rules": rules})

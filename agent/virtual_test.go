@@ -67,6 +67,7 @@ func meshOfVirtualIPs(t *testing.T) (server *realconsul.Server, config configfil
 // The services of virtual IPs are those that Consul gave them to, whatever a registration
 // says, and nobody's address has none.
 func TestServicesByVirtualIP(t *testing.T) {
+	t.Parallel()
 	_, config, addresses := meshOfVirtualIPs(t)
 	client, err := catalog.NewClient(config, catalog.DefaultTimeouts())
 	if err != nil {

@@ -81,6 +81,7 @@ func on(node, service string) object {
 // A service of the node's own is followed as it goes and comes back; whatever
 // other services do, nobody is asked for it.
 func TestServiceIsWatchedAlone(t *testing.T) {
+	t.Parallel()
 	consul := realconsul.Start(t, false)
 	consul.Put("/v1/catalog/register", on("far", "api"))
 	front, asked := counted(t, consul.Address)
@@ -112,6 +113,7 @@ func TestServiceIsWatchedAlone(t *testing.T) {
 // With the documented policy the token sees no instance on another node: what is
 // hidden is there, and is followed by Consul's index alone.
 func TestServiceIsWatchedUnseen(t *testing.T) {
+	t.Parallel()
 	consul := realconsul.Start(t, true)
 	consul.Put("/v1/acl/policy", object{"Name": "weir", "Rules": realconsul.DocumentedPolicy(t)})
 	var token struct{ SecretID string }
@@ -136,6 +138,7 @@ func TestServiceIsWatchedUnseen(t *testing.T) {
 // What happened while Consul did not answer is not missed: by its index it tells
 // whether an instance is left of those before.
 func TestServicesAreSeenAfterAGap(t *testing.T) {
+	t.Parallel()
 	var mu sync.Mutex
 	index, oldest, changed := 5, 3, make(chan struct{}) // index 0: there is no leader
 	set := func(newIndex, newOldest int) {
