@@ -288,7 +288,10 @@ func (a *Alloc) EventuallyGet(task, address string, check func(wire.Outcome) err
 	}
 	eventually(a.node.tb, 30*time.Second, func() error {
 		outcome = a.Get(task, address)
-		return check(outcome)
+		if err := check(outcome); err != nil {
+			return a.node.explainByConsul(err)
+		}
+		return nil
 	}, "GET "+address+" from "+task)
 	return outcome
 }

@@ -118,6 +118,18 @@ func (n *Node) ConsulGet(path string, answer any) {
 	}
 }
 
+// explainByConsul adds to an error which checks fail in Consul's eyes.
+func (n *Node) explainByConsul(err error) error {
+	var failing []struct{ Name, ServiceID, Output string }
+	if unasked := n.api.consul.get("/v1/health/state/critical", &failing); unasked != nil {
+		return fmt.Errorf("%w; and Consul was not asked: %w", err, unasked)
+	}
+	for _, c := range failing {
+		err = fmt.Errorf("%w; Consul: %s of %s is critical: %s", err, c.Name, c.ServiceID, c.Output)
+	}
+	return err
+}
+
 // ConsulPut writes to Consul's API.
 func (n *Node) ConsulPut(path string, value any) {
 	n.tb.Helper()
