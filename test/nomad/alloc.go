@@ -274,6 +274,14 @@ func (a *Alloc) Get(task, address string) wire.Outcome {
 	return a.App(task, "get", address)
 }
 
+// How long an answer of the mesh may take: longer where Consul itself holds a service
+// to fail. Its check of a sidecar is the service's own, by name, which it looks at in an
+// event, that it may miss where both are registered anew, and once a minute.
+const (
+	answerPatience = 30 * time.Second
+	consulPatience = 90 * time.Second
+)
+
 // EventuallyGet asks until check is content with what came of it. A nil check
 // wants an answer of a task.
 func (a *Alloc) EventuallyGet(task, address string, check func(wire.Outcome) error) (outcome wire.Outcome) {
@@ -286,12 +294,18 @@ func (a *Alloc) EventuallyGet(task, address string, check func(wire.Outcome) err
 			return nil
 		}
 	}
-	eventually(a.node.tb, 30*time.Second, func() error {
+	begun := time.Now()
+	eventually(a.node.tb, consulPatience, func() error {
 		outcome = a.Get(task, address)
-		if err := check(outcome); err != nil {
-			return a.node.explainByConsul(err)
+		err := check(outcome)
+		if err == nil || time.Since(begun) < answerPatience {
+			return err
 		}
-		return nil
+		failing := a.node.failingInConsul()
+		if failing == "" {
+			a.node.tb.Fatalf("wait %s for GET %s from %s: %v", answerPatience, address, task, err)
+		}
+		return fmt.Errorf("%w; Consul: %s", err, failing)
 	}, "GET "+address+" from "+task)
 	return outcome
 }

@@ -118,16 +118,17 @@ func (n *Node) ConsulGet(path string, answer any) {
 	}
 }
 
-// explainByConsul adds to an error which checks fail in Consul's eyes.
-func (n *Node) explainByConsul(err error) error {
+// failingInConsul says which checks fail in Consul's eyes: what they are of has no
+// connections from anybody.
+func (n *Node) failingInConsul() string {
+	n.tb.Helper()
 	var failing []struct{ Name, ServiceID, Output string }
-	if unasked := n.api.consul.get("/v1/health/state/critical", &failing); unasked != nil {
-		return fmt.Errorf("%w; and Consul was not asked: %w", err, unasked)
-	}
+	n.ConsulGet("/v1/health/state/critical", &failing)
+	var lines []string
 	for _, c := range failing {
-		err = fmt.Errorf("%w; Consul: %s of %s is critical: %s", err, c.Name, c.ServiceID, c.Output)
+		lines = append(lines, fmt.Sprintf("%s of %s is critical: %s", c.Name, c.ServiceID, c.Output))
 	}
-	return err
+	return strings.Join(lines, "; ")
 }
 
 // ConsulPut writes to Consul's API.
