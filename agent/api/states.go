@@ -103,6 +103,7 @@ type WorkloadView struct {
 type ProxyView struct {
 	ID       string `json:"id"`
 	Kind     string `json:"kind"`
+	Task     string `json:"task,omitempty"` // as Nomad names what it injects; empty: the job has a task of its own
 	Inbound  uint16 `json:"inbound,omitempty"`
 	Outbound uint16 `json:"outbound,omitempty"`
 }

@@ -21,7 +21,11 @@ func muteProblem(ports inspect.ProxyPorts, rejected []inspect.RejectedListener) 
 	for _, port := range ports.Missing {
 		missing = append(missing, fmt.Sprint(port))
 	}
-	what := fmt.Sprintf("its proxy does not listen on port %s", strings.Join(missing, " and "))
+	noun := "port"
+	if len(missing) > 1 {
+		noun = "ports"
+	}
+	what := fmt.Sprintf("its proxy does not listen on %s %s", noun, strings.Join(missing, " and "))
 	if len(rejected) == 0 {
 		return health.NewProblem(health.ProblemProxyNotListening,
 			"see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul", what+": nothing does")

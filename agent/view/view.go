@@ -47,7 +47,7 @@ func Of(s desired.Allocation, state api.State, w desired.Plan, problems []health
 		}
 	}
 	for _, p := range s.Proxies {
-		v.Proxies = append(v.Proxies, api.ProxyView{ID: p.ID, Kind: p.Kind, Inbound: p.Inbound, Outbound: p.Outbound})
+		v.Proxies = append(v.Proxies, api.ProxyView{ID: p.ID, Kind: p.Kind, Task: p.Task(), Inbound: p.Inbound, Outbound: p.Outbound})
 		for _, u := range p.Upstreams {
 			v.Upstreams = append(v.Upstreams, api.UpstreamView{Name: u.Of.Label(), Listener: u.Listener, VirtualIPs: append([]netip.Addr{}, known.VirtualIPs[u.Of]...)})
 		}

@@ -114,7 +114,7 @@ agent: none runs, so nothing follows Consul, only allocations with
 // Lines fit a terminal of 80 columns, in colour and without.
 func TestStatusAndWorkloadsFitATerminal(t *testing.T) {
 	long := health.NewProblem(health.ProblemProxyNotListening, "see the log of the proxy's task ('nomad alloc logs'): whether Envoy runs, and gets its configuration from Consul",
-		"its proxy does not listen on port 15001 and 20005: nothing does").Of("allocation 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01 (demo/web)", "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01")
+		"its proxy does not listen on ports 15001 and 20005: nothing does").Of("allocation 0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01 (demo/web)", "0b5d0c1e-7c0f-4d0e-9a51-2f6c8e1d0a01")
 	status := healthy()
 	status.Problems, status.Links = []health.Problem{long}, program.ProgramNames()
 	n := &node{status: status, list: []inspect.WorkloadStatus{{

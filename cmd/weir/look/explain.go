@@ -119,7 +119,7 @@ func explainOne(c *base.Command, f explainFlags) (int, error) {
 	verdict, fails := e.Verdict.String(), e.Verdict.Refused()
 	refused := fails
 	fails = fails || e.Local && !e.Listens
-	answer.Verdict, answer.Refused, answer.Steps, answer.Remedy = &verdict, &refused, e.Steps, explainRemedy(e, connection, record)
+	answer.Verdict, answer.Refused, answer.Steps, answer.Remedy = &verdict, &refused, e.Steps, nameProxyTask(explainRemedy(e, connection, record), record.Key, view)
 	answer.Held = e.Held
 	if e.SentTo.IsValid() {
 		answer.SentTo = &e.SentTo
@@ -157,7 +157,7 @@ func explainWhole(c *base.Command, datapath base.Datapath, record inspect.Record
 	answer.Settings = settings
 	code := 0
 	if silent {
-		code, answer.Remedy = 2, proxyRemedy(record)
+		code, answer.Remedy = 2, nameProxyTask(proxyRemedy(record), record.Key, view)
 	}
 	if c.JSON {
 		return code, c.PrintJSON(answer)

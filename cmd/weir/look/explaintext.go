@@ -3,6 +3,7 @@
 package look
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -13,12 +14,32 @@ import (
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/explain"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // proxyRemedy says what to do where a proxy does not listen.
 func proxyRemedy(w inspect.Record) string {
 	return fmt.Sprintf("'nomad alloc logs %s %s' says why Envoy does not listen; 'weir events -f' names a listener that was not accepted",
 		base.Short(base.AllocationOf(w)), anyProxyTask)
+}
+
+// nameProxyTask puts the name of the proxy's task into a remedy, as far as the agent
+// knows it: by the process that listened, or by what is registered in Consul.
+func nameProxyTask(remedy string, key workload.AttachmentID, view api.Status) string {
+	for _, w := range view.Workloads {
+		if w.Key != key {
+			continue
+		}
+		task := w.Task
+		if strings.Contains(task, ",") { // several are taken for it
+			task = ""
+		}
+		for _, p := range w.Proxies {
+			task = cmp.Or(task, p.Task)
+		}
+		return strings.ReplaceAll(remedy, anyProxyTask, cmp.Or(task, anyProxyTask))
+	}
+	return remedy
 }
 
 // anyProxyTask is the name of a proxy's task where its service is not known.
