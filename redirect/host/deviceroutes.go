@@ -101,21 +101,21 @@ func keyOf(route *netlink.Route) deviceRoute {
 // setDeviceRoutes makes the routes of all devices what they should be; none where
 // they are not wanted. It reports whether it had to change something.
 func (ns *Namespace) setDeviceRoutes(wanted, ipv6 bool) (changed bool, err error) {
-	there, err := DeviceRoutesIn()
+	all, err := localRoutes(ns.netlink())
 	if err != nil {
 		return false, err
 	}
-	missing, surplus, err := ns.diffDeviceRoutes(there, wanted, ipv6)
+	missing, surplus, err := ns.diffDeviceRoutes(deviceRoutesAmong(all), wanted, ipv6)
 	if err != nil {
 		return false, err
 	}
 	for _, route := range missing {
-		if err := netlink.RouteReplace(route); err != nil {
+		if err := ns.netlink().RouteReplace(route); err != nil {
 			return true, fmt.Errorf("set route %s by device %d: %w", route.Dst, route.LinkIndex, err)
 		}
 	}
 	for _, route := range surplus {
-		if err := deleteRoute(route); err != nil {
+		if err := deleteRoute(ns.netlink(), route); err != nil {
 			return true, err
 		}
 	}

@@ -89,18 +89,19 @@ func (ns *Namespace) Do(action func() error) error {
 		return action()
 	}
 	runtime.LockOSThread()
-	home, err := os.Open("/proc/thread-self/ns/net")
+	// An os.File would be made known to the poller, which takes five calls more.
+	home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("open own namespace: %w", err)
 	}
-	defer home.Close()
+	defer unix.Close(home)
 	if err := unix.Setns(int(ns.File.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
 		return fmt.Errorf("enter namespace %s: %w", ns.File.Name(), err)
 	}
 	err = action()
-	if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+	if back := unix.Setns(home, unix.CLONE_NEWNET); back != nil {
 		return errors.Join(err, fmt.Errorf("leave namespace %s: %w", ns.File.Name(), back))
 	}
 	runtime.UnlockOSThread()
@@ -139,13 +140,15 @@ func Cookie(path string) (uint64, error) {
 
 // Addresses returns what is assigned to the devices of the namespace at path,
 // but for lo.
-func Addresses(path string) ([]netip.Addr, error) {
-	ns, err := OpenNamespace(path)
-	if err != nil {
-		return nil, err
-	}
-	defer ns.Close()
-	return ns.addresses()
+func Addresses(path string) (found []netip.Addr, err error) {
+	err = Within(path, func(in *Namespace) error {
+		own, err := in.OwnAddresses()
+		for _, addr := range own {
+			found = append(found, addr.Addr)
+		}
+		return err
+	})
+	return found, err
 }
 
 // Ephemeral reads the range of ports that the kernel chooses from.
@@ -162,18 +165,6 @@ func (ns *Namespace) Ephemeral() (ports workload.PortRange, err error) {
 		return nil
 	})
 	return ports, err
-}
-
-// addresses returns what is assigned to the namespace's devices, but for lo.
-func (ns *Namespace) addresses() (found []netip.Addr, err error) {
-	err = ns.Do(func() error {
-		own, err := ns.OwnAddresses()
-		for _, addr := range own {
-			found = append(found, addr.Addr)
-		}
-		return err
-	})
-	return found, err
 }
 
 // encodedRoutes are the routes that bring the encoded ranges to lo, those of
@@ -217,26 +208,27 @@ func IsIPv6(route *netlink.Route) bool { return route.Dst.IP.To4() == nil }
 // whether IPv6 could be had. lo must be up for that; where nobody did it, it
 // is done here.
 func (ns *Namespace) SetRoutes(w workload.Workload) (ipv6 bool, err error) {
-	err = ns.Do(func() error {
-		lo, err := netlink.LinkByIndex(LoIndex)
+	err = ns.inOneSocket(func(in *Namespace) error {
+		kernel := in.netlink()
+		lo, err := kernel.LinkByIndex(LoIndex)
 		if err != nil {
 			return fmt.Errorf("find lo: %w", err)
 		}
 		if lo.Attrs().Flags&unix.IFF_UP == 0 {
-			if err := netlink.LinkSetUp(lo); err != nil {
+			if err := kernel.LinkSetUp(lo); err != nil {
 				return fmt.Errorf("set lo up: %w", err)
 			}
 		}
 		wanted := encodedRoutes(w)
-		if ipv6, err = replaceRoutes(wanted); err != nil {
+		if ipv6, err = replaceRoutes(kernel, wanted); err != nil {
 			return err
 		}
 		if w.Sliced {
-			if err := deleteOtherRoutes(wanted); err != nil {
+			if err := deleteOtherRoutes(kernel, wanted); err != nil {
 				return err
 			}
 		}
-		_, err = ns.setDeviceRoutes(w.Mode == workload.ModeTransparent, ipv6)
+		_, err = in.setDeviceRoutes(w.Mode == workload.ModeTransparent, ipv6)
 		return err
 	})
 	return ipv6, err
@@ -244,16 +236,16 @@ func (ns *Namespace) SetRoutes(w workload.Workload) (ipv6 bool, err error) {
 
 // replaceRoutes sets the routes. A namespace without IPv6, or whose address is not there
 // yet, still takes IPv4; native IPv6 is then refused by name.
-func replaceRoutes(wanted []*netlink.Route) (ipv6 bool, err error) {
+func replaceRoutes(kernel *netlink.Handle, wanted []*netlink.Route) (ipv6 bool, err error) {
 	ipv6 = true
 	for _, route := range wanted {
-		err := netlink.RouteReplace(route)
+		err := kernel.RouteReplace(route)
 		if err != nil && !IsIPv6(route) {
 			return false, fmt.Errorf("set route %s from %s, which must be an address of the namespace: %w", route.Dst, route.Src, err)
 		}
 		if err != nil && route.Src != nil {
 			route.Src = nil
-			err = netlink.RouteReplace(route)
+			err = kernel.RouteReplace(route)
 		}
 		ipv6 = ipv6 && err == nil
 	}
@@ -262,16 +254,16 @@ func replaceRoutes(wanted []*netlink.Route) (ipv6 bool, err error) {
 
 // deleteOtherRoutes deletes those to the encoded ranges that are of a network
 // which is gone.
-func deleteOtherRoutes(wanted []*netlink.Route) error {
-	found, err := PresentRoutes()
+func deleteOtherRoutes(kernel *netlink.Handle, wanted []*netlink.Route) error {
+	all, err := localRoutes(kernel)
 	if err != nil {
 		return err
 	}
-	for _, route := range found {
+	for _, route := range encodedAmong(all) {
 		if slices.ContainsFunc(wanted, func(r *netlink.Route) bool { return r.Dst.String() == route.Dst.String() }) {
 			continue
 		}
-		if err := deleteRoute(&route); err != nil {
+		if err := deleteRoute(kernel, &route); err != nil {
 			return err
 		}
 	}
@@ -354,23 +346,24 @@ func (ns *Namespace) HasRoutes(w workload.Workload, ipv6 bool) (there bool, err 
 }
 
 func (ns *Namespace) RemoveRoutes() error {
-	return ns.Do(func() error {
-		found, err := PresentRoutes()
+	return ns.inOneSocket(func(in *Namespace) error {
+		kernel := in.netlink()
+		all, err := localRoutes(kernel)
 		if err != nil {
 			return err
 		}
-		for _, route := range found {
-			if err := deleteRoute(&route); err != nil {
+		for _, route := range encodedAmong(all) {
+			if err := deleteRoute(kernel, &route); err != nil {
 				return err
 			}
 		}
-		_, err = ns.setDeviceRoutes(false, false)
+		_, err = in.setDeviceRoutes(false, false)
 		return err
 	})
 }
 
-func deleteRoute(route *netlink.Route) error {
-	err := netlink.RouteDel(route)
+func deleteRoute(kernel *netlink.Handle, route *netlink.Route) error {
+	err := kernel.RouteDel(route)
 	if err != nil && !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.EAFNOSUPPORT) {
 		return fmt.Errorf("remove route %s: %w", route.Dst, err)
 	}

@@ -25,10 +25,20 @@ func Within(path string, action func(in *Namespace) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, ns.Close()) }()
-	return ns.Do(func() error {
-		if err := ns.learnCookie(); err != nil {
+	return ns.inOneSocket(func(in *Namespace) error {
+		if err := in.learnCookie(); err != nil {
 			return err
 		}
+		return action(in)
+	})
+}
+
+// inOneSocket is Do for several questions and changes over one netlink socket.
+func (ns *Namespace) inOneSocket(action func(in *Namespace) error) error {
+	if ns.inside != nil {
+		return action(ns)
+	}
+	return ns.Do(func() error {
 		sockets, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 		if err != nil {
 			return fmt.Errorf("open netlink in namespace %s: %w", ns.File.Name(), err)
