@@ -10,12 +10,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"sync"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap/call"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -91,31 +90,17 @@ func (m *Tables) ID(name string) (ebpf.MapID, error) {
 	if id, known := m.ids[name]; known {
 		return id, nil
 	}
-	id, err := mapID(table.FD())
-	if err != nil {
+	// The library reads all that is known of a map, from two places.
+	var info call.MapInfo
+	if err := call.ObjectInfo(table.FD(), &info); err != nil {
 		return 0, fmt.Errorf("read map %s: %w", name, err)
 	}
+	id := ebpf.MapID(info.ID)
 	if m.ids == nil {
 		m.ids = make(map[string]ebpf.MapID)
 	}
 	m.ids[name] = id
 	return id, nil
-}
-
-// mapID asks for that alone: the library reads all that is known of a map, from two places.
-func mapID(fd int) (ebpf.MapID, error) {
-	var info struct{ kind, id uint32 } // the beginning of struct bpf_map_info
-	var pinner runtime.Pinner          // the kernel follows the pointer
-	defer pinner.Unpin()
-	pinner.Pin(&info)
-	about := struct {
-		fd, size uint32
-		info     unsafe.Pointer
-	}{uint32(fd), uint32(unsafe.Sizeof(info)), unsafe.Pointer(&info)}
-	if _, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET_INFO_BY_FD, uintptr(unsafe.Pointer(&about)), unsafe.Sizeof(about)); errno != 0 {
-		return 0, errno
-	}
-	return ebpf.MapID(info.id), nil
 }
 
 func (m *Tables) Close() error {

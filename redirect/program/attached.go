@@ -18,6 +18,7 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program/cell"
 	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
@@ -350,12 +351,12 @@ func (s *Set) CookieOf(id ebpf.ProgramID, known uint64) (uint64, error) {
 		return known, err
 	}
 	for _, table := range found.Maps {
-		cell, err := openCell(uint32(table))
+		cellFD, err := cell.Open(uint32(table))
 		if err != nil {
 			continue
 		}
-		defer unix.Close(cell)
-		cookie, err := readCell(cell)
+		defer unix.Close(cellFD)
+		cookie, err := cell.Read(cellFD)
 		if err != nil || s.Serves([]uint64{cookie}) == 0 {
 			return 0, err
 		}

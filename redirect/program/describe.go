@@ -3,19 +3,19 @@
 package program
 
 import (
-	"errors"
 	"fmt"
 	"runtime"
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/weirmesh/weir/redirect/bpfmap/call"
 	"golang.org/x/sys/unix"
 )
 
 // DescribeProgram asks for what is told of a program and no more: the library reads
 // its code, too, and every workload has a program of its own.
 func DescribeProgram(id ebpf.ProgramID) (found AttachedProgram, err error) {
-	fd, err := openID(unix.BPF_PROG_GET_FD_BY_ID, uint32(id))
+	fd, err := call.OpenID(unix.BPF_PROG_GET_FD_BY_ID, uint32(id))
 	if err != nil {
 		return found, fmt.Errorf("open program %d: %w", id, err)
 	}
@@ -32,7 +32,7 @@ func describeFD(fd int) (found AttachedProgram, err error) {
 	defer pinner.Unpin()
 	pinner.Pin(&tables[0])
 	info := programInfo{tables: uint32(len(tables)), tableIDs: unsafe.Pointer(&tables[0])}
-	if err := objectInfo(fd, &info); err != nil {
+	if err := call.ObjectInfo(fd, &info); err != nil {
 		return found, err
 	}
 	found = AttachedProgram{ID: ebpf.ProgramID(info.id), Name: unix.ByteSliceToString(info.name[:]), UID: info.uid, kind: info.kind, tag: info.tag}
@@ -53,54 +53,14 @@ type programInfo struct {
 
 // mapName is that of a map, of which the library would read more, twice.
 func mapName(id ebpf.MapID) (string, error) {
-	fd, err := openID(unix.BPF_MAP_GET_FD_BY_ID, uint32(id))
+	fd, err := call.OpenID(unix.BPF_MAP_GET_FD_BY_ID, uint32(id))
 	if err != nil {
 		return "", fmt.Errorf("open map %d: %w", id, err)
 	}
 	defer unix.Close(fd)
-	var info mapInfo
-	if err := objectInfo(fd, &info); err != nil {
+	var info call.MapInfo
+	if err := call.ObjectInfo(fd, &info); err != nil {
 		return "", fmt.Errorf("read map %d: %w", id, err)
 	}
-	return unix.ByteSliceToString(info.name[:]), nil
-}
-
-// mapInfo is the beginning of struct bpf_map_info.
-type mapInfo struct {
-	kind, _, keySize, valueSize, entries, flags uint32
-	name                                        [unix.BPF_OBJ_NAME_LEN]byte
-}
-
-// objectInfo asks the kernel for what it tells of a program, a link or a map.
-func objectInfo[T any](fd int, info *T) error {
-	var pinner runtime.Pinner
-	defer pinner.Unpin()
-	pinner.Pin(info)
-	about := struct {
-		fd, size uint32
-		info     unsafe.Pointer
-	}{uint32(fd), uint32(unsafe.Sizeof(*info)), unsafe.Pointer(info)}
-	_, err := bpfCall(unix.BPF_OBJ_GET_INFO_BY_FD, &about)
-	return err
-}
-
-// openID opens a program or a map by its ID.
-func openID(command uintptr, id uint32) (fd int, err error) {
-	get := struct{ id, next, flags uint32 }{id: id}
-	return bpfCall(command, &get)
-}
-
-// bpfCall calls bpf(2). The caller has pinned what the attributes point to.
-func bpfCall[T any](command uintptr, attributes *T) (result int, err error) {
-	for range 10 {
-		r, _, errno := unix.Syscall(unix.SYS_BPF, command, uintptr(unsafe.Pointer(attributes)), unsafe.Sizeof(*attributes))
-		if errno == 0 {
-			return int(r), nil
-		}
-		err = errno
-		if !errors.Is(err, unix.EAGAIN) { // a signal came; the runtime sends itself some
-			break
-		}
-	}
-	return -1, err
+	return unix.ByteSliceToString(info.Name[:]), nil
 }

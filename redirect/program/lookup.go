@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/program/cell"
 	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
@@ -24,12 +25,12 @@ func NewLookup(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
 			return prog, nil
 		}
 	}
-	prog, cell, err := loadLookup(m)
+	prog, cellFD, err := loadLookup(m)
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(cell)
-	if err := fillCell(cell, cookie); err != nil {
+	defer unix.Close(cellFD)
+	if err := cell.Fill(cellFD, cookie); err != nil {
 		return nil, errors.Join(err, prog.Close())
 	}
 	return prog, nil

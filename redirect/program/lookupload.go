@@ -18,6 +18,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/bpfmap/call"
+	"github.com/weirmesh/weir/redirect/program/cell"
 	"golang.org/x/sys/unix"
 )
 
@@ -78,12 +80,12 @@ func readLookup() (*lookupObject, error) {
 		o.tables = append(o.tables, tableReference{symbols[symbol].Name, at})
 	}
 	if !slices.ContainsFunc(o.tables, tableReference.isCell) {
-		return nil, fmt.Errorf("the program does not refer to %s", cellName)
+		return nil, fmt.Errorf("the program does not refer to %s", cell.Name)
 	}
 	return o, nil
 }
 
-func (r tableReference) isCell() bool { return r.name == cellName }
+func (r tableReference) isCell() bool { return r.name == cell.Name }
 
 func (o *lookupObject) setTable(at uint64, fd uint32) {
 	binary.LittleEndian.PutUint32(o.code[at+4:], fd)
@@ -99,24 +101,24 @@ func (o *lookupObject) hasTag(tag [8]byte) bool {
 
 // loadLookup loads the program over the tables of the node, with a cell of its own, in
 // which no cookie is yet.
-func loadLookup(m *bpfmap.Tables) (prog *ebpf.Program, cell int, err error) {
+func loadLookup(m *bpfmap.Tables) (prog *ebpf.Program, cellFD int, err error) {
 	o, err := readLookup()
 	if err != nil {
 		return nil, -1, fmt.Errorf("read lookup program: %w", err)
 	}
-	if cell, err = createCell(); err != nil {
+	if cellFD, err = cell.Create(); err != nil {
 		return nil, -1, err
 	}
-	if prog, err = o.load(m, cell); err != nil {
-		return nil, -1, errors.Join(err, unix.Close(cell))
+	if prog, err = o.load(m, cellFD); err != nil {
+		return nil, -1, errors.Join(err, unix.Close(cellFD))
 	}
-	return prog, cell, nil
+	return prog, cellFD, nil
 }
 
-func (o *lookupObject) load(m *bpfmap.Tables, cell int) (*ebpf.Program, error) {
+func (o *lookupObject) load(m *bpfmap.Tables, cellFD int) (*ebpf.Program, error) {
 	for _, reference := range o.tables {
 		if reference.isCell() {
-			o.setTable(reference.at, uint32(cell))
+			o.setTable(reference.at, uint32(cellFD))
 			continue
 		}
 		table, err := m.Table(reference.name)
@@ -176,7 +178,7 @@ func (load *progLoad) do() (fd int, err error) {
 			pinner.Pin((*byte)(pointer))
 		}
 	}
-	return bpfCall(unix.BPF_PROG_LOAD, load)
+	return call.BPF(unix.BPF_PROG_LOAD, load)
 }
 
 // OpenProgram opens a pinned program to read. The library's way asks the kernel whether
@@ -191,7 +193,7 @@ func OpenProgram(path string) (*ebpf.Program, error) {
 	var pinner runtime.Pinner // the kernel follows the pointer
 	defer pinner.Unpin()
 	pinner.Pin(&zeroed[0])
-	fd, err := bpfCall(unix.BPF_OBJ_GET, &get)
+	fd, err := call.BPF(unix.BPF_OBJ_GET, &get)
 	if err != nil {
 		return nil, &os.PathError{Op: "open pin", Path: path, Err: err}
 	}

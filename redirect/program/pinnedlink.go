@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"unsafe"
 
+	"github.com/weirmesh/weir/redirect/bpfmap/call"
 	"golang.org/x/sys/unix"
 )
 
@@ -33,7 +34,7 @@ func attachedTo(pin string, kind uint32) (uint64, error) {
 		kind, id, program, _ uint32
 		target               [2]uint64
 	}
-	if err := objectInfo(int(fd), &info); err != nil {
+	if err := call.ObjectInfo(int(fd), &info); err != nil {
 		return 0, fmt.Errorf("read link %s: %w", pin, err)
 	}
 	switch {

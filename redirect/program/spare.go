@@ -15,6 +15,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/program/cell"
 	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
@@ -65,11 +66,11 @@ func LacksSpares(paths store.Paths) (bool, error) {
 
 // LoadSpare loads a lookup program that is no namespace's yet.
 func LoadSpare(m *bpfmap.Tables) (*ebpf.Program, error) {
-	prog, cell, err := loadLookup(m)
+	prog, cellFD, err := loadLookup(m)
 	if err != nil {
 		return nil, err
 	}
-	return prog, unix.Close(cell)
+	return prog, unix.Close(cellFD)
 }
 
 // PinSpare keeps a program, unless there are enough or it does not read the node's tables
@@ -84,11 +85,11 @@ func PinSpare(paths store.Paths, m *bpfmap.Tables, prog *ebpf.Program) error {
 			return fmt.Errorf("remove former spare program: %w", err)
 		}
 	}
-	cell, err := spareCell(m, prog.FD())
+	cellFD, err := spareCell(m, prog.FD())
 	if err != nil {
 		return fmt.Errorf("keep spare program: %w", err)
 	}
-	if err := unix.Close(cell); err != nil {
+	if err := unix.Close(cellFD); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(paths.Spares(), 0o700); err != nil {
@@ -130,15 +131,15 @@ func takeSpare(paths store.Paths, m *bpfmap.Tables, cookie uint64) *ebpf.Program
 // giveSpare makes a pinned program the namespace's. What is looked at is what is taken:
 // the open program, wherever its pin leads by now.
 func giveSpare(m *bpfmap.Tables, prog *ebpf.Program, path string, cookie uint64) error {
-	cell, err := spareCell(m, prog.FD())
+	cellFD, err := spareCell(m, prog.FD())
 	if err != nil {
 		return err
 	}
-	defer unix.Close(cell)
+	defer unix.Close(cellFD)
 	if err := os.Remove(path); err != nil {
 		return err
 	}
-	return fillCell(cell, cookie)
+	return cell.Fill(cellFD, cookie)
 }
 
 // errNotSpare: what is pinned there is not what this binary would load now.
@@ -146,7 +147,7 @@ var errNotSpare = errors.New("not a spare lookup program of these tables")
 
 // spareCell opens the cell of a program that is, instruction by instruction and table by
 // table, the one that this binary would load over these tables.
-func spareCell(m *bpfmap.Tables, prog int) (cell int, err error) {
+func spareCell(m *bpfmap.Tables, prog int) (cellFD int, err error) {
 	o, err := readLookup()
 	if err != nil {
 		return -1, fmt.Errorf("read lookup program: %w", err)
@@ -164,7 +165,7 @@ func spareCell(m *bpfmap.Tables, prog int) (cell int, err error) {
 	}
 	own := ebpf.MapID(0)
 	for i, name := range names {
-		if name == cellName {
+		if name == cell.Name {
 			own = found.Maps[i]
 			continue
 		}
@@ -176,17 +177,17 @@ func spareCell(m *bpfmap.Tables, prog int) (cell int, err error) {
 			return -1, errNotSpare
 		}
 	}
-	if cell, err = openCell(uint32(own)); err != nil {
+	if cellFD, err = cell.Open(uint32(own)); err != nil {
 		return -1, err
 	}
-	cookie, err := readCell(cell)
+	cookie, err := cell.Read(cellFD)
 	if err == nil && cookie != 0 {
-		err = errCellTaken
+		err = cell.ErrTaken
 	}
 	if err != nil {
-		return -1, errors.Join(err, unix.Close(cell))
+		return -1, errors.Join(err, unix.Close(cellFD))
 	}
-	return cell, nil
+	return cellFD, nil
 }
 
 // tableNames are the tables of the program in the order in which the kernel lists them:

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: MPL-2.0
+
+// Package call calls bpf(2) itself, where the library asks the kernel for more than is
+// needed.
+package call
+
+import (
+	"errors"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// MapInfo is the beginning of struct bpf_map_info.
+type MapInfo struct {
+	Kind, ID, KeySize, ValueSize, Entries, Flags uint32
+	Name                                         [unix.BPF_OBJ_NAME_LEN]byte
+}
+
+// ObjectInfo asks the kernel for what it tells of a program, a link or a map.
+func ObjectInfo[T any](fd int, info *T) error {
+	var pinner runtime.Pinner
+	defer pinner.Unpin()
+	pinner.Pin(info)
+	about := struct {
+		fd, size uint32
+		info     unsafe.Pointer
+	}{uint32(fd), uint32(unsafe.Sizeof(*info)), unsafe.Pointer(info)}
+	_, err := BPF(unix.BPF_OBJ_GET_INFO_BY_FD, &about)
+	return err
+}
+
+// OpenID opens a program or a map by its ID.
+func OpenID(command uintptr, id uint32) (fd int, err error) {
+	get := struct{ id, next, flags uint32 }{id: id}
+	return BPF(command, &get)
+}
+
+// BPF calls bpf(2). The caller has pinned what the attributes point to.
+func BPF[T any](command uintptr, attributes *T) (result int, err error) {
+	for range 10 {
+		r, _, errno := unix.Syscall(unix.SYS_BPF, command, uintptr(unsafe.Pointer(attributes)), unsafe.Sizeof(*attributes))
+		if errno == 0 {
+			return int(r), nil
+		}
+		err = errno
+		if !errors.Is(err, unix.EAGAIN) { // a signal came; the runtime sends itself some
+			break
+		}
+	}
+	return -1, err
+}
