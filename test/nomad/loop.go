@@ -81,7 +81,7 @@ func (l *Loop) unread() (string, error) {
 func (l *Loop) Await(count int, what string, check func(wire.Outcome) bool) {
 	l.alloc.node.tb.Helper()
 	before := len(l.Outcomes())
-	eventually(l.alloc.node.tb, 60*time.Second, func() error {
+	eventually(l.alloc.node.tb, consulPatience, func() error {
 		select {
 		case err := <-l.ended:
 			l.alloc.node.tb.Fatalf("the loop ended by itself: %v: %s", err, l.told.String())
