@@ -38,7 +38,7 @@ func TestProxyThatNeverListensIsAProblem(t *testing.T) {
 	serve(heard, 101)
 	pid := foreign.PID
 	wants := map[string][]string{
-		numbered(1): {"does not listen on port 15001", "20001: nothing does", "nomad alloc logs"},
+		numbered(1): {"does not listen on ports 15001 and", "20001: nothing does", "nomad alloc logs"},
 		numbered(2): {"under UID 101: 127.0.0.1:15001 is UID 100101's", fmt.Sprintf("process %d", pid), "/envoy)", "userns_mode"},
 		numbered(4): {"does not listen on port 20001: nothing does"},
 	}
