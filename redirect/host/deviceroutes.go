@@ -7,6 +7,7 @@ import (
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/host/dump"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +26,7 @@ const deviceMetric = 1 << 20
 // deviceRoutes are what each device of the namespace needs beside the routes that
 // are there.
 func (ns *Namespace) deviceRoutes(ipv6 bool) (routes []*netlink.Route, err error) {
-	links, err := dump(ns.netlink().LinkList)
+	links, err := dump.List(ns.netlink().LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}

@@ -16,6 +16,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/host/dump"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -274,7 +275,7 @@ func deleteOtherRoutes(kernel *netlink.Handle, wanted []*netlink.Route) error {
 // families where it has them.
 func localRoutes(kernel *netlink.Handle) (found []netlink.Route, err error) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := dump(func() ([]netlink.Route, error) {
+		list, err := dump.List(func() ([]netlink.Route, error) {
 			return kernel.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
 		})
 		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) {
@@ -309,16 +310,6 @@ func encodedAmong(list []netlink.Route) (found []netlink.Route) {
 		}
 	}
 	return found
-}
-
-// dump repeats a read of a kernel's list that changed meanwhile.
-func dump[T any](list func() ([]T, error)) (found []T, err error) {
-	for range 5 {
-		if found, err = list(); !errors.Is(err, netlink.ErrDumpInterrupted) {
-			break
-		}
-	}
-	return found, err
 }
 
 // HasRoutes reports whether the routes of the last setRoutes are there, with

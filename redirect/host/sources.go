@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/host/dump"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -183,7 +184,7 @@ func routedPrefixes(family int) ([]netip.Prefix, error) {
 	if family == netlink.FAMILY_V6 {
 		prefixes[0] = netip.MustParsePrefix("::/0")
 	}
-	routes, err := dump(func() ([]netlink.Route, error) {
+	routes, err := dump.List(func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {

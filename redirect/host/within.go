@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/vishvananda/netlink"
+	"github.com/weirmesh/weir/redirect/host/dump"
 	"golang.org/x/sys/unix"
 )
 
@@ -64,7 +65,7 @@ func (ns *Namespace) assigned() ([]netlink.Addr, error) {
 	if ns.inside != nil && ns.inside.addresses != nil {
 		return ns.inside.addresses, nil
 	}
-	list, err := dump(func() ([]netlink.Addr, error) { return ns.netlink().AddrList(nil, netlink.FAMILY_ALL) })
+	list, err := dump.List(func() ([]netlink.Addr, error) { return ns.netlink().AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"unsafe"
 
-	"github.com/vishvananda/netlink/nl"
+	"github.com/weirmesh/weir/redirect/host/dump"
 	"golang.org/x/sys/unix"
 )
 
@@ -35,42 +35,15 @@ func Found() (bool, error) {
 // inNftables looks at the rules of nft and iptables-nft of the thread's
 // namespace. A kernel without nf_tables has none.
 func inNftables() (bool, error) {
-	for range listings {
-		found, err := inChains()
-		switch {
-		case errors.Is(err, nl.ErrDumpInterrupted): // the rules changed meanwhile
-			continue
-		case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EOPNOTSUPP):
-			return false, nil
-		case err != nil:
-			return false, fmt.Errorf("list nftables chains: %w", err)
-		}
-		return found, nil
+	chains, err := dump.Nftables(unix.NFT_MSG_GETCHAIN, unix.AF_UNSPEC)
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
+		return false, nil
 	}
-	return false, fmt.Errorf("list nftables chains: %w", nl.ErrDumpInterrupted)
-}
-
-// listings is how often rules that change meanwhile are listed.
-const listings = 5
-
-// inChains looks at the names of all chains and of their tables. Package nftables takes
-// apart what nobody reads, over a socket of another kind: a tenth of an ADD.
-func inChains() (bool, error) {
-	request := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, unix.NLM_F_DUMP)
-	request.AddData(&nl.Nfgenmsg{NfgenFamily: unix.AF_UNSPEC})
-	messages, err := request.Execute(unix.NETLINK_NETFILTER, 0)
 	if err != nil {
-		return false, err
+		return false, fmt.Errorf("list nftables chains: %w", err)
 	}
-	for _, message := range messages {
-		if len(message) < nl.SizeofNfgenmsg {
-			return false, fmt.Errorf("message of %d bytes", len(message))
-		}
-		attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
-		if err != nil {
-			return false, err
-		}
-		for _, attribute := range attributes {
+	for _, chain := range chains {
+		for _, attribute := range chain {
 			text := unix.ByteSliceToString(attribute.Value)
 			if attribute.Attr.Type == unix.NFTA_CHAIN_NAME && strings.HasPrefix(text, consulChainPrefix) ||
 				attribute.Attr.Type == unix.NFTA_CHAIN_TABLE && text == consulTable {

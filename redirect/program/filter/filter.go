@@ -19,6 +19,7 @@ import (
 	"github.com/vishvananda/netlink/nl"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/host/dump"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -229,24 +230,14 @@ func hasFilter(wanted map[string][]filterRule) (bool, error) {
 }
 
 // presentComments are those of the table's rules in the calling thread's namespace, by
-// chain. Package nftables asks chain by chain, and takes apart what nobody reads.
+// chain.
 func presentComments() (map[string][]string, error) {
-	request := nl.NewNetlinkRequest(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP)
-	request.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(nftables.TableFamilyINet)})
-	request.AddData(nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(FilterTable)))
-	messages, err := request.Execute(unix.NETLINK_NETFILTER, 0)
+	rules, err := dump.Nftables(unix.NFT_MSG_GETRULE, uint8(nftables.TableFamilyINet), nl.NewRtAttr(unix.NFTA_RULE_TABLE, nl.ZeroTerminated(FilterTable)))
 	if err != nil {
 		return nil, err
 	}
 	found := make(map[string][]string)
-	for _, message := range messages {
-		if len(message) < nl.SizeofNfgenmsg {
-			return nil, fmt.Errorf("message of %d bytes", len(message))
-		}
-		attributes, err := nl.ParseRouteAttr(message[nl.SizeofNfgenmsg:])
-		if err != nil {
-			return nil, err
-		}
+	for _, attributes := range rules {
 		var chain, comment string
 		for _, attribute := range attributes {
 			switch attribute.Attr.Type {
