@@ -4,6 +4,7 @@ package nomad
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -303,11 +304,11 @@ func (a *Alloc) EventuallyGet(task, address string, check func(wire.Outcome) err
 		if err == nil || time.Since(begun) < answerPatience {
 			return err
 		}
-		failing := a.node.failingInConsul()
-		if failing == "" {
-			a.node.tb.Fatalf("wait %s for GET %s from %s: %v", answerPatience, address, task, err)
+		failing, unasked := a.node.api.consul.criticalChecks()
+		if len(failing) == 0 {
+			a.node.tb.Fatalf("wait %s for GET %s from %s: %v", answerPatience, address, task, errors.Join(err, unasked))
 		}
-		return fmt.Errorf("%w; Consul: %s", err, failing)
+		return fmt.Errorf("%w; Consul: %v", err, failing)
 	}, "GET "+address+" from "+task)
 	return outcome
 }

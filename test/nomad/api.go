@@ -118,17 +118,18 @@ func (n *Node) ConsulGet(path string, answer any) {
 	}
 }
 
-// failingInConsul says which checks fail in Consul's eyes: what they are of has no
+// A criticalCheck is one that fails in the eyes of Consul's catalog: what it is of has no
 // connections from anybody.
-func (n *Node) failingInConsul() string {
-	n.tb.Helper()
-	var failing []struct{ Name, ServiceID, Output string }
-	n.ConsulGet("/v1/health/state/critical", &failing)
-	var lines []string
-	for _, c := range failing {
-		lines = append(lines, fmt.Sprintf("%s of %s is critical: %s", c.Name, c.ServiceID, c.Output))
-	}
-	return strings.Join(lines, "; ")
+type criticalCheck struct{ Name, ServiceID, ServiceName, Output string }
+
+func (c criticalCheck) String() string {
+	return fmt.Sprintf("%s of %s is critical: %s", c.Name, c.ServiceID, c.Output)
+}
+
+// criticalChecks are all of them.
+func (a api) criticalChecks() (list []criticalCheck, err error) {
+	err = a.get("/v1/health/state/critical", &list)
+	return list, err
 }
 
 // ConsulPut writes to Consul's API.

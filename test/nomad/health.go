@@ -38,9 +38,8 @@ func (n *Node) WatchHealth() *Health {
 		tick := time.NewTicker(lookInterval)
 		defer tick.Stop()
 		for {
-			var list []struct{ ServiceName string }
 			begun := time.Now()
-			if err := consul.get("/v1/health/state/critical", &list); err == nil {
+			if list, err := consul.criticalChecks(); err == nil {
 				for _, c := range list {
 					h.saw(c.ServiceName, begun, time.Now())
 				}
