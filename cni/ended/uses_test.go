@@ -40,15 +40,14 @@ func TestThreadsAreLookedAtWhereTheyMatter(t *testing.T) {
 		t.Fatalf("nothing is in %s yet: %t, %v", alloc.Path, used, err)
 	}
 
-	inside := func() bool {
+	inside := func() (used bool) { // also of a goroutine that may not end the test
 		t.Helper()
 		u, err := findNamespaceUsers()
-		if err != nil {
-			t.Fatal(err)
+		if err == nil {
+			used, err = u.in(inode)
 		}
-		used, err := u.in(inode)
 		if err != nil {
-			t.Fatal(err)
+			t.Error(err)
 		}
 		return used
 	}
