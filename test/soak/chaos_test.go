@@ -199,7 +199,7 @@ func (s *soak) lose(t *testing.T, count *atomic.Int64, choices [][]string) {
 		}
 		return err
 	}, "records of all allocations")
-	if s.running.name == firstRelease { // makes a record anew of what the job asked for, and adds what Consul says after
+	if s.running.restoresBare {
 		s.wantUpstreams(t)
 	}
 	s.wantHealthy(t)

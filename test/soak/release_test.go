@@ -12,12 +12,44 @@ import (
 	"github.com/weirmesh/weir/test"
 )
 
-// firstRelease stands for the last release until there is a tag: the last revision with
-// layout 6 of the maps, so that an upgrade is one of the layout too.
-const firstRelease = "6cb8a7e8d997e2911d98046179e3728536bbf96b"
+// release is a state of this tree in git that operators may run. A clone may have come
+// without tags, so that its revision is told as well.
+type release struct {
+	name, revision string
+	restoresBare   bool // makes a lost record anew without what Consul says, which it adds later
+}
+
+// releases are those that this tree is upgraded from in the tests: the last one, and the
+// last revision with layout 6 of the maps, from which the layout changes too.
+func releases() [2]release {
+	return [2]release{
+		{name: "v0.1.0", revision: "4b34aee68df076ff5cf09f79e96a330578c530db"},
+		{name: "layout-6", revision: "6cb8a7e8d997e2911d98046179e3728536bbf96b", restoresBare: true},
+	}
+}
+
+// TestReleasesHaveTheLastTag fails where a release was made and nobody upgrades from it.
+func TestReleasesHaveTheLastTag(t *testing.T) {
+	root, last := repository(t), releases()[0]
+	tag, err := git(root, "describe", "--tags", "--abbrev=0", "--match", "v*", "HEAD^")
+	if err != nil {
+		t.Logf("this clone has no tag before its commit: %v", err)
+		tag = last.name
+	}
+	if tag != last.name {
+		t.Errorf("the last release is %s, the tests upgrade from %s", tag, last.name)
+	}
+	revision, err := git(root, "rev-parse", "--verify", tag+"^{commit}")
+	if err == nil && revision != last.revision {
+		t.Errorf("%s is %s, the tests take %s for it", tag, revision, last.revision)
+	}
+}
 
 // version is a build of Weir: the directory with its weir and weir-cni.
-type version struct{ name, dir string }
+type version struct {
+	name, dir    string
+	restoresBare bool
+}
 
 func (v version) weir() string   { return filepath.Join(v.dir, "weir") }
 func (v version) plugin() string { return filepath.Join(v.dir, "weir-cni") }
@@ -25,28 +57,23 @@ func (v version) plugin() string { return filepath.Join(v.dir, "weir-cni") }
 // thisTree builds what the test is part of.
 func thisTree(t *testing.T) version {
 	t.Helper()
-	v := version{"this tree", t.TempDir()}
+	v := version{name: "this tree", dir: t.TempDir()}
 	v.build(t, repository(t))
 	return v
 }
 
-// lastRelease builds the last tag that is not this commit, else what stands for it.
-func lastRelease(t *testing.T) version {
+// build builds the release out of git.
+func (r release) build(t *testing.T) version {
 	t.Helper()
 	root := repository(t)
-	revision, err := git(root, "describe", "--tags", "--abbrev=0", "--match", "v*", "HEAD^")
-	if err != nil {
-		revision = firstRelease
+	if _, err := git(root, "cat-file", "-e", r.revision+"^{commit}"); err != nil {
+		t.Fatalf("%s, which is %s, is not in this clone: %v\nfetch the whole history: git fetch --unshallow, or fetch-depth: 0 where CI makes the clone",
+			r.name, r.revision, err)
 	}
-	if _, err := git(root, "cat-file", "-e", revision+"^{commit}"); err != nil {
-		t.Fatalf("the last release, %s, is not in this clone: %v\nfetch the whole history: git fetch --unshallow --tags, or fetch-depth: 0 where CI makes the clone",
-			revision, err)
-	}
-	v := version{revision, t.TempDir()}
-	source := t.TempDir()
-	command := exec.Command("sh", "-c", `git -C "$0" archive "$1" | tar -x -C "$2"`, root, revision, source)
+	v, source := version{r.name, t.TempDir(), r.restoresBare}, t.TempDir()
+	command := exec.Command("sh", "-c", `git -C "$0" archive "$1" | tar -x -C "$2"`, root, r.revision, source)
 	if out, err := command.CombinedOutput(); err != nil {
-		t.Fatalf("take the sources of %s out of git: %v: %s", revision, err, out)
+		t.Fatalf("take the sources of %s out of git: %v: %s", r.name, err, out)
 	}
 	v.build(t, source)
 	return v

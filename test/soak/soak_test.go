@@ -55,11 +55,13 @@ func TestSoak(t *testing.T) {
 	}
 }
 
-// newSoak is a node of this tree under load.
+// newSoak is a node of this tree under load. The seed says beside which release.
 func newSoak(t *testing.T, seed uint64) *soak {
 	t.Helper()
+	former := releases()[seed%2]
+	t.Logf("versions roll between this tree and %s", former.name)
 	s := &soak{
-		node: newNode(t), load: newLoad(), random: rand.New(rand.NewPCG(seed, 0)), versions: [2]version{thisTree(t), lastRelease(t)},
+		node: newNode(t), load: newLoad(), random: rand.New(rand.NewPCG(seed, 0)), versions: [2]version{thisTree(t), former.build(t)},
 	}
 	s.install(t, s.versions[0])
 	s.startAgent(t, s.versions[0])

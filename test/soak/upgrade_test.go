@@ -14,12 +14,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestUpgradeFromTheLastRelease takes a node with running allocations from the last
-// release to this tree and back, with plugin and agent of both mixed on the way. Each
-// connection meanwhile must be answered by the right proxy with its origin, each open
-// one goes on, and what one version added the other checks and deletes.
-func TestUpgradeFromTheLastRelease(t *testing.T) {
-	release, tree := lastRelease(t), thisTree(t)
+// TestUpgradeFromRelease takes a node with running allocations from a release to this
+// tree and back, with plugin and agent of both mixed on the way. Each connection
+// meanwhile must be answered by the right proxy with its origin, each open one goes on,
+// and what one version added the other checks and deletes.
+func TestUpgradeFromRelease(t *testing.T) {
+	tree := thisTree(t)
+	for _, r := range releases() {
+		t.Run(r.name, func(t *testing.T) { upgradeAndBack(t, r.build(t), tree) })
+	}
+}
+
+func upgradeAndBack(t *testing.T, release, tree version) {
 	s := &soak{node: newNode(t), load: newLoad(), random: rand.New(rand.NewPCG(1, 1)), versions: [2]version{release, tree}}
 	s.install(t, release)
 	s.startAgent(t, release)
