@@ -24,7 +24,7 @@ const (
 	taskChurn    = "churn"    // the same, with the rate of each block of Block connections
 	taskStream   = "stream"   // writes of Size bytes for Duration
 	taskRequests = "requests" // Size bytes there and back on Conns connections for Duration
-	taskCalls    = "calls"    // getsockopt and getpeername, Count times each, on one connection
+	taskCalls    = "calls"    // getsockopt, setsockopt and getpeername, Count times each, on one connection
 )
 
 // A dialSpec tells a worker to be a client.
@@ -42,14 +42,13 @@ type dialSpec struct {
 
 // A dialReport is what a client measured. Which fields are set depends on the task.
 type dialReport struct {
-	CPU        time.Duration
-	Elapsed    time.Duration
-	Done       int           // connections or requests
-	Bytes      uint64        // that the server received
-	P50, P99   time.Duration // of connect()
-	Rates      []float64     // churn: connections per second, block by block
-	GetSockOpt float64       // nanoseconds of one call
-	GetPeer    float64       // nanoseconds of one call
+	CPU      time.Duration
+	Elapsed  time.Duration
+	Done     int                // connections or requests
+	Bytes    uint64             // that the server received
+	P50, P99 time.Duration      // of connect()
+	Rates    []float64          // churn: connections per second, block by block
+	Calls    map[string]float64 // calls: nanoseconds of one, by name
 }
 
 // dial warms up, says so on out, and measures once control has sent a line.
@@ -267,23 +266,23 @@ func calls(spec dialSpec, to *unix.RawSockaddrInet4) (dialReport, error) {
 	if err := connectTo(fd, to); err != nil {
 		return dialReport{}, err
 	}
-	start := time.Now()
-	for range spec.Count {
-		if err := socketError(fd); err != nil {
-			return dialReport{}, fmt.Errorf("get SO_ERROR: %w", err)
-		}
-	}
-	middle := time.Now()
+	report := dialReport{Calls: make(map[string]float64)}
 	var peer unix.RawSockaddrInet4
-	for range spec.Count {
-		if err := peerName(fd, &peer); err != nil {
-			return dialReport{}, fmt.Errorf("getpeername: %w", err)
+	for name, call := range map[string]func() error{
+		"getsockopt":  func() error { return socketError(fd) },
+		"setsockopt":  func() error { return setNoDelay(fd) },
+		"getpeername": func() error { return peerName(fd, &peer) },
+	} {
+		start := time.Now()
+		for range spec.Count {
+			if err := call(); err != nil {
+				return report, fmt.Errorf("%s: %w", name, err)
+			}
 		}
+		report.Calls[name] = float64(time.Since(start).Nanoseconds()) / float64(spec.Count)
 	}
-	end := time.Now()
 	if got := nameOf(&peer); got != spec.To {
-		return dialReport{}, fmt.Errorf("getpeername: got %s", got)
+		return report, fmt.Errorf("getpeername: got %s", got)
 	}
-	each := func(took time.Duration) float64 { return float64(took.Nanoseconds()) / float64(spec.Count) }
-	return dialReport{GetSockOpt: each(middle.Sub(start)), GetPeer: each(end.Sub(middle))}, nil
+	return report, nil
 }

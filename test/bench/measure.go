@@ -72,7 +72,7 @@ type sizes struct {
 	flow        time.Duration // of streams and requests
 	workloads   int           // whose memory is measured together
 	engines     int           // the same of Consul's engine, which needs much more time for each
-	calls       int           // of getsockopt and getpeername
+	calls       int           // of getsockopt, setsockopt and getpeername
 	settle      time.Duration // at most, after each measurement
 	storm       int           // allocations that start at once
 	proxies     int           // of the agent's node

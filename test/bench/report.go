@@ -125,7 +125,7 @@ process" is the latter without the start of a program, in the rounds of the row.
 measurement; variants in random order; the proxy asks for SO_ORIGINAL_DST on every accept and every answer was right.
 "within noise": the ratio is not under the lower quartile of "direct again", or not under 0.98 where that is lower.
 "added": what a redirect adds to the median of "direct", Weir's to iptables-nft's, and as a multiple of the limit's. For
-foreign sockets "direct" means that Weir is not loaded, "Weir" that it is.
+foreign sockets "direct" means that Weir is not loaded, "Weir" that it is, and "limit" an empty program on each hook.
 `
 
 // markdown writes the table, and under it what a reader must know to judge it.
