@@ -12,6 +12,7 @@ import (
 	"maps"
 	"os"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -28,10 +29,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func main() {
+func main() { os.Exit(onOtherThreads(command)) }
+
+// onOtherThreads does work on other threads than the caller's, which is the process's
+// first one. Who asks for the tasks of a namespace looks at first threads: this one never
+// enters a workload's, as the others do for a moment.
+func onOtherThreads(work func() int) int {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	code := make(chan int)
+	go func() { code <- work() }()
+	return <-code
+}
+
+func command() int {
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
 	_, notTerminal := unix.IoctlGetTermios(int(os.Stdout.Fd()), unix.TCGETS)
-	code := run(os.Args[1:], base.Env{
+	defer stop()
+	return run(os.Args[1:], base.Env{
 		Ctx:        ctx,
 		UI:         &cli.BasicUi{Reader: os.Stdin, Writer: os.Stdout, ErrorWriter: os.Stderr},
 		Getenv:     os.Getenv,
@@ -57,8 +72,6 @@ func main() {
 			return node
 		},
 	})
-	stop()
-	os.Exit(code)
 }
 
 // run is the whole program. It returns the exit code: 0; 1 when a command could

@@ -102,7 +102,7 @@ func (u *namespaceUsers) in(inode uint64) (bool, error) {
 
 // findThreads looks at every thread of the machine, once; but for those that this
 // program, as a command or as the agent, sends into a namespace to look at it: they are
-// out again in a moment, and no task's.
+// out again in a moment, and no task's. Its first thread is never sent.
 func (u *namespaceUsers) findThreads() error {
 	if u.threads != nil {
 		return nil
