@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/reconcile"
@@ -42,21 +41,7 @@ func mapMemory(t *testing.T, d *Datapath) (total uint64) {
 // programMemory is that of the program behind a pinned link.
 func programMemory(t *testing.T, pin string) uint64 {
 	t.Helper()
-	pinned, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pinned.Close()
-	about, err := pinned.Info()
-	if err != nil {
-		t.Fatal(err)
-	}
-	prog, err := ebpf.NewProgramFromID(about.Program)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer prog.Close()
-	return memoryOf(t, prog)
+	return memoryOf(t, programOf(t, pin))
 }
 
 // memoryOf is that of a program, with the table that it has for itself.

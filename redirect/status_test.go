@@ -13,7 +13,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -64,9 +63,9 @@ type damage struct {
 func damages() []damage {
 	list := []damage{
 		{"link unpinned", "weir_connect4 is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.Paths().Link("weir_connect4")) }},
-		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.Paths().Link("weir_getsockopt")) }},
+		{"link detached", "weir_getsockopt is not attached", func(t *testing.T, a *alloc) { detachPinned(t, a.node.Paths().Link("weir_getsockopt")) }},
 		{"lookup unpinned", "lookup program is not attached", func(t *testing.T, a *alloc) { remove(t, a.node.Paths().Lookup(a.Cookie())) }},
-		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detach(t, a.node.Paths().Lookup(a.Cookie())) }},
+		{"lookup detached", "lookup program is not attached", func(t *testing.T, a *alloc) { detachPinned(t, a.node.Paths().Lookup(a.Cookie())) }},
 		{"IPv4 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, workload.EncodedPrefix4) }},
 		{"IPv6 route", "routes to the proxy are missing", func(t *testing.T, a *alloc) { removeRoute(t, a, workload.EncodedPrefix6) }},
 	}
@@ -116,18 +115,6 @@ func damages() []damage {
 func remove(t *testing.T, path string) {
 	t.Helper()
 	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func detach(t *testing.T, pin string) {
-	t.Helper()
-	pinned, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pinned.Close()
-	if err := pinned.Detach(); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -58,18 +58,10 @@ func TestOriginsOfAProxyElsewhere(t *testing.T) {
 	}
 }
 
+// programOf is the program behind a pinned link.
 func programOf(t *testing.T, pin string) *ebpf.Program {
 	t.Helper()
-	pinned, err := link.LoadPinnedLink(pin, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer pinned.Close()
-	info, err := pinned.Info()
-	if err != nil {
-		t.Fatal(err)
-	}
-	prog, err := ebpf.NewProgramFromID(info.Program)
+	prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(linkIDs(t, pin)[1]))
 	if err != nil {
 		t.Fatal(err)
 	}
