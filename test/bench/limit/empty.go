@@ -3,18 +3,23 @@
 package limit
 
 import (
+	"errors"
 	"fmt"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
 )
 
 // AttachEmpty attaches programs that do nothing to all hooks of Weir: what a socket pays
 // then is what the kernel takes for having any program there.
-func (c *Config) AttachEmpty() error {
+func (c *Config) AttachEmpty() (err error) {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.Close())
+		}
+	}()
 	ours, err := bpfmap.LoadBpf()
 	if err != nil {
 		return fmt.Errorf("read programs: %w", err)
@@ -27,12 +32,11 @@ func (c *Config) AttachEmpty() error {
 		if err != nil {
 			return fmt.Errorf("load an empty program for %s: %w", hook.Attach, err)
 		}
-		attached, err := link.AttachCgroup(link.CgroupOptions{Path: c.Cgroup, Attach: hook.Attach, Program: nothing})
+		err = c.attach(nothing, hook.Attach)
 		nothing.Close()
 		if err != nil {
-			return fmt.Errorf("attach an empty program to %s at %s: %w", c.Cgroup, hook.Attach, err)
+			return err
 		}
-		c.opened = append(c.opened, attached)
 	}
 	return nil
 }

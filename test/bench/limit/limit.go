@@ -65,11 +65,9 @@ func (c *Config) Attach() (err error) {
 		{c.objects.LimitSockops, ebpf.AttachCGroupSockOps},
 		{c.objects.LimitGetsockopt, ebpf.AttachCGroupGetsockopt},
 	} {
-		attached, err := link.AttachCgroup(link.CgroupOptions{Path: c.Cgroup, Attach: program.at, Program: program.Program})
-		if err != nil {
-			return fmt.Errorf("attach %s to %s: %w", program.at, c.Cgroup, err)
+		if err := c.attach(program.Program, program.at); err != nil {
+			return err
 		}
-		c.opened = append(c.opened, attached)
 	}
 	network, err := os.Open(c.NetNS)
 	if err != nil {
@@ -79,6 +77,16 @@ func (c *Config) Attach() (err error) {
 	attached, err := link.AttachNetNs(int(network.Fd()), c.objects.LimitLookup)
 	if err != nil {
 		return fmt.Errorf("attach sk_lookup to %s: %w", c.NetNS, err)
+	}
+	c.opened = append(c.opened, attached)
+	return nil
+}
+
+// attach attaches a program to the cgroup.
+func (c *Config) attach(program *ebpf.Program, at ebpf.AttachType) error {
+	attached, err := link.AttachCgroup(link.CgroupOptions{Path: c.Cgroup, Attach: at, Program: program})
+	if err != nil {
+		return fmt.Errorf("attach %s to %s: %w", at, c.Cgroup, err)
 	}
 	c.opened = append(c.opened, attached)
 	return nil
