@@ -13,6 +13,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/loader"
 	"github.com/weirmesh/weir/redirect/monitor"
@@ -136,7 +137,7 @@ func (d *Datapath) add(a Attachment) error {
 			return err
 		}
 	}
-	if r.Ephemeral, err = ns.Ephemeral(); err != nil {
+	if err := d.observePorts(r, ns); err != nil {
 		return err
 	}
 	_, err = d.Ensure(tables, r, ns)
@@ -145,6 +146,14 @@ func (d *Datapath) add(a Attachment) error {
 	}
 	// A running allocation keeps the redirect that it has: taking it away
 	// would open what an ADD that failed half way left closed.
+	return err
+}
+
+// observePorts reads the range of ports that the kernel chooses from in the namespace.
+func (d *Datapath) observePorts(r *store.Record, ns *host.Namespace) (err error) {
+	keys := sysctl.Among(d.Paths().Workloads())
+	defer func() { err = errors.Join(err, keys.Close()) }()
+	r.Ephemeral, err = ns.Ephemeral(keys)
 	return err
 }
 

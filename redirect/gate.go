@@ -12,6 +12,7 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/monitor"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -67,7 +68,9 @@ func (d *Datapath) OpenGate(key workload.AttachmentID) (*Gate, error) {
 			g.ports, g.proxyIDs = append(g.ports, port.Port), g.proxyIDs|1<<port.ProxyID
 		}
 	}
-	if err := ns.KeepDialling(gateSeconds); err != nil {
+	keys := sysctl.Among(d.Paths().Workloads())
+	defer keys.Close()
+	if err := ns.KeepDialling(gateSeconds, keys); err != nil {
 		return fail(err)
 	}
 	if g.holder, err = ns.Holder(); err != nil {

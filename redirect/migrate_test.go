@@ -19,6 +19,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/program/filter"
@@ -108,7 +109,7 @@ func (a *alloc) addToLayout2() {
 	r := &store.Record{Key: a.key, Request: a.request(), NetNS: a.Path, Cookie: ns.Cookie, BootID: boot}
 	_, err = inspect.ObserveSources(r, ns)
 	fail(err)
-	r.Ephemeral, err = ns.Ephemeral()
+	r.Ephemeral, err = ns.Ephemeral(sysctl.Shared())
 	fail(err)
 	r.IPv6, err = ns.SetRoutes(r.Desired())
 	fail(err)

@@ -9,6 +9,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"golang.org/x/sys/unix"
 )
 
@@ -46,7 +47,7 @@ func (n *Network) ensure(r *attachment.Record, ns *namespace) (repairs []string,
 	if err != nil {
 		return repairs, err
 	}
-	did, err := configure(r, ns)
+	did, err := n.configure(r, ns)
 	return append(repairs, did...), err
 }
 
@@ -56,7 +57,7 @@ func forwarding(r *attachment.Record, h *netlink.Handle) (repairs []string, err 
 		return nil, nil
 	}
 	if r.HasFamily(netlink.FAMILY_V4) {
-		changed, err := sysctl("1", "ipv4", "ip_forward")
+		changed, err := sysctl.Shared().Set("1", "net", "ipv4", "ip_forward")
 		if err != nil {
 			return nil, err
 		}
@@ -77,14 +78,14 @@ func forwarding(r *attachment.Record, h *netlink.Handle) (repairs []string, err 
 }
 
 func ensureForwarding6(h *netlink.Handle) (changed bool, err error) {
-	on, err := isSysctl("1", "ipv6", "conf", "all", "forwarding")
+	on, err := isSysctl("1", "net", "ipv6", "conf", "all", "forwarding")
 	if err != nil || on {
 		return false, err
 	}
 	if err := keepRouterAdvertisements(h); err != nil {
 		return false, err
 	}
-	return sysctl("1", "ipv6", "conf", "all", "forwarding")
+	return sysctl.Shared().Set("1", "net", "ipv6", "conf", "all", "forwarding")
 }
 
 func (n *Network) ensureBridge(h *netlink.Handle, r *attachment.Record) (repairs []string, err error) {
@@ -110,7 +111,7 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *attachment.Record) (repairs
 		}
 	}
 	// A workload must not become the node's router by announcing itself.
-	if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "accept_ra"); err != nil {
+	if _, err := sysctl.Shared().Set("0", "net", "ipv6", "conf", r.Bridge, "accept_ra"); err != nil {
 		return repairs, err
 	}
 	if link.Attrs().Flags&net.FlagUp == 0 {
@@ -128,7 +129,7 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *attachment.Record) (repairs
 
 func ensureGateways(r *attachment.Record, h *netlink.Handle, bridge netlink.Link) (repairs []string, err error) {
 	if r.HasFamily(netlink.FAMILY_V6) {
-		if _, err := sysctl("0", "ipv6", "conf", r.Bridge, "disable_ipv6"); err != nil {
+		if _, err := sysctl.Shared().Set("0", "net", "ipv6", "conf", r.Bridge, "disable_ipv6"); err != nil {
 			return nil, err
 		}
 	}

@@ -8,16 +8,15 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
 )
@@ -135,29 +134,11 @@ func find1(h *netlink.Handle, name string) (netlink.Link, error) {
 	return link, nil
 }
 
-// sysctl sets a key of the thread's namespace and reports whether it differed.
-// A key that does not exist, as on a node without IPv6, is left alone.
-func sysctl(value string, key ...string) (changed bool, err error) {
-	path := filepath.Join(append([]string{"/proc/sys/net"}, key...)...)
-	now, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("read sysctl: %w", err)
-	}
-	if strings.TrimSpace(string(now)) == value {
-		return false, nil
-	}
-	if err := os.WriteFile(path, []byte(value), 0o644); err != nil {
-		return false, fmt.Errorf("set sysctl to %s: %w", value, err)
-	}
-	return true, nil
-}
-
 // configure brings lo and the interface into the state that the result
 // describes, inside the namespace.
-func configure(r *attachment.Record, ns *namespace) (repairs []string, err error) {
+func (n *Network) configure(r *attachment.Record, ns *namespace) (repairs []string, err error) {
+	keys := sysctl.Among(n.records.Dir())
+	defer func() { err = errors.Join(err, keys.Close()) }()
 	err = ns.do(func(h *netlink.Handle) error {
 		lo, err := h.LinkByIndex(1)
 		if err != nil {
@@ -167,7 +148,7 @@ func configure(r *attachment.Record, ns *namespace) (repairs []string, err error
 		if err != nil {
 			return fmt.Errorf("find %s: %w", r.Key.IfName, err)
 		}
-		if err := setIPv6(r); err != nil {
+		if err := setIPv6(r, keys); err != nil {
 			return err
 		}
 		for _, link := range []netlink.Link{lo, device} {
@@ -206,13 +187,13 @@ func setUp(h *netlink.Handle, link netlink.Link) (repairs []string, err error) {
 
 // setIPv6 sets what the interface does with IPv6. With hairpin on, it hears its own
 // duplicate address detection; and nobody on the bridge may announce a router.
-func setIPv6(r *attachment.Record) error {
+func setIPv6(r *attachment.Record, sysctls *sysctl.Keys) error {
 	keys := []string{"accept_dad", "accept_ra"}
 	if r.HasFamily(netlink.FAMILY_V6) {
 		keys = append(keys, "disable_ipv6")
 	}
 	for _, key := range keys {
-		if _, err := sysctl("0", "ipv6", "conf", r.Key.IfName, key); err != nil {
+		if _, err := sysctls.Set("0", "net", "ipv6", "conf", r.Key.IfName, key); err != nil {
 			return err
 		}
 	}
@@ -375,12 +356,12 @@ func keepRouterAdvertisements(h *netlink.Handle) error {
 		if err != nil {
 			continue // the device went away, and its routes with it
 		}
-		heard, err := isSysctl("1", "ipv6", "conf", link.Attrs().Name, "accept_ra")
+		heard, err := isSysctl("1", "net", "ipv6", "conf", link.Attrs().Name, "accept_ra")
 		if err != nil {
 			return err
 		}
 		if heard {
-			if _, err := sysctl("2", "ipv6", "conf", link.Attrs().Name, "accept_ra"); err != nil {
+			if _, err := sysctl.Shared().Set("2", "net", "ipv6", "conf", link.Attrs().Name, "accept_ra"); err != nil {
 				return err
 			}
 		}
@@ -389,12 +370,9 @@ func keepRouterAdvertisements(h *netlink.Handle) error {
 }
 
 func isSysctl(value string, key ...string) (bool, error) {
-	now, err := os.ReadFile(filepath.Join(append([]string{"/proc/sys/net"}, key...)...))
+	now, err := sysctl.Shared().Read(key...)
 	if errors.Is(err, fs.ErrNotExist) {
 		return true, nil // nothing to set
 	}
-	if err != nil {
-		return false, fmt.Errorf("read sysctl: %w", err)
-	}
-	return strings.TrimSpace(string(now)) == value, nil
+	return now == value, err
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/weirmesh/weir/cni/network/forward"
 	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/cni/network/nft"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"golang.org/x/sys/unix"
 )
 
@@ -78,7 +79,7 @@ func ensureLoopback(r *attachment.Record, conn *nftables.Conn) (repaired []strin
 	if repaired, err = nft.EnsureIn(conn, hostport.StopChain(nft.OwnTable()), stop); err != nil {
 		return repaired, err
 	}
-	changed, err := sysctl("1", "ipv4", "conf", r.Bridge, "route_localnet")
+	changed, err := sysctl.Shared().Set("1", "net", "ipv4", "conf", r.Bridge, "route_localnet")
 	if changed {
 		repaired = append(repaired, "route_localnet of "+r.Bridge)
 	}

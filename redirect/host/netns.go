@@ -17,6 +17,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/redirect/host/dump"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -153,14 +154,13 @@ func Addresses(path string) (found []netip.Addr, err error) {
 }
 
 // Ephemeral reads the range of ports that the kernel chooses from.
-func (ns *Namespace) Ephemeral() (ports workload.PortRange, err error) {
+func (ns *Namespace) Ephemeral(keys *sysctl.Keys) (ports workload.PortRange, err error) {
 	err = ns.Do(func() error {
-		// The file shows the namespace of the thread that reads it.
-		text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range")
+		text, err := keys.Read("net", "ipv4", "ip_local_port_range")
 		if err != nil {
 			return fmt.Errorf("read ephemeral ports: %w", err)
 		}
-		if _, err := fmt.Sscan(string(text), &ports.First, &ports.Last); err != nil {
+		if _, err := fmt.Sscan(text, &ports.First, &ports.Last); err != nil {
 			return fmt.Errorf("read ephemeral ports %q: %w", text, err)
 		}
 		return nil
