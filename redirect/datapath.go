@@ -229,8 +229,12 @@ func (d *Datapath) removeOtherRecords(r *store.Record) error {
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
 // to remove, and needs neither the namespace nor loaded programs.
 func (d *Datapath) Remove(key workload.AttachmentID) error {
-	err := d.Locked(func() error { return d.remove(key) })
-	if err == nil {
+	rest := false
+	err := d.Locked(func() (err error) {
+		rest, err = d.remove(key)
+		return err
+	})
+	if err == nil && rest {
 		err = d.eraseDead()
 	}
 	if err != nil {
@@ -239,28 +243,35 @@ func (d *Datapath) Remove(key workload.AttachmentID) error {
 	return nil
 }
 
-func (d *Datapath) remove(key workload.AttachmentID) error {
+// remove reports whether there may be rows of workloads that are gone: those of a large
+// one, or what a call left that died half way and is made again now.
+func (d *Datapath) remove(key workload.AttachmentID) (rest bool, err error) {
 	r, err := d.Paths().ReadRecord(key)
 	// What an unreadable record stood for goes with its namespace; see prune.
 	if errors.Is(err, store.ErrUnknown) || errors.Is(err, store.ErrUnreadable) {
-		return d.Paths().RemoveRecord(key)
+		return true, d.Paths().RemoveRecord(key)
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
 	tables, err := d.OpenOrReclaim()
 	// Rows of a node that is not loaded are gone; those of another version
 	// belong to a namespace that is on its way out and harm nobody.
 	if err != nil && !errors.Is(err, bpfmap.ErrNotLoaded) && !errors.Is(err, bpfmap.ErrIncompatible) {
-		return err
+		return false, err
 	}
 	if tables != nil {
 		defer tables.Close()
 	}
 	if err := d.removeWorkload(tables, r); err != nil {
-		return err
+		return false, err
 	}
-	return d.Paths().RemoveRecord(key)
+	if tables != nil {
+		if rest, err = tables.HasBudget(r.Cookie); err != nil {
+			return false, err
+		}
+	}
+	return rest, d.Paths().RemoveRecord(key)
 }
 
 // removeWorkload undoes ensure, as far as it gets; the record stays until all of it
@@ -342,7 +353,7 @@ func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []
 			if r.Request.Network != network || slices.Contains(valid, r.Key) {
 				continue
 			}
-			if err := d.remove(r.Key); err != nil {
+			if _, err := d.remove(r.Key); err != nil {
 				problems = append(problems, fmt.Errorf("remove workload %s: %w", r.Key, err))
 				continue
 			}

@@ -3,9 +3,11 @@
 package redirect
 
 import (
+	"errors"
 	"reflect"
 	"testing"
 
+	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/workload"
@@ -124,5 +126,41 @@ func TestLooksWithinANamespaceEnterItOnce(t *testing.T) {
 	}
 	if cookie, err := host.Cookie(ns.File.Name()); err != nil || cookie != record.Cookie {
 		t.Errorf("afterwards the namespace is %d, %v; want %d", cookie, err, record.Cookie)
+	}
+}
+
+// A DEL costs the same among however many workloads: it walks through no table. What a call
+// left that died half way is looked for by the one that repeats it.
+func TestRemoveWalksThroughNoTable(t *testing.T) {
+	d := newDatapath(t)
+	list := plainWorkloads(t, d, 2)
+	calls := test.CountMapWrites(t)
+	if err := d.Remove(list[0].Key); err != nil {
+		t.Fatal(err)
+	}
+	if walks := calls.Walks(); walks != 0 {
+		t.Errorf("a DEL made %d calls that walk through tables, want none", walks)
+	}
+	cookie, err := host.Cookie(list[1].NetNS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := d.Paths().ReadRecord(list[1].Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tables, err := bpfmap.OpenTables(d.Paths().Maps())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tables.Close()
+	if err := errors.Join(tables.Delete("workloads", cookie), d.Paths().RemoveRecord(r.Key)); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Remove(r.Key); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := tables.HasBudget(cookie); left || err != nil {
+		t.Errorf("the row that a dead call left is there: %t, %v", left, err)
 	}
 }

@@ -173,7 +173,8 @@ func (d *Datapath) pruneDead() error {
 			ns.Close()
 		}
 		if errors.Is(err, host.ErrNetNSGone) && !d.LookupAttached(r.Cookie) {
-			problems = append(problems, d.remove(r.Key))
+			_, err := d.remove(r.Key)
+			problems = append(problems, err)
 		}
 	}
 	if errors.Is(unopened, bpfmap.ErrNotLoaded) {

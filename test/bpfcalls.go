@@ -20,6 +20,7 @@ type MapWrites struct {
 	before   [bpfCommands]uint64
 	own      uint64 // lookups of this counter's own
 	all      uint64 // calls that were told
+	walks    uint64 // ... of them those that walk
 }
 
 // bpfCommands is more than any kernel knows.
@@ -102,6 +103,22 @@ func (w *MapWrites) Calls() uint64 {
 	}
 	since := all - w.all
 	w.all = all
+	return since
+}
+
+// Walks is how many calls asked for the next rows of a whole map since it was last asked.
+func (w *MapWrites) Walks() uint64 {
+	w.tb.Helper()
+	var all uint64
+	for _, command := range []uint32{unix.BPF_MAP_GET_NEXT_KEY, unix.BPF_MAP_LOOKUP_BATCH} {
+		var calls uint64
+		if err := w.element(unix.BPF_MAP_LOOKUP_ELEM, command, &calls); err != nil {
+			w.tb.Fatalf("count walks through maps: read map: %v", err)
+		}
+		all += calls
+	}
+	since := all - w.walks
+	w.walks = all
 	return since
 }
 

@@ -92,6 +92,13 @@ func (m *Tables) DropOrigins(cookie uint64, origins []BpfOriginKey, indexes []Bp
 	return errors.Join(DropMany(m, "origins", origins), DropMany(m, "indexes", indexes), m.FreeIndexes(cookie, len(indexes)))
 }
 
+// HasBudget reports whether the row is there that counts a workload's indexes: the last one
+// to go.
+func (m *Tables) HasBudget(cookie uint64) (bool, error) {
+	var budget BpfBudget
+	return m.Get("budgets", cookie, &budget)
+}
+
 // EraseBudget removes the rows that count a workload's indexes. What they still
 // count is not there any more.
 func (m *Tables) EraseBudget(cookie uint64) error {
