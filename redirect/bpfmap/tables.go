@@ -81,18 +81,25 @@ func (m *Tables) Table(name string) (*ebpf.Map, error) {
 
 // ID is that of a table.
 func (m *Tables) ID(name string) (ebpf.MapID, error) {
-	table, err := m.Table(name)
-	if err != nil {
-		return 0, err
-	}
 	m.opening.Lock()
 	defer m.opening.Unlock()
 	if id, known := m.ids[name]; known {
 		return id, nil
 	}
-	// The library reads all that is known of a map, from two places.
+	var fd int
+	if table := m.Open[name]; table != nil {
+		fd = table.FD()
+	} else {
+		// Many are opened for this alone. The library reads all that is known of a map.
+		pin, err := call.OpenPin(filepath.Join(m.Dir, name), unix.BPF_F_RDONLY)
+		if err != nil {
+			return 0, fmt.Errorf("open map %s: %w", name, err)
+		}
+		defer unix.Close(pin)
+		fd = pin
+	}
 	var info call.MapInfo
-	if err := call.ObjectInfo(table.FD(), &info); err != nil {
+	if err := call.ObjectInfo(fd, &info); err != nil {
 		return 0, fmt.Errorf("read map %s: %w", name, err)
 	}
 	id := ebpf.MapID(info.ID)

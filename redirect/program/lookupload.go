@@ -10,7 +10,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -181,21 +180,11 @@ func (load *progLoad) do() (fd int, err error) {
 	return call.BPF(unix.BPF_PROG_LOAD, load)
 }
 
-// OpenProgram opens a pinned program to read. The library's way asks the kernel whether
-// programs have names, and before that for a token of every bpffs in mountinfo, which
-// has several lines for each allocation of the node.
+// OpenProgram opens a pinned program to read.
 func OpenProgram(path string) (*ebpf.Program, error) {
-	zeroed := append([]byte(path), 0)
-	get := struct {
-		path      unsafe.Pointer
-		fd, flags uint32
-	}{unsafe.Pointer(&zeroed[0]), 0, unix.BPF_F_RDONLY}
-	var pinner runtime.Pinner // the kernel follows the pointer
-	defer pinner.Unpin()
-	pinner.Pin(&zeroed[0])
-	fd, err := call.BPF(unix.BPF_OBJ_GET, &get)
+	fd, err := call.OpenPin(path, unix.BPF_F_RDONLY)
 	if err != nil {
-		return nil, &os.PathError{Op: "open pin", Path: path, Err: err}
+		return nil, err
 	}
 	return ebpf.NewProgramFromFD(fd)
 }

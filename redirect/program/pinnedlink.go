@@ -4,9 +4,6 @@ package program
 
 import (
 	"fmt"
-	"os"
-	"runtime"
-	"unsafe"
 
 	"github.com/weirmesh/weir/redirect/bpfmap/call"
 	"golang.org/x/sys/unix"
@@ -17,24 +14,16 @@ import (
 // agent asks this of every workload time and again, and these are the three system calls
 // that it takes: the library makes a dozen.
 func attachedTo(pin string, kind uint32) (uint64, error) {
-	var pinner runtime.Pinner // the kernel follows the pointers
-	defer pinner.Unpin()
-	path := append([]byte(pin), 0)
-	pinner.Pin(&path[0])
-	get := struct {
-		path      unsafe.Pointer
-		fd, flags uint32
-	}{path: unsafe.Pointer(&path[0])}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_OBJ_GET, uintptr(unsafe.Pointer(&get)), unsafe.Sizeof(get))
-	if errno != 0 {
-		return 0, &os.PathError{Op: "open link", Path: pin, Err: errno}
+	fd, err := call.OpenPin(pin, 0)
+	if err != nil {
+		return 0, err
 	}
-	defer unix.Close(int(fd))
+	defer unix.Close(fd)
 	var info struct { // struct bpf_link_info
 		kind, id, program, _ uint32
 		target               [2]uint64
 	}
-	if err := call.ObjectInfo(int(fd), &info); err != nil {
+	if err := call.ObjectInfo(fd, &info); err != nil {
 		return 0, fmt.Errorf("read link %s: %w", pin, err)
 	}
 	switch {

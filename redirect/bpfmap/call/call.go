@@ -6,6 +6,7 @@ package call
 
 import (
 	"errors"
+	"os"
 	"runtime"
 	"unsafe"
 
@@ -29,6 +30,23 @@ func ObjectInfo[T any](fd int, info *T) error {
 	}{uint32(fd), uint32(unsafe.Sizeof(*info)), unsafe.Pointer(info)}
 	_, err := BPF(unix.BPF_OBJ_GET_INFO_BY_FD, &about)
 	return err
+}
+
+// OpenPin opens what is pinned at a path. The library asks the kernel first what it can, and
+// for a token of every bpffs in mountinfo, which has several lines for each allocation.
+func OpenPin(path string, flags uint32) (fd int, err error) {
+	zeroed := append([]byte(path), 0)
+	get := struct {
+		path      unsafe.Pointer
+		fd, flags uint32
+	}{unsafe.Pointer(&zeroed[0]), 0, flags}
+	var pinner runtime.Pinner
+	defer pinner.Unpin()
+	pinner.Pin(&zeroed[0])
+	if fd, err = BPF(unix.BPF_OBJ_GET, &get); err != nil {
+		return -1, &os.PathError{Op: "open pin", Path: path, Err: err}
+	}
+	return fd, nil
 }
 
 // OpenID opens a program or a map by its ID.
