@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"iter"
 	"maps"
 	"os"
 	"path/filepath"
@@ -107,16 +106,29 @@ func (d *Loader) OpenOrReclaim() (*bpfmap.Tables, error) {
 
 // lacksPins reports whether a pin of the node is not where it belongs.
 func (d *Loader) lacksPins() bool {
-	return anyMissing(d.Paths().Maps(), slices.Values(bpfmap.MapNames())) || anyMissing(d.Paths().Links(), slices.Values(program.ProgramNames()))
+	return len(missing(d.Paths().Maps(), bpfmap.MapNames())) > 0 || len(missing(d.Paths().Links(), program.ProgramNames())) > 0
 }
 
-func anyMissing(dir string, names iter.Seq[string]) bool {
-	for name := range names {
-		if _, err := os.Lstat(filepath.Join(dir, name)); errors.Is(err, fs.ErrNotExist) {
-			return true
-		}
+// missing are the names that a directory does not have. One that cannot be read is not
+// known to lack any.
+func missing(dir string, names []string) []string {
+	entries, err := os.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return names
 	}
-	return false
+	if err != nil {
+		return nil
+	}
+	defer entries.Close()
+	list, err := entries.Readdirnames(-1)
+	if err != nil {
+		return nil
+	}
+	there := make(map[string]bool, len(list))
+	for _, name := range list {
+		there[name] = true
+	}
+	return slices.DeleteFunc(names, func(name string) bool { return there[name] })
 }
 
 // halfRestored reports whether pins are missing that only workloads need: those of the
@@ -127,8 +139,8 @@ func (d *Loader) halfRestored() bool {
 	for _, r := range records {
 		lookups = append(lookups, filepath.Base(d.Paths().Lookup(r.Cookie)))
 	}
-	return anyMissing(d.Paths().Lookups(), slices.Values(lookups)) ||
-		len(records) > 0 && anyMissing(d.Paths().Filters(), maps.Values(filter.FilterNames()))
+	return len(missing(d.Paths().Lookups(), lookups)) > 0 ||
+		len(records) > 0 && len(missing(d.Paths().Filters(), slices.Collect(maps.Values(filter.FilterNames())))) > 0
 }
 
 // errEnding: the programs ended while they were looked at.

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"slices"
 
@@ -20,12 +19,7 @@ import (
 // force hold every table that they use, with its rows, so nothing is lost. A
 // node without the table that tells its layout is one that is not loaded.
 func (d *Loader) repin() (repairs []program.Repair, err error) {
-	var lost []string
-	for _, name := range bpfmap.MapNames() {
-		if _, err := os.Lstat(filepath.Join(d.Paths().Maps(), name)); errors.Is(err, fs.ErrNotExist) {
-			lost = append(lost, name)
-		}
-	}
+	lost := missing(d.Paths().Maps(), bpfmap.MapNames())
 	if len(lost) == 0 || slices.Contains(lost, "control") {
 		return nil, nil
 	}
