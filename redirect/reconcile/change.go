@@ -3,6 +3,7 @@
 package reconcile
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -38,7 +39,38 @@ type change struct {
 	replaced bool             // new rows are in force, and others were before
 	old      uint64           // the generation of those; 0: it is not known
 	did      []program.Repair // what had to be changed
+	marked   bool             // the record says on disk that a change has begun
+	filter   chan filterSet   // gets one answer; nil: nobody began with the filter
 	err      error
+}
+
+// filterSet is how setting a namespace's filter ended.
+type filterSet struct {
+	changed bool
+	err     error
+}
+
+// beginFilter sets the filter beside all else, most of which waits for the kernel as long
+// as that does: two processors need two thirds of the time. It reads no table of the node.
+func (d *Reconciler) beginFilter(c *change) {
+	if c.filter != nil {
+		return
+	}
+	c.filter = make(chan filterSet, 1)
+	go func() {
+		changed, err := filter.SetFilter(d.Paths(), c.ns, c.wanted)
+		c.filter <- filterSet{changed, err}
+	}()
+}
+
+// mark marks the record incomplete on disk, before the first change.
+func (d *Reconciler) mark(c *change) error {
+	if c.marked {
+		return nil
+	}
+	err := d.MarkIncomplete(c.record)
+	c.marked = err == nil
+	return err
 }
 
 // ensureTogether is ensure for many workloads. What goes wrong with one concerns it alone.
@@ -56,6 +88,8 @@ func (d *Reconciler) ensureTogether(tables *bpfmap.Tables, changes []*change) (c
 	for _, c := range changes {
 		if c.err == nil {
 			c.err = d.complete(tables, c)
+		} else if c.filter != nil {
+			<-c.filter // who takes the change back must come after it
 		}
 		changed, errs = append(changed, c.did...), append(errs, c.err)
 	}
@@ -76,7 +110,14 @@ func (d *Reconciler) putInForce(tables *bpfmap.Tables, c *change) error {
 	if err := c.wanted.Validate(); err != nil {
 		return err
 	}
-	routed, err := d.ensureRoutes(c.record, &c.before, c.ns, c.wanted)
+	if c.before.State == store.New {
+		// Without rows the filter lets all through, so that it may come before them.
+		if err := d.mark(c); err != nil {
+			return err
+		}
+		d.beginFilter(c)
+	}
+	routed, err := d.ensureRoutes(c)
 	if err != nil {
 		return err
 	}
@@ -95,26 +136,24 @@ func (d *Reconciler) putInForce(tables *bpfmap.Tables, c *change) error {
 
 // complete is the second half: all that is no row, and the record.
 func (d *Reconciler) complete(tables *bpfmap.Tables, c *change) error {
+	d.beginFilter(c)
 	attached, err := program.AttachLookup(tables, d.Paths(), c.ns, false)
-	if err != nil {
+	var adopted []program.Repair
+	if err == nil {
+		adopted, err = RegisterExistingListeners(tables, d.Paths(), c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
+	}
+	filtered := <-c.filter
+	if err = cmp.Or(err, filtered.err); err != nil {
 		return err
 	}
 	if attached {
 		c.did = append(c.did, program.Repair{Kind: program.LookupAttached})
 	}
-	filtered, err := filter.SetFilter(d.Paths(), c.ns, c.wanted)
-	if err != nil {
-		return err
-	}
-	if filtered {
+	if filtered.changed {
 		c.did = append(c.did, program.Repair{Kind: program.FilterSet})
 	}
 	if d.families.Hold(d.Paths(), c.wanted) {
 		c.did = append(c.did, program.Repair{Kind: program.FamilyHookSet})
-	}
-	adopted, err := RegisterExistingListeners(tables, d.Paths(), c.ns, c.wanted, c.record.RejectedCgroups, d.processes)
-	if err != nil {
-		return err
 	}
 	c.did = append(c.did, adopted...)
 	if c.before.State == store.Complete && len(c.did) == 0 && !c.record.Dirty {
@@ -139,7 +178,7 @@ func (d *Reconciler) ensureRows(tables *bpfmap.Tables, c *change) (told bool, er
 			return false, err
 		}
 	}
-	if err := d.MarkIncomplete(r); err != nil {
+	if err := d.mark(c); err != nil {
 		return false, err
 	}
 	if before.State != store.New && (before.State == store.Incomplete || !workload.SamePorts(before.Applied, wanted)) {

@@ -10,20 +10,20 @@ import (
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
-	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // ensureRoutes sets the routes to the encoded ranges where they are not there.
-func (d *Reconciler) ensureRoutes(r, before *store.Record, ns *host.Namespace, wanted workload.Workload) (changed bool, err error) {
-	if r.State == store.Complete && before.Applied.Sources.Equal(wanted.Sources) {
-		if there, err := ns.HasRoutes(wanted, r.IPv6); err != nil || there {
+func (d *Reconciler) ensureRoutes(c *change) (changed bool, err error) {
+	r := c.record
+	if r.State == store.Complete && c.before.Applied.Sources.Equal(c.wanted.Sources) {
+		if there, err := c.ns.HasRoutes(c.wanted, r.IPv6); err != nil || there {
 			return false, err
 		}
 	}
-	if err := d.MarkIncomplete(r); err != nil {
+	if err := d.mark(c); err != nil {
 		return false, err
 	}
-	r.IPv6, err = ns.SetRoutes(wanted)
+	r.IPv6, err = c.ns.SetRoutes(c.wanted)
 	return err == nil, err
 }
 
