@@ -3,6 +3,7 @@
 package redirect
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -95,10 +96,10 @@ func (d *Datapath) add(a Attachment) error {
 		return err
 	}
 	defer ns.Close()
-	if err := ns.RefuseConsulRules(); err != nil {
-		return err
-	}
-	if _, err := d.LoadLocked(false); err != nil {
+	refused := make(chan error, 1) // beside the look at the node, which is no workload's
+	go func() { refused <- ns.RefuseConsulRules() }()
+	_, err = d.LoadLocked(false)
+	if err := cmp.Or(<-refused, err); err != nil {
 		return err
 	}
 	tables, err := bpfmap.OpenTables(d.Paths().Maps())
@@ -124,6 +125,10 @@ func (d *Datapath) add(a Attachment) error {
 	fresh := r.State == store.New
 	if fresh {
 		r.Added = time.Now()
+		if a.Prepared == nil { // the verifier beside routes, rows and filter
+			a.Prepared = d.Preload(a.NetNS)
+			defer a.Prepared.Close()
+		}
 	}
 	if unrecorded {
 		r.RejectedCgroups = a.RejectedCgroups
