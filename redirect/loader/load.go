@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -17,6 +18,8 @@ import (
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/program/filter"
+	"github.com/weirmesh/weir/redirect/reconcile"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // Result says what Load did.
@@ -266,6 +269,15 @@ func (d *Loader) restore(lost bool) (repairs []program.Repair, problems []error)
 		return nil, append(problems, err)
 	}
 	defer pinned.Close()
+	for some := range slices.Chunk(records, reconcile.MaxChanges) {
+		restored, failed := d.restoreSome(pinned, some, lost)
+		repairs, problems = append(repairs, restored...), append(problems, failed...)
+	}
+	return repairs, problems
+}
+
+func (d *Loader) restoreSome(pinned *bpfmap.Tables, records []*store.Record, lost bool) (repairs []program.Repair, problems []error) {
+	var targets []reconcile.Target
 	for _, r := range records {
 		ns, err := inspect.OpenNamespaceOf(r)
 		if errors.Is(err, host.ErrNetNSGone) {
@@ -275,17 +287,20 @@ func (d *Loader) restore(lost bool) (repairs []program.Repair, problems []error)
 			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))
 			continue
 		}
+		defer ns.Close()
 		if lost {
 			r.LoseRows() // the tables are new
 		}
-		repaired, err := d.Ensure(pinned, r, ns)
-		ns.Close()
-		if err != nil {
-			problems = append(problems, fmt.Errorf("restore workload %s: %w", r.Key, err))
+		targets = append(targets, reconcile.Target{Record: r, NS: ns})
+	}
+	for i, outcome := range d.EnsureAll(pinned, targets) {
+		key := targets[i].Record.Key
+		if outcome.Err != nil {
+			problems = append(problems, fmt.Errorf("restore workload %s: %w", key, outcome.Err))
 			continue
 		}
-		for _, what := range repaired {
-			repairs = append(repairs, program.Repair{Kind: program.WorkloadRestored, Object: r.Key.String() + ": " + what.String()})
+		for _, what := range outcome.Repaired {
+			repairs = append(repairs, program.Repair{Kind: program.WorkloadRestored, Object: key.String() + ": " + what.String()})
 		}
 	}
 	return repairs, problems

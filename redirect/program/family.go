@@ -46,13 +46,13 @@ func (f *Families) Hold(p store.Paths, w workload.Workload) (changed bool) {
 	if FamiliesHeld(p, w) {
 		return false
 	}
-	if found, err := pinRunningFamily(p); found || err != nil {
-		return found
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.refused {
+	if f.refused || FamiliesHeld(p, w) { // another workload brought it meanwhile
 		return false
+	}
+	if found, err := pinRunningFamily(p); found || err != nil {
+		return found
 	}
 	if f.attach(p) == nil {
 		return true

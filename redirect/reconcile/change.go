@@ -15,6 +15,7 @@ import (
 	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
+	"golang.org/x/sync/errgroup"
 )
 
 // Ensure brings the kernel to what the record asks for and says what it had to
@@ -23,8 +24,34 @@ import (
 // makes another can finish. The record is marked incomplete before the first
 // change and complete after the last.
 func (d *Reconciler) Ensure(tables *bpfmap.Tables, r *store.Record, ns *host.Namespace) (changed []program.Repair, err error) {
-	changed, errs := d.ensureTogether(tables, []*change{{record: r, ns: ns}})
-	return changed, errs[0]
+	outcome := d.EnsureAll(tables, []Target{{Record: r, NS: ns}})[0]
+	return outcome.Repaired, outcome.Err
+}
+
+// Target is a workload that is to be as its record asks for, and its namespace.
+type Target struct {
+	Record *store.Record
+	NS     *host.Namespace
+}
+
+// Outcome is what Ensure had to change of a workload, or why it could not.
+type Outcome struct {
+	Repaired []program.Repair
+	Err      error
+}
+
+// EnsureAll is Ensure for many workloads, each of which is named once. What goes wrong
+// with one concerns it alone.
+func (d *Reconciler) EnsureAll(tables *bpfmap.Tables, targets []Target) (outcomes []Outcome) {
+	var changes []*change
+	for _, t := range targets {
+		changes = append(changes, &change{record: t.Record, ns: t.NS})
+	}
+	d.ensureTogether(tables, changes)
+	for _, c := range changes {
+		outcomes = append(outcomes, Outcome{c.did, c.err})
+	}
+	return outcomes
 }
 
 // change is what ensure does to one workload, in two halves. Between them every
@@ -58,7 +85,9 @@ func (d *Reconciler) beginFilter(c *change) {
 	}
 	c.filter = make(chan filterSet, 1)
 	go func() {
+		d.filtering <- struct{}{} // a thread for each of many would stay
 		changed, err := filter.SetFilter(d.Paths(), c.ns, c.wanted)
+		<-d.filtering
 		c.filter <- filterSet{changed, err}
 	}()
 }
@@ -73,8 +102,9 @@ func (d *Reconciler) mark(c *change) error {
 	return err
 }
 
-// ensureTogether is ensure for many workloads. What goes wrong with one concerns it alone.
-func (d *Reconciler) ensureTogether(tables *bpfmap.Tables, changes []*change) (changed []program.Repair, errs []error) {
+// ensureTogether is EnsureAll, whose outcome is in the changes. The second halves, which
+// have the verifier in them where a program is loaded, run on all processors.
+func (d *Reconciler) ensureTogether(tables *bpfmap.Tables, changes []*change) {
 	var replaced []*change
 	for _, c := range changes {
 		if c.err = d.putInForce(tables, c); c.err == nil && c.replaced {
@@ -85,15 +115,19 @@ func (d *Reconciler) ensureTogether(tables *bpfmap.Tables, changes []*change) (c
 		d.Wait()
 		deleteFormer(tables, replaced)
 	}
+	var completing errgroup.Group
+	completing.SetLimit(d.Processors)
 	for _, c := range changes {
 		if c.err == nil {
-			c.err = d.complete(tables, c)
+			completing.Go(func() error {
+				c.err = d.complete(tables, c)
+				return nil // it is nobody else's
+			})
 		} else if c.filter != nil {
 			<-c.filter // who takes the change back must come after it
 		}
-		changed, errs = append(changed, c.did...), append(errs, c.err)
 	}
-	return changed, errs
+	_ = completing.Wait()
 }
 
 // putInForce is the first half: from its end on, connections follow the new rows.
@@ -281,9 +315,9 @@ func (d *Reconciler) setMeshConfigs(list []MeshChange, errs []error) error {
 		r.Seats = before.NextProxyIDs(workload.Merge(r.Request, wanted.MeshConfig))
 		changes, places = append(changes, &change{record: r, ns: ns}), append(places, i)
 	}
-	_, failed := d.ensureTogether(tables, changes)
-	for i, err := range failed {
-		errs[places[i]] = err
+	d.ensureTogether(tables, changes)
+	for i, c := range changes {
+		errs[places[i]] = c.err
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ package reconcile
 
 import (
 	"context"
+	"runtime"
 	"time"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -24,14 +25,17 @@ type Reconciler struct {
 	LockTimeout  time.Duration   // how long a change waits for the lock
 	CheckTimeout time.Duration   // ... and a check
 	Wait         func()          // until no program reads rows that were replaced before
+	Processors   int             // workloads that are completed at a time
 
 	processes *host.Processes
+	filtering chan struct{} // holds one for each filter that is being set
 	families  *program.Families
 }
 
 // Of returns the reconciler of what the reader reads.
 func Of(reader inspect.Reader) Reconciler {
-	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, processes: new(host.Processes), families: program.NewFamilies()}
+	processors := runtime.GOMAXPROCS(0)
+	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, Processors: processors, processes: new(host.Processes), filtering: make(chan struct{}, processors), families: program.NewFamilies()}
 }
 
 // Locked runs action while no other process changes the state.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/google/nftables"
@@ -100,6 +101,21 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 	return programs, nil
 }
 
+// renewing is held while the programs are replaced: workloads get their filter on all
+// processors at a time.
+var renewing sync.Mutex
+
+// openOrRenew opens the node's programs, or replaces them where the pin of one is gone.
+func openOrRenew(p store.Paths) (chainPrograms, error) {
+	renewing.Lock()
+	defer renewing.Unlock()
+	programs, err := openChainPrograms(p)
+	if errors.Is(err, fs.ErrNotExist) {
+		return RenewFilterPrograms(p)
+	}
+	return programs, err
+}
+
 // RenewFilterPrograms replaces the node's programs by this binary's. Namespaces
 // whose rules ask the former ones get the new by SetFilter.
 func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
@@ -146,10 +162,7 @@ func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed 
 	if !filters(w) {
 		return RemoveFilter(ns)
 	}
-	programs, err := openChainPrograms(p)
-	if errors.Is(err, fs.ErrNotExist) {
-		programs, err = RenewFilterPrograms(p)
-	}
+	programs, err := openOrRenew(p)
 	if err != nil {
 		return false, err
 	}
