@@ -25,6 +25,7 @@ type operation struct {
 	Paths      store.Paths
 	Do         string // "add", "remove", "load", "configure", "fill"; nothing where it is empty
 	Attachment Attachment
+	Others     []Attachment // that are added with it
 	Changes    []reconcile.MeshChange
 }
 
@@ -37,7 +38,7 @@ func serveOperations([]string) error {
 		var err error
 		switch o.Do {
 		case "add":
-			err = d.Add(o.Attachment)
+			err = errors.Join(d.AddAll(append(o.Others, o.Attachment))...)
 		case "remove":
 			err = d.Remove(o.Attachment.Key)
 		case "load":

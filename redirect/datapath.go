@@ -3,18 +3,13 @@
 package redirect
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"reflect"
 	"slices"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
-	"github.com/weirmesh/weir/redirect/host"
-	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/loader"
 	"github.com/weirmesh/weir/redirect/monitor"
@@ -71,164 +66,6 @@ type Attachment struct {
 	RejectedCgroups []uint64             // known not to be the proxy's
 
 	Prepared *program.Preloaded // by Prepare of that namespace; nil: nothing
-}
-
-// Add puts a namespace under Weir: when it returns nil, every connection of
-// that namespace follows the rules. It loads the programs if the node has none
-// and attaches again what was detached. The same call twice is once; a known
-// key with another namespace gives up the old one, or leaves it as it is where
-// its path is gone and it lives on; a failed call leaves nothing behind. It
-// asks nobody: neither Consul nor the agent need to run.
-func (d *Datapath) Add(a Attachment) error {
-	if err := workload.Merge(a.Request, workload.MeshConfig{}).Validate(); err != nil {
-		return fmt.Errorf("add workload %s: %w", a.Key, err)
-	}
-	err := d.Locked(func() error { return d.add(a) })
-	if err != nil {
-		return fmt.Errorf("add workload %s: %w", a.Key, err)
-	}
-	return nil
-}
-
-func (d *Datapath) add(a Attachment) error {
-	ns, err := host.OpenNamespace(a.NetNS)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	refused := make(chan error, 1) // beside the look at the node, which is no workload's
-	go func() { refused <- ns.RefuseConsulRules() }()
-	_, err = d.LoadLocked(false)
-	if err := cmp.Or(<-refused, err); err != nil {
-		return err
-	}
-	tables, err := bpfmap.OpenTables(d.Paths().Maps())
-	if err != nil {
-		return err
-	}
-	defer tables.Close()
-	tables.Preloaded = func(cookie uint64) *ebpf.Program { return a.Prepared.Take(tables, cookie) }
-	if err := program.RefuseOtherInstance(tables, ns); err != nil {
-		return err
-	}
-	boot, err := store.BootID()
-	if err != nil {
-		return err
-	}
-	r, err := d.recordFor(tables, a.Key, ns.Cookie)
-	if err != nil {
-		return err
-	}
-	unrecorded := r.Cookie == 0 // rows that it has nevertheless are in force until the new ones are
-	r.Dirty = !reflect.DeepEqual(r.Request, a.Request) || r.NetNS != a.NetNS
-	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
-	fresh := r.State == store.New
-	if fresh {
-		r.Added = time.Now()
-		if a.Prepared == nil { // the verifier beside routes, rows and filter
-			a.Prepared = d.Preload(a.NetNS)
-			defer a.Prepared.Close()
-		}
-	}
-	if unrecorded {
-		r.RejectedCgroups = a.RejectedCgroups
-		if mesh := a.MeshConfig; mesh != nil && workload.Merge(a.Request, *mesh).Validate() == nil {
-			r.MeshConfig = *mesh
-			r.Seats = workload.Merge(a.Request, workload.MeshConfig{}).NextProxyIDs(workload.Merge(a.Request, *mesh))
-		}
-	}
-	if r.State == store.Incomplete {
-		if err := d.removeOtherRecords(r); err != nil {
-			return err
-		}
-	}
-	if err := d.observePorts(r, ns); err != nil {
-		return err
-	}
-	_, err = d.Ensure(tables, r, ns)
-	if err != nil && fresh {
-		return errors.Join(err, d.removeWorkload(tables, r), d.Paths().RemoveRecord(a.Key))
-	}
-	// A running allocation keeps the redirect that it has: taking it away
-	// would open what an ADD that failed half way left closed.
-	return err
-}
-
-// observePorts reads the range of ports that the kernel chooses from in the namespace.
-func (d *Datapath) observePorts(r *store.Record, ns *host.Namespace) (err error) {
-	keys := sysctl.Among(d.Paths().Workloads())
-	defer func() { err = errors.Join(err, keys.Close()) }()
-	r.Ephemeral, err = ns.Ephemeral(keys)
-	return err
-}
-
-// pathLost reports whether a namespace is alive although the path on record does
-// not lead to it any more: tasks run in it, as in that of a pause container which
-// Docker restarted. They stay redirected until the last of them ends.
-func (d *Datapath) pathLost(r *store.Record) bool {
-	ns, err := inspect.OpenNamespaceOf(r)
-	if err == nil {
-		ns.Close()
-	}
-	return errors.Is(err, host.ErrNetNSGone) && d.LookupAttached(r.Cookie)
-}
-
-// recordFor returns the record to work on: that of the key, unless it is of another
-// namespace, which is given up then, or cannot be read.
-func (d *Datapath) recordFor(tables *bpfmap.Tables, key workload.AttachmentID, cookie uint64) (*store.Record, error) {
-	r, err := d.Paths().ReadRecord(key)
-	switch {
-	case errors.Is(err, store.ErrUnknown):
-		return d.newRecord(tables, key, cookie)
-	case errors.Is(err, store.ErrUnreadable):
-		if r, err = d.newRecord(tables, key, cookie); err != nil {
-			return nil, err
-		}
-		return r, d.Paths().SetAside(key)
-	case err != nil:
-		return nil, err
-	case r.Cookie == cookie:
-		return r, nil
-	}
-	if !d.pathLost(r) {
-		if err := d.removeWorkload(tables, r); err != nil {
-			return nil, err
-		}
-	}
-	return d.newRecord(tables, key, cookie)
-}
-
-// newRecord returns the record to work on where there is none for the key. A
-// namespace that has rows all the same lost its record, or has one under a key
-// whose DEL never came: its rows stay in force until new ones are.
-func (d *Datapath) newRecord(tables *bpfmap.Tables, key workload.AttachmentID, cookie uint64) (*store.Record, error) {
-	r := &store.Record{Key: key}
-	generation, err := tables.Generation(cookie)
-	if err == nil && generation == 0 {
-		r.State = store.New
-	}
-	return r, err
-}
-
-// removeOtherRecords makes r the only record of its namespace: another would undo it. A
-// process that dies in between leaves two, of which one is incomplete, and the
-// next call for that one comes here again.
-func (d *Datapath) removeOtherRecords(r *store.Record) error {
-	if err := d.MarkIncomplete(r); err != nil {
-		return err
-	}
-	records, err := d.Paths().ReadRecords()
-	if err != nil && !errors.Is(err, store.ErrUnreadable) {
-		return err
-	}
-	for _, other := range records {
-		if other.Cookie == r.Cookie && other.Key != r.Key {
-			if err := d.Paths().RemoveRecord(other.Key); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
 }
 
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
