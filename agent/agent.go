@@ -292,7 +292,7 @@ func (a *Agent) pass(changed bool) {
 	if changed || fresh || prunes || now.Sub(a.resynced) > resync || a.retryDue(now) {
 		if now.Sub(a.resynced) > resync {
 			for _, m := range a.allocations {
-				m.inode = 0
+				m.place.Forget()
 			}
 			a.resynced = now
 		}

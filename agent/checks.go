@@ -67,7 +67,7 @@ func (a *Agent) checked(key workload.AttachmentID, repairs []program.Repair, err
 		a.changes.Workload(a.allocations[key].view, api.ChangeRepaired, what.String(), time.Now())
 	}
 	if ends(err) {
-		a.allocations[key].inode = 0
+		a.allocations[key].place.Forget()
 		a.pruned = time.Time{}
 		a.trigger()
 		return

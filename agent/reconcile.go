@@ -34,8 +34,7 @@ type allocState struct {
 	ended    time.Time      // when libcni forgot it; zero: it did not
 	record   inspect.Record // the last that it had; none: of no key
 	fresh    bool           // this pass made its record, and the next one reads it
-	inode    uint64         // of its namespace when last seen to be the one of cookie; 0: not seen
-	cookie   uint64         // ... on record
+	place    discover.Place // where its namespace was last seen
 	hook     uint64         // cookie of the namespace whose lookup program should be in force; 0: none
 	looked   time.Time      // for Consul's own rules
 	settled  time.Time      // when what is wanted of it was last seen to be in force; zero: not yet
@@ -97,6 +96,8 @@ func (a *Agent) reconcile(now time.Time) {
 	for _, s := range allocations {
 		moves = append(moves, a.begin(s, consul, now))
 	}
+	a.awaitRegistration(allocations, now)
+	a.addAll(moves)
 	a.applyAll(moves)
 	for _, v := range moves {
 		a.conclude(v, consul, now)
@@ -106,7 +107,6 @@ func (a *Agent) reconcile(now time.Time) {
 	if a.budget.Left() > 0 {
 		a.trigger()
 	}
-	a.awaitRegistration(allocations, now)
 	a.publish(a.unmatched.Lines(allocations, consul, a.containers(), now))
 	a.seen = true
 }
@@ -133,20 +133,21 @@ type move struct {
 	m       *allocState
 	wanted  desired.Plan
 	state   api.State
+	joins   bool // it is to be put under Weir
 	changes bool // its mesh configuration is another one than that in force
 	inForce bool // what is wanted is in force
 
 	difference string // in words, between what was in force and what is
 }
 
-// begin puts an attachment under Weir that should be, and says what else is to be done
-// for it. What goes wrong concerns it alone and is tried again.
+// begin says what is to be done for an attachment. What goes wrong concerns it alone and
+// is tried again.
 func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Time) *move {
 	m := a.stateOf(s.Key, now)
 	m.fresh = false
 	v := &move{s: s, m: m}
 	v.wanted = desired.For(s, consul.Facts, a.policy())
-	v.state = a.ensureAdded(s, m, v.wanted, consul.Facts, now)
+	v.state = a.ensureAdded(v, consul.Facts, now)
 	v.changes = v.state == api.StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
 	v.inForce = !m.fresh && !v.changes
 	if v.state == api.StateManaged && v.inForce {
@@ -166,18 +167,12 @@ func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []he
 	problems := slices.Clone(v.wanted.Problems)
 	problems = append(problems, m.steps.Problems()...)
 	if s.Live && !s.Cached && state == api.StateManaged && len(s.Proxies) > 0 {
-		problems = append(problems, health.NewProblem(health.ProblemResultMissing,
-			"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known"))
+		problems = append(problems, discover.WithoutResult())
 	}
 	if state == api.StateEnded {
 		problems = []health.Problem{discover.LeftBehind()}
 	}
-	if m.proxies.Rejected() != "" {
-		problems = append(problems, health.NewProblem(health.ProblemTaskAsProxy, "give that task a user of its own in the job", m.proxies.Rejected()))
-	}
-	if mute := m.proxies.Mute(); mute.What != "" && state == api.StateManaged {
-		problems = append(problems, mute)
-	}
+	problems = append(problems, m.proxies.Problems(state == api.StateManaged)...)
 	if state == api.StateManaged {
 		problems = append(problems, m.refused.Problems(a.refusedAgain(m, s, now))...)
 	}
@@ -222,8 +217,10 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 }
 
 // ensureAdded sees to it that a mesh allocation is under Weir and under the right
-// namespace, and says where it is.
-func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.Plan, known catalog.Data, now time.Time) api.State {
+// namespace, and says where it is. One that was found without a plugin joins later, with
+// others.
+func (a *Agent) ensureAdded(v *move, known catalog.Data, now time.Time) api.State {
+	s, m, wanted := v.s, v.m, v.wanted
 	switch {
 	case s.Record != nil:
 		m.record, m.missing = *s.Record, time.Time{}
@@ -260,7 +257,8 @@ func (a *Agent) ensureAdded(s desired.Allocation, m *allocState, wanted desired.
 	case wanted.Add != nil && !s.Cached && now.Sub(m.ended) < recordGrace:
 		return m.view.State // it is on its way out
 	case wanted.Add != nil:
-		return a.add(s, m, redirect.Attachment{Request: *wanted.Add, MeshConfig: wanted.MeshConfig}, "found without a plugin")
+		v.joins = true
+		return api.StateUnprotected // until then
 	}
 	return api.StateOutside
 }
@@ -286,7 +284,7 @@ func (a *Agent) restore(s desired.Allocation, m *allocState, known catalog.Data)
 // under the same ID is guarded at once, with the addresses that it has by then.
 func (a *Agent) followNamespace(s desired.Allocation, m *allocState, wanted desired.Plan, now time.Time) api.State {
 	request := s.Record.Request
-	replaced := (s.Cached || s.Live) && a.replaced(s, m)
+	replaced := (s.Cached || s.Live) && m.place.Left(s.NetNS, *s.Record)
 	unnamed := s.Cached && len(request.Addresses) == 0 && len(s.Addresses) > 0
 	if !replaced && !unnamed {
 		if host.Inode(s.Record.NetNS) == 0 && now.Sub(a.pruned) > tick {
@@ -311,35 +309,16 @@ func (a *Agent) followNamespace(s desired.Allocation, m *allocState, wanted desi
 	return a.add(s, m, redirect.Attachment{Request: request}, "its addresses are known now")
 }
 
-// replaced reports whether the namespace on record is not the one that libcni
-// names, and is no more.
-// An inode tells that nothing changed since the last look, within limits: the
-// kernel gives it to another namespace later.
-func (a *Agent) replaced(s desired.Allocation, m *allocState) bool {
-	inode := host.Inode(s.NetNS)
-	if inode != 0 && inode == m.inode && m.cookie == s.Record.Cookie {
-		return false
-	}
-	cookie, err := host.Cookie(s.NetNS)
-	if err != nil {
-		return false
-	}
-	if cookie == s.Record.Cookie {
-		m.inode, m.cookie = inode, cookie
-		return false
-	}
-	if s.NetNS == s.Record.NetNS {
-		return true
-	}
-	recorded, err := host.Cookie(s.Record.NetNS)
-	return errors.Is(err, host.ErrNetNSGone) || err == nil && recorded != s.Record.Cookie
-}
-
 func (a *Agent) add(s desired.Allocation, m *allocState, attachment redirect.Attachment, why string) api.State {
 	attachment.Key, attachment.NetNS = s.Key, s.NetNS
 	err := a.datapath.Add(attachment)
-	a.note(s.Key, m, "add", err)
 	a.progressed()
+	return a.added(s, m, attachment, why, err)
+}
+
+// added takes in what came of an attempt to put an attachment under Weir.
+func (a *Agent) added(s desired.Allocation, m *allocState, attachment redirect.Attachment, why string, err error) api.State {
+	a.note(s.Key, m, "add", err)
 	switch {
 	case err == nil:
 		m.missing = time.Time{}

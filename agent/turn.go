@@ -12,6 +12,7 @@ import (
 	"github.com/weirmesh/weir/agent/change"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/wait"
+	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -40,15 +41,7 @@ func (a *Agent) progressed() {
 func (a *Agent) byUrgency(allocations []desired.Allocation) {
 	urgency := func(s desired.Allocation) int {
 		m := a.allocations[s.Key]
-		switch {
-		case m != nil && m.steps.Failures() > 0:
-			return 3
-		case s.Record == nil:
-			return 0
-		case s.Record.MeshConfig.Guard == "":
-			return 1
-		}
-		return 2
+		return s.Urgency(m != nil && m.steps.Failures() > 0)
 	}
 	slices.SortStableFunc(allocations, func(s, t desired.Allocation) int { return cmp.Compare(urgency(s), urgency(t)) })
 }
@@ -65,6 +58,41 @@ func (a *Agent) differs(s desired.Allocation, m *allocState, meshConfig workload
 // lockPause is for somebody who waits for the node's lock: the kernel gives it to whoever
 // asks first once it is free, and that would be the agent.
 const lockPause = 2 * time.Millisecond
+
+// addsTogether is how many are put under Weir in one turn of the node's lock: a plugin's
+// ADD waits for no more than some tens of milliseconds.
+const addsTogether = 16
+
+// addAll puts those under Weir that nobody else does. It knows of them what Consul has
+// answered by then: there may be many, and what is known from the first needs no change.
+func (a *Agent) addAll(moves []*move) {
+	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.joins })
+	for i, together := range slices.Collect(slices.Chunk(due, addsTogether)) {
+		if i > 0 {
+			time.Sleep(lockPause)
+		}
+		known := a.consulNow().Facts
+		var list []redirect.Attachment
+		for _, v := range together {
+			v.wanted = desired.For(v.s, known, a.policy())
+			list = append(list, redirect.Attachment{Key: v.s.Key, NetNS: v.s.NetNS, Request: *v.wanted.Add, MeshConfig: v.wanted.MeshConfig})
+		}
+		for i, err := range a.datapath.AddAll(list) {
+			together[i].joined(a.added(together[i].s, together[i].m, list[i], "found without a plugin", err))
+		}
+		a.progressed()
+	}
+}
+
+// joined notes what came of it. A mesh configuration that cannot be in force is told of
+// as any other is.
+func (v *move) joined(state api.State) {
+	v.state = state
+	if state == api.StateManaged && v.wanted.MeshConfig != nil {
+		v.inForce = workload.Merge(*v.wanted.Add, *v.wanted.MeshConfig).Validate() == nil
+		v.changes = !v.inForce
+	}
+}
 
 // applyAll writes the mesh configurations that differ from what is in force, many at
 // once. Where this pass has changed enough, the rest is the next one's.

@@ -176,3 +176,29 @@ func TestUrgency(t *testing.T) {
 		t.Errorf("order is %q, want %q", got, want)
 	}
 }
+
+// Allocations that are found come under Weir several at once, each whole: no change
+// follows, and one pass brings all of them in sync. One that cannot be added keeps none out.
+func TestFoundAllocationsJoinWhole(t *testing.T) {
+	n := newNode(t)
+	var ids []string
+	for i := range addsTogether + 4 {
+		ids = append(ids, numbered(i+1))
+		n.cached(ids[i], test.NewNetNS(t).Path, "")
+	}
+	lost := numbered(len(ids) + 1)
+	n.cached(lost, n.config.StateDir+"/nowhere", "")
+	n.fake.answers(registered(append(slices.Clone(ids), lost)...))
+	a := n.newStepwise()
+	a.asks(t.Context())
+	for _, w := range a.Status().Workloads {
+		if there := w.ID != lost; w.InSync != there {
+			t.Errorf("after one pass %s is %+v", w.ID, w)
+		}
+	}
+	if counts := a.Status().Counts; counts.Added != uint64(len(ids)) || counts.Changes != 0 {
+		t.Errorf("after one pass: %+v, want %d additions and no change", counts, len(ids))
+	}
+	n.agent = a
+	n.allInSync(ids, 20001)
+}

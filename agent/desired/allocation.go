@@ -38,6 +38,20 @@ func (s Allocation) Over() bool {
 	return s.Record == nil && s.Cached && !s.Live && s.NetNS != "" && discover.IsGone(s.NetNS)
 }
 
+// Urgency is the lower the sooner its turn should be: what is not under Weir or not
+// configured yet comes first, what went wrong before last.
+func (s Allocation) Urgency(failing bool) int {
+	switch {
+	case failing:
+		return 3
+	case s.Record == nil:
+		return 0
+	case s.Record.MeshConfig.Guard == "":
+		return 1
+	}
+	return 2
+}
+
 // mostDirectories bounds how many directories of namespaces are watched; a node
 // has one or two.
 const mostDirectories = 16

@@ -85,6 +85,12 @@ func LeftBehind() health.Problem {
 	return health.NewProblem(health.ProblemLeftBehind, "'weir gc' takes away what is left", "it has ended and its namespace is gone, but nobody ended its network")
 }
 
+// WithoutResult says what is missing of an allocation that lives and that libcni does not know.
+func WithoutResult() health.Problem {
+	return health.NewProblem(health.ProblemResultMissing,
+		"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known")
+}
+
 // IsGone reports whether no namespace is mounted there for certain: one that
 // cannot be looked at may live.
 func IsGone(path string) bool {

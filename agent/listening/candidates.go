@@ -12,6 +12,7 @@ import (
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
 )
 
@@ -72,8 +73,17 @@ func (p *Proxies) Reject(cgroup uint64) string {
 	return p.rejected
 }
 
-// Rejected is what was said of the last candidate that was none; empty where none was.
-func (p *Proxies) Rejected() string { return p.rejected }
+// Problems are the last candidate that was none, and, of a workload under Weir, proxies that
+// do not listen.
+func (p *Proxies) Problems(managed bool) (problems []health.Problem) {
+	if p.rejected != "" {
+		problems = append(problems, health.NewProblem(health.ProblemTaskAsProxy, "give that task a user of its own in the job", p.rejected))
+	}
+	if mute := p.Mute(); managed && mute.What != "" {
+		problems = append(problems, mute)
+	}
+	return problems
+}
 
 // Tasks names those that the kernel took for proxies.
 func (p *Proxies) Tasks() string {
