@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/hashicorp/consul/sdk/iptables"
@@ -81,17 +82,45 @@ func (b *bench) newFleet(ctx context.Context, consul *consulServer, dir string, 
 			number: number, id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", number), transparent: number >= count-count/4, upstream: 9000,
 		})
 	}
-	makers, ctx := errgroup.WithContext(ctx)
+	makers, making := errgroup.WithContext(ctx)
 	makers.SetLimit(len(b.cpus))
 	for _, a := range f.list {
 		makers.Go(func() error {
-			if err := f.place(ctx, a); err != nil {
+			if err := f.place(making, a); err != nil {
 				return fmt.Errorf("make allocation %d: %w", a.number, err)
 			}
 			return nil
 		})
 	}
-	return f, makers.Wait()
+	if err := makers.Wait(); err != nil {
+		return f, err
+	}
+	return f, f.listed(ctx)
+}
+
+// listed waits until Consul's catalog has every service, which the local agent is now and
+// then minutes late with: until then it answers no virtual IP of it.
+func (f *fleet) listed(ctx context.Context) error {
+	err := until(ctx, 3*time.Minute, time.Second, func() error {
+		var names map[string][]string
+		if err := f.consul.call(ctx, http.MethodGet, "/v1/catalog/services", nil, &names); err != nil {
+			return err
+		}
+		missing := 0
+		for _, a := range f.list {
+			if names[a.service()] == nil || names[a.service()+"-sidecar-proxy"] == nil {
+				missing++
+			}
+		}
+		if missing > 0 {
+			return fmt.Errorf("the catalog lacks %d of %d services", missing, len(f.list))
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("wait for Consul: %w", err)
+	}
+	return nil
 }
 
 func (f *fleet) prepareCNI() error {
