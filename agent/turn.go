@@ -18,7 +18,7 @@ import (
 )
 
 func defaultBudget() wait.Budget {
-	return wait.Budget{Least: 200 * time.Millisecond, Most: 2 * time.Second, Together: reconcile.MaxChanges}
+	return wait.Budget{Least: 50 * time.Millisecond, Most: 2 * time.Second, Together: reconcile.MaxChanges}
 }
 
 // allocationArrived tells that an allocation may have come that no pass has seen.
