@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MPL-2.0
 /*
- * The sk_lookup program of one namespace. It runs for every SYN that reaches a
+ * The sk_lookup program of the node. It runs for every SYN that reaches a
  * workload, once, and for nothing afterwards. The program type cannot ask for
- * the namespace's cookie, so each workload has a copy with its own, in a table
- * that no other program has. One program for all namespaces would let one of
- * them name another's connections.
+ * the namespace's cookie, so each workload has a small program of its own that
+ * knows it and makes a tail call to this one.
  */
 #include "guard.h"
 #include "kernel.h"
@@ -12,23 +11,32 @@
 #include "origin.h"
 #include "verdict.h"
 
-/* User space writes the cookie before it attaches the program, and freezes the
- * table then: a program can be loaded before anybody knows its namespace, and
- * is nobody else's afterwards. 0 is no namespace's: the program refuses. */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__uint(map_flags, BPF_F_RDONLY_PROG);
-	__type(key, __u32);
-	__type(value, __u64);
-} own_cookie SEC(".maps");
+/* The note of a namespace's program, a dozen instructions that user space writes:
+ * see redirect/program/calls.go. It calls in the same run. */
+struct lookup_caller {
+	__u64 context;
+	__u64 cookie;
+};
 
-static __always_inline __u64 read_cookie(void)
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct lookup_caller);
+} lookup_callers SEC(".maps");
+
+/* The cookie of the namespace whose program made the tail call; 0 where nobody
+ * can say. A lookup that the kernel makes in a process, for sock_diag, can be
+ * interrupted between note and call by that of a packet. The context is on the
+ * stack of the run that noted it, so that no other run has it. */
+static __always_inline __u64 caller_cookie(struct bpf_sk_lookup *ctx)
 {
 	__u32 only = 0;
-	__u64 *cookie = bpf_map_lookup_elem(&own_cookie, &only);
+	struct lookup_caller *caller = bpf_map_lookup_elem(&lookup_callers, &only);
 
-	return cookie ? *cookie : 0;
+	if (!caller || caller->context != (__u64)(unsigned long)ctx)
+		return 0;
+	return caller->cookie;
 }
 
 /* The reader finds the origin of an encoded destination itself: each lookup
@@ -242,7 +250,7 @@ int weir_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct addr local = ADDR_OF_LOOKUP(ctx, local);
 	struct addr remote = ADDR_OF_LOOKUP(ctx, remote);
-	__u64 cookie = read_cookie();
+	__u64 cookie = caller_cookie(ctx);
 	enum verdict verdict;
 	struct snapshot snapshot;
 

@@ -54,7 +54,6 @@ import (
 // Datapath is what the plugin needs of *redirect.Datapath.
 type Datapath interface {
 	Add(redirect.Attachment) error
-	Preload(netns string) *program.Preloaded
 	Remove(workload.AttachmentID) error
 	Check(key workload.AttachmentID, netns string) (repairs []program.Repair, err error)
 	GC(name string, valid []workload.AttachmentID) (removed []workload.AttachmentID, err error)
@@ -115,18 +114,13 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 		if err := conf.refuseInterfaceKeys(); err != nil {
 			return err
 		}
-		return p.redirect(r, cmd, conf, asked, nil)
-	}
-	var prepared *program.Preloaded
-	if asked != nil {
-		prepared = p.open(conf).Preload(cmd.Netns)
-		defer prepared.Close()
+		return p.redirect(r, cmd, conf, asked)
 	}
 	undo, err := p.build(r, cmd, conf)
 	if err != nil {
 		return err
 	}
-	if err := p.redirect(r, cmd, conf, asked, prepared); err != nil {
+	if err := p.redirect(r, cmd, conf, asked); err != nil {
 		if err := undo(); err != nil {
 			p.note(r, fmt.Sprintf("take the network back: %v", err))
 		}
@@ -136,7 +130,7 @@ func (p *Plugin) Add(cmd *skel.CmdArgs) error {
 }
 
 // redirect is the part of Add that a chained plugin has too.
-func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, asked *workload.Request, prepared *program.Preloaded) error {
+func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, asked *workload.Request) error {
 	if asked == nil {
 		if err := refuseOwnNetNS(cmd); err != nil {
 			return err
@@ -150,7 +144,6 @@ func (p *Plugin) redirect(r caller, cmd *skel.CmdArgs, conf *netConf, asked *wor
 	if err != nil {
 		return err
 	}
-	wanted.Prepared = prepared
 	datapath := p.open(conf)
 	if err := datapath.Add(wanted); err != nil {
 		return r.stepError("redirect namespace "+cmd.Netns, err)

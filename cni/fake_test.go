@@ -41,8 +41,6 @@ func (f *fakeDatapath) Add(a redirect.Attachment) error {
 	return f.addErr
 }
 
-func (f *fakeDatapath) Preload(string) *program.Preloaded { return nil }
-
 func (f *fakeDatapath) Remove(key workload.AttachmentID) error {
 	f.removed = append(f.removed, key)
 	return f.removeErr

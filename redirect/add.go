@@ -8,7 +8,6 @@ import (
 	"reflect"
 	"time"
 
-	"github.com/cilium/ebpf"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/host/sysctl"
@@ -29,8 +28,8 @@ import (
 func (d *Datapath) Add(a Attachment) error { return d.AddAll([]Attachment{a})[0] }
 
 // AddAll is Add for several keys, each of which is named once, in one turn of the lock.
-// What goes wrong with one is its error alone. All of them are looked at once for what
-// they share, and their programs are loaded on all processors.
+// What goes wrong with one is its error alone. The node is looked at once for all of them,
+// and they are completed on all processors.
 func (d *Datapath) AddAll(list []Attachment) (errs []error) {
 	all := &additions{Datapath: d, list: list, errs: make([]error, len(list))}
 	for i, a := range list {
@@ -51,11 +50,10 @@ func (d *Datapath) AddAll(list []Attachment) (errs []error) {
 type additions struct {
 	*Datapath
 	list    []Attachment
-	errs    []error            // of each; nil: it goes on
-	spaces  []*host.Namespace  // ... once it is open
-	records []*store.Record    // ... once there is one
-	fresh   []bool             // ... has nothing that a failure should leave
-	beside  *program.Preloaded // of one that is alone and has none; nil: there is none
+	errs    []error           // of each; nil: it goes on
+	spaces  []*host.Namespace // ... once it is open
+	records []*store.Record   // ... once there is one
+	fresh   []bool            // ... has nothing that a failure should leave
 }
 
 // begun are the places of those that go on.
@@ -94,8 +92,6 @@ func (all *additions) add() error {
 		return err
 	}
 	defer tables.Close()
-	tables.Preloaded = all.prepared(tables)
-	defer func() { all.beside.Close() }()
 	boot, err := store.BootID()
 	if err != nil {
 		return err
@@ -123,18 +119,6 @@ func (all *additions) look() error {
 		})
 	}
 	return looking.Wait()
-}
-
-// prepared gives each namespace the program that was loaded for it.
-func (all *additions) prepared(tables *bpfmap.Tables) func(cookie uint64) *ebpf.Program {
-	return func(cookie uint64) *ebpf.Program {
-		for _, a := range all.list {
-			if prog := a.Prepared.Take(tables, cookie); prog != nil {
-				return prog
-			}
-		}
-		return all.beside.Take(tables, cookie)
-	}
 }
 
 // addSome adds those of the places that are of different namespaces. What is left is
@@ -182,9 +166,6 @@ func (all *additions) record(tables *bpfmap.Tables, i int, boot string) error {
 	r.Request, r.NetNS, r.Cookie, r.BootID = a.Request, a.NetNS, ns.Cookie, boot
 	if all.fresh[i] = r.State == store.New; all.fresh[i] {
 		r.Added = time.Now()
-		if len(all.list) == 1 && a.Prepared == nil { // the verifier beside routes, rows and filter
-			all.beside = all.Preload(a.NetNS)
-		}
 	}
 	if unrecorded {
 		r.RejectedCgroups = a.RejectedCgroups

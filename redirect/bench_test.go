@@ -32,25 +32,10 @@ func benchmarkWorkload(b *testing.B) Attachment {
 }
 
 // BenchmarkAdd redirects a namespace that is not redirected.
-func BenchmarkAdd(b *testing.B) { benchmarkAdd(b, func(*Datapath) error { return nil }) }
-
-// BenchmarkAddAhead is BenchmarkAdd where a program was loaded ahead.
-func BenchmarkAddAhead(b *testing.B) {
-	benchmarkAdd(b, func(d *Datapath) error {
-		_, err := d.FillSpares()
-		return err
-	})
-}
-
-func benchmarkAdd(b *testing.B, prepare func(*Datapath) error) {
+func BenchmarkAdd(b *testing.B) {
 	d := newDatapath(b)
 	a := benchmarkWorkload(b)
 	for b.Loop() {
-		b.StopTimer()
-		if err := prepare(d); err != nil {
-			b.Fatal(err)
-		}
-		b.StartTimer()
 		if err := d.Add(a); err != nil {
 			b.Fatal(err)
 		}

@@ -23,7 +23,7 @@ import (
 // operation is a call that a process of its own makes, to be killed in.
 type operation struct {
 	Paths      store.Paths
-	Do         string // "add", "remove", "load", "configure", "fill"; nothing where it is empty
+	Do         string // "add", "remove", "load", "configure"; nothing where it is empty
 	Attachment Attachment
 	Others     []Attachment // that are added with it
 	Changes    []reconcile.MeshChange
@@ -45,8 +45,6 @@ func serveOperations([]string) error {
 			_, err = d.Load()
 		case "configure":
 			err = errors.Join(d.SetMeshConfigs(o.Changes)...)
-		case "fill":
-			_, err = d.FillSpares()
 		}
 		return struct{}{}, err
 	})
@@ -182,9 +180,6 @@ func (k *killer) outcome(t *testing.T, key workload.AttachmentID) string {
 	case !errors.Is(err, store.ErrUnknown):
 		t.Fatal(err)
 	}
-	if spares := len(spareIDs(t, k.node.Datapath)); spares > 0 {
-		text += fmt.Sprintf(", %d spares", spares)
-	}
 	if _, err := os.Stat(k.node.Paths().Staging()); err == nil {
 		text += ", unfinished load"
 	}
@@ -223,7 +218,6 @@ func TestKilledAdd(t *testing.T) {
 		prepare func(a, former *alloc)
 	}{
 		{"of a new workload", func(_, _ *alloc) {}},
-		{"with a spare program", func(a, _ *alloc) { fillSpares(a.node.t, a.node.Datapath) }},
 		{"with another request", func(a, _ *alloc) { a.add() }},
 		{"in a namespace of another key", func(a, _ *alloc) {
 			other := *a
@@ -346,33 +340,4 @@ func TestKilledLoad(t *testing.T) {
 			})
 		})
 	}
-}
-
-// Whatever a killed process leaves of the programs that it loaded ahead, an ADD has one of
-// its own, and the next fill makes up for what lacks.
-func TestKilledFill(t *testing.T) {
-	n := newNode(t)
-	a := n.newAlloc()
-	a.startProxy()
-	a.add(full)
-	rows, want := rowCounts(t, n.Datapath), len(fillSpares(t, n.Datapath))
-	filled := kernelObjects(t, n.Datapath).counts()
-	newKiller(n).times(t, operation{Do: "fill"}, test.Scale(40), func() {
-		if err := os.RemoveAll(n.Paths().Spares()); err != nil {
-			t.Fatal(err)
-		}
-	}, func(i int) {
-		if i%2 == 0 {
-			a.remove()
-			a.add(full)
-			wantRowsOfAnAdd(t, n, rows)
-		}
-		a.works()
-		if now := fillSpares(t, n.Datapath); len(now) != want {
-			t.Errorf("%d spares after another fill, want %d", len(now), want)
-		}
-		healthy(t, n.Datapath)
-		held := kernelObjects(t, n.Datapath)
-		held.settle(t, filled)
-	})
 }

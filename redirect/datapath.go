@@ -64,8 +64,6 @@ type Attachment struct {
 	// For a namespace that has no record, so that it is whole from its first moment:
 	MeshConfig      *workload.MeshConfig // what is known of it in Consul already; nil: nothing
 	RejectedCgroups []uint64             // known not to be the proxy's
-
-	Prepared *program.Preloaded // by Prepare of that namespace; nil: nothing
 }
 
 // Remove takes a namespace out of Weir. It returns nil when there is nothing
@@ -204,29 +202,6 @@ func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []
 		return errors.Join(append(problems, d.pruneDead())...)
 	})
 	return removed, errors.Join(err, d.eraseDead())
-}
-
-// Preload begins with what an Add of the namespace takes longest for, the
-// verifier, while the caller does something else. The result belongs into the
-// Attachment, and is closed in any case. An error shows up at the Add. It is nil where a
-// spare program waits, and without a processor to spare: two threads that wait for
-// each other finish later than one then.
-func (d *Datapath) Preload(netns string) *program.Preloaded {
-	if program.HasSpare(d.Paths()) || !program.ProcessorToSpare() {
-		return nil
-	}
-	return d.preload(netns)
-}
-
-func (d *Datapath) preload(netns string) *program.Preloaded {
-	p := &program.Preloaded{Done: make(chan struct{})}
-	go func() {
-		defer close(p.Done)
-		if err := p.Load(d.Paths(), netns); err != nil {
-			p.Drop()
-		}
-	}()
-	return p
 }
 
 // Events delivers every connection of every workload from now on, until ctx ends: see

@@ -75,21 +75,27 @@ func files(t *testing.T, d *Datapath) (list []string) {
 // that use them, and the links of those programs.
 type objects struct {
 	maps, programs, links []uint32
-
-	datapath *Datapath // whose spares are not counted: they may come at any time
 }
 
 // kernelObjects asks the kernel, not the pins. Maps are the instance's own
 // where they are pinned now; others on the machine have other IDs.
 func kernelObjects(t *testing.T, d *Datapath) objects {
 	t.Helper()
-	o := objects{datapath: d}
+	var o objects
 	entries, err := os.ReadDir(d.Paths().Maps())
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, entry := range entries {
-		table, err := ebpf.LoadPinnedMap(filepath.Join(d.Paths().Maps(), entry.Name()), nil)
+	calls, err := os.ReadDir(d.Paths().Calls())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, entry := range append(entries, calls...) {
+		dir := d.Paths().Maps()
+		if i >= len(entries) {
+			dir = d.Paths().Calls()
+		}
+		table, err := ebpf.LoadPinnedMap(filepath.Join(dir, entry.Name()), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -109,12 +115,6 @@ func kernelObjects(t *testing.T, d *Datapath) objects {
 func (o *objects) users(t *testing.T) {
 	t.Helper()
 	o.programs, o.links = nil, nil
-	spares := make(map[uint32]bool)
-	if o.datapath != nil {
-		for _, id := range spareIDs(t, o.datapath) {
-			spares[id] = true
-		}
-	}
 	for id, err := ebpf.ProgramGetNextID(0); err == nil; id, err = ebpf.ProgramGetNextID(id) {
 		prog, err := ebpf.NewProgramFromID(id)
 		if err != nil {
@@ -126,7 +126,7 @@ func (o *objects) users(t *testing.T) {
 			continue
 		}
 		ids, _ := info.MapIDs()
-		if !spares[uint32(id)] && slices.ContainsFunc(ids, func(id ebpf.MapID) bool { return slices.Contains(o.maps, uint32(id)) }) {
+		if slices.ContainsFunc(ids, func(id ebpf.MapID) bool { return slices.Contains(o.maps, uint32(id)) }) {
 			o.programs = append(o.programs, uint32(id))
 		}
 	}

@@ -280,7 +280,7 @@ func migrateUnderLoad(t *testing.T, n *node, a, b *alloc, redirected func() uint
 		t.Errorf("the next load did %q, %v; want nothing", again.Did, err)
 	}
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(bpfmap.MapNames()), len(program.ProgramNames()) + len(filter.FilterNames()) + 2, len(program.ProgramNames()) + 2})
+	held.settle(t, [3]int{len(bpfmap.MapNames()) + len(program.CallNames()), len(program.ProgramNames()) + len(filter.FilterNames()) + 3, len(program.ProgramNames()) + 2})
 	if err := n.Remove(a.key); err != nil {
 		t.Fatal(err)
 	}

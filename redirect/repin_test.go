@@ -3,14 +3,18 @@
 package redirect
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/test"
 )
 
 func TestMapNamesAreThoseOfTheObject(t *testing.T) {
@@ -25,6 +29,54 @@ func TestMapNamesAreThoseOfTheObject(t *testing.T) {
 	slices.Sort(want)
 	if diff := cmp.Diff(want, bpfmap.MapNames()); diff != "" {
 		t.Errorf("names (-want +got):\n%s", diff)
+	}
+}
+
+// The lookup program goes with the pins that lead to it: what it would judge is refused, the
+// status says so, and the next look at the node makes it anew.
+func TestRepairMakesTheLookupProgramAnew(t *testing.T) {
+	for _, lost := range [][]string{program.CallNames(), program.CallNames()[:1], program.CallNames()[1:]} {
+		t.Run(strings.Join(lost, " and "), func(t *testing.T) {
+			n := newNode(t)
+			a, b := n.newAlloc(), n.newAlloc()
+			for _, alloc := range []*alloc{a, b} {
+				alloc.add()
+				alloc.startProxy()
+				alloc.works()
+			}
+			before := kernelObjects(t, n.Datapath).counts()
+			for _, name := range lost {
+				if err := os.Remove(filepath.Join(n.Paths().Calls(), name)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			status, err := n.Status()
+			if err != nil || !slices.ContainsFunc(status.Problems, func(p health.Problem) bool {
+				return p.Code == health.ProblemProgramDetached.String() && strings.Contains(p.What, "2 workloads")
+			}) {
+				t.Errorf("status: %+v, %v; want the lookup program missed", status.Problems, err)
+			}
+			if slices.Contains(lost, "lookup_calls") {
+				test.Eventually(t, func() error { // the kernel empties the table a moment later
+					if answer, err := a.ask("tcp4", "198.18.0.1:80"); err == nil {
+						return fmt.Errorf("dialled without the lookup program: %+v", answer)
+					}
+					return nil
+				}, "connections to be refused")
+			}
+			want := program.Repair{Kind: program.PinPutBack, Object: "weir_decide, which the programs of 2 namespaces call"}
+			if repairs, err := n.Repair(); err != nil || !did(repairs, want) {
+				t.Errorf("repair = %q, %v; want the lookup program made anew", repairs, err)
+			}
+			healthy(t, n.Datapath)
+			a.works()
+			b.works()
+			held := kernelObjects(t, n.Datapath)
+			held.settle(t, before)
+			if repairs, err := n.Repair(); err != nil || len(repairs) > 0 {
+				t.Errorf("repair again = %q, %v; want nothing done", repairs, err)
+			}
+		})
 	}
 }
 

@@ -18,8 +18,7 @@ import (
 
 // Repair attaches again what somebody detached from the root of cgroup v2, and
 // loads everything anew and restores the workloads on record where the maps
-// are gone. Programs of another version stay as they are. Last, it makes up for
-// the programs that ADDs took. It costs a dozen system calls when nothing is
+// are gone. Programs of another version stay as they are. It costs a dozen system calls when nothing is
 // wrong, and says what was.
 func (d *Datapath) Repair() (repairs []program.Repair, err error) {
 	err = d.Locked(func() error {
@@ -30,9 +29,6 @@ func (d *Datapath) Repair() (repairs []program.Repair, err error) {
 		}
 		return err
 	})
-	if err == nil {
-		_, err = d.FillSpares()
-	}
 	return repairs, err
 }
 

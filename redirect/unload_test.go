@@ -22,7 +22,7 @@ func TestUnloadRemovesEverything(t *testing.T) {
 	a.startProxy()
 	a.works()
 	held, pins := kernelObjects(t, n.Datapath), files(t, n.Datapath)
-	if want := [3]int{len(held.maps), len(program.ProgramNames()) + len(filter.FilterNames()) + 1, len(program.ProgramNames()) + 1}; held.counts() != want {
+	if want := [3]int{len(held.maps), len(program.ProgramNames()) + len(filter.FilterNames()) + 2, len(program.ProgramNames()) + 1}; held.counts() != want {
 		t.Fatalf("maps, programs, links = %d, want %d", held.counts(), want)
 	}
 	removed, err := n.Unload()

@@ -223,7 +223,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	b.works()
 	// The old programs are gone, not only out of the way.
 	held := kernelObjects(t, n.Datapath)
-	held.settle(t, [3]int{len(held.maps), len(program.ProgramNames()) + len(filter.FilterNames()) + 2, len(program.ProgramNames()) + 2})
+	held.settle(t, [3]int{len(held.maps), len(program.ProgramNames()) + len(filter.FilterNames()) + 3, len(program.ProgramNames()) + 2})
 	counts := a.counts()
 	for verdict := range counts {
 		if verdict != bpfmap.Redirected && verdict != bpfmap.Inbound && verdict != bpfmap.Listener {

@@ -88,7 +88,6 @@ type node struct {
 }
 
 func (n *node) Load() (loader.Result, error)       { return n.load, n.err }
-func (n *node) FillSpares() (int, error)           { return 0, n.err }
 func (n *node) Unload() ([]program.Removal, error) { return n.removed, n.err }
 func (n *node) Status() (inspect.Status, error)    { return n.status, n.err }
 func (n *node) Readiness() []health.Check          { return n.ready }

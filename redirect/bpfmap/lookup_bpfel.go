@@ -16,28 +16,28 @@ import (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	LookupMapAddresses   = "addresses"
-	LookupMapBinders     = "binders"
-	LookupMapBudgets     = "budgets"
-	LookupMapCidrs       = "cidrs"
-	LookupMapConfigs     = "configs"
-	LookupMapControl     = "control"
-	LookupMapDials       = "dials"
-	LookupMapEvents      = "events"
-	LookupMapExclusions  = "exclusions"
-	LookupMapFlows       = "flows"
-	LookupMapIndexTotals = "index_totals"
-	LookupMapIndexes     = "indexes"
-	LookupMapListeners   = "listeners"
-	LookupMapOrigins     = "origins"
-	LookupMapOwnCookie   = "own_cookie"
-	LookupMapPorts       = "ports"
-	LookupMapProxies     = "proxies"
-	LookupMapReleases    = "releases"
-	LookupMapSources     = "sources"
-	LookupMapVerdicts    = "verdicts"
-	LookupMapWorkloads   = "workloads"
-	LookupProgWeirLookup = "weir_lookup"
+	LookupMapAddresses     = "addresses"
+	LookupMapBinders       = "binders"
+	LookupMapBudgets       = "budgets"
+	LookupMapCidrs         = "cidrs"
+	LookupMapConfigs       = "configs"
+	LookupMapControl       = "control"
+	LookupMapDials         = "dials"
+	LookupMapEvents        = "events"
+	LookupMapExclusions    = "exclusions"
+	LookupMapFlows         = "flows"
+	LookupMapIndexTotals   = "index_totals"
+	LookupMapIndexes       = "indexes"
+	LookupMapListeners     = "listeners"
+	LookupMapLookupCallers = "lookup_callers"
+	LookupMapOrigins       = "origins"
+	LookupMapPorts         = "ports"
+	LookupMapProxies       = "proxies"
+	LookupMapReleases      = "releases"
+	LookupMapSources       = "sources"
+	LookupMapVerdicts      = "verdicts"
+	LookupMapWorkloads     = "workloads"
+	LookupProgWeirLookup   = "weir_lookup"
 )
 
 // LoadLookup returns the embedded CollectionSpec for Lookup.
@@ -89,27 +89,27 @@ type LookupProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type LookupMapSpecs struct {
-	Addresses   *ebpf.MapSpec `ebpf:"addresses"`
-	Binders     *ebpf.MapSpec `ebpf:"binders"`
-	Budgets     *ebpf.MapSpec `ebpf:"budgets"`
-	Cidrs       *ebpf.MapSpec `ebpf:"cidrs"`
-	Configs     *ebpf.MapSpec `ebpf:"configs"`
-	Control     *ebpf.MapSpec `ebpf:"control"`
-	Dials       *ebpf.MapSpec `ebpf:"dials"`
-	Events      *ebpf.MapSpec `ebpf:"events"`
-	Exclusions  *ebpf.MapSpec `ebpf:"exclusions"`
-	Flows       *ebpf.MapSpec `ebpf:"flows"`
-	IndexTotals *ebpf.MapSpec `ebpf:"index_totals"`
-	Indexes     *ebpf.MapSpec `ebpf:"indexes"`
-	Listeners   *ebpf.MapSpec `ebpf:"listeners"`
-	Origins     *ebpf.MapSpec `ebpf:"origins"`
-	OwnCookie   *ebpf.MapSpec `ebpf:"own_cookie"`
-	Ports       *ebpf.MapSpec `ebpf:"ports"`
-	Proxies     *ebpf.MapSpec `ebpf:"proxies"`
-	Releases    *ebpf.MapSpec `ebpf:"releases"`
-	Sources     *ebpf.MapSpec `ebpf:"sources"`
-	Verdicts    *ebpf.MapSpec `ebpf:"verdicts"`
-	Workloads   *ebpf.MapSpec `ebpf:"workloads"`
+	Addresses     *ebpf.MapSpec `ebpf:"addresses"`
+	Binders       *ebpf.MapSpec `ebpf:"binders"`
+	Budgets       *ebpf.MapSpec `ebpf:"budgets"`
+	Cidrs         *ebpf.MapSpec `ebpf:"cidrs"`
+	Configs       *ebpf.MapSpec `ebpf:"configs"`
+	Control       *ebpf.MapSpec `ebpf:"control"`
+	Dials         *ebpf.MapSpec `ebpf:"dials"`
+	Events        *ebpf.MapSpec `ebpf:"events"`
+	Exclusions    *ebpf.MapSpec `ebpf:"exclusions"`
+	Flows         *ebpf.MapSpec `ebpf:"flows"`
+	IndexTotals   *ebpf.MapSpec `ebpf:"index_totals"`
+	Indexes       *ebpf.MapSpec `ebpf:"indexes"`
+	Listeners     *ebpf.MapSpec `ebpf:"listeners"`
+	LookupCallers *ebpf.MapSpec `ebpf:"lookup_callers"`
+	Origins       *ebpf.MapSpec `ebpf:"origins"`
+	Ports         *ebpf.MapSpec `ebpf:"ports"`
+	Proxies       *ebpf.MapSpec `ebpf:"proxies"`
+	Releases      *ebpf.MapSpec `ebpf:"releases"`
+	Sources       *ebpf.MapSpec `ebpf:"sources"`
+	Verdicts      *ebpf.MapSpec `ebpf:"verdicts"`
+	Workloads     *ebpf.MapSpec `ebpf:"workloads"`
 }
 
 // LookupVariableSpecs contains global variables before they are loaded into the kernel.
@@ -138,27 +138,27 @@ func (o *LookupObjects) Close() error {
 //
 // It can be passed to LoadLookupObjects or ebpf.CollectionSpec.LoadAndAssign.
 type LookupMaps struct {
-	Addresses   *ebpf.Map `ebpf:"addresses"`
-	Binders     *ebpf.Map `ebpf:"binders"`
-	Budgets     *ebpf.Map `ebpf:"budgets"`
-	Cidrs       *ebpf.Map `ebpf:"cidrs"`
-	Configs     *ebpf.Map `ebpf:"configs"`
-	Control     *ebpf.Map `ebpf:"control"`
-	Dials       *ebpf.Map `ebpf:"dials"`
-	Events      *ebpf.Map `ebpf:"events"`
-	Exclusions  *ebpf.Map `ebpf:"exclusions"`
-	Flows       *ebpf.Map `ebpf:"flows"`
-	IndexTotals *ebpf.Map `ebpf:"index_totals"`
-	Indexes     *ebpf.Map `ebpf:"indexes"`
-	Listeners   *ebpf.Map `ebpf:"listeners"`
-	Origins     *ebpf.Map `ebpf:"origins"`
-	OwnCookie   *ebpf.Map `ebpf:"own_cookie"`
-	Ports       *ebpf.Map `ebpf:"ports"`
-	Proxies     *ebpf.Map `ebpf:"proxies"`
-	Releases    *ebpf.Map `ebpf:"releases"`
-	Sources     *ebpf.Map `ebpf:"sources"`
-	Verdicts    *ebpf.Map `ebpf:"verdicts"`
-	Workloads   *ebpf.Map `ebpf:"workloads"`
+	Addresses     *ebpf.Map `ebpf:"addresses"`
+	Binders       *ebpf.Map `ebpf:"binders"`
+	Budgets       *ebpf.Map `ebpf:"budgets"`
+	Cidrs         *ebpf.Map `ebpf:"cidrs"`
+	Configs       *ebpf.Map `ebpf:"configs"`
+	Control       *ebpf.Map `ebpf:"control"`
+	Dials         *ebpf.Map `ebpf:"dials"`
+	Events        *ebpf.Map `ebpf:"events"`
+	Exclusions    *ebpf.Map `ebpf:"exclusions"`
+	Flows         *ebpf.Map `ebpf:"flows"`
+	IndexTotals   *ebpf.Map `ebpf:"index_totals"`
+	Indexes       *ebpf.Map `ebpf:"indexes"`
+	Listeners     *ebpf.Map `ebpf:"listeners"`
+	LookupCallers *ebpf.Map `ebpf:"lookup_callers"`
+	Origins       *ebpf.Map `ebpf:"origins"`
+	Ports         *ebpf.Map `ebpf:"ports"`
+	Proxies       *ebpf.Map `ebpf:"proxies"`
+	Releases      *ebpf.Map `ebpf:"releases"`
+	Sources       *ebpf.Map `ebpf:"sources"`
+	Verdicts      *ebpf.Map `ebpf:"verdicts"`
+	Workloads     *ebpf.Map `ebpf:"workloads"`
 }
 
 func (m *LookupMaps) Close() error {
@@ -176,8 +176,8 @@ func (m *LookupMaps) Close() error {
 		m.IndexTotals,
 		m.Indexes,
 		m.Listeners,
+		m.LookupCallers,
 		m.Origins,
-		m.OwnCookie,
 		m.Ports,
 		m.Proxies,
 		m.Releases,

@@ -29,10 +29,10 @@ type Tables struct {
 	Dir  string
 	Open map[string]*ebpf.Map
 
-	readOnly  bool                              // for who only looks: on a read-only bpffs nothing else can be had
-	Preloaded func(cookie uint64) *ebpf.Program // gives a lookup program that is loaded already, or nil; may be nil
-	Only      []string                          // the maps that are written, the others stay as they are; nil: all
+	readOnly bool     // for who only looks: on a read-only bpffs nothing else can be had
+	Only     []string // the maps that are written, the others stay as they are; nil: all
 
+	alone     sync.Mutex // see Alone
 	opening   sync.Mutex // several goroutines may read
 	ids       map[string]ebpf.MapID
 	listeners map[BpfListenerKey]map[uint16]uint64 // see RememberListeners
@@ -77,6 +77,13 @@ func (m *Tables) Table(name string) (*ebpf.Map, error) {
 	}
 	m.Open[name] = table
 	return table, nil
+}
+
+// Alone runs action while no other goroutine that has these tables runs one so.
+func (m *Tables) Alone(action func() error) error {
+	m.alone.Lock()
+	defer m.alone.Unlock()
+	return action()
 }
 
 // ID is that of a table.

@@ -5,11 +5,9 @@ package inspect
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"slices"
-	"strconv"
 	"time"
 
 	"github.com/cilium/ebpf/link"
@@ -151,6 +149,11 @@ func (l *nodeLook) links(tables *bpfmap.Tables) {
 	if len(broken) == 0 {
 		l.Links = program.ProgramNames()
 	}
+	lost, err := program.LostCalls(l.node.paths)
+	l.unseen("the lookup program", err)
+	if len(lost) > 0 {
+		l.problem(health.ProblemProgramDetached, "run 'weir load'", "no pin in %s leads to the lookup program any more: every connection to and from %d workloads is refused", l.node.paths.Calls(), len(lost))
+	}
 	control, err := tables.ID("control")
 	for _, s := range l.own {
 		if err == nil && s.Tables["control"] != control {
@@ -221,16 +224,12 @@ type orphan struct {
 }
 
 func (d *Reader) Orphans(owned map[uint64]bool) (found []orphan, err error) {
-	entries, err := os.ReadDir(d.paths.Lookups())
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
+	cookies, err := program.LookupCookies(d.paths)
 	if err != nil {
-		return nil, fmt.Errorf("list lookup programs: %w", err)
+		return nil, err
 	}
-	for _, entry := range entries {
-		cookie, err := strconv.ParseUint(entry.Name(), 10, 64)
-		if err != nil || owned[cookie] {
+	for _, cookie := range cookies {
+		if owned[cookie] {
 			continue
 		}
 		pinned, err := link.LoadPinnedLink(d.paths.Lookup(cookie), nil)

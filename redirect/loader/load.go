@@ -102,6 +102,11 @@ func (d *Loader) loadOver(pinned *bpfmap.Tables, root *os.File, renew bool, recl
 	if err := d.sign(pinned); err != nil {
 		return Result{Did: repairs}, err
 	}
+	called, err := d.restoreCalls(pinned)
+	repairs = append(repairs, called...)
+	if err != nil {
+		return Result{Did: repairs}, err
+	}
 	result, err = d.upgrade(pinned, root, renew)
 	result.Changed, result.Did = result.Changed || len(repairs) > 0, append(repairs, result.Did...)
 	if err != nil || len(reclaimed) == 0 && (!renew || !d.halfRestored()) {
@@ -166,6 +171,9 @@ func (d *Loader) LoadFresh(root *os.File) (result Result, err error) {
 	// The programs are attached already: a listener that opens now is not missed.
 	staged := *d
 	staged.Reader = d.In(staging)
+	if err := makeCalls(staged.Paths()); err != nil {
+		return result, err
+	}
 	restored, problems := staged.restore(true)
 	// What a half-removed instance left is in the way of the rename.
 	if _, err := program.UnpinAll(d.Paths().PinDir); err != nil {
@@ -222,9 +230,12 @@ func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (resu
 	if !renew {
 		return result, nil
 	}
+	if err := program.RenewCalls(pinned, d.Paths().Calls()); err != nil {
+		return result, err
+	}
 	repairs, problems := d.renewLookups(pinned)
 	result.Did = append(result.Did, repairs...)
-	result.left(append(problems, program.RemoveSpares(d.Paths()), d.RenewFilters()))
+	result.left(append(problems, program.RemoveTree(d.Paths().Spares()), d.RenewFilters()))
 	if repairs, err = d.detachFormer(spec); err != nil {
 		return result, err
 	}

@@ -5,11 +5,9 @@ package loader
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -79,7 +77,11 @@ func (d *Loader) migrate(root *os.File) (result Result, err error) {
 	if err != nil {
 		return result, err
 	}
-	if repairs, err = d.swapLookups(changes.fresh); err != nil {
+	calls := filepath.Join(d.Paths().Staging(), "calls")
+	if err := program.MakeCalls(changes.fresh, calls); err != nil {
+		return result, err
+	}
+	if repairs, err = d.swapLookups(changes.fresh, calls); err != nil {
 		return result, err
 	}
 	result.Did = append(result.Did, repairs...)
@@ -95,10 +97,10 @@ func (d *Loader) migrate(root *os.File) (result Result, err error) {
 	if err := changes.fresh.SetDigest([2]uint64{}); err != nil {
 		return result, err
 	}
-	if err := d.publish(staging, changes); err != nil {
+	if err := errors.Join(d.publishCalls(calls), d.publish(staging, changes)); err != nil {
 		return result, err
 	}
-	result.left([]error{program.RemoveSpares(d.Paths())}) // they hold the old tables
+	result.left([]error{program.RemoveTree(d.Paths().Spares())}) // they hold the old tables
 	renewed := d.RenewFilters()
 	repairs, problems := d.ensureAll(records)
 	result.Did = append(result.Did, repairs...)
@@ -108,31 +110,27 @@ func (d *Loader) migrate(root *os.File) (result Result, err error) {
 
 // swapLookups swaps the sk_lookup program of every namespace that has one, on
 // record or not: one that stays would read maps that nobody writes any more.
-func (d *Loader) swapLookups(tables *bpfmap.Tables) (repairs []program.Repair, err error) {
-	entries, err := os.ReadDir(d.Paths().Lookups())
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("list lookup programs: %w", err)
+func (d *Loader) swapLookups(tables *bpfmap.Tables, calls string) (repairs []program.Repair, err error) {
+	cookies, err := program.LookupCookies(d.Paths())
+	if err != nil {
+		return nil, err
 	}
-	for _, entry := range entries {
-		cookie, err := strconv.ParseUint(entry.Name(), 10, 64)
-		if err != nil {
-			continue
-		}
-		if err := d.swapLookup(tables, cookie); err != nil {
+	for _, cookie := range cookies {
+		if err := d.swapLookup(tables, calls, cookie); err != nil {
 			return repairs, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
 		}
-		repairs = append(repairs, program.Repair{Kind: program.Updated, Object: program.LookupName + " of namespace " + entry.Name()})
+		repairs = append(repairs, program.Repair{Kind: program.Updated, Object: fmt.Sprintf("%s of namespace %d", program.LookupName, cookie)})
 	}
 	return repairs, nil
 }
 
-func (d *Loader) swapLookup(tables *bpfmap.Tables, cookie uint64) error {
+func (d *Loader) swapLookup(tables *bpfmap.Tables, calls string, cookie uint64) error {
 	pinned, err := link.LoadPinnedLink(d.Paths().Lookup(cookie), nil)
 	if err != nil {
 		return err
 	}
 	defer pinned.Close()
-	prog, err := program.NewLookup(tables, cookie)
+	prog, err := program.NewLookup(tables, calls, cookie)
 	if err != nil {
 		return err
 	}

@@ -8,33 +8,11 @@ import (
 	"io/fs"
 	"os"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
-	"github.com/weirmesh/weir/redirect/program/cell"
 	"github.com/weirmesh/weir/redirect/store"
-	"golang.org/x/sys/unix"
 )
-
-// NewLookup loads the sk_lookup program of one namespace. No BTF is loaded: it would
-// cost every workload memory and its ADD time.
-func NewLookup(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
-	if m.Preloaded != nil {
-		if prog := m.Preloaded(cookie); prog != nil {
-			return prog, nil
-		}
-	}
-	prog, cellFD, err := loadLookup(m)
-	if err != nil {
-		return nil, err
-	}
-	defer unix.Close(cellFD)
-	if err := cell.Fill(cellFD, cookie); err != nil {
-		return nil, errors.Join(err, prog.Close())
-	}
-	return prog, nil
-}
 
 // AttachLookup gives the namespace its sk_lookup program, unless the one that
 // is pinned is in force there. With renew, a program that is in force is
@@ -49,7 +27,7 @@ func AttachLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace, renew
 			if !renew {
 				return false, nil
 			}
-			err := renewLookup(m, pinned, ns.Cookie)
+			err := renewLookup(m, paths, pinned, ns.Cookie)
 			return err == nil, err
 		}
 		if err := os.Remove(pin); err != nil {
@@ -66,7 +44,7 @@ func AttachLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace, renew
 		return false, there.refusal(ns)
 	}
 	if there.Own != 0 {
-		if again, err := pinLookup(there.Own, pin, m, ns, renew); again || err != nil {
+		if again, err := pinLookup(there.Own, paths, m, ns, renew); again || err != nil {
 			return again, err
 		}
 	}
@@ -78,8 +56,8 @@ func AttachLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace, renew
 }
 
 // renewLookup replaces the program of a link.
-func renewLookup(m *bpfmap.Tables, pinned link.Link, cookie uint64) error {
-	prog, err := NewLookup(m, cookie)
+func renewLookup(m *bpfmap.Tables, paths store.Paths, pinned link.Link, cookie uint64) error {
+	prog, err := NewLookup(m, paths.Calls(), cookie)
 	if err != nil {
 		return err
 	}
@@ -92,10 +70,7 @@ func renewLookup(m *bpfmap.Tables, pinned link.Link, cookie uint64) error {
 
 // attachNewLookup attaches a program by a link of its own, and pins that.
 func attachNewLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace) error {
-	prog, err := takeSpare(paths, m, ns.Cookie), error(nil)
-	if prog == nil {
-		prog, err = NewLookup(m, ns.Cookie)
-	}
+	prog, err := NewLookup(m, paths.Calls(), ns.Cookie)
 	if err != nil {
 		return err
 	}

@@ -3,12 +3,9 @@
 package program
 
 import (
-	"bytes"
-	"crypto/sha1" //nolint:gosec // the kernel's choice, not ours
-	"crypto/sha256"
+	"bytes" //nolint:gosec // the kernel's choice, not ours
 	"debug/elf"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -16,15 +13,14 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/bpfmap/call"
-	"github.com/weirmesh/weir/redirect/program/cell"
 	"golang.org/x/sys/unix"
 )
 
-// This file brings one small program from the object into the kernel, for each
-// namespace anew. The library's way there, which the programs of the node take,
-// reads all types of the object and asks the kernel what it can: a tenth of an ADD.
+// This file brings a program into the kernel without the library's help, which reads all
+// types of an object and asks the kernel what it can: a tenth of an ADD.
 
 const (
 	insnSize    = 8
@@ -37,9 +33,8 @@ const (
 // lookupObject is the program of the object bpf/lookup.c, whose references to
 // tables are empty.
 type lookupObject struct {
-	code    []byte
-	license string
-	tables  []tableReference // in the order of the code
+	code   []byte
+	tables []tableReference // in the order of the code
 }
 
 type tableReference struct {
@@ -59,7 +54,7 @@ func readLookup() (*lookupObject, error) {
 		}
 		return data
 	}
-	o := &lookupObject{code: section("sk_lookup"), license: string(bytes.TrimRight(section("license"), "\x00"))}
+	o := &lookupObject{code: section("sk_lookup")}
 	relocations := section(".relsk_lookup")
 	if err != nil {
 		return nil, err
@@ -78,46 +73,24 @@ func readLookup() (*lookupObject, error) {
 		o.setTable(at, 0)
 		o.tables = append(o.tables, tableReference{symbols[symbol].Name, at})
 	}
-	if !slices.ContainsFunc(o.tables, tableReference.isCell) {
-		return nil, fmt.Errorf("the program does not refer to %s", cell.Name)
+	if !slices.ContainsFunc(o.tables, tableReference.isCallers) {
+		return nil, fmt.Errorf("the program does not refer to %s", callersTable)
 	}
 	return o, nil
 }
 
-func (r tableReference) isCell() bool { return r.name == cell.Name }
+func (r tableReference) isCallers() bool { return r.name == callersTable }
 
 func (o *lookupObject) setTable(at uint64, fd uint32) {
 	binary.LittleEndian.PutUint32(o.code[at+4:], fd)
 	binary.LittleEndian.PutUint32(o.code[at+insnSize+4:], 0)
 }
 
-// hasTag reports whether this is the kernel's sum of the program: SHA-1 of the
-// instructions without the tables, from Linux 6.18 on SHA-256.
-func (o *lookupObject) hasTag(tag [8]byte) bool {
-	former, sum := sha1.Sum(o.code), sha256.Sum256(o.code)
-	return bytes.Equal(tag[:], sum[:8]) || bytes.Equal(tag[:], former[:8])
-}
-
-// loadLookup loads the program over the tables of the node, with a cell of its own, in
-// which no cookie is yet.
-func loadLookup(m *bpfmap.Tables) (prog *ebpf.Program, cellFD int, err error) {
-	o, err := readLookup()
-	if err != nil {
-		return nil, -1, fmt.Errorf("read lookup program: %w", err)
-	}
-	if cellFD, err = cell.Create(); err != nil {
-		return nil, -1, err
-	}
-	if prog, err = o.load(m, cellFD); err != nil {
-		return nil, -1, errors.Join(err, unix.Close(cellFD))
-	}
-	return prog, cellFD, nil
-}
-
-func (o *lookupObject) load(m *bpfmap.Tables, cellFD int) (*ebpf.Program, error) {
+// load loads the program over the tables of the node. No BTF is loaded.
+func (o *lookupObject) load(m *bpfmap.Tables, callers int) (*ebpf.Program, error) {
 	for _, reference := range o.tables {
-		if reference.isCell() {
-			o.setTable(reference.at, uint32(cellFD))
+		if reference.isCallers() {
+			o.setTable(reference.at, uint32(callers))
 			continue
 		}
 		table, err := m.Table(reference.name)
@@ -126,7 +99,7 @@ func (o *lookupObject) load(m *bpfmap.Tables, cellFD int) (*ebpf.Program, error)
 		}
 		o.setTable(reference.at, uint32(table.FD()))
 	}
-	prog, err := loadCode(o.code, o.license)
+	prog, err := loadBytes(DeciderName, o.code)
 	if err != nil {
 		return nil, fmt.Errorf("load lookup program: %w", err)
 	}
@@ -146,15 +119,27 @@ type progLoad struct {
 	expectedAttach uint32
 }
 
-// loadCode loads the program. Where the kernel refuses it, the error ends with
+// loadCode is loadBytes for instructions.
+func loadCode(name string, code asm.Instructions) (*ebpf.Program, error) {
+	var encoded bytes.Buffer
+	if err := code.Marshal(&encoded, binary.LittleEndian); err != nil {
+		return nil, fmt.Errorf("encode program: %w", err)
+	}
+	return loadBytes(name, encoded.Bytes())
+}
+
+// license is that of all our programs; some helpers are for such a one alone.
+const license = "Dual MPL/GPL"
+
+// loadBytes loads a program of sk_lookup. Where the kernel refuses it, the error ends with
 // what the verifier says last.
-func loadCode(code []byte, license string) (*ebpf.Program, error) {
+func loadBytes(name string, code []byte) (*ebpf.Program, error) {
 	zeroed := append([]byte(license), 0)
 	load := progLoad{
 		kind: uint32(unix.BPF_PROG_TYPE_SK_LOOKUP), expectedAttach: uint32(unix.BPF_SK_LOOKUP), count: uint32(len(code) / insnSize),
 		code: unsafe.Pointer(&code[0]), license: unsafe.Pointer(&zeroed[0]),
 	}
-	copy(load.name[:], "weir_lookup")
+	copy(load.name[:], name)
 	fd, err := load.do()
 	if err == nil {
 		return ebpf.NewProgramFromFD(fd)

@@ -14,6 +14,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // namespaceLookups are the lookup programs of Weir that a namespace has, whoever
@@ -82,7 +83,8 @@ func RefuseOtherInstance(m *bpfmap.Tables, ns *host.Namespace) error {
 
 // pinLookup pins the link of a lookup program that runs without a pin. It reports
 // false where the link is on its way out.
-func pinLookup(id ebpf.ProgramID, pin string, m *bpfmap.Tables, ns *host.Namespace, renew bool) (done bool, err error) {
+func pinLookup(id ebpf.ProgramID, paths store.Paths, m *bpfmap.Tables, ns *host.Namespace, renew bool) (done bool, err error) {
+	pin := paths.Lookup(ns.Cookie)
 	err = EachLink(func(l link.Link, info *link.Info) error {
 		if done || info.Program != id || LookupInode(l) != ns.Inode {
 			return nil
@@ -93,7 +95,7 @@ func pinLookup(id ebpf.ProgramID, pin string, m *bpfmap.Tables, ns *host.Namespa
 		if done, err = PinAgain(pin, l); err != nil || !renew {
 			return err
 		}
-		prog, err := NewLookup(m, ns.Cookie)
+		prog, err := NewLookup(m, paths.Calls(), ns.Cookie)
 		if err != nil {
 			return err
 		}

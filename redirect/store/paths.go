@@ -61,8 +61,9 @@ func (p Paths) Links() string      { return filepath.Join(p.PinDir, "links") }
 func (p Paths) Family() string     { return filepath.Join(p.PinDir, "egress", "weir_family") }
 func (p Paths) Filters() string    { return filepath.Join(p.PinDir, "filters") }
 func (p Paths) Lookups() string    { return filepath.Join(p.PinDir, "lookups") }
-func (p Paths) Spares() string     { return filepath.Join(p.PinDir, "spares") }
-func (p Paths) Staging() string    { return p.PinDir + "_new" } // bpffs reserves names with dots
+func (p Paths) Calls() string      { return filepath.Join(p.PinDir, "calls") }
+func (p Paths) Spares() string     { return filepath.Join(p.PinDir, "spares") } // of v0.1.0
+func (p Paths) Staging() string    { return p.PinDir + "_new" }                 // bpffs reserves names with dots
 func (p Paths) Workloads() string  { return filepath.Join(p.StateDir, "workloads") }
 func (p Paths) Lock() string       { return filepath.Join(p.StateDir, "lock") }
 func (p Paths) EventsLock() string { return filepath.Join(p.StateDir, "events.lock") }

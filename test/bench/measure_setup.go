@@ -27,7 +27,6 @@ func (b *bench) setups() []measurement {
 			rows: []row{
 				{ID: "setup.add", Name: "set-up in process, wall", Unit: "ms", target: shareOf(0.12, nftables)},
 				{ID: "setup.cpu", Name: "set-up in process, CPU with children", Unit: "ms"},
-				{ID: "setup.alone", Name: "set-up in process, no program loaded ahead, wall", Unit: "ms", target: shareOf(0.35, nftables)},
 				{ID: "setup.remove", Name: "removal in process, wall", Unit: "ms"},
 			},
 			begin: b.load, end: b.unload, run: b.setupOnce,
@@ -64,36 +63,19 @@ func (b *bench) setupOnce(ctx context.Context, name string) (got figures, err er
 	runtime.GC()
 	if name == nftables {
 		wall, cpu, err := b.peer.Setup(engineConfig(s))
-		return figures{"setup.add": millis(wall), "setup.alone": millis(wall), "setup.cpu": millis(cpu)}, err
+		return figures{"setup.add": millis(wall), "setup.cpu": millis(cpu)}, err
 	}
 	if name == consul {
 		wall, cpu, err := spent(func() error { return installConsul(s) })
-		return figures{"setup.add": millis(wall), "setup.alone": millis(wall), "setup.cpu": millis(cpu)}, err
+		return figures{"setup.add": millis(wall), "setup.cpu": millis(cpu)}, err
 	}
 	add := func() error { return redirect.New(b.paths).Add(attachment(s)) }
-	if err := os.RemoveAll(b.paths.Spares()); err != nil {
-		return nil, err
-	}
-	alone, _, err := spent(add)
-	if err != nil {
-		return nil, err
-	}
-	if err := errors.Join(redirect.New(b.paths).Remove(key(s)), b.loadAhead()); err != nil {
-		return nil, err
-	}
-	runtime.GC()
 	wall, cpu, err := spent(add)
 	if err != nil {
 		return nil, err
 	}
 	remove, _, err := spent(func() error { return redirect.New(b.paths).Remove(key(s)) })
-	return figures{"setup.add": millis(wall), "setup.cpu": millis(cpu), "setup.alone": millis(alone), "setup.remove": millis(remove)}, err
-}
-
-// loadAhead does what a running agent does between two ADDs.
-func (b *bench) loadAhead() error {
-	_, err := redirect.New(b.paths).FillSpares()
-	return err
+	return figures{"setup.add": millis(wall), "setup.cpu": millis(cpu), "setup.remove": millis(remove)}, err
 }
 
 // spent is the time of f on the clock and on all CPUs.
@@ -130,9 +112,6 @@ func (b *bench) processOnce(ctx context.Context, name string) (got figures, err 
 	if name == inProcess {
 		wall, cpu, err := b.peer.Setup(engineConfig(s))
 		return figures{"process.add": millis(wall), "process.cpu": millis(cpu)}, err
-	}
-	if err := b.loadAhead(); err != nil {
-		return nil, err
 	}
 	program := map[string]string{weir: b.plugin, consul: b.engine, nftables: b.nftables}[name]
 	wall, cpu, err := b.call(ctx, program, "ADD", s)

@@ -66,7 +66,6 @@ type Env struct {
 // Datapath is what the commands need of redirect.Datapath.
 type Datapath interface {
 	Load() (loader.Result, error)
-	FillSpares() (filled int, err error)
 	Unload() (removed []program.Removal, err error)
 	Status() (inspect.Status, error)
 	Readiness() []health.Check

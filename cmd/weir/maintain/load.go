@@ -3,8 +3,6 @@
 package maintain
 
 import (
-	"fmt"
-
 	"github.com/weirmesh/weir/cmd/weir/base"
 	"github.com/weirmesh/weir/redirect/loader"
 )
@@ -28,9 +26,6 @@ func NewLoad(env base.Env) *base.Command {
 		result, err := c.Datapath().Load()
 		if err != nil {
 			return 1, err
-		}
-		if _, err := c.Datapath().FillSpares(); err != nil {
-			c.UI.Warn(fmt.Sprintf("each ADD loads its own program: %v", err))
 		}
 		if c.JSON {
 			return 0, c.PrintJSON(loadReport{Schema: base.Schema, Result: result})

@@ -49,6 +49,22 @@ func OpenPin(path string, flags uint32) (fd int, err error) {
 	return fd, nil
 }
 
+// ValueAt is the number in the cell of a table whose keys and values have 4 bytes: of a table
+// of programs it is the program's ID.
+func ValueAt(fd int, key uint32) (value uint32, err error) {
+	var pinner runtime.Pinner
+	defer pinner.Unpin()
+	pinner.Pin(&key)
+	pinner.Pin(&value)
+	lookup := struct {
+		fd, _      uint32
+		key, value unsafe.Pointer
+		flags      uint64
+	}{fd: uint32(fd), key: unsafe.Pointer(&key), value: unsafe.Pointer(&value)}
+	_, err = BPF(unix.BPF_MAP_LOOKUP_ELEM, &lookup)
+	return value, err
+}
+
 // OpenID opens a program or a map by its ID.
 func OpenID(command uintptr, id uint32) (fd int, err error) {
 	get := struct{ id, next, flags uint32 }{id: id}

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MPL-2.0
+
+package program
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
+	"github.com/weirmesh/weir/redirect/bpfmap"
+	"github.com/weirmesh/weir/redirect/bpfmap/call"
+	"github.com/weirmesh/weir/redirect/store"
+	"golang.org/x/sys/unix"
+)
+
+// The sk_lookup program that decides is loaded once for the node. sk_lookup cannot ask for
+// the namespace's cookie, so each namespace has a program of a dozen instructions that
+// knows it, notes it and makes a tail call.
+
+// What the namespaces' programs share, pinned under these names.
+const (
+	callsTable   = "lookup_calls"   // a table of programs: the node's lookup program is the only one
+	callersTable = "lookup_callers" // of bpf/lookup.c: who calls it on a processor now
+)
+
+// DeciderName is the name of the program that is called.
+const DeciderName = "weir_decide"
+
+// CallNames are the names of their pins.
+func CallNames() []string { return []string{callersTable, callsTable} }
+
+// calls are their open descriptors. The kernel empties a table of programs with its last pin
+// and descriptor, whoever calls by it.
+type calls struct{ callers, programs int }
+
+// openCalls returns fs.ErrNotExist where one is not pinned.
+func openCalls(dir string) (c calls, err error) {
+	if c.callers, err = call.OpenPin(filepath.Join(dir, callersTable), 0); err != nil {
+		return c, err
+	}
+	if c.programs, err = call.OpenPin(filepath.Join(dir, callsTable), 0); err != nil {
+		return c, errors.Join(err, unix.Close(c.callers))
+	}
+	return c, nil
+}
+
+func (c calls) close() error { return errors.Join(unix.Close(c.callers), unix.Close(c.programs)) }
+
+// MakeCalls loads the node's lookup program and pins in dir what leads to it, in the place of what
+// was there: a namespace that calls by that has to be given a new program. The caller holds
+// the lock.
+func MakeCalls(m *bpfmap.Tables, dir string) (err error) {
+	callers, err := ebpf.NewMap(&ebpf.MapSpec{Name: callersTable, Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 16, MaxEntries: 1})
+	if err != nil {
+		return fmt.Errorf("create map %s: %w", callersTable, err)
+	}
+	defer callers.Close()
+	programs, err := ebpf.NewMap(&ebpf.MapSpec{Name: callsTable, Type: ebpf.ProgramArray, KeySize: 4, ValueSize: 4, MaxEntries: 1})
+	if err != nil {
+		return fmt.Errorf("create map %s: %w", callsTable, err)
+	}
+	defer programs.Close()
+	if err := setDecider(m, callers, programs); err != nil {
+		return err
+	}
+	if err := RemoveTree(dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("create pin directory: %w", err)
+	}
+	if err := errors.Join(callers.Pin(filepath.Join(dir, callersTable)), programs.Pin(filepath.Join(dir, callsTable))); err != nil {
+		return fmt.Errorf("pin what leads to the lookup program: %w", err)
+	}
+	return nil
+}
+
+// RenewCalls puts this binary's lookup program in the place of the one that is called, for
+// all namespaces at once. The caller holds the lock.
+func RenewCalls(m *bpfmap.Tables, dir string) error {
+	callers, err := ebpf.LoadPinnedMap(filepath.Join(dir, callersTable), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return MakeCalls(m, dir)
+	}
+	if err != nil {
+		return fmt.Errorf("open map %s: %w", callersTable, err)
+	}
+	defer callers.Close()
+	programs, err := ebpf.LoadPinnedMap(filepath.Join(dir, callsTable), nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return MakeCalls(m, dir)
+	}
+	if err != nil {
+		return fmt.Errorf("open map %s: %w", callsTable, err)
+	}
+	defer programs.Close()
+	return setDecider(m, callers, programs)
+}
+
+// setDecider loads the lookup program and has it called.
+func setDecider(m *bpfmap.Tables, callers, programs *ebpf.Map) error {
+	o, err := readLookup()
+	if err != nil {
+		return fmt.Errorf("read lookup program: %w", err)
+	}
+	prog, err := o.load(m, callers.FD())
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	if err := programs.Update(uint32(0), uint32(prog.FD()), ebpf.UpdateAny); err != nil {
+		return fmt.Errorf("write map %s: %w", callsTable, err)
+	}
+	return nil
+}
+
+// NewLookup loads the sk_lookup program of one namespace. dir is where what it calls by is
+// pinned.
+func NewLookup(m *bpfmap.Tables, dir string, cookie uint64) (*ebpf.Program, error) {
+	var c calls
+	err := m.Alone(func() (err error) { // workloads are completed on all processors
+		c, err = openOrMakeCalls(m, dir)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	prog, err := c.load(m, cookie)
+	return prog, errors.Join(err, c.close())
+}
+
+// openOrMakeCalls is for a node that an older version loaded, which knows of no calls, or
+// whose tables it replaced.
+func openOrMakeCalls(m *bpfmap.Tables, dir string) (calls, error) {
+	c, err := openCalls(dir)
+	if err == nil && c.decideBy(m) {
+		return c, nil
+	}
+	if err == nil {
+		err = errors.Join(c.close(), fs.ErrNotExist)
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return c, err
+	}
+	if err := MakeCalls(m, dir); err != nil {
+		return c, err
+	}
+	return openCalls(dir)
+}
+
+// decideBy reports whether the program that is called reads these tables.
+func (c calls) decideBy(m *bpfmap.Tables) bool {
+	id, err := call.ValueAt(c.programs, 0)
+	if err != nil {
+		return false
+	}
+	prog, err := DescribeProgram(ebpf.ProgramID(id))
+	if err != nil {
+		return false
+	}
+	workloads, err := m.ID("workloads")
+	return err == nil && slices.Contains(prog.Maps, workloads)
+}
+
+// load loads a program that notes its run and the cookie, and makes the call. It refuses
+// where nothing is called. Two tables it refers to only for who asks whose program it is.
+func (c calls) load(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
+	workloads, err := m.Table("workloads")
+	if err != nil {
+		return nil, err
+	}
+	control, err := m.Table("control")
+	if err != nil {
+		return nil, err
+	}
+	const key, refuse = -4, "refuse"
+	prog, err := loadCode(LookupName, asm.Instructions{
+		asm.Mov.Reg(asm.R6, asm.R1), // the context
+		asm.LoadMapPtr(asm.R1, workloads.FD()),
+		asm.LoadMapPtr(asm.R1, control.FD()),
+		asm.StoreImm(asm.RFP, key, 0, asm.Word),
+		asm.LoadMapPtr(asm.R1, c.callers),
+		asm.Mov.Reg(asm.R2, asm.RFP),
+		asm.Add.Imm(asm.R2, key),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, refuse),
+		asm.StoreMem(asm.R0, 0, asm.R6, asm.DWord),
+		asm.LoadImm(asm.R1, int64(cookie), asm.DWord),
+		asm.StoreMem(asm.R0, 8, asm.R1, asm.DWord),
+		asm.Mov.Reg(asm.R1, asm.R6),
+		asm.LoadMapPtr(asm.R2, c.programs),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.FnTailCall.Call(),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol(refuse), // SK_DROP
+		asm.Return(),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("load lookup program: %w", err)
+	}
+	return prog, nil
+}
+
+// LostCalls are the cookies of the namespaces that call by what is not pinned any more, so
+// that all of theirs is refused. On a node of an older version nobody calls.
+func LostCalls(paths store.Paths) (cookies []uint64, err error) {
+	lost := false
+	for _, name := range CallNames() {
+		_, err := os.Lstat(filepath.Join(paths.Calls(), name))
+		lost = lost || errors.Is(err, fs.ErrNotExist)
+	}
+	if !lost {
+		return nil, nil
+	}
+	all, err := LookupCookies(paths)
+	if err != nil {
+		return nil, err
+	}
+	for _, cookie := range all {
+		pinned, err := link.LoadPinnedLink(paths.Lookup(cookie), nil)
+		if err != nil {
+			continue // it went meanwhile
+		}
+		info, err := pinned.Info()
+		pinned.Close()
+		if err != nil {
+			continue
+		}
+		prog, err := DescribeProgram(info.Program)
+		if err == nil && callsDecider(prog) {
+			cookies = append(cookies, cookie)
+		}
+	}
+	return cookies, nil
+}
+
+// LookupCookies are those of the namespaces that have a program pinned.
+func LookupCookies(paths store.Paths) (cookies []uint64, err error) {
+	entries, err := os.ReadDir(paths.Lookups())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("list lookup programs: %w", err)
+	}
+	for _, entry := range entries {
+		if cookie, err := strconv.ParseUint(entry.Name(), 10, 64); err == nil {
+			cookies = append(cookies, cookie)
+		}
+	}
+	return cookies, nil
+}
+
+// callsDecider reports whether the program of a namespace calls the node's, and is not one
+// of an older version that decides itself.
+func callsDecider(prog AttachedProgram) bool {
+	return slices.ContainsFunc(prog.Maps, func(id ebpf.MapID) bool {
+		name, err := mapName(id)
+		return err == nil && name == callsTable
+	})
+}
