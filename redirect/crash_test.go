@@ -308,6 +308,11 @@ func TestKilledLoad(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
+		{"after the lookup program was lost", func(t *testing.T, n *node) {
+			if err := os.RemoveAll(n.Paths().Calls()); err != nil {
+				t.Fatal(err)
+			}
+		}},
 		{"of another layout", func(t *testing.T, n *node) {
 			editControl(t, n.Datapath, func(row *bpfmap.BpfControl) { row.Layout = bpfmap.Layout + 1 })
 		}},

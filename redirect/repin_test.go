@@ -32,6 +32,38 @@ func TestMapNamesAreThoseOfTheObject(t *testing.T) {
 	}
 }
 
+// A kernel that is told to compile programs lets none that it compiled call one that it
+// interprets. All of them are loaded anew then.
+func TestCompilerIsSwitchedOn(t *testing.T) {
+	const key = "/proc/sys/net/core/bpf_jit_enable"
+	set := func(value string) error { return os.WriteFile(key, []byte(value), 0o644) }
+	if err := set("0"); err != nil {
+		t.Logf("this kernel always compiles: %v", err)
+		return
+	}
+	defer func() {
+		if err := set("1"); err != nil {
+			t.Error(err)
+		}
+	}()
+	n := newNode(t)
+	a, b := n.newAlloc(), n.newAlloc()
+	a.add()
+	a.startProxy()
+	a.works()
+	b.startProxy()
+	for _, value := range []string{"1", "0"} {
+		if err := set(value); err != nil {
+			t.Fatal(err)
+		}
+		b.add()
+		b.works()
+		a.works()
+		healthy(t, n.Datapath)
+		b.remove()
+	}
+}
+
 // The lookup program goes with the pins that lead to it: what it would judge is refused, the
 // status says so, and the next look at the node makes it anew.
 func TestRepairMakesTheLookupProgramAnew(t *testing.T) {

@@ -38,17 +38,13 @@ func (d *Loader) publishCalls(calls string) error {
 // with which it is gone, and gives each namespace that called by it a new program. On a node
 // that an older version loaded nobody does, and the next ADD makes it.
 func (d *Loader) restoreCalls(tables *bpfmap.Tables) (repairs []program.Repair, err error) {
-	cookies, err := program.LostCalls(d.Paths())
-	if err != nil || len(cookies) == 0 {
+	lost, err := program.LostCalls(d.Paths())
+	if err != nil || len(lost) == 0 {
 		return nil, err
 	}
-	if err := program.MakeCalls(tables, d.Paths().Calls()); err != nil {
+	cookies, err := program.RemakeCalls(tables, d.Paths())
+	if err != nil {
 		return nil, err
-	}
-	for _, cookie := range cookies {
-		if err := d.swapLookup(tables, d.Paths().Calls(), cookie); err != nil {
-			return repairs, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
-		}
 	}
 	return []program.Repair{{Kind: program.PinPutBack, Object: fmt.Sprintf("%s, which the programs of %d namespaces call", program.DeciderName, len(cookies))}}, nil
 }

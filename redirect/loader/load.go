@@ -230,7 +230,7 @@ func (d *Loader) upgrade(pinned *bpfmap.Tables, root *os.File, renew bool) (resu
 	if !renew {
 		return result, nil
 	}
-	if err := program.RenewCalls(pinned, d.Paths().Calls()); err != nil {
+	if err := program.RenewCalls(pinned, d.Paths()); err != nil {
 		return result, err
 	}
 	repairs, problems := d.renewLookups(pinned)

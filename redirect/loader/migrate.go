@@ -10,14 +10,12 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/probe"
 	"github.com/weirmesh/weir/redirect/program"
 	"github.com/weirmesh/weir/redirect/store"
-	"golang.org/x/sys/unix"
 )
 
 // A node whose maps have another layout is brought to this binary's, older or
@@ -116,30 +114,12 @@ func (d *Loader) swapLookups(tables *bpfmap.Tables, calls string) (repairs []pro
 		return nil, err
 	}
 	for _, cookie := range cookies {
-		if err := d.swapLookup(tables, calls, cookie); err != nil {
+		if err := program.SwapLookup(tables, calls, d.Paths().Lookup(cookie), cookie); err != nil {
 			return repairs, fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
 		}
 		repairs = append(repairs, program.Repair{Kind: program.Updated, Object: fmt.Sprintf("%s of namespace %d", program.LookupName, cookie)})
 	}
 	return repairs, nil
-}
-
-func (d *Loader) swapLookup(tables *bpfmap.Tables, calls string, cookie uint64) error {
-	pinned, err := link.LoadPinnedLink(d.Paths().Lookup(cookie), nil)
-	if err != nil {
-		return err
-	}
-	defer pinned.Close()
-	prog, err := program.NewLookup(tables, calls, cookie)
-	if err != nil {
-		return err
-	}
-	defer prog.Close()
-	// ENOLINK: its namespace is gone, or somebody detached it; see ensure.
-	if err := pinned.Update(prog); err != nil && !errors.Is(err, unix.ENOLINK) {
-		return err
-	}
-	return nil
 }
 
 // publish puts the pins of the new maps in the place of the old ones, the one

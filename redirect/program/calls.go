@@ -53,10 +53,45 @@ func openCalls(dir string) (c calls, err error) {
 
 func (c calls) close() error { return errors.Join(unix.Close(c.callers), unix.Close(c.programs)) }
 
-// MakeCalls loads the node's lookup program and pins in dir what leads to it, in the place of what
-// was there: a namespace that calls by that has to be given a new program. The caller holds
-// the lock.
-func MakeCalls(m *bpfmap.Tables, dir string) (err error) {
+// MakeCalls loads the node's lookup program and pins in dir what leads to it. No namespace
+// calls by what is pinned there. The caller holds the lock.
+func MakeCalls(m *bpfmap.Tables, dir string) error {
+	return makeCalls(m, dir, func(calls) error { return nil })
+}
+
+// RemakeCalls is MakeCalls where programs of namespaces call by what was pinned: each is
+// given a new one. The pins come last, so that a process that dies before leaves a node that
+// lacks them, see LostCalls.
+func RemakeCalls(m *bpfmap.Tables, paths store.Paths) (cookies []uint64, err error) {
+	err = makeCalls(m, paths.Calls(), func(c calls) error {
+		if cookies, err = callersOf(paths); err != nil {
+			return err
+		}
+		for _, cookie := range cookies {
+			if err := c.swap(m, paths.Lookup(cookie), cookie); err != nil {
+				return fmt.Errorf("swap lookup program of namespace %d: %w", cookie, err)
+			}
+		}
+		return nil
+	})
+	return cookies, err
+}
+
+// RenewCalls puts this binary's lookup program in the place of the one that is called, for
+// all namespaces at once. The caller holds the lock.
+func RenewCalls(m *bpfmap.Tables, paths store.Paths) error {
+	c, err := openCalls(paths.Calls())
+	if err == nil {
+		err = errors.Join(c.setDecider(m), c.close())
+	}
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) { // see newLookup
+		_, err = RemakeCalls(m, paths)
+	}
+	return err
+}
+
+// makeCalls has before called with what leads to the lookup program, and pins it then.
+func makeCalls(m *bpfmap.Tables, dir string, before func(calls) error) error {
 	callers, err := ebpf.NewMap(&ebpf.MapSpec{Name: callersTable, Type: ebpf.PerCPUArray, KeySize: 4, ValueSize: 16, MaxEntries: 1})
 	if err != nil {
 		return fmt.Errorf("create map %s: %w", callersTable, err)
@@ -67,10 +102,20 @@ func MakeCalls(m *bpfmap.Tables, dir string) (err error) {
 		return fmt.Errorf("create map %s: %w", callsTable, err)
 	}
 	defer programs.Close()
-	if err := setDecider(m, callers, programs); err != nil {
+	c := calls{callers: callers.FD(), programs: programs.FD()}
+	if err := c.setDecider(m); err != nil {
 		return err
 	}
-	if err := RemoveTree(dir); err != nil {
+	// Who calls by what is pinned now is closed from its removal on: not before it is known
+	// that the kernel takes the others.
+	trial, err := c.load(m, 0)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(trial.Close(), RemoveTree(dir)); err != nil {
+		return err
+	}
+	if err := before(c); err != nil {
 		return err
 	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -82,82 +127,83 @@ func MakeCalls(m *bpfmap.Tables, dir string) (err error) {
 	return nil
 }
 
-// RenewCalls puts this binary's lookup program in the place of the one that is called, for
-// all namespaces at once. The caller holds the lock.
-func RenewCalls(m *bpfmap.Tables, dir string) error {
-	callers, err := ebpf.LoadPinnedMap(filepath.Join(dir, callersTable), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return MakeCalls(m, dir)
-	}
-	if err != nil {
-		return fmt.Errorf("open map %s: %w", callersTable, err)
-	}
-	defer callers.Close()
-	programs, err := ebpf.LoadPinnedMap(filepath.Join(dir, callsTable), nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return MakeCalls(m, dir)
-	}
-	if err != nil {
-		return fmt.Errorf("open map %s: %w", callsTable, err)
-	}
-	defer programs.Close()
-	return setDecider(m, callers, programs)
-}
-
 // setDecider loads the lookup program and has it called.
-func setDecider(m *bpfmap.Tables, callers, programs *ebpf.Map) error {
+func (c calls) setDecider(m *bpfmap.Tables) error {
 	o, err := readLookup()
 	if err != nil {
 		return fmt.Errorf("read lookup program: %w", err)
 	}
-	prog, err := o.load(m, callers.FD())
+	prog, err := o.load(m, c.callers)
 	if err != nil {
 		return err
 	}
 	defer prog.Close()
-	if err := programs.Update(uint32(0), uint32(prog.FD()), ebpf.UpdateAny); err != nil {
+	if err := call.PutNumber(c.programs, 0, uint32(prog.FD())); err != nil {
 		return fmt.Errorf("write map %s: %w", callsTable, err)
 	}
 	return nil
 }
 
-// NewLookup loads the sk_lookup program of one namespace. dir is where what it calls by is
-// pinned.
-func NewLookup(m *bpfmap.Tables, dir string, cookie uint64) (*ebpf.Program, error) {
-	var c calls
-	err := m.Alone(func() (err error) { // workloads are completed on all processors
-		c, err = openOrMakeCalls(m, dir)
+// SwapLookup replaces the program of a pinned link by one that calls by what is pinned in
+// dir.
+func SwapLookup(m *bpfmap.Tables, dir, pin string, cookie uint64) error {
+	c, err := openCalls(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(c.swap(m, pin, cookie), c.close())
+}
+
+func (c calls) swap(m *bpfmap.Tables, pin string, cookie uint64) error {
+	pinned, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return err
+	}
+	defer pinned.Close()
+	prog, err := c.load(m, cookie)
+	if err != nil {
+		return err
+	}
+	defer prog.Close()
+	// ENOLINK: its namespace is gone, or somebody detached it; see ensure.
+	if err := pinned.Update(prog); err != nil && !errors.Is(err, unix.ENOLINK) {
+		return err
+	}
+	return nil
+}
+
+// newLookup loads the sk_lookup program of one namespace. What it calls by is made anew
+// where it is not there, as on a node that an older version loaded, or where that version
+// made other tables; and where the kernel refuses the call, because it interprets programs
+// now and did not before, or compiles them: net.core.bpf_jit_enable.
+func newLookup(m *bpfmap.Tables, paths store.Paths, cookie uint64) (prog *ebpf.Program, err error) {
+	err = m.Alone(func() error { // workloads are completed on all processors
+		if prog, err = loadLookup(m, paths, cookie); err == nil || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
+			return err
+		}
+		if _, err = RemakeCalls(m, paths); err == nil {
+			prog, err = loadLookup(m, paths, cookie)
+		}
 		return err
 	})
+	return prog, err
+}
+
+func loadLookup(m *bpfmap.Tables, paths store.Paths, cookie uint64) (*ebpf.Program, error) {
+	c, err := openCalls(paths.Calls())
 	if err != nil {
 		return nil, err
+	}
+	if !c.decideBy(m) {
+		return nil, errors.Join(c.close(), fs.ErrNotExist)
 	}
 	prog, err := c.load(m, cookie)
 	return prog, errors.Join(err, c.close())
 }
 
-// openOrMakeCalls is for a node that an older version loaded, which knows of no calls, or
-// whose tables it replaced.
-func openOrMakeCalls(m *bpfmap.Tables, dir string) (calls, error) {
-	c, err := openCalls(dir)
-	if err == nil && c.decideBy(m) {
-		return c, nil
-	}
-	if err == nil {
-		err = errors.Join(c.close(), fs.ErrNotExist)
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		return c, err
-	}
-	if err := MakeCalls(m, dir); err != nil {
-		return c, err
-	}
-	return openCalls(dir)
-}
-
 // decideBy reports whether the program that is called reads these tables.
 func (c calls) decideBy(m *bpfmap.Tables) bool {
-	id, err := call.ValueAt(c.programs, 0)
+	id, err := call.Number(c.programs, 0)
 	if err != nil {
 		return false
 	}
@@ -218,6 +264,11 @@ func LostCalls(paths store.Paths) (cookies []uint64, err error) {
 	if !lost {
 		return nil, nil
 	}
+	return callersOf(paths)
+}
+
+// callersOf are the cookies of the namespaces whose program makes the call.
+func callersOf(paths store.Paths) (cookies []uint64, err error) {
 	all, err := LookupCookies(paths)
 	if err != nil {
 		return nil, err

@@ -57,7 +57,7 @@ func AttachLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace, renew
 
 // renewLookup replaces the program of a link.
 func renewLookup(m *bpfmap.Tables, paths store.Paths, pinned link.Link, cookie uint64) error {
-	prog, err := NewLookup(m, paths.Calls(), cookie)
+	prog, err := newLookup(m, paths, cookie)
 	if err != nil {
 		return err
 	}
@@ -70,7 +70,7 @@ func renewLookup(m *bpfmap.Tables, paths store.Paths, pinned link.Link, cookie u
 
 // attachNewLookup attaches a program by a link of its own, and pins that.
 func attachNewLookup(m *bpfmap.Tables, paths store.Paths, ns *host.Namespace) error {
-	prog, err := NewLookup(m, paths.Calls(), ns.Cookie)
+	prog, err := newLookup(m, paths, ns.Cookie)
 	if err != nil {
 		return err
 	}

@@ -95,7 +95,7 @@ func pinLookup(id ebpf.ProgramID, paths store.Paths, m *bpfmap.Tables, ns *host.
 		if done, err = PinAgain(pin, l); err != nil || !renew {
 			return err
 		}
-		prog, err := NewLookup(m, paths.Calls(), ns.Cookie)
+		prog, err := newLookup(m, paths, ns.Cookie)
 		if err != nil {
 			return err
 		}

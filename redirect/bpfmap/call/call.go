@@ -49,20 +49,30 @@ func OpenPin(path string, flags uint32) (fd int, err error) {
 	return fd, nil
 }
 
-// ValueAt is the number in the cell of a table whose keys and values have 4 bytes: of a table
+// Number is the number in the cell of a table whose keys and values have 4 bytes: of a table
 // of programs it is the program's ID.
-func ValueAt(fd int, key uint32) (value uint32, err error) {
+func Number(fd int, key uint32) (value uint32, err error) {
+	err = element(unix.BPF_MAP_LOOKUP_ELEM, fd, &key, &value)
+	return value, err
+}
+
+// PutNumber writes it; of a table of programs it is a descriptor.
+func PutNumber(fd int, key, value uint32) error {
+	return element(unix.BPF_MAP_UPDATE_ELEM, fd, &key, &value)
+}
+
+func element(command uintptr, fd int, key, value *uint32) error {
 	var pinner runtime.Pinner
 	defer pinner.Unpin()
-	pinner.Pin(&key)
-	pinner.Pin(&value)
-	lookup := struct {
+	pinner.Pin(key)
+	pinner.Pin(value)
+	access := struct {
 		fd, _      uint32
 		key, value unsafe.Pointer
 		flags      uint64
-	}{fd: uint32(fd), key: unsafe.Pointer(&key), value: unsafe.Pointer(&value)}
-	_, err = BPF(unix.BPF_MAP_LOOKUP_ELEM, &lookup)
-	return value, err
+	}{fd: uint32(fd), key: unsafe.Pointer(key), value: unsafe.Pointer(value)}
+	_, err := BPF(command, &access)
+	return err
 }
 
 // OpenID opens a program or a map by its ID.
