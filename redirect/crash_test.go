@@ -180,6 +180,9 @@ func (k *killer) outcome(t *testing.T, key workload.AttachmentID) string {
 	case !errors.Is(err, store.ErrUnknown):
 		t.Fatal(err)
 	}
+	if calls, err := os.ReadDir(k.node.Paths().Calls()); err == nil {
+		text += fmt.Sprintf(", %d pins of the lookup program", len(calls))
+	}
 	if _, err := os.Stat(k.node.Paths().Staging()); err == nil {
 		text += ", unfinished load"
 	}

@@ -137,7 +137,7 @@ func TestReadinessOfTheKernel(t *testing.T) {
 		{"no BTF", "sys/kernel/btf/vmlinux", "", "kernel-btf", health.ResultFault, "has no BTF"},
 		{"locked down", "sys/kernel/security/lockdown", "none integrity [confidentiality]\n", "kernel-lockdown", health.ResultOK, "for confidentiality"},
 		{"no lockdown", "sys/kernel/security/lockdown", "", "kernel-lockdown", health.ResultOK, "not locked down"},
-		{"an interpreter", "proc/sys/net/core/bpf_jit_enable", "0\n", "bpf-jit", health.ResultWarning, "interpreted"},
+		{"an interpreter", "proc/sys/net/core/bpf_jit_enable", "0\n", "bpf-jit", health.ResultFault, "does not compile"},
 		{"always compiled", "proc/sys/net/core/bpf_jit_enable", "", "bpf-jit", health.ResultOK, "always"},
 		{"no forwarding", "proc/sys/net/ipv4/ip_forward", "0\n", "ip-forward", health.ResultWarning, `"0"`},
 		{"bpf for all", "proc/sys/kernel/unprivileged_bpf_disabled", "0\n", "unprivileged-bpf", health.ResultOK, "is 0"},

@@ -51,8 +51,8 @@ func KernelReadiness(root string) []health.Check {
 	}
 	switch jit := value("net/core/bpf_jit_enable"); jit {
 	case "0":
-		c.Warn("bpf-jit", "'sysctl -w net.core.bpf_jit_enable=1', and the same in /etc/sysctl.d",
-			"net.core.bpf_jit_enable is 0: programs are interpreted, which costs several times the time for each connection")
+		c.Fault("bpf-jit", "'sysctl -w net.core.bpf_jit_enable=1', and the same in /etc/sysctl.d",
+			"net.core.bpf_jit_enable is 0: the kernel does not compile programs, and takes none of Weir's so")
 	case "":
 		c.OK("bpf-jit", "the kernel always compiles programs, it has no net.core.bpf_jit_enable")
 	default:

@@ -3,6 +3,7 @@
 package program
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -16,6 +17,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/bpfmap/call"
+	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"github.com/weirmesh/weir/redirect/store"
 	"golang.org/x/sys/unix"
 )
@@ -84,7 +86,7 @@ func RenewCalls(m *bpfmap.Tables, paths store.Paths) error {
 	if err == nil {
 		err = errors.Join(c.setDecider(m), c.close())
 	}
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) { // see newLookup
+	if errors.Is(err, fs.ErrNotExist) {
 		_, err = RemakeCalls(m, paths)
 	}
 	return err
@@ -127,8 +129,24 @@ func makeCalls(m *bpfmap.Tables, dir string, before func(calls) error) error {
 	return nil
 }
 
+// errInterpreted: the kernel would not compile a program that is loaded now. It refuses an
+// interpreted program that calls a compiled one, and crashed (6.12, 7.2) where both were
+// interpreted.
+var errInterpreted = errors.New("the kernel does not compile programs: set net.core.bpf_jit_enable to 1")
+
+// interpreted returns errInterpreted where that is so. A kernel without the key compiles all.
+func interpreted() error {
+	if value, err := sysctl.Shared().Read("net", "core", "bpf_jit_enable"); err == nil && value == "0" {
+		return errInterpreted
+	}
+	return nil
+}
+
 // setDecider loads the lookup program and has it called.
 func (c calls) setDecider(m *bpfmap.Tables) error {
+	if err := interpreted(); err != nil {
+		return fmt.Errorf("load lookup program: %w", err)
+	}
 	o, err := readLookup()
 	if err != nil {
 		return fmt.Errorf("read lookup program: %w", err)
@@ -174,11 +192,10 @@ func (c calls) swap(m *bpfmap.Tables, pin string, cookie uint64) error {
 
 // newLookup loads the sk_lookup program of one namespace. What it calls by is made anew
 // where it is not there, as on a node that an older version loaded, or where that version
-// made other tables; and where the kernel refuses the call, because it interprets programs
-// now and did not before, or compiles them: net.core.bpf_jit_enable.
+// made other tables.
 func newLookup(m *bpfmap.Tables, paths store.Paths, cookie uint64) (prog *ebpf.Program, err error) {
 	err = m.Alone(func() error { // workloads are completed on all processors
-		if prog, err = loadLookup(m, paths, cookie); err == nil || !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
+		if prog, err = loadLookup(m, paths, cookie); !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 		if _, err = RemakeCalls(m, paths); err == nil {
@@ -247,6 +264,9 @@ func (c calls) load(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
 		asm.Mov.Imm(asm.R0, 0).WithSymbol(refuse), // SK_DROP
 		asm.Return(),
 	})
+	if errors.Is(err, unix.EINVAL) {
+		err = cmp.Or(interpreted(), err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("load lookup program: %w", err)
 	}
