@@ -66,6 +66,11 @@ func (d *Loader) reclaim(root *os.File) (repairs []program.Repair, err error) {
 	if err != nil {
 		return repairs, err
 	}
+	calls, err := program.PinCalls(d.Paths())
+	repairs = append(repairs, calls...)
+	if err != nil {
+		return repairs, err
+	}
 	filters, err := filter.PinFilters(d.Paths(), own)
 	return append(repairs, filters...), err
 }

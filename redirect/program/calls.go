@@ -273,16 +273,48 @@ func (c calls) load(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
 	return prog, nil
 }
 
-// LostCalls are the cookies of the namespaces that call by what is not pinned any more, so
-// that all of theirs is refused. On a node of an older version nobody calls.
-func LostCalls(paths store.Paths) (cookies []uint64, err error) {
-	lost := false
-	for _, name := range CallNames() {
-		_, err := os.Lstat(filepath.Join(paths.Calls(), name))
-		lost = lost || errors.Is(err, fs.ErrNotExist)
+// PinCalls pins again what the namespaces call by, where another bpffs hides its pins.
+func PinCalls(paths store.Paths) (repairs []Repair, err error) {
+	cookies, err := callersOf(paths)
+	if err != nil || len(cookies) == 0 {
+		return nil, err
 	}
-	if !lost {
-		return nil, nil
+	prog, err := describePinned(paths.Lookup(cookies[0]))
+	if err != nil {
+		return nil, nil // it went meanwhile
+	}
+	for _, id := range prog.Maps {
+		name, err := mapName(id)
+		if err != nil || !slices.Contains(CallNames(), name) {
+			continue
+		}
+		table, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			continue
+		}
+		pinned, err := PinAgain(filepath.Join(paths.Calls(), name), table)
+		table.Close()
+		if err != nil {
+			return repairs, err
+		}
+		if pinned {
+			repairs = append(repairs, Repair{Kind: PinPutBack, Object: "map " + name})
+		}
+	}
+	return repairs, nil
+}
+
+// LostCalls are the cookies of the namespaces that call by what is not pinned any more, or
+// where nothing is called, so that all of theirs is refused. On a node of an older version
+// nobody calls.
+func LostCalls(paths store.Paths) (cookies []uint64, err error) {
+	c, err := openCalls(paths.Calls())
+	if err == nil {
+		_, called := call.Number(c.programs, 0)
+		err = errors.Join(called, c.close())
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
 	}
 	return callersOf(paths)
 }
@@ -294,21 +326,26 @@ func callersOf(paths store.Paths) (cookies []uint64, err error) {
 		return nil, err
 	}
 	for _, cookie := range all {
-		pinned, err := link.LoadPinnedLink(paths.Lookup(cookie), nil)
-		if err != nil {
-			continue // it went meanwhile
-		}
-		info, err := pinned.Info()
-		pinned.Close()
-		if err != nil {
-			continue
-		}
-		prog, err := DescribeProgram(info.Program)
+		prog, err := describePinned(paths.Lookup(cookie)) // it may go meanwhile
 		if err == nil && callsDecider(prog) {
 			cookies = append(cookies, cookie)
 		}
 	}
 	return cookies, nil
+}
+
+// describePinned describes the program of a pinned link.
+func describePinned(pin string) (prog AttachedProgram, err error) {
+	pinned, err := link.LoadPinnedLink(pin, nil)
+	if err != nil {
+		return prog, err
+	}
+	defer pinned.Close()
+	info, err := pinned.Info()
+	if err != nil {
+		return prog, err
+	}
+	return DescribeProgram(info.Program)
 }
 
 // LookupCookies are those of the namespaces that have a program pinned.
