@@ -10,7 +10,6 @@ import (
 	"slices"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/link"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
 )
@@ -41,32 +40,14 @@ func (d *Loader) repin() (repairs []program.Repair, err error) {
 
 // repinFrom pins the lost tables that the program of a link uses.
 func (d *Loader) repinFrom(pin string, lost []string) (found []string, err error) {
-	pinned, err := link.LoadPinnedLink(pin, nil)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("pin maps again: %w", err)
-	}
-	defer pinned.Close()
-	info, err := pinned.Info()
-	if err != nil {
-		return nil, fmt.Errorf("pin maps again: %w", err)
-	}
-	prog, err := ebpf.NewProgramFromID(info.Program)
+	prog, err := program.DescribePinned(pin)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil // it is detached
 	}
 	if err != nil {
 		return nil, fmt.Errorf("pin maps again: %w", err)
 	}
-	defer prog.Close()
-	details, err := prog.Info()
-	if err != nil {
-		return nil, fmt.Errorf("pin maps again: %w", err)
-	}
-	ids, _ := details.MapIDs()
-	for _, id := range ids {
+	for _, id := range prog.Maps {
 		name, err := d.repinMap(id, lost)
 		if err != nil {
 			return found, err

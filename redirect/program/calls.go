@@ -23,7 +23,7 @@ import (
 )
 
 // The sk_lookup program that decides is loaded once for the node. sk_lookup cannot ask for
-// the namespace's cookie, so each namespace has a program of a dozen instructions that
+// the namespace's cookie, so each namespace has a program of eighteen instructions that
 // knows it, notes it and makes a tail call.
 
 // What the namespaces' programs share, pinned under these names.
@@ -156,7 +156,7 @@ func (c calls) setDecider(m *bpfmap.Tables) error {
 		return err
 	}
 	defer prog.Close()
-	if err := call.PutNumber(c.programs, 0, uint32(prog.FD())); err != nil {
+	if err := call.SetCell(c.programs, 0, uint32(prog.FD())); err != nil {
 		return fmt.Errorf("write map %s: %w", callsTable, err)
 	}
 	return nil
@@ -220,7 +220,7 @@ func loadLookup(m *bpfmap.Tables, paths store.Paths, cookie uint64) (*ebpf.Progr
 
 // decideBy reports whether the program that is called reads these tables.
 func (c calls) decideBy(m *bpfmap.Tables) bool {
-	id, err := call.Number(c.programs, 0)
+	id, err := call.Cell[uint32](c.programs, 0)
 	if err != nil {
 		return false
 	}
@@ -279,7 +279,7 @@ func PinCalls(paths store.Paths) (repairs []Repair, err error) {
 	if err != nil || len(cookies) == 0 {
 		return nil, err
 	}
-	prog, err := describePinned(paths.Lookup(cookies[0]))
+	prog, err := DescribePinned(paths.Lookup(cookies[0]))
 	if err != nil {
 		return nil, nil // it went meanwhile
 	}
@@ -310,7 +310,7 @@ func PinCalls(paths store.Paths) (repairs []Repair, err error) {
 func LostCalls(paths store.Paths) (cookies []uint64, err error) {
 	c, err := openCalls(paths.Calls())
 	if err == nil {
-		_, called := call.Number(c.programs, 0)
+		_, called := call.Cell[uint32](c.programs, 0)
 		err = errors.Join(called, c.close())
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
@@ -326,7 +326,7 @@ func callersOf(paths store.Paths) (cookies []uint64, err error) {
 		return nil, err
 	}
 	for _, cookie := range all {
-		prog, err := describePinned(paths.Lookup(cookie)) // it may go meanwhile
+		prog, err := DescribePinned(paths.Lookup(cookie)) // it may go meanwhile
 		if err == nil && callsDecider(prog) {
 			cookies = append(cookies, cookie)
 		}
@@ -334,8 +334,9 @@ func callersOf(paths store.Paths) (cookies []uint64, err error) {
 	return cookies, nil
 }
 
-// describePinned describes the program of a pinned link.
-func describePinned(pin string) (prog AttachedProgram, err error) {
+// DescribePinned describes the program of a pinned link; fs.ErrNotExist where one of them is
+// gone.
+func DescribePinned(pin string) (prog AttachedProgram, err error) {
 	pinned, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
 		return prog, err

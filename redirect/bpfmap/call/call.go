@@ -49,19 +49,18 @@ func OpenPin(path string, flags uint32) (fd int, err error) {
 	return fd, nil
 }
 
-// Number is the number in the cell of a table whose keys and values have 4 bytes: of a table
-// of programs it is the program's ID.
-func Number(fd int, key uint32) (value uint32, err error) {
+// Cell reads the value under a number of a table: of a table of programs it is the ID of one.
+func Cell[T any](fd int, key uint32) (value T, err error) {
 	err = element(unix.BPF_MAP_LOOKUP_ELEM, fd, &key, &value)
 	return value, err
 }
 
-// PutNumber writes it; of a table of programs it is a descriptor.
-func PutNumber(fd int, key, value uint32) error {
+// SetCell writes it; of a table of programs it is a descriptor.
+func SetCell[T any](fd int, key uint32, value T) error {
 	return element(unix.BPF_MAP_UPDATE_ELEM, fd, &key, &value)
 }
 
-func element(command uintptr, fd int, key, value *uint32) error {
+func element[T any](command uintptr, fd int, key *uint32, value *T) error {
 	var pinner runtime.Pinner
 	defer pinner.Unpin()
 	pinner.Pin(key)

@@ -7,8 +7,6 @@ package cell
 import (
 	"errors"
 	"fmt"
-	"runtime"
-	"unsafe"
 
 	"github.com/weirmesh/weir/redirect/bpfmap/call"
 	"golang.org/x/sys/unix"
@@ -22,25 +20,10 @@ const (
 
 // Read is the cookie of a cell; 0 where it has none yet.
 func Read(fd int) (cookie uint64, err error) {
-	err = access(unix.BPF_MAP_LOOKUP_ELEM, fd, &cookie)
-	return cookie, err
-}
-
-func access(command uintptr, fd int, value *uint64) error {
-	var key uint32
-	var pinner runtime.Pinner // the kernel follows the pointers
-	defer pinner.Unpin()
-	pinner.Pin(&key)
-	pinner.Pin(value)
-	access := struct {
-		fd, _      uint32
-		key, value unsafe.Pointer
-		flags      uint64
-	}{fd: uint32(fd), key: unsafe.Pointer(&key), value: unsafe.Pointer(value)}
-	if _, err := call.BPF(command, &access); err != nil {
-		return fmt.Errorf("access map %s: %w", name, err)
+	if cookie, err = call.Cell[uint64](fd, 0); err != nil {
+		return 0, fmt.Errorf("read map %s: %w", name, err)
 	}
-	return nil
+	return cookie, nil
 }
 
 // Open opens the table with this ID where it is a cell.
