@@ -12,7 +12,6 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
-	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sync/errgroup"
@@ -86,7 +85,7 @@ func (d *Reconciler) beginFilter(c *change) {
 	c.filter = make(chan filterSet, 1)
 	go func() {
 		d.filtering <- struct{}{} // a thread for each of many would stay
-		changed, err := filter.SetFilter(d.Paths(), c.ns, c.wanted)
+		changed, err := d.filters.Set(d.Paths(), c.ns, c.wanted)
 		<-d.filtering
 		c.filter <- filterSet{changed, err}
 	}()

@@ -52,7 +52,7 @@ func (d *Reconciler) RenewFilters() error {
 			continue
 		}
 		if err == nil {
-			_, err = filter.SetFilter(d.Paths(), ns, r.Desired())
+			_, err = d.filters.Set(d.Paths(), ns, r.Desired())
 			ns.Close()
 			d.families.Hold(d.Paths(), r.Desired()) // the former version may have had none
 		}

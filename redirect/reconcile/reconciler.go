@@ -13,6 +13,7 @@ import (
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/program"
+	"github.com/weirmesh/weir/redirect/program/filter"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -29,13 +30,14 @@ type Reconciler struct {
 
 	processes *host.Processes
 	filtering chan struct{} // holds one for each filter that is being set
+	filters   *filter.Setter
 	families  *program.Families
 }
 
 // Of returns the reconciler of what the reader reads.
 func Of(reader inspect.Reader) Reconciler {
 	processors := runtime.GOMAXPROCS(0)
-	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, Processors: processors, processes: new(host.Processes), filtering: make(chan struct{}, processors), families: program.NewFamilies()}
+	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, Processors: processors, processes: new(host.Processes), filtering: make(chan struct{}, processors), filters: new(filter.Setter), families: program.NewFamilies()}
 }
 
 // Locked runs action while no other process changes the state.

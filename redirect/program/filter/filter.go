@@ -101,14 +101,14 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 	return programs, nil
 }
 
-// renewing is held while the programs are replaced: workloads get their filter on all
-// processors at a time.
-var renewing sync.Mutex
+// Setter gives workloads their filter, on several processors at a time. All that may
+// set one at once share a Setter, so that only one of them replaces the programs.
+type Setter struct{ renewing sync.Mutex }
 
 // openOrRenew opens the node's programs, or replaces them where the pin of one is gone.
-func openOrRenew(p store.Paths) (chainPrograms, error) {
-	renewing.Lock()
-	defer renewing.Unlock()
+func (s *Setter) openOrRenew(p store.Paths) (chainPrograms, error) {
+	s.renewing.Lock()
+	defer s.renewing.Unlock()
 	programs, err := openChainPrograms(p)
 	if errors.Is(err, fs.ErrNotExist) {
 		return RenewFilterPrograms(p)
@@ -117,7 +117,7 @@ func openOrRenew(p store.Paths) (chainPrograms, error) {
 }
 
 // RenewFilterPrograms replaces the node's programs by this binary's. Namespaces
-// whose rules ask the former ones get the new by SetFilter.
+// whose rules ask the former ones get the new by Setter.Set.
 func RenewFilterPrograms(p store.Paths) (chainPrograms, error) {
 	if err := program.RemoveTree(p.Filters()); err != nil {
 		return nil, err
@@ -155,14 +155,13 @@ func PinFilters(p store.Paths, s *program.Set) (repairs []program.Repair, err er
 	return repairs, nil
 }
 
-// SetFilter makes the namespace's table what the workload should have, in one
-// step, and reports whether it was not. A namespace that should have none keeps
-// none.
-func SetFilter(p store.Paths, ns *host.Namespace, w workload.Workload) (changed bool, err error) {
+// Set makes the namespace's table what the workload should have, in one step, and
+// reports whether it was not. A namespace that should have none keeps none.
+func (s *Setter) Set(p store.Paths, ns *host.Namespace, w workload.Workload) (changed bool, err error) {
 	if !filters(w) {
 		return RemoveFilter(ns)
 	}
-	programs, err := openOrRenew(p)
+	programs, err := s.openOrRenew(p)
 	if err != nil {
 		return false, err
 	}
