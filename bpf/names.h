@@ -17,13 +17,15 @@ static __always_inline bool restore_peer(struct bpf_sock_addr *ctx, struct addr 
 	struct dialled *dialled;
 	struct addr *origin;
 
-	if (!ctx->sk || !bpf_map_lookup_elem(&workloads, &cookie))
+	if (!ctx->sk)
 		return false;
 	origin = encoded ? origin_resolve(cookie, seen) : NULL;
 	if (origin) {
 		*seen = *origin;
 		return true;
 	}
+	if (!bpf_map_lookup_elem(&workloads, &cookie))
+		return false;
 	dialled = bpf_sk_storage_get(&dials, ctx->sk, NULL, 0);
 	if (!dialled || dialled->actual_port != *port || !addr_equal(&dialled->actual, seen))
 		return false;

@@ -415,7 +415,7 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
 		goto foreign;
-	if (!sk || !snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)) || !snapshot.config)
+	if (!sk)
 		goto foreign;
 	if (sk->family == AF_INET6) {
 		local = ADDR_OF_CTX(sk->src_ip6);
@@ -423,9 +423,13 @@ int weir_getsockopt(struct bpf_sockopt *ctx)
 	} else {
 		local = addr_of_ip4(*(volatile __u32 *)&sk->src_ip4);
 	}
-	origin = origin_resolve(snapshot.cookie, &local);
+	/* An index is of one workload and one origin while a socket carries it, so that
+	 * its row says all; the rows of what is in force are two look-ups. */
+	origin = origin_resolve(bpf_get_netns_cookie(ctx), &local);
 	if (origin && write_original_dst(ctx, origin, sk->src_port))
 		return 1;
+	if (!snapshot_open(&snapshot, bpf_get_netns_cookie(ctx)) || !snapshot.config)
+		goto foreign;
 	/* Inbound, sk_lookup left the local address as it was dialled. Only the
 	 * proxy may be told so: for a task there was no redirect. */
 	if (!origin && !addr_is_local(&local) && snapshot.config->inbound_port &&
