@@ -133,9 +133,16 @@ func ensureGateways(r *attachment.Record, h *netlink.Handle, bridge netlink.Link
 			return nil, err
 		}
 	}
-	present, err := h.AddrList(bridge, netlink.FAMILY_ALL)
-	if err != nil {
-		return nil, fmt.Errorf("list addresses of %s: %w", r.Bridge, err)
+	var present []netlink.Addr
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		if !r.HasFamily(family) {
+			continue // the kernel lists all devices, and each end of an allocation has one of IPv6
+		}
+		listed, err := h.AddrList(bridge, family)
+		if err != nil {
+			return nil, fmt.Errorf("list addresses of %s: %w", r.Bridge, err)
+		}
+		present = append(present, listed...)
 	}
 	for _, ip := range r.Result.IPs {
 		want := &net.IPNet{IP: ip.Gateway, Mask: ip.Address.Mask}

@@ -18,6 +18,7 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // leaseBench has the linked host-local and the reference program on one directory.
@@ -226,5 +227,39 @@ func TestLeaseOfHalfIsGivenBack(t *testing.T) {
 	delete(after, "last_reserved_ip.0")
 	if diff := cmp.Diff(before, after); diff != "" {
 		t.Errorf("files (-before +after):\n%s", diff)
+	}
+}
+
+// Each lease is a file. An ADD that read all of them took the longer, the more allocations
+// the node has.
+func TestFreshKeyReadsNoLease(t *testing.T) {
+	n := newNode(t)
+	_, result := n.added(t, "a")
+	watch, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(watch)
+	held := filepath.Join(n.config.LeaseDir, n.config.Name, result.IPs[0].Address.IP.String())
+	if _, err := unix.InotifyAddWatch(watch, held, unix.IN_OPEN); err != nil {
+		t.Fatal(err)
+	}
+	opened := func() bool {
+		t.Helper()
+		count, err := unix.Read(watch, make([]byte, 4096))
+		if err != nil && err != unix.EAGAIN {
+			t.Fatal(err)
+		}
+		return count > 0
+	}
+	b, _ := n.added(t, "b")
+	if opened() {
+		t.Error("ADD of another key: it read the lease of the first")
+	}
+	if err := n.remove(b); err != nil {
+		t.Fatal(err)
+	}
+	if !opened() {
+		t.Error("DEL: it did not look for all leases of the key, those of lost records too")
 	}
 }

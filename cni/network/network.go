@@ -91,7 +91,7 @@ func (n *Network) Add(a attachment.Attachment) (result *current.Result, undo fun
 			return nil, nil, fmt.Errorf("give up the old network of the same ID: %w", err)
 		}
 	}
-	r := &attachment.Record{Config: n.config, Attachment: a, Cookie: ns.cookie}
+	r := &attachment.Record{Config: n.config, Attachment: a, Cookie: ns.cookie, Fresh: !known}
 	if r.PortMappings != nil {
 		r.Mapper = attachment.MapperWeir
 		if _, err := hostport.ParsePortMappings(r.PortMappings); err != nil {

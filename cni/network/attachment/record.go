@@ -40,6 +40,7 @@ type Record struct {
 	Mapper   string          `json:"mapper,omitempty"` // who maps host ports; empty: nobody, or not known
 	Ports    []Port          `json:"ports,omitempty"`  // that are mapped by Weir itself
 
+	Fresh  bool `json:"-"` // nobody knew the key before this call: no lease is looked for
 	Leased bool // by this call
 	Lost   bool // there is no record: this one is made of what the caller knows
 }

@@ -37,7 +37,8 @@ func withLeases(r *attachment.Record, stdin []byte, action func(*leases.Config, 
 	return action(conf, files)
 }
 
-// take takes an address of each set of ranges, or none at all.
+// take takes an address of each set of ranges, or none at all. Where the record of a
+// fresh key was lost, a lease of it stays beside the new one until DEL, which reads all.
 func take(r *attachment.Record, stdin []byte) (types.Result, error) {
 	result := &current.Result{CNIVersion: current.ImplementedSpecVersion}
 	err := withLeases(r, stdin, func(conf *leases.Config, files *disk.Store) (err error) {
@@ -50,7 +51,7 @@ func take(r *attachment.Record, stdin []byte) (types.Result, error) {
 		for i, set := range conf.Sets {
 			var wanted netip.Addr
 			wanted, asked = claim(asked, set)
-			ip, err := conf.Take(files, i, r.Key.ContainerID, r.Key.IfName, wanted)
+			ip, err := conf.Take(files, i, r.Key.ContainerID, r.Key.IfName, wanted, r.Fresh)
 			if err != nil {
 				if errors.Is(err, leases.ErrFull) {
 					err = fmt.Errorf("%w: %s has each lease as a file: take a larger subnet, or remove what no allocation holds", err, filepath.Join(r.LeaseDir, conf.Name))

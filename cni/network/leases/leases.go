@@ -19,7 +19,9 @@ var ErrFull = errors.New("no IP addresses available")
 
 // Take takes an address of the n-th set of ranges: the wanted one, or where that is not
 // valid the next one after that which was taken last, so that an address rests for long.
-func (c *Config) Take(files *disk.Store, n int, id, ifname string, wanted netip.Addr) (ip *current.IPConfig, err error) {
+// An interface that has one of the set already is refused another, unless the caller
+// knows that it is fresh: to find out, all leases of the node are read.
+func (c *Config) Take(files *disk.Store, n int, id, ifname string, wanted netip.Addr, fresh bool) (ip *current.IPConfig, err error) {
 	if err := files.Lock(); err != nil {
 		return nil, fmt.Errorf("lock leases: %w", err)
 	}
@@ -39,7 +41,11 @@ func (c *Config) Take(files *disk.Store, n int, id, ifname string, wanted netip.
 		}
 		return set[place].config(wanted), err
 	}
-	for _, held := range files.GetByID(id, ifname) {
+	var known []net.IP
+	if !fresh {
+		known = files.GetByID(id, ifname)
+	}
+	for _, held := range known {
 		if set.Contains(addrOf(held)) {
 			return nil, fmt.Errorf("%s is taken by %s already", held, id)
 		}
