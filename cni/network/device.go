@@ -255,6 +255,13 @@ func plugIn(r *attachment.Record, h *netlink.Handle, host, bridge netlink.Link) 
 			return repairs, fmt.Errorf("isolate port %s: %w", name, err)
 		}
 	}
+	// A port has no use for IPv6 of its own. Its link-local address and routes are only in
+	// the way of who lists those of the node.
+	if host.Attrs().Flags&net.FlagUp == 0 {
+		if _, err := sysctl.Shared().Set("1", "net", "ipv6", "conf", name, "disable_ipv6"); err != nil {
+			return repairs, err
+		}
+	}
 	up, err := setUp(h, host)
 	return append(repairs, up...), err
 }

@@ -3,16 +3,19 @@
 package network
 
 import (
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/test"
+	"golang.org/x/sys/unix"
 )
 
 // mtuIn is the MTU of a device in the namespace.
@@ -136,4 +139,65 @@ func TestNoIptablesIsNeeded(t *testing.T) {
 		})
 		n.wantNothingLeft(t)
 	}
+}
+
+// What announces an address goes to each port of the bridge, and an ADD would take the
+// longer, the more allocations the node has.
+func TestLinkLocalAddressesOnlyWhereThereIsIPv6(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		ranges []string
+		want   bool
+	}{
+		{"IPv4", []string{subnet4}, false},
+		{"both", []string{subnet4, subnet6}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			n := newNode(t)
+			n.ranges(tt.ranges...)
+			a, _ := n.added(t, "a")
+			if got := linkLocal(t, a.ns, "eth0"); got != tt.want {
+				t.Errorf("eth0 has a link-local address: %v: want %v", got, tt.want)
+			}
+			if linkLocal(t, n.ns, attachment.HostDevice(a.Key)) {
+				t.Error("the host's end has a link-local address: want none")
+			}
+			if tt.want {
+				return
+			}
+			// One that an earlier version made has such an address, and keeps it.
+			a.ns.Do(func() {
+				link, err := netlink.LinkByName("eth0")
+				if err == nil {
+					err = netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP("fe80::1"), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD})
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			})
+			if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
+				t.Errorf("CHECK: %v, %v: want nothing to repair", repairs, err)
+			}
+			if !linkLocal(t, a.ns, "eth0") {
+				t.Error("CHECK took the link-local address away")
+			}
+		})
+	}
+}
+
+func linkLocal(t *testing.T, ns *test.NetNS, device string) (found bool) {
+	t.Helper()
+	ns.Do(func() {
+		link, err := netlink.LinkByName(device)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		list, err := netlink.AddrList(link, netlink.FAMILY_V6)
+		if err != nil {
+			t.Error(err)
+		}
+		found = slices.ContainsFunc(list, func(a netlink.Addr) bool { return a.IP.IsLinkLocalUnicast() })
+	})
+	return found
 }
