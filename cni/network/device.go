@@ -256,11 +256,9 @@ func plugIn(r *attachment.Record, h *netlink.Handle, host, bridge netlink.Link) 
 		}
 	}
 	// A port has no use for IPv6 of its own. Its link-local address and routes are only in
-	// the way of who lists those of the node.
+	// the way of who lists those of the node: where that cannot be set, nothing is lost.
 	if host.Attrs().Flags&net.FlagUp == 0 {
-		if _, err := sysctl.Shared().Set("1", "net", "ipv6", "conf", name, "disable_ipv6"); err != nil {
-			return repairs, err
-		}
+		_, _ = sysctl.Shared().Set("1", "net", "ipv6", "conf", name, "disable_ipv6")
 	}
 	up, err := setUp(h, host)
 	return append(repairs, up...), err
