@@ -114,7 +114,7 @@ func (n *Network) ensureBridge(h *netlink.Handle, r *attachment.Record) (repairs
 	if _, err := sysctl.Shared().Set("0", "net", "ipv6", "conf", r.Bridge, "accept_ra"); err != nil {
 		return repairs, err
 	}
-	if link.Attrs().Flags&net.FlagUp == 0 {
+	if !isUp(link) {
 		if err := h.LinkSetUp(link); err != nil {
 			return repairs, fmt.Errorf("set bridge %s up: %w", r.Bridge, err)
 		}
@@ -257,7 +257,7 @@ func plugIn(r *attachment.Record, h *netlink.Handle, host, bridge netlink.Link) 
 	}
 	// A port has no use for IPv6 of its own. Its link-local address and routes are only in
 	// the way of who lists those of the node: where that cannot be set, nothing is lost.
-	if host.Attrs().Flags&net.FlagUp == 0 {
+	if !isUp(host) {
 		_, _ = sysctl.Shared().Set("1", "net", "ipv6", "conf", name, "disable_ipv6")
 	}
 	up, err := setUp(h, host)

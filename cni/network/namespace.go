@@ -148,7 +148,7 @@ func (n *Network) configure(r *attachment.Record, ns *namespace) (repairs []stri
 		if err != nil {
 			return fmt.Errorf("find %s: %w", r.Key.IfName, err)
 		}
-		if err := setIPv6(r, device.Attrs().Flags&net.FlagUp != 0, keys); err != nil {
+		if err := setIPv6(r, isUp(device), keys); err != nil {
 			return err
 		}
 		for _, link := range []netlink.Link{lo, device} {
@@ -175,8 +175,10 @@ func (n *Network) configure(r *attachment.Record, ns *namespace) (repairs []stri
 	return repairs, err
 }
 
+func isUp(link netlink.Link) bool { return link.Attrs().Flags&net.FlagUp != 0 }
+
 func setUp(h *netlink.Handle, link netlink.Link) (repairs []string, err error) {
-	if link.Attrs().Flags&net.FlagUp != 0 {
+	if isUp(link) {
 		return nil, nil
 	}
 	if err := h.LinkSetUp(link); err != nil {
@@ -186,22 +188,19 @@ func setUp(h *netlink.Handle, link netlink.Link) (repairs []string, err error) {
 }
 
 // setIPv6 sets what the interface does with IPv6. With hairpin on, it hears its own
-// duplicate address detection; and nobody on the bridge may announce a router.
+// duplicate address detection; and nobody on the bridge may announce a router. Without IPv6
+// in the network it gets no link-local address either, unless it has one. What announces
+// that goes to each port of the bridge, which made an ADD among a thousand take three times
+// as long.
 func setIPv6(r *attachment.Record, up bool, sysctls *sysctl.Keys) error {
-	keys := []string{"accept_dad", "accept_ra"}
+	settings := [][2]string{{"accept_dad", "0"}, {"accept_ra", "0"}} // before addresses come
 	if r.HasFamily(netlink.FAMILY_V6) {
-		keys = append(keys, "disable_ipv6")
+		settings = append(settings, [2]string{"disable_ipv6", "0"})
+	} else if !up {
+		settings = append(settings, [2]string{"addr_gen_mode", "1"})
 	}
-	// Without IPv6 in the network it gets no link-local address either, unless it has one.
-	// What announces that goes to each port of the bridge, which made an ADD among a thousand
-	// take three times as long.
-	if !up && !r.HasFamily(netlink.FAMILY_V6) {
-		if _, err := sysctls.Set("1", "net", "ipv6", "conf", r.Key.IfName, "addr_gen_mode"); err != nil {
-			return err
-		}
-	}
-	for _, key := range keys {
-		if _, err := sysctls.Set("0", "net", "ipv6", "conf", r.Key.IfName, key); err != nil {
+	for _, setting := range settings {
+		if _, err := sysctls.Set(setting[1], "net", "ipv6", "conf", r.Key.IfName, setting[0]); err != nil {
 			return err
 		}
 	}

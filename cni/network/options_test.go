@@ -18,16 +18,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mtuIn is the MTU of a device in the namespace.
-func mtuIn(t *testing.T, ns *test.NetNS, name string) (mtu int) {
+// withLink calls action for a device, in its namespace.
+func withLink(t *testing.T, ns *test.NetNS, name string, action func(netlink.Link) error) {
 	t.Helper()
 	ns.Do(func() {
 		link, err := netlink.LinkByName(name)
+		if err == nil {
+			err = action(link)
+		}
 		if err != nil {
 			t.Error(err)
-			return
 		}
+	})
+}
+
+// mtuIn is the MTU of a device in the namespace.
+func mtuIn(t *testing.T, ns *test.NetNS, name string) (mtu int) {
+	t.Helper()
+	withLink(t, ns, name, func(link netlink.Link) error {
 		mtu = link.Attrs().MTU
+		return nil
 	})
 	return mtu
 }
@@ -166,14 +176,8 @@ func TestLinkLocalAddressesOnlyWhereThereIsIPv6(t *testing.T) {
 				return
 			}
 			// One that an earlier version made has such an address, and keeps it.
-			a.ns.Do(func() {
-				link, err := netlink.LinkByName("eth0")
-				if err == nil {
-					err = netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP("fe80::1"), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD})
-				}
-				if err != nil {
-					t.Error(err)
-				}
+			withLink(t, a.ns, "eth0", func(link netlink.Link) error {
+				return netlink.AddrAdd(link, &netlink.Addr{IPNet: &net.IPNet{IP: net.ParseIP("fe80::1"), Mask: net.CIDRMask(64, 128)}, Flags: unix.IFA_F_NODAD})
 			})
 			if repairs, err := n.check(a, nil); err != nil || len(repairs) > 0 {
 				t.Errorf("CHECK: %v, %v: want nothing to repair", repairs, err)
@@ -187,17 +191,10 @@ func TestLinkLocalAddressesOnlyWhereThereIsIPv6(t *testing.T) {
 
 func linkLocal(t *testing.T, ns *test.NetNS, device string) (found bool) {
 	t.Helper()
-	ns.Do(func() {
-		link, err := netlink.LinkByName(device)
-		if err != nil {
-			t.Error(err)
-			return
-		}
+	withLink(t, ns, device, func(link netlink.Link) error {
 		list, err := netlink.AddrList(link, netlink.FAMILY_V6)
-		if err != nil {
-			t.Error(err)
-		}
 		found = slices.ContainsFunc(list, func(a netlink.Addr) bool { return a.IP.IsLinkLocalUnicast() })
+		return err
 	})
 	return found
 }
