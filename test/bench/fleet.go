@@ -33,6 +33,7 @@ type allocation struct {
 	transparent bool // Nomad calls the plugin; else the agent has to find it
 	upstream    int  // local port of its upstream
 	site        *site
+	cgroup      string // of its proxy's task
 	proxy       *worker
 }
 
@@ -145,12 +146,22 @@ func (f *fleet) place(ctx context.Context, a *allocation) (err error) {
 	if err := f.register(ctx, a); err != nil {
 		return err
 	}
-	listen := []netip.AddrPort{netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(a.inbound()))}
+	// That of its upstream, too: what its tasks dial waits for that, as for Envoy's.
+	listen := []netip.AddrPort{
+		netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(a.inbound())),
+		netip.AddrPortFrom(netip.AddrFrom4([4]byte{127, 0, 0, 1}), uint16(a.upstream)),
+	}
 	if a.transparent {
 		listen = append(listen, addrPort(proxyOut))
 	}
+	// The name is Nomad's: it tells the agent whose task it is.
+	cgroup := filepath.Join(f.bench.proxy, a.id+".connect-proxy-"+a.service()+".scope")
+	if err := os.Mkdir(cgroup, 0o755); err != nil {
+		return fmt.Errorf("make cgroup: %w", err)
+	}
+	a.cgroup = cgroup
 	// Under the run's context, not the group's, which ends with the group.
-	a.proxy, err = startWorker(context.WithoutCancel(ctx), f.bench.program, place{netns: a.site.inside, uid: proxyUID, cgroup: f.bench.proxy}, "hold", listen)
+	a.proxy, err = startWorker(context.WithoutCancel(ctx), f.bench.program, place{netns: a.site.inside, uid: proxyUID, cgroup: cgroup}, "hold", listen)
 	return err
 }
 
@@ -231,6 +242,9 @@ func (f *fleet) close() error {
 		enders.Go(func() (err error) {
 			if a.proxy != nil {
 				err = a.proxy.stop()
+			}
+			if a.cgroup != "" {
+				err = errors.Join(err, os.Remove(a.cgroup))
 			}
 			if a.site != nil {
 				err = errors.Join(err, a.site.close())
