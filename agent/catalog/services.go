@@ -5,6 +5,7 @@ package catalog
 import (
 	"context"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -49,14 +50,16 @@ type serviceWatches struct {
 
 	mu       sync.Mutex
 	services map[registration.Service]*watchedService
-	why      health.Problem // Consul does not answer at all
-	failures int            // ... so many times in a row
-	retry    time.Time      // ... and not to be asked before
-	asking   int            // questions under way
+	idle     []*watchedService // nobody asks for; whose turn comes first is first
+	why      health.Problem    // Consul does not answer at all
+	failures int               // ... so many times in a row
+	retry    time.Time         // ... and not to be asked before
+	asking   int               // questions under way
 }
 
 type watchedService struct {
 	Seen
+	of      registration.Service
 	index   uint64         // of the last answer, to wait from; 0: there is nothing to wait from
 	last    uint64         // ... and what it was before there was none any more
 	unseen  bool           // ... was of the index alone
@@ -86,7 +89,7 @@ func (n *serviceWatches) Want(services []registration.Service) {
 		}
 		s := n.services[of]
 		if s == nil {
-			s, news = new(watchedService), true
+			s, news = &watchedService{of: of}, true
 		}
 		wanted[of] = s
 	}
@@ -95,10 +98,23 @@ func (n *serviceWatches) Want(services []registration.Service) {
 			s.stop()
 		}
 	}
-	if n.services = wanted; news {
+	n.services = wanted
+	if !news && len(wanted) == before {
+		return // they are the same
+	}
+	n.idle = n.idle[:0]
+	for _, s := range wanted {
+		if s.cancel == nil {
+			n.idle = append(n.idle, s)
+		}
+	}
+	slices.SortFunc(n.idle, byTurn)
+	if news {
 		signal(n.wanted)
 	}
 }
+
+func byTurn(a, b *watchedService) int { return a.next.Compare(b.next) }
 
 func (s *watchedService) stop() {
 	if s.cancel != nil {
@@ -173,10 +189,10 @@ func (n *serviceWatches) start(ctx context.Context, run func(ask func())) (due t
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	for {
-		of, s := n.first()
-		if s == nil {
+		if len(n.idle) == 0 {
 			return idle
 		}
+		s := n.idle[0]
 		at := s.next
 		if n.failures > 0 && n.retry.After(at) {
 			at = n.retry
@@ -188,9 +204,9 @@ func (n *serviceWatches) start(ctx context.Context, run func(ask func())) (due t
 			return idle // whichever ends first lets this one begin
 		}
 		asking, cancel := context.WithCancel(ctx)
-		s.cancel = cancel
+		s.cancel, n.idle = cancel, slices.Delete(n.idle, 0, 1)
 		n.asking++
-		q := question{of: of, index: s.index, unseen: s.byIndex, wait: n.consul.Block}
+		q := question{of: s.of, index: s.index, unseen: s.byIndex, wait: n.consul.Block}
 		if len(n.services) > Watches {
 			q.wait = watchTurn
 		}
@@ -202,26 +218,17 @@ func (n *serviceWatches) start(ctx context.Context, run func(ask func())) (due t
 	}
 }
 
-// first is the one that nobody asks for and whose turn comes first.
-func (n *serviceWatches) first() (of registration.Service, first *watchedService) {
-	for name, s := range n.services {
-		if s.cancel == nil && (first == nil || s.next.Before(first.next)) {
-			of, first = name, s
-		}
-	}
-	return of, first
-}
-
 // settle takes an answer in.
 func (n *serviceWatches) settle(asking context.Context, s *watchedService, q question, answer instances, err error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.asking--
 	s.cancel = nil
+	defer n.rejoin(s)
 	if asking.Err() != nil {
 		return // it was told to end, and is asked again if it is still wanted
 	}
-	seen, why := s.Seen, n.problem()
+	seen, why, whyAll := s.Seen, s.why, n.why
 	switch {
 	case !concernsOne(err): // who waits for an answer waits for the same Consul
 		n.failures++
@@ -239,9 +246,19 @@ func (n *serviceWatches) settle(asking context.Context, s *watchedService, q que
 		s.take(q, answer)
 		s.next = time.Now().Add(n.rest(answer.count))
 	}
-	if s.Seen != seen || n.problem() != why {
+	if s.Seen != seen || s.why != why || n.why != whyAll {
 		signal(n.moved)
 	}
+}
+
+// rejoin lets one that nobody asks for any more wait for its next turn, if it is still
+// wanted.
+func (n *serviceWatches) rejoin(s *watchedService) {
+	if n.services[s.of] != s {
+		return
+	}
+	at, _ := slices.BinarySearchFunc(n.idle, s, byTurn)
+	n.idle = slices.Insert(n.idle, at, s)
 }
 
 // rest is the time between two questions for a service: one with many instances,
