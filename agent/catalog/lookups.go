@@ -3,6 +3,7 @@
 package catalog
 
 import (
+	"cmp"
 	"context"
 	"maps"
 	"net/netip"
@@ -301,7 +302,7 @@ func Questions(byAllocation map[string][]registration.Proxy, intentions []regist
 }
 
 func compareServices(a, b registration.Service) int {
-	return strings.Compare(a.Partition+"/"+a.Namespace+"/"+a.Name+"/"+a.Peer, b.Partition+"/"+b.Namespace+"/"+b.Name+"/"+b.Peer)
+	return cmp.Or(strings.Compare(a.Name, b.Name), strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Partition, b.Partition), strings.Compare(a.Peer, b.Peer))
 }
 
 // dialledServices are the services that intentions allow the transparent proxies of
