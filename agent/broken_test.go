@@ -32,7 +32,7 @@ type breakage struct {
 func breakages(good string) []breakage {
 	return []breakage{
 		{"garbage", say(200, "<html>proxy login</html>"), "invalid character"},
-		{"half an answer", say(200, good[:len(good)-1]), "unexpected EOF"},
+		{"half an answer", say(200, good[:len(good)-1]), "unexpected"},
 		{"nothing", say(200, "null"), "empty"},
 		{"another form", say(200, "[1,2]"), "cannot unmarshal"},
 		{"429", say(429, "Your IP is issuing too many concurrent connections"), "429"},

@@ -3,8 +3,12 @@
 package catalog
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"io"
 	"net/http"
+	"strings"
 
 	"github.com/weirmesh/weir/agent/bounded"
 )
@@ -16,6 +20,10 @@ type Headers struct {
 	policy   string // on what no rule of a token names
 	Date     string // of the answer, by Consul's clock
 	index    string // of the answer, as it came
+
+	whole bool   // the answer is wanted as it came, and is not handed on
+	size  int    // ... which is about what it has
+	body  []byte // ... and this is it
 }
 
 // HidesFromAnonymous reports whether an answer with nothing in it may only look so:
@@ -39,12 +47,24 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 	if err != nil {
 		return nil, err
 	}
-	if seen, ok := request.Context().Value(headersKey{}).(*Headers); ok {
+	seen, _ := request.Context().Value(headersKey{}).(*Headers)
+	if seen != nil {
 		seen.Filtered = response.Header.Get("X-Consul-Results-Filtered-By-ACLs") == "true"
 		seen.index = response.Header.Get("X-Consul-Index")
 		seen.Date = response.Header.Get("Date")
 		seen.policy = response.Header.Get("X-Consul-Default-Acl-Policy")
 	}
 	response.Body = &bounded.Reader{From: response.Body, Limit: answerLimit}
+	if seen == nil || !seen.whole || response.StatusCode != http.StatusOK {
+		return response, nil
+	}
+	// The library would look through all of it twice, and copy it as often, before
+	// anybody knows whether it is another one than before.
+	body := bytes.NewBuffer(make([]byte, 0, seen.size))
+	_, err = body.ReadFrom(response.Body)
+	if err := errors.Join(err, response.Body.Close()); err != nil {
+		return nil, err
+	}
+	seen.body, response.Body = body.Bytes(), io.NopCloser(strings.NewReader("null"))
 	return response, nil
 }

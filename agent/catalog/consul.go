@@ -17,6 +17,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/consul/api"
@@ -45,6 +46,8 @@ type Client struct {
 	Client *api.Client
 	Config configfile.ConsulConfig
 	Timeouts
+
+	servicesSize atomic.Int64 // of the last answer to Services, in bytes
 }
 
 // NewClient opens nothing yet but the files that TLS needs.
@@ -63,6 +66,7 @@ func NewClient(config configfile.ConsulConfig, timeouts Timeouts) (*Client, erro
 	transport := &http.Transport{
 		MaxConnsPerHost: Connections, MaxIdleConnsPerHost: Connections,
 		IdleConnTimeout: 90 * time.Second, DialContext: dialer.DialContext,
+		DisableCompression: true, // Consul's agent is on this node: it costs both processor time and saves nothing
 	}
 	conf := &api.Config{Address: rest, Scheme: scheme, Namespace: config.Namespace, Partition: config.Partition}
 	switch scheme {
@@ -137,7 +141,8 @@ const proxyFilter = `Kind != ""`
 // the local agent has them, merged with the central configuration. It costs
 // the servers nothing.
 func (c *Client) Services(ctx context.Context) (answer, error) {
-	var seen Headers
+	const room = 4 << 10 // for what is new, and for the reader to see the end
+	seen := Headers{whole: true, size: int(c.servicesSize.Load()) + room}
 	ctx, cancel := context.WithTimeout(seen.Watch(ctx), c.Read)
 	defer cancel()
 	options, err := c.Options(ctx)
@@ -145,10 +150,11 @@ func (c *Client) Services(ctx context.Context) (answer, error) {
 		return answer{}, err
 	}
 	options.Filter = proxyFilter
-	var body json.RawMessage
-	if _, err := c.Client.Raw().Query("/v1/agent/services", &body, options); err != nil {
+	if _, err := c.Client.Raw().Query("/v1/agent/services", new(Ignored), options); err != nil {
 		return answer{}, fmt.Errorf("read services from Consul: %w", Brief(err))
 	}
+	body := seen.body
+	c.servicesSize.Store(int64(len(body)))
 	// Consul says so to no anonymous token, which sees nothing where the
 	// policy is to deny.
 	hidden := seen.Filtered || options.Token == "" && seen.policy == "deny" && len(body) <= len("{}\n")

@@ -270,7 +270,7 @@ func (f *Watcher) Read(ctx context.Context) bool {
 	}
 	bind := ConsulProblem(err)
 	next := f.Current()
-	digest := sha256.Sum256(append([]byte{boolByte(got.Hidden), boolByte(f.self.Loopback.Is6())}, got.Body...))
+	digest := digestOf(got, f.self.Loopback)
 	fresh := digest != f.digest || !next.Ready
 	if fresh {
 		proxies, problems, err := registration.ParseServices(got.Body, f.self.Loopback)
@@ -339,6 +339,14 @@ func (f *Watcher) failed(ctx context.Context, err error) {
 	if news {
 		f.changed()
 	}
+}
+
+// digestOf tells an answer, and how it is read, from others.
+func digestOf(got answer, loopback netip.Addr) (digest [sha256.Size]byte) {
+	sum := sha256.New()
+	_, _ = sum.Write([]byte{boolByte(got.Hidden), boolByte(loopback.Is6())})
+	_, _ = sum.Write(got.Body) // never fails
+	return [sha256.Size]byte(sum.Sum(nil))
 }
 
 func boolByte(set bool) byte {
