@@ -6,6 +6,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -72,6 +73,7 @@ type Agent struct {
 	notify          func(string)
 	datapath        *redirect.Datapath
 	origins         *redirect.IndexReclaimer
+	pruner          *redirect.Pruner
 	records         *inspect.RecordReader
 	consul          *catalog.Watcher // nil: Consul is not to be asked
 	docker          *discover.Docker // nil: Docker is not to be asked
@@ -140,12 +142,9 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		budget:      defaultBudget(),
 		networks:    netwatch.New(),
 		consulApply: server.NewConsulApply(),
-		changes:     options.Changes,
+		changes:     cmp.Or(options.Changes, change.NewLog(time.Now())),
 	}
-	if a.changes == nil {
-		a.changes = change.NewLog(time.Now())
-	}
-	a.origins, a.records = a.datapath.NewIndexReclaimer(), a.datapath.NewRecordReader()
+	a.origins, a.pruner, a.records = a.datapath.NewIndexReclaimer(), a.datapath.NewPruner(), a.datapath.NewRecordReader()
 	if a.notify == nil {
 		a.notify = func(string) {}
 	}
@@ -327,7 +326,7 @@ func (a *Agent) turned() {
 
 // prune forgets namespaces that died.
 func (a *Agent) prune() {
-	removed, err := a.datapath.PruneDead()
+	removed, err := a.pruner.Run()
 	a.count(func(c *api.Counts) { c.Pruned += uint64(len(removed)) })
 	for _, key := range removed {
 		a.log.Info("workload removed: its namespace is gone", "alloc_id", key.ContainerID, "interface", key.IfName)

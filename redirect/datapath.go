@@ -189,8 +189,10 @@ func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []
 		}
 		// One that cannot be read names no network: its workload stays.
 		var problems []error
+		var others []*store.Record
 		for _, r := range records {
 			if r.Request.Network != network || slices.Contains(valid, r.Key) {
+				others = append(others, r)
 				continue
 			}
 			if _, err := d.remove(r.Key); err != nil {
@@ -199,7 +201,8 @@ func (d *Datapath) GC(network string, valid []workload.AttachmentID) (removed []
 			}
 			removed = append(removed, r.Key)
 		}
-		return errors.Join(append(problems, d.pruneDead())...)
+		_, pruned := d.pruneDead(others)
+		return errors.Join(append(problems, pruned)...)
 	})
 	return removed, errors.Join(err, d.eraseDead())
 }

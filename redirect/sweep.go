@@ -4,8 +4,6 @@ package redirect
 
 import (
 	"errors"
-	"io/fs"
-	"os"
 	"time"
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -35,20 +33,30 @@ func (d *Datapath) Repair() (repairs []program.Repair, err error) {
 // PruneDead removes what belongs to namespaces that died, whatever network they
 // were in, and returns the workloads that it took off the record.
 func (d *Datapath) PruneDead() (removed []workload.AttachmentID, err error) {
-	err = d.Locked(func() error {
-		before, err := d.Paths().ReadRecords()
+	return d.NewPruner().Run()
+}
+
+// Pruner does so time and again, and reads each record once as long as it is the same.
+// It is not safe for concurrent use.
+type Pruner struct {
+	*Datapath
+	records store.RecordCache
+}
+
+// NewPruner returns one that has read nothing yet.
+func (d *Datapath) NewPruner() *Pruner { return &Pruner{Datapath: d} }
+
+// Run is PruneDead.
+func (p *Pruner) Run() (removed []workload.AttachmentID, err error) {
+	err = p.Locked(func() error {
+		records, err := p.records.ReadRecords(p.Paths())
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
-		pruned := d.pruneDead()
-		for _, r := range before {
-			if _, gone := os.Lstat(d.Paths().Record(r.Key)); errors.Is(gone, fs.ErrNotExist) {
-				removed = append(removed, r.Key)
-			}
-		}
-		return pruned
+		removed, err = p.pruneDead(records)
+		return err
 	})
-	return removed, errors.Join(err, d.eraseDead())
+	return removed, errors.Join(err, p.eraseDead())
 }
 
 // eraseDead removes what erase left of workloads that are not under Weir any
@@ -149,12 +157,8 @@ func (d *Datapath) inSlices(slice func() (more bool, err error)) error {
 }
 
 // pruneDead removes what belongs to namespaces that died: their records, and the
-// rows and links that have no record at all.
-func (d *Datapath) pruneDead() error {
-	records, err := d.Paths().ReadRecords()
-	if err != nil && !errors.Is(err, store.ErrUnreadable) {
-		return err
-	}
+// rows and links that have no record at all. It returns those that it took off the record.
+func (d *Datapath) pruneDead(records []*store.Record) (removed []workload.AttachmentID, err error) {
 	// First: without its pins, a namespace in use looks like one that died.
 	tables, unopened := d.OpenOrReclaim()
 	if unopened == nil {
@@ -164,20 +168,27 @@ func (d *Datapath) pruneDead() error {
 	owned := make(map[uint64]bool)
 	for _, r := range records {
 		owned[r.Cookie] = true
+		if d.LookupAttached(r.Cookie) {
+			continue // to a namespace that lives
+		}
 		ns, err := inspect.OpenNamespaceOf(r)
 		if err == nil {
 			ns.Close()
 		}
-		if errors.Is(err, host.ErrNetNSGone) && !d.LookupAttached(r.Cookie) {
-			_, err := d.remove(r.Key)
-			problems = append(problems, err)
+		if !errors.Is(err, host.ErrNetNSGone) {
+			continue
 		}
+		if _, err := d.remove(r.Key); err != nil {
+			problems = append(problems, err)
+			continue
+		}
+		removed = append(removed, r.Key)
 	}
 	if errors.Is(unopened, bpfmap.ErrNotLoaded) {
-		return errors.Join(problems...)
+		return removed, errors.Join(problems...)
 	}
 	if unopened != nil {
-		return errors.Join(append(problems, unopened)...)
+		return removed, errors.Join(append(problems, unopened)...)
 	}
 	orphans, err := d.Orphans(owned)
 	problems = append(problems, err)
@@ -187,5 +198,5 @@ func (d *Datapath) pruneDead() error {
 		}
 		problems = append(problems, tables.DeleteWorkload(orphan.Cookie, nil), program.DetachLookup(d.Paths(), orphan.Cookie))
 	}
-	return errors.Join(problems...)
+	return removed, errors.Join(problems...)
 }
