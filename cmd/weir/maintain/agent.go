@@ -96,7 +96,7 @@ func (d *daemon) run() error {
 	if err != nil {
 		return err
 	}
-	go releaseCode(d.ctx)
+	go releaseMemory(d.ctx)
 	for {
 		running := next
 		config := running.config

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -13,14 +14,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// releaseInterval is how often the agent gives back the pages of its own file.
+// releaseInterval is how often the agent gives back memory that it does not use.
 const releaseInterval = time.Minute
 
-// releaseCode does so until ctx ends.
-func releaseCode(ctx context.Context) {
+// releaseMemory does so until ctx ends. A calm agent makes so little garbage that its
+// collector would have no reason to run for minutes, and keeps for itself what its last
+// burst took, which is as much again as what it needs.
+func releaseMemory(ctx context.Context) {
+	var err error
 	for {
-		if _, alive := wait.Pause(ctx, releaseInterval, nil); !alive || releaseCodeOnce() != nil {
+		if _, alive := wait.Pause(ctx, releaseInterval, nil); !alive {
 			return
+		}
+		debug.FreeOSMemory()
+		if err == nil { // else this kernel does not let it be done
+			err = releaseCodeOnce()
 		}
 	}
 }
