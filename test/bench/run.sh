@@ -25,7 +25,7 @@ if ! command -v iptables-nft >/dev/null || ! command -v nsenter >/dev/null || ! 
 		apt-get install -y --no-install-recommends iptables nftables util-linux
 	fi
 fi
-[ -x "$root/bin/weir-cni" ] && [ -x "$root/bin/weir" ] || make -s -C "$root" build
+make -s -C "$root" build >&2 # of this revision: it is what the table names
 consul=$root/.tools/bin/consul
 [ -x "$consul" ] || consul=$(command -v consul || true)
 
