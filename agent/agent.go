@@ -6,7 +6,6 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -73,7 +72,6 @@ type Agent struct {
 	notify          func(string)
 	datapath        *redirect.Datapath
 	origins         *redirect.IndexReclaimer
-	pruner          *redirect.Pruner
 	records         *inspect.RecordReader
 	consul          *catalog.Watcher // nil: Consul is not to be asked
 	docker          *discover.Docker // nil: Docker is not to be asked
@@ -142,9 +140,12 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		budget:      defaultBudget(),
 		networks:    netwatch.New(),
 		consulApply: server.NewConsulApply(),
-		changes:     cmp.Or(options.Changes, change.NewLog(time.Now())),
+		changes:     options.Changes,
 	}
-	a.origins, a.pruner, a.records = a.datapath.NewIndexReclaimer(), a.datapath.NewPruner(), a.datapath.NewRecordReader()
+	if a.changes == nil {
+		a.changes = change.NewLog(time.Now())
+	}
+	a.origins, a.records = a.datapath.NewIndexReclaimer(), a.datapath.NewRecordReader()
 	if a.notify == nil {
 		a.notify = func(string) {}
 	}
@@ -326,7 +327,7 @@ func (a *Agent) turned() {
 
 // prune forgets namespaces that died.
 func (a *Agent) prune() {
-	removed, err := a.pruner.Run()
+	removed, err := a.datapath.PruneDeadOf(a.records)
 	a.count(func(c *api.Counts) { c.Pruned += uint64(len(removed)) })
 	for _, key := range removed {
 		a.log.Info("workload removed: its namespace is gone", "alloc_id", key.ContainerID, "interface", key.IfName)

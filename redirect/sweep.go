@@ -33,30 +33,20 @@ func (d *Datapath) Repair() (repairs []program.Repair, err error) {
 // PruneDead removes what belongs to namespaces that died, whatever network they
 // were in, and returns the workloads that it took off the record.
 func (d *Datapath) PruneDead() (removed []workload.AttachmentID, err error) {
-	return d.NewPruner().Run()
+	return d.PruneDeadOf(d.NewRecordReader())
 }
 
-// Pruner does so time and again, and reads each record once as long as it is the same.
-// It is not safe for concurrent use.
-type Pruner struct {
-	*Datapath
-	records store.RecordCache
-}
-
-// NewPruner returns one that has read nothing yet.
-func (d *Datapath) NewPruner() *Pruner { return &Pruner{Datapath: d} }
-
-// Run is PruneDead.
-func (p *Pruner) Run() (removed []workload.AttachmentID, err error) {
-	err = p.Locked(func() error {
-		records, err := p.records.ReadRecords(p.Paths())
+// PruneDeadOf is PruneDead for who reads the records time and again.
+func (d *Datapath) PruneDeadOf(known *inspect.RecordReader) (removed []workload.AttachmentID, err error) {
+	err = d.Locked(func() error {
+		records, err := known.Cache.ReadRecords(d.Paths())
 		if err != nil && !errors.Is(err, store.ErrUnreadable) {
 			return err
 		}
-		removed, err = p.pruneDead(records)
+		removed, err = d.pruneDead(records)
 		return err
 	})
-	return removed, errors.Join(err, p.eraseDead())
+	return removed, errors.Join(err, d.eraseDead())
 }
 
 // eraseDead removes what erase left of workloads that are not under Weir any

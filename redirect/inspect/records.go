@@ -38,7 +38,7 @@ func (d *Reader) Records() (list []Record, err error) { return d.NewRecordReader
 // same. It is not safe for concurrent use.
 type RecordReader struct {
 	paths store.Paths
-	cache store.RecordCache
+	Cache store.RecordCache // of Records, for who needs all that is in the files
 }
 
 // NewRecordReader returns a reader that has read nothing yet.
@@ -46,7 +46,7 @@ func (d *Reader) NewRecordReader() *RecordReader { return &RecordReader{paths: d
 
 // Records is that of Datapath. What the records point to is shared with other answers.
 func (r *RecordReader) Records() (list []Record, err error) {
-	records, err := r.cache.ReadRecords(r.paths)
+	records, err := r.Cache.ReadRecords(r.paths)
 	for _, r := range records {
 		list = append(list, Record{
 			Key: r.Key, NetNS: r.NetNS, Cookie: r.Cookie, Request: r.Request, MeshConfig: r.MeshConfig, Complete: r.State == store.Complete, Added: r.Added,
