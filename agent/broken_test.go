@@ -29,10 +29,10 @@ type breakage struct {
 
 // breakages are all that Consul, or what stands before it, may answer instead of
 // the truth. good is the beginning of a right answer.
-func breakages(good string) []breakage {
+func breakages(good, halfway string) []breakage {
 	return []breakage{
 		{"garbage", say(200, "<html>proxy login</html>"), "invalid character"},
-		{"half an answer", say(200, good[:len(good)-1]), "unexpected"},
+		{"half an answer", say(200, good[:len(good)-1]), halfway},
 		{"nothing", say(200, "null"), "empty"},
 		{"another form", say(200, "[1,2]"), "cannot unmarshal"},
 		{"429", say(429, "Your IP is issuing too many concurrent connections"), "429"},
@@ -48,7 +48,7 @@ func breakages(good string) []breakage {
 // Whatever Consul does, it is bounded and told, the last good state stays, and
 // when it is well again that is noticed.
 func TestWatcherOutlivesABrokenConsul(t *testing.T) {
-	for _, c := range breakages(oneProxy) {
+	for _, c := range breakages(oneProxy, "unexpected end of JSON input") {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			fake := newFakeConsul(t)
@@ -84,7 +84,7 @@ func TestWatcherOutlivesABrokenConsul(t *testing.T) {
 // A trigger that is dead is told, and Consul read at the pace without one: else
 // a change would take more than a minute without anybody knowing.
 func TestWatcherTellsThatNothingTriggersIt(t *testing.T) {
-	list := breakages("{ }")
+	list := breakages("{ }", "unexpected EOF")
 	for i := range list { // its body is nobody's concern but that it ends
 		if name := list[i].name; name == "nothing" || name == "another form" {
 			list[i].want = "no index"
@@ -269,7 +269,7 @@ func TestWatcherTellsEachQuestionWithoutAnAnswer(t *testing.T) {
 		asked := func(v catalog.Snapshot) bool {
 			return v.InSync && len(v.Proxies[numbered(2)])+len(v.Proxies[numbered(1)]) == 2
 		}
-		for _, c := range append(breakages(question.good), breakage{"slow", slow(question.good), ""}) {
+		for _, c := range append(breakages(question.good, "unexpected EOF"), breakage{"slow", slow(question.good), ""}) {
 			if c.name == "another form" && question.nothing {
 				c.answer = say(200, "{}")
 			} else if c.name == "nothing" && question.nothing {
