@@ -72,10 +72,11 @@ quarter has transparent_proxy and went through the plugin, the others the agent 
 process listens under Envoy's user, in a cgroup of the name that Nomad gives it, on the upstream's local port, too. "When
 calm" is five minutes without a change, a whole period of everything that the agent does by the clock. Connections and
 bytes are counted by a relay on loopback between agent and Consul; CPU is utime and stime of /proc/PID/stat, memory that
-of smaps_rollup. A change moves an upstream's local port: its time runs from before the request to Consul until the row in the kernel that puts the new ports in force. The change that concerns all
-is one of proxy-defaults: an expose path for each proxy, and another outbound listener for the transparent ones; its time
-has all of Consul's own in it, and ends when the last record says that it is in force. What Consul alone takes is another
-such change after the agent has ended, read from Consul itself four times a second.
+of smaps_rollup. A change moves an upstream's local port: its time runs from before the request to Consul until the row in
+the kernel that puts the new ports in force. The change that concerns all is one of proxy-defaults: an expose path for
+each proxy, and another outbound listener for the transparent ones; its time has all of Consul's own in it, and ends when
+the last record says that it is in force. What Consul alone takes is another such change after the agent has ended, read
+from Consul itself four times a second.
 `
 
 func (b *bench) agentOnce(ctx context.Context) (got figures, err error) {
