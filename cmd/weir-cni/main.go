@@ -40,6 +40,7 @@ func main() {
 		}
 		return
 	}
+	goFirst()
 	// Who ends the plugin ends its wait for another process, and gets an answer of CNI:
 	// what it has begun it finishes or takes back.
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM)
