@@ -52,6 +52,11 @@ type fleet struct {
 
 func (a *allocation) service() string { return fmt.Sprintf("service-%d", a.number) }
 
+// serviceID is that of Nomad's; the sidecar's ends in -sidecar-proxy.
+func (a *allocation) serviceID() string {
+	return fmt.Sprintf("_nomad-task-%s-group-group-%s-8080", a.id, a.service())
+}
+
 // inbound is the port that Nomad gives the sidecar, the same inside and outside.
 func (a *allocation) inbound() int { return 20000 + a.number }
 
@@ -212,7 +217,7 @@ func (f *fleet) cache() string { return filepath.Join(f.dir, "cache") }
 // that is the proxy's, and tags for its statistics. The checks of Nomad are left
 // out but for the alias: there is no host port to connect to.
 func (f *fleet) register(ctx context.Context, a *allocation) error {
-	id := fmt.Sprintf("_nomad-task-%s-group-group-%s-8080", a.id, a.service())
+	id := a.serviceID()
 	proxy := object{
 		"Config": object{
 			"bind_address": "0.0.0.0", "bind_port": a.inbound(),

@@ -62,7 +62,8 @@ type bench struct {
 // sizes say how much is measured.
 type sizes struct {
 	rounds      int // of the comparisons
-	heavy       int // rounds of what takes long: churn, memory
+	heavy       int // rounds of what takes long: churn, memory, the first ADD
+	whole       int // rounds of what takes minutes: a storm, a full node
 	setups      int // rounds of the set-up of single workloads
 	connections int // on one thread; few beside the local ports, so that connect finds one at once
 	parallel    int // on each of four threads; the same holds for their sum
@@ -88,7 +89,7 @@ type sizes struct {
 
 func fullSizes(rounds int) sizes {
 	return sizes{
-		rounds: rounds, heavy: 3, setups: rounds,
+		rounds: rounds, heavy: 5, whole: 3, setups: rounds,
 		connections: 4000, parallel: 1500,
 		churn: 60000, block: 4000, patience: 20 * time.Second,
 		flow: 500 * time.Millisecond, workloads: 200, engines: 50, calls: 200000,
@@ -101,7 +102,7 @@ func fullSizes(rounds int) sizes {
 // quickSizes prove that every row can be measured; the figures mean little.
 func quickSizes(rounds int) sizes {
 	return sizes{
-		rounds: rounds, heavy: 1, setups: rounds,
+		rounds: rounds, heavy: 1, whole: 1, setups: rounds,
 		connections: 500, parallel: 500,
 		churn: 4000, block: 1000, patience: 10 * time.Second,
 		flow: 100 * time.Millisecond, workloads: 20, engines: 5, calls: 20000,

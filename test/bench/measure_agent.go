@@ -49,6 +49,7 @@ func (b *bench) agent() measurement {
 			{ID: "agent.all", Name: proxies + "one change in Consul that concerns all, until the last is in the kernel", Unit: "s", target: tenth},
 			{ID: "agent.consul", Name: proxies + "such a change without an agent, until Consul itself has it of all", Unit: "s"},
 			{ID: "agent.arrival", Name: proxies + "meanwhile a new allocation, from its registration to the kernel", Unit: "s", target: atMost(0.5, "s")},
+			{ID: "agent.arrival.consul", Name: proxies + "a registration meanwhile without an agent, until Consul itself has all of it", Unit: "s"},
 			{ID: "agent.left", Name: proxies + "of all, those that were changed after it"},
 			{ID: "agent.start", Name: proxies + "the agent's first start, until all are in sync", Unit: "s", target: tenth},
 			{ID: "agent.restart", Name: proxies + "its restart, until all are in sync", Unit: "s"},

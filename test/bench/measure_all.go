@@ -51,7 +51,7 @@ func (f *fleet) changeAll(ctx context.Context, got figures) error {
 	if err != nil {
 		return err
 	}
-	got["agent.left"] = float64(all - left)
+	got["agent.left"] = float64(max(0, all-left)) // the new one is among those that were changed
 	if err := until(ctx, 5*time.Minute, 250*time.Millisecond, least(all)); err != nil {
 		return fmt.Errorf("wait for the last: %w", err)
 	}
@@ -67,43 +67,82 @@ func (f *fleet) expose(ctx context.Context, port int) error {
 	}, nil)
 }
 
-// changeWithout changes every proxy once more while no agent runs: what it takes until
-// Consul itself says so of all of them is Consul's part of a change of all.
+// registered is what Consul says of a sidecar that is registered with it.
+type registered struct {
+	Proxy struct {
+		Expose struct{ Paths []struct{ ListenerPort int } }
+	}
+}
+
+func (r registered) exposes(port int) bool {
+	paths := r.Proxy.Expose.Paths
+	return len(paths) == 1 && paths[0].ListenerPort == port
+}
+
+// changeWithout changes every proxy once more while no agent runs, and registers another
+// meanwhile: what it takes until Consul itself says so of all of them, and of the new one,
+// is Consul's part of both.
 func (f *fleet) changeWithout(ctx context.Context, got figures) error {
 	const port = exposedPort + 1
+	all := len(f.list)
+	least := func(want int) func() error {
+		return func() error {
+			var services map[string]registered
+			if err := f.consul.call(ctx, http.MethodGet, "/v1/agent/services", nil, &services); err != nil {
+				return err
+			}
+			changed := 0
+			for _, s := range services {
+				if s.exposes(port) {
+					changed++
+				}
+			}
+			if changed < want {
+				return fmt.Errorf("%d of %d proxies are changed", changed, want)
+			}
+			return nil
+		}
+	}
 	start := time.Now()
 	if err := f.expose(ctx, port); err != nil {
 		return err
 	}
-	err := until(ctx, 5*time.Minute, 250*time.Millisecond, func() error {
-		var services map[string]struct {
-			Proxy struct {
-				Expose struct{ Paths []struct{ ListenerPort int } }
-			}
+	if err := until(ctx, time.Minute, 250*time.Millisecond, least(max(1, all/20))); err != nil {
+		return fmt.Errorf("wait for the first: %w", err)
+	}
+	a := f.another()
+	if err := f.register(ctx, a); err != nil {
+		return err
+	}
+	arrived := time.Now()
+	err := until(ctx, time.Minute, 20*time.Millisecond, func() error {
+		var service registered
+		err := f.consul.call(ctx, http.MethodGet, "/v1/agent/service/"+a.serviceID()+"-sidecar-proxy", nil, &service)
+		if err == nil && !service.exposes(port) {
+			err = fmt.Errorf("it is not configured: %+v", service)
 		}
-		if err := f.consul.call(ctx, http.MethodGet, "/v1/agent/services", nil, &services); err != nil {
-			return err
-		}
-		changed := 0
-		for _, s := range services {
-			if paths := s.Proxy.Expose.Paths; len(paths) == 1 && paths[0].ListenerPort == port {
-				changed++
-			}
-		}
-		if changed < len(f.list) {
-			return fmt.Errorf("%d of %d proxies are changed", changed, len(f.list))
-		}
-		return nil
+		got["agent.arrival.consul"] = time.Since(arrived).Seconds()
+		return err
 	})
+	if err != nil {
+		return fmt.Errorf("register a proxy meanwhile: %w", err)
+	}
+	err = until(ctx, 5*time.Minute, 250*time.Millisecond, least(all))
 	got["agent.consul"] = time.Since(start).Seconds()
 	return err
+}
+
+// another is one more allocation, which is not started yet.
+func (f *fleet) another() *allocation {
+	a := &allocation{number: len(f.list), id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", len(f.list)), upstream: 9000}
+	f.list = append(f.list, a)
+	return a
 }
 
 // arrive starts one more allocation, and measures from when Consul has its
 // registration until that is in the kernel.
 func (f *fleet) arrive(ctx context.Context, got figures) (err error) {
-	a := &allocation{number: len(f.list), id: fmt.Sprintf("b412a0b1-e285-703a-01ba-%012d", len(f.list)), upstream: 9000}
-	f.list = append(f.list, a)
+	a := f.another()
 	if err := f.place(ctx, a); err != nil {
 		return err
 	}

@@ -24,7 +24,7 @@ func (b *bench) scale() measurement {
 		variants[i] = workloads(count)
 	}
 	return measurement{
-		name: "scale", about: fmt.Sprintf("a node of up to %d workloads", slices.Max(b.size.scale)), rounds: b.size.heavy,
+		name: "scale", about: fmt.Sprintf("a node of up to %d workloads", slices.Max(b.size.scale)), rounds: b.size.whole,
 		variants: variants,
 		rows: []row{
 			{ID: "scale.connect", Name: "connect p50, one core", Unit: "us", target: flat(0.05, variants)},

@@ -32,7 +32,7 @@ func (b *bench) storm(ports int) measurement {
 		count = fmt.Sprintf("%d allocations with %d host ports: ", b.size.storm, ports)
 	}
 	return measurement{
-		name: name, about: "all of CNI for " + count[:len(count)-2], rounds: b.size.heavy,
+		name: name, about: "all of CNI for " + count[:len(count)-2], rounds: b.size.whole,
 		variants: []string{weir, consul, nftables},
 		rows: []row{
 			{ID: name + ".all", Name: count + "all of CNI, one after the other, wall", Unit: "s", target: fasterThanChains},
