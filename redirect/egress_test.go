@@ -254,7 +254,7 @@ func TestEgressOfAnswers(t *testing.T) {
 		if err := unix.Sendto(outside, []byte("?"), 0, sockaddr(outside, netip.AddrPortFrom(a.v4, uint16(port)))); err != nil {
 			t.Fatal(err)
 		}
-		_, from, err := unix.Recvfrom(fd, make([]byte, 64), 0)
+		_, from, err := received(fd, make([]byte, 64))
 		if err != nil {
 			t.Fatalf("nothing comes in to port %d: %v", port, err)
 		}

@@ -51,7 +51,7 @@ func answers(fd int, to netip.AddrPort) (reply test.Reply, err error) {
 		return reply, err
 	}
 	buffer := make([]byte, 4096)
-	n, _, err := unix.Recvfrom(fd, buffer, 0)
+	n, _, err := received(fd, buffer)
 	if err != nil {
 		return reply, err
 	}

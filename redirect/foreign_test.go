@@ -109,7 +109,7 @@ func (w *watcher) options() {
 	}
 	defer unix.Close(dialler)
 	w.say("connect to the listener: %v", finishConnect(dialler, unix.Connect(dialler, name), unix.EINTR))
-	accepted, _, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+	accepted, _, err := acceptedBy(listener)
 	if err != nil {
 		w.say("accept: %v", err)
 		accepted = -1
@@ -216,11 +216,11 @@ func (w *watcher) datagrams() {
 		}
 		w.say("send: %v", err)
 		buffer := make([]byte, 16)
-		n, from, err := unix.Recvfrom(server, buffer, 0)
+		n, from, err := received(server, buffer)
 		w.say("server got %q from %v: %v", buffer[:max(n, 0)], withoutPort(from), err)
 		if err == nil {
 			w.say("answer: %v", unix.Sendto(server, []byte("!"), 0, from))
-			n, from, err = unix.Recvfrom(client, buffer, 0)
+			n, from, err = received(client, buffer)
 			w.say("client got %q from %v: %v", buffer[:max(n, 0)], shown(from), err)
 		}
 		peer, err := unix.Getpeername(client)

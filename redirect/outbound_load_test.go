@@ -88,7 +88,7 @@ func serveLoadProxy(args []string) error {
 // loadAnswer takes one connection. Where something fails the task reads nothing
 // and reports that.
 func loadAnswer(listener int, name uint64) {
-	fd, peer, err := unix.Accept4(listener, unix.SOCK_CLOEXEC)
+	fd, peer, err := acceptedBy(listener)
 	if err != nil {
 		return
 	}

@@ -204,7 +204,7 @@ func runStep(sockets map[string]int, s step) (o outcome, err error) {
 	case "listen":
 		return o, unix.Listen(fd, max(16, s.Args[0]))
 	case "accept":
-		accepted, _, err := unix.Accept4(fd, unix.SOCK_CLOEXEC)
+		accepted, _, err := acceptedBy(fd)
 		if err == nil {
 			sockets[s.Text] = accepted
 		}

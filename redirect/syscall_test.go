@@ -3,9 +3,16 @@
 package redirect
 
 import (
+	"fmt"
 	"net/netip"
+	"os"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
 	"unsafe"
 
+	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
 
@@ -68,9 +75,67 @@ func (h *socketHost) disconnect(fd int) error {
 	return nil
 }
 
+// received is recvfrom that no signal ends, which the Go runtime sends to its own threads:
+// the kernel does not begin it anew where the socket has a time limit, see signal(7).
+func received(fd int, buffer []byte) (n int, from unix.Sockaddr, err error) {
+	for {
+		if n, from, err = unix.Recvfrom(fd, buffer, 0); err != unix.EINTR {
+			return n, from, err
+		}
+	}
+}
+
+// acceptedBy is accept that no signal ends, as received.
+func acceptedBy(listener int) (fd int, from unix.Sockaddr, err error) {
+	for {
+		if fd, from, err = unix.Accept4(listener, unix.SOCK_CLOEXEC); err != unix.EINTR {
+			return fd, from, err
+		}
+	}
+}
+
+func TestNoSignalEndsAReceive(t *testing.T) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(pair[0])
+	defer unix.Close(pair[1])
+	timeout := unix.NsecToTimeval(int64(time.Minute))
+	if err := unix.SetsockoptTimeval(pair[0], unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+		t.Fatal(err)
+	}
+	thread, ended := make(chan int, 1), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and the thread ends with it
+		thread <- unix.Gettid()
+		_, _, err := received(pair[0], make([]byte, 1))
+		ended <- err
+	}()
+	id := <-thread
+	for range 10 {
+		test.Eventually(t, func() error {
+			call, err := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/syscall", id))
+			if err == nil && !strings.HasPrefix(string(call), fmt.Sprintf("%d ", unix.SYS_RECVFROM)) {
+				err = fmt.Errorf("it is %q", call)
+			}
+			return err
+		}, "the thread in recvfrom")
+		if err := unix.Tgkill(os.Getpid(), id, unix.SIGURG); err != nil { // which the runtime uses
+			t.Fatal(err)
+		}
+	}
+	if _, err := unix.Write(pair[1], []byte("!")); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; err != nil {
+		t.Errorf("receive: %v", err)
+	}
+}
+
 func (h *socketHost) receive(fd int) (result socketResult, err error) {
 	data := make([]byte, 4096)
-	n, from, err := unix.Recvfrom(fd, data, 0)
+	n, from, err := received(fd, data)
 	if err != nil {
 		return result, err
 	}
