@@ -27,21 +27,12 @@ func (f *fleet) changeAll(ctx context.Context, got figures) error {
 		}
 		return count, err
 	}
-	least := func(want int) func() error {
-		return func() error {
-			count, err := changed()
-			if err == nil && count < want {
-				err = fmt.Errorf("%d of %d workloads are changed", count, want)
-			}
-			return err
-		}
-	}
 	all := len(f.list)
 	start := time.Now()
 	if err := f.expose(ctx, exposedPort); err != nil {
 		return err
 	}
-	if err := until(ctx, time.Minute, 100*time.Millisecond, least(max(1, all/20))); err != nil {
+	if err := until(ctx, time.Minute, 100*time.Millisecond, atLeast(max(1, all/20), changed)); err != nil {
 		return fmt.Errorf("wait for the first: %w", err)
 	}
 	if err := f.arrive(ctx, got); err != nil {
@@ -52,11 +43,22 @@ func (f *fleet) changeAll(ctx context.Context, got figures) error {
 		return err
 	}
 	got["agent.left"] = float64(max(0, all-left)) // the new one is among those that were changed
-	if err := until(ctx, 5*time.Minute, 250*time.Millisecond, least(all)); err != nil {
+	if err := until(ctx, 5*time.Minute, 250*time.Millisecond, atLeast(all, changed)); err != nil {
 		return fmt.Errorf("wait for the last: %w", err)
 	}
 	got["agent.all"] = time.Since(start).Seconds()
 	return nil
+}
+
+// atLeast is an error where fewer are changed.
+func atLeast(want int, changed func() (int, error)) func() error {
+	return func() error {
+		count, err := changed()
+		if err == nil && count < want {
+			err = fmt.Errorf("%d of %d are changed", count, want)
+		}
+		return err
+	}
 }
 
 // expose changes every proxy by one configuration entry in Consul.
@@ -85,29 +87,21 @@ func (r registered) exposes(port int) bool {
 func (f *fleet) changeWithout(ctx context.Context, got figures) error {
 	const port = exposedPort + 1
 	all := len(f.list)
-	least := func(want int) func() error {
-		return func() error {
-			var services map[string]registered
-			if err := f.consul.call(ctx, http.MethodGet, "/v1/agent/services", nil, &services); err != nil {
-				return err
+	changed := func() (count int, err error) {
+		var services map[string]registered
+		err = f.consul.call(ctx, http.MethodGet, "/v1/agent/services", nil, &services)
+		for _, s := range services {
+			if s.exposes(port) {
+				count++
 			}
-			changed := 0
-			for _, s := range services {
-				if s.exposes(port) {
-					changed++
-				}
-			}
-			if changed < want {
-				return fmt.Errorf("%d of %d proxies are changed", changed, want)
-			}
-			return nil
 		}
+		return count, err
 	}
 	start := time.Now()
 	if err := f.expose(ctx, port); err != nil {
 		return err
 	}
-	if err := until(ctx, time.Minute, 250*time.Millisecond, least(max(1, all/20))); err != nil {
+	if err := until(ctx, time.Minute, 250*time.Millisecond, atLeast(max(1, all/20), changed)); err != nil {
 		return fmt.Errorf("wait for the first: %w", err)
 	}
 	a := f.another()
@@ -127,7 +121,7 @@ func (f *fleet) changeWithout(ctx context.Context, got figures) error {
 	if err != nil {
 		return fmt.Errorf("register a proxy meanwhile: %w", err)
 	}
-	err = until(ctx, 5*time.Minute, 250*time.Millisecond, least(all))
+	err = until(ctx, 5*time.Minute, 250*time.Millisecond, atLeast(all, changed))
 	got["agent.consul"] = time.Since(start).Seconds()
 	return err
 }
