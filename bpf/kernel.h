@@ -171,6 +171,16 @@ static __always_inline __u32 kernel_uid(struct bpf_sock *sk)
 	return cred ? cred->fsuid.val : UID_NONE;
 }
 
+/* The cgroup in which a TCP socket was made; 0: not known. */
+static __always_inline __u64 kernel_cgroup(struct bpf_sock *sk)
+{
+	struct sock *whole = (void *)bpf_skc_to_tcp_sock(sk);
+	struct cgroup *cgroup = whole ? whole->sk_cgrp_data.cgroup : NULL;
+	struct kernfs_node *kn = cgroup ? cgroup->kn : NULL;
+
+	return kn ? kn->id : 0;
+}
+
 /* The same by a pointer that the verifier has no type for. */
 static __always_inline __u32 kernel_uid_read(struct sock *sk)
 {

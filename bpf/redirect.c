@@ -304,7 +304,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx, const struct sna
 			(addr_is_unspecified(&local) && !kernel_v6only(sk));
 		take6 = !addr_is_mapped(&local);
 	}
-	binder = bpf_sk_storage_get(&binders, sk, NULL, 0);
+	binder = binder_of(sk);
 	/* 127.0.0.2:15001 is no outbound listener of Consul's. */
 	if (outbound && !addr_is_unspecified(&local) && !addr_is_first_loopback(&local)) {
 		refusal = VERDICT_REFUSED_LISTENER_ADDRESS;

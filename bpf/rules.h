@@ -143,6 +143,21 @@ static __always_inline bool learn_proxy(struct proxy *proxy, const struct binder
 	return true;
 }
 
+/* Who bound a listener. What was bound before its namespace was a workload's, by an
+ * Envoy that the agent finds while it starts, is whose the socket is. NULL: it is not
+ * known. */
+static __always_inline struct binder *binder_of(struct bpf_sock *sk)
+{
+	struct binder *binder;
+
+	binder = bpf_sk_storage_get(&binders, sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
+	if (binder && !binder->cgroup) {
+		binder->uid = kernel_uid(sk);
+		binder->cgroup = kernel_cgroup(sk);
+	}
+	return binder && binder->cgroup ? binder : NULL;
+}
+
 static __always_inline bool wants_dns(const struct snapshot *snapshot, const struct dial *dial)
 {
 	if (dial->port != DNS_PORT || !(snapshot->config->flags & CONFIG_DNS))

@@ -176,6 +176,38 @@ func TestIdentitySecondClaimant(t *testing.T) {
 	}
 }
 
+// An Envoy that has bound its port before the workload was added, and listens only
+// afterwards, is the proxy all the same: the agent adds a gateway while its Envoy starts.
+func TestIdentityOfWhoBoundBeforeAdd(t *testing.T) {
+	for _, addr := range []string{"127.0.0.1:15001", "[::]:15001"} {
+		t.Run(addr, func(t *testing.T) {
+			n := newNode(t)
+			a := n.newAlloc()
+			proxy, task := a.sockets(proxyUID, a.proxyCg), a.sockets(taskUID, a.taskCg)
+			bind := func(s *sockets, addr string) int {
+				to := netip.MustParseAddrPort(addr)
+				family := unix.AF_INET
+				if to.Addr().Is6() {
+					family = unix.AF_INET6
+				}
+				fd := s.open(family, unix.SOCK_STREAM, 0)
+				s.must(socketCall{Op: "bind", FD: fd, Addr: to})
+				return fd
+			}
+			early, foreign := bind(proxy, addr), bind(task, "127.0.0.9:20000")
+			a.add()
+			// Of a task it is refused as ever, by the UID of its socket.
+			moved := a.rose(func() { task.must(socketCall{Op: "serve", FD: foreign, Name: "task"}) })
+			verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.RefusedListenerIdentity: 1})
+			moved = a.rose(func() { proxy.must(socketCall{Op: "serve", FD: early, Name: "proxy"}) })
+			verdictsAre(t, moved, map[bpfmap.Verdict]uint64{bpfmap.Listener: 1})
+			a.identity(inspect.IdentityCgroup, a.proxyCg.ID, false)
+			a.dials(taskUID, a.taskCg, "proxy", bpfmap.Redirected)
+			n.healthy()
+		})
+	}
+}
+
 func TestIdentityExcludedUIDs(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
