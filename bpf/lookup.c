@@ -11,7 +11,7 @@
 #include "origin.h"
 #include "verdict.h"
 
-/* The note of a namespace's program, eighteen instructions that user space writes:
+/* The note of a namespace's program, nineteen instructions that user space writes:
  * see redirect/program/calls.go. It calls in the same run. */
 struct lookup_caller {
 	__u64 context;

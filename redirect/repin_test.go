@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/health"
@@ -66,6 +68,42 @@ func TestCompilerIsSwitchedOff(t *testing.T) {
 	b.works()
 	a.works()
 	healthy(t, n.Datapath)
+}
+
+// A namespace's program does not tell the verifier which entry it calls. Of a constant one
+// the kernel makes a direct jump, for which it keeps all callers of a table in one list: an
+// ADD and a DEL walk through it, and a change of the entry patches each of them.
+func TestLookupCallsNoConstantEntry(t *testing.T) {
+	n := newNode(t)
+	a := n.newAlloc()
+	a.add()
+	prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(linkIDs(t, n.Paths().Lookup(a.Cookie()))[1]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer prog.Close()
+	info, err := prog.Info()
+	if err != nil {
+		t.Fatal(err)
+	}
+	code, err := info.Instructions()
+	if err != nil {
+		t.Fatal(err)
+	}
+	call := slices.IndexFunc(code, func(i asm.Instruction) bool { return i.IsBuiltinCall() && i.Constant == int64(asm.FnTailCall) })
+	if call < 0 {
+		t.Fatalf("it makes no tail call:\n%v", code)
+	}
+	var entry []asm.OpCode
+	for _, i := range code[:call] {
+		if i.Dst == asm.R3 {
+			entry = append(entry, i.OpCode)
+		}
+	}
+	want := []asm.OpCode{asm.LoadMemOp(asm.DWord), asm.RSh.Op(asm.ImmSource)}
+	if diff := cmp.Diff(want, entry); diff != "" {
+		t.Errorf("how it comes to the number of the entry (-want +got):\n%s", diff)
+	}
 }
 
 // The lookup program goes with the pins that lead to it: what it would judge is refused, the

@@ -23,7 +23,7 @@ import (
 )
 
 // The sk_lookup program that decides is loaded once for the node. sk_lookup cannot ask for
-// the namespace's cookie, so each namespace has a program of eighteen instructions that
+// the namespace's cookie, so each namespace has a program of nineteen instructions that
 // knows it, notes it and makes a tail call.
 
 // What the namespaces' programs share, pinned under these names.
@@ -257,9 +257,12 @@ func (c calls) load(m *bpfmap.Tables, cookie uint64) (*ebpf.Program, error) {
 		asm.StoreMem(asm.R0, 0, asm.R6, asm.DWord),
 		asm.LoadImm(asm.R1, int64(cookie), asm.DWord),
 		asm.StoreMem(asm.R0, 8, asm.R1, asm.DWord),
+		// The entry, 0: a cookie has no highest bit. By a constant the kernel would patch
+		// each caller and keep them all in one list, through which every ADD and DEL goes.
+		asm.LoadMem(asm.R3, asm.R0, 8, asm.DWord),
+		asm.RSh.Imm(asm.R3, 63),
 		asm.Mov.Reg(asm.R1, asm.R6),
 		asm.LoadMapPtr(asm.R2, c.programs),
-		asm.Mov.Imm(asm.R3, 0),
 		asm.FnTailCall.Call(),
 		asm.Mov.Imm(asm.R0, 0).WithSymbol(refuse), // SK_DROP
 		asm.Return(),
