@@ -18,6 +18,7 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/test"
 )
 
@@ -172,17 +173,17 @@ func TestWatcherTellsThatThereIsNoVirtualIP(t *testing.T) {
 func TestTempo(t *testing.T) {
 	for _, c := range []struct {
 		name     string
-		tempo    catalog.PollInterval
+		tempo    wait.PollInterval
 		min, max time.Duration
 	}{
-		{"calm, with a trigger", catalog.PollInterval{Watch: true}, 30 * time.Second, 90 * time.Second},
-		{"calm, without", catalog.PollInterval{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
-		{"a new allocation", catalog.PollInterval{Watch: true, Waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
-		{"one that takes longer", catalog.PollInterval{Watch: true, Waiting: 20 * time.Second}, time.Second, 3 * time.Second},
-		{"one that is not in the mesh", catalog.PollInterval{Watch: true, Waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
-		{"the first failure", catalog.PollInterval{Failures: 1, Waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
-		{"the fourth", catalog.PollInterval{Failures: 4}, 4 * time.Second, 12 * time.Second},
-		{"very many", catalog.PollInterval{Failures: 1000}, 30 * time.Second, 90 * time.Second},
+		{"calm, with a trigger", wait.PollInterval{Watch: true}, 30 * time.Second, 90 * time.Second},
+		{"calm, without", wait.PollInterval{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
+		{"a new allocation", wait.PollInterval{Watch: true, Waiting: time.Second}, 250 * time.Millisecond, 250 * time.Millisecond},
+		{"one that takes longer", wait.PollInterval{Watch: true, Waiting: 20 * time.Second}, time.Second, 3 * time.Second},
+		{"one that is not in the mesh", wait.PollInterval{Watch: true, Waiting: time.Hour}, 30 * time.Second, 90 * time.Second},
+		{"the first failure", wait.PollInterval{Failures: 1, Waiting: time.Second}, 500 * time.Millisecond, 1500 * time.Millisecond},
+		{"the fourth", wait.PollInterval{Failures: 4}, 4 * time.Second, 12 * time.Second},
+		{"very many", wait.PollInterval{Failures: 1000}, 30 * time.Second, 90 * time.Second},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := c.tempo.Pause(0); got != c.min {

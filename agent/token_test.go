@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/test"
@@ -110,7 +111,7 @@ func TestLeastPolicyOfTheToken(t *testing.T) {
 	}
 	words := func(text string) string { return strings.Join(strings.Fields(strings.ReplaceAll(text, "#", "")), " ") }
 	for where, text := range map[string]string{
-		"the remedy of a 403": catalog.ConsulProblem(api.StatusError{Code: http.StatusForbidden}).Remedy, "deploy/weir.d/weir.hcl": string(shipped),
+		"the remedy of a 403": failure.Problem(api.StatusError{Code: http.StatusForbidden}).Remedy, "deploy/weir.d/weir.hcl": string(shipped),
 	} {
 		for rule := range strings.Lines(strings.ReplaceAll(rules, `"node"`, `"NODE"`)) {
 			if !strings.Contains(words(text), words(rule)) {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
 var ErrTooLong = errors.New("the answer is too long")
@@ -32,3 +33,23 @@ func (b *Reader) Read(buffer []byte) (int, error) {
 
 // Close is that of io.Closer.
 func (b *Reader) Close() error { return b.From.Close() }
+
+// ReadAll reads an answer that has about so many bytes, which are more than none, and limit
+// at most. One that is much longer takes less than twice the limit until it has come to its
+// end.
+func ReadAll(from io.Reader, size, limit int) ([]byte, error) {
+	body := make([]byte, 0, size)
+	for {
+		if len(body) == cap(body) {
+			body = slices.Grow(body, max(1, min(3*len(body), limit-len(body))))
+		}
+		n, err := from.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		if errors.Is(err, io.EOF) {
+			return body, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}

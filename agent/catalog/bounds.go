@@ -7,7 +7,6 @@ import (
 	"errors"
 	"io"
 	"net/http"
-	"slices"
 	"strings"
 
 	"github.com/weirmesh/weir/agent/bounded"
@@ -60,29 +59,10 @@ func (b *boundedTransport) RoundTrip(request *http.Request) (*http.Response, err
 	}
 	// The library would look through all of it twice, and copy it as often, before
 	// anybody knows whether it is another one than before.
-	seen.body, err = readWhole(response.Body, seen.size)
+	seen.body, err = bounded.ReadAll(response.Body, seen.size, answerLimit)
 	if err := errors.Join(err, response.Body.Close()); err != nil {
 		return nil, err
 	}
 	response.Body = io.NopCloser(strings.NewReader("null"))
 	return response, nil
-}
-
-// readWhole reads an answer that has about so many bytes, which are more than none. One
-// that is much longer takes less than twice its limit until it has come to its end.
-func readWhole(from io.Reader, size int) ([]byte, error) {
-	body := make([]byte, 0, size)
-	for {
-		if len(body) == cap(body) {
-			body = slices.Grow(body, max(1, min(3*len(body), answerLimit-len(body))))
-		}
-		n, err := from.Read(body[len(body):cap(body)])
-		body = body[:len(body)+n]
-		if errors.Is(err, io.EOF) {
-			return body, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-	}
 }

@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/consul/api"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 )
@@ -151,7 +152,7 @@ func (c *Client) Services(ctx context.Context) (answer, error) {
 	}
 	options.Filter = proxyFilter
 	if _, err := c.Client.Raw().Query("/v1/agent/services", new(Ignored), options); err != nil {
-		return answer{}, fmt.Errorf("read services from Consul: %w", Brief(err))
+		return answer{}, fmt.Errorf("read services from Consul: %w", failure.Brief(err))
 	}
 	body := seen.body
 	c.servicesSize.Store(int64(len(body)))
@@ -172,7 +173,7 @@ func (c *Client) Checks(ctx context.Context) (map[string][]uint16, error) {
 	}
 	list, err := c.Client.Agent().ChecksWithFilterOpts("", options)
 	if err != nil {
-		return nil, fmt.Errorf("read checks from Consul: %w", Brief(err))
+		return nil, fmt.Errorf("read checks from Consul: %w", failure.Brief(err))
 	}
 	if list == nil {
 		return nil, fmt.Errorf("read checks from Consul: %w", registration.ErrEmpty)
@@ -208,7 +209,7 @@ func (c *Client) Self(ctx context.Context) (self, error) {
 		Config struct{ NodeName, BindAddr string }
 	}
 	if _, err := c.Client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
-		return self{}, fmt.Errorf("read node name from Consul: %w", Brief(err))
+		return self{}, fmt.Errorf("read node name from Consul: %w", failure.Brief(err))
 	}
 	if answer.Config.NodeName == "" {
 		return self{}, errors.New("read node name from Consul: the answer has none")
@@ -238,7 +239,7 @@ func (c *Client) Changed(ctx context.Context, node string, index uint64) (uint64
 	var ignored json.RawMessage
 	meta, err := c.Client.Raw().Query("/v1/catalog/node-services/"+url.PathEscape(node), &ignored, options)
 	if err != nil {
-		return 0, fmt.Errorf("wait for changes in Consul: %w", Brief(err))
+		return 0, fmt.Errorf("wait for changes in Consul: %w", failure.Brief(err))
 	}
 	if meta.LastIndex == 0 {
 		return 0, errors.New("wait for changes in Consul: the answer has no index")
@@ -265,7 +266,7 @@ func (c *Client) VirtualIPs(ctx context.Context, of registration.Service) ([]net
 		Chain *struct{ AutoVirtualIPs, ManualVirtualIPs []string }
 	}
 	if _, err := c.Client.Raw().Query("/v1/discovery-chain/"+url.PathEscape(of.Name), &chain, options); err != nil {
-		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, Brief(err))
+		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, failure.Brief(err))
 	}
 	if chain.Chain == nil {
 		return nil, fmt.Errorf("read virtual IPs of %s from Consul: %w", of.Name, registration.ErrEmpty)
@@ -284,7 +285,7 @@ func (c *Client) peerVirtualIPs(of registration.Service, options *api.QueryOptio
 		}
 	}
 	if _, err := c.Client.Raw().Query("/v1/health/connect/"+url.PathEscape(of.Name), &instances, options); err != nil {
-		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, Brief(err))
+		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, failure.Brief(err))
 	}
 	if instances == nil {
 		return nil, fmt.Errorf("read virtual IPs of %s of peer %s from Consul: %w", of.Name, of.Peer, registration.ErrEmpty)
@@ -314,7 +315,7 @@ func (c *Client) Intentions(ctx context.Context) (allowed []registration.Intenti
 		Permissions                                       []struct{ Action string }
 	}
 	if _, err := c.Client.Raw().Query("/v1/connect/intentions", &list, options); err != nil {
-		return nil, fmt.Errorf("read intentions from Consul: %w", Brief(err))
+		return nil, fmt.Errorf("read intentions from Consul: %w", failure.Brief(err))
 	}
 	const wildcard = "*"
 	for _, i := range list {
@@ -347,7 +348,7 @@ func (c *Client) GatewayPorts(ctx context.Context, of registration.Gateway) ([]u
 		Listeners []struct{ Port int }
 	}
 	if _, err := c.Client.Raw().Query("/v1/config/"+of.Kind+"/"+url.PathEscape(of.Name), &entry, options); err != nil {
-		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, Brief(err))
+		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, failure.Brief(err))
 	}
 	if entry.Kind == "" {
 		return nil, fmt.Errorf("read listeners of gateway %s from Consul: %w", of.Name, registration.ErrEmpty)
@@ -359,20 +360,6 @@ func (c *Client) GatewayPorts(ctx context.Context, of registration.Gateway) ([]u
 		}
 	}
 	return registration.SortedPorts(ports), nil
-}
-
-// Brief keeps what somebody else's server wrote into its error out of the log
-// but for its beginning.
-func Brief(err error) error {
-	var status api.StatusError
-	if errors.As(err, &status) {
-		const most = 120
-		if len(status.Body) > most {
-			status.Body = status.Body[:most] + "..."
-		}
-		return status
-	}
-	return err
 }
 
 // concernsOne reports whether others may have an answer all the same: there

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/bounded"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/registration"
 )
 
@@ -73,7 +74,7 @@ func (c *Client) watchService(ctx context.Context, q question) (instances, error
 		err, tooMany = errors.New("the answer is empty, or has no index"), false
 	}
 	if err != nil && !tooMany {
-		return instances{}, fmt.Errorf("watch instances of %s in Consul: %w", q.of.Label(), Brief(err))
+		return instances{}, fmt.Errorf("watch instances of %s in Consul: %w", q.of.Label(), failure.Brief(err))
 	}
 	answer := instances{index: index, count: len(list), unseen: seen.Filtered || tooMany || seen.HidesFromAnonymous(options.Token, len(list))}
 	for i, instance := range list {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
 )
@@ -84,7 +85,7 @@ func (r *round) due(next time.Time) bool {
 func (r *round) heard(moved bool, err error) {
 	r.moved = r.moved || moved
 	if !concernsOne(err) {
-		r.failed = ConsulProblem(err)
+		r.failed = failure.Problem(err)
 		r.Failed()
 	}
 }
@@ -222,7 +223,7 @@ func (q *Query[T]) turn(now time.Time) time.Time {
 // there is an answer, or what it is, changed; same compares two.
 func (q *Query[T]) settle(now time.Time, answer T, err error, something bool, same func(a, b T) bool) (changed bool) {
 	changed = err == nil && (!q.answered || !same(answer, q.answer)) || (err != nil) != (q.why.What != "")
-	if q.why = ConsulProblem(err); err == nil {
+	if q.why = failure.Problem(err); err == nil {
 		q.answer, q.answered = answer, true
 	}
 	if err == nil && something {

@@ -9,7 +9,9 @@ import (
 	"sync"
 	"time"
 
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/registration"
+	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect/health"
 )
 
@@ -232,15 +234,15 @@ func (n *serviceWatches) settle(asking context.Context, s *watchedService, q que
 	switch {
 	case !concernsOne(err): // who waits for an answer waits for the same Consul
 		n.failures++
-		n.why, n.retry = ConsulProblem(err), time.Now().Add(PollInterval{Failures: n.failures}.Pause(rand.Float64()))
+		n.why, n.retry = failure.Problem(err), time.Now().Add(wait.PollInterval{Failures: n.failures}.Pause(rand.Float64()))
 		for _, other := range n.services {
 			other.Presence, other.index = PresenceUnknown, 0
 			other.stop()
 		}
 	case err != nil:
 		s.tries++
-		s.Presence, s.index, s.why = PresenceUnknown, 0, ConsulProblem(err)
-		s.next = time.Now().Add(PollInterval{Failures: s.tries}.Pause(rand.Float64()))
+		s.Presence, s.index, s.why = PresenceUnknown, 0, failure.Problem(err)
+		s.next = time.Now().Add(wait.PollInterval{Failures: s.tries}.Pause(rand.Float64()))
 	default:
 		n.failures, n.why, s.tries, s.why = 0, health.Problem{}, 0, health.Problem{}
 		s.take(q, answer)

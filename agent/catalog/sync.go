@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect/health"
@@ -115,10 +116,10 @@ func (f *Watcher) Run(ctx context.Context) {
 }
 
 // PollInterval is the pace after so many failures in a row.
-func (f *Watcher) PollInterval(failures int) PollInterval {
+func (f *Watcher) PollInterval(failures int) wait.PollInterval {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	t := PollInterval{Watch: f.Client.Config.Watch && f.view.Watch.What == "", Failures: failures}
+	t := wait.PollInterval{Watch: f.Client.Config.Watch && f.view.Watch.What == "", Failures: failures}
 	if !f.waiting.IsZero() {
 		t.Waiting = max(time.Since(f.waiting), 1)
 	}
@@ -168,36 +169,6 @@ func (f *Watcher) Look(ctx context.Context) {
 	f.changed()
 }
 
-// PollInterval decides when Consul is asked next.
-type PollInterval struct {
-	Watch    bool
-	Failures int           // in a row
-	Waiting  time.Duration // of the newest allocation without a registration; 0: none
-}
-
-// Pause is the time until the next read. jitter is from 0 to 1, so that the
-// nodes of a cluster do not ask together.
-func (t PollInterval) Pause(jitter float64) time.Duration {
-	const (
-		slowest = time.Minute
-		firstly = 5 * time.Second // Nomad registers within a moment of ADD
-		atMost  = 2 * time.Minute // later it is no mesh allocation
-	)
-	spread := func(d time.Duration) time.Duration { return time.Duration(float64(d) * (0.5 + jitter)) }
-	switch {
-	case t.Failures > 0:
-		return spread(min(time.Second<<min(t.Failures-1, 10), slowest))
-	case t.Waiting > 0 && t.Waiting < firstly:
-		return 250 * time.Millisecond
-	case t.Waiting > 0 && t.Waiting < atMost:
-		return spread(2 * time.Second)
-	case t.Watch:
-		return spread(slowest)
-	default:
-		return spread(15 * time.Second)
-	}
-}
-
 // watch turns the return of the blocking query into the trigger.
 func (f *Watcher) watch(ctx context.Context) {
 	var node string
@@ -226,7 +197,7 @@ func (f *Watcher) watch(ctx context.Context) {
 		failures++
 		if err != nil {
 			node, index = "", 0
-			length = PollInterval{Failures: failures}.Pause(rand.Float64())
+			length = wait.PollInterval{Failures: failures}.Pause(rand.Float64())
 		} else {
 			failures = 0
 		}
@@ -243,7 +214,7 @@ func (f *Watcher) watched(ctx context.Context, err error) {
 	if ctx.Err() != nil {
 		return // the agent ends
 	}
-	problem := ConsulProblem(err)
+	problem := failure.Problem(err)
 	f.mu.Lock()
 	turned := (problem.What == "") != (f.view.Watch.What == "")
 	f.view.Watch = problem
@@ -268,7 +239,7 @@ func (f *Watcher) Read(ctx context.Context) bool {
 			f.self.Loopback = registration.Loopback4()
 		}
 	}
-	bind := ConsulProblem(err)
+	bind := failure.Problem(err)
 	next := f.Current()
 	digest := digestOf(got, f.self.Loopback)
 	fresh := digest != f.digest || !next.Ready
@@ -333,7 +304,7 @@ func (f *Watcher) failed(ctx context.Context, err error) {
 		f.view.InSync, f.view.Since = false, time.Now()
 	}
 	news := f.view.Error.What != err.Error()
-	f.view.Error = ConsulProblem(err)
+	f.view.Error = failure.Problem(err)
 	f.view.Counts.Failures++
 	f.mu.Unlock()
 	if news {

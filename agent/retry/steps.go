@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/api"
-	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect/health"
 )
 
@@ -32,7 +32,7 @@ func (s *Steps) Note(step string, err error, now time.Time) (changed bool) {
 	}
 	if err != nil {
 		s.failures++
-		s.retry = now.Add(catalog.PollInterval{Failures: s.failures}.Pause(0.5))
+		s.retry = now.Add(wait.PollInterval{Failures: s.failures}.Pause(0.5))
 	} else if len(s.errors) == 0 {
 		s.failures, s.retry = 0, time.Time{}
 	}

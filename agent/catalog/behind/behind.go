@@ -16,6 +16,7 @@ import (
 	consulapi "github.com/hashicorp/consul/api"
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/registration"
 )
 
@@ -31,7 +32,7 @@ func notLookedAt(what, right string, err error) api.Unknown {
 	remedy := right
 	var status consulapi.StatusError
 	if denied := errors.As(err, &status) && status.Code == http.StatusForbidden; !denied && !errors.Is(err, errHidden) {
-		remedy = catalog.ConsulProblem(err).Remedy
+		remedy = failure.Problem(err).Remedy
 	}
 	return api.Unknown{What: what, Why: err.Error(), Remedy: remedy}
 }
@@ -130,7 +131,7 @@ func countInstances(ctx context.Context, c *catalog.Client, of registration.Serv
 	options.Namespace, options.Partition, options.Peer = of.Namespace, of.Partition, of.Peer
 	list, _, err := c.Client.Health().Connect(of.Name, "", false, options)
 	if err != nil {
-		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), catalog.Brief(err))
+		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), failure.Brief(err))
 	}
 	if seen.Filtered || seen.HidesFromAnonymous(options.Token, len(list)) {
 		return nil, fmt.Errorf("read instances of %s from Consul: %w", of.Label(), errHidden)
@@ -153,7 +154,7 @@ func intention(ctx context.Context, c *catalog.Client, from, to registration.Ser
 	ctx, cancel := context.WithTimeout(ctx, c.Read)
 	defer cancel()
 	fail := func(err error) (api.Intention, error) {
-		return "", fmt.Errorf("read intention from %s to %s from Consul: %w", from.Label(), to.Label(), catalog.Brief(err))
+		return "", fmt.Errorf("read intention from %s to %s from Consul: %w", from.Label(), to.Label(), failure.Brief(err))
 	}
 	options, err := c.Options(ctx)
 	if err != nil {

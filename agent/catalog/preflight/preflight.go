@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/consul/api"
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/configfile"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
@@ -81,7 +82,7 @@ func reachable(ctx context.Context, c *catalog.Client, checks *health.Checks) bo
 	var status api.StatusError
 	switch {
 	case err != nil && isTLS(err):
-		checks.Fault("consul-tls", "set ssl, ca_file, cert_file, key_file and tls_server_name of consul { } to what Consul's agent has", "TLS with Consul at %s: %v", c.Config.Address, catalog.Brief(err))
+		checks.Fault("consul-tls", "set ssl, ca_file, cert_file, key_file and tls_server_name of consul { } to what Consul's agent has", "TLS with Consul at %s: %v", c.Config.Address, failure.Brief(err))
 		return false
 	case err != nil && !errors.As(err, &status):
 		checks.Fault("consul-address", "see whether Consul's agent runs, and whether consul { address } is where it listens", "Consul at %s does not answer: %v", c.Config.Address, err)
@@ -108,7 +109,7 @@ func orNothing(err error) string {
 	if err == nil {
 		return ""
 	}
-	return fmt.Sprintf(": %v", catalog.Brief(err))
+	return fmt.Sprintf(": %v", failure.Brief(err))
 }
 
 // isTLS reports an error of the handshake or of its certificates.
@@ -202,7 +203,7 @@ func remedyFor(err error) string {
 	if errors.As(err, &status) && status.Code == http.StatusForbidden {
 		return leastRights
 	}
-	return catalog.ConsulProblem(err).Remedy
+	return failure.Problem(err).Remedy
 }
 
 // version is that of the local agent, as v1.22.2.
@@ -215,7 +216,7 @@ func version(ctx context.Context, c *catalog.Client) (string, error) {
 	}
 	var answer struct{ Config struct{ Version string } }
 	if _, err := c.Client.Raw().Query("/v1/agent/self", &answer, options); err != nil {
-		return "", catalog.Brief(err)
+		return "", failure.Brief(err)
 	}
 	if answer.Config.Version == "" {
 		return "", registration.ErrEmpty

@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/catalog/failure"
 	"github.com/weirmesh/weir/agent/registration"
 )
 
@@ -153,7 +154,7 @@ func ask(ctx context.Context, c *catalog.Client, path, filter string, into any) 
 	}
 	options.Filter = filter
 	if _, err := c.Client.Raw().Query(path, into, options); err != nil {
-		return fmt.Errorf("read services by virtual IP from Consul: %w", catalog.Brief(err))
+		return fmt.Errorf("read services by virtual IP from Consul: %w", failure.Brief(err))
 	}
 	return nil
 }
