@@ -19,8 +19,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
-	"github.com/weirmesh/weir/redirect"
-	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/store"
 	"github.com/weirmesh/weir/test/bench/relay"
 )
 
@@ -343,14 +342,8 @@ func (f *fleet) changeOne(ctx context.Context, a *allocation, table *ebpf.Map) (
 	return took, err
 }
 
-func (f *fleet) known(a *allocation) (inspect.Record, error) {
-	list, err := redirect.New(f.bench.paths).Records()
-	if err != nil {
-		return inspect.Record{}, err
-	}
-	i := slices.IndexFunc(list, func(k inspect.Record) bool { return k.Key == a.key() })
-	if i < 0 {
-		return inspect.Record{}, fmt.Errorf("find workload %s: it is not on record", a.key())
-	}
-	return list[i], nil
+// known is the allocation's record, and no other: to read all of them each time would be
+// what the agent waits for.
+func (f *fleet) known(a *allocation) (*store.Record, error) {
+	return f.bench.paths.ReadRecord(a.key())
 }

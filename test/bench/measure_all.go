@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/store"
 )
 
 // exposedPort is the listener that a change of all proxies opens.
@@ -143,7 +144,7 @@ func (f *fleet) arrive(ctx context.Context, got figures) (err error) {
 	start := time.Now()
 	return until(ctx, time.Minute, 50*time.Millisecond, func() error {
 		known, err := f.known(a)
-		if err == nil && (!known.Complete || int(known.MeshConfig.InboundPort) != a.inbound()) {
+		if err == nil && (known.State != store.Complete || int(known.MeshConfig.InboundPort) != a.inbound()) {
 			err = fmt.Errorf("it is not configured: %+v", known.MeshConfig)
 		}
 		got["agent.arrival"] = time.Since(start).Seconds()
