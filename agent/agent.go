@@ -31,6 +31,7 @@ import (
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
@@ -104,6 +105,7 @@ type Agent struct {
 
 	// The loop's own memory.
 	seen        bool // a pass has found the node's allocations
+	awaits      bool // a new allocation is about to be registered
 	behind      bool // the data path may be another version's: nobody could look yet
 	allocations map[workload.AttachmentID]*allocState
 	noticed     time.Time // when Consul's last change was
@@ -137,7 +139,7 @@ func New(config configfile.Config, options Options) (*Agent, error) {
 		allocations: make(map[workload.AttachmentID]*allocState),
 		unmatched:   make(view.Unmatched),
 		told:        told.NewOnce(options.Log),
-		budget:      defaultBudget(),
+		budget:      wait.Budget{Least: 50 * time.Millisecond, Most: 2 * time.Second, Together: reconcile.MaxChanges},
 		networks:    netwatch.New(),
 		consulApply: server.NewConsulApply(),
 		changes:     options.Changes,

@@ -216,6 +216,12 @@ func runWatcher(t *testing.T, config configfile.ConsulConfig, change ...func(*ca
 	for _, edit := range change {
 		edit(watcher)
 	}
+	letRun(t, watcher)
+	return watcher
+}
+
+// letRun runs the watcher until the test ends.
+func letRun(t *testing.T, watcher *catalog.Watcher) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
@@ -230,7 +236,6 @@ func runWatcher(t *testing.T, config configfile.ConsulConfig, change ...func(*ca
 			t.Error("the watcher does not end")
 		}
 	})
-	return watcher
 }
 
 func eventuallyKnown(t *testing.T, f *catalog.Watcher, what string, ok func(catalog.Snapshot) bool) catalog.Snapshot {

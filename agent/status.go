@@ -11,6 +11,7 @@ import (
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/server"
+	"github.com/weirmesh/weir/agent/wait"
 )
 
 // Status returns the agent's view of the node. The allocations are those of the
@@ -103,22 +104,19 @@ func (a *Agent) publish(more []api.WorkloadView) {
 	a.status.Workloads = list
 }
 
-// awaitRegistration tells the watcher since when the newest allocation that
-// may be in the mesh waits for its registration.
+// awaitRegistration tells the watcher which allocations that may be in the mesh wait for
+// their registration, and since when the newest does.
 func (a *Agent) awaitRegistration(allocations []desired.Allocation, now time.Time) {
 	if a.consul == nil {
 		return
 	}
-	var newest time.Time
+	waiting := wait.Arrivals{Now: now}
 	for _, s := range allocations {
-		m := a.allocations[s.Key]
-		if m == nil || len(s.Proxies) > 0 || now.Sub(m.born) > 2*time.Minute {
-			continue
-		}
-		if m.born.After(newest) {
-			newest = m.born
+		if m := a.allocations[s.Key]; m != nil && len(s.Proxies) == 0 {
+			waiting.Add(s.Job.AllocID, m.born)
 		}
 	}
-	a.expects.Store(!newest.IsZero())
-	a.consul.Await(newest)
+	a.awaits = len(waiting.Soon) > 0
+	a.expects.Store(!waiting.Newest.IsZero())
+	a.consul.Await(waiting.Newest, waiting.Soon...)
 }

@@ -17,10 +17,6 @@ import (
 	"github.com/weirmesh/weir/redirect/workload"
 )
 
-func defaultBudget() wait.Budget {
-	return wait.Budget{Least: 50 * time.Millisecond, Most: 2 * time.Second, Together: reconcile.MaxChanges}
-}
-
 // allocationArrived tells that an allocation may have come that no pass has seen.
 func (a *Agent) allocationArrived() {
 	a.arrived.Store(true)
@@ -98,11 +94,12 @@ func (v *move) joined(state api.State) {
 // once. Where this pass has changed enough, the rest is the next one's.
 func (a *Agent) applyAll(moves []*move) {
 	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.changes })
-	for together := range slices.Chunk(due, max(a.budget.Together, 1)) {
+	later := slices.IndexFunc(due, func(v *move) bool { return v.s.Configured() })
+	for _, together := range wait.Batches(due, later, a.budget.AtOnce(a.awaits)) {
 		if a.budget.Started() {
 			time.Sleep(lockPause)
 		}
-		if !a.budget.Allows(len(together), time.Now(), a.arrived.Load()) {
+		if !a.budget.Allows(len(together), time.Now(), a.awaits || a.arrived.Load()) {
 			continue
 		}
 		var list []reconcile.MeshChange

@@ -142,20 +142,37 @@ const proxyFilter = `Kind != ""`
 // the local agent has them, merged with the central configuration. It costs
 // the servers nothing.
 func (c *Client) Services(ctx context.Context) (answer, error) {
+	got, err := c.services(ctx, proxyFilter, int(c.servicesSize.Load()))
+	if err == nil {
+		c.servicesSize.Store(int64(len(got.Body)))
+	}
+	return got, err
+}
+
+// ServicesOf are the registrations of proxies that name one of the allocations.
+func (c *Client) ServicesOf(ctx context.Context, allocations []string) (answer, error) {
+	named := make([]string, len(allocations))
+	for i, id := range allocations {
+		named[i] = fmt.Sprintf("ID contains %q", id)
+	}
+	return c.services(ctx, proxyFilter+" and ("+strings.Join(named, " or ")+")", 0)
+}
+
+// services reads those that the filter leaves, an answer of about so many bytes.
+func (c *Client) services(ctx context.Context, filter string, size int) (answer, error) {
 	const room = 4 << 10 // for what is new, and for the reader to see the end
-	seen := Headers{whole: true, size: int(c.servicesSize.Load()) + room}
+	seen := Headers{whole: true, size: size + room}
 	ctx, cancel := context.WithTimeout(seen.Watch(ctx), c.Read)
 	defer cancel()
 	options, err := c.Options(ctx)
 	if err != nil {
 		return answer{}, err
 	}
-	options.Filter = proxyFilter
+	options.Filter = filter
 	if _, err := c.Client.Raw().Query("/v1/agent/services", new(Ignored), options); err != nil {
 		return answer{}, fmt.Errorf("read services from Consul: %w", failure.Brief(err))
 	}
 	body := seen.body
-	c.servicesSize.Store(int64(len(body)))
 	// Consul says so to no anonymous token, which sees nothing where the
 	// policy is to deny.
 	hidden := seen.Filtered || options.Token == "" && seen.policy == "deny" && len(body) <= len("{}\n")

@@ -48,10 +48,13 @@ type Watcher struct {
 	mu      sync.Mutex
 	view    Snapshot
 	waiting time.Time // since when the newest allocation waits for its registration; zero: none
+	awaited []string  // the allocations that do
 	noticed time.Time // when the trigger was first pulled since the last read; zero: it was not
 
 	self    self              // asked anew after a failure; Node is "" until it answered
 	digest  [sha256.Size]byte // of the last answer
+	bulk    time.Time         // when the last bulk read ended
+	owed    bool              // something may have changed since it, see readAlone
 	Lookups *Queries
 }
 
@@ -67,18 +70,6 @@ func (f *Watcher) Current() Snapshot {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.view
-}
-
-// Await says since when the newest allocation waits for its registration; the
-// zero time says that none does.
-func (f *Watcher) Await(since time.Time) {
-	f.mu.Lock()
-	began := since.After(f.waiting)
-	f.waiting = since
-	f.mu.Unlock()
-	if began {
-		f.Wake()
-	}
 }
 
 func (f *Watcher) Wake() {
@@ -104,12 +95,16 @@ func (f *Watcher) Run(ctx context.Context) {
 	watcher.Go(func() { f.watchToken(ctx) })
 	failures := 0
 	for {
-		if f.Read(ctx) {
+		if some := f.alone(); len(some) > 0 && f.readAlone(ctx, some) || f.Read(ctx) {
 			failures = 0
 		} else if ctx.Err() == nil {
 			failures++
 		}
-		if !f.rest(ctx, time.Now().Add(f.PollInterval(failures).Pause(rand.Float64())), failures > 0) {
+		next := time.Now().Add(f.PollInterval(failures).Pause(rand.Float64()))
+		if due := f.bulk.Add(bulkApart); f.owed && due.Before(next) {
+			next = due
+		}
+		if !f.rest(ctx, next, failures > 0) {
 			return
 		}
 	}
@@ -239,6 +234,7 @@ func (f *Watcher) Read(ctx context.Context) bool {
 			f.self.Loopback = registration.Loopback4()
 		}
 	}
+	f.bulk, f.owed = time.Now(), false
 	bind := failure.Problem(err)
 	next := f.Current()
 	digest := digestOf(got, f.self.Loopback)

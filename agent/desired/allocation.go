@@ -46,11 +46,14 @@ func (s Allocation) Urgency(failing bool) int {
 		return 3
 	case s.Record == nil:
 		return 0
-	case s.Record.MeshConfig.Guard == "":
+	case !s.Configured():
 		return 1
 	}
 	return 2
 }
+
+// Configured reports whether a mesh configuration was ever in force.
+func (s Allocation) Configured() bool { return s.Record != nil && s.Record.MeshConfig.Guard != "" }
 
 // mostDirectories bounds how many directories of namespaces are watched; a node
 // has one or two.

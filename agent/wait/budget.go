@@ -2,7 +2,10 @@
 
 package wait
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // Budget bounds what one pass changes, so that nobody waits for a change that
 // concerns all workloads: neither an allocation that arrives meanwhile nor what
@@ -14,6 +17,25 @@ type Budget struct {
 	began time.Time
 	done  int // changes
 	left  int // ... that are the next pass's
+}
+
+// AtOnce is how many changes are made at once: while an allocation is about to be
+// registered fewer, as the pass that configures it comes after them.
+func (b *Budget) AtOnce(arrival bool) int {
+	if arrival {
+		return max(b.Together/4, 1)
+	}
+	return max(b.Together, 1)
+}
+
+// Batches are the changes that are made at once, each of size at most. The ones from place
+// later on share none with those before them, who would wait for them; -1: there are none.
+func Batches[T any](changes []T, later, size int) [][]T {
+	if later < 0 {
+		later = len(changes)
+	}
+	first := slices.Collect(slices.Chunk(changes[:later], size))
+	return slices.AppendSeq(first, slices.Chunk(changes[later:], size))
 }
 
 // Begin begins a pass.

@@ -4,6 +4,33 @@ package wait
 
 import "time"
 
+const (
+	// registersWithin is how long after an ADD its registration is expected at any moment:
+	// Nomad makes it as soon as it has the network.
+	registersWithin = 5 * time.Second
+	// registersEver is when an allocation without a registration counts as one that is not in
+	// the mesh.
+	registersEver = 2 * time.Minute
+)
+
+// Arrivals are the allocations that wait for a registration.
+type Arrivals struct {
+	Now    time.Time
+	Newest time.Time // when the last of them came; zero: none waits
+	Soon   []string  // the IDs of those whose registration is expected at any moment
+}
+
+// Add adds one that came then. It may have waited for too long.
+func (a *Arrivals) Add(id string, came time.Time) {
+	waited := a.Now.Sub(came)
+	if waited <= registersEver && came.After(a.Newest) {
+		a.Newest = came
+	}
+	if waited < registersWithin {
+		a.Soon = append(a.Soon, id)
+	}
+}
+
 // PollInterval decides when Consul is asked next.
 type PollInterval struct {
 	Watch    bool
@@ -14,18 +41,14 @@ type PollInterval struct {
 // Pause is the time until the next read. jitter is from 0 to 1, so that the
 // nodes of a cluster do not ask together.
 func (t PollInterval) Pause(jitter float64) time.Duration {
-	const (
-		slowest = time.Minute
-		firstly = 5 * time.Second // Nomad registers within a moment of ADD
-		atMost  = 2 * time.Minute // later it is no mesh allocation
-	)
+	const slowest = time.Minute
 	spread := func(d time.Duration) time.Duration { return time.Duration(float64(d) * (0.5 + jitter)) }
 	switch {
 	case t.Failures > 0:
 		return spread(min(time.Second<<min(t.Failures-1, 10), slowest))
-	case t.Waiting > 0 && t.Waiting < firstly:
-		return 250 * time.Millisecond
-	case t.Waiting > 0 && t.Waiting < atMost:
+	case t.Waiting > 0 && t.Waiting < registersWithin:
+		return 150 * time.Millisecond // mostly for it alone
+	case t.Waiting > 0 && t.Waiting < registersEver:
 		return spread(2 * time.Second)
 	case t.Watch:
 		return spread(slowest)
