@@ -186,7 +186,11 @@ func (a *Agent) trigger() {
 // until ctx ends. It returns an error only for what it cannot work without.
 func (a *Agent) Run(ctx context.Context) error {
 	*a.datapath = *a.datapath.Until(ctx) // in place: all that was made of it waits no longer either
-	a.changes.Note(api.Change{Time: time.Now(), Kind: api.ChangeAgent, What: strings.TrimSpace("the agent began " + a.version)})
+	began := time.Now()                  // a plugin adds allocations while the data path is loaded
+	a.mu.Lock()
+	a.status.Started = began
+	a.mu.Unlock()
+	a.changes.Note(api.Change{Time: began, Kind: api.ChangeAgent, What: strings.TrimSpace("the agent began " + a.version)})
 	if err := a.load(); err != nil {
 		return err
 	}
@@ -194,9 +198,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	if a.watcher, err = discover.NewWatcher(append(a.config.Paths().Directories(), a.cache.Dir, a.config.CNI.NetNSDir)...); err != nil {
 		return err
 	}
-	a.mu.Lock()
-	a.status.Started, a.status.Alive = time.Now(), time.Now()
-	a.mu.Unlock()
+	a.turned()
 	ctx, cancel := context.WithCancel(ctx)
 	var background sync.WaitGroup
 	if err := a.server.Listen(); err != nil {

@@ -62,6 +62,10 @@ func TestAgentListsWhatChanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range list.Changes {
+		// What a plugin adds while the agent loads the data path comes after it began.
+		if started := n.agent.Status().Started; c.Kind == api.ChangeAgent && !c.Time.Equal(started) {
+			t.Errorf("the agent began at %s, and its status says at %s", c.Time, started)
+		}
 		if c.AllocID == numbered(1) && c.Kind == api.ChangeAdded {
 			t.Errorf("%+v: it was there before the agent", c)
 		}
