@@ -186,7 +186,8 @@ func (a *Agent) trigger() {
 // until ctx ends. It returns an error only for what it cannot work without.
 func (a *Agent) Run(ctx context.Context) error {
 	*a.datapath = *a.datapath.Until(ctx) // in place: all that was made of it waits no longer either
-	began := time.Now()                  // a plugin adds allocations while the data path is loaded
+	// A plugin adds allocations while the data path is loaded.
+	began := time.Now()
 	a.mu.Lock()
 	a.status.Started = began
 	a.mu.Unlock()

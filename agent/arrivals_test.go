@@ -33,15 +33,9 @@ func TestNewAllocationIsAskedForAlone(t *testing.T) {
 			say(http.StatusInternalServerError, "what is asked for? "+filter)(w, r)
 		}
 	})
-	config := *configfile.DefaultConfig().Consul
-	config.Address = fake.URL
-	client, err := catalog.NewClient(config, catalog.Timeouts{Read: 5 * time.Second, Block: time.Minute})
-	if err != nil {
-		t.Fatal(err)
-	}
 	// As with the agent, nobody is awaited any more before the next read is thought of.
 	var watcher *catalog.Watcher
-	watcher = catalog.NewWatcher(client, func() { watcher.Await(time.Time{}) })
+	watcher = catalog.NewWatcher(fake.consul(t, 5*time.Second), func() { watcher.Await(time.Time{}) })
 	letRun(t, watcher)
 	eventuallyKnown(t, watcher, "the first read", func(v catalog.Snapshot) bool { return v.InSync })
 	watcher.Await(time.Now(), arrival, `") or (ID != "`)

@@ -184,17 +184,14 @@ func TestIdentityOfWhoBoundBeforeAdd(t *testing.T) {
 			n := newNode(t)
 			a := n.newAlloc()
 			proxy, task := a.sockets(proxyUID, a.proxyCg), a.sockets(taskUID, a.taskCg)
-			bind := func(s *sockets, addr string) int {
-				to := netip.MustParseAddrPort(addr)
-				family := unix.AF_INET
-				if to.Addr().Is6() {
-					family = unix.AF_INET6
-				}
-				fd := s.open(family, unix.SOCK_STREAM, 0)
-				s.must(socketCall{Op: "bind", FD: fd, Addr: to})
-				return fd
+			early, err := proxy.bind(addr, 0)
+			if err != nil {
+				t.Fatal(err)
 			}
-			early, foreign := bind(proxy, addr), bind(task, "127.0.0.9:20000")
+			foreign, err := task.bind("127.0.0.9:20000", 0)
+			if err != nil {
+				t.Fatal(err)
+			}
 			a.add()
 			// Of a task it is refused as ever, by the UID of its socket.
 			moved := a.rose(func() { task.must(socketCall{Op: "serve", FD: foreign, Name: "task"}) })

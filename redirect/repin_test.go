@@ -10,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/redirect/bpfmap"
@@ -77,12 +76,7 @@ func TestLookupCallsNoConstantEntry(t *testing.T) {
 	n := newNode(t)
 	a := n.newAlloc()
 	a.add()
-	prog, err := ebpf.NewProgramFromID(ebpf.ProgramID(linkIDs(t, n.Paths().Lookup(a.Cookie()))[1]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer prog.Close()
-	info, err := prog.Info()
+	info, err := programOf(t, n.Paths().Lookup(a.Cookie())).Info()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -82,9 +82,8 @@ type listenOption struct{ level, option int }
 
 func reusePort() listenOption { return listenOption{unix.SOL_SOCKET, unix.SO_REUSEPORT} }
 
-// listen opens a listener that answers every connection with a test.Reply under
-// name. Proto is 0 for plain TCP.
-func (s *sockets) listen(name, addr string, proto int, options ...listenOption) (int, error) {
+// bind opens a socket for a listener and binds it. Proto is 0 for plain TCP.
+func (s *sockets) bind(addr string, proto int, options ...listenOption) (int, error) {
 	to := netip.MustParseAddrPort(addr)
 	family := unix.AF_INET
 	if to.Addr().Is6() {
@@ -97,6 +96,16 @@ func (s *sockets) listen(name, addr string, proto int, options ...listenOption) 
 	}
 	if _, err := s.try(socketCall{Op: "bind", FD: fd, Addr: to}); err != nil {
 		return fd, fmt.Errorf("bind: %w", err)
+	}
+	return fd, nil
+}
+
+// listen opens a listener that answers every connection with a test.Reply under name.
+func (s *sockets) listen(name, addr string, proto int, options ...listenOption) (int, error) {
+	s.t.Helper()
+	fd, err := s.bind(addr, proto, options...)
+	if err != nil {
+		return fd, err
 	}
 	if _, err := s.try(socketCall{Op: "serve", FD: fd, Name: name}); err != nil {
 		return fd, fmt.Errorf("listen: %w", err)

@@ -72,11 +72,8 @@ func (f *Watcher) readAlone(ctx context.Context, allocations []string) bool {
 	if known, moved := f.Lookups.Refresh(ctx, all); moved {
 		next.Facts = known
 	}
-	f.mu.Lock()
-	next.Watch = f.view.Watch // not the reader's
 	next.Counts.Changes++
-	f.view = next
-	f.mu.Unlock()
+	f.publish(next)
 	f.changed()
 	return true
 }

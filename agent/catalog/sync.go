@@ -261,19 +261,24 @@ func (f *Watcher) Read(ctx context.Context) bool {
 	assumes := bind != next.Bind
 	next.Ready, next.Bind = true, bind
 	f.digest = digest
-	f.mu.Lock()
-	next.Watch = f.view.Watch // not the reader's
 	next.Counts.Reads++
 	next.Counts.Bytes += uint64(len(got.Body))
 	if fresh {
 		next.Counts.Changes++
 	}
-	f.view = next
-	f.mu.Unlock()
+	f.publish(next)
 	if fresh || moved || recovered || assumes {
 		f.changed()
 	}
 	return true
+}
+
+// publish makes what a read made of the view the view.
+func (f *Watcher) publish(next Snapshot) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	next.Watch = f.view.Watch // not the reader's
+	f.view = next
 }
 
 // began is when what brought about a read was noticed: by the trigger, or now.

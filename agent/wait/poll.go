@@ -47,7 +47,7 @@ func (t PollInterval) Pause(jitter float64) time.Duration {
 	case t.Failures > 0:
 		return spread(min(time.Second<<min(t.Failures-1, 10), slowest))
 	case t.Waiting > 0 && t.Waiting < registersWithin:
-		return 150 * time.Millisecond // mostly for it alone
+		return 150 * time.Millisecond // of which most ask for that allocation alone
 	case t.Waiting > 0 && t.Waiting < registersEver:
 		return spread(2 * time.Second)
 	case t.Watch:
