@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/weirmesh/weir/agent/catalog"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/listening"
 	"github.com/weirmesh/weir/redirect/health"
 )
@@ -25,24 +26,11 @@ func (a *Agent) noteProblems(now time.Time) {
 // nodeProblems are what is wrong with what the agent learns from others. The
 // caller holds the mutex.
 func (a *Agent) nodeProblems(consul catalog.Snapshot, docker string) []health.Problem {
-	var list []health.Problem
-	if a.discoveryError != "" {
-		list = append(list, health.NewProblem(health.ProblemDiscovery, "see whether the agent can read cni { cache_dir } and its records in state_dir; until then nothing new is found or changed", a.discoveryError))
-	}
-	list = append(list, consul.ProblemsOf(a.config.Consul.Address)...)
-	if docker != "" {
-		list = append(list, health.NewProblem(health.ProblemDocker,
-			`see whether Docker runs and answers at docker { socket }; socket = "" where it is not to be asked`,
-			"Docker's containers may be other ones by now: "+docker))
-	}
+	list := append(discover.Problems(a.discoveryError, docker, a.unreadable), consul.ProblemsOf(a.config.Consul.Address)...)
 	if a.networkProblem != "" {
 		list = append(list, health.NewProblem(health.ProblemNetworkWatch,
 			"give the agent CAP_NET_BROADCAST, as its systemd unit does",
 			"an address or route that changes after ADD is found within minutes, not at once: "+a.networkProblem))
 	}
-	list = append(list, a.foreign...)
-	for _, what := range a.unreadable {
-		list = append(list, health.NewProblem(health.ProblemStateUnreadable, "what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of", what))
-	}
-	return list
+	return append(list, a.foreign...)
 }

@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -35,11 +34,10 @@ func (a *Agent) progressed() {
 // byUrgency puts those first that are not under Weir or not configured yet, and
 // those last that went wrong before.
 func (a *Agent) byUrgency(allocations []desired.Allocation) {
-	urgency := func(s desired.Allocation) int {
-		m := a.allocations[s.Key]
-		return s.Urgency(m != nil && m.steps.Failures() > 0)
-	}
-	slices.SortStableFunc(allocations, func(s, t desired.Allocation) int { return cmp.Compare(urgency(s), urgency(t)) })
+	desired.SortByUrgency(allocations, func(key workload.AttachmentID) bool {
+		m := a.allocations[key]
+		return m != nil && m.steps.Failures() > 0
+	})
 }
 
 // differs reports whether the mesh configuration changes what is in force.

@@ -3,6 +3,7 @@
 package desired
 
 import (
+	"cmp"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/inspect"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Allocation is everything that is known of one attachment when its desired state
@@ -50,6 +52,13 @@ func (s Allocation) Urgency(failing bool) int {
 		return 1
 	}
 	return 2
+}
+
+// SortByUrgency puts the most urgent first, and keeps the order of those that are as urgent.
+func SortByUrgency(allocations []Allocation, failing func(workload.AttachmentID) bool) {
+	slices.SortStableFunc(allocations, func(s, t Allocation) int {
+		return cmp.Compare(s.Urgency(failing(s.Key)), t.Urgency(failing(t.Key)))
+	})
 }
 
 // Configured reports whether a mesh configuration was ever in force.

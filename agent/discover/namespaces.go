@@ -12,7 +12,6 @@ import (
 	"slices"
 
 	"github.com/weirmesh/weir/agent/registration"
-	"github.com/weirmesh/weir/redirect/health"
 	"github.com/weirmesh/weir/redirect/host"
 	"github.com/weirmesh/weir/redirect/workload"
 	"golang.org/x/sys/unix"
@@ -77,18 +76,6 @@ func (n Namespaces) Others(known map[string]bool) (list []Attachment) {
 func IsNamespace(path string) bool {
 	var stat unix.Statfs_t
 	return unix.Statfs(path, &stat) == nil && stat.Type == unix.NSFS_MAGIC
-}
-
-// LeftBehind says what became of an allocation for which Nomad made no DEL: one
-// that it found ended when its client started, as after a power cut.
-func LeftBehind() health.Problem {
-	return health.NewProblem(health.ProblemLeftBehind, "'weir gc' takes away what is left", "it has ended and its namespace is gone, but nobody ended its network")
-}
-
-// WithoutResult says what is missing of an allocation that lives and that libcni does not know.
-func WithoutResult() health.Problem {
-	return health.NewProblem(health.ProblemResultMissing,
-		"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known")
 }
 
 // IsGone reports whether no namespace is mounted there for certain: one that
