@@ -12,11 +12,13 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 	"github.com/weirmesh/weir/test"
 	"golang.org/x/sys/unix"
 )
@@ -254,14 +256,53 @@ func TestGateOfARegistration(t *testing.T) {
 	}
 }
 
+// plain is an allocation in which nothing is redirected, with an upstream at port 9191.
+func (n *node) plain(id string) *test.NetNS {
+	n.t.Helper()
+	ns := test.NewNetNS(n.t)
+	n.fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-80-sidecar-proxy":{"Kind":"connect-proxy","Service":"web-sidecar-proxy","Port":20001,
+		"Proxy":{"DestinationServiceName":"web","Upstreams":[{"DestinationType":"service","DestinationName":"api","LocalBindPort":9191}]}}}`, id)))
+	n.cached(id, ns.Path, "")
+	return ns
+}
+
+// The pass that puts an allocation under Weir opens its gate: a task dials within some
+// hundred milliseconds of ADD.
+func TestGateOpensInThePassThatAdds(t *testing.T) {
+	n, cgroup := withGate(t, "1m")
+	id := numbered(1)
+	ns := n.plain(id)
+	agent := n.newStepwise()
+	defer agent.closeGates(func(workload.AttachmentID) bool { return false })
+	agent.asks(t.Context())
+	if list := agent.Status().Workloads; len(list) != 1 || list[0].State != api.StateManaged || list[0].HeldSince.IsZero() {
+		t.Fatalf("after one pass there is %+v, want it under Weir with an open gate", list)
+	}
+	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
+	done := make(chan error, 1)
+	go func() {
+		_, err := task.Ask("tcp4"+test.Waiting, "127.0.0.1:9191")
+		done <- err
+	}()
+	test.Eventually(t, func() error {
+		agent.lookAtGates(time.Now())
+		if held := agent.Status().Counts.Held; held != 1 {
+			return fmt.Errorf("%d connections are counted", held)
+		}
+		return nil
+	}, "the connection to wait")
+	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "envoy"), UID: 101, GID: 101}, "tcp4", "127.0.0.1:9191")
+	if err := <-done; err != nil {
+		t.Errorf("a connection that waited: %v", err)
+	}
+}
+
 // A plain allocation has a gate for its explicit upstreams and for nothing else.
 func TestGateOfAPlainAllocation(t *testing.T) {
 	n, cgroup := withGate(t, "1m")
-	id, ns := numbered(1), test.NewNetNS(t)
-	n.fake.answers(say(200, fmt.Sprintf(`{"_nomad-task-%s-group-g-web-80-sidecar-proxy":{"Kind":"connect-proxy","Service":"web-sidecar-proxy","Port":20001,
-		"Proxy":{"DestinationServiceName":"web","Upstreams":[{"DestinationType":"service","DestinationName":"api","LocalBindPort":9191}]}}}`, id)))
+	id := numbered(1)
 	n.run()
-	n.cached(id, ns.Path, "")
+	ns := n.plain(id)
 	n.eventuallyHeld(id, true)
 	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
 	done := make(chan error, 1)

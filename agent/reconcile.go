@@ -189,7 +189,7 @@ func (a *Agent) conclude(v *move, consul catalog.Snapshot, now time.Time) {
 	if next.InSync != m.view.InSync || next.State != m.view.State {
 		next.Since = now
 	}
-	added := state == api.StateManaged && s.Record == nil                             // by this pass
+	added := state == api.StateManaged && (v.joins || s.Record == nil)                // by this pass
 	if a.seen || added || s.Record != nil && s.Record.Added.After(a.status.Started) { // else it is as it was before this agent
 		a.changes.State(m.view, next, now)
 	}

@@ -12,6 +12,7 @@ import (
 	"github.com/weirmesh/weir/agent/desired"
 	"github.com/weirmesh/weir/agent/wait"
 	"github.com/weirmesh/weir/redirect"
+	"github.com/weirmesh/weir/redirect/inspect"
 	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/workload"
 )
@@ -75,6 +76,21 @@ func (a *Agent) addAll(moves []*move) {
 			together[i].joined(a.added(together[i].s, together[i].m, list[i], "found without a plugin", err))
 		}
 		a.progressed()
+	}
+	a.recorded(due)
+}
+
+// recorded gives those that joined the records that they have got: their start gates wait
+// for no other pass.
+func (a *Agent) recorded(joined []*move) {
+	if len(joined) == 0 {
+		return
+	}
+	known, _ := a.records.Records() // of what cannot be read the next pass tells
+	for _, v := range joined {
+		if i := slices.IndexFunc(known, func(k inspect.Record) bool { return k.Key == v.s.Key }); i >= 0 {
+			v.s.Record = &known[i]
+		}
 	}
 }
 
