@@ -46,8 +46,8 @@ const (
 	fewWorkloads  = 64  // of more it is half of that
 	looksPerTick  = 128 // workloads, see lookSome
 
-	storm  = 200 * time.Millisecond // between two passes at least
-	moment = 5 * time.Millisecond   // ... where libcni has not yet written all, or the first did not do all
+	moment = 5 * time.Millisecond   // between two passes at least
+	storm  = 200 * time.Millisecond // ... where a pass takes long
 )
 
 // Options are what the agent has of its process beside the configuration.
@@ -255,8 +255,9 @@ func (a *Agent) loop(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-a.wake:
+			began := time.Now()
 			a.pass(true)
-			rest := storm
+			rest := wait.Between(time.Since(began), moment, storm)
 			if a.cache.Halfway || a.budget.Left() > 0 {
 				rest = moment
 				a.trigger()

@@ -5,6 +5,7 @@ package catalog
 import (
 	"context"
 	"crypto/sha256"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -95,12 +96,15 @@ func (f *Watcher) Run(ctx context.Context) {
 	watcher.Go(func() { f.watchToken(ctx) })
 	failures := 0
 	for {
+		began := time.Now()
 		if some := f.alone(); len(some) > 0 && f.readAlone(ctx, some) || f.Read(ctx) {
 			failures = 0
 		} else if ctx.Err() == nil {
 			failures++
 		}
-		next := time.Now().Add(f.PollInterval(failures).Pause(rand.Float64()))
+		interval := f.PollInterval(failures)
+		interval.Took = time.Since(began)
+		next := time.Now().Add(interval.Pause(rand.Float64()))
 		if due := f.bulk.Add(bulkApart); f.owed && due.Before(next) {
 			next = due
 		}
@@ -316,16 +320,9 @@ func (f *Watcher) failed(ctx context.Context, err error) {
 // digestOf tells an answer, and how it is read, from others.
 func digestOf(got answer, loopback netip.Addr) (digest [sha256.Size]byte) {
 	sum := sha256.New()
-	_, _ = sum.Write([]byte{boolByte(got.Hidden), boolByte(loopback.Is6())})
-	_, _ = sum.Write(got.Body) // never fails
+	fmt.Fprintln(sum, got.Hidden, loopback) // never fails
+	sum.Write(got.Body)
 	return [sha256.Size]byte(sum.Sum(nil))
-}
-
-func boolByte(set bool) byte {
-	if set {
-		return 1
-	}
-	return 0
 }
 
 func ByAllocation(proxies []registration.Proxy) map[string][]registration.Proxy {

@@ -36,6 +36,7 @@ type PollInterval struct {
 	Watch    bool
 	Failures int           // in a row
 	Waiting  time.Duration // of the newest allocation without a registration; 0: none
+	Took     time.Duration // the last read
 }
 
 // Pause is the time until the next read. jitter is from 0 to 1, so that the
@@ -47,7 +48,7 @@ func (t PollInterval) Pause(jitter float64) time.Duration {
 	case t.Failures > 0:
 		return spread(min(time.Second<<min(t.Failures-1, 10), slowest))
 	case t.Waiting > 0 && t.Waiting < registersWithin:
-		return 150 * time.Millisecond // of which most ask for that allocation alone
+		return Between(t.Took, 50*time.Millisecond, 150*time.Millisecond) // most ask for that allocation alone
 	case t.Waiting > 0 && t.Waiting < registersEver:
 		return spread(2 * time.Second)
 	case t.Watch:
