@@ -259,8 +259,7 @@ func (a *Agent) loop(ctx context.Context) {
 			a.pass(true)
 			rest := wait.Between(time.Since(began), moment, storm)
 			if a.cache.Halfway || a.budget.Left() > 0 {
-				rest = moment
-				a.trigger()
+				rest = moment // the pass has asked for another
 			}
 			if _, alive := wait.Pause(ctx, rest, nil); !alive {
 				return

@@ -97,14 +97,16 @@ func (a *Agent) reconcile(now time.Time) {
 		moves = append(moves, a.begin(s, consul, now))
 	}
 	a.awaitRegistration(allocations, now)
-	a.addAll(moves)
+	for _, v := range a.addAll(moves) {
+		a.conclude(v, consul, now) // their start gates wait for no change of others
+	}
 	a.applyAll(moves)
 	for _, v := range moves {
 		a.conclude(v, consul, now)
 	}
 	a.forget(allocations, now)
 	a.followNetworks(known)
-	if a.budget.Left() > 0 {
+	if a.cache.Halfway || a.budget.Left() > 0 {
 		a.trigger()
 	}
 	a.publish(a.unmatched.Lines(allocations, consul, a.containers(), now))
@@ -145,8 +147,7 @@ type move struct {
 func (a *Agent) begin(s desired.Allocation, consul catalog.Snapshot, now time.Time) *move {
 	m := a.stateOf(s.Key, now)
 	m.fresh = false
-	v := &move{s: s, m: m}
-	v.wanted = desired.For(s, consul.Facts, a.policy())
+	v := &move{s: s, m: m, wanted: desired.For(s, consul.Facts, a.policy())}
 	v.state = a.ensureAdded(v, consul.Facts, now)
 	v.changes = v.state == api.StateManaged && v.wanted.MeshConfig != nil && !m.fresh && a.differs(s, m, *v.wanted.MeshConfig)
 	v.inForce = !m.fresh && !v.changes
@@ -164,8 +165,7 @@ func (a *Agent) policy() desired.Policy {
 // problemsOf is what is wrong with an attachment.
 func (a *Agent) problemsOf(v *move, consul catalog.Snapshot, now time.Time) []health.Problem {
 	s, m, state := v.s, v.m, v.state
-	problems := slices.Clone(v.wanted.Problems)
-	problems = append(problems, m.steps.Problems()...)
+	problems := slices.Concat(v.wanted.Problems, m.steps.Problems())
 	if s.Live && !s.Cached && state == api.StateManaged && len(s.Proxies) > 0 {
 		problems = append(problems, discover.WithoutResult())
 	}

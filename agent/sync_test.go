@@ -179,7 +179,7 @@ func TestTempo(t *testing.T) {
 		{"calm, with a trigger", wait.PollInterval{Watch: true}, 30 * time.Second, 90 * time.Second},
 		{"calm, without", wait.PollInterval{}, 7500 * time.Millisecond, 22500 * time.Millisecond},
 		{"a new allocation", wait.PollInterval{Watch: true, Waiting: time.Second}, 50 * time.Millisecond, 50 * time.Millisecond},
-		{"one beside many others", wait.PollInterval{Watch: true, Waiting: time.Second, Took: 20 * time.Millisecond}, 80 * time.Millisecond, 80 * time.Millisecond},
+		{"one beside many others", wait.PollInterval{Watch: true, Waiting: time.Second, Took: 10 * time.Millisecond}, 90 * time.Millisecond, 90 * time.Millisecond},
 		{"one while all change", wait.PollInterval{Watch: true, Waiting: time.Second, Took: time.Second}, 150 * time.Millisecond, 150 * time.Millisecond},
 		{"one that takes longer", wait.PollInterval{Watch: true, Waiting: 20 * time.Second}, time.Second, 3 * time.Second},
 		{"one that is not in the mesh", wait.PollInterval{Watch: true, Waiting: time.Hour}, 30 * time.Second, 90 * time.Second},

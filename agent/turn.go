@@ -60,8 +60,8 @@ const addsTogether = 16
 
 // addAll puts those under Weir that nobody else does. It knows of them what Consul has
 // answered by then: there may be many, and what is known from the first needs no change.
-func (a *Agent) addAll(moves []*move) {
-	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.joins })
+func (a *Agent) addAll(moves []*move) (due []*move) {
+	due = slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.joins })
 	for i, together := range slices.Collect(slices.Chunk(due, addsTogether)) {
 		if i > 0 {
 			time.Sleep(lockPause)
@@ -78,10 +78,10 @@ func (a *Agent) addAll(moves []*move) {
 		a.progressed()
 	}
 	a.recorded(due)
+	return due
 }
 
-// recorded gives those that joined the records that they have got: their start gates wait
-// for no other pass.
+// recorded gives those that joined the records that they have got.
 func (a *Agent) recorded(joined []*move) {
 	if len(joined) == 0 {
 		return

@@ -9,9 +9,9 @@ import (
 	"time"
 )
 
-// Between is the pause between two turns of what takes so long: it has a fifth of the time
+// Between is the pause between two turns of what takes so long: it has a tenth of the time
 // at most, where that needs no more than most.
-func Between(took, least, most time.Duration) time.Duration { return min(max(4*took, least), most) }
+func Between(took, least, most time.Duration) time.Duration { return min(max(9*took, least), most) }
 
 // Pause waits. early says that it was cut short, alive that ctx goes on.
 func Pause(ctx context.Context, length time.Duration, cut <-chan struct{}) (early, alive bool) {
