@@ -266,6 +266,28 @@ func (n *node) plain(id string) *test.NetNS {
 	return ns
 }
 
+// upstreamWaits lets a task dial the upstream's port, and an Envoy listen there once the
+// connection is counted among those that are held.
+func upstreamWaits(t *testing.T, ns *test.NetNS, cgroup *test.Cgroup, held func() uint64) {
+	t.Helper()
+	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
+	done := make(chan error, 1)
+	go func() {
+		_, err := task.Ask("tcp4"+test.Waiting, "127.0.0.1:9191")
+		done <- err
+	}()
+	test.Eventually(t, func() error {
+		if count := held(); count != 1 {
+			return fmt.Errorf("%d connections are counted", count)
+		}
+		return nil
+	}, "the connection to wait")
+	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "envoy"), UID: 101, GID: 101}, "tcp4", "127.0.0.1:9191")
+	if err := <-done; err != nil {
+		t.Errorf("a connection that waited: %v", err)
+	}
+}
+
 // The pass that puts an allocation under Weir opens its gate: a task dials within some
 // hundred milliseconds of ADD.
 func TestGateOpensInThePassThatAdds(t *testing.T) {
@@ -278,23 +300,10 @@ func TestGateOpensInThePassThatAdds(t *testing.T) {
 	if list := agent.Status().Workloads; len(list) != 1 || list[0].State != api.StateManaged || list[0].HeldSince.IsZero() {
 		t.Fatalf("after one pass there is %+v, want it under Weir with an open gate", list)
 	}
-	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
-	done := make(chan error, 1)
-	go func() {
-		_, err := task.Ask("tcp4"+test.Waiting, "127.0.0.1:9191")
-		done <- err
-	}()
-	test.Eventually(t, func() error {
+	upstreamWaits(t, ns, cgroup, func() uint64 {
 		agent.lookAtGates(time.Now())
-		if held := agent.Status().Counts.Held; held != 1 {
-			return fmt.Errorf("%d connections are counted", held)
-		}
-		return nil
-	}, "the connection to wait")
-	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "envoy"), UID: 101, GID: 101}, "tcp4", "127.0.0.1:9191")
-	if err := <-done; err != nil {
-		t.Errorf("a connection that waited: %v", err)
-	}
+		return agent.Status().Counts.Held
+	})
 }
 
 // A plain allocation has a gate for its explicit upstreams and for nothing else.
@@ -304,21 +313,6 @@ func TestGateOfAPlainAllocation(t *testing.T) {
 	n.run()
 	ns := n.plain(id)
 	n.eventuallyHeld(id, true)
-	task := test.NewClient(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "task"), UID: 1000, GID: 1000})
-	done := make(chan error, 1)
-	go func() {
-		_, err := task.Ask("tcp4"+test.Waiting, "127.0.0.1:9191")
-		done <- err
-	}()
-	test.Eventually(t, func() error {
-		if held := n.agent.Status().Counts.Held; held != 1 {
-			return fmt.Errorf("%d connections are counted", held)
-		}
-		return nil
-	}, "the connection to wait")
-	test.EchoProcess(t, test.Spec{NetNS: ns, Cgroup: cgroup.Child(t, "envoy"), UID: 101, GID: 101}, "tcp4", "127.0.0.1:9191")
-	if err := <-done; err != nil {
-		t.Errorf("a connection that waited: %v", err)
-	}
+	upstreamWaits(t, ns, cgroup, func() uint64 { return n.agent.Status().Counts.Held })
 	n.eventuallyHeld(id, false)
 }
