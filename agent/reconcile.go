@@ -97,11 +97,13 @@ func (a *Agent) reconcile(now time.Time) {
 		moves = append(moves, a.begin(s, consul, now))
 	}
 	a.awaitRegistration(allocations, now)
-	for _, v := range a.addAll(moves) {
-		a.conclude(v, consul, now) // their start gates wait for no change of others
-	}
-	a.applyAll(moves)
+	a.addAll(moves)
 	for _, v := range moves {
+		if !v.changes { // a start gate waits for no change of others
+			a.conclude(v, consul, now)
+		}
+	}
+	for _, v := range a.applyAll(moves) {
 		a.conclude(v, consul, now)
 	}
 	a.forget(allocations, now)

@@ -60,8 +60,12 @@ const addsTogether = 16
 
 // addAll puts those under Weir that nobody else does. It knows of them what Consul has
 // answered by then: there may be many, and what is known from the first needs no change.
-func (a *Agent) addAll(moves []*move) (due []*move) {
-	due = slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.joins })
+// They have their records from then on: a start gate opens in the pass that adds.
+func (a *Agent) addAll(moves []*move) {
+	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.joins })
+	if len(due) == 0 {
+		return
+	}
 	for i, together := range slices.Collect(slices.Chunk(due, addsTogether)) {
 		if i > 0 {
 			time.Sleep(lockPause)
@@ -77,19 +81,10 @@ func (a *Agent) addAll(moves []*move) (due []*move) {
 		}
 		a.progressed()
 	}
-	a.recorded(due)
-	return due
-}
-
-// recorded gives those that joined the records that they have got.
-func (a *Agent) recorded(joined []*move) {
-	if len(joined) == 0 {
-		return
-	}
-	known, _ := a.records.Records() // of what cannot be read the next pass tells
-	for _, v := range joined {
-		if i := slices.IndexFunc(known, func(k inspect.Record) bool { return k.Key == v.s.Key }); i >= 0 {
-			v.s.Record = &known[i]
+	records, _ := a.records.Records() // of what cannot be read the next pass tells
+	for _, v := range due {
+		if i := slices.IndexFunc(records, func(k inspect.Record) bool { return k.Key == v.s.Key }); i >= 0 {
+			v.s.Record = &records[i]
 		}
 	}
 }
@@ -105,9 +100,9 @@ func (v *move) joined(state api.State) {
 }
 
 // applyAll writes the mesh configurations that differ from what is in force, many at
-// once. Where this pass has changed enough, the rest is the next one's.
-func (a *Agent) applyAll(moves []*move) {
-	due := slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.changes })
+// once, and returns them all. Where this pass has changed enough, the rest is the next one's.
+func (a *Agent) applyAll(moves []*move) (due []*move) {
+	due = slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.changes })
 	later := slices.IndexFunc(due, func(v *move) bool { return v.s.Configured() })
 	for _, together := range wait.Batches(due, later, a.budget.AtOnce(a.awaits)) {
 		if a.budget.Started() {
@@ -125,6 +120,7 @@ func (a *Agent) applyAll(moves []*move) {
 		}
 		a.progressed()
 	}
+	return due
 }
 
 func (a *Agent) applied(v *move, err error) {
