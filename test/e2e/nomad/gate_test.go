@@ -3,6 +3,7 @@
 package nomad
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -122,10 +123,8 @@ func starts(t *testing.T, n *nomad.Node, count, upstreams int, shows func(start)
 		return false
 	}
 	for wave := 0; wave*together < count || lacking() && wave < most; wave++ {
-		size := min(together, count)
-		if left := count - wave*together; left > 0 {
-			size = min(size, left)
-		}
+		left := max(count-wave*together, 0)
+		size := min(cmp.Or(left, count), together)
 		t.Run(fmt.Sprint(wave), func(t *testing.T) { // its end purges the job
 			id := fmt.Sprintf("gate-first-%d", time.Now().UnixNano())
 			job := n.For(t).Submit("testdata/jobs/gate-first.nomad.hcl", "id", id, "count", fmt.Sprint(size), "upstreams", fmt.Sprint(upstreams))
