@@ -13,7 +13,6 @@ import (
 	"strings"
 
 	"github.com/google/nftables"
-	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/redirect/store"
@@ -292,32 +291,6 @@ func Restore(r *attachment.Record, conn *nftables.Conn, held []HeldPort) (repair
 		repaired = append(repaired, "host port "+p.String())
 	}
 	return repaired, addElements(r, conn, missing)
-}
-
-// forgetFlows ends what the kernel knows of UDP flows to the host ports: a flow
-// that goes on would else stay with the address that it began with. TCP begins anew
-// by itself.
-func forgetFlows(r *attachment.Record) error {
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		var filters []netlink.CustomConntrackFilter
-		for _, p := range r.Ports {
-			if p.Protocol != unix.IPPROTO_UDP || p.Host.Addr().Is4() != (family == unix.AF_INET) {
-				continue
-			}
-			filter := &netlink.ConntrackFilter{}
-			if err := errors.Join(filter.AddProtocol(unix.IPPROTO_UDP), filter.AddPort(netlink.ConntrackOrigDstPort, p.Host.Port())); err != nil {
-				return err
-			}
-			filters = append(filters, filter)
-		}
-		if len(filters) == 0 {
-			continue
-		}
-		if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, family, filters...); err != nil {
-			return fmt.Errorf("forget UDP flows to host ports: %w", err)
-		}
-	}
-	return nil
 }
 
 // HeldPort is a translation as the kernel has it.
