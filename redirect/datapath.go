@@ -126,7 +126,7 @@ func (d *Datapath) removeWorkload(tables *bpfmap.Tables, r *store.Record) error 
 		}
 		rows = tables.DeleteWorkload(r.Cookie, applied)
 	}
-	return errors.Join(rows, program.DetachLookup(d.Paths(), r.Cookie), reconcile.RemoveRoutes(r))
+	return errors.Join(rows, program.DetachLookup(d.Paths(), r.Cookie), d.RemoveRoutes(r))
 }
 
 // Check verifies that a workload is redirected as its record says, down to the

@@ -207,7 +207,7 @@ func TestNoFilterNoWait(t *testing.T) {
 		})
 	})
 	removed := least(func() error {
-		there, err := filter.RemoveFilter(ns)
+		there, err := filter.NewSetter().Remove(ns)
 		if there {
 			t.Error("a table was removed that is not there")
 		}

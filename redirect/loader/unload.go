@@ -7,7 +7,6 @@ import (
 
 	"github.com/weirmesh/weir/redirect/bpfmap"
 	"github.com/weirmesh/weir/redirect/program"
-	"github.com/weirmesh/weir/redirect/reconcile"
 	"github.com/weirmesh/weir/redirect/store"
 )
 
@@ -25,7 +24,7 @@ func (d *Loader) Unload() (removed []program.Removal, err error) {
 		}
 		var problems []error
 		for _, r := range records {
-			problems = append(problems, reconcile.RemoveRoutes(r), d.Paths().RemoveRecord(r.Key))
+			problems = append(problems, d.RemoveRoutes(r), d.Paths().RemoveRecord(r.Key))
 			removed = append(removed, program.Removal{Kind: program.WorkloadRemoved, Object: r.Key.String()})
 		}
 		problems = append(problems, d.dropWorkloads())

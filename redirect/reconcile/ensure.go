@@ -65,7 +65,7 @@ func (d *Reconciler) RenewFilters() error {
 
 // RemoveRoutes removes the routes and the filter of a workload whose namespace
 // still lives.
-func RemoveRoutes(r *store.Record) error {
+func (d *Reconciler) RemoveRoutes(r *store.Record) error {
 	ns, err := inspect.OpenNamespaceOf(r)
 	if errors.Is(err, host.ErrNetNSGone) || errors.Is(err, host.ErrHostNetNS) {
 		return nil
@@ -74,6 +74,6 @@ func RemoveRoutes(r *store.Record) error {
 		return err
 	}
 	defer ns.Close()
-	_, err = filter.RemoveFilter(ns)
+	_, err = d.filters.Remove(ns)
 	return errors.Join(err, ns.RemoveRoutes())
 }

@@ -37,7 +37,7 @@ type Reconciler struct {
 // Of returns the reconciler of what the reader reads.
 func Of(reader inspect.Reader) Reconciler {
 	processors := runtime.GOMAXPROCS(0)
-	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, Processors: processors, processes: new(host.Processes), filtering: make(chan struct{}, processors), filters: new(filter.Setter), families: program.NewFamilies()}
+	return Reconciler{Reader: reader, Context: context.Background(), LockTimeout: store.LockTimeout, CheckTimeout: store.CheckTimeout, Wait: bpfmap.WaitForReaders, Processors: processors, processes: new(host.Processes), filtering: make(chan struct{}, processors), filters: filter.NewSetter(), families: program.NewFamilies()}
 }
 
 // Locked runs action while no other process changes the state.

@@ -101,9 +101,19 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 	return programs, nil
 }
 
+// closingAtOnce is how many connections are closed at a time, each by a thread that
+// would stay.
+const closingAtOnce = 8
+
 // Setter gives workloads their filter, on several processors at a time. All that may
 // set one at once share a Setter, so that only one of them replaces the programs.
-type Setter struct{ renewing sync.Mutex }
+type Setter struct {
+	renewing sync.Mutex
+	closing  chan struct{} // holds one for each connection that is being closed
+}
+
+// NewSetter opens nothing.
+func NewSetter() *Setter { return &Setter{closing: make(chan struct{}, closingAtOnce)} }
 
 // openOrRenew opens the node's programs, or replaces them where the pin of one is gone.
 func (s *Setter) openOrRenew(p store.Paths) (chainPrograms, error) {
@@ -159,7 +169,7 @@ func PinFilters(p store.Paths, s *program.Set) (repairs []program.Repair, err er
 // reports whether it was not. A namespace that should have none keeps none.
 func (s *Setter) Set(p store.Paths, ns *host.Namespace, w workload.Workload) (changed bool, err error) {
 	if !filters(w) {
-		return RemoveFilter(ns)
+		return s.Remove(ns)
 	}
 	programs, err := s.openOrRenew(p)
 	if err != nil {
@@ -170,7 +180,7 @@ func (s *Setter) Set(p store.Paths, ns *host.Namespace, w workload.Workload) (ch
 	if err != nil {
 		return false, err
 	}
-	err = withNFTables(ns, func(conn *nftables.Conn) error {
+	err = s.withNFTables(ns, func(conn *nftables.Conn) error {
 		there, err := hasFilter(rules)
 		if err != nil || there {
 			return err
@@ -287,10 +297,10 @@ func replaceFilter(conn *nftables.Conn, rules map[string][]filterRule) error {
 	return conn.Flush()
 }
 
-// RemoveFilter removes the namespace's table and reports whether there was one.
+// Remove removes the namespace's table and reports whether there was one.
 // A kernel without nf_tables has none.
-func RemoveFilter(ns *host.Namespace) (removed bool, err error) {
-	err = withNFTables(ns, func(conn *nftables.Conn) error {
+func (s *Setter) Remove(ns *host.Namespace) (removed bool, err error) {
+	err = s.withNFTables(ns, func(conn *nftables.Conn) error {
 		// A transaction that finds nothing to delete makes the kernel wait for all
 		// packets under way, some 15 ms, and most namespaces have no table.
 		if _, err := conn.ListTableOfFamily(FilterTable, nftables.TableFamilyINet); err != nil {
@@ -310,14 +320,26 @@ func RemoveFilter(ns *host.Namespace) (removed bool, err error) {
 	return true, nil
 }
 
-// nftables hands action a connection to the namespace's nftables.
-func withNFTables(ns *host.Namespace, action func(*nftables.Conn) error) error {
-	return ns.Do(func() (err error) {
+// withNFTables hands action a connection to the namespace's nftables.
+func (s *Setter) withNFTables(ns *host.Namespace, action func(*nftables.Conn) error) error {
+	return ns.Do(func() error {
 		conn, err := nftables.New(nftables.AsLasting())
 		if err != nil {
 			return fmt.Errorf("open nftables: %w", err)
 		}
-		defer func() { err = errors.Join(err, conn.CloseLasting()) }()
+		defer s.closeBehind(conn)
 		return action(conn)
 	})
+}
+
+// closeBehind closes the connection while the caller goes on. The kernel closes no socket
+// of netfilter in a namespace before it has freed what was deleted there, which is after
+// all packets under way, some 15 ms (nft_rcv_nl_event). What was asked for is in force
+// by then, and a socket that cannot be closed goes with the process.
+func (s *Setter) closeBehind(conn *nftables.Conn) {
+	go func() {
+		s.closing <- struct{}{}
+		_ = conn.CloseLasting()
+		<-s.closing
+	}()
 }
