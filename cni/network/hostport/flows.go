@@ -8,6 +8,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
+	"github.com/vishvananda/netns"
 	"github.com/weirmesh/weir/cni/network/attachment"
 	"golang.org/x/sys/unix"
 )
@@ -53,8 +54,15 @@ func forgetFlows(r *attachment.Record) error {
 // its table for each of them, but takes no lock for a row that is empty, as a list does:
 // that holds up the processor's network traffic for 9 ms in a table of 262,144 rows.
 func deleteFlows(family netlink.InetFamily, ports []uint16) error {
+	socket, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("open netlink: %w", err)
+	}
+	defer func() { go socket.Close() }() // as nft.WithNftables closes its own
+	sockets := map[int]*nl.SocketHandle{unix.NETLINK_NETFILTER: {Socket: socket}}
 	for _, port := range ports {
 		request := nl.NewNetlinkRequest(int(netlink.ConntrackTable)<<8|nl.IPCTNL_MSG_CT_DELETE, unix.NLM_F_ACK)
+		request.Sockets = sockets
 		request.AddData(&nl.Nfgenmsg{NfgenFamily: uint8(family), Version: nl.NFNETLINK_V0})
 		tuple := nl.NewRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_ORIG, nil)
 		proto := tuple.AddRtAttr(unix.NLA_F_NESTED|nl.CTA_TUPLE_PROTO, nil)

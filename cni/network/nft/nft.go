@@ -166,12 +166,14 @@ func Conntrack(key expr.CtKey, bits uint32) []expr.Any {
 	}
 }
 
-// WithNftables runs action with one connection to nftables.
+// WithNftables runs action with one connection to nftables, which is closed while the caller
+// goes on: the kernel closes none before it has freed what was deleted, which is after all
+// packets under way, some 15 ms (nft_rcv_nl_event). It goes with the process in any case.
 func WithNftables(action func(*nftables.Conn) error) (err error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)
 	}
-	defer func() { err = errors.Join(err, conn.CloseLasting()) }()
+	defer func() { go func() { _ = conn.CloseLasting() }() }()
 	return action(conn)
 }
