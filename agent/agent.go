@@ -104,9 +104,9 @@ type Agent struct {
 	server *server.Server
 
 	// The loop's own memory.
-	seen        bool // a pass has found the node's allocations
-	awaits      bool // a new allocation is about to be registered
-	behind      bool // the data path may be another version's: nobody could look yet
+	seen        bool     // a pass has found the node's allocations
+	awaited     []string // the new allocations that are about to be registered
+	behind      bool     // the data path may be another version's: nobody could look yet
 	allocations map[workload.AttachmentID]*allocState
 	noticed     time.Time // when Consul's last change was
 	broken      string

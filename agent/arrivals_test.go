@@ -5,8 +5,8 @@ package agent
 import (
 	"errors"
 	"net/http"
+	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -87,20 +87,23 @@ func TestRegistrationsOfOneAllocation(t *testing.T) {
 	}
 }
 
-// A change of all workloads is made in short passes while a new allocation is about to be
-// registered, whose turn would come after it.
+// A change of all workloads is made in small steps while a new allocation is about to be
+// registered, and as soon as it is its turn comes before the rest of them.
 func TestChangeOfAllMakesRoomForWhoIsAwaited(t *testing.T) {
-	var put atomic.Int64
 	n := newNode(t)
 	n.ports = append(n.ports, mapped(20002))
-	ids := n.full(8, func(a *Agent) {
+	h := n.haltAt(20002, 3)
+	defer h.goOn()
+	putOff := 0
+	ids := n.full(12, func(a *Agent) {
 		a.budget.Least, a.budget.Most, a.budget.Together = 0, time.Hour, 4
-		a.notify = func(string) { put.Add(int64(a.budget.Left())) }
+		a.notify = func(state string) {
+			putOff = max(putOff, a.budget.Left())
+			h.notify(state)
+		}
 	})
-	if put.Load() > 0 {
-		t.Fatalf("%d changes were put off while nobody was awaited", put.Load())
-	}
-	n.cached(numbered(9), test.NewNetNS(t).Path, "") // and never registered
+	arrival := numbered(len(ids) + 1)
+	n.cached(arrival, test.NewNetNS(t).Path, "")
 	test.Eventually(t, func() error {
 		if !n.agent.expects.Load() {
 			return errors.New("nobody is awaited")
@@ -109,8 +112,15 @@ func TestChangeOfAllMakesRoomForWhoIsAwaited(t *testing.T) {
 	}, "the new allocation to be awaited")
 	n.fake.answers(registeredAt(20002, ids...))
 	n.agent.consul.Wake()
-	n.allInSync(ids, 20002)
-	if put.Load() == 0 {
-		t.Error("a change of all was made in one pass while an allocation was awaited")
+	h.wait(t)
+	if putOff > 0 {
+		t.Errorf("%d changes were put off while nothing had come", putOff)
 	}
+	all := append(slices.Clone(ids), arrival)
+	n.fake.answers(registeredAt(20002, all...))
+	n.agent.consul.Wake()
+	eventuallyKnown(t, n.agent.consul, "the registration", func(v catalog.Snapshot) bool { return len(v.Proxies[arrival]) == 1 })
+	h.goOn()
+	n.allInSync(all, 20002)
+	n.wasBeforeNearlyAll(arrival, ids)
 }

@@ -116,7 +116,7 @@ func (a *Agent) awaitRegistration(allocations []desired.Allocation, now time.Tim
 			waiting.Add(s.Job.AllocID, m.born)
 		}
 	}
-	a.awaits = len(waiting.Soon) > 0
+	a.awaited = waiting.Soon
 	a.expects.Store(!waiting.Newest.IsZero())
 	a.consul.Await(waiting.Newest, waiting.Soon...)
 }

@@ -104,11 +104,11 @@ func (v *move) joined(state api.State) {
 func (a *Agent) applyAll(moves []*move) (due []*move) {
 	due = slices.DeleteFunc(slices.Clone(moves), func(v *move) bool { return !v.changes })
 	later := slices.IndexFunc(due, func(v *move) bool { return v.s.Configured() })
-	for _, together := range wait.Batches(due, later, a.budget.AtOnce(a.awaits)) {
+	for _, together := range wait.Batches(due, later, a.budget.AtOnce(len(a.awaited) > 0)) {
 		if a.budget.Started() {
 			time.Sleep(lockPause)
 		}
-		if !a.budget.Allows(len(together), time.Now(), a.awaits || a.arrived.Load()) {
+		if !a.budget.Allows(len(together), time.Now(), a.arrived.Load() || wait.Came(a.awaited, a.consulNow().Proxies)) {
 			continue
 		}
 		var list []reconcile.MeshChange

@@ -66,29 +66,15 @@ func (n *node) allInSync(ids []string, port uint16) {
 func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 	n := newNode(t)
 	n.ports = append(n.ports, mapped(20002))
-	begun, seen := make(chan struct{}), make(chan struct{})
-	once, goOn := sync.OnceFunc(func() {
-		close(begun)
-		<-seen
-	}), sync.OnceFunc(func() { close(seen) })
-	defer goOn()
+	h := n.haltAt(20002, 1)
+	defer h.goOn()
 	ids := n.full(12, func(a *Agent) {
-		a.budget.Least, a.budget.Together = 0, 1
-		a.notify = func(string) {
-			list, err := n.Records()
-			if err == nil && slices.ContainsFunc(list, func(k inspect.Record) bool { return k.MeshConfig.InboundPort == 20002 }) {
-				once() // the first of them is written: the loop stands still here
-			}
-		}
+		a.budget.Least, a.budget.Together, a.notify = 0, 1, h.notify
 	})
 	all := append(slices.Clone(ids), numbered(len(ids)+1))
 	n.fake.answers(registeredAt(20002, all...))
 	n.agent.consul.Wake()
-	select {
-	case <-begun:
-	case <-time.After(30 * time.Second):
-		t.Fatal("the change does not begin")
-	}
+	h.wait(t)
 	n.cached(all[len(ids)], test.NewNetNS(t).Path, "")
 	test.Eventually(t, func() error {
 		if !n.agent.arrived.Load() {
@@ -96,18 +82,57 @@ func TestNewAllocationDoesNotWaitForAChangeOfAll(t *testing.T) {
 		}
 		return nil
 	}, "the new allocation to be seen")
-	goOn()
+	h.goOn()
 
 	n.allInSync(all, 20002)
-	configured, later := n.recorded(all[len(ids)]), 0
-	for _, id := range ids {
-		if n.recorded(id).After(configured) {
+	n.wasBeforeNearlyAll(all[len(ids)], ids)
+}
+
+// halt stops the agent's loop where so many allocations have the port, until goOn.
+type halt struct {
+	notify func(string) // the agent's
+	begun  chan struct{}
+	goOn   func()
+}
+
+func (n *node) haltAt(port uint16, changed int) *halt {
+	begun, seen := make(chan struct{}), make(chan struct{})
+	once := sync.OnceFunc(func() {
+		close(begun)
+		<-seen
+	})
+	notify := func(string) {
+		list, err := n.Records()
+		list = slices.DeleteFunc(list, func(k inspect.Record) bool { return k.MeshConfig.InboundPort != port })
+		if err == nil && len(list) >= changed {
+			once()
+		}
+	}
+	return &halt{notify: notify, begun: begun, goOn: sync.OnceFunc(func() { close(seen) })}
+}
+
+// wait returns when the loop stands still.
+func (h *halt) wait(t *testing.T) {
+	t.Helper()
+	select {
+	case <-h.begun:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the change does not begin")
+	}
+}
+
+// wasBeforeNearlyAll wants the allocation to be written before the others, of which each
+// pass changes one before it looks.
+func (n *node) wasBeforeNearlyAll(id string, others []string) {
+	n.t.Helper()
+	configured, later := n.recorded(id), 0
+	for _, other := range others {
+		if n.recorded(other).After(configured) {
 			later++
 		}
 	}
-	// Each pass makes one change before it looks.
-	if later < len(ids)-4 {
-		t.Errorf("the new allocation was configured before %d of the other %d, want nearly all", later, len(ids))
+	if later < len(others)-4 {
+		n.t.Errorf("the new allocation was configured before %d of the other %d, want nearly all", later, len(others))
 	}
 }
 

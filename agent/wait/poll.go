@@ -2,7 +2,10 @@
 
 package wait
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 const (
 	// registersWithin is how long after an ADD its registration is expected at any moment:
@@ -29,6 +32,11 @@ func (a *Arrivals) Add(id string, came time.Time) {
 	if waited < registersWithin {
 		a.Soon = append(a.Soon, id)
 	}
+}
+
+// Came reports whether the registration is there that one of the allocations waits for.
+func Came[P any](awaited []string, registered map[string][]P) bool {
+	return slices.ContainsFunc(awaited, func(id string) bool { return len(registered[id]) > 0 })
 }
 
 // PollInterval decides when Consul is asked next.
