@@ -127,9 +127,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 				a.remove()
 			}
 		}
-		if now := openFiles(t); now > descriptors+8 { // clients and connections of works
-			t.Errorf("%d descriptors are open after %d rounds, were %d after one", now, rounds, descriptors)
-		}
+		closedAgain(t, descriptors+8) // clients and connections of works
 		if _, err := n.GC("nomad", nil); err != nil {
 			t.Fatal(err)
 		}

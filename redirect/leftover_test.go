@@ -255,6 +255,18 @@ func openFiles(t *testing.T) int {
 	return len(entries)
 }
 
+// closedAgain waits until no more descriptors are open than there may be: connections to
+// nftables are closed behind who used them.
+func closedAgain(t *testing.T, most int) {
+	t.Helper()
+	test.Eventually(t, func() error {
+		if now := openFiles(t); now > most {
+			return fmt.Errorf("%d descriptors are open, want %d at most", now, most)
+		}
+		return nil
+	}, "descriptors to be closed")
+}
+
 // works fails the test unless a connection of each family reaches the
 // allocation's proxy with its origin, and one from outside the inbound one.
 func (a *alloc) works() {

@@ -161,9 +161,7 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 				t.Fatal("add succeeded")
 			}
 			t.Logf("add: %v", err)
-			if now := openFiles(t); now != descriptors {
-				t.Errorf("%d descriptors are open, were %d", now, descriptors)
-			}
+			closedAgain(t, descriptors)
 			if _, err := os.Stat(filepath.Join(n.Paths().PinDir, "held")); err == nil {
 				if err := os.Rename(filepath.Join(n.Paths().PinDir, "held"), filepath.Join(n.Paths().Maps(), "workloads")); err != nil {
 					t.Fatal(err)
