@@ -102,18 +102,24 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 }
 
 // closingAtOnce is how many connections are closed at a time, each by a thread that
-// would stay.
-const closingAtOnce = 8
+// would stay. So many wait for that at most, each with its descriptor.
+const (
+	closingAtOnce  = 8
+	closingWaiting = 64
+)
 
 // Setter gives workloads their filter, on several processors at a time. All that may
 // set one at once share a Setter, so that only one of them replaces the programs.
 type Setter struct {
 	renewing sync.Mutex
 	closing  chan struct{} // holds one for each connection that is being closed
+	waiting  chan struct{} // ... or waits for it
 }
 
 // NewSetter opens nothing.
-func NewSetter() *Setter { return &Setter{closing: make(chan struct{}, closingAtOnce)} }
+func NewSetter() *Setter {
+	return &Setter{closing: make(chan struct{}, closingAtOnce), waiting: make(chan struct{}, closingAtOnce+closingWaiting)}
+}
 
 // openOrRenew opens the node's programs, or replaces them where the pin of one is gone.
 func (s *Setter) openOrRenew(p store.Paths) (chainPrograms, error) {
@@ -337,9 +343,11 @@ func (s *Setter) withNFTables(ns *host.Namespace, action func(*nftables.Conn) er
 // all packets under way, some 15 ms (nft_rcv_nl_event). What was asked for is in force
 // by then, and a socket that cannot be closed goes with the process.
 func (s *Setter) closeBehind(conn *nftables.Conn) {
+	s.waiting <- struct{}{}
 	go func() {
 		s.closing <- struct{}{}
 		_ = conn.CloseLasting()
 		<-s.closing
+		<-s.waiting
 	}()
 }
