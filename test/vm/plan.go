@@ -31,7 +31,7 @@ var suites = []suiteOfTests{
 	{dir: "test"},
 	{dir: "redirect"},
 	{dir: "cni", data: "deploy/weir.d"},
-	{dir: "cni/network/hostport"},                       // what it asks of conntrack is not the same before Linux 6.8
+	{dir: "cni/network/hostport"},                       // what it asks of conntrack is not the same before Linux 6.12
 	{dir: "test/e2e", run: "CNI", data: "cni/testdata"}, // the walk of the plugin; the others want a real Envoy
 	{dir: "test/vm/refuse", tags: "refuse", refused: true},
 }

@@ -38,7 +38,7 @@ func forgetFlows(r *attachment.Record) error {
 			continue
 		}
 		err := deleteFlows(family, ports)
-		// EINVAL and EOPNOTSUPP are the answers of a kernel before 6.8, to which the tuple is
+		// EINVAL and EOPNOTSUPP are the answers of a kernel before 6.12, to which the tuple is
 		// no filter but the name of one flow, and lacks its addresses.
 		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) {
 			err = listAndDeleteFlows(family, ports)
@@ -50,7 +50,7 @@ func forgetFlows(r *attachment.Record) error {
 	return nil
 }
 
-// deleteFlows has the kernel (6.8 or newer) delete the UDP flows to these ports. It walks
+// deleteFlows has the kernel (6.12 or newer) delete the UDP flows to these ports. It walks
 // its table for each of them, but takes no lock for a row that is empty, as a list does:
 // that holds up the processor's network traffic for 9 ms in a table of 262,144 rows.
 func deleteFlows(family netlink.InetFamily, ports []uint16) error {

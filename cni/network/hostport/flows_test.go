@@ -17,7 +17,7 @@ import (
 )
 
 // Of all flows those of UDP to a port are deleted, to whatever address, and no other. Before
-// Linux 6.8 both ways are the same: the kernel refuses the other one, and deletes nothing.
+// Linux 6.12 both ways are the same: the kernel refuses the other one, and deletes nothing.
 func TestFlowsToPortsAreDeleted(t *testing.T) {
 	test.Need(t, test.Root)
 	ways := map[string]func(netlink.InetFamily, []uint16) error{"as ADD does": forget, "by a list": listAndDeleteFlows}
