@@ -113,7 +113,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 				}
 			}
 			if rounds == 0 {
-				descriptors = openFiles(t)
+				descriptors = test.OpenFiles(t)
 			}
 			if rounds%7 == 6 {
 				continue // the next one in this namespace takes it over
@@ -127,7 +127,7 @@ func TestChurnLeavesNothing(t *testing.T) {
 				a.remove()
 			}
 		}
-		closedAgain(t, descriptors+8) // clients and connections of works
+		closedAgain(t, 0, descriptors+8) // clients and connections of works
 		if _, err := n.GC("nomad", nil); err != nil {
 			t.Fatal(err)
 		}

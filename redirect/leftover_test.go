@@ -245,23 +245,13 @@ func witness(t *testing.T, ns *test.NetNS) (died func() error) {
 	}
 }
 
-// openFiles counts the descriptors of this process.
-func openFiles(t *testing.T) int {
-	t.Helper()
-	entries, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return len(entries)
-}
-
-// closedAgain waits until no more descriptors are open than there may be: connections to
-// nftables are closed behind who used them.
-func closedAgain(t *testing.T, most int) {
+// closedAgain waits until so many descriptors are open: connections to nftables are closed
+// behind who used them. Fewer than least would be somebody else's that were closed.
+func closedAgain(t *testing.T, least, most int) {
 	t.Helper()
 	test.Eventually(t, func() error {
-		if now := openFiles(t); now > most {
-			return fmt.Errorf("%d descriptors are open, want %d at most", now, most)
+		if now := test.OpenFiles(t); now < least || now > most {
+			return fmt.Errorf("%d descriptors are open, want %d to %d", now, least, most)
 		}
 		return nil
 	}, "descriptors to be closed")

@@ -155,13 +155,13 @@ func TestFailedAddLeavesNothing(t *testing.T) {
 			request := a.request()
 			tc.damage(t, n, a, &request)
 			held := kernelObjects(t, n.Datapath)
-			want, descriptors := held.counts(), openFiles(t)
+			want, descriptors := held.counts(), test.OpenFiles(t)
 			err := n.Add(Attachment{Key: a.key, NetNS: a.Path, Request: request})
 			if err == nil {
 				t.Fatal("add succeeded")
 			}
 			t.Logf("add: %v", err)
-			closedAgain(t, descriptors)
+			closedAgain(t, descriptors, descriptors)
 			if _, err := os.Stat(filepath.Join(n.Paths().PinDir, "held")); err == nil {
 				if err := os.Rename(filepath.Join(n.Paths().PinDir, "held"), filepath.Join(n.Paths().Maps(), "workloads")); err != nil {
 					t.Fatal(err)

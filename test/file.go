@@ -15,3 +15,13 @@ func WriteFile(tb testing.TB, path, text string) string {
 	}
 	return path
 }
+
+// OpenFiles counts the descriptors of this process, its own look at them included.
+func OpenFiles(tb testing.TB) int {
+	tb.Helper()
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return len(entries)
+}

@@ -169,7 +169,7 @@ func Conntrack(key expr.CtKey, bits uint32) []expr.Any {
 // WithNftables runs action with one connection to nftables, which is closed while the caller
 // goes on: the kernel closes none before it has freed what was deleted, which is after all
 // packets under way, some 15 ms (nft_rcv_nl_event). It goes with the process in any case.
-func WithNftables(action func(*nftables.Conn) error) (err error) {
+func WithNftables(action func(*nftables.Conn) error) error {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
 		return fmt.Errorf("open nftables: %w", err)

@@ -101,11 +101,9 @@ func openChainPrograms(p store.Paths) (chainPrograms, error) {
 	return programs, nil
 }
 
-// closingAtOnce is how many connections are closed at a time, each by a thread that
-// would stay. So many wait for that at most, each with its descriptor.
 const (
-	closingAtOnce  = 8
-	closingWaiting = 64
+	closingAtOnce  = 8  // connections, each closed by a thread that would stay
+	closingWaiting = 64 // ... that wait for it at most, each with its descriptor
 )
 
 // Setter gives workloads their filter, on several processors at a time. All that may

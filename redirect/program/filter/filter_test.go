@@ -4,7 +4,6 @@ package filter
 
 import (
 	"fmt"
-	"os"
 	"testing"
 
 	"github.com/google/nftables"
@@ -36,27 +35,18 @@ func TestConnectionsAreClosedBehindTheCaller(t *testing.T) {
 	for range closingAtOnce {
 		setter.closing <- struct{}{} // as where the kernel keeps so many waiting
 	}
-	before := len(openFiles(t))
+	before := test.OpenFiles(t)
 	if removed, err := setter.Remove(ns); err != nil || !removed {
 		t.Fatalf("remove filter: removed %v, %v", removed, err)
 	}
-	if open := len(openFiles(t)); open != before+1 {
+	if open := test.OpenFiles(t); open != before+1 {
 		t.Errorf("%d files are open, want the connection beside the %d of before", open, before)
 	}
 	<-setter.closing
 	test.Eventually(t, func() error {
-		if open := len(openFiles(t)); open != before {
+		if open := test.OpenFiles(t); open != before {
 			return fmt.Errorf("%d files are open, %d were before", open, before)
 		}
 		return nil
 	}, "the end of the connection")
-}
-
-func openFiles(t *testing.T) []os.DirEntry {
-	t.Helper()
-	files, err := os.ReadDir("/proc/self/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return files
 }
