@@ -153,6 +153,46 @@ func TestCacheReadsChangesAndTellsOfDamage(t *testing.T) {
 	}
 }
 
+// A file that cannot be read says nothing of an end: what was last read of it stays until
+// the file is gone. It is read again each time, since what hindered need not change it.
+func TestCacheKeepsWhatItCannotRead(t *testing.T) {
+	c := &discover.Cache{Dir: t.TempDir()}
+	path := test.WriteFile(t, filepath.Join(c.Dir, "nomad-b412-eth0"), cachedResult)
+	want, problems, err := c.Read()
+	if err != nil || len(want) != 1 || len(problems) > 0 {
+		t.Fatalf("read = %v, %v, %v; want one attachment", want, problems, err)
+	}
+	reads := func(problems int, halfway bool) {
+		t.Helper()
+		found, told, err := c.Read()
+		if diff := cmp.Diff(want, found, sameAddrs()); err != nil || diff != "" || len(told) != problems || c.Halfway != halfway {
+			t.Errorf("problems %q, %v, halfway %v, attachments (-want +got):\n%s", told, err, c.Halfway, diff)
+		}
+	}
+	for _, half := range []string{"", cachedResult[:200]} {
+		test.WriteFile(t, path, half)
+		reads(0, true)
+		reads(0, true)
+	}
+	then := time.Now().Add(-time.Minute)
+	damaged := strings.Repeat(" ", len(cachedResult))
+	for _, step := range []struct {
+		text     string
+		problems int
+	}{{damaged, 1}, {cachedResult, 0}} { // of one size and one time
+		test.WriteFile(t, path, step.text)
+		if err := os.Chtimes(path, then, then); err != nil {
+			t.Fatal(err)
+		}
+		reads(step.problems, false)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	clear(want)
+	reads(0, false)
+}
+
 func TestStaticPortsWithoutTo(t *testing.T) {
 	mapping := func(host, container uint16) discover.PortMapping {
 		return discover.PortMapping{HostPort: host, ContainerPort: container, Protocol: "tcp"}

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -128,4 +129,44 @@ func TestAgentStartsBesideAStoppedHolderOfTheLock(t *testing.T) {
 		}
 		return nil
 	}, "the agent to see again")
+}
+
+// libcni writes a result in place, also that of an allocation that runs. Read halfway it
+// neither ends the allocation nor takes its open ports away.
+func TestResultThatCannotBeReadEndsNothing(t *testing.T) {
+	n := newNode(t)
+	n.ports = []any{mapped(8181), mapped(20001)}
+	ns := test.NewNetNS(t)
+	n.cached(numbered(1), ns.Path, "")
+	n.fake.answers(registered(numbered(1)))
+	a := n.newStepwise()
+	removed := func(want uint64) {
+		t.Helper()
+		a.pass(true)
+		list, err := n.Records()
+		if got := a.Status().Counts.Removed; err != nil || got != want || len(list) != 1-int(want) {
+			t.Fatalf("on record %+v, %v, removed %d; want %d", list, err, got, want)
+		}
+		if len(list) == 1 && (!list[0].Complete || !slices.Equal(list[0].MeshConfig.ExcludeInboundPorts, []uint16{8181})) {
+			t.Fatalf("in force %v: %+v, want port 8181 open", list[0].Complete, list[0].MeshConfig)
+		}
+	}
+	a.asks(t.Context())
+	removed(0)
+	path := filepath.Join(n.config.CNI.CacheDir, "results", "nomad-"+numbered(1)+"-eth0")
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, half := range [][]byte{nil, whole[:len(whole)/2]} {
+		test.WriteFile(t, path, string(half))
+		removed(0)
+	}
+	test.WriteFile(t, path, string(whole))
+	removed(0)
+
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	removed(1)
 }

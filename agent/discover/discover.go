@@ -127,8 +127,13 @@ type cachedFile struct {
 	problem    string
 }
 
+// is reports whether the file was read as it is now.
+func (f cachedFile) is(info fs.FileInfo) bool {
+	return f.problem == "" && f.size == info.Size() && f.modified.Equal(info.ModTime())
+}
+
 // Read returns every attachment of an allocation, by key, and what could not
-// be read. A directory that is not there is a node without allocations.
+// be read: of those, what was last read, as long as the file is there. A directory that is not there is a node without allocations.
 func (c *Cache) Read() (found map[workload.AttachmentID]Attachment, problems []string, err error) {
 	c.Halfway = false
 	entries, err := os.ReadDir(c.Dir)
@@ -139,12 +144,19 @@ func (c *Cache) Read() (found map[workload.AttachmentID]Attachment, problems []s
 	fresh := make(map[string]cachedFile, len(entries))
 	for _, entry := range entries {
 		info, err := entry.Info()
-		if err != nil || !info.Mode().IsRegular() {
-			continue // removed meanwhile
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !info.Mode().IsRegular() {
+			continue // removed meanwhile, or not libcni's
 		}
-		file, known := c.seen[entry.Name()]
-		if !known || file.size != info.Size() || !file.modified.Equal(info.ModTime()) {
-			file = readCacheFile(filepath.Join(c.Dir, entry.Name()), info)
+		path, before := filepath.Join(c.Dir, entry.Name()), c.seen[entry.Name()]
+		file := before
+		switch {
+		case err != nil:
+			file.problem = fmt.Sprintf("CNI result %s: %v", path, err)
+		case !before.is(info):
+			file = readCacheFile(path, info)
+		}
+		if file.problem != "" { // no word of an end: what was last read stays
+			file.attachment, file.ok = before.attachment, before.ok
 		}
 		fresh[entry.Name()] = file
 		if age := time.Since(file.modified); file.problem != "" && age >= 0 && age < beingWritten {
@@ -177,8 +189,7 @@ func readCacheFile(path string, info fs.FileInfo) cachedFile {
 		file.attachment, file.ok, err = ParseCache(data)
 	}
 	if err != nil {
-		// It may be half of one. What follows changes its time, and it is read
-		// again.
+		// It may be half of one.
 		file.problem = fmt.Sprintf("CNI result %s: %v", path, err)
 	}
 	return file
