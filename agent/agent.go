@@ -106,7 +106,8 @@ type Agent struct {
 	// The loop's own memory.
 	seen        bool     // a pass has found the node's allocations
 	awaited     []string // the new allocations that are about to be registered
-	behind      bool     // the data path may be another version's: nobody could look yet
+	spaces      discover.Namespaces
+	behind      bool // the data path may be another version's: nobody could look yet
 	allocations map[workload.AttachmentID]*allocState
 	noticed     time.Time // when Consul's last change was
 	broken      string

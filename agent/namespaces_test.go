@@ -138,6 +138,34 @@ func (n *node) wantAddresses(want ...netip.Addr) {
 	}, "the addresses to be on record")
 }
 
+// A directory that cannot be listed says of no namespace that it is gone.
+func TestNamespacesStayWhereNomadsCannotBeListed(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "netns")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := test.WriteFile(t, filepath.Join(dir, numbered(1)), "")
+	var spaces discover.Namespaces
+	finds := func(fails bool, want map[string]string) {
+		t.Helper()
+		docker := map[string]string{numbered(2): "/" + t.Name()}
+		err := spaces.Find(dir, discover.Containers{NetNS: docker})
+		if diff := cmp.Diff(discover.Namespaces{Docker: docker, Nomad: want}, spaces); (err != nil) != fails || diff != "" {
+			t.Errorf("find: %v, fails %v; namespaces (-want +got):\n%s", err, fails, diff)
+		}
+	}
+	finds(false, map[string]string{numbered(1): path})
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	test.WriteFile(t, dir, "no directory")
+	finds(true, map[string]string{numbered(1): path})
+	if err := os.Remove(dir); err != nil {
+		t.Fatal(err)
+	}
+	finds(false, map[string]string{})
+}
+
 func TestNamespacesOf(t *testing.T) {
 	test.Need(t, test.Root)
 	ns := test.NewNetNS(t)

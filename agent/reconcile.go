@@ -75,8 +75,7 @@ func (a *Agent) reconcile(now time.Time) {
 	if a.consul != nil {
 		a.told.Consul(consul)
 	}
-	spaces, err := discover.FindNamespaces(a.config.CNI.NetNSDir, a.containers())
-	if err != nil {
+	if err := a.spaces.Find(a.config.CNI.NetNSDir, a.containers()); err != nil {
 		unreadable = append(unreadable, err.Error())
 	}
 	a.mu.Lock()
@@ -87,7 +86,7 @@ func (a *Agent) reconcile(now time.Time) {
 		skipped = append(skipped, problem)
 	}
 	a.told.Unreadable(skipped)
-	allocations := desired.Gather(cached, known, spaces, consul)
+	allocations := desired.Gather(cached, known, a.spaces, consul)
 	a.watcher.More = desired.DirectoriesOf(allocations)
 	a.identify(allocations, consul.Facts, now)
 	a.byUrgency(allocations)

@@ -25,19 +25,21 @@ type Namespaces struct {
 	Nomad  map[string]string
 }
 
-// FindNamespaces asks nobody: Docker's part is at hand, Nomad's is a directory.
-func FindNamespaces(dir string, docker Containers) (Namespaces, error) {
+// Find asks nobody: Docker's part is at hand, Nomad's is a directory. Where that cannot
+// be listed, what was last found there stays.
+func (n *Namespaces) Find(dir string, docker Containers) error {
+	n.Docker = docker.NetNS
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return Namespaces{}, fmt.Errorf("list namespaces: %w", err)
+		return fmt.Errorf("list namespaces: %w", err)
 	}
-	found := Namespaces{Docker: docker.NetNS, Nomad: make(map[string]string)}
+	n.Nomad = make(map[string]string)
 	for _, entry := range entries {
 		if registration.IsAllocID(entry.Name()) {
-			found.Nomad[entry.Name()] = filepath.Join(dir, entry.Name())
+			n.Nomad[entry.Name()] = filepath.Join(dir, entry.Name())
 		}
 	}
-	return found, nil
+	return nil
 }
 
 // Of returns where an allocation lives now. recorded is where it was added;
@@ -47,7 +49,7 @@ func (n Namespaces) Of(id, recorded string) (path string, live bool) {
 		return path, true
 	}
 	path, live = n.Nomad[id]
-	if !live || !IsNamespace(path) || recorded != "" && recorded != path && IsNamespace(recorded) {
+	if !live || IsGone(path) || recorded != "" && recorded != path && !IsGone(recorded) {
 		return recorded, false
 	}
 	return path, true
@@ -71,15 +73,8 @@ func (n Namespaces) Others(known map[string]bool) (list []Attachment) {
 	return list
 }
 
-// IsNamespace reports whether a namespace is mounted there: what is left of one
-// that died is an empty file.
-func IsNamespace(path string) bool {
-	var stat unix.Statfs_t
-	return unix.Statfs(path, &stat) == nil && stat.Type == unix.NSFS_MAGIC
-}
-
-// IsGone reports whether no namespace is mounted there for certain: one that
-// cannot be looked at may live.
+// IsGone reports whether no namespace is mounted there for certain: what is left of one
+// that died is an empty file, and one that cannot be looked at may live.
 func IsGone(path string) bool {
 	var stat unix.Statfs_t
 	err := unix.Statfs(path, &stat)

@@ -24,8 +24,8 @@ import (
 func Allocations(config configfile.Config, known []inspect.Record, services []byte, before bool) []health.Check {
 	c := &health.Checks{Group: "allocations"}
 	cached, unreadable, err := (&discover.Cache{Dir: filepath.Join(config.CNI.CacheDir, "results")}).Read()
-	spaces, spacesErr := discover.FindNamespaces(config.CNI.NetNSDir, discover.Containers{})
-	if err = errors.Join(err, spacesErr); err != nil {
+	var spaces discover.Namespaces
+	if err = errors.Join(err, spaces.Find(config.CNI.NetNSDir, discover.Containers{})); err != nil {
 		c.Fault("allocation-unreadable", "set cni { cache_dir, netns_dir } to where Nomad's client has them", "%v", err)
 		return c.List
 	}
