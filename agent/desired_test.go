@@ -43,6 +43,12 @@ func recorded(meshConfig workload.MeshConfig) *inspect.Record {
 	return known
 }
 
+func withPorts(mode workload.Mode) *inspect.Record {
+	known := onRecord(mode)
+	known.MeshConfig.ExcludeInboundPorts = []uint16{8181, 20001}
+	return known
+}
+
 func sidecar(change ...func(*registration.Proxy)) registration.Proxy {
 	p := registration.Proxy{ID: "web-sidecar-proxy", Kind: registration.KindSidecar, AllocID: exampleAlloc, ServiceID: "web", Inbound: 20001}
 	for _, edit := range change {
@@ -76,6 +82,8 @@ func TestDesire(t *testing.T) {
 		facts   catalog.Data
 		policy  desired.Policy
 		want    desired.Plan
+
+		noResult bool // libcni has none of it
 	}{
 		{
 			name:    "Consul knows nothing of it: what is stays",
@@ -333,6 +341,26 @@ func TestDesire(t *testing.T) {
 			want:    desired.Plan{MeshConfig: &workload.MeshConfig{ExcludeInboundPorts: []uint16{8080, 8181, 20001}, Guard: workload.GuardAudit}},
 		},
 		{
+			name: "without libcni's result the ports last known stay open", noResult: true,
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: withPorts(workload.ModeDirect),
+				Proxies: []registration.Proxy{sidecar()}},
+			policy: audit,
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, ExcludeInboundPorts: []uint16{8181}, Guard: workload.GuardAudit}},
+		},
+		{
+			name: "transparent: without libcni's result the static ports last known stay open", noResult: true,
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: withPorts(workload.ModeTransparent),
+				Proxies: []registration.Proxy{sidecar(transparent)}},
+			policy: audit,
+			want:   desired.Plan{MeshConfig: &workload.MeshConfig{InboundPort: 20001, OutboundPort: 15009, ExcludeInboundPorts: []uint16{8181}, Guard: workload.GuardAudit}},
+		},
+		{
+			name: "withdrawn and without libcni's result", noResult: true,
+			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: withPorts(workload.ModeDirect), Withdrawn: true},
+			policy:  audit,
+			want:    desired.Plan{MeshConfig: &workload.MeshConfig{ExcludeInboundPorts: []uint16{8181, 20001}, Guard: workload.GuardAudit}},
+		},
+		{
 			name: "a gateway beside a sidecar has its listeners, and they are its own",
 			subject: desired.Allocation{Attachment: discover.Attachment{Key: found().Key}, Record: onRecord(workload.ModeDirect), Proxies: []registration.Proxy{
 				sidecar(func(p *registration.Proxy) { p.Open = []uint16{9102} }),
@@ -345,6 +373,7 @@ func TestDesire(t *testing.T) {
 		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			c.subject.Cached = !c.noResult
 			got := desired.For(c.subject, c.facts, c.policy)
 			if diff := cmp.Diff(c.want, got, sameAddrs()); diff != "" {
 				t.Errorf("wish (-want +got):\n%s", diff)

@@ -66,10 +66,10 @@ func For(s Allocation, known catalog.Data, node Policy) Plan {
 		}
 		w.tellUnanswered(p, known)
 	}
-	if mode == workload.ModeTransparent {
+	if mode == workload.ModeTransparent && s.portsKnown() {
 		open = append(open, s.StaticPorts(s.Args.UnnamedPorts(), meshConfig.InboundPort)...)
 	} else {
-		open = append(open, s.MappedPorts()...)
+		open = append(open, s.openPorts()...)
 	}
 	open = slices.DeleteFunc(open, func(port uint16) bool {
 		return port == meshConfig.InboundPort || slices.ContainsFunc(meshConfig.Proxies, func(p workload.Sidecar) bool { return p.InboundPort == port })
@@ -89,9 +89,21 @@ func (s Allocation) withoutProxies(node Policy) *workload.MeshConfig {
 		Guard: workload.MaxGuard(node.Guard, s.Record.Request.Guard), Egress: workload.MaxEgress(node.Egress, s.Record.Request.Egress),
 	}
 	if s.Record.Request.Mode != workload.ModeTransparent {
-		meshConfig.ExcludeInboundPorts = s.MappedPorts()
+		meshConfig.ExcludeInboundPorts = s.openPorts()
 	}
 	return &meshConfig
+}
+
+// portsKnown reports whether libcni says which ports the job maps, or nobody ever did.
+func (s Allocation) portsKnown() bool { return s.Cached || s.Record == nil }
+
+// openPorts are those that the guard lets in besides the proxy's: what the job maps, or
+// without libcni's result what was last known of it.
+func (s Allocation) openPorts() []uint16 {
+	if s.portsKnown() {
+		return s.MappedPorts()
+	}
+	return slices.Clone(s.Record.MeshConfig.ExcludeInboundPorts)
 }
 
 // tellUnanswered tells of the proxy's upstreams whose virtual IPs Consul did not answer.

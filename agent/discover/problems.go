@@ -18,7 +18,7 @@ func Problems(blind, docker string, unreadable []string) (list []health.Problem)
 	}
 	for _, what := range unreadable {
 		list = append(list, health.NewProblem(health.ProblemStateUnreadable,
-			"what cannot be read is skipped: remove it, and 'nomad alloc stop' the allocation that it is of", what))
+			"what was last known of it stays in force: remove it, and 'nomad alloc stop' the allocation that it is of", what))
 	}
 	return list
 }
@@ -32,5 +32,5 @@ func LeftBehind() health.Problem {
 // WithoutResult says what is missing of an allocation that lives and that libcni does not know.
 func WithoutResult() health.Problem {
 	return health.NewProblem(health.ProblemResultMissing,
-		"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known")
+		"'nomad alloc stop' it: the one in its place has a result", "libcni has no result of it: the ports that its job maps are not known, those that were last known stay open")
 }
