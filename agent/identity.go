@@ -40,7 +40,9 @@ func (a *Agent) identify(allocations []desired.Allocation, known catalog.Data, n
 	cgroups := identity.CgroupsIn(namespaces)
 	containers := a.containers()
 	for _, s := range due {
-		a.allocations[s.Key].identity.Saw(identity.TasksOf(cgroups[s.NetNS], s.Job.AllocID, containers), now)
+		if paths, looked := cgroups[s.NetNS]; looked {
+			a.allocations[s.Key].identity.Saw(identity.TasksOf(paths, s.Job.AllocID, containers), now)
+		}
 	}
 	for i := range allocations {
 		s := &allocations[i]

@@ -5,8 +5,10 @@ package agent
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -222,5 +224,34 @@ func TestRegistrationOfAnotherChangesNothing(t *testing.T) {
 	}
 	if list, err := n.Records(); err != nil || len(list) != 1 {
 		t.Errorf("on record: %+v, %v; want nothing of the allocation that is not in the mesh", list, err)
+	}
+}
+
+// A look that fails takes nothing away from who counts: it shows nothing new.
+func TestFailedLookWithdrawsNoRegistration(t *testing.T) {
+	test.Need(t, test.Root)
+	inside, silent := test.NewNetNS(t), test.NewNetNS(t)
+	inside.Do(func() {
+		listener, err := net.Listen("tcp4", "127.0.0.1:20001")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = listener.Close() })
+	})
+	var m identity.Memory
+	now := time.Now()
+	for _, step := range []struct {
+		netns     string
+		withdrawn bool
+	}{{inside.Path, false}, {test.WriteFile(t, filepath.Join(t.TempDir(), "netns"), ""), false}, {silent.Path, true}} {
+		now = now.Add(2 * api.SettleTime)
+		s := desired.Allocation{Attachment: found(), Cached: true, Proxies: []registration.Proxy{sidecar(func(p *registration.Proxy) { p.AllocID = "" })}}
+		s.NetNS = step.netns
+		m.Remember(s.Proxies, now)
+		m.Saw([]string{"app"}, now)
+		problems := m.Judge(&s, catalog.Data{}, uint32(os.Getuid()), now)
+		if s.Withdrawn != step.withdrawn || (len(s.Proxies) == 0) != step.withdrawn {
+			t.Errorf("%s: withdrawn %v, %d count: %v", step.netns, s.Withdrawn, len(s.Proxies), problems)
+		}
 	}
 }

@@ -3,6 +3,7 @@
 package identity
 
 import (
+	"maps"
 	"slices"
 	"time"
 
@@ -19,7 +20,8 @@ import (
 type Memory struct {
 	claims    map[string]Claim // by ID of the registration
 	tasks     []string         // names of what runs, as far as they can be told; as of the last look
-	listens   []uint16         // where sockets under the proxy's UID listen; nil: not looked
+	listens   []uint16         // where sockets under the proxy's UID listen, as far as it could be seen
+	heard     bool             // ... since the tasks were last looked at
 	running   time.Time        // since when its tasks are seen to run
 	lookAgain time.Time        // for its tasks
 	looks     int              // that were made for the registrations that there are
@@ -69,7 +71,7 @@ func (m *Memory) doubts() bool {
 
 // Saw takes in the names of the tasks that run.
 func (m *Memory) Saw(tasks []string, now time.Time) {
-	m.tasks, m.listens = tasks, nil
+	m.tasks, m.heard = tasks, false
 	if len(tasks) > 0 && m.running.IsZero() {
 		m.running = now
 	}
@@ -83,11 +85,14 @@ func (m *Memory) Next() (at time.Time, doubtful bool) { return m.lookAgain, m.do
 // where the job names none.
 func (m *Memory) Judge(s *desired.Allocation, known catalog.Data, defaultUID uint32, now time.Time) (foreign []health.Problem) {
 	listens := func() []uint16 {
-		if m.listens == nil { // a namespace that cannot be asked shows nothing
-			ports, _ := host.ListeningAs(s.NetNS, s.ProxyUID(defaultUID))
-			m.listens = append([]uint16{}, ports...)
+		if m.heard {
+			return m.listens
 		}
-		return m.listens
+		ports, err := host.ListeningAs(s.NetNS, s.ProxyUID(defaultUID))
+		if err == nil {
+			m.listens, m.heard = ports, true
+		}
+		return m.listens // a namespace that cannot be asked shows nothing new
 	}
 	e := Evidence{Tasks: m.tasks, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > api.SettleTime}
 	counted, others := e.Judge(*s, known)
@@ -116,7 +121,8 @@ func TasksOf(cgroups []string, allocID string, containers discover.Containers) (
 	return names
 }
 
-// CgroupsIn is host.CgroupsIn for those that can be looked at.
+// CgroupsIn is host.CgroupsIn for those that can be looked at: of the others it has no
+// entry.
 func CgroupsIn(namespaces []string) map[string][]string {
 	if len(namespaces) == 0 {
 		return nil
@@ -128,7 +134,7 @@ func CgroupsIn(namespaces []string) map[string][]string {
 	found = make(map[string][]string)
 	for _, path := range namespaces {
 		if one, err := host.CgroupsIn(path); err == nil {
-			found[path] = one[path]
+			maps.Copy(found, one)
 		}
 	}
 	return found
