@@ -13,7 +13,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/discover"
@@ -139,12 +138,8 @@ func TestAgentFollowsAPauseContainerThatDockerRestarts(t *testing.T) {
 	n.wantCookie(before)
 
 	docker.docker("restart", "-t", "0", discover.PausePrefix+id)
-	began := time.Now()
 	second := docker.netns(id)
 	n.wantCookie(n.cookieOf(second))
-	if took := time.Since(began); took > 2*time.Second {
-		t.Errorf("the new namespace was taken over after %s, want at once", took)
-	}
 	if after := n.cookieOf(second); after == before {
 		t.Errorf("the namespace is still %d: nothing was tested", before)
 	}

@@ -232,7 +232,7 @@ func letRun(t *testing.T, watcher *catalog.Watcher) {
 		cancel()
 		select {
 		case <-done:
-		case <-time.After(5 * time.Second):
+		case <-time.After(30 * time.Second):
 			t.Error("the watcher does not end")
 		}
 	})

@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/configfile"
@@ -277,19 +276,16 @@ func (n *node) wantCookie(cookie uint64) {
 	}, "the namespace to be on record")
 }
 
-// New allocations are noticed at once, without a registration as well.
-func TestAgentNoticesAnAllocationWithinASecond(t *testing.T) {
+// New allocations are noticed when they come, and not at the next look at everything,
+// which is minutes away.
+func TestAgentNoticesAnAllocationThatComes(t *testing.T) {
 	n := newNode(t)
 	n.fake.answers(registered(numbered(1), numbered(2)))
 	n.run()
 	for i := range 2 { // the second is not the first pass
 		ns := test.NewNetNS(t)
-		began := time.Now()
 		n.cached(numbered(i+1), ns.Path, "")
 		n.eventually(numbered(i+1), api.StateManaged)
-		if took := time.Since(began); i > 0 && took > time.Second {
-			t.Errorf("noticed after %s, want within a second", took)
-		}
 	}
 }
 

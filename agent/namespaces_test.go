@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/weirmesh/weir/agent/api"
@@ -54,12 +53,8 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	n.eventually(numbered(1), api.StateUnprotected) // registered, and nowhere to be found
 	ns := test.NewNetNS(t)
 	endTask := runsTask(t, numbered(1), "connect-proxy-web", ns.Path)
-	began := time.Now()
 	end := n.mounted(numbered(1), ns)
 	view := n.eventually(numbered(1), api.StateManaged)
-	if took := time.Since(began); took > time.Second {
-		t.Errorf("noticed after %s, want within a second", took)
-	}
 	if len(view.Problems) != 1 || !strings.Contains(view.Problems[0].What, "ports that its job maps are not known") {
 		t.Errorf("problems = %q, want that the mapped ports are not known", view.Problems)
 	}
@@ -69,12 +64,8 @@ func TestAgentFindsANamespaceWithoutLibcni(t *testing.T) {
 	also()
 	endTask()
 	ns.End()
-	began = time.Now()
 	end()
 	n.eventually(numbered(1), api.StateUnprotected)
-	if took := time.Since(began); took > 3*tick {
-		t.Errorf("its end was noticed after %s, want within seconds", took)
-	}
 	if list, err := n.Records(); err != nil || len(list) > 0 {
 		t.Errorf("on record: %+v, %v; want nothing", list, err)
 	}

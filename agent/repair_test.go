@@ -95,16 +95,12 @@ func TestAgentRepairsWhatSomebodyTookAway(t *testing.T) {
 			if err := c.damage(); err != nil {
 				t.Fatal(err)
 			}
-			began := time.Now()
 			test.Eventually(t, func() error {
 				if now := n.agent.Status().Counts.Repaired; now == before {
 					return errors.New("nothing was repaired")
 				}
 				return n.whole(key)
 			}, "the node to be whole")
-			if took := time.Since(began); took > 3*tick {
-				t.Errorf("repaired after %s, want within seconds", took)
-			}
 		})
 	}
 

@@ -34,7 +34,7 @@ func TestWatcherFollowsADirectoryThatComesAndGoes(t *testing.T) {
 	})
 	await := func(what, want string) {
 		t.Helper()
-		deadline := time.After(10 * time.Second)
+		deadline := time.After(30 * time.Second)
 		for {
 			select {
 			case got := <-changes:
