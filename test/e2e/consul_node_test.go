@@ -151,7 +151,7 @@ func (n *meshNode) runAgent() {
 				if err != nil {
 					n.t.Errorf("agent: %v", err)
 				}
-			case <-time.After(10 * time.Second):
+			case <-time.After(30 * time.Second):
 				n.t.Error("the agent does not end")
 			}
 		})

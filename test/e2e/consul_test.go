@@ -211,11 +211,11 @@ func TestWalkOfAConsulChange(t *testing.T) {
 			if err == nil && !status.Healthy() {
 				err = fmt.Errorf("problems: %+v", status.Problems)
 			}
+			if now := n.mustStatus(t).Counts.Repaired; err == nil && now <= before {
+				err = fmt.Errorf("%d repaired before and %d after: it is not counted", before, now)
+			}
 			return err
 		}, "the data path to be whole again")
-		if now := n.mustStatus(t).Counts.Repaired; now <= before {
-			t.Errorf("%d repaired before and %d after: it is not counted", before, now)
-		}
 		stillOpen(t)
 		web.wantPassed(t, task, target, server.Name, 9292)
 	})
