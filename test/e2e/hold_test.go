@@ -20,11 +20,12 @@ import (
 const holdFunc = "e2e.hold"
 
 // holdRequest dials Target and keeps the connection under that name, or, where
-// it has it already, sends a word over it. A host name in Target is asked of
-// Resolver.
+// it has it already, sends a word over it. After the Last one it is closed. A host
+// name in Target is asked of Resolver.
 type holdRequest struct {
 	Name, Target string
 	Resolver     resolver
+	Last         bool
 }
 
 // resolver is a DNS server and how it is asked: "udp" or "tcp".
@@ -52,6 +53,10 @@ func newHold() func(holdRequest) (string, error) {
 			open[request.Name] = conn
 			line, err := bufio.NewReaderSize(conn, 4096).ReadString('\n')
 			return strings.TrimSpace(line), err
+		}
+		if request.Last {
+			delete(open, request.Name)
+			defer conn.Close()
 		}
 		if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 			return "", err
@@ -86,13 +91,14 @@ func (h held) say(name, target string) (reply string, err error) {
 	return reply, err
 }
 
-// exchange dials anew and sends a word, which the server returns: Envoy's RBAC
-// filter judges the first bytes of a client, and these servers speak first.
+// exchange dials anew, sends a word, which the server returns, and closes: Envoy's RBAC
+// filter judges the first bytes of a client, and these servers speak first. More than
+// 1,024 open connections to a cluster it refuses.
 func (h held) exchange(target string) (server string, err error) {
 	name := time.Now().String()
 	greeting, err := h.say(name, target)
 	if err == nil {
-		_, err = h.say(name, target)
+		err = h.Call(holdRequest{Name: name, Last: true}, new(string))
 	}
 	return servedBy(greeting), err
 }
