@@ -40,9 +40,7 @@ func (a *Agent) identify(allocations []desired.Allocation, known catalog.Data, n
 	cgroups := identity.CgroupsIn(namespaces)
 	containers := a.containers()
 	for _, s := range due {
-		if paths, looked := cgroups[s.NetNS]; looked {
-			a.allocations[s.Key].identity.Saw(identity.TasksOf(paths, s.Job.AllocID, containers), now)
-		}
+		a.allocations[s.Key].identity.Look(*s, cgroups, containers, now)
 	}
 	for i := range allocations {
 		s := &allocations[i]

@@ -20,6 +20,7 @@ import (
 	"github.com/weirmesh/weir/agent/api"
 	"github.com/weirmesh/weir/agent/catalog"
 	"github.com/weirmesh/weir/agent/desired"
+	"github.com/weirmesh/weir/agent/discover"
 	"github.com/weirmesh/weir/agent/identity"
 	"github.com/weirmesh/weir/agent/registration"
 	"github.com/weirmesh/weir/redirect/health"
@@ -252,6 +253,24 @@ func TestFailedLookWithdrawsNoRegistration(t *testing.T) {
 		problems := m.Judge(&s, catalog.Data{}, uint32(os.Getuid()), now)
 		if s.Withdrawn != step.withdrawn || (len(s.Proxies) == 0) != step.withdrawn {
 			t.Errorf("%s: withdrawn %v, %d count: %v", step.netns, s.Withdrawn, len(s.Proxies), problems)
+		}
+	}
+}
+
+// Nor does it make anybody count: what was seen to run is still taken to run.
+func TestFailedLookLetsNoRegistrationCount(t *testing.T) {
+	test.Need(t, test.Root)
+	silent := test.NewNetNS(t)
+	var m identity.Memory
+	now := time.Now()
+	for _, cgroups := range []map[string][]string{{silent.Path: {exampleAlloc + ".app.scope"}}, nil} {
+		s := desired.Allocation{Attachment: found(), Cached: true, Proxies: []registration.Proxy{sidecar()}}
+		s.NetNS = silent.Path
+		m.Remember(s.Proxies, now)
+		m.Look(s, cgroups, discover.Containers{}, now)
+		m.Judge(&s, catalog.Data{}, 101, now)
+		if len(s.Proxies) > 0 {
+			t.Errorf("with cgroups %v it counts, and only a task of another name runs", cgroups)
 		}
 	}
 }

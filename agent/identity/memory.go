@@ -69,6 +69,14 @@ func (m *Memory) doubts() bool {
 	return false
 }
 
+// Look takes in what runs in the allocation's namespace, by the cgroups that were found
+// in each; without an entry nobody could look, and what was seen stays.
+func (m *Memory) Look(s desired.Allocation, cgroups map[string][]string, containers discover.Containers, now time.Time) {
+	if paths, looked := cgroups[s.NetNS]; looked {
+		m.Saw(tasksOf(paths, s.Job.AllocID, containers), now)
+	}
+}
+
 // Saw takes in the names of the tasks that run.
 func (m *Memory) Saw(tasks []string, now time.Time) {
 	m.tasks, m.heard = tasks, false
@@ -111,8 +119,8 @@ func (m *Memory) Judge(s *desired.Allocation, known catalog.Data, defaultUID uin
 	return foreign
 }
 
-// TasksOf are the names of an allocation's tasks, by their cgroups.
-func TasksOf(cgroups []string, allocID string, containers discover.Containers) (names []string) {
+// tasksOf are the names of an allocation's tasks, by their cgroups.
+func tasksOf(cgroups []string, allocID string, containers discover.Containers) (names []string) {
 	for _, path := range cgroups {
 		if task := discover.TaskOf(path, allocID, containers); task != "" && !slices.Contains(names, task) {
 			names = append(names, task)
