@@ -67,10 +67,10 @@ type Options struct {
 type Server struct {
 	Options
 
-	local       *http.Server // nil: the socket could not be made
-	public      *http.Server // nil: the operator named no address
-	telemetry   string       // where public listens
-	socketError string       // why there is no local API, as last told
+	local       *served // nil: the socket could not be made
+	public      *served // nil: the operator named no address
+	telemetry   string  // where public listens
+	socketError string  // why there is no local API, as last told
 }
 
 // New listens nowhere before Listen.
@@ -121,7 +121,7 @@ func (s *Server) KeepSocket() {
 	}
 	if s.local != nil {
 		// First: a listener that is closed removes what has its path.
-		if err := s.local.Close(); err != nil {
+		if err := s.local.end(); err != nil {
 			s.Source.Failed("close the local API", err)
 		}
 		s.local = nil
@@ -158,12 +158,28 @@ func listenLocal(path string) (net.Listener, error) {
 	return listener, nil
 }
 
-func (s *Server) serve(listener net.Listener, handler http.Handler) *http.Server {
-	server := &http.Server{
+// served is a server that has a listener.
+type served struct {
+	*http.Server
+	done chan struct{} // closed when nobody can reach it any more
+}
+
+// end closes the server. One that had not begun to serve yet closes its listener only when
+// it does: until then others would take it for an agent that runs, and the path that it
+// removes could be another one's by then.
+func (s *served) end() error {
+	err := s.Close()
+	<-s.done
+	return err
+}
+
+func (s *Server) serve(listener net.Listener, handler http.Handler) *served {
+	server := &served{done: make(chan struct{}), Server: &http.Server{
 		Handler: handler, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute,
 		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
-	}
+	}}
 	go func() {
+		defer close(server.done)
 		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 			s.Source.Failed("serve "+listener.Addr().String(), err)
 		}
@@ -176,10 +192,14 @@ func (s *Server) Close() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	var problems []error
-	for _, server := range []*http.Server{s.local, s.public} {
-		if server != nil && server.Shutdown(ctx) != nil {
+	for _, server := range []*served{s.local, s.public} {
+		if server == nil {
+			continue
+		}
+		if err := server.Shutdown(ctx); err != nil {
 			problems = append(problems, server.Close())
 		}
+		<-server.done
 	}
 	return errors.Join(problems...)
 }
