@@ -221,9 +221,13 @@ func countCalls(counters int) (program int, err error) {
 }
 
 func bpf[Attributes any](command int, attributes *Attributes) (int, error) {
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(command), uintptr(unsafe.Pointer(attributes)), unsafe.Sizeof(*attributes))
-	if errno != 0 {
-		return -1, errno
+	for {
+		fd, _, errno := unix.Syscall(unix.SYS_BPF, uintptr(command), uintptr(unsafe.Pointer(attributes)), unsafe.Sizeof(*attributes))
+		switch {
+		case errno == 0:
+			return int(fd), nil
+		case errno != unix.EAGAIN || command != unix.BPF_PROG_LOAD: // a signal, as the runtime sends itself, ends the verifier
+			return -1, errno
+		}
 	}
-	return int(fd), nil
 }
