@@ -21,7 +21,7 @@ type Memory struct {
 	claims    map[string]Claim // by ID of the registration
 	tasks     []string         // names of what runs, as far as they can be told; as of the last look
 	listens   []uint16         // where sockets under the proxy's UID listen, as far as it could be seen
-	heard     bool             // ... since the tasks were last looked at
+	heard     bool             // ... asked since the tasks were last looked at
 	running   time.Time        // since when its tasks are seen to run
 	lookAgain time.Time        // for its tasks
 	looks     int              // that were made for the registrations that there are
@@ -96,11 +96,11 @@ func (m *Memory) Judge(s *desired.Allocation, known catalog.Data, defaultUID uin
 		if m.heard {
 			return m.listens
 		}
-		ports, err := host.ListeningAs(s.NetNS, s.ProxyUID(defaultUID))
-		if err == nil {
-			m.listens, m.heard = ports, true
+		m.heard = true
+		if ports, err := host.ListeningAs(s.NetNS, s.ProxyUID(defaultUID)); err == nil {
+			m.listens = ports // a namespace that cannot be asked shows nothing new
 		}
-		return m.listens // a namespace that cannot be asked shows nothing new
+		return m.listens
 	}
 	e := Evidence{Tasks: m.tasks, Listens: listens, Claims: m.claims, Settled: !m.running.IsZero() && now.Sub(m.running) > api.SettleTime}
 	counted, others := e.Judge(*s, known)
