@@ -133,7 +133,8 @@ func (f cachedFile) is(info fs.FileInfo) bool {
 }
 
 // Read returns every attachment of an allocation, by key, and what could not
-// be read: of those, what was last read, as long as the file is there. A directory that is not there is a node without allocations.
+// be read: of those, what was last read, as long as the file is there. A directory that
+// is not there is a node without allocations.
 func (c *Cache) Read() (found map[workload.AttachmentID]Attachment, problems []string, err error) {
 	c.Halfway = false
 	entries, err := os.ReadDir(c.Dir)

@@ -196,7 +196,7 @@ func (s *Server) Close() error {
 		if server == nil {
 			continue
 		}
-		if err := server.Shutdown(ctx); err != nil {
+		if server.Shutdown(ctx) != nil {
 			problems = append(problems, server.Close())
 		}
 		<-server.done

@@ -78,7 +78,8 @@ func CgroupOfProcess(pid string) (path string, unified bool, err error) {
 }
 
 // CgroupsIn returns the cgroups of the processes in each of the namespaces, each
-// once; an entry without any for a namespace that is empty or gone. It walks all processes of the node.
+// once; an entry without any for a namespace that is empty or gone. It walks all
+// processes of the node.
 func CgroupsIn(namespaces ...string) (map[string][]string, error) {
 	names, found := make(map[uint64]string), make(map[string][]string)
 	for _, path := range namespaces {
