@@ -10,6 +10,7 @@ import (
 	"os"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/cni/network/attachment"
 	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/cni/network/nft"
@@ -17,8 +18,9 @@ import (
 )
 
 // Repair puts back the rules and host ports that somebody flushed, of every
-// attachment on record whose namespace lives, and says what it put back. It calls no
-// other plugin.
+// attachment on record whose namespace lives and whose device is there, and says what it
+// put back. It calls no other plugin. A DEL takes the device away first: what it takes
+// away after that comes back no more.
 func Repair(ctx context.Context, stateDir string) (repaired []string, err error) {
 	n := New(attachment.Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.records.Dir()); errors.Is(err, fs.ErrNotExist) {
@@ -26,15 +28,17 @@ func Repair(ctx context.Context, stateDir string) (repaired []string, err error)
 	}
 	err = n.records.Locked(func() error {
 		records, problem := n.records.ReadAll()
-		return nft.WithNftables(func(conn *nftables.Conn) error {
-			repaired, err = repairAll(conn, records)
-			return errors.Join(problem, err)
+		return withHandle(func(h *netlink.Handle) error {
+			return nft.WithNftables(func(conn *nftables.Conn) error {
+				repaired, err = repairAll(h, conn, records)
+				return errors.Join(problem, err)
+			})
 		})
 	})
 	return repaired, err
 }
 
-func repairAll(conn *nftables.Conn, records []*attachment.Record) (repaired []string, err error) {
+func repairAll(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Record) (repaired []string, err error) {
 	var problems []error
 	var held []hostport.HeldPort
 	seen := make(map[string]bool) // networks whose rules are there
@@ -46,6 +50,10 @@ func repairAll(conn *nftables.Conn, records []*attachment.Record) (repaired []st
 		// Rules serve a whole network; those for host ports come with
 		// the first attachment that has some.
 		if name := r.Name + " " + r.Mapper; !seen[name] {
+			if device, err := find1(h, attachment.HostDevice(r.Key)); err != nil || device == nil {
+				problems = append(problems, err)
+				continue
+			}
 			seen[name] = true
 			more, err := ensureRulesBy(r, conn)
 			repaired = append(repaired, more...)
@@ -57,7 +65,16 @@ func repairAll(conn *nftables.Conn, records []*attachment.Record) (repaired []st
 				return repaired, err
 			}
 		}
-		more, err := hostport.Restore(r, conn, held)
+		missing := hostport.Missing(r, held)
+		if len(missing) == 0 {
+			continue
+		}
+		device, err := find1(h, attachment.HostDevice(r.Key))
+		if device == nil {
+			problems = append(problems, err)
+			continue
+		}
+		more, err := hostport.Restore(r, conn, missing)
 		repaired = append(repaired, more...)
 		if err != nil {
 			problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))

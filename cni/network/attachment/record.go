@@ -138,9 +138,12 @@ func (n Records) ReadAll() ([]*Record, error) {
 		if !strings.HasSuffix(entry.Name(), ".json") {
 			continue
 		}
-		r, err := ReadRecordFile(filepath.Join(n.Dir(), entry.Name()))
+		path := filepath.Join(n.Dir(), entry.Name())
+		r, err := ReadRecordFile(path)
 		if err != nil {
-			problems = append(problems, err)
+			if _, gone := os.Lstat(path); !errors.Is(gone, fs.ErrNotExist) { // else a DEL removed it meanwhile
+				problems = append(problems, err)
+			}
 			continue
 		}
 		records = append(records, r)

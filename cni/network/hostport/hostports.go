@@ -267,7 +267,7 @@ func Check(r *attachment.Record, records attachment.Records) (repaired []string,
 		return nft.WithNftables(func(conn *nftables.Conn) error {
 			held, err := Held(conn)
 			if err == nil {
-				repaired, err = Restore(r, conn, held)
+				repaired, err = Restore(r, conn, Missing(r, held))
 			}
 			return err
 		})
@@ -278,12 +278,16 @@ func Check(r *attachment.Record, records attachment.Records) (repaired []string,
 	return repaired, nil
 }
 
-// Restore puts back those that nobody holds. One that another attachment
-// holds by now is that one's.
-func Restore(r *attachment.Record, conn *nftables.Conn, held []HeldPort) (repaired []string, err error) {
-	missing := slices.DeleteFunc(slices.Clone(r.Ports), func(p attachment.Port) bool {
+// Missing are those that nobody holds. One that another attachment holds by now is that
+// one's.
+func Missing(r *attachment.Record, held []HeldPort) []attachment.Port {
+	return slices.DeleteFunc(slices.Clone(r.Ports), func(p attachment.Port) bool {
 		return slices.ContainsFunc(held, func(h HeldPort) bool { return h.SameHost(p) })
 	})
+}
+
+// Restore puts back those that are missing.
+func Restore(r *attachment.Record, conn *nftables.Conn, missing []attachment.Port) (repaired []string, err error) {
 	if len(missing) == 0 {
 		return nil, nil
 	}
