@@ -244,6 +244,27 @@ func TestHostPortsForgetFlowsOfUDP(t *testing.T) {
 	}
 }
 
+// A DEL that has read its record before another allocation took its port over leaves that
+// one its port.
+func TestHostPortIsTakenOverInTheMiddleOfDEL(t *testing.T) {
+	n := newNode(t).mapped(8080, 80)
+	a, _ := n.added(t, "a")
+	ending, err := n.network().records.Read(a.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, _ := n.added(t, "b")
+	server := test.Echo(t, b.ns, "tcp", ":80")
+	n.ns.Do(func() {
+		if err := n.network().teardown(ending); err != nil {
+			t.Error(err)
+		}
+	})
+	if answer, err := test.Ask(n.outside, "tcp", "192.0.2.1:8080"); err != nil || answer.Server != server.Name {
+		t.Errorf("%+v, %v: want an answer of %s", answer, err, server.Name)
+	}
+}
+
 // What portmap mapped for an earlier version is repaired and ended by it.
 func TestHostPortsThatPortmapMapped(t *testing.T) {
 	n := newNode(t).mapped(8080, 80)

@@ -177,8 +177,9 @@ func takeOver(r *attachment.Record, records attachment.Records, conn *nftables.C
 	return nil
 }
 
-// Unmap ends the translations. Those of an attachment whose record is
-// lost are told by the name that each carries.
+// Unmap ends the translations that are on record by now: another attachment may have
+// taken some over since the caller read it. Those of an attachment whose record is lost
+// are told by the name that each carries.
 func Unmap(r *attachment.Record, records attachment.Records) error {
 	if r.Mapper == attachment.MapperPortmap || r.Lost && r.PortMappings != nil && HasPortmapTable() {
 		if err := unmapByPortmap(records.Ctx, r); err != nil || r.Mapper == attachment.MapperPortmap {
@@ -189,6 +190,9 @@ func Unmap(r *attachment.Record, records attachment.Records) error {
 		return nil
 	}
 	err := records.Locked(func() error {
+		if now, err := records.Read(r.Key); err == nil {
+			r.Ports = now.Ports
+		}
 		return nft.WithNftables(func(conn *nftables.Conn) error {
 			if err := recallPorts(r, conn); err != nil {
 				return err
