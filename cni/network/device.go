@@ -9,6 +9,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/weirmesh/weir/cni/network/attachment"
+	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/redirect/host/sysctl"
 	"golang.org/x/sys/unix"
 )
@@ -295,29 +296,39 @@ func makePair(r *attachment.Record, h *netlink.Handle, ns *namespace, name strin
 	return host, mac, err
 }
 
+// disconnect ends the host ports and removes the devices, with no [Repair] in between: it
+// would put the host ports back.
+func (n *Network) disconnect(r *attachment.Record) (ports, devices error) {
+	ports = hostport.UnmapByPortmap(n.records.Ctx, r)
+	locked := n.records.Locked(func() error {
+		ports = errors.Join(ports, hostport.Unmap(r, n.records))
+		devices = removeDevices(r)
+		return nil
+	})
+	return errors.Join(ports, locked, hostport.ForgetFlows(r)), devices
+}
+
 // removeDevices removes the pair, and the rules when the bridge has lost its
 // last port.
-func (n *Network) removeDevices(r *attachment.Record) error {
-	return n.records.Locked(func() error {
-		return withHandle(func(h *netlink.Handle) error {
-			host, err := find1(h, attachment.HostDevice(r.Key))
-			if err != nil {
-				return err
+func removeDevices(r *attachment.Record) error {
+	return withHandle(func(h *netlink.Handle) error {
+		host, err := find1(h, attachment.HostDevice(r.Key))
+		if err != nil {
+			return err
+		}
+		if host != nil {
+			if err := h.LinkDel(host); err != nil && !errors.Is(err, unix.ENODEV) {
+				return fmt.Errorf("remove device %s: %w", host.Attrs().Name, err)
 			}
-			if host != nil {
-				if err := h.LinkDel(host); err != nil && !errors.Is(err, unix.ENODEV) {
-					return fmt.Errorf("remove device %s: %w", host.Attrs().Name, err)
-				}
-			}
-			if r.Bridge == "" {
-				return nil
-			}
-			ports, err := portsOf(h, r.Bridge)
-			if err != nil || ports > 0 {
-				return err
-			}
-			return removeRules(r.Bridge)
-		})
+		}
+		if r.Bridge == "" {
+			return nil
+		}
+		ports, err := portsOf(h, r.Bridge)
+		if err != nil || ports > 0 {
+			return err
+		}
+		return removeRules(r.Bridge)
 	})
 }
 

@@ -110,9 +110,9 @@ func (n *Network) undoing() *Network { return n.Until(context.WithoutCancel(n.re
 // rollBack undoes a build that failed. Another plugin that refused its ADD
 // refuses its DEL as likely, and has nothing then to be kept on record.
 func (n *Network) rollBack(r *attachment.Record) error {
-	devices := n.removeDevices(r)
-	if err := hostport.Unmap(r, n.records); err != nil {
-		return errors.Join(devices, err, delegate.Release(n.records.Ctx, r))
+	ports, devices := n.disconnect(r)
+	if ports != nil {
+		return errors.Join(ports, devices, delegate.Release(n.records.Ctx, r))
 	}
 	if err := delegate.Release(n.records.Ctx, r); err != nil && r.Leased {
 		return errors.Join(devices, err)
@@ -227,11 +227,10 @@ func (n *Network) Remove(a attachment.Attachment) error {
 	return err
 }
 
-// teardown undoes build. The devices go first, for [Repair]; the record goes last, and
-// only when nothing is left.
+// teardown undoes build. The record goes last, and only when nothing is left.
 func (n *Network) teardown(r *attachment.Record) error {
-	err := errors.Join(n.removeDevices(r), hostport.Unmap(r, n.records), delegate.Release(n.records.Ctx, r))
-	if err != nil {
+	ports, devices := n.disconnect(r)
+	if err := errors.Join(ports, devices, delegate.Release(n.records.Ctx, r)); err != nil {
 		return err
 	}
 	return n.records.Remove(r.Key)

@@ -19,8 +19,8 @@ import (
 
 // Repair puts back the rules and host ports that somebody flushed, of every
 // attachment on record whose namespace lives and whose device is there, and says what it
-// put back. It calls no other plugin. A DEL takes the device away first: what it takes
-// away after that comes back no more.
+// put back. It calls no other plugin. A DEL takes the device away before its record:
+// what it ended with the device is not put back.
 func Repair(ctx context.Context, stateDir string) (repaired []string, err error) {
 	n := New(attachment.Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.records.Dir()); errors.Is(err, fs.ErrNotExist) {

@@ -23,10 +23,10 @@ const (
 	ctaFilterDstPort   = 1 << 5
 )
 
-// forgetFlows ends what the kernel knows of UDP flows to the host ports: a flow
+// ForgetFlows ends what the kernel knows of UDP flows to the host ports: a flow
 // that goes on would else stay with the address that it began with. TCP begins anew
 // by itself.
-func forgetFlows(r *attachment.Record) error {
+func ForgetFlows(r *attachment.Record) error {
 	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
 		var ports []uint16
 		for _, p := range r.Ports {

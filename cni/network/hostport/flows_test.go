@@ -65,7 +65,7 @@ func forget(family netlink.InetFamily, ports []uint16) error {
 			r.Ports = append(r.Ports, attachment.Port{Protocol: protocol, Host: netip.AddrPortFrom(host, port)})
 		}
 	}
-	return forgetFlows(r)
+	return ForgetFlows(r)
 }
 
 func makeFlow(t *testing.T, protocol uint8, to string, port uint16) {

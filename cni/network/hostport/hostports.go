@@ -130,7 +130,7 @@ func Map(r *attachment.Record, records attachment.Records) (err error) {
 	if err != nil {
 		return fmt.Errorf("map host ports: %w", err)
 	}
-	return forgetFlows(r)
+	return ForgetFlows(r)
 }
 
 func addElements(r *attachment.Record, conn *nftables.Conn, ports []attachment.Port) error {
@@ -179,31 +179,25 @@ func takeOver(r *attachment.Record, records attachment.Records, conn *nftables.C
 
 // Unmap ends the translations that are on record by now: another attachment may have
 // taken some over since the caller read it. Those of an attachment whose record is lost
-// are told by the name that each carries.
+// are told by the name that each carries. The caller holds the lock of the records, and
+// calls [ForgetFlows] without it.
 func Unmap(r *attachment.Record, records attachment.Records) error {
-	if r.Mapper == attachment.MapperPortmap || r.Lost && r.PortMappings != nil && HasPortmapTable() {
-		if err := unmapByPortmap(records.Ctx, r); err != nil || r.Mapper == attachment.MapperPortmap {
-			return err
-		}
-	}
-	if len(r.Ports) == 0 && !r.Lost {
+	if r.Mapper == attachment.MapperPortmap || len(r.Ports) == 0 && !r.Lost {
 		return nil
 	}
-	err := records.Locked(func() error {
-		if now, err := records.Read(r.Key); err == nil {
-			r.Ports = now.Ports
+	if now, err := records.Read(r.Key); err == nil {
+		r.Ports = now.Ports
+	}
+	err := nft.WithNftables(func(conn *nftables.Conn) error {
+		if err := recallPorts(r, conn); err != nil {
+			return err
 		}
-		return nft.WithNftables(func(conn *nftables.Conn) error {
-			if err := recallPorts(r, conn); err != nil {
-				return err
-			}
-			return DeleteElements(conn, r.Ports)
-		})
+		return DeleteElements(conn, r.Ports)
 	})
 	if err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
-	return forgetFlows(r)
+	return nil
 }
 
 // recallPorts reads the ports of an attachment whose record is lost from the translations.

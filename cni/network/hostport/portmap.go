@@ -43,7 +43,12 @@ func Portmap(ctx context.Context, r *attachment.Record, command string) error {
 	return err
 }
 
-func unmapByPortmap(ctx context.Context, r *attachment.Record) error {
+// UnmapByPortmap has the plugin portmap end the translations that it made, or may have
+// made.
+func UnmapByPortmap(ctx context.Context, r *attachment.Record) error {
+	if r.Mapper != attachment.MapperPortmap && !(r.Lost && r.PortMappings != nil && HasPortmapTable()) {
+		return nil
+	}
 	if err := Portmap(ctx, r, "DEL"); err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
@@ -56,7 +61,7 @@ func checkPortmap(ctx context.Context, r *attachment.Record) (repaired []string,
 	if !attachment.AtLeast(r.CNIVersion, "0.4.0") || Portmap(ctx, r, "CHECK") == nil {
 		return nil, nil
 	}
-	if err := errors.Join(unmapByPortmap(ctx, r), Portmap(ctx, r, "ADD")); err != nil {
+	if err := errors.Join(UnmapByPortmap(ctx, r), Portmap(ctx, r, "ADD")); err != nil {
 		return nil, fmt.Errorf("map host ports: %w", err)
 	}
 	return []string{"host ports"}, nil
