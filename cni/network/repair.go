@@ -15,12 +15,14 @@ import (
 	"github.com/weirmesh/weir/cni/network/hostport"
 	"github.com/weirmesh/weir/cni/network/nft"
 	"github.com/weirmesh/weir/redirect/host"
+	"github.com/weirmesh/weir/redirect/workload"
 )
 
 // Repair puts back the rules and host ports that somebody flushed, of every
 // attachment on record whose namespace lives and whose device is there, and says what it
 // put back. It calls no other plugin. A DEL takes the device away before its record:
-// what it ended with the device is not put back.
+// what it ended with the device is not put back. Host ports of attachments that have
+// neither end: v0.1.0 left some.
 func Repair(ctx context.Context, stateDir string) (repaired []string, err error) {
 	n := New(attachment.Config{}, stateDir).Until(ctx)
 	if _, err := os.Stat(n.records.Dir()); errors.Is(err, fs.ErrNotExist) {
@@ -30,8 +32,12 @@ func Repair(ctx context.Context, stateDir string) (repaired []string, err error)
 		records, problem := n.records.ReadAll()
 		return withHandle(func(h *netlink.Handle) error {
 			return nft.WithNftables(func(conn *nftables.Conn) error {
-				repaired, err = repairAll(h, conn, records)
-				return errors.Join(problem, err)
+				if repaired, err = repairAll(h, conn, records); err != nil || problem != nil {
+					return errors.Join(problem, err)
+				}
+				ended, err := endLeftBehind(h, conn, records)
+				repaired = append(repaired, ended...)
+				return err
 			})
 		})
 	})
@@ -81,4 +87,38 @@ func repairAll(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Rec
 		}
 	}
 	return repaired, errors.Join(problems...)
+}
+
+// endLeftBehind ends the host ports of attachments that are not on record and have no
+// device: they lead to whoever gets the address next.
+func endLeftBehind(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Record) (ended []string, err error) {
+	held, err := hostport.Held(conn)
+	if err != nil {
+		return nil, err
+	}
+	there := make(map[workload.AttachmentID]bool, len(records))
+	for _, r := range records {
+		there[r.Key] = true
+	}
+	var left []attachment.Port
+	for _, port := range held {
+		if port.Owner.ContainerID == "" {
+			continue // not the plugin's
+		}
+		if _, looked := there[port.Owner]; !looked {
+			device, err := find1(h, attachment.HostDevice(port.Owner))
+			if err != nil {
+				return nil, err
+			}
+			there[port.Owner] = device != nil // its record is lost
+		}
+		if !there[port.Owner] {
+			left = append(left, port.Port)
+			ended = append(ended, fmt.Sprintf("host port %s of %s, which has ended, removed", port, port.Owner))
+		}
+	}
+	if err := hostport.DeleteElements(conn, left); err != nil {
+		return nil, fmt.Errorf("remove host ports of ended allocations: %w", err)
+	}
+	return ended, hostport.ForgetFlows(&attachment.Record{Ports: left})
 }

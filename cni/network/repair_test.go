@@ -3,6 +3,7 @@
 package network
 
 import (
+	"os"
 	"slices"
 	"testing"
 
@@ -89,6 +90,56 @@ func TestRepairBesideDEL(t *testing.T) {
 				})
 			}
 		})
+	}
+}
+
+// What v0.1.0 left of an ended allocation ends; what is of a running one whose record is
+// lost or cannot be read, or is nobody's, stays.
+func TestRepairEndsHostPortsLeftBehind(t *testing.T) {
+	n := newNode(t)
+	a, _ := n.mapped(9090, 80).added(t, "stays")
+	ports := func() (owners []string) {
+		n.ns.Do(func() {
+			list, err := hostport.HostPorts()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, port := range list {
+				owners = append(owners, port.Key.ContainerID)
+			}
+		})
+		slices.Sort(owners)
+		return slices.Compact(owners)
+	}
+	n.run(t, "nft", "add element inet weir hostports4_any { tcp . 8080 comment \"gone eth0\" : 10.77.0.9 . 80, tcp . 8081 : 10.77.0.9 . 80 }")
+	record := n.network().records.Path(a.Key)
+	whole, err := os.ReadFile(record)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(record, whole[:10], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.ns.Do(func() {
+		if repaired, err := Repair(t.Context(), n.stateDir); err == nil || repaired != nil {
+			t.Errorf("with a record that cannot be read: repaired %q, %v", repaired, err)
+		}
+	})
+	if diff := cmp.Diff([]string{"", "gone", "stays"}, ports()); diff != "" {
+		t.Errorf("owners with a record that cannot be read (-want +got):\n%s", diff)
+	}
+	if err := os.Remove(record); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"host port tcp 0.0.0.0:8080 of gone-eth0, which has ended, removed"}
+	if diff := cmp.Diff(want, n.repair(t)); diff != "" {
+		t.Errorf("repaired (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"", "stays"}, ports()); diff != "" {
+		t.Errorf("owners (-want +got):\n%s", diff)
+	}
+	if repaired := n.repair(t); repaired != nil {
+		t.Errorf("a second time: repaired %q", repaired)
 	}
 }
 

@@ -155,7 +155,7 @@ func takeOver(r *attachment.Record, records attachment.Records, conn *nftables.C
 	for _, wanted := range r.Ports {
 		i := slices.IndexFunc(held, func(h HeldPort) bool { return h.SameHost(wanted) && h.Container != wanted.Container })
 		if i >= 0 {
-			lost[held[i].owner] = append(lost[held[i].owner], held[i].Port)
+			lost[held[i].Owner] = append(lost[held[i].Owner], held[i].Port)
 		}
 	}
 	for owner, ports := range lost {
@@ -210,7 +210,7 @@ func recallPorts(r *attachment.Record, conn *nftables.Conn) error {
 		return err
 	}
 	for _, h := range held {
-		if h.owner == r.Key {
+		if h.Owner == r.Key {
 			r.Ports = append(r.Ports, h.Port)
 		}
 	}
@@ -298,7 +298,7 @@ func Restore(r *attachment.Record, conn *nftables.Conn, missing []attachment.Por
 // HeldPort is a translation as the kernel has it.
 type HeldPort struct {
 	attachment.Port
-	owner workload.AttachmentID
+	Owner workload.AttachmentID
 }
 
 // HostPort is a port of the node that is an attachment's, as the kernel has it.
@@ -313,7 +313,7 @@ func HostPorts() (list []HostPort, err error) {
 	err = nft.WithNftables(func(conn *nftables.Conn) error {
 		held, err := Held(conn)
 		for _, h := range held {
-			list = append(list, HostPort{Key: h.owner, Protocol: attachment.ProtocolNames()[h.Protocol], Host: h.Host})
+			list = append(list, HostPort{Key: h.Owner, Protocol: attachment.ProtocolNames()[h.Protocol], Host: h.Host})
 		}
 		return err
 	})

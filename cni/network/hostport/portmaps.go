@@ -102,7 +102,7 @@ func (m portMap) decode(element nftables.SetElement) (held HeldPort, ok bool) {
 	held.Host = netip.AddrPortFrom(host, binary.BigEndian.Uint16(key))
 	held.Container = netip.AddrPortFrom(container, binary.BigEndian.Uint16(value[size:]))
 	id, ifName, _ := strings.Cut(strings.TrimRight(element.Comment, "\x00"), " ")
-	held.owner = workload.AttachmentID{ContainerID: id, IfName: ifName}
+	held.Owner = workload.AttachmentID{ContainerID: id, IfName: ifName}
 	return held, true
 }
 
