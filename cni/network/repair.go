@@ -71,22 +71,25 @@ func repairAll(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Rec
 				return repaired, err
 			}
 		}
-		missing := hostport.Missing(r, held)
-		if len(missing) == 0 {
-			continue
-		}
-		device, err := find1(h, attachment.HostDevice(r.Key))
-		if device == nil {
-			problems = append(problems, err)
-			continue
-		}
-		more, err := hostport.Restore(r, conn, missing)
+		more, err := restorePorts(h, conn, r, hostport.Missing(r, held))
 		repaired = append(repaired, more...)
-		if err != nil {
-			problems = append(problems, fmt.Errorf("repair host ports of %s: %w", r.Key, err))
-		}
+		problems = append(problems, err)
 	}
 	return repaired, errors.Join(problems...)
+}
+
+func restorePorts(h *netlink.Handle, conn *nftables.Conn, r *attachment.Record, missing []attachment.Port) (repaired []string, err error) {
+	if len(missing) == 0 {
+		return nil, nil // the device is not looked for each time
+	}
+	device, err := find1(h, attachment.HostDevice(r.Key))
+	if device == nil {
+		return nil, err
+	}
+	if repaired, err = hostport.Restore(r, conn, missing); err != nil {
+		err = fmt.Errorf("repair host ports of %s: %w", r.Key, err)
+	}
+	return repaired, err
 }
 
 // endLeftBehind ends the host ports of attachments that are not on record and have no

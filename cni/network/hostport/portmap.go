@@ -46,7 +46,7 @@ func Portmap(ctx context.Context, r *attachment.Record, command string) error {
 // UnmapByPortmap has the plugin portmap end the translations that it made, or may have
 // made.
 func UnmapByPortmap(ctx context.Context, r *attachment.Record) error {
-	if r.Mapper != attachment.MapperPortmap && !(r.Lost && r.PortMappings != nil && HasPortmapTable()) {
+	if r.Mapper != attachment.MapperPortmap && (!r.Lost || r.PortMappings == nil || !HasPortmapTable()) {
 		return nil
 	}
 	if err := Portmap(ctx, r, "DEL"); err != nil {
