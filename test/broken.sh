@@ -37,7 +37,7 @@ for patch; do
 			failed=1
 		else
 			# A copy that cannot be built is caught by nobody.
-			told=$(grep -E '^ +[a-z_0-9]+_test\.go:[0-9]+: ' -A2 "$copy/log" | grep -vE 'the same again: make soak|_test\.go:[0-9]+: [0-9a-z]+, seed [0-9]+: ' | head -3 || true)
+			told=$(grep -E '^ +[a-z_0-9]+_test\.go:[0-9]+: ' -A2 "$copy/log" | grep -vE 'the same again: make soak|_test\.go:[0-9]+: ([0-9a-z]+, seed [0-9]+$|[0-9]+ connections, )' | head -3 || true)
 			[[ -n $told ]] || { tail -30 "$copy/log" && failed=1; }
 			printf 'broken: %s: caught by "%s", both runs took %d s:\n%.400s\n' "$name" "$command" $((SECONDS - start)) "$told"
 		fi
