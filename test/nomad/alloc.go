@@ -297,18 +297,24 @@ func (a *Alloc) EventuallyGet(task, address string, check func(wire.Outcome) err
 			return nil
 		}
 	}
-	begun := time.Now()
+	until, last := time.Now().Add(answerPatience), false
 	eventually(a.node.tb, consulPatience, func() error {
 		outcome = a.Get(task, address)
 		err := check(outcome)
-		if err == nil || time.Since(begun) < answerPatience {
+		if err == nil || time.Now().Before(until) {
 			return err
 		}
 		failing, unasked := a.node.api.consul.criticalChecks()
-		if len(failing) == 0 {
+		switch {
+		case len(failing) > 0:
+			last = false
+			return fmt.Errorf("%w; Consul: %v", err, failing)
+		case last:
 			a.node.tb.Fatalf("wait %s for GET %s from %s: %v", answerPatience, address, task, errors.Join(err, unasked))
 		}
-		return fmt.Errorf("%w; Consul: %v", err, failing)
+		// A check may have passed since Envoy answered, and Envoy hear of it now.
+		until, last = time.Now().Add(envoyDelay), true
+		return err
 	}, "GET "+address+" from "+task)
 	return outcome
 }
