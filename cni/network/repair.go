@@ -32,10 +32,11 @@ func Repair(ctx context.Context, stateDir string) (repaired []string, err error)
 		records, problem := n.records.ReadAll()
 		return withHandle(func(h *netlink.Handle) error {
 			return nft.WithNftables(func(conn *nftables.Conn) error {
-				if repaired, err = repairAll(h, conn, records); err != nil || problem != nil {
+				var held []hostport.HeldPort
+				if repaired, held, err = repairAll(h, conn, records); err != nil || problem != nil {
 					return errors.Join(problem, err)
 				}
-				ended, err := endLeftBehind(h, conn, records)
+				ended, err := endLeftBehind(h, conn, records, held)
 				repaired = append(repaired, ended...)
 				return err
 			})
@@ -44,9 +45,9 @@ func Repair(ctx context.Context, stateDir string) (repaired []string, err error)
 	return repaired, err
 }
 
-func repairAll(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Record) (repaired []string, err error) {
+// repairAll also returns the host ports that it found.
+func repairAll(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Record) (repaired []string, held []hostport.HeldPort, err error) {
 	var problems []error
-	var held []hostport.HeldPort
 	seen := make(map[string]bool) // networks whose rules are there
 	for _, r := range records {
 		cookie, err := host.Cookie(r.NetNS)
@@ -68,14 +69,18 @@ func repairAll(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Rec
 				continue
 			}
 			if held, err = hostport.Held(conn); err != nil {
-				return repaired, err
+				return repaired, nil, err
 			}
 		}
 		more, err := restorePorts(h, conn, r, hostport.Missing(r, held))
 		repaired = append(repaired, more...)
 		problems = append(problems, err)
 	}
-	return repaired, errors.Join(problems...)
+	if len(seen) == 0 {
+		held, err = hostport.Held(conn)
+		problems = append(problems, err)
+	}
+	return repaired, held, errors.Join(problems...)
 }
 
 func restorePorts(h *netlink.Handle, conn *nftables.Conn, r *attachment.Record, missing []attachment.Port) (repaired []string, err error) {
@@ -94,11 +99,7 @@ func restorePorts(h *netlink.Handle, conn *nftables.Conn, r *attachment.Record, 
 
 // endLeftBehind ends the host ports of attachments that are not on record and have no
 // device: they lead to whoever gets the address next.
-func endLeftBehind(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Record) (ended []string, err error) {
-	held, err := hostport.Held(conn)
-	if err != nil {
-		return nil, err
-	}
+func endLeftBehind(h *netlink.Handle, conn *nftables.Conn, records []*attachment.Record, held []hostport.HeldPort) (ended []string, err error) {
 	there := make(map[workload.AttachmentID]bool, len(records))
 	for _, r := range records {
 		there[r.Key] = true
