@@ -153,17 +153,11 @@ func (s *soak) roll(t *testing.T) {
 	if s.running == other {
 		other = s.versions[1]
 	}
-	s.change(t, other, []unix.Signal{unix.SIGTERM, unix.SIGKILL}[s.random.IntN(2)])
+	s.install(t, other)
+	s.endAgent(t, []unix.Signal{unix.SIGTERM, unix.SIGKILL}[s.random.IntN(2)])
+	s.startAgent(t, other)
 	s.rolled.Add(1)
 	s.churn(t)
-}
-
-// change replaces plugin and agent by those of a version.
-func (s *soak) change(t *testing.T, v version, signal unix.Signal) {
-	t.Helper()
-	s.install(t, v)
-	s.endAgent(t, signal)
-	s.startAgent(t, v)
 }
 
 // losePins takes pins away, which ends redirects, until the agent has put them back.

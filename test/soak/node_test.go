@@ -272,7 +272,9 @@ func (n *node) wantNothingLeft(t *testing.T) {
 		}
 		return errors.Join(append(problems, err)...)
 	}, "nothing of any allocation to be left")
-	n.endAgent(t, unix.SIGTERM)
+	if n.agent != nil {
+		n.endAgent(t, unix.SIGTERM)
+	}
 	if _, err := n.command(n.installed, "unload"); err != nil {
 		t.Error(err)
 	}
