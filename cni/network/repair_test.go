@@ -65,7 +65,7 @@ func TestRepairBesideDEL(t *testing.T) {
 				if _, err := n.mapped(8080, 80).add(a); err != nil {
 					t.Fatal(err)
 				}
-				ended := make(chan error)
+				ended := make(chan error, 1)
 				go func() { ended <- n.remove(a) }()
 				var err error
 				for removing := true; removing; {
@@ -82,12 +82,9 @@ func TestRepairBesideDEL(t *testing.T) {
 				if diff := cmp.Diff(before, n.leftovers(t)); diff != "" {
 					t.Fatalf("in round %d, on the node (-before +after):\n%s", i, diff)
 				}
-				n.ns.Do(func() {
-					list, err := hostport.HostPorts()
-					if err != nil || slices.ContainsFunc(list, func(p hostport.HostPort) bool { return p.Key == a.Key }) {
-						t.Fatalf("in round %d, host ports: %v, %v", i, list, err)
-					}
-				})
+				if owners := n.portOwners(t); slices.Contains(owners, a.Key.ContainerID) {
+					t.Fatalf("in round %d, host ports of %q", i, owners)
+				}
 			}
 		})
 	}
@@ -98,19 +95,6 @@ func TestRepairBesideDEL(t *testing.T) {
 func TestRepairEndsHostPortsLeftBehind(t *testing.T) {
 	n := newNode(t)
 	a, _ := n.mapped(9090, 80).added(t, "stays")
-	ports := func() (owners []string) {
-		n.ns.Do(func() {
-			list, err := hostport.HostPorts()
-			if err != nil {
-				t.Fatal(err)
-			}
-			for _, port := range list {
-				owners = append(owners, port.Key.ContainerID)
-			}
-		})
-		slices.Sort(owners)
-		return slices.Compact(owners)
-	}
 	n.run(t, "nft", "add element inet weir hostports4_any { tcp . 8080 comment \"gone eth0\" : 10.77.0.9 . 80, tcp . 8081 : 10.77.0.9 . 80 }")
 	record := n.network().records.Path(a.Key)
 	whole, err := os.ReadFile(record)
@@ -125,7 +109,7 @@ func TestRepairEndsHostPortsLeftBehind(t *testing.T) {
 			t.Errorf("with a record that cannot be read: repaired %q, %v", repaired, err)
 		}
 	})
-	if diff := cmp.Diff([]string{"", "gone", "stays"}, ports()); diff != "" {
+	if diff := cmp.Diff([]string{"", "gone", "stays"}, n.portOwners(t)); diff != "" {
 		t.Errorf("owners with a record that cannot be read (-want +got):\n%s", diff)
 	}
 	if err := os.Remove(record); err != nil {
@@ -135,12 +119,28 @@ func TestRepairEndsHostPortsLeftBehind(t *testing.T) {
 	if diff := cmp.Diff(want, n.repair(t)); diff != "" {
 		t.Errorf("repaired (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff([]string{"", "stays"}, ports()); diff != "" {
+	if diff := cmp.Diff([]string{"", "stays"}, n.portOwners(t)); diff != "" {
 		t.Errorf("owners (-want +got):\n%s", diff)
 	}
 	if repaired := n.repair(t); repaired != nil {
 		t.Errorf("a second time: repaired %q", repaired)
 	}
+}
+
+// portOwners are the IDs of those who hold host ports in the kernel.
+func (n *node) portOwners(t *testing.T) (owners []string) {
+	t.Helper()
+	n.ns.Do(func() {
+		list, err := hostport.HostPorts()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, port := range list {
+			owners = append(owners, port.Key.ContainerID)
+		}
+	})
+	slices.Sort(owners)
+	return slices.Compact(owners)
 }
 
 // repair is what the agent does of its own accord.
@@ -149,7 +149,7 @@ func (n *node) repair(t *testing.T) (repaired []string) {
 	var err error
 	n.ns.Do(func() { repaired, err = Repair(t.Context(), n.stateDir) })
 	if err != nil {
-		t.Error(err)
+		t.Fatal(err)
 	}
 	return repaired
 }
